@@ -1,0 +1,62 @@
+"""What every attribution method returns, and the map arithmetic that all of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class AttributionMaps:
+    """Maps of B image-phrase pairs.
+
+    Args:
+        image: `(B, H, W)` in [0, 1], the model's input frame, x to the right, y down.
+        grid: `(B, Gh, Gw)` the same at patch resolution.
+        text: `(B, T)` in [0, 1]; 0 on special and pad tokens.
+        content: `(B, T)` bool, which tokens are content.
+        score: `(B,)` cosine of the pair.
+        parts: The method's components, by name; each method's docstring lists its own.
+    """
+
+    image: Tensor
+    grid: Tensor
+    text: Tensor
+    content: Tensor
+    score: Tensor
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`norm` of the design: (z - min) / (max - min) per sample over all but the first axis; same shape, in [0, 1].
+
+    A sample that is constant within max(1e-6, 4 eps of `dtype`) of its own magnitude gives zeros: what is left of it is rounding.
+
+    Args:
+        z: `(B, ...)`.
+        keep: `(B, ...)` bool, the entries that take part; the others become 0. All by default.
+        dtype: The dtype that the model computed in, which bounds the rounding in `z`.
+    """
+    flat = z.flatten(1).float() if z.dtype in (torch.float16, torch.bfloat16) else z.flatten(1)
+    mask = torch.ones_like(flat, dtype=torch.bool) if keep is None else keep.flatten(1)
+    low = flat.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    high = flat.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+    magnitude = flat.masked_fill(~mask, 0).abs().amax(1, keepdim=True)
+    tolerance = max(1e-6, 4 * torch.finfo(dtype).eps) * magnitude
+    varies = mask & (high - low > tolerance)
+    scaled = (flat - low) / torch.where(high > low, high - low, torch.ones_like(high))
+    return torch.where(varies, scaled, torch.zeros_like(flat)).view_as(z)
+
+
+def upsample(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear upsampling with half-pixel centres: `(B, Gh, Gw)` to `(B, H, W)`."""
+    return F.interpolate(grid[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def patch_mean(image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean of each patch: `(B, H, W)` to `(B, Gh, Gw)`."""
+    return F.adaptive_avg_pool2d(image[:, None], grid)[:, 0]
