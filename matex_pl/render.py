@@ -1,0 +1,633 @@
+"""Pictures of one study: the film with its boxes, the map over it, and the phrase shaded by relevance.
+
+All colours are RGB. Lengths in the layout are in design units, the pixels of a panel `DESIGN_WIDTH` wide; every panel
+scales them to its own width.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Picture = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+DESIGN_WIDTH = 880
+TEXT_LINES = 3
+
+# Perceptually uniform, without green or cyan (the boxes), and its dark end fades into the film instead of tinting it.
+COLORMAP = cv2.COLORMAP_INFERNO
+MAX_OPACITY = 0.85
+
+# Pillow's own font is the same everywhere but has little beyond ASCII; these stand in for texts that it cannot write.
+WIDE_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "Arial Unicode.ttf")
+
+BACKGROUND: Colour = (18, 20, 24)
+INK: Colour = (236, 238, 242)
+FAINT_INK: Colour = (150, 157, 168)
+DARK_INK: Colour = (12, 13, 16)
+BOX_COLOUR: Colour = (64, 240, 200)
+
+
+def panel(
+    *,
+    film: Picture,
+    heat: ArrayLike,
+    boxes: ArrayLike,
+    phrase: str,
+    tokens: Sequence[str],
+    relevance: Sequence[float],
+    score: float,
+    title: str = "",
+    subtitle: str = "",
+    width: int = DESIGN_WIDTH,
+    text_lines: int = TEXT_LINES,
+    side_markers: bool = True,
+) -> Picture:
+    """One study as a picture `(h, width, 3)` uint8; h depends on `width`, `text_lines` and the film's aspect alone.
+
+    Left the film, right the map over it, both with the boxes and, on a frontal film, R and L for the patient's sides;
+    a cross marks the map's maximum. Below, the phrase, each word piece shaded by its relevance with the map's colours.
+
+    Args:
+        film: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
+        heat: `(H, W)` in [0, 1], the map in the same frame. An all-zero map has no maximum to mark.
+        boxes: `(K, 4)` `x0, y0, x1, y1` in [0, 1] of the frame, x to the right, y down; what reaches outside is cut.
+        phrase: As the user wrote it; gives case and spacing where the tokens can be found in it.
+        tokens: The T content word pieces of the phrase: CLIP's (`</w>` ends a word), WordPiece (`##` goes on) or
+            SentencePiece (`▁` begins a word).
+        relevance: T values in [0, 1].
+        score: Cosine of film and phrase.
+        title: First line, e.g. finding and study.
+        subtitle: Second line, e.g. method and epoch.
+        width: Of the panel in pixels.
+        text_lines: Lines kept for the phrase; a longer one ends in an ellipsis.
+        side_markers: Draw R and L; not for lateral films.
+
+    Raises:
+        ValueError: A shape, range or length does not fit; the message names it.
+    """
+    film = _check_film(film)
+    heat = _check_heat(heat, film.shape[:2])
+    boxes = _visible(_check_boxes(boxes))
+    pieces = phrase_pieces(phrase, tokens, _check_relevance(relevance, len(tokens)))
+    layout = _Layout.of(width, film.shape[0] / film.shape[1], text_lines)
+
+    large_film, large_heat = resize(film, layout.picture), resize(heat, layout.picture)
+    canvas = np.full((layout.height, width, 3), BACKGROUND, np.uint8)
+    for left, picture in zip(layout.lefts, (large_film, overlay(large_film, large_heat)), strict=True):
+        _paste(canvas, picture, left, layout.picture_top)
+        _draw_boxes(_window(canvas, left, layout), boxes, layout.px(2))
+    _draw_peak(_window(canvas, layout.lefts[1], layout), heat, layout)
+    _draw_colour_bar(canvas, layout)
+
+    sheet = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(sheet)
+    _write_header(draw, layout, title, subtitle, score)
+    _write_captions(draw, layout, len(boxes), bool(heat.max() > 0))
+    if side_markers:
+        _write_side_markers(draw, layout)
+    _write_phrase(draw, layout, pieces)
+    return np.array(sheet)
+
+
+def overlay(film: Picture, heat: NDArray[np.float32]) -> Picture:
+    """The map over the film, `(H, W, 3)` uint8: opacity grows with the map, and where it is 0 the film is untouched.
+
+    Args:
+        film: `(H, W, 3)` uint8.
+        heat: `(H, W)` float32 in [0, 1].
+    """
+    opacity = MAX_OPACITY * heat[..., None]
+    return np.rint(film + opacity * (colours(heat) - film.astype(np.float32))).astype(np.uint8)
+
+
+def colours(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The colour map at `values` `(H, W)` in [0, 1]: `(H, W, 3)` float32 RGB in [0, 255]."""
+    levels = np.rint(values * 255).astype(np.uint8)
+    return _colour_table()[levels]
+
+
+def resize(picture: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """`picture` at `size` (width, height): areas averaged when it shrinks, else cubic for uint8 and linear for maps."""
+    if size[0] < picture.shape[1]:
+        method = cv2.INTER_AREA
+    else:
+        # Cubic rings: harmless on a film, but it would leave [0, 1] and put heat where the map has none.
+        method = cv2.INTER_CUBIC if picture.dtype == np.uint8 else cv2.INTER_LINEAR
+    return cv2.resize(picture, size, interpolation=method)
+
+
+def contact_sheet(
+    pictures: Sequence[Picture], *, columns: int, captions: Sequence[str] | None = None, gap: int = 12
+) -> Picture:
+    """A grid of pictures, row by row, `(h, w, 3)` uint8; every cell is as large as the largest picture.
+
+    Args:
+        pictures: `(h, w)` or `(h, w, 3)` uint8 each, of any sizes; smaller ones stand in the middle of their cell.
+        columns: Cells per row, at least 1.
+        captions: One line under each picture, cut with an ellipsis; none by default.
+        gap: Pixels between cells and around the sheet.
+
+    Raises:
+        ValueError: No pictures, wrong shapes, or as many captions as pictures are not given.
+    """
+    if not pictures:
+        raise ValueError("contact_sheet needs at least one picture, got none.")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}.")
+    if captions is not None and len(captions) != len(pictures):
+        raise ValueError(f"captions must be one per picture: got {len(captions)} for {len(pictures)} pictures.")
+    films = [_check_film(picture, name="picture") for picture in pictures]
+    cell_h, cell_w = (max(film.shape[axis] for film in films) for axis in (0, 1))
+    caption_h = 0 if captions is None else 26
+    columns = min(columns, len(films))
+    rows = -(-len(films) // columns)
+    sheet = np.full((gap + rows * (cell_h + caption_h + gap), gap + columns * (cell_w + gap), 3), BACKGROUND, np.uint8)
+    corners = [
+        (gap + i % columns * (cell_w + gap), gap + i // columns * (cell_h + caption_h + gap)) for i in range(len(films))
+    ]
+    for film, (left, top) in zip(films, corners, strict=True):
+        _paste(sheet, film, left + (cell_w - film.shape[1]) // 2, top + (cell_h - film.shape[0]) // 2)
+    return sheet if captions is None else _write_cell_captions(sheet, captions, corners, cell_w, cell_h)
+
+
+def save_png(path: str | os.PathLike[str], image: Picture) -> Path:
+    """Write `image` `(h, w)` or `(h, w, 3)` uint8 as PNG and return its path; a reader sees the old file or the new.
+
+    The file is written beside its place and moved there; folders on the way are made. Pillow's `optimize` would save
+    5 % of a panel's bytes for five times the time, which a writer of thousands of maps feels.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        Image.fromarray(_check_film(image, name="image")).save(part, format="PNG", compress_level=6)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A word piece as it is shown.
+
+    Args:
+        text: Readable, without the tokenizer's marks.
+        relevance: In [0, 1].
+        after_space: It begins a word.
+    """
+
+    text: str
+    relevance: float
+    after_space: bool
+
+
+def phrase_pieces(phrase: str, tokens: Sequence[str], relevance: Sequence[float]) -> list[Piece]:
+    """Pieces that read like the phrase: in its case and spacing where the tokens are found in it, else by their marks.
+
+    An ellipsis ends a phrase that goes on after its last token (cut at the model's context length). Without tokens the
+    words of the phrase stand alone, of relevance 0.
+    """
+    if not tokens:
+        return [Piece(word, 0.0, True) for word in _clean(phrase).split()]
+    marked = _split_marks(tokens)
+    line = _clean(phrase)
+    found = _find_in(line, [text for text, _ in marked])
+    pairs = zip(found or marked, relevance, strict=True)
+    pieces = [Piece(text, float(value), after_space) for (text, after_space), value in pairs if text]
+    shown = sum(len(text) + after_space for text, after_space in found or ())
+    return [*pieces, Piece("…", 0.0, False)] if found and shown < len(line) else pieces
+
+
+def _split_marks(tokens: Sequence[str]) -> list[tuple[str, bool]]:
+    """Each token as (readable text, begins a word), by the marks of whichever tokenizer it came from."""
+    if any(token.endswith("</w>") for token in tokens):
+        begins = [True, *(token.endswith("</w>") for token in tokens[:-1])]
+    elif any(token.startswith(("▁", "Ġ")) for token in tokens):
+        begins = [token.startswith(("▁", "Ġ")) for token in tokens]
+    else:
+        begins = [not token.startswith("##") for token in tokens]
+    texts = [_clean(_decode_bytes(_strip_marks(token))) for token in tokens]
+    return [(text, begin and text[:1] not in (*".,;:!?)]%",)) for text, begin in zip(texts, begins, strict=True)]
+
+
+def _strip_marks(token: str) -> str:
+    """The token without `</w>`, `##`, `▁` and `Ġ`."""
+    bare = token.removesuffix("</w>").lstrip("▁Ġ")
+    return bare[2:] if len(bare) > 2 and bare.startswith("##") else bare
+
+
+def _find_in(phrase: str, texts: Sequence[str]) -> list[tuple[str, bool]] | None:
+    """The texts as the phrase spells them, each with whether a space stands before; None if it does not begin so."""
+    found, position, lowered = [], 0, phrase.lower()
+    if len(lowered) != len(phrase):
+        return None
+    for text in texts:
+        spaced = lowered.startswith(" ", position)
+        position += spaced
+        if not lowered.startswith(text.lower(), position):
+            return None
+        found.append((phrase[position : position + len(text)], spaced))
+        position += len(text)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level BPE (GPT-2, CLIP) writes the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _decode_bytes(text: str) -> str:
+    """Byte-level BPE text as Unicode; text that is no such thing comes back as it is."""
+    alphabet = _byte_alphabet()
+    if text.isascii() or not all(character in alphabet for character in text):
+        return text
+    try:
+        return bytes(alphabet[character] for character in text).decode("utf-8")
+    except UnicodeDecodeError:
+        return text
+
+
+def _clean(text: str) -> str:
+    """One line that can be drawn: NFC, single blanks, no control or format characters and no lone surrogates.
+
+    Where no font at hand has an accented letter or a sign, its base letters stand for it.
+    """
+    composed = unicodedata.normalize("NFC", text)
+    kept = (c for c in composed if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    line = " ".join("".join(kept).split())
+    return line if _wide_font(12) else "".join(c if _in_default_font(c) else _base_letters(c) for c in line)
+
+
+def _base_letters(character: str) -> str:
+    """The character without its accents, if the default font has what is left."""
+    base = "".join(c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c))
+    return base if base and all(map(_in_default_font, base)) else character
+
+
+def _check_film(film: Any, name: str = "film") -> Picture:
+    """`film` as `(H, W, 3)` uint8."""
+    array = np.asarray(film)
+    grey = array.ndim == 2
+    if array.dtype != np.uint8 or 0 in array.shape or not (grey or (array.ndim == 3 and array.shape[2] == 3)):
+        raise ValueError(f"{name} must be (H, W) or (H, W, 3) uint8, got {array.shape} {array.dtype}.")
+    return np.repeat(array[..., None], 3, axis=2) if grey else array
+
+
+def _check_heat(heat: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
+    """`heat` as `(H, W)` float32 in [0, 1]; rounding past the ends is cut, more is an error."""
+    array = np.asarray(heat, dtype=np.float32)
+    if array.shape != size:
+        raise ValueError(f"heat must have the film's (H, W) = {size}, got {array.shape}.")
+    _check_unit_range("heat", array)
+    return array.clip(0, 1)
+
+
+def _check_relevance(relevance: Sequence[float], count: int) -> list[float]:
+    """`relevance` as `count` floats in [0, 1]."""
+    array = np.asarray(relevance, dtype=np.float32)
+    if array.shape != (count,):
+        raise ValueError(f"relevance must be one value per token: got shape {array.shape} for {count} tokens.")
+    _check_unit_range("relevance", array)
+    return array.clip(0, 1).tolist()
+
+
+def _check_unit_range(name: str, array: NDArray[np.float32], tolerance: float = 1e-4) -> None:
+    if array.size and not (array.min() >= -tolerance and array.max() <= 1 + tolerance):
+        raise ValueError(f"{name} must be in [0, 1], got values from {array.min():.4g} to {array.max():.4g}.")
+
+
+def _check_boxes(boxes: ArrayLike) -> NDArray[np.float32]:
+    """`boxes` as `(K, 4)` float32."""
+    array = np.asarray(boxes, dtype=np.float32)
+    if array.size == 0:
+        return np.zeros((0, 4), np.float32)
+    if array.ndim != 2 or array.shape[1] != 4:
+        raise ValueError(f"boxes must be (K, 4) x0, y0, x1, y1, got shape {array.shape}.")
+    if not np.isfinite(array).all() or (array[:, :2] > array[:, 2:]).any():
+        raise ValueError(f"boxes must be finite with x0 <= x1 and y0 <= y1, got {array.tolist()}.")
+    if np.abs(array).max() > 4:
+        raise ValueError(
+            f"boxes must be in [0, 1] of the frame, got {array.tolist()}. Divide pixels by the frame's size."
+        )
+    return array
+
+
+def _visible(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The boxes cut to the frame; those wholly outside are left out."""
+    cut = boxes.clip(0, 1)
+    return cut[(cut[:, 0] < cut[:, 2]) & (cut[:, 1] < cut[:, 3])]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things are on a panel, in pixels.
+
+    Args:
+        width: Of the panel.
+        picture: (width, height) of each of the two pictures.
+        text_lines: Lines kept for the phrase.
+    """
+
+    width: int
+    picture: tuple[int, int]
+    text_lines: int
+
+    @classmethod
+    def of(cls, width: int, aspect: float, text_lines: int) -> _Layout:
+        """The layout for a film of `aspect` = height / width."""
+        if width < 200:
+            raise ValueError(f"width must be at least 200 pixels, got {width}.")
+        if text_lines < 1:
+            raise ValueError(f"text_lines must be at least 1, got {text_lines}.")
+        bare = cls(width, (0, 0), text_lines)
+        side = (width - 2 * bare.margin - bare.px(16) - bare.px(56)) // 2
+        return replace(bare, picture=(side, max(1, round(side * aspect))))
+
+    def px(self, units: float) -> int:
+        """Design units in pixels, at least 1."""
+        return max(1, round(units * self.width / DESIGN_WIDTH))
+
+    @property
+    def margin(self) -> int:
+        return self.px(20)
+
+    @property
+    def lefts(self) -> tuple[int, int]:
+        """Left edges of the two pictures."""
+        return self.margin, self.margin + self.picture[0] + self.px(16)
+
+    @property
+    def picture_top(self) -> int:
+        return self.px(88)
+
+    @property
+    def picture_bottom(self) -> int:
+        return self.picture_top + self.picture[1]
+
+    @property
+    def phrase_top(self) -> int:
+        return self.picture_bottom + self.px(48)
+
+    @property
+    def line_height(self) -> int:
+        return self.px(34)
+
+    @property
+    def height(self) -> int:
+        return self.phrase_top + self.text_lines * self.line_height + self.px(10)
+
+
+@lru_cache(maxsize=1)
+def _colour_table() -> NDArray[np.float32]:
+    """The colour map as `(256, 3)` float32 RGB."""
+    ramp = np.arange(256, dtype=np.uint8)[:, None]
+    return cv2.applyColorMap(ramp, COLORMAP)[:, 0, ::-1].astype(np.float32)
+
+
+def _font(units: int, text: str = "") -> Any:
+    """The font of `units` pixels in which `text` is written."""
+    covered = all(map(_in_default_font, text))
+    return _default_font(units) if covered else _wide_font(units) or _default_font(units)
+
+
+@lru_cache(maxsize=32)
+def _default_font(size: int) -> Any:
+    return ImageFont.load_default(size=size)
+
+
+@lru_cache(maxsize=32)
+def _wide_font(size: int) -> Any | None:
+    """The first of `WIDE_FONTS` on this machine, or None."""
+    for name in WIDE_FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _in_default_font(character: str) -> bool:
+    """Whether the default font draws more for the character than its box for unknown ones (U+FFFF has no glyph)."""
+    font = _default_font(24)
+    return character.isspace() or bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
+
+
+def _shade(value: float) -> Colour:
+    """What the overlay of `value` looks like on the panel's own background."""
+    background = np.array([[BACKGROUND]], np.uint8)
+    red, green, blue = overlay(background, np.array([[value]], np.float32))[0, 0].tolist()
+    return red, green, blue
+
+
+def _ink_on(shade: Colour) -> Colour:
+    """Light or dark ink, whichever stands out more from `shade` (WCAG contrast ratio)."""
+    return max(INK, DARK_INK, key=lambda ink: _contrast(ink, shade))
+
+
+def _contrast(a: Colour, b: Colour) -> float:
+    """WCAG 2 contrast ratio, 1 to 21."""
+    low, high = sorted((_luminance(a), _luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: Colour) -> float:
+    """WCAG 2 relative luminance in [0, 1]."""
+    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _paste(canvas: Picture, picture: Picture, left: int, top: int) -> None:
+    canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+
+
+def _window(canvas: Picture, left: int, layout: _Layout) -> Picture:
+    """The part of the canvas under one picture, as a view."""
+    width, height = layout.picture
+    return canvas[layout.picture_top : layout.picture_top + height, left : left + width]
+
+
+def _draw_boxes(window: Picture, boxes: NDArray[np.float32], thickness: int) -> None:
+    """Frames inside the boxes' edges, with a dark line on either side so that they show on bone and on heat."""
+    size = np.array(window.shape[1::-1])
+    for box in boxes:
+        near = np.minimum(np.rint(box[:2] * size), size - 2 * thickness).astype(int)
+        far = np.maximum(np.rint(box[2:] * size).astype(int), near + 2 * thickness)
+        _frame(window, near - 1, far + 1, thickness + 2, DARK_INK)
+        _frame(window, near, far, thickness, BOX_COLOUR)
+
+
+def _frame(window: Picture, near: NDArray[Any], far: NDArray[Any], thickness: int, colour: Colour) -> None:
+    """Paint the border of the rectangle from `near` (x, y) to `far`, `thickness` wide, inside its edges."""
+    (x0, y0), (x1, y1) = near.clip(0).tolist(), far.tolist()
+    for rows, columns in (
+        (slice(y0, y0 + thickness), slice(x0, x1)),
+        (slice(y1 - thickness, y1), slice(x0, x1)),
+        (slice(y0, y1), slice(x0, x0 + thickness)),
+        (slice(y0, y1), slice(x1 - thickness, x1)),
+    ):
+        window[rows, columns] = colour
+
+
+def _draw_peak(window: Picture, heat: NDArray[np.float32], layout: _Layout) -> None:
+    """A small cross at the centre of the map's first maximal pixel; none on a map of zeros."""
+    if heat.max() <= 0:
+        return
+    row, column = np.unravel_index(int(heat.argmax()), heat.shape)
+    x = int((column + 0.5) / heat.shape[1] * layout.picture[0])
+    y = int((row + 0.5) / heat.shape[0] * layout.picture[1])
+    for colour, size, thickness in ((DARK_INK, 22, 5), (INK, 18, 2)):
+        cv2.drawMarker(window, (x, y), colour, cv2.MARKER_CROSS, layout.px(size), layout.px(thickness))
+
+
+def _draw_colour_bar(canvas: Picture, layout: _Layout) -> None:
+    """The overlay's colours on the panel's background, 1 at the top, beside the right picture."""
+    left = layout.lefts[1] + layout.picture[0] + layout.px(12)
+    values = np.linspace(1, 0, layout.picture[1], dtype=np.float32)[:, None].repeat(layout.px(12), axis=1)
+    background = np.full((*values.shape, 3), BACKGROUND, np.uint8)
+    _paste(canvas, overlay(background, values), left, layout.picture_top)
+
+
+def _write_header(draw: ImageDraw.ImageDraw, layout: _Layout, title: str, subtitle: str, score: float) -> None:
+    """Title and score on the first line, subtitle on the second."""
+    right = layout.width - layout.margin
+    # Adding 0.0 turns -0.0 into 0.0.
+    text, font = f"cos {round(float(score), 2) + 0.0:.2f}", _font(layout.px(26))
+    draw.text((right, layout.px(41)), text, INK, font, anchor="rs")
+    room = right - layout.margin - font.getlength(text) - layout.px(24)
+    _write(draw, (layout.margin, layout.px(41)), _clean(title), INK, layout.px(26), room)
+    _write(draw, (layout.margin, layout.px(70)), _clean(subtitle), FAINT_INK, layout.px(19), right - layout.margin)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, left_base: tuple[int, int], text: str, ink: Colour, size: int, room: float
+) -> None:
+    """A line of text from `left_base` (x, y of its baseline), cut to `room` pixels."""
+    font = _font(size, text)
+    draw.text(left_base, _cut(text, font, room), ink, font, anchor="ls")
+
+
+def _write_captions(draw: ImageDraw.ImageDraw, layout: _Layout, num_boxes: int, has_peak: bool) -> None:
+    """What each picture shows, under it, and the ends of the colour bar."""
+    font, base = _font(layout.px(17)), layout.picture_bottom + layout.px(24)
+    boxes = "no box" if num_boxes == 0 else f"{num_boxes} box" + "es" * (num_boxes > 1)
+    right = "map over the film, cross at the maximum" if has_peak else "map over the film, all zero"
+    for left, text in zip(layout.lefts, (f"film, {boxes}", right), strict=True):
+        draw.text((left, base), text, FAINT_INK, font, anchor="ls")
+    bar_right = layout.lefts[1] + layout.picture[0] + layout.px(30)
+    draw.text((bar_right, layout.picture_top), "1", FAINT_INK, font, anchor="lt")
+    draw.text((bar_right, layout.picture_bottom), "0", FAINT_INK, font, anchor="lb")
+
+
+def _write_side_markers(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
+    """R upper left, L upper right on both pictures: the patient's right is on the left of a frontal film."""
+    font, inset = _font(layout.px(26)), layout.px(12)
+    top = layout.picture_top + inset
+    for left in layout.lefts:
+        for x, text, anchor in ((left + inset, "R", "lt"), (left + layout.picture[0] - inset, "L", "rt")):
+            draw.text((x, top), text, INK, font, anchor=anchor, stroke_width=layout.px(2), stroke_fill=DARK_INK)
+
+
+def _write_phrase(draw: ImageDraw.ImageDraw, layout: _Layout, pieces: Sequence[Piece]) -> None:
+    """The pieces in reading order on at most `layout.text_lines` lines."""
+    font = _font(layout.px(20), "".join(piece.text for piece in pieces))
+    lines = _wrap(pieces, font, layout.width - 2 * layout.margin - 2 * layout.px(3), layout.text_lines)
+    for row, line in enumerate(lines):
+        _write_line(draw, layout, line, layout.phrase_top + row * layout.line_height, font)
+
+
+def _write_line(draw: ImageDraw.ImageDraw, layout: _Layout, line: Sequence[Piece], top: int, font: Any) -> None:
+    """One line of pieces, each on its shade; the shade of a word reaches a little beyond its ends."""
+    x, pad = float(layout.margin + layout.px(3)), layout.px(3)
+    bottom, baseline = top + layout.px(28), top + layout.px(21)
+    for index, piece in enumerate(line):
+        begins = index == 0 or piece.after_space
+        ends = index + 1 == len(line) or line[index + 1].after_space
+        x += _blank(font) * (begins and index > 0)
+        length, shade = font.getlength(piece.text), _shade(piece.relevance)
+        draw.rectangle((round(x - pad * begins), top, round(x + length + pad * ends) - 1, bottom), shade)
+        draw.text((x, baseline), piece.text, _ink_on(shade), font, anchor="ls")
+        x += length
+
+
+def _wrap(pieces: Sequence[Piece], font: Any, room: float, max_lines: int) -> list[list[Piece]]:
+    """Lines no wider than `room`, broken between words; what does not fit on `max_lines` gives way to an ellipsis."""
+    lines: list[list[Piece]] = [[]]
+    for word in _words(pieces, font, room):
+        if lines[-1] and _line_length([*lines[-1], *word], font) > room:
+            lines.append([])
+        lines[-1].extend(word)
+    return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], _end_line(lines[max_lines - 1], font, room)]
+
+
+def _words(pieces: Sequence[Piece], font: Any, room: float) -> list[list[Piece]]:
+    """Pieces grouped by word; a word wider than `room` falls into its pieces, and a piece wider than `room` is cut."""
+    words: list[list[Piece]] = []
+    for piece in pieces:
+        if piece.after_space or not words:
+            words.append([])
+        words[-1].append(piece)
+    groups: list[list[Piece]] = []
+    for word in words:
+        if _line_length(word, font) > room:
+            groups.extend([replace(piece, text=_cut(piece.text, font, room))] for piece in word)
+        else:
+            groups.append(word)
+    return groups
+
+
+def _end_line(line: Sequence[Piece], font: Any, room: float) -> list[Piece]:
+    """The line with an ellipsis, after as many of its pieces as leave room for it."""
+    kept, ending = list(line), Piece("…", 0.0, False)
+    while kept and _line_length([*kept, ending], font) > room:
+        kept.pop()
+    return [*kept, ending]
+
+
+def _line_length(line: Sequence[Piece], font: Any) -> float:
+    """Width of a line in pixels."""
+    blanks = sum(piece.after_space for piece in line[1:])
+    return blanks * _blank(font) + sum(font.getlength(piece.text) for piece in line)
+
+
+def _blank(font: Any) -> float:
+    """The space between words in pixels, wide enough to part the shades of two neighbours."""
+    return 0.45 * font.size
+
+
+def _cut(text: str, font: Any, room: float) -> str:
+    """`text`, or as much of its beginning as fits with an ellipsis into `room` pixels."""
+    if font.getlength(text) <= room:
+        return text
+    first_too_long = bisect_left(range(len(text)), True, key=lambda n: font.getlength(text[:n] + "…") > room)
+    return text[: max(first_too_long - 1, 0)].rstrip() + "…"
+
+
+def _write_cell_captions(
+    sheet: Picture, captions: Sequence[str], corners: Sequence[tuple[int, int]], cell_w: int, cell_h: int
+) -> Picture:
+    """The sheet with a line centred under each cell; `corners` are the cells' (left, top)."""
+    image = Image.fromarray(sheet)
+    draw = ImageDraw.Draw(image)
+    for caption, (left, top) in zip(map(_clean, captions), corners, strict=True):
+        font = _font(16, caption)
+        draw.text((left + cell_w / 2, top + cell_h + 19), _cut(caption, font, cell_w), INK, font, anchor="ms")
+    return np.array(image)

@@ -1,0 +1,82 @@
+import inspect
+
+import numpy as np
+import pytest
+from lightning.fabric.loggers import TensorBoardLogger as FabricTensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from matex_pl.loggers import log_image, log_images
+
+
+class Recorder:
+    def __init__(self):
+        self.calls = []
+
+    def log_image(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+
+
+class MlflowStandIn(MLFlowLogger):
+    """Lightning's logger over a client that only remembers, for lack of the package."""
+
+    experiment = Recorder()
+    run_id = "run"
+
+    def __init__(self):
+        pass
+
+
+class CometStandIn(CometLogger):
+    """The same for Comet."""
+
+    experiment = Recorder()
+
+    def __init__(self):
+        pass
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, FabricTensorBoardLogger])
+def test_tensorboard_event_reads_back(tmp_path, image, kind):
+    logger = kind(tmp_path)
+    assert log_image(logger, "maps/val/study-1", image, 120)
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir).Reload()
+    (event,) = events.Images("maps/val/study-1")
+    assert (event.step, event.height, event.width) == (120, 20, 30)
+
+
+def test_csv_takes_no_pictures(tmp_path, image):
+    assert log_image(CSVLogger(tmp_path), "maps", image, 1) is False
+
+
+def test_logger_with_lightnings_convention(image):
+    logger = Recorder()
+    assert log_image(logger, "maps", image, 7)
+    ((args, kwargs),) = logger.calls
+    assert args == ()
+    assert (kwargs["key"], kwargs["step"]) == ("maps", 7)
+    assert kwargs["images"][0] is image
+    inspect.signature(WandbLogger.log_image).bind(logger, **kwargs)
+
+
+def test_mlflow_and_comet_get_their_own_arguments(image):
+    assert log_images([MlflowStandIn(), CometStandIn()], "maps/val", image, 7) == 2
+    assert MlflowStandIn.experiment.calls == [(("run", image), {"artifact_file": "maps/val/000000007.png"})]
+    assert CometStandIn.experiment.calls == [((image,), {"name": "maps/val", "step": 7})]
+
+
+def test_log_images_counts_those_that_took_it(tmp_path, image):
+    assert log_images([CSVLogger(tmp_path), Recorder(), Recorder()], "maps", image, 1) == 2
+    assert log_images([], "maps", image, 1) == 0
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((20, 30), np.uint8), np.zeros((3, 20, 30), np.uint8), np.zeros((2, 2, 3))])
+def test_wrong_pictures_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"\(h, w, 3\) uint8, got"):
+        log_image(Recorder(), "maps", wrong, 1)
