@@ -9,6 +9,7 @@ import numpy as np
 from lightning.fabric.loggers import TensorBoardLogger
 from lightning.pytorch.loggers import CometLogger, MLFlowLogger
 from numpy.typing import NDArray
+from PIL import Image
 
 
 def log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> bool:
@@ -34,7 +35,8 @@ def log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> boo
     elif isinstance(logger, MLFlowLogger):
         logger.experiment.log_image(logger.run_id, image, artifact_file=f"{tag}/{step:09d}.png")
     elif isinstance(logger, CometLogger):
-        logger.experiment.log_image(image, name=tag, step=step)
+        # Comet turns arrays into pictures by matplotlib and, without it, logs an error and drops them.
+        logger.experiment.log_image(Image.fromarray(image), name=tag, step=step)
     elif callable(getattr(logger, "log_image", None)):
         logger.log_image(key=tag, images=[image], step=step)
     else:

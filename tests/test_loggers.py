@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from lightning.fabric.loggers import TensorBoardLogger as FabricTensorBoardLogger
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from matex_pl.loggers import log_image, log_images
@@ -68,7 +69,10 @@ def test_logger_with_lightnings_convention(image):
 def test_mlflow_and_comet_get_their_own_arguments(image):
     assert log_images([MlflowStandIn(), CometStandIn()], "maps/val", image, 7) == 2
     assert MlflowStandIn.experiment.calls == [(("run", image), {"artifact_file": "maps/val/000000007.png"})]
-    assert CometStandIn.experiment.calls == [((image,), {"name": "maps/val", "step": 7})]
+    (((picture,), kwargs),) = CometStandIn.experiment.calls
+    assert isinstance(picture, Image.Image)
+    np.testing.assert_array_equal(np.array(picture), image)
+    assert kwargs == {"name": "maps/val", "step": 7}
 
 
 def test_log_images_counts_those_that_took_it(tmp_path, image):
