@@ -1,0 +1,167 @@
+"""Films drawn once, by several processes, and kept on disk as one memory map with their studies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+from matex_pl.data.phantom.film import Film, draw_film, film_rng
+from matex_pl.data.phantom.phrases import TEMPLATES, write_phrase
+from matex_pl.data.record import Study
+
+# Raise it whenever the same settings draw other pixels, boxes or phrases than before.
+GENERATOR_VERSION = 1
+
+_CHUNK = 64
+_FILMS, _STUDIES = "films.npy", "studies.json"
+DEFAULT_SPLITS = {"train": 10_000, "val": 1_000, "test": 1_000}
+
+
+def film_cache(
+    root: Path,
+    *,
+    splits: Mapping[str, int] | None = None,
+    seed: int = 0,
+    size: int = 192,
+    shortcut: float = 0.0,
+    shortcut_finding: str = "pneumothorax",
+    num_workers: int | None = None,
+) -> tuple[NDArray[np.uint8], list[Study]]:
+    """Films `(N, size, size)` uint8, opened read-only from disk, and their studies; drawn at the first call.
+
+    The folder `root/<key>` appears in one step when all is drawn, so an interrupted run leaves nothing behind that a
+    later call could take for a cache, and two runs at once do not disturb each other.
+
+    Args:
+        root: Folder of all caches.
+        splits: Number of films per split, in the order of their indices; 10 000, 1 000 and 1 000 by default.
+        seed: Which series of films.
+        size: Side in pixels.
+        shortcut: See `draw_film`.
+        shortcut_finding: See `draw_film`.
+        num_workers: Processes; all cores by default, 1 draws in this process.
+    """
+    splits = dict(DEFAULT_SPLITS if splits is None else splits)
+    look = {"seed": seed, "size": size, "shortcut": shortcut, "shortcut_finding": shortcut_finding}
+    # Fails on wrong settings here, with a plain traceback, rather than in a worker.
+    draw_film(0, **look)  # type: ignore[arg-type]
+    folder = Path(root) / _cache_key({**look, "splits": splits})
+    if not folder.exists():
+        with _appears_when_done(folder) as unfinished:
+            _write_films(unfinished, splits, look, _worker_count(num_workers, sum(splits.values())))
+    return np.load(folder / _FILMS, mmap_mode="r"), _read_studies(folder / _STUDIES)
+
+
+def film_studies(index: int, film: Film, *, seed: int, split: str) -> list[Study]:
+    """One study per finding of a film, each with its own phrase."""
+    rng = film_rng(index, seed, "phrase")
+    names = tuple(finding.name for finding in film.findings)
+    return [
+        Study(
+            id=f"phantom-{index:05d}-{number}",
+            patient_id=f"phantom-{index:05d}",
+            film_id=f"phantom-{index:05d}",
+            image=index,
+            phrase=write_phrase(finding, rng, film_findings=names, device=film.device),
+            boxes=finding.boxes,
+            finding=finding.name,
+            film_findings=names,
+            split=split,
+        )
+        for number, finding in enumerate(film.findings, start=1)
+    ]
+
+
+def _cache_key(settings: Mapping[str, Any]) -> str:
+    """Hash of everything that decides the cache's content, the wording of phrases included."""
+    content = {**settings, "version": GENERATOR_VERSION, "templates": TEMPLATES.read_text(encoding="utf-8")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _worker_count(wanted: int | None, num_films: int) -> int:
+    # Starting a process takes as long as drawing a few hundred films.
+    useful = max(1, num_films // 256)
+    return min(useful, wanted if wanted is not None else len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def _appears_when_done(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name at the end, or is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield unfinished
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            # Another process was faster; its folder holds the same bytes.
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_films(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any], num_workers: int) -> None:
+    names = [name for name, count in splits.items() for _ in range(count)]
+    path, size = folder / _FILMS, look["size"]
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(names), size, size)).flush()
+    chunks = [range(start, min(start + _CHUNK, len(names))) for start in range(0, len(names), _CHUNK)]
+    studies: list[dict[str, Any]] = []
+    for part in track(_drawn(path, chunks, names, look, num_workers), "Drawing films", total=len(chunks)):
+        studies.extend(part)
+    studies.sort(key=lambda study: (study["image"], study["id"]))
+    (folder / _STUDIES).write_text(json.dumps(studies), encoding="utf-8")
+
+
+def _drawn(
+    path: Path, chunks: list[range], names: list[str], look: Mapping[str, Any], num_workers: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Studies of each chunk, as they get ready."""
+    if num_workers <= 1:
+        for chunk in chunks:
+            yield _draw_chunk(path, chunk, [names[index] for index in chunk], dict(look))
+        return
+    # Forking a process that has run torch can hang; spawn is safe everywhere.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        jobs = [pool.submit(_draw_chunk, path, c, [names[index] for index in c], dict(look)) for c in chunks]
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _draw_chunk(path: Path, indices: range, splits: list[str], look: dict[str, Any]) -> list[dict[str, Any]]:
+    films = np.lib.format.open_memmap(path, mode="r+")
+    studies: list[dict[str, Any]] = []
+    for index, split in zip(indices, splits, strict=True):
+        film = draw_film(index, **look)
+        films[index] = film.image
+        studies.extend(asdict(study) for study in film_studies(index, film, seed=look["seed"], split=split))
+    films.flush()
+    return studies
+
+
+def _read_studies(path: Path) -> list[Study]:
+    return [_study(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _study(record: dict[str, Any]) -> Study:
+    boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in record["boxes"])
+    return Study(**{**record, "boxes": boxes, "film_findings": tuple(record["film_findings"])})

@@ -1,0 +1,138 @@
+"""Drawing in the body's frame: x = 0 is the midline, x grows towards the patient's left, y grows downwards.
+
+One unit is the side of the film, so that every length scales with its size. The patient's left is on the right of the
+film.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Field = NDArray[np.float32]
+Points = NDArray[np.float64]
+
+_SUBPIXEL_BITS = 4
+
+
+@lru_cache(maxsize=8)
+def _pixel_grid(size: int) -> tuple[Field, Field]:
+    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
+    return np.broadcast_to(centres, (size, size)), np.broadcast_to(centres[:, None], (size, size))
+
+
+def as_field(image: Any) -> Field:
+    """The same array, for the type checker: OpenCV does not say that float32 stays float32."""
+    return cast(Field, image)
+
+
+class Canvas:
+    """A square film and the affine map from the body's frame to its pixels.
+
+    Args:
+        size: Side in pixels.
+        midline: x of the midline on the film, in [0, 1].
+        tilt: Rotation of the patient on the film in degrees.
+
+    Attributes:
+        x: `(size, size)` body x of every pixel centre.
+        y: `(size, size)` body y of every pixel centre.
+    """
+
+    def __init__(self, size: int, *, midline: float = 0.5, tilt: float = 0.0) -> None:
+        self.size = size
+        cos, sin = np.cos(np.deg2rad(tilt)), np.sin(np.deg2rad(tilt))
+        self._turn = np.array([[cos, -sin], [sin, cos]])
+        self._centre = np.array([midline, 0.5])
+        u, v = _pixel_grid(size)
+        du, dv = u - np.float32(midline), v - np.float32(0.5)
+        self.x: Field = np.float32(cos) * du + np.float32(sin) * dv
+        self.y: Field = np.float32(cos) * dv - np.float32(sin) * du + np.float32(0.5)
+        half = (size // 2, size // 2)
+        self._half_x = as_field(cv2.resize(self.x, half, interpolation=cv2.INTER_AREA))
+        self._half_y = as_field(cv2.resize(self.y, half, interpolation=cv2.INTER_AREA))
+
+    def to_pixels(self, points: Points) -> Points:
+        """Pixel coordinates `(..., 2)` of body points `(..., 2)`; the centre of the first pixel is (0, 0)."""
+        turned = (points - (0.0, 0.5)) @ self._turn.T + self._centre
+        return turned * self.size - 0.5
+
+    def fill(self, outlines: Sequence[Points] | Points) -> Field:
+        """Coverage in [0, 1] of the union of closed outlines, each `(P, 2)`, with smooth edges."""
+        plate = np.zeros((self.size, self.size), np.uint8)
+        fixed = np.rint(self.to_pixels(np.concatenate(outlines)) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
+        ends = np.cumsum([len(outline) for outline in outlines])
+        # One call for all would cut holes where outlines overlap.
+        for outline in np.split(fixed, ends[:-1]):
+            cv2.fillPoly(plate, [outline], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
+        return plate.astype(np.float32) / np.float32(255)
+
+    def soften(self, field: Field, sigma: float) -> Field:
+        """Gaussian blur with sigma in body units; wide blurs run on a quarter of the resolution."""
+        pixels = sigma * self.size
+        if pixels < 4:
+            return as_field(cv2.GaussianBlur(field, (0, 0), max(pixels, 0.2)))
+        quarter = cv2.resize(field, (self.size // 4, self.size // 4), interpolation=cv2.INTER_AREA)
+        quarter = cv2.GaussianBlur(quarter, (0, 0), pixels / 4, borderType=cv2.BORDER_REPLICATE)
+        return as_field(cv2.resize(quarter, (self.size, self.size), interpolation=cv2.INTER_LINEAR))
+
+    def clouds(self, rng: np.random.Generator, cells: int) -> Field:
+        """Smooth unit-variance noise `(size, size)` with about `cells` bumps along a side."""
+        coarse = rng.standard_normal((cells, cells), dtype=np.float32)
+        return as_field(cv2.resize(coarse, (self.size, self.size), interpolation=cv2.INTER_CUBIC))
+
+    def bump(self, centre: Points, radii: tuple[float, float], turn: float = 0.0) -> Field:
+        """Gaussian of height 1 at `centre` with sigmas `radii` along axes turned by `turn` radians."""
+        # It is smooth, and exp is the dearest thing on a film: every second pixel will do.
+        dx, dy = self._half_x - np.float32(centre[0]), self._half_y - np.float32(centre[1])
+        cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+        along, across = (cos * dx + sin * dy) / np.float32(radii[0]), (cos * dy - sin * dx) / np.float32(radii[1])
+        half = np.exp(np.float32(-0.5) * (along * along + across * across))
+        return as_field(cv2.resize(half, (self.size, self.size), interpolation=cv2.INTER_LINEAR))
+
+
+def ramp(field: Field, width: float) -> Field:
+    """Smooth step from 0 to 1 while `field` passes from -width to +width."""
+    z = np.clip(field / np.float32(2 * width) + np.float32(0.5), 0, 1)
+    return z * z * (3 - 2 * z)
+
+
+@lru_cache(maxsize=8)
+def _catmull_rom(steps: int) -> NDArray[np.float64]:
+    t = np.arange(steps)[:, None] / steps
+    powers = t ** np.arange(4)
+    basis = 0.5 * np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]])
+    return powers @ basis
+
+
+def closed_curve(knots: Points, steps: int = 6) -> Points:
+    """Catmull-Rom curve through `(K, 2)` knots and back to the first: `(K * steps, 2)`."""
+    count = len(knots)
+    around = knots[(np.arange(count)[:, None] + np.arange(-1, 3)) % count]
+    return np.einsum("st,ktd->ksd", _catmull_rom(steps), around).reshape(-1, 2)
+
+
+def open_curve(knots: Points, steps: int = 6) -> Points:
+    """Catmull-Rom curve from the first of `(K, 2)` knots to the last: `((K - 1) * steps + 1, 2)`."""
+    padded = np.concatenate([knots[:1], knots, knots[-1:]])
+    around = padded[np.arange(len(knots) - 1)[:, None] + np.arange(4)]
+    curve = np.einsum("st,ktd->ksd", _catmull_rom(steps), around).reshape(-1, 2)
+    return np.concatenate([curve, knots[-1:]])
+
+
+def ribbons(paths: Points, widths: NDArray[np.float64]) -> Points:
+    """Outlines `(..., 2P, 2)` of bands along `paths (..., P, 2)` whose full widths `(..., P)` may taper."""
+    along = np.gradient(paths, axis=-2)
+    along /= np.maximum(np.linalg.norm(along, axis=-1, keepdims=True), 1e-9)
+    across = np.stack([-along[..., 1], along[..., 0]], axis=-1) * (widths[..., None] / 2)
+    return np.concatenate([paths + across, (paths - across)[..., ::-1, :]], axis=-2)
+
+
+def ribbon(path: Points, width: float) -> Points:
+    """Outline `(2P, 2)` of a band of one width along `path (P, 2)`."""
+    return ribbons(path, np.full(len(path), width))

@@ -1,0 +1,150 @@
+"""A synthetic frontal chest radiograph with its findings and their exact boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from matex_pl.data.phantom.canvas import Canvas, Field
+from matex_pl.data.phantom.devices import Device, draw_device, draw_marker, draw_token, plan_device
+from matex_pl.data.phantom.findings import FINDINGS, Plan, draw_finding, plan_findings, reshape_build
+from matex_pl.data.phantom.thorax import draw_thorax, sample_build
+
+Box = tuple[float, float, float, float]
+
+# One stream of numbers per part: a change in one part, or the shortcut, leaves all others as they are.
+_STREAMS = ("anatomy", "texture", "plan", "reshape", "findings", "device", "exposure", "shortcut", "phrase")
+_BOX_LEVEL = 0.35
+
+
+@dataclass(frozen=True)
+class PlacedFinding:
+    """A finding as drawn.
+
+    Args:
+        name: One of `FINDINGS`.
+        side: The patient's: `right`, `left`, `both`, or empty for the heart.
+        zone: `upper`, `mid`, `lower`, `whole`, `hilar`, `costophrenic` or `cardiac`.
+        boxes: `(x0, y0, x1, y1)` in pixels, x to the right of the image, tight around the drawn mask; two for `both`.
+        size: `small`, `moderate` or `large`.
+    """
+
+    name: str
+    side: str
+    zone: str
+    boxes: tuple[Box, ...]
+    size: str = ""
+
+
+@dataclass(frozen=True)
+class Film:
+    """A radiograph: `image` uint8 `(size, size)`, one to three findings, and the support device on it, if any."""
+
+    image: NDArray[np.uint8]
+    findings: tuple[PlacedFinding, ...]
+    device: Device | None = None
+
+
+def film_rng(index: int, seed: int, stream: str) -> np.random.Generator:
+    """Random numbers for one part of one film, the same in any process."""
+    return np.random.default_rng((seed, index, _STREAMS.index(stream)))
+
+
+def draw_film(
+    index: int,
+    *,
+    seed: int = 0,
+    size: int = 192,
+    shortcut: float = 0.0,
+    shortcut_finding: str = "pneumothorax",
+    show_findings: bool = True,
+) -> Film:
+    """The film at `index` of an endless series; the same in any process.
+
+    Args:
+        index: Which film.
+        seed: Which series.
+        size: Side in pixels, a multiple of 4, at least 64.
+        shortcut: Probability with which a film with `shortcut_finding` carries a bright tag in the lower left corner;
+            others never do.
+        shortcut_finding: One of `FINDINGS`.
+        show_findings: Without them, the same patient before falling ill: the same film but for the findings.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    _check_arguments(size, shortcut, shortcut_finding)
+    plans = plan_findings(film_rng(index, seed, "plan"))
+    shown = plans if show_findings else ()
+    build = reshape_build(sample_build(film_rng(index, seed, "anatomy")), shown, film_rng(index, seed, "reshape"))
+    canvas = Canvas(size, midline=build.midline, tilt=build.tilt)
+    thorax = draw_thorax(canvas, build, film_rng(index, seed, "texture"))
+    opacity, placed = thorax.opacity, []
+    rng = film_rng(index, seed, "findings")
+    for plan in shown:
+        change = draw_finding(canvas, thorax, plan, rng)
+        opacity = opacity + (np.float32(change.level) - opacity) * change.cover
+        opacity = opacity if change.added is None else opacity + change.added
+        placed.append(PlacedFinding(plan.name, plan.side, plan.zone, _boxes(change.marks), plan.size))
+    rng = film_rng(index, seed, "device")
+    device = plan_device(plans, rng)
+    opacity = opacity + thorax.bones + draw_device(canvas, build, device, rng)
+    image = _develop(canvas, opacity, film_rng(index, seed, "exposure"))
+    draw_marker(image, rng)
+    if film_rng(index, seed, "shortcut").random() < shortcut and _has(plans, shortcut_finding):
+        draw_token(image)
+    return Film(image, tuple(placed), device)
+
+
+def _has(plans: Sequence[Plan], name: str) -> bool:
+    return any(plan.name == name for plan in plans)
+
+
+def _check_arguments(size: int, shortcut: float, shortcut_finding: str) -> None:
+    if size < 64 or size % 4:
+        raise ValueError(f"size must be a multiple of 4 and at least 64, got {size}.")
+    if not 0 <= shortcut <= 1:
+        raise ValueError(f"shortcut must be in [0, 1], got {shortcut}. Give a share, not a percentage.")
+    if shortcut_finding not in FINDINGS:
+        raise ValueError(f"shortcut_finding must be one of {', '.join(FINDINGS)}; got {shortcut_finding!r}.")
+
+
+def _boxes(marks: Sequence[Field]) -> tuple[Box, ...]:
+    return tuple(_tight_box(mark) for mark in marks)
+
+
+def _tight_box(mark: Field) -> Box:
+    """The box around all pixels above 35 % of the mark's peak."""
+    inside = mark > _BOX_LEVEL * mark.max()
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def _develop(canvas: Canvas, opacity: Field, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Grey values: exposure, contrast, uneven field, blur, grain, and sometimes a collimated border."""
+    gain, lift, gamma = rng.uniform(0.95, 1.25), rng.uniform(-0.10, 0.06), rng.uniform(0.8, 1.25)
+    bright = np.clip(opacity * np.float32(gain) + np.float32(lift), 0, None)
+    bright = np.power(bright, np.float32(gamma))
+    # A soft shoulder: bone over abdomen saturates instead of clipping.
+    bright = bright / (1 + bright**4) ** np.float32(0.25)
+    bright *= 1 + canvas.clouds(rng, 3) * np.float32(rng.uniform(0.01, 0.05))
+    bright = canvas.soften(bright, rng.uniform(0.0012, 0.0042))
+    grain = rng.standard_normal(bright.shape, dtype=np.float32)
+    coarse = cv2.GaussianBlur(grain, (0, 0), 0.9)
+    fine = np.float32(rng.uniform(0.005, 0.018))
+    bright += (grain * np.float32(0.6) + coarse * np.float32(1.2)) * fine * (np.float32(0.4) + bright)
+    return np.rint(np.clip(_collimate(bright, rng), 0, 1) * 255).astype(np.uint8)
+
+
+def _collimate(bright: Field, rng: np.random.Generator) -> Field:
+    """Black strips of up to 3 % along the borders on a third of films."""
+    strips = np.rint(rng.uniform(0, 0.03, 4) * len(bright)).astype(int) * (rng.random() < 0.35)
+    top, bottom, left, right = (int(strip) for strip in strips)
+    inner = np.zeros_like(bright)
+    window = np.s_[top : len(bright) - bottom, left : len(bright) - right]
+    inner[window] = bright[window]
+    return inner

@@ -1,0 +1,86 @@
+"""Report sentences about a finding, true for the film they are written for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from matex_pl.data.phantom.devices import Device
+from matex_pl.data.phantom.film import PlacedFinding
+
+_SHARE_PLACED = 0.9
+_SHARE_WITH_NORMAL = 0.35
+_SHARE_WITH_DEVICE = 0.4
+TEMPLATES = Path(__file__).with_name("phrases.yaml")
+
+
+def write_phrase(
+    finding: PlacedFinding,
+    rng: np.random.Generator,
+    *,
+    film_findings: Collection[str] = (),
+    device: Device | None = None,
+) -> str:
+    """One to three sentences below 30 words that name the finding, nine times in ten with its side and zone.
+
+    Args:
+        finding: What the phrase is about.
+        rng: Decides the wording; the same number of draws for every finding is not promised.
+        film_findings: Names of all findings on the film: no sentence denies one of them.
+        device: The device on the film, which a sentence may mention.
+    """
+    known = {finding.name, *film_findings}
+    sentences = [_capital(_finding_sentence(finding, rng))]
+    if rng.random() < _SHARE_WITH_NORMAL:
+        sentences.insert(int(rng.integers(2)), _normal_sentence(known, rng))
+    if device and rng.random() < _SHARE_WITH_DEVICE:
+        sentences.append(_device_sentence(device, rng))
+    return " ".join(sentences)
+
+
+@lru_cache(maxsize=1)
+def _templates() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
+    return loaded
+
+
+def _pick(options: list[Any], rng: np.random.Generator) -> Any:
+    return options[int(rng.integers(len(options)))]
+
+
+def _finding_sentence(finding: PlacedFinding, rng: np.random.Generator) -> str:
+    templates = _templates()
+    entry, where = templates["findings"][finding.name], f"{finding.side} {finding.zone}"
+    size = _pick(templates["sizes"][entry["sizes"]][finding.size], rng) if finding.size else ""
+    placed = [(text, templates["places"][kind]) for text, kind in entry["placed"]]
+    placed = [(text, places[where]) for text, places in placed if where in places]
+    if not placed or rng.random() >= _SHARE_PLACED:
+        return _with_article(str(_pick(entry["bare"], rng)).format(size=size))
+    text, places = _pick(placed, rng)
+    return _with_article(text.format(size=size, place=_pick(places, rng)))
+
+
+def _with_article(sentence: str) -> str:
+    """The sentence with "an" where a vowel follows, and without an article before a plural."""
+    for vowel in "aeiou":
+        sentence = sentence.replace(f" a {vowel}", f" an {vowel}")
+    if "There is a bilateral" in sentence or ("bilateral" in sentence and sentence.startswith("There is a ")):
+        sentence = sentence.replace("There is a ", "There are ").replace("effusion", "effusions")
+    return sentence
+
+
+def _normal_sentence(known: Collection[str], rng: np.random.Generator) -> str:
+    return str(_pick([text for text, denied in _templates()["normal"] if not set(denied) & set(known)], rng))
+
+
+def _device_sentence(device: Device, rng: np.random.Generator) -> str:
+    return _capital(str(_pick(_templates()["devices"][device.name], rng)).format(side=device.side))
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]

@@ -1,0 +1,278 @@
+"""The synthetic films, their boxes and phrases, and the cache on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from matex_pl.data.phantom import FINDINGS, Film, cache, draw_film, film_cache, write_phrase
+from matex_pl.data.phantom.devices import Device
+from matex_pl.data.phantom.film import PlacedFinding, film_rng
+from matex_pl.data.phantom.findings import plan_findings
+
+NUM_FILMS = 120
+SPLITS = {"train": 6, "val": 2, "test": 2}
+
+DENIAL = re.compile(r"\b(?:No|Without|There is no)\b[^.]*\.", re.IGNORECASE)
+WORDS = {
+    "atelectasis": ("atelectasis",),
+    "cardiomegaly": ("cardiomegaly",),
+    "consolidation": ("consolidation",),
+    "edema": ("edema",),
+    "pleural effusion": ("effusion",),
+    "pneumonia": ("pneumonia", "consolidation"),
+    "pneumothorax": ("pneumothorax", "ptx"),
+    "nodule": ("nodule",),
+    "lung opacity": ("opacity", "consolidation"),
+}
+NAMED = {
+    **WORDS,
+    "cardiomegaly": ("cardiomegaly", "cardiac enlargement", "enlarged", "enlargement of the cardiac"),
+    "lung opacity": ("opacity", "opacification"),
+    "consolidation": ("consolidation", "consolidated"),
+    "nodule": ("nodule", "nodular"),
+}
+
+
+@pytest.fixture(scope="module")
+def films() -> list[Film]:
+    return [draw_film(index) for index in range(NUM_FILMS)]
+
+
+def _plans(count: int) -> list[tuple]:
+    return [plan_findings(film_rng(index, 0, "plan")) for index in range(count)]
+
+
+def _phrases(films: list[Film]) -> list[tuple[Film, PlacedFinding, str]]:
+    rng = np.random.default_rng(0)
+    return [
+        (
+            film,
+            finding,
+            write_phrase(finding, rng, film_findings=[other.name for other in film.findings], device=film.device),
+        )
+        for film in films
+        for finding in film.findings
+        for _ in range(5)
+    ]
+
+
+def _boxed(film: Film) -> np.ndarray:
+    inside = np.zeros(film.image.shape, bool)
+    for finding in film.findings:
+        for x0, y0, x1, y1 in finding.boxes:
+            inside[int(y0) : int(y1), int(x0) : int(x1)] = True
+    return inside
+
+
+def test_films_are_the_same_in_another_process(films: list[Film]) -> None:
+    script = "from matex_pl.data.phantom import draw_film; f = draw_film(7); print(f.findings, int(f.image.sum()))"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == f"{films[7].findings} {int(films[7].image.sum())}"
+
+
+def test_films_differ_by_index_and_seed(films: list[Film]) -> None:
+    assert not np.array_equal(films[0].image, films[1].image)
+    assert not np.array_equal(films[0].image, draw_film(0, seed=1).image)
+
+
+def test_size_scales_boxes() -> None:
+    small, large = draw_film(3, size=112), draw_film(3, size=224)
+    assert large.image.shape == (224, 224)
+    for a, b in zip(small.findings, large.findings, strict=True):
+        np.testing.assert_allclose(np.array(a.boxes) * 2, b.boxes, atol=8)
+
+
+def test_shortcut_changes_only_the_corner_of_the_finding(films: list[Film]) -> None:
+    with_it = 0
+    for index, film in enumerate(films[:40]):
+        tagged = draw_film(index, shortcut=1.0, shortcut_finding="nodule")
+        changed = np.argwhere(tagged.image != film.image)
+        assert tagged.findings == film.findings
+        if any(finding.name == "nodule" for finding in film.findings):
+            with_it += 1
+            assert changed.min(0)[0] > 0.88 * 192
+            assert changed.max(0)[1] < 0.13 * 192
+        else:
+            assert len(changed) == 0
+    assert with_it > 0
+
+
+def test_shortcut_probability() -> None:
+    share = np.mean([film_rng(index, 0, "shortcut").random() < 0.3 for index in range(2000)])
+    assert share == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 50}, "multiple of 4"),
+        ({"shortcut": 30}, "Give a share"),
+        ({"shortcut_finding": "tumour"}, "must be one of atelectasis"),
+    ],
+)
+def test_wrong_arguments_name_the_way_out(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_film(0, **arguments)
+
+
+def test_first_names_and_counts_are_balanced() -> None:
+    plans = _plans(4500)
+    first = Counter(film[0].name for film in plans)
+    assert set(first) == set(FINDINGS)
+    assert max(first.values()) / min(first.values()) < 1.3
+    counts = Counter(len(film) for film in plans)
+    assert counts[1] / len(plans) == pytest.approx(0.60, abs=0.03)
+    assert counts[3] / len(plans) == pytest.approx(0.12, abs=0.03)
+
+
+def test_findings_on_a_film_do_not_share_a_name_or_a_third_of_a_lung() -> None:
+    for plans in _plans(1000):
+        assert len({plan.name for plan in plans}) == len(plans)
+        cells = [
+            (side, plan.zone) for plan in plans for side in plan.sides if plan.name not in ("edema", "pleural effusion")
+        ]
+        assert len(set(cells)) == len(cells)
+
+
+def test_boxes_lie_on_the_film_and_on_the_patients_side(films: list[Film]) -> None:
+    for film in films:
+        for finding in film.findings:
+            assert len(finding.boxes) == (2 if finding.side == "both" else 1)
+            for box in finding.boxes:
+                x0, y0, x1, y1 = box
+                assert 0 <= x0 < x1 <= 192
+                assert 0 <= y0 < y1 <= 192
+                assert min(x1 - x0, y1 - y0) >= 4, finding
+            middle = np.mean([(box[0] + box[2]) / 2 for box in finding.boxes])
+            if finding.side == "right":
+                assert middle < 96
+            if finding.side == "left":
+                assert middle > 96
+
+
+def test_boxes_hold_the_change(films: list[Film]) -> None:
+    """Most of what a finding changes is in its box, and little of the film outside changes."""
+    for index, film in enumerate(films[:60]):
+        # Volume loss and a large heart also move the outlines of organs.
+        if {finding.name for finding in film.findings} & {"atelectasis", "cardiomegaly"}:
+            continue
+        healthy = draw_film(index, show_findings=False)
+        change = np.abs(film.image.astype(float) - healthy.image)
+        inside = _boxed(film)
+        assert change[inside].mean() > 8
+        assert change[~inside].mean() < 0.15 * change[inside].mean()
+        for finding in film.findings:
+            for x0, y0, x1, y1 in finding.boxes:
+                assert change[int(y0) : int(y1), int(x0) : int(x1)].mean() > 5
+
+
+def test_heart_is_large_only_with_cardiomegaly(films: list[Film]) -> None:
+    widths = [f.boxes[0][2] - f.boxes[0][0] for film in films for f in film.findings if f.name == "cardiomegaly"]
+    assert widths
+    assert min(widths) / 192 > 0.38
+    healthy = [draw_film(index, show_findings=False) for index in range(3)]
+    assert all(film.findings == () for film in healthy)
+
+
+def test_no_phrase_denies_a_finding_of_its_film(films: list[Film]) -> None:
+    denials = 0
+    for film, _, phrase in _phrases(films):
+        for denial in DENIAL.findall(phrase):
+            denials += 1
+            for finding in film.findings:
+                assert not any(word in denial.lower() for word in WORDS[finding.name]), phrase
+        normal_heart = re.search(r"(heart|silhouette|contours).*(normal)", phrase, re.IGNORECASE)
+        assert not (normal_heart and any(f.name == "cardiomegaly" for f in film.findings)), phrase
+    assert denials > 50
+
+
+def test_phrases_name_the_finding_and_mostly_its_place(films: list[Film]) -> None:
+    placed, total = 0, 0
+    for _, finding, phrase in _phrases(films):
+        assert any(word in phrase.lower() for word in NAMED[finding.name]), phrase
+        assert "{" not in phrase
+        assert len(phrase.split()) < 30, phrase
+        if finding.side in ("right", "left"):
+            total += 1
+            placed += bool(re.search(rf"\b{finding.side}\b|\b{finding.side[0].upper()}[UML]L\b|lingula", phrase, re.I))
+    assert 0.8 < placed / total < 0.97
+
+
+def test_phrases_never_name_the_other_side(films: list[Film]) -> None:
+    other = {"right": r"\bleft\b|\bL[UL]L\b|lingula", "left": r"\bright\b|\bR[UML]L\b"}
+    for _, finding, phrase in _phrases([Film(f.image, f.findings) for f in films]):
+        if finding.side in other:
+            assert not re.search(other[finding.side], phrase, re.IGNORECASE), phrase
+
+
+def test_device_sentences_follow_the_device() -> None:
+    finding = PlacedFinding("nodule", "left", "upper", ((1.0, 1.0, 9.0, 9.0),), "small")
+    rng = np.random.default_rng(0)
+    phrases = {write_phrase(finding, rng, device=Device("pacemaker", "right")) for _ in range(60)}
+    assert any("Right chest pacemaker" in phrase for phrase in phrases)
+
+
+def test_cache_holds_the_films_and_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, studies = film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
+    assert images.shape == (10, 64, 64)
+    np.testing.assert_array_equal(images[8], draw_film(8, size=64).image)
+    assert studies[0].id == "phantom-00000-1"
+    assert Counter({s.film_id: s.split for s in studies}.values()) == Counter(SPLITS)
+    study = next(s for s in studies if s.image == 8)
+    assert study.boxes == draw_film(8, size=64).findings[0].boxes
+    assert study.finding in study.film_findings
+
+    monkeypatch.setattr(cache, "_write_films", lambda *_: pytest.fail("drawn twice"))
+    again, same = film_cache(tmp_path, splits=SPLITS, size=64, num_workers=2)
+    assert same == studies
+    assert not again.flags.writeable
+
+
+def test_cache_key_follows_the_settings(tmp_path: Path) -> None:
+    for arguments in ({}, {"seed": 1}, {"shortcut": 0.5}, {"shortcut_finding": "nodule"}):
+        film_cache(tmp_path, splits={"train": 1}, size=64, **arguments)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_interrupted_run_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> list:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_draw_chunk", killed)
+        with pytest.raises(KeyboardInterrupt):
+            film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
+    assert list(tmp_path.iterdir()) == []
+    assert len(film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)[0]) == 10
+
+
+def test_run_that_finishes_second_takes_the_first_ones_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = cache._write_films
+
+    def overtaken(folder: Path, *rest: object) -> None:
+        write(folder, *rest)  # type: ignore[arg-type]
+        monkeypatch.setattr(cache, "_write_films", write)
+        film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
+
+    monkeypatch.setattr(cache, "_write_films", overtaken)
+    images, _ = film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
+    assert len(images) == 10
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_processes_draw_the_same_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_worker_count", lambda wanted, _: wanted)
+    one, studies = film_cache(tmp_path / "one", splits={"train": 70}, size=64, num_workers=1)
+    two, same = film_cache(tmp_path / "two", splits={"train": 70}, size=64, num_workers=2)
+    np.testing.assert_array_equal(one, two)
+    assert studies == same
+    records = json.loads(next((tmp_path / "two").iterdir()).joinpath("studies.json").read_text())
+    assert [record["id"] for record in records] == [study.id for study in studies]
