@@ -66,10 +66,12 @@ class Canvas:
         """Coverage in [0, 1] of the union of closed outlines, each `(P, 2)`, with smooth edges."""
         plate = np.zeros((self.size, self.size), np.uint8)
         fixed = np.rint(self.to_pixels(np.concatenate(outlines)) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
-        ends = np.cumsum([len(outline) for outline in outlines])
+        start = 0
         # One call for all would cut holes where outlines overlap.
-        for outline in np.split(fixed, ends[:-1]):
-            cv2.fillPoly(plate, [outline], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
+        for outline in outlines:
+            end = start + len(outline)
+            cv2.fillPoly(plate, [fixed[start:end]], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
+            start = end
         return plate.astype(np.float32) / np.float32(255)
 
     def soften(self, field: Field, sigma: float) -> Field:
@@ -127,9 +129,11 @@ def open_curve(knots: Points, steps: int = 6) -> Points:
 
 def ribbons(paths: Points, widths: NDArray[np.float64]) -> Points:
     """Outlines `(..., 2P, 2)` of bands along `paths (..., P, 2)` whose full widths `(..., P)` may taper."""
-    along = np.gradient(paths, axis=-2)
-    along /= np.maximum(np.linalg.norm(along, axis=-1, keepdims=True), 1e-9)
-    across = np.stack([-along[..., 1], along[..., 0]], axis=-1) * (widths[..., None] / 2)
+    along = np.empty(paths.shape)
+    along[..., 1:-1, :] = paths[..., 2:, :] - paths[..., :-2, :]
+    along[..., [0, -1], :] = paths[..., [1, -1], :] - paths[..., [0, -2], :]
+    half = widths / (2 * np.maximum(np.hypot(along[..., 0], along[..., 1]), 1e-9))
+    across = np.stack([-along[..., 1] * half, along[..., 0] * half], axis=-1)
     return np.concatenate([paths + across, (paths - across)[..., ::-1, :]], axis=-2)
 
 

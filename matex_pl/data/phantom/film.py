@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from matex_pl.data.phantom.canvas import Canvas, Field
+from matex_pl.data.phantom.canvas import Canvas, Field, as_field
 from matex_pl.data.phantom.devices import Device, draw_device, draw_marker, draw_token, plan_device
 from matex_pl.data.phantom.findings import FINDINGS, Plan, draw_finding, plan_findings, reshape_build
 from matex_pl.data.phantom.thorax import draw_thorax, sample_build
@@ -127,10 +127,10 @@ def _tight_box(mark: Field) -> Box:
 def _develop(canvas: Canvas, opacity: Field, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Grey values: exposure, contrast, uneven field, blur, grain, and sometimes a collimated border."""
     gain, lift, gamma = rng.uniform(0.95, 1.25), rng.uniform(-0.10, 0.06), rng.uniform(0.8, 1.25)
-    bright = np.clip(opacity * np.float32(gain) + np.float32(lift), 0, None)
-    bright = np.power(bright, np.float32(gamma))
-    # A soft shoulder: bone over abdomen saturates instead of clipping.
-    bright = bright / (1 + bright**4) ** np.float32(0.25)
+    bright = as_field(cv2.pow(np.maximum(opacity * np.float32(gain) + np.float32(lift), 0), gamma))
+    # A soft shoulder, x / (1 + x^4)^(1/4): bone over abdomen saturates instead of clipping.
+    squared = bright * bright
+    bright /= np.sqrt(np.sqrt(1 + squared * squared))
     bright *= 1 + canvas.clouds(rng, 3) * np.float32(rng.uniform(0.01, 0.05))
     bright = canvas.soften(bright, rng.uniform(0.0012, 0.0042))
     grain = rng.standard_normal(bright.shape, dtype=np.float32)
