@@ -125,8 +125,13 @@ def _can_share_a_film(a: Plan, b: Plan) -> bool:
         return not ("left" in lung.sides and lung.zone in ("mid", "lower", "whole"))
     if names == {"edema", "pleural effusion"}:
         return "whole" not in (a.zone, b.zone)
-    thirds = {side: set(_FILLS.get(a.zone, (a.zone,))) for side in a.sides}
-    return all(not thirds.get(side, set()) & set(_FILLS.get(b.zone, (b.zone,))) for side in b.sides)
+    return not (set(a.sides) & set(b.sides) and _thirds(a) & _thirds(b))
+
+
+def _thirds(plan: Plan) -> set[str]:
+    # A consolidated middle lobe hangs down into the lower third.
+    hangs = {"lower"} if (plan.name, plan.zone) == ("consolidation", "mid") else set()
+    return hangs | set(_FILLS.get(plan.zone, (plan.zone,)))
 
 
 def reshape_build(build: Build, plans: Sequence[Plan], rng: np.random.Generator) -> Build:
@@ -253,7 +258,7 @@ def _atelectasis(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.
     outlines = []
     for row in range(int(rng.integers(1, 3)) + (plan.size == "large")):
         offset = np.array([rng.normal(0, 0.02), (row - 0.6) * rng.uniform(0.035, 0.05)])
-        angle = turn + rng.normal(0, 0.15)
+        angle = turn + rng.normal(0, 0.06)
         axis = np.array([np.cos(angle), np.sin(angle)]) * half * rng.uniform(0.6, 1.05)
         path = middle + offset + t * axis + (1 - t**2) * (0, rng.normal(0, 0.007))
         outlines.append(ribbons(path, rng.uniform(0.009, 0.015) * (1 - 0.7 * t[:, 0] ** 2)))
@@ -293,7 +298,9 @@ def _effusion(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.ran
     climb = np.float32(rng.uniform(0.07, 0.10) + 0.02 * plan.severity)
     outward = np.clip(canvas.x * np.float32(SIGN[side] / build.half_width), 0, 1)
     surface = level - climb * outward**4
-    return ramp(canvas.y - surface, 0.010)
+    fluid = ramp(canvas.y - surface, 0.010)
+    # A little fluid stays in the lateral angle.
+    return fluid * ramp(outward - 0.5, 0.1) if plan.size == "small" else fluid
 
 
 def _pneumothorax(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator) -> Change:
