@@ -1,0 +1,7 @@
+"""Where a phrase points: the places a radiologist names, and the spatial prior that they give."""
+
+from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
+from matex_pl.anatomy.prior import prior_map, prior_maps
+from matex_pl.anatomy.regions import Region, load_regions
+
+__all__ = ["ParsedPhrase", "Region", "load_regions", "parse_phrase", "prior_map", "prior_maps"]

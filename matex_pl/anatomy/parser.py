@@ -1,0 +1,384 @@
+"""From a radiologist's phrase to the regions it names: terms -> sentences -> what is denied -> mentions -> regions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from matex_pl.anatomy.context import settle
+from matex_pl.anatomy.lexicon import Grammar, Term, read_terms, shipped_grammar
+from matex_pl.anatomy.regions import Region, RegionTable, shipped_regions
+from matex_pl.anatomy.scopes import PLACES, Segment, denied, segments, sentences
+
+Span = tuple[int, int]
+_JOINS = ("and", "or", "comma", "to", "compare")
+_TIGHT = ("carrier", "determiner", "preposition", "modifier", "degree")
+_ELSEWHERE = ("device", "vessel", "elsewhere")
+_STOPS = ("preposition", "verb", "and", "or", "comma", "with", "break", "but", "colon", *PLACES)
+# How many terms a noun may stand away from the side that it takes.
+_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class ParsedPhrase:
+    """What a phrase names.
+
+    Args:
+        regions: The places, each once.
+        spans: Character ranges of the original text that named them, in order.
+        ignored: `(span, reason)` of places and sides that name no region.
+    """
+
+    regions: frozenset[Region] = frozenset()
+    spans: tuple[Span, ...] = ()
+    ignored: tuple[tuple[Span, str], ...] = ()
+
+
+@dataclass
+class Mention:
+    """A side, a zone, or both in one breath: "right", "lower lobe of the left lung", "RLL".
+
+    Args:
+        first: Index of its first term.
+        last: Index of its last term.
+        sides: Sides that it says itself or was lent.
+        zones: Zones, likewise.
+        side_follows: The side stands after the zone.
+        has_carrier: A bare side with its own noun, "left lung".
+        has_one_place: Its zones lie on one side or at the midline, so that no side is needed.
+        is_closed: Nothing that follows belongs to it.
+        after: What links it to the mention before: `start`, `join`, or `far`.
+        finding: Index of the finding that it is said of, if any.
+        finding_follows: That finding stands after it.
+        lends_only: A side that another mention has taken, and that names nothing by itself.
+        ignored: Why it names nothing; empty when it does.
+    """
+
+    first: int
+    last: int
+    sides: set[str] = field(default_factory=set)
+    zones: list[str] = field(default_factory=list)
+    side_follows: bool = False
+    has_carrier: bool = False
+    has_one_place: bool = False
+    is_closed: bool = False
+    after: str = "start"
+    finding: int | None = None
+    finding_follows: bool = False
+    lends_only: bool = False
+    ignored: str = ""
+
+    @property
+    def needs_side(self) -> bool:
+        """It names a zone that has two sides, and no side."""
+        return bool(self.zones) and not self.sides and not self.has_one_place
+
+    @property
+    def is_bare_side(self) -> bool:
+        """It names a side and no zone."""
+        return bool(self.sides) and not self.zones
+
+
+def parse_phrase(text: str, table: RegionTable | None = None, *, knowledge_prior: bool = False) -> ParsedPhrase:
+    """The regions that `text` names, by the rules of the design ("Phrases to regions"). Never raises on any string.
+
+    Args:
+        text: A phrase or report in English.
+        table: Boxes by zone and side, see `load_regions`; the package's own by default.
+        knowledge_prior: A finding that names no place takes its usual one ("edema": both hila). Leakage by design.
+    """
+    table = shipped_regions() if table is None else table
+    grammar = shipped_grammar()
+    terms = settle(read_terms(text, grammar), grammar)
+    regions: set[Region] = set()
+    spans: set[Span] = set()
+    ignored: list[tuple[Span, str]] = []
+    for start, end in sentences(terms):
+        sentence = _Sentence(terms, start, end, table, grammar)
+        for mention in sentence.mentions:
+            named, reason = sentence.regions_of(mention)
+            span = (terms[mention.first].start, terms[mention.last].end)
+            if named or mention.lends_only:
+                spans.add(span)
+                regions |= named
+            else:
+                ignored.append((span, reason))
+        ignored += sentence.denied_places()
+        if knowledge_prior:
+            for term, named in sentence.usual_places():
+                spans.add((term.start, term.end))
+                regions |= named
+    return ParsedPhrase(frozenset(regions), tuple(sorted(spans)), tuple(sorted(ignored)))
+
+
+class _Sentence:
+    """One sentence: its mentions with sides and zones shared among them."""
+
+    def __init__(self, terms: list[Term], start: int, end: int, table: RegionTable, grammar: Grammar) -> None:
+        self.terms, self.start, self.end, self.table, self.grammar = terms, start, end, table, grammar
+        self.pieces = segments(terms, start, end, grammar)
+        self.denied = denied(terms, self.pieces, grammar)
+        self._index()
+        self.mentions = list(self._read_mentions())
+        for before, mention in zip([None, *self.mentions], self.mentions, strict=False):
+            mention.has_one_place = all(len(table.get(zone, ())) == 1 for zone in mention.zones)
+            self._find_noun(mention, before)
+        kept = [mention for mention in self.mentions if not mention.ignored]
+        _share_within_groups(kept)
+        self._share_over_clause(kept)
+
+    def regions_of(self, mention: Mention) -> tuple[set[Region], str]:
+        """Regions of a mention, or why there are none."""
+        if mention.ignored:
+            return set(), mention.ignored
+        if mention.lends_only:
+            return set(), "lends its side"
+        named: set[Region] = set()
+        for zone in mention.zones or ["whole"]:
+            named |= self._boxes(zone, mention.sides or {"right", "left"}, said=bool(mention.sides))
+        return named, "" if named else "no such place on that side"
+
+    def denied_places(self) -> Iterator[tuple[Span, str]]:
+        """Places that are said to be normal, or of which something is denied."""
+        for k, reason in self.denied.items():
+            if self.terms[k].kind in PLACES:
+                yield (self.terms[k].start, self.terms[k].end), reason
+
+    def usual_places(self) -> Iterator[tuple[Term, set[Region]]]:
+        """Findings that name no place, with the regions where they usually are."""
+        placed = False
+        for piece in self.pieces:
+            if piece.before not in ("and", "or", "with") or piece.opens:
+                placed = False
+            placed = placed or bool(piece.kinds.intersection(PLACES))
+            for k in range(piece.start, piece.end):
+                usual = self.grammar.usual_places.get(self.terms[k].text)
+                if usual and not placed and k not in self.denied and not self._place_follows(piece):
+                    sides, zone = usual
+                    yield self.terms[k], self._boxes(zone, set(sides), said=True)
+
+    def _place_follows(self, piece: Segment) -> bool:
+        follows = list(self.pieces[self.at_piece[piece.start] + 1 : self.at_piece[piece.start] + 2])
+        return any(p.names_place_only and p.kinds.intersection(PLACES) for p in follows)
+
+    def _index(self) -> None:
+        """Per term: its piece, its clause, and the last finding and the last noun before it in the piece."""
+        size = self.end - self.start
+        self.at_piece = dict.fromkeys(range(self.start, self.end), -1)
+        self.clause = dict.fromkeys(range(self.start, self.end), 0)
+        self.finding_before: dict[int, int | None] = dict.fromkeys(range(self.start, self.start + size))
+        self.noun_before: dict[int, int | None] = dict.fromkeys(range(self.start, self.start + size))
+        clause, clause_has_finding = 0, False
+        for at, piece in enumerate(self.pieces):
+            if piece.before in ("comma", "break") and clause_has_finding and piece.has_finding:
+                starts_with_place = self.terms[piece.start].kind in ("preposition", "degree")
+                clause += not starts_with_place
+            clause_has_finding = clause_has_finding or piece.has_finding
+            finding = noun = None
+            for k in range(piece.start, piece.end):
+                self.at_piece[k], self.clause[k] = at, clause
+                self.finding_before[k], self.noun_before[k] = finding, noun
+                kind = self.terms[k].kind
+                finding = k if kind == "finding" else finding
+                noun = k if kind == "finding" or kind in _ELSEWHERE else noun
+
+    def _read_mentions(self) -> Iterator[Mention]:
+        current: Mention | None = None
+        for k in range(self.start, self.end):
+            term = self.terms[k]
+            if term.kind not in PLACES or k in self.denied:
+                continue
+            link = self._link(current.last, k) if current else "start"
+            if current and link == "tight" and self._add(current, k):
+                continue
+            if current:
+                yield current
+            current = Mention(k, k, set(term.sides), list(term.zones), after="join" if link == "tight" else link)
+            current.is_closed = term.kind == "sided_zone" or self._is_midline(term)
+        if current:
+            yield current
+
+    def _add(self, mention: Mention, k: int) -> bool:
+        """Take the next place into the mention, if it still lacks what that brings."""
+        term = self.terms[k]
+        if mention.is_closed:
+            # "lower lobes bilaterally", "retrocardiac on the left": a side after a midline place adds nothing.
+            if term.kind != "side" or not self._is_midline(self.terms[mention.last]):
+                return False
+        elif term.kind == "side" and not mention.sides:
+            mention.sides, mention.side_follows = set(term.sides), True
+            mention.is_closed = True
+        elif term.kind == "zone" and mention.is_bare_side:
+            mention.zones = list(term.zones)
+            mention.is_closed = self._is_midline(term)
+        elif term.kind == "zone" and mention.zones == list(term.zones):
+            pass
+        else:
+            return False
+        mention.last = k
+        return True
+
+    def _is_midline(self, term: Term) -> bool:
+        return bool(term.zones) and all("midline" in self.table.get(zone, ()) for zone in term.zones)
+
+    def _link(self, left: int, right: int) -> str:
+        """`tight`, `join` (by "and", "to", "greater than", ...) or `far`."""
+        joins: list[str] = []
+        for k in range(left + 1, right):
+            kind = self.terms[k].kind
+            if kind in _JOINS:
+                joins.append(kind)
+            elif kind not in _TIGHT or k in self.denied:
+                return "far"
+        if not joins:
+            return "tight"
+        comma_only = joins == ["comma"] and self.terms[right].kind == "side"
+        said_with_on = self.terms[left - 1].kind in ("determiner", "preposition") if left > self.start else False
+        return "far" if comma_only and said_with_on else "join"
+
+    def _find_noun(self, mention: Mention, previous: Mention | None) -> None:
+        """Which finding the mention is said of; a device, a vessel or another part of the body takes it out."""
+        following = self._noun_after(mention)
+        before = self.noun_before[mention.first]
+        if following is not None and self.terms[following].kind in _ELSEWHERE:
+            mention.ignored = f"said of {self.terms[following].text!r}"
+        elif following is None and before is not None and self.terms[before].kind in _ELSEWHERE:
+            mention.ignored = f"said of {self.terms[before].text!r}"
+        elif following is not None:
+            mention.finding, mention.finding_follows = following, True
+        elif previous and previous.ignored and mention.after == "join":
+            mention.ignored = previous.ignored
+        else:
+            mention.finding = self.finding_before[mention.first]
+
+    def _noun_after(self, mention: Mention) -> int | None:
+        noun = None
+        for k in range(mention.last + 1, min(mention.last + 1 + _AHEAD, self.end)):
+            kind = self.terms[k].kind
+            if kind == "carrier" and mention.is_bare_side:
+                mention.has_carrier = True
+            if kind in _STOPS:
+                follows = self._joined_device(mention, k)
+                return noun if noun is not None or follows is None else follows
+            if kind in _ELSEWHERE:
+                return k
+            if noun is not None:
+                return noun
+            if kind == "finding":
+                noun = k
+        return noun
+
+    def _joined_device(self, mention: Mention, k: int) -> int | None:
+        """The device after a conjunction of sides: "right and left chest tubes"."""
+        if not mention.is_bare_side or mention.has_carrier or self.terms[k].kind not in ("and", "or", "compare"):
+            return None
+        if k + 1 >= self.end or self.terms[k + 1].kind != "side":
+            return None
+        for j in range(k + 2, min(k + 2 + _AHEAD, self.end)):
+            if self.terms[j].kind in _ELSEWHERE:
+                return j
+            if self.terms[j].kind in (*_STOPS, "finding"):
+                return None
+        return None
+
+    def _share_over_clause(self, mentions: list[Mention]) -> None:
+        """Sides of zones that have none, from what the rest of their clause says."""
+        for at, mention in enumerate(mentions):
+            if not mention.needs_side:
+                continue
+            following = mentions[at + 1] if at + 1 < len(mentions) else None
+            if following and self._answers(mention, following):
+                self._take_following(mention, mentions[at + 1 : at + 3])
+                continue
+            before = next((m for m in reversed(mentions[max(at - 4, 0) : at]) if m.sides), None)
+            if before and self.clause[before.first] == self.clause[mention.first]:
+                mention.sides = set(before.sides)
+                apart = before.finding is not None and mention.finding is not None and before.finding != mention.finding
+                before.lends_only = before.lends_only or (before.is_bare_side and not apart)
+        for before, mention in itertools.pairwise(mentions):
+            self._drop_comparison(before, mention)
+
+    def _answers(self, zone: Mention, side: Mention) -> bool:
+        """Whether a bare side after a zone says where the zone is: "lower lobe opacity on the right"."""
+        if not side.is_bare_side or side.finding_follows or side.has_carrier:
+            return False
+        if self.clause[zone.first] != self.clause[side.first]:
+            return False
+        between = range(zone.last + 1, min(side.first, zone.last + 1 + 3 * _AHEAD))
+        return not any(self.terms[k].kind in ("and", "with", "or") or k in self.denied for k in between)
+
+    def _take_following(self, zone: Mention, following: list[Mention]) -> None:
+        first = following[0]
+        first.lends_only = True
+        zone.sides = set(first.sides)
+        if self._is_comparison(first):
+            zone.sides = {"right", "left"}
+        for mention in following[1:]:
+            if (
+                mention.after == "join"
+                and mention.is_bare_side
+                and not mention.finding_follows
+                and not mention.has_carrier
+            ):
+                zone.sides |= mention.sides
+                mention.lends_only = True
+
+    def _is_comparison(self, mention: Mention) -> bool:
+        """Whether a side is only compared, so that the other has it too: "worse on the left"."""
+        return any(self.terms[k].kind == "degree" for k in range(max(mention.first - 4, self.start), mention.first))
+
+    def _drop_comparison(self, before: Mention, mention: Mention) -> None:
+        """Sides of a zone already named add nothing: "Bibasilar opacities, left greater than right"."""
+        if not (before.zones or before.lends_only or len(before.sides) == 2) or not mention.is_bare_side:
+            return
+        if mention.finding is None and not mention.has_carrier and mention.sides <= before.sides:
+            mention.lends_only = self.clause[before.first] == self.clause[mention.first]
+            # What follows is compared with the same zone.
+            mention.sides = set(before.sides) if mention.lends_only else mention.sides
+
+    def _boxes(self, zone: str, sides: set[str], *, said: bool) -> set[Region]:
+        boxes = self.table.get(zone, {})
+        if "midline" in boxes or not boxes:
+            other = next(
+                (f"{s} {zone}" for s in sides if len(sides) == 1 and f"{s} {zone}" in self.grammar.fallback), None
+            )
+            return self._instead(other, sides) if other and said and boxes else set(boxes.values())
+        found = {boxes[side] for side in sides if side in boxes}
+        if found:
+            return found
+        other = next((f"{s} {zone}" for s in sides if f"{s} {zone}" in self.grammar.fallback), None)
+        return self._instead(other, sides)
+
+    def _instead(self, place: str | None, sides: set[str]) -> set[Region]:
+        zone = self.grammar.fallback.get(place) if place else None
+        boxes = self.table.get(zone, {}) if zone else {}
+        return {boxes[side] for side in sides if side in boxes}
+
+
+def _share_within_groups(mentions: list[Mention]) -> None:
+    """Sides over joined zones ("right upper and lower"), zones over joined sides ("right and left lower")."""
+    for before, mention in itertools.pairwise(mentions):
+        if mention.after == "join" and mention.needs_side and before.zones and before.sides and not before.side_follows:
+            mention.sides = set(before.sides) - {"midline"}
+    for mention, nxt in zip(reversed(mentions[:-1]), reversed(mentions[1:]), strict=False):
+        if nxt.after != "join":
+            continue
+        if mention.needs_side and nxt.side_follows:
+            mention.sides = set(nxt.sides)
+        elif (
+            (
+                mention.is_bare_side
+                and not mention.has_carrier
+                and not mention.finding_follows
+                and nxt.zones
+                and nxt.sides
+            )
+            and not nxt.side_follows
+            and (mention.finding is None or not nxt.finding_follows)
+        ):
+            mention.zones = list(nxt.zones)
+    for before, mention in itertools.pairwise(mentions):
+        bare = mention.is_bare_side and not mention.has_carrier and not mention.finding_follows
+        if mention.after == "join" and bare and before.zones and before.sides:
+            mention.zones = list(before.zones)

@@ -1,0 +1,147 @@
+"""The spatial prior M of eqs. (3) to (5): 1 where the phrase names nothing, up to lambda_s where it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from matex_pl.anatomy.regions import Region
+from matex_pl.maps import min_max
+
+SHAPES = ("parabola", "gaussian", "plateau")
+LATERALITIES = ("patient", "paper")
+
+
+def prior_map(
+    regions: Iterable[Region],
+    size: tuple[int, int],
+    *,
+    lambda_s: float = 2.5,
+    shape: str = "parabola",
+    laterality: str = "patient",
+    film: Tensor | Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """M of one phrase, shape (H, W), in [1, lambda_s]; see `prior_maps`. `film` is `(4,)`."""
+    film = None if film is None else torch.as_tensor(film)[None]
+    return prior_maps(
+        [regions], size, lambda_s=lambda_s, shape=shape, laterality=laterality, film=film, device=device, dtype=dtype
+    )[0]
+
+
+def prior_maps(
+    regions: Sequence[Iterable[Region]],
+    size: tuple[int, int],
+    *,
+    lambda_s: float = 2.5,
+    shape: str = "parabola",
+    laterality: str = "patient",
+    film: Tensor | None = None,
+    ids: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """M of B phrases, eqs. (3) to (5), shape (B, H, W), in [1, lambda_s]; exactly 1 for a phrase without regions.
+
+    The minimum and the maximum of eq. (5) are taken over the whole frame. Equal boxes count once.
+
+    Args:
+        regions: The regions that each phrase names, B of them.
+        size: (H, W) of the frame that the map is drawn in.
+        lambda_s: Strength, at least 1.
+        shape: `parabola`, eqs. (3) and (4) as printed; `gaussian`, the box edge at two sigma, neither clamped nor cut;
+            `plateau`, 1 on the inner half of each axis and linear to 0 at the border.
+        laterality: `patient`, the patient's right on the left of the image; `paper`, the mirror of it, as printed.
+        film: `(B, 4)` x0, y0, x1, y1 of the film in the frame, [0, 1], x to the right, y down; it may reach outside.
+            The whole frame by default.
+        ids: Names of the studies, for errors.
+        device: Where to compute; where `film` is, by default.
+        dtype: Of the result; the arithmetic is float32 or better.
+
+    Raises:
+        ValueError: An argument is out of range, or a film has no size.
+    """
+    _check(len(regions), size, lambda_s, shape, laterality, film, ids)
+    if device is None:
+        device = film.device if film is not None else torch.device("cpu")
+    work = torch.promote_types(dtype, torch.float32)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device, dtype=work).expand(len(regions), 4)
+    film = whole if film is None else film.to(device=device, dtype=work)
+    boxes, counted = _padded_boxes(regions, device, work)
+    x = _on_film(size[1], film[:, 0], film[:, 2])
+    y = _on_film(size[0], film[:, 1], film[:, 3])
+    if laterality == "paper":
+        x = 1 - x
+    across = _profile(_within(x, boxes[..., 0], boxes[..., 2]), shape)
+    down = _profile(_within(y, boxes[..., 1], boxes[..., 3]), shape)
+    inside = (film[:, 0] < 1) & (film[:, 2] > 0) & (film[:, 1] < 1) & (film[:, 3] > 0)
+    counted = counted & inside[:, None]
+    total = torch.einsum("brh,brw->bhw", down * counted[..., None], across)
+    return (1 + (lambda_s - 1) * min_max(total)).to(dtype)
+
+
+def _check(
+    count: int,
+    size: tuple[int, int],
+    lambda_s: float,
+    shape: str,
+    laterality: str,
+    film: Tensor | None,
+    ids: Sequence[str] | None,
+) -> None:
+    if min(size) < 1:
+        raise ValueError(f"size must be (H, W) of at least one pixel, got {size}.")
+    if not lambda_s >= 1:
+        raise ValueError(f"lambda_s must be at least 1 (1 switches the prior off), got {lambda_s}.")
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}.")
+    if laterality not in LATERALITIES:
+        raise ValueError(f"laterality must be one of {', '.join(LATERALITIES)}, got {laterality!r}.")
+    if film is None:
+        return
+    if tuple(film.shape) != (count, 4):
+        raise ValueError(f"film must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(film.shape)}.")
+    bad = ~((film[:, 0] < film[:, 2]) & (film[:, 1] < film[:, 3]) & film.isfinite().all(1))
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        name = f"study {ids[at]!r}" if ids is not None else f"phrase {at} of the batch"
+        raise ValueError(
+            f"The film of {name} has no size: {film[at].tolist()} must be x0 < x1, y0 < y1 in parts of the frame."
+        )
+
+
+def _padded_boxes(
+    regions: Sequence[Iterable[Region]], device: torch.device | str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Boxes (B, R, 4), sorted and each once, and (B, R) which of them are there."""
+    boxes = [sorted({region.box for region in named}) for named in regions]
+    longest = max([1, *map(len, boxes)])
+    counted = [[k < len(row) for k in range(longest)] for row in boxes]
+    padded = [row + [(0.0, 0.0, 1.0, 1.0)] * (longest - len(row)) for row in boxes]
+    shape = (len(boxes), longest)
+    return (
+        torch.tensor(padded, device=device, dtype=dtype).view(*shape, 4),
+        torch.tensor(counted, device=device, dtype=torch.bool).view(shape),
+    )
+
+
+def _on_film(pixels: int, low: Tensor, high: Tensor) -> Tensor:
+    """Pixel centres in coordinates of the film, (B, pixels): 0 at its edge `low`, 1 at `high`."""
+    centres = (torch.arange(pixels, device=low.device, dtype=low.dtype) + 0.5) / pixels
+    return (centres - low[:, None]) / (high - low)[:, None]
+
+
+def _within(position: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Positions (B, P) in coordinates of each box (B, R): (B, R, P), 0 at its edge `low`, 1 at `high`."""
+    return (position[:, None] - low[..., None]) / (high - low)[..., None]
+
+
+def _profile(u: Tensor, shape: str) -> Tensor:
+    """Weight along one axis of a box, from coordinates that run from 0 to 1 over it."""
+    if shape == "gaussian":
+        return torch.exp(-0.5 * ((u - 0.5) / 0.25) ** 2)
+    u = u.clamp(0, 1)
+    return u * (1 - u) if shape == "parabola" else (4 * torch.minimum(u, 1 - u)).clamp(max=1)

@@ -1,0 +1,65 @@
+"""The places a phrase can name, as boxes on the film."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+SIDES = ("right", "left", "midline")
+
+
+@dataclass(frozen=True, order=True)
+class Region:
+    """One place on a frontal film.
+
+    Args:
+        side: The patient's `right` or `left`, or `midline`.
+        zone: `upper`, `lower`, `hilar`, `cardiac`, ... as in `regions.yaml`.
+        box: `(u0, v0, u1, v1)` in [0, 1] of the film, u from the patient's right, v downwards.
+    """
+
+    side: str
+    zone: str
+    box: tuple[float, float, float, float]
+
+
+RegionTable = Mapping[str, Mapping[str, Region]]
+
+
+def load_regions(path: str | Path | None = None) -> RegionTable:
+    """Table zone -> side -> region from a YAML file laid out as the shipped `regions.yaml`, which is read by default.
+
+    Raises:
+        ValueError: A side is unknown, or a box is not `[u0, v0, u1, v1]` with u0 < u1 and v0 < v1 within [0, 1].
+    """
+    path = Path(__file__).with_name("regions.yaml") if path is None else Path(path)
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(table, dict) or not all(isinstance(sides, dict) for sides in table.values()):
+        raise ValueError(
+            f"{path}: a region table maps zone -> side -> [u0, v0, u1, v1]; see regions.yaml of the package."
+        )
+    return {
+        str(zone): {side: Region(side, str(zone), _checked(path, zone, side, box)) for side, box in sides.items()}
+        for zone, sides in table.items()
+    }
+
+
+@cache
+def shipped_regions() -> RegionTable:
+    """The package's own table, read once."""
+    return load_regions()
+
+
+def _checked(path: Path, zone: str, side: str, box: object) -> tuple[float, float, float, float]:
+    if side not in SIDES:
+        raise ValueError(f"{path}: side of {zone!r} must be one of {', '.join(SIDES)}, got {side!r}.")
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(edge, (int, float)) for edge in box):
+        raise ValueError(f"{path}: box of {side} {zone} must be four numbers [u0, v0, u1, v1], got {box!r}.")
+    u0, v0, u1, v1 = map(float, box)
+    if not (0 <= u0 < u1 <= 1 and 0 <= v0 < v1 <= 1):
+        raise ValueError(f"{path}: box of {side} {zone} needs 0 <= u0 < u1 <= 1 and 0 <= v0 < v1 <= 1, got {box!r}.")
+    return u0, v0, u1, v1

@@ -1,0 +1,226 @@
+"""What a phrase denies: which terms stand under a negation or a statement of normality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from matex_pl.anatomy.lexicon import Grammar, Term
+
+SEPARATORS = ("comma", "colon", "and", "or", "with")
+PLACES = ("side", "zone", "sided_zone")
+# What may stand in a segment that only says where.
+_NEUTRAL = (*PLACES, "carrier", "determiner", "preposition", "verb", "modifier", "to", "compare")
+# How many terms a scope reaches back, which keeps the time linear in text without any full stop.
+_REACH = 40
+
+
+@dataclass
+class Segment:
+    """Terms `start` to `end` between two separators of a sentence, `before` being the separator on the left."""
+
+    start: int
+    end: int
+    before: str
+    kinds: frozenset[str] = frozenset()
+    opens: bool = False
+    names_place_only: bool = False
+    or_follows: bool = field(default=False)
+
+    @property
+    def has_verb(self) -> bool:
+        """A finite verb stands in it."""
+        return "verb" in self.kinds
+
+    @property
+    def has_finding(self) -> bool:
+        """Something is found in it."""
+        return "finding" in self.kinds
+
+
+def sentences(terms: list[Term]) -> list[tuple[int, int]]:
+    """Ranges of terms between full stops, semicolons and words like "but"."""
+    ranges, start = [], 0
+    for k, term in enumerate(terms):
+        if term.kind in ("break", "but"):
+            ranges.append((start, k))
+            start = k + 1
+    return [(a, b) for a, b in [*ranges, (start, len(terms))] if a < b]
+
+
+def segments(terms: list[Term], start: int, end: int, grammar: Grammar) -> list[Segment]:
+    """Pieces of one sentence between its separators, in order; empty ones pass their separator on."""
+    found: list[Segment] = []
+    before, first = "start", start
+    for k in range(start, end + 1):
+        if k < end and terms[k].kind not in SEPARATORS:
+            continue
+        if k > first:
+            found.append(_segment(terms, first, k, before, grammar))
+            before = ""
+        if k < end:
+            before = _stronger(before, terms[k].kind)
+            first = k + 1
+    or_follows = False
+    for segment in reversed(found):
+        segment.or_follows = or_follows
+        or_follows = (or_follows or segment.before == "or") and not segment.opens
+    return found
+
+
+def denied(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> dict[int, str]:
+    """Index of each term that is denied, with the reason, in one sentence of `pieces`."""
+    reasons: dict[int, str] = {}
+    forward_end = normal_end = 0
+    for at, piece in enumerate(pieces):
+        for k in range(piece.start, piece.end):
+            cue = _direction(terms, piece, k, grammar)
+            if cue == "forward" and k >= forward_end:
+                forward_end = _end_of_negation(pieces, at)
+                start = max(_start_of_place(terms, pieces, at, k, grammar), k - _REACH)
+                _deny(reasons, start, forward_end, "negated")
+            elif cue == "back":
+                start = _start_of_negation(terms, pieces, at, k, grammar)
+                _deny(reasons, max(start, k - _REACH), _end_of_absence(terms, piece, k), "negated")
+            elif cue == "normal" and k >= normal_end:
+                start, normal_end = _normal_range(terms, pieces, at, k)
+                _deny(reasons, max(start, k - _REACH), normal_end, "normal")
+    return reasons
+
+
+def _deny(reasons: dict[int, str], start: int, end: int, reason: str) -> None:
+    for k in range(start, end):
+        reasons.setdefault(k, reason)
+
+
+def _segment(terms: list[Term], start: int, end: int, before: str, grammar: Grammar) -> Segment:
+    piece = terms[start:end]
+    content = [
+        term for term in piece if term.kind not in _NEUTRAL or term.text in grammar.sets["openers"] - {"the", "there"}
+    ]
+    return Segment(
+        start,
+        end,
+        before,
+        kinds=frozenset(term.kind for term in piece),
+        opens=piece[0].text in grammar.sets["openers"],
+        names_place_only=not content,
+    )
+
+
+def _stronger(left: str, right: str) -> str:
+    """The separator that counts when several stand together: ", and" joins, ", with" opens."""
+    if {left, right} == {"comma", "with"}:
+        return "break"
+    return left if right == "comma" and left not in ("", "start") else right
+
+
+def _direction(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> str:
+    kind = terms[k].kind
+    if kind == "negate_forward":
+        return "back" if _is_perception(terms, piece, k, grammar) else "forward"
+    if kind == "negate_back":
+        return "back"
+    if kind == "normal":
+        # "no clear consolidation", "clear opacity": not a statement of normality.
+        follows = terms[k + 1].kind if k + 1 < piece.end else ""
+        return "" if terms[k].text == "clear" and follows == "finding" else "normal"
+    if kind != "negate_either":
+        return ""
+    follows = next((terms[j].kind for j in range(k + 1, min(k + 5, piece.end)) if terms[j].kind != "modifier"), "")
+    said_of = k > piece.start and terms[k - 1].text in grammar.sets["copulas"] and terms[k].text != "no longer"
+    noun = (*PLACES, "finding", "carrier", "determiner", "zone_adjective")
+    return "forward" if follows in noun and not said_of else "back"
+
+
+def _is_perception(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> bool:
+    """Whether the cue says that what stands before it is absent: "not seen", "not definitely identified"."""
+    if terms[k].text != "not":
+        return False
+    return any(terms[j].text in grammar.sets["perceived"] for j in range(k + 1, min(k + 4, piece.end)))
+
+
+def _end_of_negation(pieces: list[Segment], at: int) -> int:
+    """One past the last term that a cue in piece `at` denies: to the clause's end, or to a new positive finding."""
+    while at + 1 < len(pieces) and _stays_negated(pieces[at + 1]):
+        at += 1
+    return pieces[at].end
+
+
+def _stays_negated(piece: Segment) -> bool:
+    if piece.before in ("break", "colon") or piece.opens:
+        return False
+    if piece.before == "or":
+        return True
+    if piece.before == "comma":
+        return piece.or_follows or not piece.has_finding or not piece.kinds.intersection(PLACES)
+    return not piece.has_verb
+
+
+def _start_of_place(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> int:
+    """Where the place before the cue at `k` begins of which it denies something: "the right base is free of"."""
+    piece = pieces[at]
+    if k - piece.start > _REACH:
+        return k
+    if k > piece.start:
+        if not _segment(terms, piece.start, k, piece.before, grammar).names_place_only:
+            return k
+    elif at == 0 or piece.before not in ("comma", "colon", "start"):
+        return k
+    start = piece.start
+    joins = ("and", "or", "comma", "colon")
+    while k - start < _REACH and at > 0 and pieces[at].before in joins and pieces[at - 1].names_place_only:
+        at -= 1
+        start = pieces[at].start
+    if at > 0 and pieces[at].before in ("and", "or") and start != piece.start:
+        return piece.start
+    return start
+
+
+def _start_of_negation(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> int:
+    """Where the noun phrase before the cue at `k` begins."""
+    begin = max(pieces[at].start, k - _REACH)
+    own = {terms[j].kind for j in range(begin, k)}
+    bare = not own - {"verb", "determiner", "modifier", "word"}
+    plural = any(terms[j].text in grammar.sets["plural_verbs"] for j in range(begin, k))
+    while at > 0 and k - pieces[at].start < _REACH:
+        previous = pieces[at - 1]
+        joined = pieces[at].before in ("and", "or") and not previous.has_verb and (plural or not previous.has_finding)
+        if not (joined or (bare and pieces[at].before in ("comma", "colon", "with"))):
+            break
+        bare = False
+        at -= 1
+    return pieces[at].start
+
+
+def _end_of_absence(terms: list[Term], piece: Segment, k: int) -> int:
+    """One past the place after the cue at `k` that the same denial covers: "has resolved on the right"."""
+    end = k + 1
+    while end < min(piece.end, k + _REACH) and terms[end].kind in _NEUTRAL:
+        end += 1
+    says_where = end > k + 1 and (terms[k + 1].kind == "preposition" or len(terms[k + 1].sides) == 2)
+    return end if says_where else k
+
+
+def _normal_range(terms: list[Term], pieces: list[Segment], at: int, k: int) -> tuple[int, int]:
+    """Terms that the word of normality at `k` speaks of: its segment, and plain places joined to it on one side."""
+    first = last = at
+    before = [terms[j] for j in range(max(pieces[at].start, k - _REACH), k)]
+    follows = terms[k + 1].kind if k + 1 < pieces[at].end else ""
+    if follows in (*PLACES, "carrier") and any(term.kind == "finding" for term in before):
+        # "left base opacity in otherwise normal lungs": of the lungs only.
+        return k, pieces[at].end
+    said_after = {"verb", "carrier", *PLACES}.intersection(term.kind for term in before) or k + 1 == pieces[at].end
+    if said_after:
+        joins = () if any(term.text == "otherwise" for term in before) else ("and", "or", "comma", "colon")
+        while k - pieces[first].start < _REACH and pieces[first].before in joins and _is_plain(pieces[first - 1]):
+            first -= 1
+    else:
+        while last + 1 < len(pieces) and pieces[last + 1].before in ("and", "or") and _is_plain(pieces[last + 1]):
+            if pieces[last + 1].opens:
+                break
+            last += 1
+    return pieces[first].start, pieces[last].end
+
+
+def _is_plain(piece: Segment) -> bool:
+    return not piece.has_finding and not piece.has_verb and "device" not in piece.kinds
