@@ -89,7 +89,7 @@ def _has_pair(terms: list[Term], k: int) -> bool:
 
 
 def _zone_adjective(terms: list[Term], k: int) -> Term:
-    """A zone or nothing: "upper" is a zone before a noun of the lung ("upper and lower lobes") or beside a side, and nothing else."""
+    """A zone before a noun of the lung ("upper and lower lobes") or beside a side, and `void` otherwise."""
     term = terms[k]
     if term.kind != "zone_adjective":
         return term
@@ -160,6 +160,8 @@ def _undone(terms: list[Term], k: int, grammar: Grammar) -> list[int]:
             return [k, j]
         if terms[k].text == "not" and text in grammar.sets["change_adjectives"]:
             return [k, j]
+        if terms[k].text == "not" and text in grammar.sets["earlier"]:
+            return [k]
         if terms[k].text == "not" and kind in ("normal", "negate_either", "negate_back"):
             return [k, j]
         if kind in named or (kind == "finding" and text not in ("change", "changes")):
