@@ -62,6 +62,11 @@ class Canvas:
         turned = (points - (0.0, 0.5)) @ self._turn.T + self._centre
         return turned * self.size - 0.5
 
+    def value_at(self, field: Field, point: Points) -> float:
+        """Value of a field at the pixel nearest to a body point `(2,)`."""
+        column, row = np.clip(np.rint(self.to_pixels(point)), 0, self.size - 1).astype(int)
+        return float(field[row, column])
+
     def fill(self, outlines: Sequence[Points] | Points) -> Field:
         """Coverage in [0, 1] of the union of closed outlines, each `(P, 2)`, with smooth edges."""
         plate = np.zeros((self.size, self.size), np.uint8)

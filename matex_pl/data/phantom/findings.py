@@ -313,21 +313,20 @@ def _pneumothorax(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Gen
     lung = canvas.fill([outline])
     away = ramp(canvas.x * np.float32(SIGN[side]) - 0.09, 0.025)
     rim = np.minimum(thorax.lungs[side] * (1 - lung), thorax.air[side]) * away
+    # Where lung and wall still touch, their soft edges leave a sliver of a quarter.
+    rim = np.clip(rim * np.float32(1.5) - np.float32(0.5), 0, 1)
     # The outline starts at the apex and runs down the wall, six points per knot.
     free = outline[: 6 * (6 if plan.zone == "whole" else 4)]
     edge = canvas.soften(canvas.fill([ribbon(free, 0.006)]), 0.0015) * thorax.air[side]
     squeezed = lung * thorax.air[side] * np.float32(0.05)
-    return Change(rim * np.float32(0.95), 0.10, edge * np.float32(0.24) + squeezed, (_solid_part(rim),))
-
-
-def _solid_part(rim: Field) -> Field:
-    """The rim without the faint slivers along the rest of the outline."""
-    return np.where(rim > 0.5, rim, 0)
+    return Change(rim * np.float32(0.95), 0.10, edge * np.float32(0.24) + squeezed, (rim,))
 
 
 def _nodule(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.random.Generator) -> Field:
-    """One small round dense spot in clear lung."""
-    centre = _zone_point(thorax.build, plan, side, rng, (0.45, 0.76))
+    """One small round dense spot in clear lung, away from the heart's edge."""
+    clear = canvas.soften(thorax.air[side], 0.02)
+    candidates = [_zone_point(thorax.build, plan, side, rng, (0.45, 0.76)) for _ in range(6)]
+    centre = max(candidates, key=lambda point: canvas.value_at(clear, point))
     radius = 0.017 + 0.007 * plan.severity + rng.uniform(0, 0.004)
     angles = np.linspace(0, 2 * np.pi, 13)[:-1]
     ragged = radius * rng.uniform(0.9, 1.1, 12)
