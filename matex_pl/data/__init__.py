@@ -1,0 +1,8 @@
+"""Data modules; all give the same records and batches."""
+
+from matex_pl.data.films import ChestXrayDataModule
+from matex_pl.data.nih import NihDataModule
+from matex_pl.data.phantom.module import PhantomDataModule
+from matex_pl.data.record import Study, StudyBatch, collate
+
+__all__ = ["ChestXrayDataModule", "NihDataModule", "PhantomDataModule", "Study", "StudyBatch", "collate"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -136,9 +135,9 @@ def _drawn(
         for chunk in chunks:
             yield _draw_chunk(path, chunk, [names[index] for index in chunk], dict(look))
         return
-    # Forking a process that has run torch can hang; spawn is safe everywhere.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+    # The platform's way to start a process, as a DataLoader uses it: fork needs no `__main__` guard in a user's script, and the
+    # workers never call torch, whose threads would not survive it.
+    with ProcessPoolExecutor(num_workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
         jobs = [pool.submit(_draw_chunk, path, c, [names[index] for index in c], dict(look)) for c in chunks]
         try:
             for job in as_completed(jobs):

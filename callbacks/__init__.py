@@ -1,0 +1,10 @@
+"""Callbacks that explain the model while it learns."""
+
+if __name__ != "matex_pl.callbacks":
+    raise ImportError(f"Import matex_pl.callbacks, not {__name__}: otherwise each class would exist twice.")
+
+from matex_pl.callbacks.attribution_maps import AttributionMaps
+from matex_pl.callbacks.attribution_metrics import AttributionMetrics
+from matex_pl.callbacks.prediction_writer import PredictionWriter
+
+__all__ = ["AttributionMaps", "AttributionMetrics", "PredictionWriter"]

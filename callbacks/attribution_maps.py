@@ -1,0 +1,112 @@
+"""Panels of the same few studies at every validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from matex_pl.attribution import AttributionMethod, Matex
+from matex_pl.data.films import ChestXrayDataModule, FilmDataset
+from matex_pl.data.record import Study
+from matex_pl.explain import explain_batch
+from matex_pl.loggers import log_images
+
+
+class AttributionMaps(Callback):
+    """Logs, for K fixed studies, where the model looked: film, boxes, map, shaded phrase and score.
+
+    Each study has one tag, `maps/<name>/<id>`, for the whole run, so that TensorBoard's slider runs through training. Goes to
+    every logger that takes images. The studies are chosen once, turn by turn over the findings, and kept with the checkpoint.
+
+    Args:
+        method: What makes the maps; `Matex.measured()` by default.
+        name: Part of the tag, to have several methods side by side.
+        num_studies: K, when `study_ids` is left out.
+        study_ids: The studies to show, by id; they have to be in the split that is validated or tested.
+        every_n_validations: Log at the first validation and then at every n-th; 0 switches it off.
+    """
+
+    def __init__(
+        self,
+        method: AttributionMethod | None = None,
+        name: str = "matex",
+        num_studies: int = 8,
+        study_ids: list[str] | None = None,
+        every_n_validations: int = 1,
+    ) -> None:
+        if num_studies < 1 or every_n_validations < 0:
+            raise ValueError(
+                f"num_studies must be at least 1 and every_n_validations at least 0, got {num_studies} and {every_n_validations}."
+            )
+        self.method = method or Matex.measured()
+        self.name = name
+        self.num_studies = num_studies
+        self.study_ids = study_ids
+        self.every_n_validations = every_n_validations
+        self.validations = 0
+        self.chosen: dict[str, list[str]] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances apart, so that several can stand side by side."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were, and which studies are shown."""
+        return {"validations": self.validations, "chosen": self.chosen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the studies of the checkpoint."""
+        self.validations, self.chosen = state_dict["validations"], state_dict["chosen"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before training starts."""
+        others = [other for other in trainer.callbacks if isinstance(other, AttributionMaps) and other is not self]  # type: ignore[attr-defined]
+        if any(other.name == self.name for other in others):
+            raise ValueError(f"Two AttributionMaps log under the name {self.name!r}. Give each a name of its own.")
+        data = getattr(trainer, "datamodule", None)
+        if self.study_ids and isinstance(data, ChestXrayDataModule) and stage in ("fit", "validate", "test"):
+            self._check_ids({study.id for study in data.studies["test" if stage == "test" else "val"]})
+
+    def _check_ids(self, there: set[str]) -> None:
+        missing = [name for name in self.study_ids or () if name not in there]
+        if missing:
+            raise ValueError(f"AttributionMaps: no study {missing[0]!r} among {len(there)}, e.g. {min(there, default='none')!r}.")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the panels, if it is their turn."""
+        if trainer.sanity_checking or not self.every_n_validations:
+            return
+        self.validations += 1
+        if (self.validations - 1) % self.every_n_validations == 0:
+            self._log(trainer, pl_module, trainer.val_dataloaders, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the panels of test studies."""
+        if self.every_n_validations:
+            self._log(trainer, pl_module, trainer.test_dataloaders, "test")
+
+    def _log(self, trainer: Trainer, module: LightningModule, loader: Any, split: str) -> None:
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        data = getattr(loader, "dataset", None)
+        if not isinstance(data, FilmDataset):
+            raise TypeError(f"AttributionMaps needs the loader of a matex_pl data module, got one over {type(data).__name__}.")
+        if split not in self.chosen:
+            self.chosen[split] = self.study_ids or choose_studies(data.studies, self.num_studies)
+        panels = explain_batch(module, self.method, data.batch(self.chosen[split]), f"{self.name} | epoch {trainer.current_epoch}")
+        for study, picture in zip(self.chosen[split], panels, strict=True):
+            if not log_images(trainer.loggers, f"maps/{self.name}/{study}", picture, trainer.global_step):
+                rank_zero_warn("None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger.")
+                return
+
+
+def choose_studies(studies: list[Study], number: int) -> list[str]:
+    """Ids of up to `number` studies: findings in turn, in the order of the split, those with boxes first."""
+    queues: dict[str, list[str]] = {}
+    for study in sorted(studies, key=lambda study: not study.boxes):
+        queues.setdefault(study.finding, []).append(study.id)
+    turns = [queue[turn] for turn in range(number) for queue in queues.values() if turn < len(queue)]
+    return turns[:number]

@@ -1,0 +1,66 @@
+"""Maps that do not ask the model where it looked: what any method has to be compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matex_pl.anatomy import parse_phrase, prior_maps
+from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scores
+from matex_pl.attribution.capture import borrowed
+from matex_pl.clip import Clip
+from matex_pl.maps import AttributionMaps, min_max, patch_mean
+
+
+class _Control(AttributionMethod):
+    """An image map without a text map."""
+
+    serves_text: ClassVar[bool] = False
+    cost: ClassVar[str] = "1 forward, for the score"
+
+    def attribute(
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
+    ) -> AttributionMaps:
+        """Maps of B pairs; see `AttributionMethod.attribute`. `text` is zero."""
+        check_pairs(images, tokens, phrases, film)
+        with borrowed(clip):
+            score = clip.similarity(images, tokens).float()
+            check_scores(score, phrases)
+            image = self._draw(clip, phrases, film, score.device)
+            content = clip.content(tokens)
+            return AttributionMaps(image, patch_mean(image, clip.grid), torch.zeros(content.shape).to(image), content, score)
+
+    def _draw(self, clip: Clip, phrases: Sequence[str], film: Tensor | None, device: torch.device) -> Tensor:
+        """Image maps `(B, H, W)` in [0, 1]."""
+        raise NotImplementedError
+
+
+class CenterMap(_Control):
+    """The centre of the frame: 1 there, falling linearly with the distance to 0 in the corners."""
+
+    def _draw(self, clip: Clip, phrases: Sequence[str], film: Tensor | None, device: torch.device) -> Tensor:
+        height, width = clip.image_size
+        y = torch.linspace(-1, 1, height, device=device)[:, None]
+        x = torch.linspace(-1, 1, width, device=device)[None]
+        return min_max(-torch.hypot(x, y)[None]).expand(len(phrases), -1, -1)
+
+
+class PriorOnly(_Control):
+    """The spatial prior of the phrase alone (M of eq. 5, min-maxed): what the words give away. Zeros where none is named.
+
+    Args:
+        prior_shape: `parabola`, `gaussian` or `plateau`.
+        laterality: `patient` or `paper`.
+    """
+
+    def __init__(self, prior_shape: str = "parabola", laterality: str = "patient") -> None:
+        self.prior_shape = prior_shape
+        self.laterality = laterality
+
+    def _draw(self, clip: Clip, phrases: Sequence[str], film: Tensor | None, device: torch.device) -> Tensor:
+        regions = [parse_phrase(phrase).regions for phrase in phrases]
+        shape = {"shape": self.prior_shape, "laterality": self.laterality}
+        return min_max(prior_maps(regions, clip.image_size, lambda_s=2.0, film=film, ids=phrases, device=device, **shape))

@@ -1,0 +1,92 @@
+"""The `matex` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from matex_pl import __version__
+from matex_pl.clip import find_config, shipped_configs
+from matex_pl.data import ChestXrayDataModule
+from matex_pl.explain import explain_film
+from matex_pl.module import ClipModule
+
+DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, where it looks.
+
+  matex fit --config phantom.yaml            train on synthetic films, with maps and scores
+  matex test --config phantom.yaml --ckpt_path last
+  matex explain film.png "Left lower lobe consolidation." --ckpt_path last.ckpt --out panel.png
+  tensorboard --logdir runs                  look
+
+`matex explain --help` has its own arguments; `matex fit --help` lists all of training's.
+"""
+
+
+class MatexCLI(LightningCLI):
+    """LightningCLI with this project's module and any of its data modules."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Seed by default, because results should repeat."""
+        parser.set_defaults({"seed_everything": 0})
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command line, the process's own by default; errors of use end it with a message and status 2."""
+    words = find_configs(sys.argv[1:] if args is None else args)
+    if words[:1] == ["explain"]:
+        path = auto_cli(explain_film, args=words[1:], prog="matex explain", as_positional=True)
+        print(f"Written: {path}")
+        return
+    if args is None:
+        # LightningCLI warns of `args` beside a command line.
+        sys.argv[1:] = words
+    MatexCLI(
+        ClipModule,
+        ChestXrayDataModule,
+        subclass_mode_data=True,
+        trainer_defaults={"callbacks": [RichProgressBar()]},
+        parser_kwargs=_parser_settings(),
+        save_config_kwargs={"overwrite": True},
+        args=None if args is None else words,
+    )
+
+
+def _parser_settings() -> dict[str, Any]:
+    configs = f"Shipped configs, found by name from anywhere: {', '.join(shipped_configs())}."
+    return {"prog": "matex", "description": DESCRIPTION, "epilog": configs, "version": __version__}
+
+
+def find_configs(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the names of shipped configs after `--config` or `-c` turned into paths.
+
+    Raises:
+        SystemExit: A config is neither a file nor shipped; the message lists those that are.
+    """
+    found = []
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in ("--config", "-c") and equals:
+            found.append(f"{option}={_config_path(value)}")
+        elif place and words[place - 1] in ("--config", "-c"):
+            found.append(_config_path(word))
+        else:
+            found.append(word)
+    return found
+
+
+def _config_path(name: str) -> str:
+    if not name.endswith((".yaml", ".yml")):
+        return name
+    path = find_config(name)
+    if path is None:
+        sys.exit(f"matex: no config {name!r}, neither as a file nor among the shipped ones: {', '.join(shipped_configs())}.")
+    return str(path)
+
+
+if __name__ == "__main__":
+    main()

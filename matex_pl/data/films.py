@@ -1,0 +1,196 @@
+"""What all data modules share: splits of studies, loaders that a resumed run can repeat, and the mean film."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from matex_pl.data.record import Sample, Study, StudyBatch, collate
+from matex_pl.data.transforms import FilmTransform
+
+SPLITS = ("train", "val", "test")
+_MEAN_FILM_FROM = 512
+
+
+class FilmDataset(Dataset[Sample]):
+    """Studies with their pixels in the model's frame.
+
+    Args:
+        data: The data module, which reads the pixels.
+        studies: What the dataset holds, in order.
+        transform: From a stored film to the model's frame.
+    """
+
+    def __init__(self, data: ChestXrayDataModule, studies: Sequence[Study], transform: FilmTransform) -> None:
+        self.data = data
+        self.studies = studies
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.studies)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        """A sample by index, or by (epoch, index), from which augmentation takes its draws."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        study = self.studies[index]
+        seed = int(np.random.SeedSequence((self.data.seed, epoch, index)).generate_state(1)[0])
+        film = self.data.read_film(study)
+        return Sample(study, *self.transform(film, study.boxes, seed=seed))
+
+    def batch(self, ids: Sequence[str]) -> StudyBatch:
+        """The named studies as one batch, in the order of `ids`.
+
+        Raises:
+            KeyError: An id is not in the dataset.
+        """
+        place = {study.id: index for index, study in enumerate(self.studies)}
+        missing = [name for name in ids if name not in place]
+        if missing:
+            raise KeyError(f"No study {missing[0]!r} among {len(place)}, e.g. {next(iter(place))!r}.")
+        return collate([self[place[name]] for name in ids])
+
+
+class EpochSampler(RandomSampler):
+    """A shuffle that is a function of seed and epoch alone, and hands the epoch on to the dataset as (epoch, index).
+
+    So a resumed run sees what an uninterrupted one does, with any number of workers. Lightning calls `set_epoch`.
+    """
+
+    def __init__(self, dataset: FilmDataset, seed: int) -> None:
+        super().__init__(dataset, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        self.generator.manual_seed(self.seed * 1_000_003 + self.epoch)
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class ChestXrayDataModule(LightningDataModule):
+    """Base of the data modules: a subclass lists its studies and reads a film.
+
+    Args:
+        image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
+        batch_size: Pairs per batch.
+        num_workers: Processes that read and augment films.
+        geometry: How a film gets into the model's frame: `pad` or `squash`.
+        augment: Mild geometric and intensity changes in training. Never a horizontal flip.
+        seed: Of shuffling, augmentation and splits.
+    """
+
+    studies: dict[str, list[Study]]
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, because contrastive training needs negatives; got {batch_size}.")
+        FilmTransform((8, 8), geometry)
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.geometry = geometry
+        self.augment = augment
+        self.seed = seed
+        self.studies = {}
+
+    @abstractmethod
+    def list_studies(self) -> list[Study]:
+        """All studies of all splits, without reading pixels."""
+
+    @abstractmethod
+    def read_film(self, study: Study) -> np.ndarray:
+        """Pixels of a study's film, `(h, w)` uint8."""
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Findings that the films are labelled with, by name."""
+        named = {finding for split in self.studies.values() for study in split for finding in study.film_findings}
+        return tuple(sorted(named))
+
+    def setup(self, stage: str) -> None:
+        """List the studies, once.
+
+        Raises:
+            ValueError: A split that this stage needs is empty, or an id is taken twice.
+        """
+        if self.studies:
+            return
+        listed = self.list_studies()
+        twice = [name for name, count in Counter(study.id for study in listed).items() if count > 1]
+        if twice:
+            raise ValueError(f"{len(twice)} study ids are not unique, e.g. {twice[:3]}.")
+        self.studies = {split: [study for study in listed if study.split == split] for split in SPLITS}
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]:
+            if not self.studies[split]:
+                counts = {name: len(found) for name, found in self.studies.items()}
+                raise ValueError(f"{type(self).__name__} has no {split} studies, which {stage!r} needs; it has {counts}.")
+
+    def dataset(self, split: str, *, augment: bool = False) -> FilmDataset:
+        """The studies of a split with their pixels."""
+        return FilmDataset(self, self.studies[split], FilmTransform(self._frame(), self.geometry, augment=augment))
+
+    def _frame(self) -> tuple[int, int]:
+        if self.image_size is not None:
+            return self.image_size
+        if self.trainer is None or self.trainer.lightning_module is None:
+            raise ValueError("image_size is not set and there is no model to take it from. Pass image_size, e.g. 224.")
+        return self.trainer.lightning_module.clip.image_size
+
+    def mean_film(self) -> Tensor:
+        """Position-wise mean of up to 512 training films in the model's frame, `(1, H, W)` in [0, 1]."""
+        split = "train" if self.studies["train"] else next(name for name in SPLITS if self.studies[name])
+        data = self.dataset(split)
+        films = {study.film_id: index for index, study in enumerate(data.studies)}
+        chosen = sorted(films.values())[:: max(1, len(films) // _MEAN_FILM_FROM)][:_MEAN_FILM_FROM]
+        total = sum(data[index].image[:1].float() for index in chosen)
+        return torch.as_tensor(total) / (255 * len(chosen))
+
+    def train_dataloader(self) -> DataLoader:
+        """Training pairs, shuffled by seed and epoch; the last incomplete batch is left out, unless it is the only one."""
+        data = self.dataset("train", augment=self.augment)
+        return self._loader(data, EpochSampler(data, self.seed), drop_last=len(data) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation pairs, in order."""
+        return self._loader(self.dataset("val"))
+
+    def test_dataloader(self) -> DataLoader:
+        """Test pairs, in order."""
+        return self._loader(self.dataset("test"))
+
+    def predict_dataloader(self) -> DataLoader:
+        """Test pairs, in order."""
+        return self.test_dataloader()
+
+    def _loader(self, data: FilmDataset, sampler: EpochSampler | None = None, *, drop_last: bool = False) -> DataLoader:
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+            # Its own generator, so that iterating draws nothing from the global one.
+            generator=torch.Generator().manual_seed(self.seed),
+        )

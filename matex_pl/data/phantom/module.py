@@ -1,0 +1,94 @@
+"""The embedded default: synthetic chest films with exact boxes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matex_pl.data.films import ChestXrayDataModule
+from matex_pl.data.phantom.cache import film_cache
+from matex_pl.data.phantom.findings import FINDINGS
+from matex_pl.data.record import Study
+
+
+class PhantomDataModule(ChestXrayDataModule):
+    """Phantoms: films drawn by a program, with the eight findings of MS-CXR and nodules, their boxes, and phrases of reports.
+
+    They are drawn once, in about a minute on two cores, and kept below `root`; no film depends on anything but seed and index.
+
+    Args:
+        root: Folder of the film cache.
+        num_train: Films for training; each has one to three findings, which make as many pairs.
+        num_val: Films for validation.
+        num_test: Films for test.
+        film_size: Side of the stored films in pixels.
+        shortcut: Probability in [0, 1] that a film with `shortcut_finding` gets a token in a corner, to see whether a map
+            catches a model that reads the token.
+        shortcut_finding: The finding that the token gives away.
+        image_size: See `ChestXrayDataModule`, like all that follow.
+        batch_size: Pairs per batch.
+        num_workers: Processes that read and augment films.
+        geometry: `pad` or `squash`.
+        augment: Mild geometric and intensity changes in training.
+        seed: Of films, shuffling and augmentation.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/phantom",
+        num_train: int = 10_000,
+        num_val: int = 1_000,
+        num_test: int = 1_000,
+        film_size: int = 192,
+        shortcut: float = 0.0,
+        shortcut_finding: str = "pneumothorax",
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(image_size, batch_size, num_workers, geometry, augment, seed)
+        if not 0 <= shortcut <= 1:
+            raise ValueError(f"shortcut must be a probability in [0, 1], got {shortcut}.")
+        if shortcut_finding not in FINDINGS:
+            raise ValueError(f"shortcut_finding must be one of {', '.join(FINDINGS)}; got {shortcut_finding!r}.")
+        self.root = Path(root)
+        self.splits = {"train": num_train, "val": num_val, "test": num_test}
+        self.film_size = film_size
+        self.shortcut = shortcut
+        self.shortcut_finding = shortcut_finding
+        self._films: NDArray[np.uint8] | None = None
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """The nine findings."""
+        return FINDINGS
+
+    def prepare_data(self) -> None:
+        """Draw the films, unless they are there."""
+        self._open()
+
+    def _open(self) -> tuple[NDArray[np.uint8], list[Study]]:
+        return film_cache(
+            self.root,
+            splits=self.splits,
+            seed=self.seed,
+            size=self.film_size,
+            shortcut=self.shortcut,
+            shortcut_finding=self.shortcut_finding,
+        )
+
+    def list_studies(self) -> list[Study]:
+        """One study per film and finding."""
+        self._films, studies = self._open()
+        return studies
+
+    def read_film(self, study: Study) -> NDArray[np.uint8]:
+        """Pixels of a film, `(film_size, film_size)`."""
+        if self._films is None:
+            self._films, _ = self._open()
+        return self._films[int(study.image)]

@@ -1,0 +1,87 @@
+"""Attribution quality as pure functions on tensors. Names say what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+
+FILLS = ("mean_film", "mean_colour", "blur")
+
+
+def fill_images(kind: str, images: Tensor, mean_film: Tensor) -> Tensor:
+    """What stands in for removed pixels, in the model's normalised frame; broadcasts to `images`.
+
+    Args:
+        kind: `mean_film` (position-wise mean of training films), `mean_colour` (0, as published) or `blur`. On radiographs a
+            constant fill looks like a consolidation.
+        images: `(B, 3, H, W)` normalised.
+        mean_film: `(3, H, W)` normalised.
+    """
+    if kind not in FILLS:
+        raise ValueError(f"fill must be one of {', '.join(FILLS)}, got {kind!r}.")
+    if kind == "mean_film":
+        return mean_film
+    if kind == "mean_colour":
+        return torch.zeros_like(images[:1])
+    sigma = min(images.shape[-2:]) / 16
+    return gaussian_blur(images, [2 * int(2 * sigma) + 1] * 2, [sigma] * 2)
+
+
+def keep_highlighted(images: Tensor, maps: Tensor, fill: Tensor) -> Tensor:
+    """x' = x * map + fill * (1 - map): what is highlighted stays; `(B, 3, H, W)` with maps `(B, H, W)` in [0, 1]."""
+    keep = maps[:, None].to(images)
+    return images * keep + fill * (1 - keep)
+
+
+def keep_relevant_tokens(tokens: Tensor, text_map: Tensor, content: Tensor, pad_id: int) -> Tensor:
+    """Tokens `(B, T)` in which content tokens not strictly above the median of the map over content are pads; the rest stays."""
+    median = text_map.masked_fill(~content, torch.nan).nanquantile(0.5, dim=1, keepdim=True)
+    return tokens.masked_fill(content & ~(text_map > median), pad_id)
+
+
+def confidence_drop(score: Tensor, kept_score: Tensor) -> Tensor:
+    """Loss of score when only what is highlighted is kept, in percent points of the cosine, `(B,)`; lower is better."""
+    return 100 * (score - kept_score).clamp(min=0)
+
+
+def confidence_increase(score: Tensor, kept_score: Tensor) -> Tensor:
+    """100 where keeping only what is highlighted raises the score, else 0, `(B,)`; higher is better."""
+    return 100 * (kept_score > score).to(score)
+
+
+def box_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Which pixel centres lie in any box: B lists `(K, 4)` of `x0, y0, x1, y1` in [0, 1] to `(B, H, W)` bool."""
+    height, width = size
+    padded = torch.nn.utils.rnn.pad_sequence([box.float() for box in boxes], batch_first=True, padding_value=torch.nan)
+    x0, y0, x1, y1 = padded.unbind(-1)
+    x = (torch.arange(width, device=padded.device) + 0.5) / width
+    y = (torch.arange(height, device=padded.device) + 0.5) / height
+    in_x = (x >= x0[..., None]) & (x < x1[..., None])
+    in_y = (y >= y0[..., None]) & (y < y1[..., None])
+    return torch.einsum("bkh,bkw->bhw", in_y.float(), in_x.float()) > 0
+
+
+def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
+    """1 where the maximum of the map `(B, H, W)` lies in a box, else 0; NaN without boxes. `(B,)`."""
+    peak = maps.flatten(1).argmax(1, keepdim=True)
+    hit = masks.flatten(1).gather(1, peak)[:, 0].float()
+    return hit.masked_fill(~masks.flatten(1).any(1), torch.nan)
+
+
+def contrast_to_noise(maps: Tensor, masks: Tensor) -> Tensor:
+    """Signed (mean_in - mean_out) / sqrt(var_in + var_out) per map, `(B,)`; 0 for constant maps, NaN without boxes or outside."""
+    flat, inside = maps.flatten(1).double(), masks.flatten(1).double()
+    (mean_in, var_in), (mean_out, var_out) = _moments(flat, inside), _moments(flat, 1 - inside)
+    noise = (var_in + var_out).sqrt()
+    value = (mean_in - mean_out) / torch.where(noise > 0, noise, torch.ones_like(noise))
+    return value.float()
+
+
+def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over the second axis; NaN where the weights are all 0."""
+    total = weight.sum(1)
+    mean = (values * weight).sum(1) / total
+    return mean, ((values - mean[:, None]) ** 2 * weight).sum(1) / total

@@ -1,0 +1,254 @@
+"""Fine-tuning a CLIP model on films and phrases, as a LightningModule."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from matex_pl.clip import load_clip
+from matex_pl.contrastive import RetrievalRecall, ZeroShot, contrastive_loss, same_phrase
+from matex_pl.data.record import StudyBatch
+
+FREEZE = ("none", "text", "image", "all-but-projections")
+_PROJECTIONS = ("visual.proj", "visual.head.", "text_projection", "text.text_projection", "text.proj")
+
+
+class ClipModule(LightningModule):
+    """CLIP on chest films: symmetric contrastive training, with retrieval and zero-shot scores in validation and test.
+
+    Logs `train/loss`, `train/logit_scale`, and for `val` and `test`: `loss`, `image_to_text_recall@{1,5,10}`,
+    `text_to_image_recall@{1,5,10}`, and, where the data module names findings, `zero_shot_top1` and `zero_shot_auroc`.
+
+    Args:
+        name: An open_clip name, `hf-hub:org/repo`, `local-dir:folder`, or a path to a JSON model config.
+        pretrained: A tag of open_clip (`openai`) or a checkpoint file, one of this module included. Random weights when left out.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Decay of the weight matrices; biases, norms and the logit scale have none.
+        betas: AdamW's two momenta.
+        warmup_steps: Steps of linear warm-up, followed by a cosine to zero at the end of training.
+        freeze: What is not trained: `none`, `text`, `image` (towers) or `all-but-projections`. The logit scale is always trained.
+        max_logit_scale: Upper bound of the factor between cosines and logits (100 in CLIP).
+        findings: Findings of the zero-shot scores; the data module's by default.
+        prompt: Prompt per finding; `{finding}` stands for its name.
+    """
+
+    mean_film: Tensor
+
+    def __init__(
+        self,
+        name: str = "ViT-B-32",
+        pretrained: str | None = None,
+        lr: float = 1e-5,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.98),
+        warmup_steps: int = 200,
+        freeze: str = "none",
+        max_logit_scale: float = 100.0,
+        findings: list[str] | None = None,
+        prompt: str = "{finding}",
+    ) -> None:
+        super().__init__()
+        _check_arguments(lr, warmup_steps, freeze, max_logit_scale, prompt)
+        self.save_hyperparameters()
+        self.clip = load_clip(name, pretrained)
+        # A checkpoint rebuilds the model from these, without the files that this run was started from.
+        self.hparams.update(name=json.dumps(self.clip.config), pretrained=None)
+        self.register_buffer("mean_film", torch.full((1, *self.clip.image_size), torch.nan))
+        self.retrieval = nn.ModuleDict({"val": RetrievalRecall(), "test": RetrievalRecall()})
+        self.zero_shot: nn.ModuleDict | None = None
+        self._rng_state: Tensor | None = None
+        freeze_parameters(self.clip.model, freeze)
+
+    def inputs(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
+        """What the model takes of a batch: normalised images `(B, 3, H, W)` and tokens `(B, T)`."""
+        return self.clip.normalise(batch["image"]), self.clip.tokenize(batch["phrase"])
+
+    def setup(self, stage: str) -> None:
+        """Learn from the data module what to score, and the mean film."""
+        if self.trainer.world_size > 1:
+            raise NotImplementedError(
+                f"The contrastive loss is computed in one process so far, got {self.trainer.world_size}. Set trainer.devices=1."
+            )
+        data = getattr(self.trainer, "datamodule", None)
+        findings = self.hparams["findings"] or getattr(data, "findings", ())
+        if findings:
+            self.zero_shot = nn.ModuleDict({split: ZeroShot(findings) for split in ("val", "test")}).to(self.device)
+        if self.mean_film.isnan().any() and hasattr(data, "mean_film"):
+            self.mean_film.copy_(data.mean_film())
+        if stage == "fit" and hasattr(data, "studies"):
+            self._report_cut_phrases(data)
+
+    def _report_cut_phrases(self, data: Any) -> None:
+        limit = self.clip.context_length
+        cut = [study.id for study in data.studies["train"] if self.clip.count_tokens(study.phrase) > limit]
+        if cut:
+            rank_zero_warn(
+                f"{len(cut)} of {len(data.studies['train'])} training phrases are longer than the model's {limit} tokens and are "
+                f"cut (the spatial prior still reads them whole): {', '.join(cut[:5])}{', ...' if len(cut) > 5 else ''}"
+            )
+
+    def train(self, mode: bool = True) -> ClipModule:
+        """Training mode, except for towers that are frozen: those stay as they are deployed."""
+        super().train(mode)
+        if self.hparams["freeze"] in ("image", "all-but-projections"):
+            self.clip.model.visual.eval()
+        if self.hparams["freeze"] in ("text", "all-but-projections") and hasattr(self.clip.model, "text"):
+            self.clip.model.text.eval()
+        return self
+
+    def forward(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
+        """L2-normalised embeddings of a batch's images and phrases, `(B, D)` each."""
+        images, tokens = self.inputs(batch)
+        return self.clip.encode_image(images), self.clip.encode_text(tokens)
+
+    def training_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
+        """Contrastive loss of a batch."""
+        loss = self._loss(*self(batch), batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]))
+        self.log("train/logit_scale", self.clip.logit_scale.exp().mean(), batch_size=len(batch["id"]))
+        return loss
+
+    def _loss(self, image: Tensor, text: Tensor, batch: StudyBatch) -> Tensor:
+        positives = same_phrase(batch["phrase"]).to(image.device)
+        return contrastive_loss(image, text, self.clip.logit_scale.exp(), positives)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Clamp the logit scale to [1, max_logit_scale], as CLIP does."""
+        self.clip.logit_scale.clamp_(0, math.log(self.hparams["max_logit_scale"]))
+
+    def on_validation_epoch_start(self) -> None:
+        """Encode the prompts with the weights of now."""
+        self._encode_prompts()
+
+    def on_test_epoch_start(self) -> None:
+        """Encode the prompts with the weights of now."""
+        self._encode_prompts()
+
+    def on_predict_epoch_start(self) -> None:
+        """Encode the prompts with the weights of now."""
+        self._encode_prompts()
+
+    def _encode_prompts(self) -> None:
+        if self.zero_shot is not None:
+            findings = self.zero_shot["val"].findings
+            prompts = [self.hparams["prompt"].format(finding=finding) for finding in findings]
+            self._prompts = self.clip.encode_text(self.clip.tokenize(prompts))
+
+    def validation_step(self, batch: StudyBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the validation scores; returns its embeddings, for callbacks to share."""
+        return self._score(batch, "val")
+
+    def test_step(self, batch: StudyBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the test scores; returns its embeddings, for callbacks to share."""
+        return self._score(batch, "test")
+
+    def _score(self, batch: StudyBatch, split: str) -> dict[str, Tensor]:
+        image, text = self(batch)
+        self.log(f"{split}/loss", self._loss(image, text, batch), prog_bar=True, batch_size=len(batch["id"]))
+        self.retrieval[split].update(image, text, batch["id"], batch["film_id"], batch["phrase"])
+        if self.zero_shot is not None:
+            self.zero_shot[split].update(image @ self._prompts.T, batch["film_findings"], batch["film_id"])
+        return {"image": image, "text": text}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the whole split."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of the whole split."""
+        self._log_scores("test")
+
+    def _log_scores(self, split: str) -> None:
+        for metric in (self.retrieval[split], *([self.zero_shot[split]] if self.zero_shot is not None else [])):
+            for name, value in metric.compute().items():
+                self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "zero_shot_top1")
+            metric.reset()
+
+    def predict_step(self, batch: StudyBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One row per pair: id, phrase, cosine, and the cosine with each finding's prompt."""
+        image, text = self(batch)
+        rows = [
+            {"id": study, "phrase": phrase, "cosine": float(cosine)}
+            for study, phrase, cosine in zip(batch["id"], batch["phrase"], (image * text).sum(-1), strict=True)
+        ]
+        if self.zero_shot is not None:
+            findings = self.zero_shot["val"].findings
+            for row, cosines in zip(rows, (image @ self._prompts.T).tolist(), strict=True):
+                row.update(zip(findings, cosines, strict=True))
+        return rows
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with linear warm-up and a cosine to zero."""
+        optimizer = AdamW(
+            decay_groups(self.clip.model, self.hparams["weight_decay"]), lr=self.hparams["lr"], betas=self.hparams["betas"]
+        )
+        steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the random numbers (patch dropout draws them), so that a resumed run goes on as if never stopped."""
+        checkpoint["rng_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the state of the random numbers out of the checkpoint; it is set when training starts."""
+        self._rng_state = checkpoint.get("rng_state")
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the checkpoint, if there is one."""
+        if self._rng_state is not None:
+            torch.set_rng_state(self._rng_state.cpu())
+            self._rng_state = None
+
+
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Factor on the learning rate: linear from 0 to 1 over `warmup` steps, then a cosine to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: matrices with decay; biases, norms and logit scale without. Frozen ones are left out."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [parameter for name, parameter in trained if parameter.ndim >= 2 and not name.startswith("logit_")]
+    plain = [parameter for name, parameter in trained if parameter.ndim < 2 or name.startswith("logit_")]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def freeze_parameters(model: nn.Module, freeze: str) -> None:
+    """Switch off the gradients of a tower, or of all but the projections into the common space; see `ClipModule`."""
+    projections = 0
+    for name, parameter in model.named_parameters():
+        is_image, is_projection = name.startswith("visual."), name.startswith(_PROJECTIONS)
+        is_frozen = {
+            "none": False,
+            "image": is_image,
+            "text": not is_image,
+            "all-but-projections": not is_projection,
+        }[freeze]
+        projections += is_projection
+        parameter.requires_grad_(parameter.requires_grad and (not is_frozen or name.startswith("logit_")))
+    if freeze == "all-but-projections" and not projections:
+        raise ValueError(f"{type(model).__name__} has no projection by a known name; freeze 'text' or 'image' instead.")
+
+
+def _check_arguments(lr: float, warmup_steps: int, freeze: str, max_logit_scale: float, prompt: str) -> None:
+    if freeze not in FREEZE:
+        raise ValueError(f"freeze must be one of {', '.join(FREEZE)}, got {freeze!r}.")
+    if lr <= 0 or warmup_steps < 0:
+        raise ValueError(f"lr must be positive and warmup_steps not negative, got {lr} and {warmup_steps}.")
+    if max_logit_scale < 1:
+        raise ValueError(f"max_logit_scale must be at least 1, got {max_logit_scale}. Give the factor, not its logarithm.")
+    if "{finding}" not in prompt:
+        raise ValueError(f"prompt must contain {{finding}}, got {prompt!r}.")
