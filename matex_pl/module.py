@@ -66,6 +66,8 @@ class ClipModule(LightningModule):
         self.zero_shot: nn.ModuleDict | None = None
         self._rng_state: Tensor | None = None
         freeze_parameters(self.clip.model, freeze)
+        # Lightning keeps the modes it finds, and `load_clip` gives a model in eval mode.
+        self.train()
 
     def inputs(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
         """What the model takes of a batch: normalised images `(B, 3, H, W)` and tokens `(B, T)`."""
