@@ -209,7 +209,7 @@ class Matex(AttributionMethod):
         with torch.enable_grad():
             score, target = score_and_target(image_embedding.float(), text_embedding.float(), reference)
         explained = [block.output for block in [*blocks[start:], *text_blocks[text_start:]]]
-        gradients = torch.autograd.grad(target.sum(), explained)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(target, explained, torch.ones_like(target))  # type: ignore[arg-type]
         split = len(blocks) - start
         patches = torch.ones_like(blocks[0].row[:, 0], dtype=torch.bool)
         patches[:, 0] = False
