@@ -65,7 +65,13 @@ class AttributionMetrics(Callback):
         ]
         if taken:
             raise ValueError(f"Two AttributionMetrics log under the name {self.name!r}. Give each a name of its own.")
-        if self.fill == "mean_film" and pl_module.mean_film.isnan().any():
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot work before training starts."""
+        self._check_fill(pl_module)
+
+    def _check_fill(self, module: LightningModule) -> None:
+        if self.fill == "mean_film" and module.mean_film.isnan().any():
             raise ValueError(
                 "fill='mean_film' needs the mean of the training films, which neither the checkpoint nor a data module gives. "
                 "Use fill='blur' or 'mean_colour'."
@@ -80,6 +86,7 @@ class AttributionMetrics(Callback):
         self._start(pl_module)
 
     def _start(self, module: LightningModule) -> None:
+        self._check_fill(module)
         metrics: dict[str, Metric] = {
             "pointing_game": PointingGame(),
             "cnr": ContrastToNoise(),

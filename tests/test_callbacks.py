@@ -1,0 +1,200 @@
+"""The callbacks inside `trainer.fit`, `validate` and `test`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from matex_pl import ClipModule
+from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly
+from matex_pl.callbacks import AttributionMaps, AttributionMetrics
+from matex_pl.callbacks.attribution_maps import choose_studies
+from matex_pl.data import PhantomDataModule, Study
+
+TINY = json.dumps(
+    {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.5},
+        "text_cfg": {"context_length": 48, "width": 32, "heads": 2, "layers": 2},
+    }
+)
+IMAGE_SCALARS = {"pointing_game", "cnr", "mean_map_mass", "confidence_drop", "confidence_increase"}
+TEXT_SCALARS = {"text_confidence_drop", "text_confidence_increase"}
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    return tmp_path_factory.mktemp("films")
+
+
+@pytest.fixture
+def data(films):
+    return PhantomDataModule(
+        root=str(films), num_train=12, num_val=8, num_test=8, film_size=96, batch_size=4, num_workers=0
+    )
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    return ClipModule(TINY, lr=1e-3, warmup_steps=1)
+
+
+def trainer(tmp_path, *callbacks, logger=None, **settings):
+    settings = {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1} | settings
+    logger = TensorBoardLogger(tmp_path, name="tb", version="0") if logger is None else logger
+    return Trainer(accelerator="cpu", callbacks=list(callbacks), logger=logger, default_root_dir=tmp_path, **settings)
+
+
+def events(tmp_path: Path) -> EventAccumulator:
+    return EventAccumulator(str(tmp_path / "tb" / "0"), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+class Counted(CenterMap):
+    """Counts how often it is asked."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def attribute(self, *args, **kwargs):
+        self.calls += 1
+        return super().attribute(*args, **kwargs)
+
+
+def test_maps_and_scalars_run_through_training(tmp_path, data, module):
+    run = trainer(tmp_path, AttributionMaps(num_studies=3), AttributionMetrics(), AttributionMetrics(CenterMap(), "center"))
+    run.fit(module, data)
+    logged = events(tmp_path)
+    tags = logged.Tags()
+    assert len(tags["images"]) == 3
+    assert all(tag.startswith("maps/matex/phantom-") for tag in tags["images"])
+    steps = [event.step for event in logged.Images(tags["images"][0])]
+    # One picture per validation and none from the sanity run, at the steps of the scalars beside them.
+    assert steps == [event.step + 1 for event in logged.Scalars("attribution/pointing_game")]
+    assert len(steps) == 2
+    assert {f"attribution/{name}" for name in IMAGE_SCALARS | TEXT_SCALARS} <= set(tags["scalars"])
+    assert {f"attribution/center/{name}" for name in IMAGE_SCALARS} <= set(tags["scalars"])
+    assert not any(tag.startswith("attribution/center/text") for tag in tags["scalars"])
+
+
+def test_a_checkpoint_monitors_an_attribution_scalar(tmp_path, data, module):
+    best = ModelCheckpoint(tmp_path / "best", monitor="attribution/pointing_game", mode="max")
+    trainer(tmp_path, best, AttributionMetrics(num_batches=-1)).fit(module, data)
+    assert best.best_model_score is not None
+    assert Path(best.best_model_path).is_file()
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_both_work_outside_of_fit(tmp_path, data, module, verb):
+    callbacks = AttributionMaps(num_studies=2), AttributionMetrics(Matex.paper(), fill="blur", per_finding=True)
+    scores = getattr(trainer(tmp_path, *callbacks), verb)(module, data, verbose=False)[0]
+    assert {f"attribution/{name}" for name in IMAGE_SCALARS | TEXT_SCALARS} <= set(scores)
+    assert any(name.startswith("attribution/pointing_game/") for name in scores)
+    assert len(events(tmp_path).Tags()["images"]) == 2
+
+
+def test_the_scalars_are_those_of_the_explained_batches(tmp_path, data, module):
+    scores = trainer(tmp_path, AttributionMetrics(PriorOnly(), num_batches=1)).validate(module, data, verbose=False)[0]
+    batch = next(iter(data.val_dataloader()))
+    images, tokens = module.inputs(batch)
+    maps = PriorOnly().attribute(module.clip, images, tokens, batch["phrase"], batch["film"]).image
+    fill = module.clip.normalise(module.mean_film.expand(3, -1, -1))
+    with torch.no_grad():
+        kept = module.clip.similarity(images * maps[:, None] + fill * (1 - maps[:, None]), tokens)
+        drop = 100 * (module.clip.similarity(images, tokens) - kept).clamp(min=0).mean()
+    assert scores["attribution/confidence_drop"] == pytest.approx(float(drop), abs=1e-4)
+    assert scores["attribution/mean_map_mass"] == pytest.approx(float(maps.mean()), abs=1e-6)
+
+
+def test_maps_come_at_every_nth_validation_and_cost_nothing_between(tmp_path, data, module):
+    method = Counted()
+    trainer(tmp_path, AttributionMaps(method, every_n_validations=2), max_epochs=3).fit(module, data)
+    assert method.calls == 2
+    off = Counted()
+    trainer(tmp_path / "off", AttributionMaps(off, every_n_validations=0), max_epochs=1).fit(module, data)
+    assert off.calls == 0
+
+
+def test_metrics_explain_only_the_first_batches(tmp_path, data, module):
+    method = Counted()
+    trainer(tmp_path, AttributionMetrics(method, num_batches=2), max_epochs=1, num_sanity_val_steps=2).fit(module, data)
+    assert method.calls == 2
+
+
+def test_the_shown_studies_survive_a_resume(tmp_path, data, module):
+    first = AttributionMaps(study_ids=None, num_studies=2, every_n_validations=3)
+    run = trainer(tmp_path / "a", first, max_epochs=1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    again = AttributionMaps(num_studies=5, every_n_validations=3)
+    method = again.method = Counted()
+    trainer(tmp_path / "b", again, max_epochs=3).fit(module, data, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    assert again.chosen == first.chosen
+    assert again.validations == 3
+    assert method.calls == 0
+
+
+def test_explaining_changes_nothing_that_training_sees(tmp_path, data):
+    weights = []
+    for callbacks in ([], [AttributionMaps(), AttributionMetrics()]):
+        torch.manual_seed(0)
+        module = ClipModule(TINY, lr=1e-3, warmup_steps=1)
+        trainer(tmp_path, *callbacks, logger=CSVLogger(tmp_path)).fit(module, data)
+        weights.append(torch.nn.utils.parameters_to_vector(module.parameters()))
+    assert torch.equal(*weights)
+
+
+def test_chosen_ids_are_checked_before_training(tmp_path, data, module):
+    with pytest.raises(ValueError, match="no study 'nobody' among"):
+        trainer(tmp_path, AttributionMaps(study_ids=["nobody"])).fit(module, data)
+
+
+def test_two_under_one_name_are_refused(tmp_path, data, module):
+    with pytest.raises(ValueError, match="under the name 'matex'"):
+        trainer(tmp_path, AttributionMaps(), AttributionMaps(CenterMap())).fit(module, data)
+    with pytest.raises(ValueError, match="under the name ''"):
+        trainer(tmp_path, AttributionMetrics(), AttributionMetrics(CenterMap())).fit(module, data)
+
+
+def test_no_logger_for_images_is_said_once(tmp_path, data, module):
+    with pytest.warns(UserWarning, match="None of the trainer's loggers takes images"):
+        trainer(tmp_path, AttributionMaps(), logger=CSVLogger(tmp_path), max_epochs=1).fit(module, data)
+
+
+@pytest.mark.parametrize("settings", [{"num_batches": 0}, {"fill": "grey"}])
+def test_wrong_metric_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="must be"):
+        AttributionMetrics(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"num_studies": 0}, {"every_n_validations": -1}])
+def test_wrong_map_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="must be|at least"):
+        AttributionMaps(**settings)
+
+
+def test_studies_are_chosen_turn_by_turn_over_findings():
+    studies = [
+        Study(id=f"{finding}{number}", patient_id="", film_id="", image="", phrase="", finding=finding, boxes=boxes)
+        for finding, boxes in (("edema", ((0, 0, 1, 1),)), ("nodule", ((0, 0, 1, 1),)), ("", ()))
+        for number in range(3)
+    ]
+    assert choose_studies(studies, 5) == ["edema0", "nodule0", "0", "edema1", "nodule1"]
+    assert len(choose_studies(studies, 50)) == 9
+
+
+def test_a_method_of_ones_own_plugs_in(tmp_path, data, module):
+    class Corner(CenterMap):
+        def _draw(self, clip, phrases, film, device):
+            maps = torch.zeros(len(phrases), *clip.image_size)
+            maps[:, 0, 0] = 1
+            return maps
+
+    assert issubclass(Corner, AttributionMethod)
+    scores = trainer(tmp_path, AttributionMetrics(Corner())).validate(module, data, verbose=False)[0]
+    assert scores["attribution/pointing_game"] == 0
