@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
 
 SPLITS = ("train", "val", "test")
+STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+"""Splits that each stage of a trainer reads."""
+
 _MEAN_FILM_FROM = 512
 
 
@@ -41,19 +46,24 @@ class FilmDataset(Dataset[Sample]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         study = self.studies[index]
         seed = int(np.random.SeedSequence((self.data.seed, epoch, index)).generate_state(1)[0])
-        film = self.data.read_film(study)
-        return Sample(study, *self.transform(film, study.boxes, seed=seed))
+        try:
+            return Sample(study, *self.transform(self.data.read_film(study), study.boxes, seed=seed))
+        except ValueError as error:
+            raise ValueError(f"Study {study.id!r} ({study.image}): {error}") from error
 
     def batch(self, ids: Sequence[str]) -> StudyBatch:
         """The named studies as one batch, in the order of `ids`.
 
         Raises:
             KeyError: An id is not in the dataset.
+            ValueError: No id is given.
         """
+        if not ids:
+            raise ValueError("A batch needs at least one study id, got none.")
         place = {study.id: index for index, study in enumerate(self.studies)}
         missing = [name for name in ids if name not in place]
         if missing:
-            raise KeyError(f"No study {missing[0]!r} among {len(place)}, e.g. {next(iter(place))!r}.")
+            raise KeyError(f"No study {missing[0]!r} among {len(place)}, e.g. {next(iter(place), 'none')!r}.")
         return collate([self[place[name]] for name in ids])
 
 
@@ -77,8 +87,10 @@ class EpochSampler(RandomSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
-class ChestXrayDataModule(LightningDataModule):
+class ChestXrayDataModule(LightningDataModule, ABC):
     """Base of the data modules: a subclass lists its studies and reads a film.
+
+    Without a trainer: give `image_size`, call `setup("fit")`, and take `dataset("val")` or the loaders.
 
     Args:
         image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
@@ -102,9 +114,13 @@ class ChestXrayDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, because contrastive training needs negatives; got {batch_size}.")
-        FilmTransform((8, 8), geometry)
+            raise ValueError(
+                f"batch_size must be at least 2, for contrastive training needs negatives; got {batch_size}."
+            )
+        if seed < 0 or num_workers < 0:
+            raise ValueError(f"seed and num_workers must not be negative, got {seed} and {num_workers}.")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        FilmTransform(self.image_size or (8, 8), geometry)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.geometry = geometry
@@ -130,42 +146,49 @@ class ChestXrayDataModule(LightningDataModule):
         """List the studies, once.
 
         Raises:
-            ValueError: A split that this stage needs is empty, or an id is taken twice.
+            ValueError: A split that this stage needs is empty, an id is taken twice, or a study is in no known split.
         """
-        if self.studies:
-            return
-        listed = self.list_studies()
-        twice = [name for name, count in Counter(study.id for study in listed).items() if count > 1]
-        if twice:
-            raise ValueError(f"{len(twice)} study ids are not unique, e.g. {twice[:3]}.")
-        self.studies = {split: [study for study in listed if study.split == split] for split in SPLITS}
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]:
+        if not self.studies:
+            self.studies = _by_split(self.list_studies())
+        for split in STAGES[stage]:
             if not self.studies[split]:
                 counts = {name: len(found) for name, found in self.studies.items()}
-                raise ValueError(f"{type(self).__name__} has no {split} studies, which {stage!r} needs; it has {counts}.")
+                raise ValueError(
+                    f"{type(self).__name__} has no {split} studies, which {stage!r} needs; it has {counts}."
+                )
 
     def dataset(self, split: str, *, augment: bool = False) -> FilmDataset:
-        """The studies of a split with their pixels."""
-        return FilmDataset(self, self.studies[split], FilmTransform(self._frame(), self.geometry, augment=augment))
+        """The studies of a split with their pixels.
+
+        Raises:
+            RuntimeError: The studies are not listed yet.
+        """
+        return FilmDataset(self, self._listed()[split], FilmTransform(self._frame(), self.geometry, augment=augment))
+
+    def _listed(self) -> dict[str, list[Study]]:
+        if not self.studies:
+            raise RuntimeError(
+                f"{type(self).__name__} has listed no studies yet. Call setup('fit') or setup('test') first."
+            )
+        return self.studies
 
     def _frame(self) -> tuple[int, int]:
         if self.image_size is not None:
             return self.image_size
         if self.trainer is None or self.trainer.lightning_module is None:
             raise ValueError("image_size is not set and there is no model to take it from. Pass image_size, e.g. 224.")
-        return self.trainer.lightning_module.clip.image_size
+        clip: Any = self.trainer.lightning_module.clip
+        return clip.image_size
 
     def mean_film(self) -> Tensor:
         """Position-wise mean of up to 512 training films in the model's frame, `(1, H, W)` in [0, 1]."""
-        split = "train" if self.studies["train"] else next(name for name in SPLITS if self.studies[name])
-        data = self.dataset(split)
+        data = self.dataset(next(name for name in SPLITS if self._listed()[name]))
         films = {study.film_id: index for index, study in enumerate(data.studies)}
-        chosen = sorted(films.values())[:: max(1, len(films) // _MEAN_FILM_FROM)][:_MEAN_FILM_FROM]
-        total = sum(data[index].image[:1].float() for index in chosen)
-        return torch.as_tensor(total) / (255 * len(chosen))
+        chosen = sorted(films.values())[:: math.ceil(len(films) / _MEAN_FILM_FROM)]
+        return torch.stack([data[index].image[:1] for index in chosen]).float().mean(0) / 255
 
     def train_dataloader(self) -> DataLoader:
-        """Training pairs, shuffled by seed and epoch; the last incomplete batch is left out, unless it is the only one."""
+        """Training pairs, shuffled by seed and epoch; an incomplete last batch is left out if there are others."""
         data = self.dataset("train", augment=self.augment)
         return self._loader(data, EpochSampler(data, self.seed), drop_last=len(data) >= self.batch_size)
 
@@ -194,3 +217,17 @@ class ChestXrayDataModule(LightningDataModule):
             # Its own generator, so that iterating draws nothing from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process needs: where processes are spawned, the trainer cannot go along."""
+        return {**self.__dict__, "trainer": None}
+
+
+def _by_split(studies: Sequence[Study]) -> dict[str, list[Study]]:
+    twice = [name for name, count in Counter(study.id for study in studies).items() if count > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} study ids are not unique, e.g. {', '.join(twice[:3])}.")
+    lost = next((study for study in studies if study.split not in SPLITS), None)
+    if lost is not None:
+        raise ValueError(f"Study {lost.id!r} is in the split {lost.split!r}; splits are {', '.join(SPLITS)}.")
+    return {split: [study for study in studies if study.split == split] for split in SPLITS}

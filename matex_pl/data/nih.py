@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,9 @@ from matex_pl.data.films import SPLITS, ChestXrayDataModule
 from matex_pl.data.record import Study
 
 BOX_FILE, LABEL_FILE = "BBox_List_2017.csv", "Data_Entry_2017_v2020.csv"
+_LABEL_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
+# The box file's header is `Image Index,Finding Label,Bbox [x,y,w,h],,,`: its commas and brackets are as they are.
+_BOX_COLUMNS = ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")
 BOX_FRAME = 1024
 """Side in pixels of the frame in which the distribution gives its boxes."""
 
@@ -30,21 +32,32 @@ _NAMES = {
     "Nodule": "lung nodule",
     "Hernia": "hiatal hernia",
 }
-_TEMPLATES = ("{}.", "There is {}.", "Findings consistent with {}.", "Frontal chest radiograph with {}.", "Evidence of {}.")
+_TEMPLATES = (
+    "{}.",
+    "There is {}.",
+    "Findings consistent with {}.",
+    "Frontal chest radiograph with {}.",
+    "Evidence of {}.",
+)
+_WITHOUT_SIDE = {"cardiomegaly"}
 _NORMAL = ("No acute cardiopulmonary abnormality.", "Normal chest radiograph.", "The lungs are clear.")
+
+
+Box = tuple[float, float, float, float]
 
 
 class NihDataModule(ChestXrayDataModule):
     """The NIH films: one study per film and label, with a box where a radiologist drew one.
 
     There are no reports; phrases come from templates over the label. `root` holds `BBox_List_2017.csv`,
-    `Data_Entry_2017_v2020.csv` and `images/` (searched below, `.png` or `.jpg` at any size; matched by stem). Rows whose image is
-    not there are left out and counted. Splits are made by patient.
+    `Data_Entry_2017_v2020.csv` and `images/` (searched below, `.png` or `.jpg` at any size; matched by stem). Rows
+    whose image is not there are left out and counted. Splits are made by patient.
 
     Args:
         root: Folder of the distribution.
         boxed_only: Leave out films without a box, and labels without one on films that have some.
-        name_side: Put the side of the box into the phrase. It then tells a map where to look: report results with and without.
+        name_side: Put the side of the box into the phrase. It then tells a map where to look: report results with and
+            without.
         fractions: Shares of the patients in train, val and test.
         image_size: See `ChestXrayDataModule`, like all that follow.
         batch_size: Pairs per batch.
@@ -83,60 +96,60 @@ class NihDataModule(ChestXrayDataModule):
             ValueError: A row cannot be read; the message names file and line.
         """
         labels, boxes, files = read_labels(self.root / LABEL_FILE), read_boxes(self.root / BOX_FILE), self._find_files()
-        here = [row for row in labels if Path(row["image"]).stem in files]
+        here = [row for row in labels if row["film"] in files]
         if not here:
             raise FileNotFoundError(
                 f"None of the {len(labels)} films of {LABEL_FILE} is below {self.root} as .png or .jpg. "
                 "Unpack the distribution's images there, or set data.root to the folder that holds both CSV files."
             )
         if len(here) < len(labels):
-            rank_zero_warn(f"{len(labels) - len(here)} of {len(labels)} films of {LABEL_FILE} are not below {self.root}; left out.")
+            missing = len(labels) - len(here)
+            rank_zero_warn(f"{missing} of {len(labels)} films of {LABEL_FILE} are not below {self.root}; left out.")
         splits = split_patients((row["patient"] for row in here), self.fractions, self.seed)
         return [
             study
             for row in here
-            for study in self._studies_of(row, boxes[row["image"]], files[Path(row["image"]).stem], splits[row["patient"]])
+            for study in self._studies_of(row, boxes.get(row["film"], {}), files[row["film"]], splits[row["patient"]])
         ]
 
     def _find_files(self) -> dict[str, Path]:
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"data.root {str(self.root)!r} is not a folder. It should hold {LABEL_FILE} and images/.")
-        return {path.stem: path for path in sorted(self.root.rglob("*")) if path.suffix.lower() in {".png", ".jpg", ".jpeg"}}
+        found = sorted(self.root.rglob("*"))
+        return {path.stem: path for path in found if path.suffix.lower() in {".png", ".jpg", ".jpeg"}}
 
-    def _studies_of(
-        self, row: dict[str, Any], boxes: dict[str, list[tuple[float, ...]]], path: Path, split: str
-    ) -> Iterator[Study]:
-        film = Path(row["image"]).stem
-        scaled = _scale_boxes(boxes, path) if boxes else {}
-        found = [finding_name(label) for label in row["labels"] if label != NO_FINDING]
-        named = sorted({*found, *scaled})
-        for finding in [name for name in named if name in scaled or not self.boxed_only] or ([] if self.boxed_only else [""]):
-            drawn = scaled.get(finding, [])
+    def _studies_of(self, row: dict[str, Any], boxes: dict[str, list[Box]], path: Path, split: str) -> Iterator[Study]:
+        film = row["film"]
+        named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
+        told = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
+        size = _image_size(path) if boxes else (BOX_FRAME, BOX_FRAME)
+        for finding in told:
+            drawn = boxes.get(finding, [])
             yield Study(
                 id=f"{film}-{finding.replace(' ', '_') or 'normal'}",
                 patient_id=row["patient"],
                 film_id=film,
                 image=str(path),
-                phrase=self._phrase(film, finding, drawn, path),
-                boxes=drawn,
+                phrase=self._phrase(film, finding, drawn),
+                boxes=[_scale_box(box, size) for box in drawn],
                 finding=finding,
                 film_findings=tuple(named),
                 split=split,
             )
 
-    def _phrase(self, film: str, finding: str, boxes: list[tuple[float, float, float, float]], path: Path) -> str:
+    def _phrase(self, film: str, finding: str, boxes: list[Box]) -> str:
+        """A sentence about the finding, whose boxes are in the 1024 x 1024 frame."""
         rng = np.random.default_rng([self.seed, *f"{film}/{finding}".encode()])
         if not finding:
             return str(rng.choice(_NORMAL))
-        side = _side_word(boxes, path) if self.name_side and boxes and finding != "cardiomegaly" else ""
+        side = side_word(boxes) if self.name_side and finding not in _WITHOUT_SIDE else ""
         text = str(rng.choice(_TEMPLATES)).format(f"{side} {finding}".strip())
         return text[0].upper() + text[1:]
 
     def read_film(self, study: Study) -> np.ndarray:
         """Pixels of a film, `(h, w)` uint8."""
-        film = cv2.imread(str(study.image), cv2.IMREAD_GRAYSCALE)
+        # Without the orientation that a file may carry: boxes are in the pixels as they are stored.
+        film = cv2.imread(str(study.image), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
         if film is None:
-            raise ValueError(f"Study {study.id!r}: {study.image} is no readable image. Copy the file anew or take its row out.")
+            raise ValueError("no readable image. Copy the file anew or take its row out.")
         return film
 
 
@@ -146,43 +159,55 @@ def finding_name(label: str) -> str:
 
 
 def read_labels(path: Path) -> list[dict[str, Any]]:
-    """Rows of the label file: `image`, `patient` and `labels`."""
+    """Rows of the label file: `film`, `patient` and `labels`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A column is missing, or a cell is empty; the message names file and line.
+    """
     rows = []
-    for line, row in _rows(path, ("Image Index", "Finding Labels", "Patient ID")):
-        if not row["Image Index"] or not row["Patient ID"]:
-            raise ValueError(f"{path}, line {line}: the image or the patient is empty.")
-        rows.append(
-            {"image": row["Image Index"], "patient": row["Patient ID"], "labels": row["Finding Labels"].split("|")}
-        )
+    for line, (image, labels, patient) in _rows(path, _LABEL_COLUMNS):
+        if not (image and labels and patient):
+            cells = dict(zip(_LABEL_COLUMNS, (image, labels, patient), strict=True))
+            raise ValueError(f"{path}, line {line}: a cell is empty in {cells}.")
+        rows.append({"film": Path(image).stem, "patient": patient, "labels": labels.split("|")})
     return rows
 
 
-def read_boxes(path: Path) -> defaultdict[str, dict[str, list[tuple[float, ...]]]]:
-    """Boxes by image and finding, `(x0, y0, x1, y1)` in pixels of the 1024 x 1024 frame."""
-    boxes: defaultdict[str, dict[str, list[tuple[float, ...]]]] = defaultdict(dict)
-    for line, row in _rows(path, ("Image Index", "Finding Label")):
-        cells = list(row.values())[2:6]
+def read_boxes(path: Path) -> dict[str, dict[str, list[Box]]]:
+    """Boxes by film and finding, `(x0, y0, x1, y1)` in pixels of the 1024 x 1024 frame.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A column is missing, or a row holds no box; the message names file and line.
+    """
+    boxes: dict[str, dict[str, list[Box]]] = {}
+    for line, (image, label, *cells) in _rows(path, _BOX_COLUMNS):
         try:
             x, y, width, height = (float(cell) for cell in cells)
-        except (TypeError, ValueError):
+        except ValueError:
             raise ValueError(f"{path}, line {line}: the box {cells} is not four numbers x, y, w, h.") from None
         if not (np.isfinite([x, y, width, height]).all() and width > 0 and height > 0):
             raise ValueError(f"{path}, line {line}: the box {cells} has no positive, finite size.")
-        boxes[row["Image Index"]].setdefault(finding_name(row["Finding Label"]), []).append((x, y, x + width, y + height))
+        found = boxes.setdefault(Path(image).stem, {}).setdefault(finding_name(label), [])
+        found.append((x, y, x + width, y + height))
     return boxes
 
 
-def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells of each row; unnamed columns get their place as a name."""
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """Line number and the cells of the named columns of each row; cells that a short row lacks are empty."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. data.root should hold {LABEL_FILE}, {BOX_FILE} and images/.")
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
-        header = [name or f"column {place}" for place, name in enumerate(next(reader, []))]
-        if not set(needed) <= set(header):
-            raise ValueError(f"{path} lacks the columns {sorted(set(needed) - set(header))}; it has {header}.")
+        header = [name.strip() for name in next(reader, [])]
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise ValueError(f"{path} lacks the columns {missing}; it has {header}.")
+        places = [header.index(name) for name in columns]
         for cells in reader:
-            yield reader.line_num, dict(zip(header, cells, strict=False))
+            if cells:
+                yield reader.line_num, [cells[place].strip() if place < len(cells) else "" for place in places]
 
 
 def split_patients(patients: Iterable[str], fractions: tuple[float, float, float], seed: int) -> dict[str, str]:
@@ -193,18 +218,22 @@ def split_patients(patients: Iterable[str], fractions: tuple[float, float, float
     return {names[index]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, index in enumerate(order)}
 
 
-def _scale_boxes(
-    boxes: dict[str, list[tuple[float, ...]]], path: Path
-) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Boxes in pixels of the stored file."""
-    with Image.open(path) as image:
-        x, y = image.width / BOX_FRAME, image.height / BOX_FRAME
-    return {name: [(a * x, b * y, c * x, d * y) for a, b, c, d in found] for name, found in boxes.items()}
+def side_word(boxes: list[Box]) -> str:
+    """The patient's side of boxes in the 1024 x 1024 frame: the patient's right is on the left of the film."""
+    sides = {"right" if (x0 + x1) / 2 < BOX_FRAME / 2 else "left" for x0, _, x1, _ in boxes}
+    return "bilateral" if len(sides) == 2 else "".join(sides)
 
 
-def _side_word(boxes: list[tuple[float, float, float, float]], path: Path) -> str:
-    """The patient's side of the boxes: the patient's right is on the left of the film."""
-    with Image.open(path) as image:
-        middle = image.width / 2
-    sides = {"right" if (box[0] + box[2]) / 2 < middle else "left" for box in boxes}
-    return "bilateral" if len(sides) == 2 else sides.pop()
+def _image_size(path: Path) -> tuple[int, int]:
+    """Width and height of a stored film, from its header."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise ValueError(f"{path} is no readable image. Copy the file anew or take its row out.") from error
+
+
+def _scale_box(box: Box, size: tuple[int, int]) -> Box:
+    """A box of the 1024 x 1024 frame in pixels of a film of that width and height."""
+    x, y = size[0] / BOX_FRAME, size[1] / BOX_FRAME
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y

@@ -49,7 +49,8 @@ class Sample:
         study: The record it came from.
         image: `(3, H, W)` uint8, the model's input size, before normalisation.
         boxes: `(K, 4)` float32 `x0, y0, x1, y1` in [0, 1] of the model's frame, x to the right, y down.
-        film: `(4,)` float32 rectangle of the film in the same frame; it may reach outside [0, 1] when the film was cropped.
+        film: `(4,)` float32 rectangle of the film in the same frame; it may reach outside [0, 1] when the film was
+            cropped.
     """
 
     study: Study
@@ -77,7 +78,7 @@ _STUDY_FIELDS = ("id", "patient_id", "film_id", "phrase", "finding", "film_findi
 
 
 def collate(samples: Sequence[Sample]) -> StudyBatch:
-    """Batch of samples: `image (B, 3, H, W)` uint8, `film (B, 4)`, `boxes` a list of `(K, 4)`, the rest lists of length B."""
+    """Batch of B samples: `image (B, 3, H, W)` uint8, `film (B, 4)`, `boxes` a list of `(K, 4)`, the rest lists."""
     batch: dict[str, Any] = {name: [getattr(sample.study, name) for sample in samples] for name in _STUDY_FIELDS}
     batch["image"] = torch.stack([sample.image for sample in samples])
     batch["film"] = torch.stack([sample.film for sample in samples])

@@ -25,20 +25,18 @@ class FilmTransform:
     Args:
         size: Height and width of the model's input.
         geometry: `pad` keeps the film's shape and fills up with black, `squash` stretches it.
-        augment: Mild rotation, shift and scale, brightness, contrast and gamma, for training. The draws come from `seed` alone.
+        augment: Mild rotation, shift and scale, brightness, contrast and gamma, for training; the draws come from
+            `seed` alone.
     """
 
     def __init__(self, size: tuple[int, int], geometry: str = "pad", *, augment: bool = False) -> None:
         if geometry not in GEOMETRIES:
             raise ValueError(f"geometry must be one of {', '.join(GEOMETRIES)}, got {geometry!r}.")
-        self.size = size
-        self.augment = augment
-        steps = [*_frame(size, geometry), *(_augmentation() if augment else [])]
-        self.pipeline = A.Compose(
-            steps,
-            bbox_params=A.BboxParams("pascal_voc", min_area=1, clip=True),
-            keypoint_params=A.KeypointParams("xy", remove_invisible=False),
-        )
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"The model's input must have a positive height and width, got {tuple(size)}.")
+        self.size = (int(size[0]), int(size[1]))
+        self.geometry = geometry
+        self.augmentation = _augmentation() if augment else None
 
     def __call__(
         self, film: np.ndarray, boxes: Sequence[Sequence[float]] = (), *, seed: int = 0
@@ -51,39 +49,68 @@ class FilmTransform:
             film: `(h, w)` uint8.
             boxes: `x0, y0, x1, y1` each, in pixels of `film`.
             seed: Of the augmentation's draws.
+
+        Raises:
+            ValueError: The film has another form, or a box covers nothing of it.
         """
-        height, width = film.shape
-        if self.augment:
-            self.pipeline.set_random_seed(seed)
-        corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=np.float32)
-        out = self.pipeline(image=film, bboxes=np.array(boxes, dtype=np.float32).reshape(-1, 4), keypoints=corners)
-        scale = torch.tensor([self.size[1], self.size[0]] * 2, dtype=torch.float32)
-        placed = torch.as_tensor(np.asarray(out["bboxes"], dtype=np.float32)).reshape(-1, 4)
-        return _three_channels(out["image"]), placed / scale, _rectangle(out["keypoints"]) / scale
+        if film.ndim != 2 or film.dtype != np.uint8 or not film.size:
+            raise ValueError(f"a film is (h, w) uint8, got {film.shape} {film.dtype}.")
+        framed, drawn, corners = self._frame(film, _clipped(boxes, film.shape))
+        if self.augmentation is not None:
+            self.augmentation.set_random_seed(seed)
+            out = self.augmentation(image=framed, bboxes=drawn, keypoints=corners)
+            framed, drawn, corners = out["image"], np.reshape(out["bboxes"], (-1, 4)), out["keypoints"]
+        scale = np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)
+        image = torch.from_numpy(np.ascontiguousarray(framed)).expand(3, -1, -1)
+        return image, _tensor(drawn / scale), _tensor(_rectangle(corners) / scale)
+
+    def _frame(self, film: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Film, boxes and the film's corners, clockwise from the upper left, in pixels of the model's frame."""
+        left, top, width, height = self._place(film.shape)
+        interpolation = cv2.INTER_AREA if width <= film.shape[1] else cv2.INTER_LINEAR
+        framed = np.zeros(self.size, dtype=np.uint8)
+        framed[top : top + height, left : left + width] = cv2.resize(film, (width, height), interpolation=interpolation)
+        # From the whole pixels that the film got, so that boxes follow them exactly.
+        scale = np.array([width / film.shape[1], height / film.shape[0]], dtype=np.float32)
+        origin = np.array([left, top], dtype=np.float32)
+        corners = origin + np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=np.float32)
+        return framed, boxes * np.tile(scale, 2) + np.tile(origin, 2), corners
+
+    def _place(self, film_size: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Left, top, width and height of a film in the model's frame, in whole pixels."""
+        if self.geometry == "squash":
+            return 0, 0, self.size[1], self.size[0]
+        scale = min(self.size[0] / film_size[0], self.size[1] / film_size[1])
+        height, width = (max(1, round(side * scale)) for side in film_size)
+        return (self.size[1] - width) // 2, (self.size[0] - height) // 2, width, height
 
 
-def _three_channels(film: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(film)).expand(3, -1, -1)
+def _clipped(boxes: Sequence[Sequence[float]], film_size: tuple[int, ...]) -> np.ndarray:
+    """The boxes `(K, 4)` without what lies outside of the film."""
+    height, width = film_size
+    drawn = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    clipped = np.clip(drawn, 0, np.array([width, height] * 2, dtype=np.float32))
+    # Written so that NaN fails too.
+    empty = ~((clipped[:, 2:] > clipped[:, :2]).all(1))
+    if empty.any():
+        raise ValueError(
+            f"the box {drawn[empty][0].tolist()} (x0, y0, x1, y1) covers nothing of the {width} x {height} film."
+        )
+    return clipped
 
 
-def _rectangle(corners: np.ndarray) -> Tensor:
+def _rectangle(corners: np.ndarray) -> np.ndarray:
     """The upright rectangle that is nearest to four corners, clockwise from the upper left: `x0, y0, x1, y1`."""
-    (ax, ay), (bx, by), (cx, cy), (dx, dy) = np.asarray(corners, dtype=np.float32)[:, :2]
-    return torch.tensor([ax + dx, ay + by, bx + cx, cy + dy]) / 2
+    (ax, ay), (bx, by), (cx, cy), (dx, dy) = np.asarray(corners)[:, :2]
+    return np.array([ax + dx, ay + by, bx + cx, cy + dy]) / 2
 
 
-def _frame(size: tuple[int, int], geometry: str) -> list[A.BasicTransform]:
-    height, width = size
-    if geometry == "squash":
-        return [A.Resize(height, width, interpolation=cv2.INTER_AREA)]
-    return [
-        A.LongestMaxSize(max_size_hw=(height, width), interpolation=cv2.INTER_AREA),
-        A.PadIfNeeded(height, width, border_mode=cv2.BORDER_CONSTANT, fill=0),
-    ]
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
 
-def _augmentation() -> list[A.BasicTransform]:
-    return [
+def _augmentation() -> A.Compose:
+    steps = [
         A.Affine(
             scale=(0.92, 1.08),
             translate_percent=(-0.04, 0.04),
@@ -96,3 +123,8 @@ def _augmentation() -> list[A.BasicTransform]:
         A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.8),
         A.RandomGamma(gamma_limit=(80, 125), p=0.5),
     ]
+    return A.Compose(
+        steps,
+        bbox_params=A.BboxParams("pascal_voc", min_area=1, clip=True),
+        keypoint_params=A.KeypointParams("xy", remove_invisible=False),
+    )

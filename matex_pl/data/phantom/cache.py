@@ -135,8 +135,8 @@ def _drawn(
         for chunk in chunks:
             yield _draw_chunk(path, chunk, [names[index] for index in chunk], dict(look))
         return
-    # The platform's way to start a process, as a DataLoader uses it: fork needs no `__main__` guard in a user's script, and the
-    # workers never call torch, whose threads would not survive it.
+    # The platform's way to start a process, as a DataLoader uses it: fork needs no `__main__` guard in a user's script,
+    # and the workers never call torch, whose threads would not survive it.
     with ProcessPoolExecutor(num_workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
         jobs = [pool.submit(_draw_chunk, path, c, [names[index] for index in c], dict(look)) for c in chunks]
         try:

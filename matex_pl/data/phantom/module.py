@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,10 @@ from matex_pl.data.record import Study
 
 
 class PhantomDataModule(ChestXrayDataModule):
-    """Phantoms: films drawn by a program, with the eight findings of MS-CXR and nodules, their boxes, and phrases of reports.
+    """Phantoms: films drawn by a program, with MS-CXR's eight findings and nodules, their boxes and phrases of reports.
 
-    They are drawn once, in about a minute on two cores, and kept below `root`; no film depends on anything but seed and index.
+    They are drawn once, in about a minute on two cores, and kept below `root`; no film depends on anything but seed
+    and index.
 
     Args:
         root: Folder of the film cache.
@@ -24,8 +26,8 @@ class PhantomDataModule(ChestXrayDataModule):
         num_val: Films for validation.
         num_test: Films for test.
         film_size: Side of the stored films in pixels.
-        shortcut: Probability in [0, 1] that a film with `shortcut_finding` gets a token in a corner, to see whether a map
-            catches a model that reads the token.
+        shortcut: Probability in [0, 1] that a film with `shortcut_finding` gets a token in a corner, to see whether a
+            map catches a model that reads the token.
         shortcut_finding: The finding that the token gives away.
         image_size: See `ChestXrayDataModule`, like all that follow.
         batch_size: Pairs per batch.
@@ -92,3 +94,7 @@ class PhantomDataModule(ChestXrayDataModule):
         if self._films is None:
             self._films, _ = self._open()
         return self._films[int(study.image)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the films: pickling a memory map would copy them; a worker opens its own."""
+        return {**super().__getstate__(), "_films": None}
