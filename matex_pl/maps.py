@@ -31,17 +31,22 @@ class AttributionMaps:
     parts: dict[str, Any] = field(default_factory=dict)
 
 
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better, which all map arithmetic is done in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """`norm` of the design: (z - min) / (max - min) per sample over all but the first axis; same shape, in [0, 1].
 
-    A sample that is constant within max(1e-6, 4 eps of `dtype`) of its own magnitude gives zeros: what is left of it is rounding.
+    A sample that is constant within max(1e-6, 4 eps of `dtype`) of its own magnitude gives zeros: the rest is rounding.
 
     Args:
         z: `(B, ...)`.
         keep: `(B, ...)` bool, the entries that take part; the others become 0. All by default.
         dtype: The dtype that the model computed in, which bounds the rounding in `z`.
     """
-    flat = z.flatten(1).float() if z.dtype in (torch.float16, torch.bfloat16) else z.flatten(1)
+    flat = full_precision(z.flatten(1))
     mask = torch.ones_like(flat, dtype=torch.bool) if keep is None else keep.flatten(1)
     low = flat.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = flat.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)

@@ -37,7 +37,7 @@ class AttributionMethod(ABC):
             images: `(B, 3, H, W)` in the model's normalised frame.
             tokens: `(B, T)` of the phrases, cut to the context length.
             phrases: The B phrases in full; the spatial prior is read from them.
-            film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the input frame; the whole frame by default.
+            film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the input frame; all of it by default.
         """
 
 
@@ -55,19 +55,37 @@ def check_pairs(images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Te
     finite = images.isfinite().flatten(1).all(1)
     if not finite.all():
         index = int((~finite).nonzero()[0])
-        raise ValueError(f"The image of sample {index} ({phrases[index]!r}) holds NaN or Inf; nothing can be explained from it.")
+        raise ValueError(
+            f"The image of sample {index} ({phrases[index]!r}) holds NaN or Inf; nothing can be explained from it."
+        )
 
 
-def check_scores(score: Tensor, phrases: Sequence[str]) -> None:
-    """Refuse to draw maps of a score that is no number.
+def check_scores(score: Tensor, phrases: Sequence[str], *components: Tensor) -> None:
+    """Refuse to draw maps from what is no number: the norm of a NaN would be a map of zeros.
+
+    Args:
+        score: `(B,)` score of each pair.
+        phrases: The B phrases.
+        components: `(B, ...)` whatever the map is made of.
 
     Raises:
-        ValueError: A score is NaN or Inf, which finite images get from broken weights; the message names the sample.
+        ValueError: One of them is NaN or Inf, which broken weights make of finite images; the message names the sample.
     """
-    broken = ~torch.isfinite(score)
+    broken = ~torch.stack([part.isfinite().reshape(len(score), -1).all(1) for part in (score, *components)]).all(0)
     if broken.any():
         index = int(broken.nonzero()[0])
         raise ValueError(
-            f"The model scores sample {index} ({phrases[index]!r}) as {float(score[index])}: its weights hold NaN or Inf. "
-            "Load an earlier checkpoint, or lower the learning rate."
+            f"Sample {index} ({phrases[index]!r}) gets NaN or Inf from the model (its score is {float(score[index])}): "
+            "the weights hold NaN or Inf, or overflow in float16. Load an earlier checkpoint, lower the learning rate, "
+            "or explain in float32."
         )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value of an argument that is not among its choices, listing them.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

@@ -1,7 +1,7 @@
 """Borrow a CLIP model: see every attention block, take gradients in the last ones, give the model back untouched.
 
-Every tower that matters calls `torch.nn.functional.scaled_dot_product_attention`. Swapping that one function for the time of a
-forward records q, k, v and the output of each block, in any family, with the fused kernel left in place.
+Every tower that matters calls `torch.nn.functional.scaled_dot_product_attention`. Swapping that one function for the
+time of a forward records q, k, v and the output of each block, in any family, with the fused kernel left in place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matex_pl.clip import Clip
+from matex_pl.maps import full_precision
 
 _ATTENTION = "scaled_dot_product_attention"
 
@@ -46,13 +47,15 @@ class Block:
 def borrowed(clip: Clip) -> Iterator[None]:
     """The model in the state that explaining needs, inside `fit`, `validate`, `test` and `predict` alike.
 
-    Eval mode, no inference mode, grad mode off until a capture switches it on, no native attention path and no gradient
+    Eval mode, no inference mode, grad mode off until a capture switches it on, no autocast (the model computes in the
+    dtype of its weights, so that a map does not depend on who asks for it), no native attention path and no gradient
     checkpointing. Leaving it restores all of them, and the RNG, even after an exception.
     """
     training = [module for module in clip.modules() if module.training]
     checkpointing = [module for module in clip.modules() if getattr(module, "grad_checkpointing", False) is True]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = {parameter.device.index for parameter in clip.parameters() if parameter.device.type == "cuda"}
+    kind = clip.logit_scale.device.type
     with ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.callback(_set_attribute, checkpointing, "grad_checkpointing", True)
@@ -60,6 +63,7 @@ def borrowed(clip: Clip) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=sorted(index or 0 for index in devices)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(kind, enabled=False))
         torch.backends.mha.set_fastpath_enabled(False)
         _set_attribute(checkpointing, "grad_checkpointing", False)
         _set_attribute(training, "training", False)
@@ -67,9 +71,7 @@ def borrowed(clip: Clip) -> Iterator[None]:
 
 
 @contextmanager
-def capture_attention(
-    positions: Tensor, *, grad_from: int | None = None, full: bool = False
-) -> Iterator[list[Block]]:
+def capture_attention(positions: Tensor, *, grad_from: int | None = None, full: bool = False) -> Iterator[list[Block]]:
     """Record each attention block of one tower's forward, in order; the list is complete when the forward has ended.
 
     Args:
@@ -89,9 +91,9 @@ def capture_attention(
         output = attend(q, k, v, *args, **kwargs)
         with torch.no_grad():
             block = _read(q.detach(), k.detach(), positions, full, *args, **kwargs)  # type: ignore[arg-type]
-        if wants_grad:
-            block.query = q.detach()[torch.arange(len(q)), :, positions]
-            block.key, block.value, block.output = k.detach(), v.detach(), output
+            if wants_grad:
+                block.query = _at(q.detach(), positions)
+                block.key, block.value, block.output = k.detach(), v.detach(), output
         blocks.append(block)
         return output
 
@@ -118,9 +120,10 @@ def count_blocks(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[int, int]:
             with capture_attention(torch.zeros(1, dtype=torch.long, device=inputs.device)) as blocks:
                 encode(inputs)
             if not blocks:
+                tower = getattr(clip.model, "visual" if side == "image" else "text", clip.model)
                 raise NotImplementedError(
-                    f"The {side} tower of {type(clip.model).__name__} calls no scaled_dot_product_attention, so its maps cannot be "
-                    "computed. Use a transformer tower, or switch fused attention on where the tower has an option for it."
+                    f"The {side} tower {type(tower).__name__} calls no {_ATTENTION}, so its maps cannot be computed. "
+                    "Use a transformer tower, or switch fused attention on where the tower has an option for it."
                 )
             found[side] = len(blocks)
         _BLOCKS[clip.model] = found
@@ -140,18 +143,22 @@ def _read(
     **_: object,
 ) -> Block:
     """The attention row at the pooled positions, from the arguments of the attention call; float32 or better."""
-    samples = torch.arange(len(q), device=q.device)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     bias = _bias(attn_mask, is_causal, (*q.shape[:3], k.shape[2]), q.device)
-    query, key = _float(q), _float(k)
-    logits = torch.einsum("bhd,bhnd->bhn", query[samples, :, positions], key) * scale
+    query, key = full_precision(q), full_precision(k)
+    logits = torch.einsum("bhd,bhnd->bhn", _at(query, positions), key) * scale
     if bias is not None:
-        logits = logits + bias[samples, :, positions]
+        logits = logits + _at(bias, positions)
     block = Block(row=logits.softmax(-1))
     if full:
         matrix = query @ key.transpose(-1, -2) * scale
         block.mean = (matrix if bias is None else matrix + bias).softmax(-1).mean(1)
     return block
+
+
+def _at(tensor: Tensor, positions: Tensor) -> Tensor:
+    """`(B, h, n, m)` at one of the n positions per sample: `(B, h, m)`."""
+    return tensor[torch.arange(len(tensor), device=tensor.device), :, positions]
 
 
 def _bias(mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
@@ -162,11 +169,7 @@ def _bias(mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: 
         return None
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-    return _float(mask).expand(shape)
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return full_precision(mask).expand(shape)
 
 
 def _set_attribute(modules: list[nn.Module], name: str, value: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
-from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scores
+from matex_pl.anatomy.prior import LATERALITIES, SHAPES
+from matex_pl.attribution.base import AttributionMethod, check_choice, check_pairs, check_scores
 from matex_pl.attribution.capture import borrowed
 from matex_pl.clip import Clip
-from matex_pl.maps import AttributionMaps, min_max, patch_mean
+from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean
 
 
 class _Control(AttributionMethod):
@@ -27,15 +29,16 @@ class _Control(AttributionMethod):
         """Maps of B pairs; see `AttributionMethod.attribute`. `text` is zero."""
         check_pairs(images, tokens, phrases, film)
         with borrowed(clip):
-            score = clip.similarity(images, tokens).float()
+            score = full_precision(clip.similarity(images, tokens))
             check_scores(score, phrases)
             image = self._draw(clip, phrases, film, score.device)
             content = clip.content(tokens)
-            return AttributionMaps(image, patch_mean(image, clip.grid), torch.zeros(content.shape).to(image), content, score)
+            text = image.new_zeros(content.shape)
+            return AttributionMaps(image, patch_mean(image, clip.grid), text, content, score)
 
+    @abstractmethod
     def _draw(self, clip: Clip, phrases: Sequence[str], film: Tensor | None, device: torch.device) -> Tensor:
         """Image maps `(B, H, W)` in [0, 1]."""
-        raise NotImplementedError
 
 
 class CenterMap(_Control):
@@ -49,7 +52,7 @@ class CenterMap(_Control):
 
 
 class PriorOnly(_Control):
-    """The spatial prior of the phrase alone (M of eq. 5, min-maxed): what the words give away. Zeros where none is named.
+    """The spatial prior of the phrase alone (M of eq. 5, min-maxed): what the words give away; zeros if they name none.
 
     Args:
         prior_shape: `parabola`, `gaussian` or `plateau`.
@@ -57,10 +60,20 @@ class PriorOnly(_Control):
     """
 
     def __init__(self, prior_shape: str = "parabola", laterality: str = "patient") -> None:
+        check_choice("prior_shape", prior_shape, SHAPES)
+        check_choice("laterality", laterality, LATERALITIES)
         self.prior_shape = prior_shape
         self.laterality = laterality
 
     def _draw(self, clip: Clip, phrases: Sequence[str], film: Tensor | None, device: torch.device) -> Tensor:
         regions = [parse_phrase(phrase).regions for phrase in phrases]
-        shape = {"shape": self.prior_shape, "laterality": self.laterality}
-        return min_max(prior_maps(regions, clip.image_size, lambda_s=2.0, film=film, ids=phrases, device=device, **shape))
+        prior = prior_maps(
+            regions,
+            clip.image_size,
+            shape=self.prior_shape,
+            laterality=self.laterality,
+            film=film,
+            ids=phrases,
+            device=device,
+        )
+        return min_max(prior)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from matex_pl.clip import Clip
+from matex_pl.maps import full_precision
 
 TARGETS = ("cosine", "margin")
 
@@ -22,7 +23,8 @@ _PLACED = (
     "pneumonia",
     "pneumothorax",
 )
-_PLACES = ("", "right", "left", "bilateral", "right upper lobe", "left upper lobe", "right lower lobe", "left lower lobe")
+_LOBES = ("right upper lobe", "left upper lobe", "right lower lobe", "left lower lobe")
+_PLACES = ("", "right", "left", "bilateral", *_LOBES)
 
 REFERENCES: tuple[str, ...] = ("cardiomegaly", *(f"{place} {name}".strip() for name in _PLACED for place in _PLACES))
 """Common findings by side and zone: the phrases that `explain="margin"` compares with unless told otherwise."""
@@ -31,7 +33,8 @@ REFERENCES: tuple[str, ...] = ("cardiomegaly", *(f"{place} {name}".strip() for n
 def score_and_target(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cosine of each pair and the scalar to explain, both `(B,)`.
 
-    The margin is <f_i, f_t - mean of f_r>: all phrases of this field share a large common direction, which the cosine explains too.
+    The margin is <f_i, f_t - mean of f_r>: all phrases of this field share a large common direction, which the cosine
+    explains too.
 
     Args:
         image: `(B, D)` L2-normalised.
@@ -47,15 +50,25 @@ _MEANS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor]] = WeakKe
 
 @torch.no_grad()
 def reference_mean(clip: Clip, references: Sequence[str]) -> Tensor:
-    """Mean embedding of the reference phrases, `(D,)`; encoded once per weights of the text tower."""
+    """Mean embedding of the reference phrases, `(D,)`, float32 or better; encoded once per weights of the text tower.
+
+    Call it inside `borrowed`: what it keeps must neither depend on dropout nor be an inference tensor.
+    """
     key = (tuple(references), *_fingerprint(clip))
     if clip.model not in _MEANS or _MEANS[clip.model][0] != key:
-        _MEANS[clip.model] = key, clip.encode_text(clip.tokenize(references)).mean(0)
+        _MEANS[clip.model] = key, full_precision(clip.encode_text(clip.tokenize(references))).mean(0)
     return _MEANS[clip.model][1]
 
 
 def _fingerprint(clip: Clip) -> tuple[object, ...]:
-    """Changes when the text tower's weights do. By value: version counters do not see fused optimisers."""
-    weights = [parameter for name, parameter in clip.model.named_parameters() if not name.startswith("visual.")]
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(weights)])
-    return weights[0].dtype, weights[0].device, torch.is_autocast_enabled(weights[0].device.type), *norms.tolist()
+    """Changes when the text tower's weights do.
+
+    Both by value and by version: fused optimisers leave version counters alone, a change of sign leaves the norm.
+    """
+    named = clip.model.named_parameters()
+    weights = [weight for name, weight in named if not name.startswith(("visual.", "logit_"))]
+    # A norm in bfloat16 would not move with one step of an optimiser.
+    norms = [
+        torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights
+    ]
+    return weights[0].dtype, weights[0].device, *(w._version for w in weights), *torch.stack(norms).tolist()
