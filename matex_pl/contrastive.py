@@ -9,14 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import multilabel_auroc
 from torchmetrics.utilities import dim_zero_cat
 
 
 def same_phrase(phrases: Sequence[str]) -> Tensor:
-    """Which pairs have the same phrase, but for case and spaces: `(B, B)` bool. They are not negatives of each other."""
-    keys = fingerprints([" ".join(phrase.lower().split()) for phrase in phrases])
+    """Which pairs have the same phrase, but for case and spaces: `(B, B)` bool. They are no negatives of each other."""
+    keys = fingerprints([_plain(phrase) for phrase in phrases])
     return keys[:, None] == keys[None]
+
+
+def _plain(phrase: str) -> str:
+    return " ".join(phrase.lower().split())
 
 
 def fingerprints(names: Sequence[str]) -> Tensor:
@@ -37,20 +40,28 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, positives
         positives: `(B, B)` bool, symmetric, true on the diagonal.
     """
     logits = logit_scale * image @ text.T
-    target = positives / positives.sum(1, keepdim=True)
+    target = positives.to(logits) / positives.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def best_positive_rank(scores: Tensor, positives: Tensor) -> Tensor:
-    """How many negatives score at least as high as the best positive of each row, `(Q, N)` to `(Q,)`; ties count against."""
+    """How many negatives are not below the best positive of each row, `(Q, N)` to `(Q,)`; ties and NaN count."""
     best = scores.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)
-    return ((scores >= best) & ~positives).sum(1)
+    return (~(scores < best) & ~positives).sum(1)
+
+
+def auroc(scores: Tensor, labels: Tensor) -> Tensor:
+    """Share of (positive, negative) pairs that `scores (N,)` rank right; ties count half, NaN without either."""
+    positive, negative = scores[labels], scores[~labels].sort().values
+    below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
+    return (below / (2 * len(negative))).mean()
 
 
 class RetrievalRecall(Metric):
     """Recall at k over all pairs seen, both ways: a dict `image_to_text_recall@k`, `text_to_image_recall@k`.
 
-    A pair with the same phrase or the same film counts as right too. Pairs that come twice, as padded shards bring them, count once.
+    A pair with the same phrase or the same film counts as right too. Pairs that come twice, as padded shards bring
+    them, count once. NaN when there are none.
 
     Example:
         >>> metric = RetrievalRecall(ks=(1,))
@@ -75,17 +86,19 @@ class RetrievalRecall(Metric):
         self, image: Tensor, text: Tensor, ids: Sequence[str], film_ids: Sequence[str], phrases: Sequence[str]
     ) -> None:
         """Add B pairs: embeddings `(B, D)`, and the names that tell repeats, films and phrases apart."""
-        phrases = [" ".join(phrase.lower().split()) for phrase in phrases]
+        phrases = [_plain(phrase) for phrase in phrases]
         self.image.append(image.detach().float())
         self.text.append(text.detach().float())
         self.keys.append(torch.stack([fingerprints(names) for names in (ids, film_ids, phrases)], 1).to(image.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Shares in [0, 1] of the queries whose best positive is among the first k."""
+        ranks: dict[str, list[Tensor]] = {"image_to_text": [], "text_to_image": []}
+        if not self.keys:
+            return {f"{way}_recall@{k}": torch.tensor(torch.nan) for way in ranks for k in self.ks}
         keys = dim_zero_cat(self.keys)
         first = _first_of_each(keys[:, 0])
         image, text, film, phrase = dim_zero_cat(self.image)[first], dim_zero_cat(self.text)[first], *keys[first, 1:].T
-        ranks = {"image_to_text": [], "text_to_image": []}  # type: dict[str, list[Tensor]]
         for rows in torch.arange(len(film), device=film.device).split(1024):
             positives = (film[rows, None] == film) | (phrase[rows, None] == phrase)
             ranks["image_to_text"].append(best_positive_rank(image[rows] @ text.T, positives))
@@ -98,8 +111,15 @@ class RetrievalRecall(Metric):
 class ZeroShot(Metric):
     """Zero-shot classification of films by one prompt per finding: a dict `zero_shot_top1`, `zero_shot_auroc`.
 
-    Top-1 is right when the best prompt names a finding that the film has; films without a finding do not count there. The AUROC
-    is the mean over findings that some films have and others lack. Each film counts once. NaN where nothing counts.
+    Top-1 is right when the best prompt names a finding that the film has; films without a finding do not count there.
+    The AUROC is the mean over findings that some films have and others lack. Each film counts once. NaN where nothing
+    counts, and where a cosine is NaN.
+
+    Example:
+        >>> metric = ZeroShot(["edema", "nodule"])
+        >>> metric.update(torch.tensor([[0.3, 0.1], [0.2, 0.4]]), [["edema"], ["nodule"]], ["film 1", "film 2"])
+        >>> metric.compute()
+        {'zero_shot_top1': tensor(1.), 'zero_shot_auroc': tensor(1.)}
     """
 
     higher_is_better = True
@@ -118,26 +138,24 @@ class ZeroShot(Metric):
         """Add B films: cosines with the F prompts `(B, F)`, the findings each has, and its name."""
         labels = [[finding in found for finding in self.findings] for found in film_findings]
         self.scores.append(scores.detach().float())
-        self.labels.append(torch.tensor(labels, device=scores.device).long())
+        self.labels.append(torch.tensor(labels, device=scores.device).view(scores.shape))
         self.films.append(fingerprints(film_ids).to(scores.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Both scores in [0, 1]."""
+        if not self.films:
+            return {"zero_shot_top1": torch.tensor(torch.nan), "zero_shot_auroc": torch.tensor(torch.nan)}
         first = _first_of_each(dim_zero_cat(self.films))
-        scores, labels = dim_zero_cat(self.scores)[first], dim_zero_cat(self.labels)[first]
+        scores, labels = dim_zero_cat(self.scores)[first], dim_zero_cat(self.labels)[first].bool()
+        # A model that gives NaN has no order of findings.
+        spoilt = 0 * scores.sum()
         best = labels.gather(1, scores.argmax(1, keepdim=True))[:, 0].float()
-        told = (labels.amin(0) == 0) & (labels.amax(0) == 1)
-        auroc = torch.tensor(torch.nan)
-        if told.any():
-            # A column beside the told ones keeps torchmetrics' minimum of two labels.
-            columns = [*told.nonzero()[:, 0].tolist(), int(told.nonzero()[0])]
-            auroc = multilabel_auroc(scores[:, columns], labels[:, columns], len(columns), average="none")[:-1].mean()
-        return {"zero_shot_top1": best[labels.any(1)].mean(), "zero_shot_auroc": auroc}
+        areas = torch.stack([auroc(*column) for column in zip(scores.T, labels.T, strict=True)])
+        return {"zero_shot_top1": best[labels.any(1)].mean() + spoilt, "zero_shot_auroc": areas.nanmean() + spoilt}
 
 
 def _first_of_each(keys: Tensor) -> Tensor:
     """Indices of the first occurrence of each key, in order."""
-    _, inverse = keys.unique(return_inverse=True)
+    unique, inverse = keys.unique(return_inverse=True)
     order = torch.arange(len(keys), device=keys.device)
-    first = torch.full((int(inverse.max()) + 1,), len(keys), device=keys.device)
-    return first.scatter_reduce(0, inverse, order, "amin").sort().values
+    return torch.full_like(unique, len(keys)).scatter_reduce(0, inverse, order, "amin").sort().values

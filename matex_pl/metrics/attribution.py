@@ -20,21 +20,21 @@ class StudyMean(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", default=torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor) -> None:
         counted = values[~values.isnan()]
-        self.total += counted.double().sum()
+        self.total += counted.float().sum()
         self.count += len(counted)
 
     def compute(self) -> Tensor:
         """The mean of what was added, a float32 scalar."""
-        return (self.total / self.count).float()
+        return self.total / self.count
 
 
 class ConfidenceDrop(StudyMean):
-    """Mean loss of score, in percent points of the cosine, when only what is highlighted is kept (design: 100 * max(0, S - S')).
+    """Mean loss of score, 100 * max(0, S - S'), when only what is highlighted is kept.
 
     Example:
         >>> metric = ConfidenceDrop()
@@ -81,21 +81,35 @@ class PointingGame(StudyMean):
 
     def update(self, maps: Tensor, boxes: Sequence[Tensor]) -> None:
         """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame."""
-        self._add(functional.pointing_game(maps, functional.box_masks(boxes, _size(maps))))
+        self._add(functional.pointing_game(maps, _masks(maps, boxes)))
 
 
 class ContrastToNoise(StudyMean):
-    """Mean signed contrast-to-noise ratio between inside and outside of the boxes (Boecking et al. 2022)."""
+    """Mean signed contrast-to-noise ratio between inside and outside of the boxes (Boecking et al. 2022).
+
+    Example:
+        >>> metric = ContrastToNoise()
+        >>> metric.update(torch.tensor([[[1.0, 0.0], [0.5, 0.1]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
+        >>> round(float(metric.compute()), 4)
+        2.7456
+    """
 
     higher_is_better = True
 
     def update(self, maps: Tensor, boxes: Sequence[Tensor]) -> None:
         """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame."""
-        self._add(functional.contrast_to_noise(maps, functional.box_masks(boxes, _size(maps))))
+        self._add(functional.contrast_to_noise(maps, _masks(maps, boxes)))
 
 
 class MapMass(StudyMean):
-    """Mean value of the maps. A map of all ones has a perfect confidence drop; its mass of 1 says so."""
+    """Mean value of the maps. A map of all ones has a perfect confidence drop; its mass of 1 says so.
+
+    Example:
+        >>> metric = MapMass()
+        >>> metric.update(torch.eye(2)[None])
+        >>> float(metric.compute())
+        0.5
+    """
 
     higher_is_better = None
 
@@ -104,5 +118,7 @@ class MapMass(StudyMean):
         self._add(maps.flatten(1).mean(1))
 
 
-def _size(maps: Tensor) -> tuple[int, int]:
-    return int(maps.shape[-2]), int(maps.shape[-1])
+def _masks(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    if len(maps) != len(boxes):
+        raise ValueError(f"There are {len(maps)} maps, but boxes of {len(boxes)} studies.")
+    return functional.box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)

@@ -15,8 +15,8 @@ def fill_images(kind: str, images: Tensor, mean_film: Tensor) -> Tensor:
     """What stands in for removed pixels, in the model's normalised frame; broadcasts to `images`.
 
     Args:
-        kind: `mean_film` (position-wise mean of training films), `mean_colour` (0, as published) or `blur`. On radiographs a
-            constant fill looks like a consolidation.
+        kind: `mean_film` (position-wise mean of training films), `mean_colour` (0, as published) or `blur`. On
+            radiographs a constant fill looks like a consolidation.
         images: `(B, 3, H, W)` normalised.
         mean_film: `(3, H, W)` normalised.
     """
@@ -31,13 +31,16 @@ def fill_images(kind: str, images: Tensor, mean_film: Tensor) -> Tensor:
 
 
 def keep_highlighted(images: Tensor, maps: Tensor, fill: Tensor) -> Tensor:
-    """x' = x * map + fill * (1 - map): what is highlighted stays; `(B, 3, H, W)` with maps `(B, H, W)` in [0, 1]."""
+    """What is highlighted stays, x' = x * map + fill * (1 - map): `(B, 3, H, W)` with maps `(B, H, W)` in [0, 1]."""
     keep = maps[:, None].to(images)
     return images * keep + fill * (1 - keep)
 
 
 def keep_relevant_tokens(tokens: Tensor, text_map: Tensor, content: Tensor, pad_id: int) -> Tensor:
-    """Tokens `(B, T)` in which content tokens not strictly above the median of the map over content are pads; the rest stays."""
+    """Tokens `(B, T)` with pads for all content that is not strictly above the map's median over content.
+
+    Whatever is no content (BOS, EOT, pads) stays where it is.
+    """
     median = text_map.masked_fill(~content, torch.nan).nanquantile(0.5, dim=1, keepdim=True)
     return tokens.masked_fill(content & ~(text_map > median), pad_id)
 
@@ -48,13 +51,15 @@ def confidence_drop(score: Tensor, kept_score: Tensor) -> Tensor:
 
 
 def confidence_increase(score: Tensor, kept_score: Tensor) -> Tensor:
-    """100 where keeping only what is highlighted raises the score, else 0, `(B,)`; higher is better."""
-    return 100 * (kept_score > score).to(score)
+    """100 where keeping only what is highlighted raises the score, else 0, NaN for NaN; `(B,)`; higher is better."""
+    return (100 * (kept_score > score).to(score)).masked_fill((kept_score - score).isnan(), torch.nan)
 
 
 def box_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Which pixel centres lie in any box: B lists `(K, 4)` of `x0, y0, x1, y1` in [0, 1] to `(B, H, W)` bool."""
     height, width = size
+    if not boxes:
+        return torch.zeros(0, height, width, dtype=torch.bool)
     padded = torch.nn.utils.rnn.pad_sequence([box.float() for box in boxes], batch_first=True, padding_value=torch.nan)
     x0, y0, x1, y1 = padded.unbind(-1)
     x = (torch.arange(width, device=padded.device) + 0.5) / width
@@ -72,12 +77,14 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def contrast_to_noise(maps: Tensor, masks: Tensor) -> Tensor:
-    """Signed (mean_in - mean_out) / sqrt(var_in + var_out) per map, `(B,)`; 0 for constant maps, NaN without boxes or outside."""
-    flat, inside = maps.flatten(1).double(), masks.flatten(1).double()
+    """Signed (mean_in - mean_out) / sqrt(var_in + var_out) per map, `(B,)`; NaN with nothing inside or nothing outside.
+
+    Where neither side varies the difference of the means is taken as it is, so that a constant map gives 0.
+    """
+    flat, inside = maps.flatten(1).float(), masks.flatten(1).float()
     (mean_in, var_in), (mean_out, var_out) = _moments(flat, inside), _moments(flat, 1 - inside)
     noise = (var_in + var_out).sqrt()
-    value = (mean_in - mean_out) / torch.where(noise > 0, noise, torch.ones_like(noise))
-    return value.float()
+    return (mean_in - mean_out) / torch.where(noise > 0, noise, torch.ones_like(noise))
 
 
 def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
