@@ -63,9 +63,6 @@ class AttributionMaps(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before training starts."""
-        others = [other for other in trainer.callbacks if isinstance(other, AttributionMaps) and other is not self]  # type: ignore[attr-defined]
-        if any(other.name == self.name for other in others):
-            raise ValueError(f"Two AttributionMaps log under the name {self.name!r}. Give each a name of its own.")
         data = getattr(trainer, "datamodule", None)
         if self.study_ids and isinstance(data, ChestXrayDataModule) and stage in ("fit", "validate", "test"):
             self._check_ids({study.id for study in data.studies["test" if stage == "test" else "val"]})
@@ -73,7 +70,9 @@ class AttributionMaps(Callback):
     def _check_ids(self, there: set[str]) -> None:
         missing = [name for name in self.study_ids or () if name not in there]
         if missing:
-            raise ValueError(f"AttributionMaps: no study {missing[0]!r} among {len(there)}, e.g. {min(there, default='none')!r}.")
+            raise ValueError(
+                f"AttributionMaps: no study {missing[0]!r} among {len(there)}, e.g. {min(there, default='none')!r}."
+            )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the panels, if it is their turn."""
@@ -93,13 +92,19 @@ class AttributionMaps(Callback):
             return
         data = getattr(loader, "dataset", None)
         if not isinstance(data, FilmDataset):
-            raise TypeError(f"AttributionMaps needs the loader of a matex_pl data module, got one over {type(data).__name__}.")
+            raise TypeError(
+                f"AttributionMaps needs the loader of a matex_pl data module, got one over {type(data).__name__}."
+            )
         if split not in self.chosen:
             self.chosen[split] = self.study_ids or choose_studies(data.studies, self.num_studies)
-        panels = explain_batch(module, self.method, data.batch(self.chosen[split]), f"{self.name} | epoch {trainer.current_epoch}")
+        panels = explain_batch(
+            module, self.method, data.batch(self.chosen[split]), f"{self.name} | epoch {trainer.current_epoch}"
+        )
         for study, picture in zip(self.chosen[split], panels, strict=True):
             if not log_images(trainer.loggers, f"maps/{self.name}/{study}", picture, trainer.global_step):
-                rank_zero_warn("None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger.")
+                rank_zero_warn(
+                    "None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger."
+                )
                 return
 
 

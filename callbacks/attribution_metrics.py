@@ -41,7 +41,9 @@ class AttributionMetrics(Callback):
         per_finding: bool = False,
     ) -> None:
         if num_batches < -1 or num_batches == 0:
-            raise ValueError(f"num_batches must be positive, or -1 for all; got {num_batches}. To switch it off, leave it out.")
+            raise ValueError(
+                f"num_batches must be positive, or -1 for all; got {num_batches}. To switch it off, leave it out."
+            )
         if fill not in FILLS:
             raise ValueError(f"fill must be one of {', '.join(FILLS)}, got {fill!r}.")
         self.method = method or Matex.measured()
@@ -110,7 +112,9 @@ class AttributionMetrics(Callback):
         """Explain the batch, if it is among the first."""
         self._update(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _update(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int) -> None:
+    def _update(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int
+    ) -> None:
         if trainer.sanity_checking or 0 <= self.num_batches <= batch_idx:
             return
         images, tokens = module.inputs(batch)
@@ -124,8 +128,9 @@ class AttributionMetrics(Callback):
         self.metrics["mean_map_mass"].update(image_maps)
         if not self.per_finding:
             return
-        for finding in sorted({name for name in batch["finding"] if name}):
-            rows = [row for row, name in enumerate(batch["finding"]) if name == finding]
+        boxed = [(row, finding) for row, finding in enumerate(batch["finding"]) if finding and len(batch["boxes"][row])]
+        for finding in sorted({finding for _, finding in boxed}):
+            rows = [row for row, name in boxed if name == finding]
             metric = self.metrics.setdefault(f"pointing_game/{finding}", PointingGame().to(image_maps.device))
             metric.update(image_maps[rows], [batch["boxes"][row] for row in rows])
 
@@ -148,7 +153,9 @@ class AttributionMetrics(Callback):
         self._update_confidence("confidence", score, (kept * text).sum(-1))
         if self.method.serves_text:
             with trainer.precision_plugin.forward_context():
-                kept = module.clip.encode_text(keep_relevant_tokens(tokens, maps.text, maps.content, module.clip.pad_id))
+                kept = module.clip.encode_text(
+                    keep_relevant_tokens(tokens, maps.text, maps.content, module.clip.pad_id)
+                )
             self._update_confidence("text_confidence", score, (image * kept).sum(-1))
 
     def _update_confidence(self, name: str, score: Tensor, kept: Tensor) -> None:
@@ -170,5 +177,7 @@ class AttributionMetrics(Callback):
         for name, metric in self.metrics.items():
             value = metric.compute()
             if value.isnan():
-                rank_zero_warn(f"{prefix}/{name} is NaN: none of the studies in the explained batches counts (no boxes?).")
+                rank_zero_warn(
+                    f"{prefix}/{name} is NaN: none of the studies in the explained batches counts (no boxes?)."
+                )
             module.log(f"{prefix}/{name}", value)

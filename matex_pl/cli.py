@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -39,8 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command line, the process's own by default; errors of use end it with a message and status 2."""
     words = find_configs(sys.argv[1:] if args is None else args)
     if words[:1] == ["explain"]:
-        path = auto_cli(explain_film, args=words[1:], prog="matex explain", as_positional=True)
-        print(f"Written: {path}")
+        explain(words[1:])
         return
     if args is None:
         # LightningCLI warns of `args` beside a command line.
@@ -54,6 +53,17 @@ def main(args: Sequence[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         args=None if args is None else words,
     )
+
+
+def explain(words: Sequence[str]) -> None:
+    """`matex explain IMAGE PHRASE --ckpt_path FILE`: write one panel and print its path."""
+    parser = ArgumentParser(
+        prog="matex explain", description="Write one panel: where the model looks on a film, and which words matter."
+    )
+    parser.add_argument("image", help="The film, PNG or JPEG.")
+    parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
+    parser.add_function_arguments(explain_film, skip={"image", "phrase"})
+    print(explain_film(**vars(parser.instantiate(parser.parse_args(list(words))))))
 
 
 def _parser_settings() -> dict[str, Any]:
@@ -84,7 +94,9 @@ def _config_path(name: str) -> str:
         return name
     path = find_config(name)
     if path is None:
-        sys.exit(f"matex: no config {name!r}, neither as a file nor among the shipped ones: {', '.join(shipped_configs())}.")
+        sys.exit(
+            f"matex: no config {name!r}, neither as a file nor among the shipped ones: {', '.join(shipped_configs())}."
+        )
     return str(path)
 
 

@@ -1,0 +1,202 @@
+"""The `matex` command, with the configs that are shipped."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from matex_pl.cli import find_configs, main
+from matex_pl.clip import shipped_configs
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.5},
+    "text_cfg": {"context_length": 48, "width": 32, "heads": 2, "layers": 2},
+}
+SMALL_PHANTOM = [
+    f"--data.{name}={value}"
+    for name, value in {
+        "num_train": 24,
+        "num_val": 12,
+        "num_test": 12,
+        "film_size": 96,
+        "batch_size": 8,
+        "num_workers": 0,
+    }.items()
+]
+SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--model.warmup_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    return tmp_path_factory.mktemp("films")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to run in, with a tiny model config."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.json").write_text(json.dumps(TINY), encoding="utf-8")
+    return tmp_path
+
+
+def nih_folder(root: Path) -> Path:
+    """The layout of NIH ChestX-ray14 with 40 patients of one film each."""
+    (root / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = [f"{patient:08d}_000" for patient in range(40)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (64, 64), dtype=np.uint8)).save(root / "images" / f"{name}.png")
+    labels = ["Effusion|Mass" if place % 2 else "Nodule" for place in range(40)]
+    rows = ["Image Index,Finding Labels,Follow-up #,Patient ID"]
+    rows += [f"{name}.png,{label},0,{int(name[:8])}" for name, label in zip(names, labels, strict=True)]
+    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows), encoding="utf-8")
+    boxes = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"]
+    boxes += [f"{name}.png,{label.split('|')[0]},100,200,300,400" for name, label in zip(names, labels, strict=True)]
+    (root / "BBox_List_2017.csv").write_text("\n".join(boxes), encoding="utf-8")
+    return root
+
+
+def fit_phantom(films: Path, *more: str) -> None:
+    main(
+        [
+            "fit",
+            "--config",
+            "phantom.yaml",
+            "--model.name=tiny.json",
+            f"--data.root={films}",
+            *SMALL_PHANTOM,
+            *SHORT,
+            *more,
+        ]
+    )
+
+
+def test_phantom_config_from_fit_to_explain(here, films, capsys):
+    fit_phantom(films)
+    logged = EventAccumulator(str(here / "runs" / "phantom" / "version_0"), size_guidance={"images": 0}).Reload().Tags()
+    assert sum(tag.startswith("maps/matex/") for tag in logged["images"]) == 9
+    beside = {f"attribution/{name}pointing_game" for name in ("", "no_prior/", "center/", "prior_only/")}
+    assert beside | {"val/zero_shot_top1", "val/zero_shot_auroc", "val/image_to_text_recall@1"} <= set(
+        logged["scalars"]
+    )
+
+    last = "runs/phantom/checkpoints/last.ckpt"
+    common = ["--config", "phantom.yaml", "--model.name=tiny.json", f"--data.root={films}", *SMALL_PHANTOM]
+    main(["validate", *common, "--ckpt_path", last])
+    main(["test", *common, "--ckpt_path", last])
+    main(["predict", *common, "--ckpt_path", last])
+    with next(here.glob("runs/phantom/version_*/predictions.csv")).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 12
+    assert -1 <= float(rows[0]["cosine"]) <= 1
+    assert {"id", "phrase", "nodule"} <= rows[0].keys()
+
+    Path("tiny.json").unlink()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("film.png")
+    capsys.readouterr()
+    main(["explain", "film.png", "Left lower lobe consolidation.", "--ckpt_path", last, "--out", "out/panel.png"])
+    assert "out/panel.png" in capsys.readouterr().out
+    assert cv2.imread("out/panel.png").shape[1] == 880
+    main(["explain", "film.png", "Nodule.", "--ckpt_path", last, "--out", "center.png", "--method", "CenterMap"])
+    assert Path("center.png").is_file()
+
+
+def test_nih_config_from_scratch_and_from_a_checkpoint(here, films):
+    root = nih_folder(here / "nih")
+    words = ["--model.name=tiny.json", f"--data.root={root}", "--data.batch_size=8", "--data.num_workers=0", *SHORT]
+    main(["fit", "--config", "nih.yaml", *words])
+    logged = EventAccumulator(str(here / "runs" / "nih" / "version_0")).Reload().Tags()
+    per_finding = {tag for tag in logged["scalars"] if tag.startswith("attribution/pointing_game/")}
+    assert per_finding == {"attribution/pointing_game/lung nodule", "attribution/pointing_game/pleural effusion"}
+    fit_phantom(films)
+    main(["fit", "--config", "nih.yaml", *words, "--model.pretrained=runs/phantom/checkpoints/last.ckpt"])
+
+
+def test_vit_b_32_config_runs_on_other_weights(here):
+    root = nih_folder(here / "nih")
+    words = ["--model.name=tiny.json", "--model.pretrained=null", f"--data.root={root}", "--data.batch_size=8"]
+    main(["fit", "--config", "vit_b_32.yaml", *words, "--data.num_workers=0", *SHORT])
+    assert Path("runs/vit_b_32/checkpoints/last.ckpt").is_file()
+
+
+def test_every_shipped_config_has_a_test():
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'"{config}"' in source for config in shipped_configs())
+
+
+def test_openai_weights_that_cannot_be_fetched_are_said_clearly(here, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    root = nih_folder(here / "nih")
+    with pytest.raises(ConnectionError, match="openai.*Connect once, or pass a checkpoint file"):
+        main(["fit", "--config", "vit_b_32.yaml", f"--data.root={root}"])
+
+
+def test_configs_are_found_as_files_first(here):
+    assert Path(find_configs(["fit", "--config", "phantom.yaml"])[2]).is_absolute()
+    assert find_configs(["fit", "-c=configs/phantom.yaml"])[1].endswith("configs/phantom.yaml")
+    Path("phantom.yaml").write_text("model: {}", encoding="utf-8")
+    assert find_configs(["fit", "--config", "phantom.yaml"])[2] == "phantom.yaml"
+
+
+def test_an_unknown_config_lists_the_shipped_ones(here):
+    with pytest.raises(SystemExit, match=r"no config 'mine.yaml'.*phantom\.yaml"):
+        main(["fit", "--config", "mine.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "none.png"}, "No film at 'none.png'"),
+        ({"image": "tiny.json"}, "no readable PNG or JPEG"),
+        ({"phrase": " "}, "The phrase is empty"),
+        ({"ckpt_path": "none.ckpt"}, "No checkpoint at 'none.ckpt'"),
+        ({"ckpt_path": "tiny.json"}, "no checkpoint of `matex fit`"),
+    ],
+)
+def test_explain_says_what_is_wrong(here, change, message):
+    Image.fromarray(np.zeros((64, 64), dtype=np.uint8)).save("film.png")
+    words = {"image": "film.png", "phrase": "Nodule.", "ckpt_path": "last.ckpt"} | change
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        main(["explain", words["image"], words["phrase"], "--ckpt_path", words["ckpt_path"]])
+    assert not Path("panel.png").exists()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["explain", "--help"]])
+def test_help_is_there(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "explain" in text or "fit" in text
+    if words == ["--help"]:
+        assert "matex explain film.png" in text
+        assert "phantom.yaml" in text
+
+
+def test_a_misspelled_option_ends_with_status_2(here, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "phantom.yaml", "--model.learning_rate=1"])
+    assert end.value.code == 2
+    assert "learning_rate" in capsys.readouterr().err
+
+
+def test_the_command_is_installed():
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("matex")), "--version"], capture_output=True, text=True, check=True
+    )
+    assert "0.1.0" in done.stdout
+
+
+def test_checkpoints_hold_plain_types(here, films):
+    fit_phantom(films)
+    checkpoint = torch.load("runs/phantom/checkpoints/last.ckpt", weights_only=True)
+    assert json.loads(json.dumps(checkpoint["hyper_parameters"]))["pretrained"] is None

@@ -1,0 +1,69 @@
+"""A run that is killed and resumed ends where an uninterrupted one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.5},
+    "text_cfg": {"context_length": 48, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+class KillDuringSecondEpoch(Callback):
+    """Ends the process without warning, as a power cut does."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fit(folder: Path, films: Path, *more: str) -> int:
+    folder.mkdir(exist_ok=True)
+    (folder / "tiny.json").write_text(json.dumps(TINY), encoding="utf-8")
+    words = [
+        "fit",
+        "--config",
+        "phantom.yaml",
+        "--model.name=tiny.json",
+        "--model.warmup_steps=1",
+        f"--data.root={films}",
+    ]
+    words += [
+        "--data.num_train=24",
+        "--data.num_val=12",
+        "--data.num_test=2",
+        "--data.film_size=96",
+        "--data.batch_size=8",
+    ]
+    words += ["--trainer.max_epochs=3", "--trainer.deterministic=true", *more]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run(
+        [sys.executable, "-m", "matex_pl.cli", *words], cwd=folder, env=environment, capture_output=True, check=False
+    ).returncode
+
+
+def _last(folder: Path) -> dict[str, torch.Tensor]:
+    found = max((folder / "runs/phantom/checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    checkpoint = torch.load(found, weights_only=True)
+    assert checkpoint["epoch"] == 2
+    return checkpoint["state_dict"]
+
+
+@pytest.mark.slow
+def test_killed_in_the_second_epoch_and_resumed(tmp_path):
+    films, whole, broken = tmp_path / "films", tmp_path / "whole", tmp_path / "broken"
+    assert _fit(whole, films) == 0
+    assert _fit(broken, films, "--trainer.callbacks+=test_resume.KillDuringSecondEpoch") == -signal.SIGKILL
+    assert _fit(broken, films, "--ckpt_path=last") == 0
+    expected, found = _last(whole), _last(broken)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
