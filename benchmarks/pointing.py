@@ -2,8 +2,8 @@
 
     python benchmarks/pointing.py --data NihDataModule --data.root FOLDER --ckpt_path last.ckpt
 
-Prints a Markdown table. The mean box is the position-wise mean of the training split's boxes of the same finding; its peak is
-what somebody who knows the finding but not the film would point at.
+Prints a Markdown table. The mean box is the position-wise mean of the training split's boxes of the same finding; its
+peak is what somebody who knows the finding but not the film would point at.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from matex_pl.loggers import log_images
 class AttributionMaps(Callback):
     """Logs, for K fixed studies, where the model looked: film, boxes, map, shaded phrase and score.
 
-    Each study has one tag, `maps/<name>/<id>`, for the whole run, so that TensorBoard's slider runs through training. Goes to
-    every logger that takes images. The studies are chosen once, turn by turn over the findings, and kept with the checkpoint.
+    Each study has one tag, `maps/<name>/<id>`, for the whole run, so that TensorBoard's slider runs through training.
+    Goes to every logger that takes images. The studies are chosen once, turn by turn over the findings, and kept with
+    the checkpoint.
 
     Args:
         method: What makes the maps; `Matex.measured()` by default.
@@ -38,7 +39,8 @@ class AttributionMaps(Callback):
     ) -> None:
         if num_studies < 1 or every_n_validations < 0:
             raise ValueError(
-                f"num_studies must be at least 1 and every_n_validations at least 0, got {num_studies} and {every_n_validations}."
+                "num_studies must be at least 1 and every_n_validations at least 0, "
+                f"got {num_studies} and {every_n_validations}."
             )
         self.method = method or Matex.measured()
         self.name = name

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric, MinMetric
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.data.record import StudyBatch
@@ -22,7 +22,8 @@ class AttributionMetrics(Callback):
 
     Scalars, with `attribution/` in front: `pointing_game` and `cnr` over studies with boxes, `confidence_drop` and
     `confidence_increase`, `mean_map_mass`, and for methods that serve text `text_confidence_drop` and
-    `text_confidence_increase`. `ModelCheckpoint(monitor="attribution/pointing_game")` works.
+    `text_confidence_increase`; for MATEX also `consistency_mean` and `consistency_min`, over patches and studies
+    (near 1 everywhere, C does nothing). `ModelCheckpoint(monitor="attribution/pointing_game")` works.
 
     Args:
         method: What makes the maps; `Matex.measured()` by default.
@@ -75,8 +76,8 @@ class AttributionMetrics(Callback):
     def _check_fill(self, module: LightningModule) -> None:
         if self.fill == "mean_film" and module.mean_film.isnan().any():
             raise ValueError(
-                "fill='mean_film' needs the mean of the training films, which neither the checkpoint nor a data module gives. "
-                "Use fill='blur' or 'mean_colour'."
+                "fill='mean_film' needs the mean of the training films, which neither the checkpoint nor a data module "
+                "gives. Use fill='blur' or 'mean_colour'."
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,6 +121,9 @@ class AttributionMetrics(Callback):
         images, tokens = module.inputs(batch)
         maps = self.method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
         self._locate(maps.image, batch)
+        if "consistency" in maps.parts:
+            self._metric("consistency_mean", MeanMetric).update(maps.parts["consistency"])
+            self._metric("consistency_min", MinMetric).update(maps.parts["consistency"])
         self._remove(trainer, module, images, tokens, maps, outputs)
 
     def _locate(self, image_maps: Tensor, batch: StudyBatch) -> None:
@@ -131,8 +135,14 @@ class AttributionMetrics(Callback):
         boxed = [(row, finding) for row, finding in enumerate(batch["finding"]) if finding and len(batch["boxes"][row])]
         for finding in sorted({finding for _, finding in boxed}):
             rows = [row for row, name in boxed if name == finding]
-            metric = self.metrics.setdefault(f"pointing_game/{finding}", PointingGame().to(image_maps.device))
-            metric.update(image_maps[rows], [batch["boxes"][row] for row in rows])
+            boxes = [batch["boxes"][row] for row in rows]
+            self._metric(f"pointing_game/{finding}", PointingGame).update(image_maps[rows], boxes)
+
+    def _metric(self, name: str, kind: type[Metric]) -> Metric:
+        """A scalar that only some batches have, made when it first comes."""
+        if name not in self.metrics:
+            self.metrics[name] = kind().to(self.metrics["cnr"].device)
+        return self.metrics[name]
 
     @torch.no_grad()
     def _remove(

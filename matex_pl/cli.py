@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -18,13 +19,19 @@ from matex_pl.module import ClipModule
 
 DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, where it looks.
 
-  matex fit --config phantom.yaml            train on synthetic films, with maps and scores
-  matex test --config phantom.yaml --ckpt_path last
-  matex explain film.png "Left lower lobe consolidation." --ckpt_path last.ckpt --out panel.png
-  tensorboard --logdir runs                  look
+  matex fit --config phantom.yaml                         train on synthetic films, with maps and scores
+  tensorboard --logdir runs                               look
+  matex test --config phantom.yaml --ckpt_path last       score the test films
+  matex explain film.png "Left lower lobe consolidation." --ckpt_path runs/phantom/checkpoints/last.ckpt
+                                                          one film, one picture
 
-`matex explain --help` has its own arguments; `matex fit --help` lists all of training's.
+`matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
+`matex explain --help` those of a picture.
 """
+
+
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of a description as they are written."""
 
 
 class MatexCLI(LightningCLI):
@@ -51,6 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
         trainer_defaults={"callbacks": [RichProgressBar()]},
         parser_kwargs=_parser_settings(),
         save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
         args=None if args is None else words,
     )
 
@@ -63,12 +71,22 @@ def explain(words: Sequence[str]) -> None:
     parser.add_argument("image", help="The film, PNG or JPEG.")
     parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
     parser.add_function_arguments(explain_film, skip={"image", "phrase"})
-    print(explain_film(**vars(parser.instantiate(parser.parse_args(list(words))))))
+    arguments = parser.instantiate(parser.parse_args(list(words)))
+    try:
+        print(explain_film(**vars(arguments)))
+    except (FileNotFoundError, NotImplementedError, ValueError) as error:
+        sys.exit(f"matex explain: {error}")
 
 
 def _parser_settings() -> dict[str, Any]:
     configs = f"Shipped configs, found by name from anywhere: {', '.join(shipped_configs())}."
-    return {"prog": "matex", "description": DESCRIPTION, "epilog": configs, "version": __version__}
+    return {
+        "prog": "matex",
+        "description": DESCRIPTION,
+        "epilog": configs,
+        "version": __version__,
+        "formatter_class": HelpFormatter,
+    }
 
 
 def find_configs(words: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.clip import Clip
-from matex_pl.data.record import Study, StudyBatch, collate, Sample
+from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
 from matex_pl.maps import AttributionMaps
 from matex_pl.module import ClipModule
@@ -59,7 +59,7 @@ def explain_film(
     method: AttributionMethod | None = None,
     geometry: str = "pad",
 ) -> Path:
-    """Write one panel: where the model looks on a film for a phrase, and which words matter. Returns the picture's path.
+    """Write one panel: where the model looks on a film for a phrase, and which words matter.
 
     Args:
         image: The film, PNG or JPEG.
@@ -68,6 +68,9 @@ def explain_film(
         out: The picture to write.
         method: What makes the map; `Matex.measured()` by default.
         geometry: How the film gets into the model's frame: `pad` or `squash`, as in training.
+
+    Returns:
+        The path of the picture.
     """
     if not phrase.strip():
         raise ValueError("The phrase is empty. Give a sentence as a report words it, in quotes.")

@@ -136,7 +136,7 @@ def test_every_shipped_config_has_a_test():
 def test_openai_weights_that_cannot_be_fetched_are_said_clearly(here, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     root = nih_folder(here / "nih")
-    with pytest.raises(ConnectionError, match="openai.*Connect once, or pass a checkpoint file"):
+    with pytest.raises(ConnectionError, match=r"openai.*Connect once, or pass a checkpoint file"):
         main(["fit", "--config", "vit_b_32.yaml", f"--data.root={root}"])
 
 
@@ -165,7 +165,7 @@ def test_an_unknown_config_lists_the_shipped_ones(here):
 def test_explain_says_what_is_wrong(here, change, message):
     Image.fromarray(np.zeros((64, 64), dtype=np.uint8)).save("film.png")
     words = {"image": "film.png", "phrase": "Nodule.", "ckpt_path": "last.ckpt"} | change
-    with pytest.raises((FileNotFoundError, ValueError), match=message):
+    with pytest.raises(SystemExit, match=message):
         main(["explain", words["image"], words["phrase"], "--ckpt_path", words["ckpt_path"]])
     assert not Path("panel.png").exists()
 
