@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
+import ssl
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
+from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
+import huggingface_hub.constants
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, load_state_dict
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+_KEPT_PHRASES = 65_536
 
 
 class Clip(nn.Module):
@@ -27,10 +34,12 @@ class Clip(nn.Module):
     Args:
         model: An open_clip model with `encode_image`, `encode_text` and `visual`.
         tokenizer: Its tokenizer.
-        config: `{"model_cfg": ..., "preprocess_cfg": ...}` in the form of open_clip's `open_clip_config.json`; plain types
-            only, so that a checkpoint can carry it and `load_clip` can rebuild the model from it.
+        config: `{"model_cfg": ..., "preprocess_cfg": ...}` in the form of open_clip's `open_clip_config.json`; plain
+            types only, so that a checkpoint can carry it and `load_clip` can rebuild the model from it.
     """
 
+    # Towers of five libraries answer to these names, and no type describes them all.
+    model: Any
     mean: Tensor
     std: Tensor
 
@@ -39,6 +48,7 @@ class Clip(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        self._rows: dict[str, Tensor] = {}
         preprocess = config["preprocess_cfg"]
         for name in ("mean", "std"):
             values = torch.tensor(preprocess[name], dtype=torch.float32).view(3, 1, 1)
@@ -94,22 +104,27 @@ class Clip(nn.Module):
 
     def tokenize(self, phrases: Sequence[str]) -> Tensor:
         """Token ids of the phrases, padded and cut to the context length: `(B, T)` on the model's device."""
-        rows = [self._tokenize_one(phrase) for phrase in phrases]
-        return torch.stack(rows).to(self.logit_scale.device)
-
-    @lru_cache(maxsize=65536)  # noqa: B019 - one wrapper lives as long as the run, and phrases repeat every epoch
-    def _tokenize_one(self, phrase: str) -> Tensor:
-        return self.tokenizer([phrase])[0]
+        # Phrases come again every epoch.
+        new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._rows]
+        if len(self._rows) + len(new) > _KEPT_PHRASES:
+            self._rows, new = {}, list(dict.fromkeys(phrases))
+        if new:
+            self._rows.update(zip(new, self.tokenizer(new), strict=True))
+        return torch.stack([self._rows[phrase] for phrase in phrases]).to(self.logit_scale.device)
 
     def count_tokens(self, phrase: str) -> int:
         """Number of tokens of the whole phrase with its special tokens, before it is cut to the context length."""
-        return len(self.tokenizer.encode(phrase)) + 2
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return len(self.tokenizer.encode(phrase)) + 2
+        if isinstance(self.tokenizer, HFTokenizer):
+            phrase = self.tokenizer.clean_fn(phrase)
+        return len(self.tokenizer.tokenizer(phrase, truncation=False, verbose=False).input_ids)
 
     def content(self, tokens: Tensor) -> Tensor:
         """Which tokens are content: `(B, T)` bool.
 
-        Positions strictly between BOS and EOT for CLIP tokenizers (by position: their pad id is also the word piece "!"),
-        ids that are not special elsewhere.
+        Positions strictly between BOS and EOT for CLIP tokenizers (by position: their pad id is also the word piece
+        "!"), ids that are not special elsewhere.
         """
         if isinstance(self.tokenizer, SimpleTokenizer):
             position = torch.arange(tokens.shape[1], device=tokens.device)
@@ -152,7 +167,8 @@ class Clip(nn.Module):
         if rule == "argmax":
             return tokens.argmax(1)
         if rule == "eos":
-            return (tokens == int(getattr(self.model, "text_eos_id", None) or tower.eos_id)).int().argmax(1)
+            end = getattr(self.model, "text_eos_id", None) or tower.eos_id
+            return tokens.eq(end).int().argmax(1)
         if rule in ("first", "last"):
             return torch.full_like(tokens[:, 0], 0 if rule == "first" else tokens.shape[1] - 1)
         raise NotImplementedError(_not_explained("text", tower, f"its pooling is {rule!r}"))
@@ -174,31 +190,34 @@ def load_clip(name: str, pretrained: str | None = None) -> Clip:
     """A CLIP model with its tokenizer and preprocessing, in eval mode on the CPU.
 
     Args:
-        name: An open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder`, a path to a JSON model config (looked up
-            as a file first, then among the shipped `configs/`), or the text of such a JSON.
-        pretrained: A tag of open_clip (`openai`) or a checkpoint file: open_clip weights (`.pt`, `.bin`, `.safetensors`) or a
-            Lightning checkpoint of `ClipModule`. Files are read without running code. Random weights when left out.
+        name: An open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder`, a path to a JSON model config
+            (looked up as a file first, then among the shipped `configs/`), or the text of such a JSON.
+        pretrained: A tag of open_clip (`openai`) or a checkpoint file: open_clip weights (`.pt`, `.bin`,
+            `.safetensors`) or a Lightning checkpoint of `ClipModule`. Files are read without running code. When left
+            out: the weights of the `hf-hub:` or `local-dir:`, random ones for any other name.
 
     Raises:
-        ValueError: The name is unknown, or the weights do not fit, hold NaN or would run code; the message has the way out.
+        ValueError: The name is unknown, or the weights do not fit, hold NaN or would run code; the message has the way
+            out.
         FileNotFoundError: A named file or folder does not exist.
         ConnectionError: The weights have to be downloaded and cannot be.
     """
     config = _json_config(name)
+    if config is not None and pretrained and not _is_file(pretrained):
+        raise FileNotFoundError(f"No checkpoint file at {pretrained!r} for the model {_short(name)}.")
     if config is not None:
-        model, tokenizer = _from_config(config), _config_tokenizer(config["model_cfg"]["text_cfg"])
+        model, tokenizer = _from_config(config, name)
     else:
-        model = _from_open_clip(name, None if _is_file(pretrained) else pretrained)
-        tokenizer = open_clip.get_tokenizer(name)
-    if _is_file(pretrained) or (config is not None and pretrained):
-        _load_weights(model, str(pretrained), name)
+        model, tokenizer, config = _from_open_clip(name, pretrained)
+    if pretrained and _is_file(pretrained):
+        _load_weights(model, pretrained, name)
+    _refuse_nan(model, pretrained or name)
     preprocess = open_clip.get_model_preprocess_cfg(model)
-    model_cfg = config["model_cfg"] if config is not None else _named_config(name, pretrained)
-    return Clip(model, tokenizer, _plain({"model_cfg": model_cfg, "preprocess_cfg": preprocess})).eval()
+    return Clip(model, tokenizer, _plain({"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess})).eval()
 
 
 def find_config(path: str) -> Path | None:
-    """A config file by path, or else by its name among the shipped ones (`configs/` in front may be left out or kept)."""
+    """A config file by path, or else by its name among the shipped ones (with or without `configs/` in front)."""
     candidate = Path(path)
     if candidate.is_file():
         return candidate
@@ -213,101 +232,207 @@ def shipped_configs() -> list[str]:
 
 def _json_config(name: str) -> dict[str, Any] | None:
     """The open_clip config behind a JSON text or file; None for any other name."""
-    if name.lstrip().startswith("{"):
-        config = json.loads(name)
-    elif name.endswith(".json"):
+    text = name
+    if name.endswith(".json"):
         path = find_config(name)
         if path is None:
             raise FileNotFoundError(f"No model config at {name!r}, nor among the shipped configs in {CONFIG_FOLDER}.")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    else:
+        text = path.read_text(encoding="utf-8")
+    elif not name.lstrip().startswith("{"):
         return None
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"The model config {_short(name)} is no JSON: {error}.") from error
     config = config if "model_cfg" in config else {"model_cfg": config}
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - config["model_cfg"].keys()
     if missing:
-        raise ValueError(f"The model config {name[:80]!r} lacks {sorted(missing)}; open_clip's configs show the form.")
+        raise ValueError(f"The model config {_short(name)} lacks {sorted(missing)}; open_clip's configs show the form.")
     return config
 
 
-def _from_config(config: dict[str, Any]) -> nn.Module:
+def _from_config(config: dict[str, Any], name: str) -> tuple[nn.Module, Any]:
+    """Model, with random weights, and tokenizer of a config."""
+    text = config["model_cfg"]["text_cfg"]
     # `local-dir:` is open_clip's public way to build from a config of one's own without adding to its global registry.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _silent_open_clip(), _reading_files(name, None, text):
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
-        return open_clip.create_model(LOCAL_DIR_PREFIX + folder, pretrained_text=False)
+        tokenizer = _config_tokenizer(text)
+        try:
+            model = open_clip.create_model(LOCAL_DIR_PREFIX + folder, pretrained_text=False)
+        except TypeError as error:
+            raise ValueError(f"open_clip cannot build the model config {_short(name)}: {error}.") from error
+    if isinstance(tokenizer, SimpleTokenizer) and text.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
+        raise ValueError(
+            f"text_cfg.vocab_size of {_short(name)} is {text['vocab_size']}, but CLIP's tokenizer gives "
+            f"{tokenizer.vocab_size} ids."
+        )
+    return model, tokenizer
 
 
 def _config_tokenizer(text_cfg: dict[str, Any]) -> Any:
-    length = text_cfg.get("context_length", 77)
+    length, settings = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs") or {}
     if text_cfg.get("hf_tokenizer_name"):
-        return HFTokenizer(text_cfg["hf_tokenizer_name"], context_length=length, **text_cfg.get("tokenizer_kwargs") or {})
-    return SimpleTokenizer(context_length=length)
+        mode = text_cfg.get("tokenizer_mode")
+        return HFTokenizer(text_cfg["hf_tokenizer_name"], context_length=length, tokenizer_mode=mode, **settings)
+    return SimpleTokenizer(context_length=length, **settings)
 
 
-def _from_open_clip(name: str, tag: str | None) -> nn.Module:
-    known = name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)) or open_clip.get_model_config(name) is not None
-    if not known:
+def _from_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Model, tokenizer and `{"model_cfg": ...}` of one of open_clip's names; a checkpoint file is left to be loaded."""
+    tag = None if _is_file(pretrained) else pretrained
+    named = {} if name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)) else _check_name(name, tag)
+    if not named and tag:
+        raise ValueError(f"{name} brings its own weights; pretrained={tag!r} is no checkpoint file. Leave it out.")
+    quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+    with _reading_files(name, tag, named.get("text_cfg")):
+        model = open_clip.create_model(
+            name,
+            tag,
+            # Where weights were trained with QuickGELU and the config has none, open_clip warns, but goes on without.
+            force_quick_gelu=quick_gelu,
+            load_weights=not _is_file(pretrained),
+            pretrained_text=False,
+            require_pretrained=not named and not _is_file(pretrained),
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+        config = open_clip.get_model_config(name)
+    return model, tokenizer, {"model_cfg": {**config, "quick_gelu": True} if quick_gelu else config}
+
+
+def _check_name(name: str, tag: str | None) -> dict[str, Any]:
+    """The config behind a name that open_clip knows, if it knows the tag too."""
+    config = open_clip.get_model_config(name)
+    if config is None:
+        near = get_close_matches(name, open_clip.list_models(), n=3) or ["ViT-B-32"]
         raise ValueError(
-            f"Unknown model {name!r}. Give an open_clip name (e.g. ViT-B-32; `open_clip.list_models()` lists them), "
-            "hf-hub:org/repo, local-dir:folder, or a path to a JSON model config."
+            f"Unknown model {name!r}. Give an open_clip name (e.g. {', '.join(near)}; `open_clip.list_models()` lists "
+            "them), hf-hub:org/repo, local-dir:folder, or a path to a JSON model config."
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag and not name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)) and tag not in tags:
-        raise ValueError(f"pretrained={tag!r} is neither a file nor a tag of {name}. Its tags: {', '.join(tags) or 'none'}.")
-    try:
-        return open_clip.create_model(name, tag, force_quick_gelu=_uses_quick_gelu(name, tag))
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) or name.startswith(LOCAL_DIR_PREFIX):
-            raise
-        raise ConnectionError(
-            f"The weights of {name!r}{f' (tag {tag!r})' if tag else ''} are not in the local cache and could not be "
-            f"downloaded: {_first_line(error)}. Connect once, or pass a checkpoint file as `pretrained`."
-        ) from error
-
-
-def _uses_quick_gelu(name: str, tag: str | None) -> bool:
-    """Whether the weights of this tag were trained with QuickGELU; open_clip warns of a mismatch but does not mend it."""
-    tagged = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    return bool(tagged.get("quick_gelu", False))
-
-
-def _named_config(name: str, pretrained: str | None) -> dict[str, Any]:
-    config = open_clip.get_model_config(name)
-    if _uses_quick_gelu(name, pretrained):
-        config["quick_gelu"] = True
+    if tag and tag not in tags:
+        raise ValueError(
+            f"pretrained={tag!r} is neither a file nor a tag of {name}. Its tags: {', '.join(tags) or 'none'}."
+        )
     return config
 
 
+@contextmanager
+def _reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None) -> Iterator[None]:
+    """Where open_clip fetches and reads files: each failure is one error, at once when the hub does not answer."""
+    if name.startswith(LOCAL_DIR_PREFIX):
+        with _reading_folder(name):
+            yield
+    elif tag or name.startswith(HF_HUB_PREFIX) or any(key.startswith("hf_") for key in text_cfg or ()):
+        with _downloading(_short(name) + (f" (tag {tag!r})" if tag else "")):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _reading_folder(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"{name} holds no weights that fit and are read without running code: {error}\n"
+            "Give a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
+        ) from error
+
+
+@contextmanager
+def _downloading(what: str) -> Iterator[None]:
+    constants: Any = huggingface_hub.constants
+    was_offline = constants.HF_HUB_OFFLINE
+    # The hub's client would try again for most of a minute per file before it takes what is in the cache.
+    constants.HF_HUB_OFFLINE = was_offline or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        state = "are not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set"
+        if not constants.HF_HUB_OFFLINE:
+            state = f"could not be had: {_first_line(error)}"
+        raise ConnectionError(
+            f"The files of {what} {state}. Connect once, or name what is on this machine: name='local-dir:folder', "
+            "pretrained='weights.safetensors'."
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def _answers(address: str) -> bool:
+    """Whether a web server answers, through the proxies of the environment, within seconds."""
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=5).close()
+    except HTTPError:
+        return True
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _silent_open_clip() -> Iterator[None]:
+    """Drop what open_clip writes to the root logger; whatever others write stays as it is."""
+    root, folder = logging.getLogger(), str(Path(open_clip.__file__).parent)
+
+    def is_others(record: logging.LogRecord) -> bool:
+        return not record.pathname.startswith(folder)
+
+    # Where the root logger has no handler, `logging.warning` would install one for good.
+    stand_in = None if root.handlers else logging.lastResort
+    root.addFilter(is_others)
+    if stand_in:
+        root.addHandler(stand_in)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_others)
+        if stand_in:
+            root.removeHandler(stand_in)
+
+
 def _load_weights(model: nn.Module, path: str, name: str) -> None:
-    """Load a checkpoint file into the model, never running code from it, and refuse weights that do not fit or hold NaN."""
-    if not _is_file(path):
-        raise FileNotFoundError(f"No checkpoint file at {path!r} for the model {name[:80]!r}.")
+    """Load a checkpoint file into the model, never running code from it, and refuse weights that do not fit."""
     try:
         state = load_state_dict(path, weights_only=True)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds more than tensors")
     except Exception as error:
         raise ValueError(
             f"{path} is no plain state dict ({_first_line(error)}). Only .safetensors and files that "
             "`torch.load(..., weights_only=True)` accepts are read, because any other could run code."
         ) from error
-    state = {key.removeprefix("clip.model."): value for key, value in state.items() if key not in _MODULE_STATE}
-    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path} holds NaN or Inf in {bad[:3]} ({len(bad)} tensors). Take an earlier checkpoint.")
+    # `ClipModule` keeps the model under this name, and more beside it.
+    prefix = "clip.model."
+    ours = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     with tempfile.TemporaryDirectory() as folder:
         # open_clip's own loader resizes position embeddings and converts older layouts; it only takes files.
         plain = Path(folder) / "weights.pt"
-        torch.save(state, plain)
+        torch.save(ours or state, plain)
         try:
             open_clip.load_checkpoint(model, str(plain))
-        except RuntimeError as error:
-            raise ValueError(f"The weights in {path} do not fit the model {name[:80]!r}: {error}") from error
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"The weights in {path} do not fit the model {_short(name)}: {error}") from error
 
 
-# Buffers that `ClipModule` keeps beside the model.
-_MODULE_STATE = {"mean_film"}
+def _refuse_nan(model: nn.Module, source: str) -> None:
+    bad = [key for key, value in model.named_parameters() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{_short(source)} holds NaN or Inf in {', '.join(bad[:3])} ({len(bad)} tensors). Take earlier weights."
+        )
 
 
 def _is_file(path: str | None) -> bool:
     return path is not None and Path(path).is_file()
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
 def _plain(value: Any) -> Any:

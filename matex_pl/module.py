@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from matex_pl.clip import load_clip
+from matex_pl.clip import Clip, load_clip
 from matex_pl.contrastive import RetrievalRecall, ZeroShot, contrastive_loss, same_phrase
-from matex_pl.data.record import StudyBatch
+from matex_pl.data.films import STAGES
+from matex_pl.data.record import Study, StudyBatch
 
 FREEZE = ("none", "text", "image", "all-but-projections")
 _PROJECTIONS = ("visual.proj", "visual.head.", "text_projection", "text.text_projection", "text.proj")
@@ -29,18 +32,25 @@ class ClipModule(LightningModule):
 
     Args:
         name: An open_clip name, `hf-hub:org/repo`, `local-dir:folder`, or a path to a JSON model config.
-        pretrained: A tag of open_clip (`openai`) or a checkpoint file, one of this module included. Random weights when left out.
+        pretrained: A tag of open_clip (`openai`) or a checkpoint file, one of this module included. Random weights when
+            left out.
         lr: Peak learning rate of AdamW.
         weight_decay: Decay of the weight matrices; biases, norms and the logit scale have none.
         betas: AdamW's two momenta.
         warmup_steps: Steps of linear warm-up, followed by a cosine to zero at the end of training.
-        freeze: What is not trained: `none`, `text`, `image` (towers) or `all-but-projections`. The logit scale is always trained.
+        freeze: What is not trained: `none`, `text`, `image` (towers) or `all-but-projections`. The logit scale always
+            is.
         max_logit_scale: Upper bound of the factor between cosines and logits (100 in CLIP).
         findings: Findings of the zero-shot scores; the data module's by default.
         prompt: Prompt per finding; `{finding}` stands for its name.
     """
 
+    clip: Clip
+    # Module dicts, whose items have no type.
+    retrieval: Any
+    zero_shot: Any
     mean_film: Tensor
+    _prompts: Tensor
 
     def __init__(
         self,
@@ -63,7 +73,8 @@ class ClipModule(LightningModule):
         self.hparams.update(name=json.dumps(self.clip.config), pretrained=None)
         self.register_buffer("mean_film", torch.full((1, *self.clip.image_size), torch.nan))
         self.retrieval = nn.ModuleDict({"val": RetrievalRecall(), "test": RetrievalRecall()})
-        self.zero_shot: nn.ModuleDict | None = None
+        self.zero_shot = None
+        self.findings: tuple[str, ...] = ()
         self._rng_state: Tensor | None = None
         freeze_parameters(self.clip.model, freeze)
         # Lightning keeps the modes it finds, and `load_clip` gives a model in eval mode.
@@ -77,33 +88,43 @@ class ClipModule(LightningModule):
         """Learn from the data module what to score, and the mean film."""
         if self.trainer.world_size > 1:
             raise NotImplementedError(
-                f"The contrastive loss is computed in one process so far, got {self.trainer.world_size}. Set trainer.devices=1."
+                f"The contrastive loss is computed in one process so far, got {self.trainer.world_size}. "
+                "Set trainer.devices=1."
             )
-        data = getattr(self.trainer, "datamodule", None)
-        findings = self.hparams["findings"] or getattr(data, "findings", ())
-        if findings:
-            self.zero_shot = nn.ModuleDict({split: ZeroShot(findings) for split in ("val", "test")}).to(self.device)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        self._check_size(getattr(data, "image_size", None))
+        self.findings = tuple(self.hparams["findings"] or getattr(data, "findings", ()))
+        if self.findings:
+            scores = {split: ZeroShot(self.findings) for split in ("val", "test")}
+            self.zero_shot = nn.ModuleDict(scores).to(self.device)
         if self.mean_film.isnan().any() and hasattr(data, "mean_film"):
             self.mean_film.copy_(data.mean_film())
-        if stage == "fit" and hasattr(data, "studies"):
-            self._report_cut_phrases(data)
+        for split in STAGES[stage] if hasattr(data, "studies") else ():
+            self._report_cut_phrases(split, data.studies[split])
 
-    def _report_cut_phrases(self, data: Any) -> None:
+    def _check_size(self, size: tuple[int, int] | None) -> None:
+        if size not in (None, self.clip.image_size):
+            raise ValueError(
+                f"The data module's image_size is {size}, the model takes {self.clip.image_size}. Leave it out of the "
+                "data module, which then asks the model."
+            )
+
+    def _report_cut_phrases(self, split: str, studies: Sequence[Study]) -> None:
         limit = self.clip.context_length
-        cut = [study.id for study in data.studies["train"] if self.clip.count_tokens(study.phrase) > limit]
+        cut = [study.id for study in studies if self.clip.count_tokens(study.phrase) > limit]
         if cut:
             rank_zero_warn(
-                f"{len(cut)} of {len(data.studies['train'])} training phrases are longer than the model's {limit} tokens and are "
-                f"cut (the spatial prior still reads them whole): {', '.join(cut[:5])}{', ...' if len(cut) > 5 else ''}"
+                f"{len(cut)} of {len(studies)} {split} phrases are longer than the model's {limit} tokens and are cut "
+                f"(the spatial prior still reads them whole): {', '.join(cut[:5])}{', ...' if len(cut) > 5 else ''}"
             )
 
     def train(self, mode: bool = True) -> ClipModule:
         """Training mode, except for towers that are frozen: those stay as they are deployed."""
         super().train(mode)
-        if self.hparams["freeze"] in ("image", "all-but-projections"):
-            self.clip.model.visual.eval()
-        if self.hparams["freeze"] in ("text", "all-but-projections") and hasattr(self.clip.model, "text"):
-            self.clip.model.text.eval()
+        frozen = {"image": ("image",), "text": ("text",), "all-but-projections": ("image", "text")}
+        for tower in frozen.get(self.hparams["freeze"], ()):
+            for part in tower_modules(self.clip.model, tower):
+                part.eval()
         return self
 
     def forward(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
@@ -113,7 +134,8 @@ class ClipModule(LightningModule):
 
     def training_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
         """Contrastive loss of a batch."""
-        loss = self._loss(*self(batch), batch)
+        image, text = self(batch)
+        loss = self._loss(image, text, batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]))
         self.log("train/logit_scale", self.clip.logit_scale.exp().mean(), batch_size=len(batch["id"]))
         return loss
@@ -141,8 +163,7 @@ class ClipModule(LightningModule):
 
     def _encode_prompts(self) -> None:
         if self.zero_shot is not None:
-            findings = self.zero_shot["val"].findings
-            prompts = [self.hparams["prompt"].format(finding=finding) for finding in findings]
+            prompts = [self.hparams["prompt"].format(finding=finding) for finding in self.findings]
             self._prompts = self.clip.encode_text(self.clip.tokenize(prompts))
 
     def validation_step(self, batch: StudyBatch, batch_idx: int) -> dict[str, Tensor]:
@@ -183,33 +204,49 @@ class ClipModule(LightningModule):
             for study, phrase, cosine in zip(batch["id"], batch["phrase"], (image * text).sum(-1), strict=True)
         ]
         if self.zero_shot is not None:
-            findings = self.zero_shot["val"].findings
             for row, cosines in zip(rows, (image @ self._prompts.T).tolist(), strict=True):
-                row.update(zip(findings, cosines, strict=True))
+                row.update(zip(self.findings, cosines, strict=True))
         return rows
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with linear warm-up and a cosine to zero."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with linear warm-up and a cosine to zero.
+
+        Raises:
+            ValueError: The training has no end, towards which the learning rate could fall.
+        """
+        steps, warmup = self.trainer.estimated_stepping_batches, self.hparams["warmup_steps"]
+        if math.isinf(steps):
+            raise ValueError(
+                "The cosine of the learning rate needs an end. Set trainer.max_epochs or trainer.max_steps."
+            )
+        if steps <= warmup:
+            rank_zero_warn(
+                f"The training ends after {steps} steps, within its warm-up of {warmup}. Lower warmup_steps."
+            )
         optimizer = AdamW(
-            decay_groups(self.clip.model, self.hparams["weight_decay"]), lr=self.hparams["lr"], betas=self.hparams["betas"]
+            decay_groups(self.clip.model, self.hparams["weight_decay"]),
+            lr=self.hparams["lr"],
+            betas=self.hparams["betas"],
+            # In mixed precision Lightning refuses to clip the gradients of a fused optimiser.
+            fused=not str(self.trainer.precision).endswith("mixed"),
         )
-        steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]
-        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers (patch dropout draws them), so that a resumed run goes on as if never stopped."""
+        """Keep the state of the random numbers, so that a resumed run goes on as if never stopped."""
+        # Patch dropout draws them on the CPU, wherever the model is.
         checkpoint["rng_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the state of the random numbers out of the checkpoint; it is set when training starts."""
+        """Take the state of the random numbers out of the checkpoint; it is set when this training is resumed."""
         self._rng_state = checkpoint.get("rng_state")
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the checkpoint, if there is one."""
-        if self._rng_state is not None:
+        """Go on with the random numbers of the checkpoint, if this run resumes one."""
+        if self._rng_state is not None and self.trainer.ckpt_path is not None:
             torch.set_rng_state(self._rng_state.cpu())
-            self._rng_state = None
+        self._rng_state = None
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
@@ -221,11 +258,18 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices with decay; biases, norms and logit scale without. Frozen ones are left out."""
+    """AdamW's parameter groups: matrices with decay; biases, norms and logit scale without; nothing that is frozen."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = [parameter for name, parameter in trained if parameter.ndim >= 2 and not name.startswith("logit_")]
     plain = [parameter for name, parameter in trained if parameter.ndim < 2 or name.startswith("logit_")]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def tower_modules(model: nn.Module, tower: str) -> list[nn.Module]:
+    """The modules that make up the `image` or the `text` tower; open_clip's plain CLIP has no module for its text."""
+    if tower == "image" or hasattr(model, "text"):
+        return [model.get_submodule("visual" if tower == "image" else "text")]
+    return [module for name, module in model.named_children() if name != "visual"]
 
 
 def freeze_parameters(model: nn.Module, freeze: str) -> None:
@@ -251,6 +295,6 @@ def _check_arguments(lr: float, warmup_steps: int, freeze: str, max_logit_scale:
     if lr <= 0 or warmup_steps < 0:
         raise ValueError(f"lr must be positive and warmup_steps not negative, got {lr} and {warmup_steps}.")
     if max_logit_scale < 1:
-        raise ValueError(f"max_logit_scale must be at least 1, got {max_logit_scale}. Give the factor, not its logarithm.")
+        raise ValueError(f"max_logit_scale must be at least 1, got {max_logit_scale}. Give the factor, not its log.")
     if "{finding}" not in prompt:
         raise ValueError(f"prompt must contain {{finding}}, got {prompt!r}.")

@@ -1,0 +1,348 @@
+"""Loading models by every kind of name, and what the wrapper says about their tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import open_clip
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from safetensors.torch import save_file
+
+from matex_pl import clip as clip_file
+from matex_pl.clip import Clip, find_config, load_clip, shipped_configs
+from matex_pl.module import ClipModule
+
+BOS, EOT = 49406, 49407
+
+
+def _same(first: Clip, second: Clip) -> bool:
+    weights, others = first.model.state_dict(), second.model.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network, no cache, and the hub's client not told of it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def test_json_text_and_file_and_folder_give_the_same_model(tiny_json: str, tmp_path: Path) -> None:
+    first = load_clip(tiny_json)
+    assert (first.image_size, first.grid, first.context_length, first.pad_id) == ((32, 32), (4, 4), 16, 0)
+    assert not first.training
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(first.config), encoding="utf-8")
+    save_file(first.model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    by_folder = load_clip(f"local-dir:{tmp_path}")
+    assert _same(by_folder, first)
+    assert by_folder.config == first.config
+    by_file = load_clip(str(tmp_path / "open_clip_config.json"), str(tmp_path / "open_clip_model.safetensors"))
+    assert _same(by_file, first)
+    assert _same(load_clip(json.dumps(first.config), str(tmp_path / "open_clip_model.safetensors")), first)
+
+
+def test_config_is_plain_and_keeps_the_preprocessing(tiny_json: str) -> None:
+    config = {**json.loads(tiny_json), "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
+    model = load_clip(json.dumps(config))
+    assert json.loads(json.dumps(model.config)) == model.config
+    assert load_clip(json.dumps(model.config)).config == model.config
+    half = model.normalise(torch.full((1, 3, 32, 32), 0.75))
+    torch.testing.assert_close(half, torch.ones(1, 3, 32, 32))
+
+
+def test_bare_model_config(tiny_json: str) -> None:
+    assert load_clip(json.dumps(json.loads(tiny_json)["model_cfg"])).grid == (4, 4)
+
+
+def test_shipped_configs_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_clip("models/phantom_vit.json").image_size == (112, 112)
+    assert find_config("configs/models/phantom_vit.json") == find_config("models/phantom_vit.json")
+    assert find_config("models/none.json") is None
+    assert "phantom.yaml" in shipped_configs()
+    (tmp_path / "models").mkdir()
+    own = Path("models/phantom_vit.json")
+    own.write_text("{}", encoding="utf-8")
+    assert find_config(str(own)) == own
+
+
+def test_bad_configs_are_named(tmp_path: Path, tiny_json: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No model config at 'nowhere\.json'"):
+        load_clip("nowhere.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"embed_dim": 8,', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"broken\.json' is no JSON"):
+        load_clip(str(broken))
+    with pytest.raises(ValueError, match=r"lacks \['text_cfg', 'vision_cfg'\]"):
+        load_clip('{"embed_dim": 8}')
+    config = json.loads(tiny_json)
+    config["model_cfg"]["vision_cfg"]["patchsize"] = 4
+    with pytest.raises(ValueError, match="unexpected keyword argument 'patchsize'"):
+        load_clip(json.dumps(config))
+    config = json.loads(tiny_json)
+    config["model_cfg"]["text_cfg"]["vocab_size"] = 1000
+    with pytest.raises(ValueError, match=r"vocab_size .* is 1000, but CLIP's tokenizer gives 49408"):
+        load_clip(json.dumps(config))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
+def test_checkpoint_files(tiny_json: str, tmp_path: Path, suffix: str) -> None:
+    first, path = load_clip(tiny_json), tmp_path / f"weights{suffix}"
+    save_file(first.model.state_dict(), path) if suffix == ".safetensors" else torch.save(
+        first.model.state_dict(), path
+    )
+    assert not _same(load_clip(tiny_json), first)
+    assert _same(load_clip(tiny_json, str(path)), first)
+
+
+def test_lightning_checkpoint(tiny_json: str, tmp_path: Path) -> None:
+    module = ClipModule(tiny_json)
+    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert _same(load_clip(tiny_json, str(tmp_path / "last.ckpt")), module.clip)
+    assert _same(ClipModule(tiny_json, pretrained=str(tmp_path / "last.ckpt")).clip, module.clip)
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_files_that_would_run_code_are_refused(tiny_json: str, tmp_path: Path) -> None:
+    trace, path = tmp_path / "trace", tmp_path / "evil.pt"
+    torch.save({"state_dict": Malicious(trace)}, path)
+    with pytest.raises(ValueError, match=r"evil\.pt is no plain state dict .* could run code"):
+        load_clip(tiny_json, str(path))
+    (tmp_path / "open_clip_config.json").write_text(tiny_json, encoding="utf-8")
+    path.rename(tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(ValueError, match="without running code"):
+        load_clip(f"local-dir:{tmp_path}")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3, "model": {"a": torch.zeros(1)}}, {}])
+def test_files_that_are_no_weights_are_refused(tiny_json: str, tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt is no plain state dict"):
+        load_clip(tiny_json, str(tmp_path / "other.pt"))
+
+
+def test_broken_files_and_missing_ones_are_named(tiny_json: str, tmp_path: Path) -> None:
+    (tmp_path / "torn.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match=r"torn\.safetensors is no plain state dict"):
+        load_clip(tiny_json, str(tmp_path / "torn.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"No checkpoint file at 'nowhere\.pt'"):
+        load_clip(tiny_json, "nowhere.pt")
+    with pytest.raises(FileNotFoundError, match="not found"):
+        load_clip(f"local-dir:{tmp_path / 'nowhere'}")
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_with_nan_are_refused(tiny_clip: Clip, tmp_path: Path, where: str, bad: float) -> None:
+    state = {key: value.clone() for key, value in tiny_clip.model.state_dict().items()}
+    state["ln_final.weight"][3] = bad
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(tiny_clip.config), encoding="utf-8")
+    names = [f"local-dir:{tmp_path}"]
+    if where == "file":
+        names = [json.dumps(tiny_clip.config), str(tmp_path / "model.safetensors")]
+    with pytest.raises(ValueError, match=r"holds NaN or Inf in ln_final\.weight \(1 tensors\)"):
+        load_clip(*names)
+
+
+def test_weights_that_do_not_fit_are_named(tiny_clip: Clip, tmp_path: Path) -> None:
+    state = {key: value.clone() for key, value in tiny_clip.model.state_dict().items()}
+    save_file({**state, "ln_final.weight": torch.zeros(48)}, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)wide\.safetensors do not fit the model .* ln_final\.weight: .*48"):
+        load_clip(json.dumps(tiny_clip.config), str(tmp_path / "wide.safetensors"))
+    del state["ln_final.weight"]
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)Missing key.*ln_final\.weight"):
+        load_clip(json.dumps(tiny_clip.config), str(tmp_path / "short.safetensors"))
+
+
+def test_folder_without_weights_is_no_random_model(tiny_clip: Clip, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(tiny_clip.config), encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no weights that fit"):
+        load_clip(f"local-dir:{tmp_path}")
+    save_file(tiny_clip.model.state_dict(), tmp_path / "elsewhere.st.safetensors")
+    assert _same(load_clip(f"local-dir:{tmp_path}", str(tmp_path / "elsewhere.st.safetensors")), tiny_clip)
+
+
+def test_unknown_names_and_tags() -> None:
+    with pytest.raises(ValueError, match=r"Unknown model 'ViT-B/32'.*ViT-B-32.*list_models"):
+        load_clip("ViT-B/32")
+    with pytest.raises(ValueError, match=r"'openia' is neither a file nor a tag of ViT-B-32\. Its tags: openai, "):
+        load_clip("ViT-B-32", "openia")
+    with pytest.raises(ValueError, match="brings its own weights; pretrained='openai' is no checkpoint file"):
+        load_clip("hf-hub:org/repo", "openai")
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("name", "tag"), [("ViT-B-32", "openai"), ("hf-hub:org/repo", None)])
+def test_without_a_network_the_error_comes_at_once(name: str, tag: str | None) -> None:
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=rf"The files of '{name}'.*not in the local cache, and the hub does not"):
+        load_clip(name, tag)
+    assert time.monotonic() - start < 5
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_open_clip_name_with_a_tag(monkeypatch: pytest.MonkeyPatch, tiny_json: str, tmp_path: Path) -> None:
+    """A tag sets QuickGELU, in the model and in the config that a checkpoint will carry."""
+    small = json.loads(tiny_json)["model_cfg"]
+    weights = tmp_path / "openai.pt"
+    torch.save(load_clip(tiny_json).model.state_dict(), weights)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", small)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(weights))
+    monkeypatch.setattr(clip_file, "_answers", lambda _: True)
+    tagged = load_clip("ViT-B-32", "openai")
+    assert tagged.config["model_cfg"]["quick_gelu"] is True
+    assert sum(isinstance(part, open_clip.transformer.QuickGELU) for part in tagged.model.modules()) == 4
+    again = load_clip(json.dumps(tagged.config), str(weights))
+    images, tokens = torch.rand(2, 3, 32, 32), tagged.tokenize(["a", "b"])
+    torch.testing.assert_close(again.similarity(images, tokens), tagged.similarity(images, tokens))
+    plain = load_clip("ViT-B-32", str(weights))
+    assert "quick_gelu" not in plain.config["model_cfg"]
+    assert not torch.equal(plain.similarity(images, tokens), tagged.similarity(images, tokens))
+
+
+def test_config_of_openai_tags_without_weights() -> None:
+    assert open_clip.get_pretrained_cfg("ViT-B-32", "openai")["quick_gelu"] is True
+    assert not open_clip.get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k").get("quick_gelu")
+
+
+def test_building_from_json_is_silent_and_leaves_logging_alone(
+    tiny_json: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = logging.getLogger()
+    before = (list(root.handlers), list(root.filters), root.level)
+    with caplog.at_level(logging.INFO):
+        load_clip(tiny_json)
+        assert not caplog.records
+        with clip_file._silent_open_clip():
+            logging.warning("of somebody else")
+    assert [record.message for record in caplog.records] == ["of somebody else"]
+    assert (root.handlers, root.filters, root.level) == before
+
+
+def test_no_handler_is_left_on_the_root_logger(tiny_json: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    load_clip(tiny_json)
+    assert root.handlers == []
+
+
+@pytest.mark.parametrize("size", [(32, 31), (64, 64), (16, 32)])
+def test_images_of_another_size_are_refused(tiny_clip: Clip, size: tuple[int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"The images are \({size[0]}, {size[1]}\) pixels, the model takes \(32, 32\)"
+    ):
+        tiny_clip.normalise(torch.zeros(2, 3, *size))
+
+
+def test_normalise_takes_bytes_and_floats(tiny_clip: Clip) -> None:
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(tiny_clip.normalise(images), tiny_clip.normalise(images / 255))
+    grey = tiny_clip.normalise(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(grey[0, :, 0, 0], (-tiny_clip.mean / tiny_clip.std).flatten())
+
+
+def test_tokens_of_short_empty_and_long_phrases(tiny_clip: Clip) -> None:
+    phrases = ["Left effusion.", "", " ".join(["effusion"] * 40)]
+    tokens = tiny_clip.tokenize(phrases)
+    content = tiny_clip.content(tokens)
+    assert tokens.shape == content.shape == (3, 16)
+    assert tokens[:, 0].tolist() == [BOS] * 3
+    assert content.sum(1).tolist() == [4, 0, 14]
+    assert [tiny_clip.count_tokens(phrase) for phrase in phrases] == [6, 2, 2 + 40 * 2]
+    assert tiny_clip.pieces(tokens[0][content[0]]) == ["left</w>", "ef", "fusion</w>", ".</w>"]
+    assert tiny_clip.pieces(tokens[1])[:2] == ["<start_of_text>", "<end_of_text>"]
+    assert tiny_clip.text_position(tokens).tolist() == [5, 1, 15]
+    assert tokens[2, -1] == EOT
+    assert (tokens[0, 6:] == tiny_clip.pad_id).all()
+
+
+def test_the_word_piece_that_is_the_pad_id_is_content(tiny_clip: Clip) -> None:
+    tokens = tiny_clip.tokenize(["effusion !~{"])
+    content = tiny_clip.content(tokens)
+    assert tiny_clip.pad_id in tokens[content]
+    assert content[0].nonzero()[:, 0].tolist() == list(range(1, int((tokens == EOT).nonzero()[0, 1])))
+
+
+def test_pieces_of_other_scripts_are_readable(tiny_clip: Clip) -> None:
+    tokens = tiny_clip.tokenize(["caf\u00e9"])
+    assert "".join(tiny_clip.pieces(tokens[0][tiny_clip.content(tokens)[0]])) == "caf\u00e9</w>"
+
+
+def test_tokenize_repeats_itself_and_does_not_grow_for_ever(tiny_clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip_file, "_KEPT_PHRASES", 4)
+    alone = {word: tiny_clip.tokenizer([word])[0] for word in "abcdefg"}
+    for words in ("abca", "de", "fgab", "abcdefg", "a"):
+        assert torch.equal(tiny_clip.tokenize(list(words)), torch.stack([alone[word] for word in words]))
+        assert len(tiny_clip._rows) <= max(4, len(words))
+
+
+def test_hugging_face_text_tower(tiny_json: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "left", "right", "eff", "##usion", "."]
+    words = Tokenizer(models.WordPiece({name: n for n, name in enumerate(names)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+    layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.BertConfig(vocab_size=len(names), **layers).save_pretrained(tmp_path)
+    config = json.loads(tiny_json)
+    config["model_cfg"]["text_cfg"] = {
+        "hf_model_name": str(tmp_path),
+        "hf_tokenizer_name": str(tmp_path),
+        "context_length": 8,
+        "hf_proj_type": "linear",
+        "hf_pooler_type": "cls_pooler",
+    }
+    model = load_clip(json.dumps(config))
+    tokens = model.tokenize(["left effusion.", "", " ".join(["left"] * 20)])
+    content = model.content(tokens)
+    assert tokens[0].tolist() == [2, 4, 6, 7, 8, 3, 0, 0]
+    assert content.sum(1).tolist() == [4, 0, 6]
+    assert model.pieces(tokens[0][content[0]]) == ["left", "eff", "##usion", "."]
+    assert [model.count_tokens(phrase) for phrase in ("left effusion.", "", " ".join(["left"] * 20))] == [6, 2, 22]
+    assert model.encode_text(tokens).shape == (3, 16)
+    assert model.pad_id == 0
+
+
+def test_embeddings_are_unit_vectors_and_similarity_is_their_cosine(tiny_clip: Clip) -> None:
+    images, tokens = torch.randn(3, 3, 32, 32), tiny_clip.tokenize(["a", "b", "c"])
+    image, text = tiny_clip.encode_image(images), tiny_clip.encode_text(tokens)
+    torch.testing.assert_close(image.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(tiny_clip.similarity(images, tokens), (image * text).sum(-1))
+    assert tiny_clip.image_position(images).tolist() == [0, 0, 0]
+
+
+def test_towers_that_cannot_be_explained_say_so(tiny_json: str) -> None:
+    config = json.loads(tiny_json)
+    config["model_cfg"]["vision_cfg"] = {"image_size": 64, "patch_size": None, "width": 16, "layers": [1, 1, 1, 1]}
+    model = load_clip(json.dumps(config))
+    with pytest.raises(NotImplementedError, match="image tower ModifiedResNet are not supported"):
+        model.image_position(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(NotImplementedError, match="image tower ModifiedResNet"):
+        _ = model.grid
