@@ -354,8 +354,8 @@ def _downloading(what: str) -> Iterator[None]:
         if not constants.HF_HUB_OFFLINE:
             state = f"could not be had: {_first_line(error)}"
         raise ConnectionError(
-            f"The files of {what} {state}. Connect once, or name what is on this machine: name='local-dir:folder', "
-            "pretrained='weights.safetensors'."
+            f"The files of {what} {state}. Connect once, or pass a checkpoint file as `pretrained`, or a folder "
+            "that holds the model as local-dir:folder."
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline

@@ -262,6 +262,18 @@ def test_persistent_workers_go_on_with_the_epoch(tiny_films: PhantomDataModule) 
         assert torch.equal(torch.cat([batch["image"] for batch in loader]), images)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_epoch_may_be_told_after_iter(tiny_films: PhantomDataModule, workers: int) -> None:
+    """As Lightning does when it resumes a run."""
+    tiny_films.setup("fit")
+    expected = _seen(tiny_films, epoch=2)[1]
+    tiny_films.num_workers = workers
+    loader = tiny_films.train_dataloader()
+    started = iter(loader)
+    loader.sampler.set_epoch(2)  # type: ignore[attr-defined]
+    assert torch.equal(torch.cat([batch["image"] for batch in started]), expected)
+
+
 def test_order_and_augmentation_depend_on_seed_and_epoch(tiny_films: PhantomDataModule) -> None:
     tiny_films.setup("fit")
     ids = _seen(tiny_films, epoch=0)[0]

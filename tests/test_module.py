@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -281,6 +281,28 @@ def test_a_loaded_checkpoint_does_not_touch_the_random_numbers_of_a_new_run(
         torch.manual_seed(seed)
         _trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, tiny_films)
     assert draws[0] != draws[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_run_ends_as_an_uninterrupted_one(
+    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, workers: int
+) -> None:
+    config = json.loads(tiny_json)
+    config["model_cfg"]["vision_cfg"]["patch_dropout"] = 0.5
+    tiny_films.num_workers = workers
+
+    class SaveFirstEpoch(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if not trainer.sanity_checking and trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    torch.manual_seed(0)
+    whole, resumed = (ClipModule(json.dumps(config), lr=1e-3, warmup_steps=1) for _ in range(2))
+    _trainer(tmp_path, max_epochs=3, callbacks=[SaveFirstEpoch()]).fit(whole, tiny_films)
+    trainer = _trainer(tmp_path, max_epochs=3)
+    trainer.fit(resumed, tiny_films, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    state, others = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(state[name], others[name]) for name in state)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

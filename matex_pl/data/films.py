@@ -87,6 +87,17 @@ class EpochSampler(RandomSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
+class EpochLoader(DataLoader):
+    """A loader that asks its sampler, and starts its workers, at the first batch rather than at `iter`.
+
+    Lightning calls `iter` while it sets up a run, and tells a sampler the epoch of a resumed run only after that:
+    workers would have fetched films of epoch 0 by then.
+    """
+
+    def __iter__(self) -> Iterator[StudyBatch]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
 class ChestXrayDataModule(LightningDataModule, ABC):
     """Base of the data modules: a subclass lists its studies and reads a film.
 
@@ -205,7 +216,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return self.test_dataloader()
 
     def _loader(self, data: FilmDataset, sampler: EpochSampler | None = None, *, drop_last: bool = False) -> DataLoader:
-        return DataLoader(
+        return EpochLoader(
             data,
             batch_size=self.batch_size,
             sampler=sampler,
