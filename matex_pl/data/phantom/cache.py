@@ -24,7 +24,7 @@ from matex_pl.data.phantom.phrases import TEMPLATES, write_phrase
 from matex_pl.data.record import Study
 
 # Raise it whenever the same settings draw other pixels, boxes or phrases than before.
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 7
 
 _CHUNK = 64
 _FILMS, _STUDIES = "films.npy", "studies.json"

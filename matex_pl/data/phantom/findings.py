@@ -91,8 +91,8 @@ SidePaint = Callable[[Canvas, Thorax, Plan, str, np.random.Generator], Field]
 
 
 def plan_findings(rng: np.random.Generator) -> tuple[Plan, ...]:
-    """One to three findings (60, 28, 12 %) that do not hide each other; the first is uniform over the nine names."""
-    count = int(rng.choice(3, p=(0.60, 0.28, 0.12))) + 1
+    """One to three findings (70, 22, 8 %) that do not hide each other; the first is uniform over the nine names."""
+    count = int(rng.choice(3, p=(0.70, 0.22, 0.08))) + 1
     plans = [_sample_plan(str(rng.choice(FINDINGS)), rng)]
     for _ in range(40):
         if len(plans) == count:
@@ -225,9 +225,9 @@ def _bronchi(build: Build, plan: Plan, side: str, rng: np.random.Generator) -> P
 def _lung_opacity(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.random.Generator) -> Field:
     """One smooth veil through which vessels still show."""
     centre = _zone_point(thorax.build, plan, side, rng, (0.42, 0.66))
-    wide = 0.062 + 0.022 * plan.severity
+    wide = 0.072 + 0.024 * plan.severity
     veil = canvas.bump(centre, (wide, wide * rng.uniform(0.75, 1.05)), rng.uniform(-0.6, 0.6))
-    return np.minimum(veil * np.float32(1.25), 1) * np.float32(rng.uniform(0.46, 0.58))
+    return np.minimum(veil * np.float32(1.25), 1) * np.float32(rng.uniform(0.54, 0.66))
 
 
 def _pneumonia(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.random.Generator) -> Field:
@@ -236,7 +236,7 @@ def _pneumonia(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.ra
     centre = _zone_point(build, plan, side, rng, (0.45, 0.62))
     count = 7 + 2 * SIZES.index(plan.size)
     spots = centre + np.clip(rng.normal(0, 1, (count, 2)), -1.6, 1.6) * (0.052, 0.044)
-    radii = rng.uniform(0.011, 0.026, count)
+    radii = rng.uniform(0.014, 0.030, count)
     angles = np.linspace(0, 2 * np.pi, 9)[:-1]
     ragged = radii[:, None] * rng.uniform(0.6, 1.35, (count, 8))
     knots = spots[:, None] + np.stack([np.cos(angles), np.sin(angles)], axis=-1) * ragged[..., None]
@@ -252,23 +252,23 @@ def _atelectasis(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.
     build = thorax.build
     share = rng.uniform(0.66, 0.74) if plan.zone == "lower" else rng.uniform(0.44, 0.56)
     middle = build.lung_point(side, share, rng.uniform(0.56, 0.66) + _beside_heart(plan, side))
-    half = 0.06 + 0.025 * plan.severity + rng.uniform(0, 0.02)
+    half = 0.068 + 0.025 * plan.severity + rng.uniform(0, 0.02)
     turn = SIGN[side] * rng.uniform(-0.3, 0.4)
     t = np.linspace(-1, 1, 7)[:, None]
     outlines = []
-    for row in range(int(rng.integers(1, 3)) + (plan.size == "large")):
+    for row in range(2 + (plan.size == "large")):
         offset = np.array([rng.normal(0, 0.02), (row - 0.6) * rng.uniform(0.035, 0.05)])
         angle = turn + rng.normal(0, 0.06)
         axis = np.array([np.cos(angle), np.sin(angle)]) * half * rng.uniform(0.6, 1.05)
         path = middle + offset + t * axis + (1 - t**2) * (0, rng.normal(0, 0.007))
-        outlines.append(ribbons(path, rng.uniform(0.009, 0.015) * (1 - 0.7 * t[:, 0] ** 2)))
+        outlines.append(ribbons(path, rng.uniform(0.012, 0.019) * (1 - 0.7 * t[:, 0] ** 2)))
     bands = canvas.soften(canvas.fill(outlines), 0.0045)
     return np.minimum(bands * np.float32(0.8 + 0.25 * plan.severity), 0.9)
 
 
 def _edema(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator) -> Change:
     """Haze around both hila like the wings of a butterfly, and short lines at the lower chest wall."""
-    strength = np.float32(0.52 + 0.14 * plan.severity)
+    strength = np.float32(0.58 + 0.14 * plan.severity)
     mottle = np.float32(0.95) + canvas.clouds(rng, 26) * np.float32(0.10)
     marks: list[Field] = []
     lines: list[Points] = []
@@ -327,7 +327,7 @@ def _nodule(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.rando
     clear = canvas.soften(thorax.air[side], 0.02)
     candidates = [_zone_point(thorax.build, plan, side, rng, (0.45, 0.76)) for _ in range(6)]
     centre = max(candidates, key=lambda point: canvas.value_at(clear, point))
-    radius = 0.017 + 0.007 * plan.severity + rng.uniform(0, 0.004)
+    radius = 0.024 + 0.011 * plan.severity + rng.uniform(0, 0.005)
     angles = np.linspace(0, 2 * np.pi, 13)[:-1]
     ragged = radius * rng.uniform(0.9, 1.1, 12)
     knots = centre + np.stack([np.cos(angles), np.sin(angles)], axis=-1) * ragged[:, None]

@@ -14,8 +14,8 @@ from matex_pl.data.phantom.devices import Device
 from matex_pl.data.phantom.film import PlacedFinding
 
 _SHARE_PLACED = 0.9
-_SHARE_WITH_NORMAL = 0.35
-_SHARE_WITH_DEVICE = 0.4
+_SHARE_WITH_NORMAL = 0.2
+_SHARE_WITH_DEVICE = 0.2
 TEMPLATES = Path(__file__).with_name("phrases.yaml")
 
 
@@ -26,7 +26,7 @@ def write_phrase(
     film_findings: Collection[str] = (),
     device: Device | None = None,
 ) -> str:
-    """One to three sentences below 30 words that name the finding, nine times in ten with its side and zone.
+    """One or two sentences below 30 words that name the finding, nine times in ten with its side and zone.
 
     Args:
         finding: What the phrase is about.
@@ -38,7 +38,7 @@ def write_phrase(
     sentences = [_capital(_finding_sentence(finding, rng))]
     if rng.random() < _SHARE_WITH_NORMAL:
         sentences.insert(int(rng.integers(2)), _normal_sentence(known, rng))
-    if device and rng.random() < _SHARE_WITH_DEVICE:
+    elif device and rng.random() < _SHARE_WITH_DEVICE:
         sentences.append(_device_sentence(device, rng))
     return " ".join(sentences)
 
