@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -89,7 +90,7 @@ class AttributionMaps(Callback):
         if self.every_n_validations:
             self._log(trainer, pl_module, trainer.test_dataloaders, "test")
 
-    def _log(self, trainer: Trainer, module: LightningModule, loader: Any, split: str) -> None:
+    def _log(self, trainer: Trainer, module: Any, loader: Any, split: str) -> None:
         if not trainer.is_global_zero or not trainer.loggers:
             return
         data = getattr(loader, "dataset", None)
@@ -110,7 +111,7 @@ class AttributionMaps(Callback):
                 return
 
 
-def choose_studies(studies: list[Study], number: int) -> list[str]:
+def choose_studies(studies: Sequence[Study], number: int) -> list[str]:
     """Ids of up to `number` studies: findings in turn, in the order of the split, those with boxes first."""
     queues: dict[str, list[str]] = {}
     for study in sorted(studies, key=lambda study: not study.boxes):

@@ -73,7 +73,7 @@ class AttributionMetrics(Callback):
         """Refuse what cannot work before training starts."""
         self._check_fill(pl_module)
 
-    def _check_fill(self, module: LightningModule) -> None:
+    def _check_fill(self, module: Any) -> None:
         if self.fill == "mean_film" and module.mean_film.isnan().any():
             raise ValueError(
                 "fill='mean_film' needs the mean of the training films, which neither the checkpoint nor a data module "
@@ -88,7 +88,7 @@ class AttributionMetrics(Callback):
         """Begin anew."""
         self._start(pl_module)
 
-    def _start(self, module: LightningModule) -> None:
+    def _start(self, module: Any) -> None:
         self._check_fill(module)
         metrics: dict[str, Metric] = {
             "pointing_game": PointingGame(),
@@ -113,9 +113,7 @@ class AttributionMetrics(Callback):
         """Explain the batch, if it is among the first."""
         self._update(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _update(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int
-    ) -> None:
+    def _update(self, trainer: Trainer, module: Any, outputs: Any, batch: StudyBatch, batch_idx: int) -> None:
         if trainer.sanity_checking or 0 <= self.num_batches <= batch_idx:
             return
         images, tokens = module.inputs(batch)
@@ -148,7 +146,7 @@ class AttributionMetrics(Callback):
     def _remove(
         self,
         trainer: Trainer,
-        module: LightningModule,
+        module: Any,
         images: Tensor,
         tokens: Tensor,
         maps: AttributionMaps,
@@ -180,7 +178,7 @@ class AttributionMetrics(Callback):
         """Log the scalars."""
         self._log(trainer, pl_module)
 
-    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+    def _log(self, trainer: Trainer, module: Any) -> None:
         if trainer.sanity_checking:
             return
         prefix = "/".join(part for part in ("attribution", self.name) if part)

@@ -27,9 +27,8 @@ def explain_batch(module: Any, method: AttributionMethod, batch: StudyBatch, sub
         batch: Studies, on any device.
         subtitle: Second line of the panels.
     """
-    batch = {**batch, "image": batch["image"].to(module.device), "film": batch["film"].to(module.device)}  # type: ignore[assignment]
-    images, tokens = module.inputs(batch)
-    maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
+    images, tokens = module.inputs({**batch, "image": batch["image"].to(module.device)})
+    maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"].to(module.device))
     return [_panel(module.clip, maps, batch, tokens, row, subtitle) for row in range(len(batch["id"]))]
 
 
