@@ -1,35 +1,35 @@
 """The README's picture: the panel of one phantom of the test split.
 
-python benchmarks/panel.py --ckpt_path runs/phantom/checkpoints/last.ckpt --study phantom-11003-1 --out docs/panel.png
+python benchmarks/panel.py --ckpt_path runs/phantom/checkpoints/last.ckpt --study phantom-11004-1 --out docs/panel.png
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import numpy as np
 from jsonargparse import auto_cli
 from PIL import Image
 
 from matex_pl.attribution import Matex
 from matex_pl.data import PhantomDataModule
 from matex_pl.explain import explain_batch, load_module
+from matex_pl.render import save_png
 
 
-def main(ckpt_path: str, study: str, out: str, colours: int = 96) -> None:
+def main(ckpt_path: str, study: str, out: str, width: int = 704) -> None:
     """Write the panel.
 
     Args:
         ckpt_path: A checkpoint of `matex fit --config phantom.yaml`.
         study: Id of a test study.
         out: The PNG to write.
-        colours: Size of its palette, for a small file.
+        width: Of the picture in pixels; smaller than a panel, for a small file.
     """
     module = load_module(ckpt_path)
     data = PhantomDataModule(image_size=module.clip.image_size)
     data.setup("test")
     picture = explain_batch(module, Matex.measured(), data.dataset("test").batch([study]), "MATEX")[0]
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).quantize(colours).save(out, optimize=True)
+    height = round(picture.shape[0] * width / picture.shape[1])
+    save_png(out, np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)))
 
 
 if __name__ == "__main__":

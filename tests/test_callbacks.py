@@ -1,6 +1,5 @@
 """The callbacks inside `trainer.fit`, `validate` and `test`."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,7 @@ from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.callbacks.attribution_maps import choose_studies
 from matex_pl.data import PhantomDataModule, Study
 
-TINY = json.dumps(
-    {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32,
-            "layers": 2,
-            "width": 32,
-            "head_width": 16,
-            "patch_size": 8,
-            "patch_dropout": 0.5,
-        },
-        "text_cfg": {"context_length": 48, "width": 32, "heads": 2, "layers": 2},
-    }
-)
+TINY = str(Path(__file__).with_name("tiny.json"))
 IMAGE_SCALARS = {"pointing_game", "cnr", "mean_map_mass", "confidence_drop", "confidence_increase"}
 TEXT_SCALARS = {"text_confidence_drop", "text_confidence_increase"}
 

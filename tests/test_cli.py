@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from matex_pl.cli import find_configs, main
 from matex_pl.clip import shipped_configs
 
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.5},
-    "text_cfg": {"context_length": 48, "width": 32, "heads": 2, "layers": 2},
-}
 SMALL_PHANTOM = [
     f"--data.{name}={value}"
     for name, value in {
@@ -44,7 +40,7 @@ def films(tmp_path_factory):
 def here(tmp_path, monkeypatch):
     """An empty folder to run in, with a tiny model config."""
     monkeypatch.chdir(tmp_path)
-    Path("tiny.json").write_text(json.dumps(TINY), encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("tiny.json"), tmp_path)
     return tmp_path
 
 

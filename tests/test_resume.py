@@ -1,6 +1,5 @@
 """A run that is killed and resumed ends where an uninterrupted one does."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,11 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.5},
-    "text_cfg": {"context_length": 48, "width": 32, "heads": 2, "layers": 2},
-}
+TINY = Path(__file__).with_name("tiny.json")
 
 
 class KillDuringSecondEpoch(Callback):
@@ -28,12 +23,11 @@ class KillDuringSecondEpoch(Callback):
 
 def _fit(folder: Path, films: Path, *more: str) -> int:
     folder.mkdir(exist_ok=True)
-    (folder / "tiny.json").write_text(json.dumps(TINY), encoding="utf-8")
     words = [
         "fit",
         "--config",
         "phantom.yaml",
-        "--model.name=tiny.json",
+        f"--model.name={TINY}",
         "--model.warmup_steps=1",
         f"--data.root={films}",
     ]
