@@ -215,7 +215,7 @@ class Matex(AttributionMethod):
 
     @classmethod
     def measured(cls, **changes: Any) -> Matex:
-        """All blocks, the margin, the product with the prior: ahead of the other presets on phantom validation films."""
+        """All blocks, the margin, the product with the prior: ahead of the others on phantom validation films."""
         settings: dict[str, Any] = {"grad_layers": 12, "explain": "margin", "fusion": "product"}
         return cls(**(settings | changes))
 
