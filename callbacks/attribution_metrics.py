@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MinMetric
 
 from matex_pl.attribution import AttributionMethod, Matex
+from matex_pl.attribution.base import check_choice
 from matex_pl.data.record import StudyBatch
 from matex_pl.maps import AttributionMaps
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, ContrastToNoise, MapMass, PointingGame
@@ -45,19 +46,13 @@ class AttributionMetrics(Callback):
             raise ValueError(
                 f"num_batches must be positive, or -1 for all; got {num_batches}. To switch it off, leave it out."
             )
-        if fill not in FILLS:
-            raise ValueError(f"fill must be one of {', '.join(FILLS)}, got {fill!r}.")
+        check_choice("fill", fill, FILLS)
         self.method = method or Matex.measured()
         self.name = name
         self.num_batches = num_batches
         self.fill = fill
         self.per_finding = per_finding
         self.metrics: dict[str, Metric] = {}
-
-    @property
-    def state_key(self) -> str:
-        """Tells instances apart, so that several can stand side by side."""
-        return self._generate_state_key(name=self.name, fill=self.fill)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before training starts."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from matex_pl.attribution.base import check_choice
+
 FILLS = ("mean_film", "mean_colour", "blur")
 
 
@@ -20,8 +22,7 @@ def fill_images(kind: str, images: Tensor, mean_film: Tensor) -> Tensor:
         images: `(B, 3, H, W)` normalised.
         mean_film: `(3, H, W)` normalised.
     """
-    if kind not in FILLS:
-        raise ValueError(f"fill must be one of {', '.join(FILLS)}, got {kind!r}.")
+    check_choice("fill", kind, FILLS)
     if kind == "mean_film":
         return mean_film
     if kind == "mean_colour":
