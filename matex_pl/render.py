@@ -203,9 +203,9 @@ def phrase_pieces(phrase: str, tokens: Sequence[str], relevance: Sequence[float]
     words of the phrase stand alone, of relevance 0.
     """
     if not tokens:
-        return [Piece(word, 0.0, True) for word in _clean(phrase).split()]
+        return [Piece(word, 0.0, True) for word in clean(phrase).split()]
     marked = _split_marks(tokens)
-    line = _clean(phrase)
+    line = clean(phrase)
     found = _find_in(line, [text for text, _ in marked])
     pairs = zip(found or marked, relevance, strict=True)
     pieces = [Piece(text, float(value), after_space) for (text, after_space), value in pairs if text]
@@ -221,7 +221,7 @@ def _split_marks(tokens: Sequence[str]) -> list[tuple[str, bool]]:
         begins = [token.startswith(("▁", "Ġ")) for token in tokens]
     else:
         begins = [not token.startswith("##") for token in tokens]
-    texts = [_clean(_decode_bytes(_strip_marks(token))) for token in tokens]
+    texts = [clean(_decode_bytes(_strip_marks(token))) for token in tokens]
     return [(text, begin and text[:1] not in (*".,;:!?)]%",)) for text, begin in zip(texts, begins, strict=True)]
 
 
@@ -265,14 +265,16 @@ def _decode_bytes(text: str) -> str:
         return text
 
 
-def _clean(text: str) -> str:
-    """One line that can be drawn: NFC, single blanks, no control or format characters and no lone surrogates.
-
-    Where no font at hand has an accented letter or a sign, its base letters stand for it.
-    """
+def single_line(text: str) -> str:
+    """The text in one line: NFC, single blanks, no control or format characters and no lone surrogates."""
     composed = unicodedata.normalize("NFC", text)
     kept = (c for c in composed if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    line = " ".join("".join(kept).split())
+    return " ".join("".join(kept).split())
+
+
+def clean(text: str) -> str:
+    """A `single_line` that can be drawn: where no font at hand has a letter, its base letters stand for it."""
+    line = single_line(text)
     return line if _wide_font(12) else "".join(c if _in_default_font(c) else _base_letters(c) for c in line)
 
 
@@ -332,8 +334,8 @@ def _check_boxes(boxes: ArrayLike) -> NDArray[np.float32]:
 
 def _visible(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
     """The boxes cut to the frame; those wholly outside are left out."""
-    cut = boxes.clip(0, 1)
-    return cut[(cut[:, 0] < cut[:, 2]) & (cut[:, 1] < cut[:, 3])]
+    inside = boxes.clip(0, 1)
+    return inside[(inside[:, 0] < inside[:, 2]) & (inside[:, 1] < inside[:, 3])]
 
 
 @dataclass(frozen=True)
@@ -402,7 +404,7 @@ def _colour_table() -> NDArray[np.float32]:
     return cv2.applyColorMap(ramp, COLORMAP)[:, 0, ::-1].astype(np.float32)
 
 
-def _font(units: int, text: str = "") -> Any:
+def font_for(units: int, text: str = "") -> Any:
     """The font of `units` pixels in which `text` is written."""
     covered = all(map(_in_default_font, text))
     return _default_font(units) if covered else _wide_font(units) or _default_font(units)
@@ -471,11 +473,11 @@ def _draw_boxes(window: Picture, boxes: NDArray[np.float32], thickness: int) -> 
     for box in boxes:
         near = np.minimum(np.rint(box[:2] * size), size - 2 * thickness).astype(int)
         far = np.maximum(np.rint(box[2:] * size).astype(int), near + 2 * thickness)
-        _frame(window, near - 1, far + 1, thickness + 2, DARK_INK)
-        _frame(window, near, far, thickness, BOX_COLOUR)
+        draw_frame(window, near - 1, far + 1, thickness + 2, DARK_INK)
+        draw_frame(window, near, far, thickness, BOX_COLOUR)
 
 
-def _frame(window: Picture, near: NDArray[Any], far: NDArray[Any], thickness: int, colour: Colour) -> None:
+def draw_frame(window: Picture, near: NDArray[Any], far: NDArray[Any], thickness: int, colour: Colour) -> None:
     """Paint the border of the rectangle from `near` (x, y) to `far`, `thickness` wide, inside its edges."""
     (x0, y0), (x1, y1) = near.clip(0).tolist(), far.tolist()
     for rows, columns in (
@@ -510,24 +512,24 @@ def _write_header(draw: ImageDraw.ImageDraw, layout: _Layout, title: str, subtit
     """Title and score on the first line, subtitle on the second."""
     right = layout.width - layout.margin
     # Adding 0.0 turns -0.0 into 0.0.
-    text, font = f"cos {round(float(score), 2) + 0.0:.2f}", _font(layout.px(26))
+    text, font = f"cos {round(float(score), 2) + 0.0:.2f}", font_for(layout.px(26))
     draw.text((right, layout.px(41)), text, INK, font, anchor="rs")
     room = right - layout.margin - font.getlength(text) - layout.px(24)
-    _write(draw, (layout.margin, layout.px(41)), _clean(title), INK, layout.px(26), room)
-    _write(draw, (layout.margin, layout.px(70)), _clean(subtitle), FAINT_INK, layout.px(19), right - layout.margin)
+    _write(draw, (layout.margin, layout.px(41)), clean(title), INK, layout.px(26), room)
+    _write(draw, (layout.margin, layout.px(70)), clean(subtitle), FAINT_INK, layout.px(19), right - layout.margin)
 
 
 def _write(
     draw: ImageDraw.ImageDraw, left_base: tuple[int, int], text: str, ink: Colour, size: int, room: float
 ) -> None:
     """A line of text from `left_base` (x, y of its baseline), cut to `room` pixels."""
-    font = _font(size, text)
-    draw.text(left_base, _cut(text, font, room), ink, font, anchor="ls")
+    font = font_for(size, text)
+    draw.text(left_base, cut(text, font, room), ink, font, anchor="ls")
 
 
 def _write_captions(draw: ImageDraw.ImageDraw, layout: _Layout, num_boxes: int, has_peak: bool) -> None:
     """What each picture shows, under it, and the ends of the colour bar."""
-    font, base = _font(layout.px(17)), layout.picture_bottom + layout.px(24)
+    font, base = font_for(layout.px(17)), layout.picture_bottom + layout.px(24)
     boxes = "no box" if num_boxes == 0 else f"{num_boxes} box" + "es" * (num_boxes > 1)
     right = "map over the film, cross at the maximum" if has_peak else "map over the film, all zero"
     for left, text in zip(layout.lefts, (f"film, {boxes}", right), strict=True):
@@ -539,7 +541,7 @@ def _write_captions(draw: ImageDraw.ImageDraw, layout: _Layout, num_boxes: int, 
 
 def _write_side_markers(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
     """R upper left, L upper right on both pictures: the patient's right is on the left of a frontal film."""
-    font, inset = _font(layout.px(26)), layout.px(12)
+    font, inset = font_for(layout.px(26)), layout.px(12)
     top = layout.picture_top + inset
     for left in layout.lefts:
         for x, text, anchor in ((left + inset, "R", "lt"), (left + layout.picture[0] - inset, "L", "rt")):
@@ -548,8 +550,8 @@ def _write_side_markers(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
 
 def _write_phrase(draw: ImageDraw.ImageDraw, layout: _Layout, pieces: Sequence[Piece]) -> None:
     """The pieces in reading order on at most `layout.text_lines` lines."""
-    font = _font(layout.px(20), "".join(piece.text for piece in pieces))
-    lines = _wrap(pieces, font, layout.width - 2 * layout.margin - 2 * layout.px(3), layout.text_lines)
+    font = font_for(layout.px(20), "".join(piece.text for piece in pieces))
+    lines = wrap(pieces, font, layout.width - 2 * layout.margin - 2 * layout.px(3), layout.text_lines)
     for row, line in enumerate(lines):
         _write_line(draw, layout, line, layout.phrase_top + row * layout.line_height, font)
 
@@ -561,14 +563,14 @@ def _write_line(draw: ImageDraw.ImageDraw, layout: _Layout, line: Sequence[Piece
     for index, piece in enumerate(line):
         begins = index == 0 or piece.after_space
         ends = index + 1 == len(line) or line[index + 1].after_space
-        x += _blank(font) * (begins and index > 0)
+        x += blank(font) * (begins and index > 0)
         length, shade = font.getlength(piece.text), _shade(piece.relevance)
         draw.rectangle((round(x - pad * begins), top, round(x + length + pad * ends) - 1, bottom), shade)
         draw.text((x, baseline), piece.text, _ink_on(shade), font, anchor="ls")
         x += length
 
 
-def _wrap(pieces: Sequence[Piece], font: Any, room: float, max_lines: int) -> list[list[Piece]]:
+def wrap(pieces: Sequence[Piece], font: Any, room: float, max_lines: int) -> list[list[Piece]]:
     """Lines no wider than `room`, broken between words; what does not fit on `max_lines` gives way to an ellipsis."""
     lines: list[list[Piece]] = [[]]
     for word in _words(pieces, font, room):
@@ -588,7 +590,7 @@ def _words(pieces: Sequence[Piece], font: Any, room: float) -> list[list[Piece]]
     groups: list[list[Piece]] = []
     for word in words:
         if _line_length(word, font) > room:
-            groups.extend([replace(piece, text=_cut(piece.text, font, room))] for piece in word)
+            groups.extend([replace(piece, text=cut(piece.text, font, room))] for piece in word)
         else:
             groups.append(word)
     return groups
@@ -605,15 +607,15 @@ def _end_line(line: Sequence[Piece], font: Any, room: float) -> list[Piece]:
 def _line_length(line: Sequence[Piece], font: Any) -> float:
     """Width of a line in pixels."""
     blanks = sum(piece.after_space for piece in line[1:])
-    return blanks * _blank(font) + sum(font.getlength(piece.text) for piece in line)
+    return blanks * blank(font) + sum(font.getlength(piece.text) for piece in line)
 
 
-def _blank(font: Any) -> float:
+def blank(font: Any) -> float:
     """The space between words in pixels, wide enough to part the shades of two neighbours."""
     return 0.45 * font.size
 
 
-def _cut(text: str, font: Any, room: float) -> str:
+def cut(text: str, font: Any, room: float) -> str:
     """`text`, or as much of its beginning as fits with an ellipsis into `room` pixels."""
     if font.getlength(text) <= room:
         return text
@@ -627,7 +629,7 @@ def _write_cell_captions(
     """The sheet with a line centred under each cell; `corners` are the cells' (left, top)."""
     image = Image.fromarray(sheet)
     draw = ImageDraw.Draw(image)
-    for caption, (left, top) in zip(map(_clean, captions), corners, strict=True):
-        font = _font(16, caption)
-        draw.text((left + cell_w / 2, top + cell_h + 19), _cut(caption, font, cell_w), INK, font, anchor="ms")
+    for caption, (left, top) in zip(map(clean, captions), corners, strict=True):
+        font = font_for(16, caption)
+        draw.text((left + cell_w / 2, top + cell_h + 19), cut(caption, font, cell_w), INK, font, anchor="ms")
     return np.array(image)

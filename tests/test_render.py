@@ -175,14 +175,14 @@ def test_without_tokens_the_phrase_stands_alone():
 
 
 def test_wrapped_lines_fit_and_the_last_ends_in_an_ellipsis():
-    font = render._font(20)
+    font = render.font_for(20)
     words = ["effusion"] * 40 + ["x" * 300]
     pieces = phrase_pieces(" ".join(words), words, [0.0] * len(words))
-    lines = render._wrap(pieces, font, 400, 3)
+    lines = render.wrap(pieces, font, 400, 3)
     assert len(lines) == 3
     assert lines[-1][-1].text == "…"
     assert all(render._line_length(line, font) <= 400 for line in lines)
-    everything = render._wrap(pieces, font, 400, 99)
+    everything = render.wrap(pieces, font, 400, 99)
     assert all(render._line_length(line, font) <= 400 for line in everything)
     assert everything[-1][-1].text.endswith("…")
 
@@ -195,7 +195,7 @@ def test_no_text_is_refused_or_changes_the_size(text):
 
 def test_letters_beyond_the_fonts_lose_their_accents(monkeypatch):
     monkeypatch.setattr(render, "_wide_font", lambda size: None)
-    assert render._clean("Zürich é 肺") == "Zurich e 肺"
+    assert render.clean("Zürich é 肺") == "Zurich e 肺"
 
 
 @pytest.mark.parametrize(
