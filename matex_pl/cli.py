@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from matex_pl import __version__
+from matex_pl.anatomy.show import show_prior
 from matex_pl.clip import find_config, shipped_configs
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import explain_film
@@ -24,9 +25,11 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, 
   matex test --config phantom.yaml --ckpt_path last       score the test films
   matex explain film.png "Left lower lobe consolidation." --ckpt_path runs/phantom/checkpoints/last.ckpt
                                                           one film, one picture
+  matex prior "Left lower lobe consolidation." --out prior.png
+                                                          how a phrase is read, and the prior M that it gives
 
 `matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
-`matex explain --help` those of a picture.
+`matex explain --help` and `matex prior --help` those of a picture.
 """
 
 
@@ -45,8 +48,11 @@ class MatexCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line, the process's own by default; errors of use end it with a message and status 2."""
     words = find_configs(sys.argv[1:] if args is None else args)
-    if words[:1] == ["explain"]:
-        explain(words[1:])
+    if words and words[0] in COMMANDS:
+        try:
+            COMMANDS[words[0]](words[1:])
+        except (OSError, NotImplementedError, ValueError) as error:
+            _stop(f"matex {words[0]}: {error}")
         return
     if args is None:
         # LightningCLI warns of `args` beside a command line.
@@ -71,11 +77,32 @@ def explain(words: Sequence[str]) -> None:
     parser.add_argument("image", help="The film, PNG or JPEG.")
     parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
     parser.add_function_arguments(explain_film, skip={"image", "phrase"})
-    arguments = parser.instantiate(parser.parse_args(list(words)))
-    try:
-        print(explain_film(**vars(arguments)))
-    except (FileNotFoundError, NotImplementedError, ValueError) as error:
-        sys.exit(f"matex explain: {error}")
+    print(explain_film(**vars(parser.instantiate(parser.parse_args(list(words))))))
+
+
+def prior(words: Sequence[str]) -> None:
+    """`matex prior PHRASE`: print how the phrase is read, and draw its spatial prior."""
+    parser = ArgumentParser(
+        prog="matex prior", description="Say which regions a phrase names, and draw the spatial prior M that they give."
+    )
+    parser.add_argument("phrase", help='A sentence or a report, e.g. "Left lower lobe consolidation."')
+    parser.add_function_arguments(show_prior, skip={"phrase"})
+    text = show_prior(**vars(parser.instantiate(parser.parse_args(list(words)))))
+    encoding = sys.stdout.encoding or "utf-8"
+    # A phrase may hold letters that the terminal does not have.
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+# Commands that need no Trainer, by name; each takes the words after it.
+COMMANDS = {"explain": explain, "prior": prior}
+
+
+def _stop(message: str) -> NoReturn:
+    """End the process with a message and status 2, as errors in the options do; `sys.exit(message)` would make it 1."""
+    print(message, file=sys.stderr)
+    end = SystemExit(message)
+    end.code = 2
+    raise end
 
 
 def _parser_settings() -> dict[str, Any]:
@@ -112,7 +139,7 @@ def _config_path(name: str) -> str:
         return name
     path = find_config(name)
     if path is None:
-        sys.exit(
+        _stop(
             f"matex: no config {name!r}, neither as a file nor among the shipped ones: {', '.join(shipped_configs())}."
         )
     return str(path)

@@ -12,7 +12,7 @@ import matex_pl
 PACKAGE = Path(matex_pl.__file__).parent
 # Each imports only from its left; leaves may be used by all and import only leaves.
 ORDER = ["data", "anatomy", "clip", "contrastive", "module", "attribution", "metrics", "explain", "callbacks", "cli"]
-LEAVES = {"maps", "render", "loggers"}
+LEAVES = {"maps", "render", "render_prior", "loggers"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -1,0 +1,265 @@
+"""`matex prior`: how a phrase is read, in words and as a picture."""
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from matex_pl import render_prior
+from matex_pl.anatomy import load_regions
+from matex_pl.anatomy.show import on_image
+from matex_pl.cli import main
+from matex_pl.render_prior import MARGIN, SIDE, TEXT_LINES, TOP, WIDTH, marked_runs, prior_panel
+
+MANY = (
+    "Right upper, mid and lower, left apex, lingula, hila, costophrenic angles, both hemidiaphragms, cardiac, "
+    "mediastinal, retrocardiac, right middle lobe opacity, left lung."
+)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def prior(capsys):
+    """Run the command; what it prints."""
+
+    def run(phrase, *more):
+        main(["prior", phrase, *more])
+        return capsys.readouterr().out
+
+    return run
+
+
+def chest(path="prior.png"):
+    """The map over the outline, without the frame and the text around it."""
+    return np.array(Image.open(path))[TOP : TOP + SIDE, MARGIN : MARGIN + SIDE].astype(int)
+
+
+def peak(path="prior.png"):
+    """Where M is highest, (x, y) in parts of the image: the end of the colour map is the only bright yellow there."""
+    yellow = chest(path) @ np.array([1, 1, -1])
+    assert yellow.max() > 280
+    rows, columns = np.nonzero(yellow > yellow.max() - 12)
+    return columns.mean() / SIDE, rows.mean() / SIDE
+
+
+@pytest.mark.parametrize(
+    ("phrase", "place", "words"),
+    [
+        ("Left lower lobe consolidation.", (0.75, 0.8), "right, bottom"),
+        ("Right apical pneumothorax.", (0.25, 0.2), "left, top"),
+        ("Opacity in the right lung.", (0.25, 0.5), "left, full height"),
+        ("Enlarged cardiac silhouette.", (0.565, 0.65), "middle, bottom"),
+    ],
+)
+@pytest.mark.parametrize("shape", ["parabola", "gaussian", "plateau"])
+def test_m_is_highest_where_the_words_say(prior, phrase, place, words, shape):
+    assert words in prior(phrase, "--prior_shape", shape)
+    assert peak() == pytest.approx(place, abs=0.03)
+
+
+def test_the_reading_in_words(prior):
+    said = prior("Left lower lobe consolidation. No right effusion, no right pneumothorax.", "--out", "out/left.png")
+    assert said == (
+        "Phrase, in brackets what names a region:\n"
+        "  [Left lower lobe] consolidation. No right effusion, no right pneumothorax.\n\n"
+        "Regions, sides of the patient, x to the right and y down in parts of the image:\n"
+        "  side  zone   x             y             on the image\n"
+        "  left  lower  0.50 to 1.00  0.60 to 1.00  right, bottom\n\n"
+        'Ignored:\n  "right": negated (2 times)\n\n'
+        "M runs from 1 to 2.5.\n\n"
+        "out/left.png\n"
+    )
+    assert [path.name for path in Path("out").iterdir()] == ["left.png"]
+
+
+def test_paper_mirrors_the_map_and_not_the_markers(prior):
+    assert "right, bottom" in prior("Left lower lobe consolidation.", "--out", "patient.png")
+    said = prior("Left lower lobe consolidation.", "--out", "paper.png", "--laterality", "paper")
+    assert "left  lower  0.00 to 0.50  0.60 to 1.00  left, bottom" in said
+    assert "laterality paper: mirrored" in said
+    assert peak("paper.png") == pytest.approx((0.25, 0.8), abs=0.02)
+    corners = [(slice(8, 40), slice(8, 40)), (slice(8, 40), slice(-40, -8))]
+    for corner in corners:
+        np.testing.assert_array_equal(chest("patient.png")[corner], chest("paper.png")[corner])
+    # An R has ink in its upper right quarter, an L has none.
+    for corner, is_r in zip(corners, (True, False), strict=True):
+        rows, columns = np.nonzero((chest("paper.png")[corner] == render_prior.INK).all(-1))
+        upper_right = (rows < rows.mean() - 2) & (columns > columns.mean() + 3)
+        assert upper_right.any() == is_r
+
+
+@pytest.mark.parametrize("phrase", ["", " \n\t", "null", "-", "Pneumonia.", "Diffuse opacities in the lungs."])
+def test_nothing_named(prior, phrase):
+    said = prior(phrase)
+    assert "Regions: none" in said
+    assert "M is 1 everywhere: the phrase names no region." in said
+    prior("", "--out", "empty.png")
+    np.testing.assert_array_equal(chest(), chest("empty.png"))
+
+
+def test_strength_1_switches_the_prior_off(prior):
+    assert "M is 1 everywhere: lambda_s is 1." in prior("Left apex.", "--lambda_s", "1")
+    assert (chest() @ np.array([1, 1, -1])).max() < 280
+
+
+def test_what_is_ignored_is_said_with_its_reason(prior):
+    said = prior("Left chest tube in place. The heart is normal. No right effusion. Left apical opacity.")
+    assert "\"Left\": said of 'chest tube'" in said
+    assert '"heart": normal' in said
+    assert '"right": negated' in said
+    assert "[Left apical] opacity" in said
+
+
+def test_knowledge_prior(prior):
+    assert "Regions: none" in prior("Pulmonary edema.")
+    said = prior("Pulmonary edema.", "--knowledge_prior", "true")
+    assert said.count("hilar") == 2
+    assert "[Pulmonary edema]." in said
+
+
+def test_a_table_of_your_own(prior):
+    Path("mine.yaml").write_text("lower: {left: [0.1, 0.1, 0.3, 0.3]}", encoding="utf-8")
+    said = prior("Left lower lobe and right apical opacity.", "--regions", "mine.yaml")
+    assert "left  lower  0.10 to 0.30  0.10 to 0.30  left, top" in said
+    assert "right" not in said.split("Ignored")[0].split("on the image")[1]
+    assert peak() == pytest.approx((0.2, 0.2), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "prior.jpg"], "out must end in .png, got 'prior.jpg'"),
+        (["--out", "folder.png"], "out must be a file, but 'folder.png' is a folder"),
+        (["--out", "file/prior.png"], "Cannot write 'file/prior.png': .* Give another --out"),
+        (["--lambda_s", "0.5"], "lambda_s must be at least 1 .* got 0.5"),
+        (["--lambda_s", ".nan"], "lambda_s must be at least 1"),
+        (["--lambda_s", ".inf"], "lambda_s must be finite"),
+        (["--lambda_s", "much"], "lambda_s"),
+        (["--laterality", "left"], "laterality must be one of patient, paper, got 'left'"),
+        (["--prior_shape", "round"], "shape must be one of parabola, gaussian, plateau, got 'round'"),
+        (["--regions", "none.yaml"], "'none.yaml' is no readable YAML file of regions"),
+        (["--regions", "folder.png"], "'folder.png' is no readable YAML file of regions"),
+        (["--regions", "binary.yaml"], "'binary.yaml' is no readable YAML file of regions"),
+        (["--regions", "broken.yaml"], "'broken.yaml' is no readable YAML file of regions"),
+        (["--regions", "list.yaml"], "list.yaml: a region table maps zone -> side"),
+        (["--regions", "box.yaml"], "box.yaml: box of left lower needs 0 <= u0 < u1"),
+        (["--colour", "red"], "colour"),
+    ],
+)
+def test_errors_end_with_status_2_and_leave_nothing(here, capsys, words, message):
+    Path("folder.png").mkdir()
+    Path("file").write_text("", encoding="utf-8")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    Path("broken.yaml").write_text("lower: {left: [", encoding="utf-8")
+    Path("list.yaml").write_text("- lower", encoding="utf-8")
+    Path("box.yaml").write_text("lower: {left: [0.5, 0, 0.2, 1]}", encoding="utf-8")
+    before = sorted(here.rglob("*"))
+    with pytest.raises(SystemExit) as end:
+        main(["prior", "Left lower lobe consolidation.", *words])
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert re.search(message, said.err)
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [["explain", "none.png", "Nodule.", "--ckpt_path", "x"], ["fit", "-c", "none.yaml"]])
+def test_other_errors_of_use_have_status_2_too(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert "none." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "Left lower lobe consolidation. " * 3300,
+        "Left lower lobe consolidation. " + "x" * 100_000,
+        "No right effusion. " * 5300,
+        "left\n" * 20_000,
+        "Épanchement 肺 of the left apex ≥ 3 µm \U0001fac1\ud800 \x1b[31m",
+        MANY,
+    ],
+    ids=["long", "long word", "long denied", "long run", "unicode", "many"],
+)
+def test_no_phrase_is_refused(here, prior, phrase):
+    prior(phrase)
+    height, width, _ = np.array(Image.open("prior.png")).shape
+    assert width == WIDTH
+    assert TOP + SIDE < height <= TOP + SIDE + 48 + TEXT_LINES * 34 + 10
+    assert [path.name for path in here.iterdir()] == ["prior.png"]
+
+
+def test_control_characters_do_not_reach_the_terminal(prior):
+    assert "\x1b" not in prior("Left \x1b[31mapex\x1b[0m opacity.")
+
+
+def test_a_terminal_without_the_letters_gets_their_codes(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    main(["prior", "Épanchement, left apex."])
+    sys.stdout.flush()
+    assert b"\\xc9panchement, [left apex]." in raw.getvalue()
+
+
+def test_a_long_phrase_keeps_what_names_regions():
+    before = "There is no acute process. " * 3000
+    phrase = before + "Left apical opacity." + before
+    lines = render_prior._phrase_lines(phrase, [(len(before), len(before) + len("Left apical"))], [])
+    shown = [piece for line in lines for piece in line]
+    assert len(lines) <= TEXT_LINES
+    assert [piece.text for piece in shown if piece.relevance] == ["Left", "apical"]
+    assert shown[0].text == "…"
+    plain = render_prior._phrase_lines(before, [], [])
+    assert len(plain) == TEXT_LINES
+    assert plain[-1][-1].text == "…"
+    assert plain[0][0].text == "There"
+
+
+def test_runs_are_the_phrase():
+    runs = list(marked_runs("a left b right", [(2, 6)], [(9, 14)]))
+    assert runs == [("a ", ""), ("left", "names"), (" b ", ""), ("right", "ignored")]
+    assert list(marked_runs("", [], [])) == []
+
+
+@pytest.mark.parametrize("laterality", ["patient", "paper"])
+def test_labels_of_the_whole_table_never_overlap(laterality):
+    regions = sorted(region for sides in load_regions().values() for region in sides.values())
+    boxes = [on_image(region.box, laterality) for region in regions]
+    canvas = np.zeros((SIDE, SIDE, 3), np.uint8)
+    placed = render_prior._draw_boxes(canvas, boxes, [f"{region.side} {region.zone}" for region in regions])
+    labels = [label for label, _, _ in render_prior._labels(placed)]
+    assert len(labels) == len(regions)
+    for k, label in enumerate(labels):
+        assert min(label) >= 0
+        assert max(label) <= SIDE
+        assert not any(render_prior._meet(label, other) for other in labels[:k])
+
+
+def test_equal_boxes_are_drawn_once_with_both_names():
+    canvas = np.zeros((SIDE, SIDE, 3), np.uint8)
+    placed = render_prior._draw_boxes(canvas, [(0.1, 0.1, 0.4, 0.4)] * 2, ["left mid", "lingula"])
+    assert [name for _, name, _ in placed] == ["left mid / lingula"]
+
+
+@pytest.mark.parametrize("prior", [np.zeros((4, 4)), np.full((4, 4), 3.0), np.full((4, 4), np.nan), np.ones(4)])
+def test_a_prior_out_of_range_is_refused(prior):
+    with pytest.raises(ValueError, match=r"prior must be \(H, W\) in \[1, lambda_s = 2.5\]"):
+        prior_panel(prior=prior, lambda_s=2.5, boxes=[], names=[], phrase="", naming=[])
+
+
+def test_help_is_there(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["prior", "--help"])
+    assert end.value.code == 0
+    assert "the patient's right on the left" in " ".join(capsys.readouterr().out.split())
