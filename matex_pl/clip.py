@@ -22,7 +22,11 @@ import torch
 import torch.nn.functional as F
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, load_state_dict
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+
+from matex_pl import towers
+from matex_pl.towers import Reading
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 _KEPT_PHRASES = 65_536
@@ -57,19 +61,16 @@ class Clip(nn.Module):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the input, in pixels."""
-        return _pair(self.model.visual.image_size)
+        return towers.pair(self.model.visual.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the patch raster.
 
         Raises:
-            NotImplementedError: The image tower has no raster of patches behind one class token.
+            NotImplementedError: The image tower has no raster of patches.
         """
-        visual = self.model.visual
-        if not hasattr(visual, "grid_size"):
-            raise NotImplementedError(_not_explained("image", visual, "it keeps no `grid_size`"))
-        return _pair(visual.grid_size)
+        return towers.patch_grid(self.model.visual)
 
     @property
     def context_length(self) -> int:
@@ -145,48 +146,36 @@ class Clip(nn.Module):
         raw = bytes(self.tokenizer.byte_decoder[character] for character in word)
         return raw.decode("utf-8", errors="replace") + end
 
-    def image_position(self, images: Tensor) -> Tensor:
-        """Position of the token that the image embedding is pooled from, per image: `(B,)`.
+    def image_reading(self, images: Tensor) -> Reading:
+        """How the image tower reads the embeddings of images from its tokens.
 
         Raises:
-            NotImplementedError: The image tower pools otherwise than from a class token.
+            NotImplementedError: In a way that maps do not know; the message names the tower and says why.
         """
-        visual = self.model.visual
-        if getattr(visual, "pool_type", None) != "tok" or getattr(visual, "attn_pool", None) is not None:
-            raise NotImplementedError(_not_explained("image", visual, "it does not pool from a class token"))
-        return torch.zeros(len(images), dtype=torch.long, device=images.device)
+        return towers.image_reading(self.model.visual, images)
 
-    def text_position(self, tokens: Tensor) -> Tensor:
-        """Position of the token that the text embedding is pooled from, per phrase: `(B,)`.
+    def text_reading(self, tokens: Tensor) -> Reading:
+        """How the text tower reads the embeddings of tokens `(B, T)`.
 
         Raises:
-            NotImplementedError: The text tower pools otherwise than from one token.
+            NotImplementedError: In a way that maps do not know; the message names the tower and says why.
         """
-        tower = getattr(self.model, "text", self.model)
-        rule = getattr(self.model, "text_pool_type", None) or getattr(tower, "pool_type", None)
-        if rule == "argmax":
-            return tokens.argmax(1)
-        if rule == "eos":
-            end = getattr(self.model, "text_eos_id", None) or tower.eos_id
-            return tokens.eq(end).int().argmax(1)
-        if rule in ("first", "last"):
-            return torch.full_like(tokens[:, 0], 0 if rule == "first" else tokens.shape[1] - 1)
-        raise NotImplementedError(_not_explained("text", tower, f"its pooling is {rule!r}"))
+        return towers.text_reading(self.model, tokens)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """L2-normalised image embeddings of normalised images: `(B, 3, H, W)` to `(B, D)`."""
         return F.normalize(self.model.encode_image(images), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """L2-normalised text embeddings of tokens: `(B, T)` to `(B, D)`."""
-        return F.normalize(self.model.encode_text(tokens), dim=-1)
+        """L2-normalised text embeddings of tokens: `(B, T)` to `(B, D)`; see `towers.encode_text`."""
+        return F.normalize(towers.encode_text(self.model, tokens), dim=-1)
 
     def similarity(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Cosine of each pair: `(B, 3, H, W)` and `(B, T)` to `(B,)`."""
         return (self.encode_image(images) * self.encode_text(tokens)).sum(-1)
 
 
-def load_clip(name: str, pretrained: str | None = None) -> Clip:
+def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequence[int] | None = None) -> Clip:
     """A CLIP model with its tokenizer and preprocessing, in eval mode on the CPU.
 
     Args:
@@ -195,6 +184,8 @@ def load_clip(name: str, pretrained: str | None = None) -> Clip:
         pretrained: A tag of open_clip (`openai`) or a checkpoint file: open_clip weights (`.pt`, `.bin`,
             `.safetensors`) or a Lightning checkpoint of `ClipModule`. Files are read without running code. When left
             out: the weights of the `hf-hub:` or `local-dir:`, random ones for any other name.
+        image_size: Side of the square input in pixels, or height and width, where it is not the one of the config:
+            position embeddings of vision transformers are interpolated to it.
 
     Raises:
         ValueError: The name is unknown, or the weights do not fit, hold NaN or would run code; the message has the way
@@ -203,12 +194,15 @@ def load_clip(name: str, pretrained: str | None = None) -> Clip:
         ConnectionError: The weights have to be downloaded and cannot be.
     """
     config = _json_config(name)
+    size = None if image_size is None else list(towers.pair(image_size))
     if config is not None and pretrained and not _is_file(pretrained):
         raise FileNotFoundError(f"No checkpoint file at {pretrained!r} for the model {_short(name)}.")
     if config is not None:
+        config |= _resized(config["model_cfg"], size, name)
         model, tokenizer = _from_config(config, name)
     else:
-        model, tokenizer, config = _from_open_clip(name, pretrained)
+        model, tokenizer, config = _from_open_clip(name, pretrained, size)
+    _check_patches(model, name)
     if pretrained and _is_file(pretrained):
         _load_weights(model, pretrained, name)
     _refuse_nan(model, pretrained or name)
@@ -251,15 +245,44 @@ def _json_config(name: str) -> dict[str, Any] | None:
     return config
 
 
+def _resized(config: dict[str, Any], size: list[int] | None, name: str) -> dict[str, Any]:
+    """`{"model_cfg": ...}` with another size of the input.
+
+    Raises:
+        ValueError: The image tower is of one size only.
+    """
+    vision = config["vision_cfg"]
+    if size is not None and towers.pair(vision.get("image_size", 224)) != tuple(size):
+        if isinstance(vision.get("layers"), list):
+            raise ValueError(
+                f"image_size={size} does not fit {_short(name)}: its ResNet pools a raster of fixed size. Leave it out."
+            )
+        config = {**config, "vision_cfg": {**vision, "image_size": size}}
+    return {"model_cfg": config}
+
+
+def _check_patches(model: Any, name: str) -> None:
+    """Refuse an input that is not a whole number of patches."""
+    visual = model.visual
+    patch = getattr(getattr(getattr(visual, "trunk", None), "patch_embed", visual), "patch_size", None)
+    if patch is None:
+        return
+    size, patch = towers.pair(visual.image_size), towers.pair(patch)
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise ValueError(f"The input of {_short(name)}, {size} pixels, is not a whole number of its {patch} patches.")
+
+
 def _from_config(config: dict[str, Any], name: str) -> tuple[nn.Module, Any]:
     """Model, with random weights, and tokenizer of a config."""
-    text = config["model_cfg"]["text_cfg"]
+    text, vision = config["model_cfg"]["text_cfg"], config["model_cfg"]["vision_cfg"]
     # `local-dir:` is open_clip's public way to build from a config of one's own without adding to its global registry.
     with tempfile.TemporaryDirectory() as folder, _silent_open_clip(), _reading_files(name, None, text):
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
         tokenizer = _config_tokenizer(text)
         try:
-            model = open_clip.create_model(LOCAL_DIR_PREFIX + folder, pretrained_text=False)
+            # A timm tower has its own size until it is forced to another.
+            size = vision.get("image_size") if "timm_model_name" in vision else None
+            model = open_clip.create_model(LOCAL_DIR_PREFIX + folder, pretrained_text=False, force_image_size=size)
         except TypeError as error:
             raise ValueError(f"open_clip cannot build the model config {_short(name)}: {error}.") from error
     if isinstance(tokenizer, SimpleTokenizer) and text.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
@@ -278,12 +301,14 @@ def _config_tokenizer(text_cfg: dict[str, Any]) -> Any:
     return SimpleTokenizer(context_length=length, **settings)
 
 
-def _from_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
+def _from_open_clip(name: str, pretrained: str | None, size: list[int] | None) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model, tokenizer and `{"model_cfg": ...}` of one of open_clip's names; a checkpoint file is left to be loaded."""
     tag = None if _is_file(pretrained) else pretrained
     named = {} if name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)) else _check_name(name, tag)
     if not named and tag:
         raise ValueError(f"{name} brings its own weights; pretrained={tag!r} is no checkpoint file. Leave it out.")
+    if named:
+        _resized(named, size, name)
     quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
     with _reading_files(name, tag, named.get("text_cfg")):
         model = open_clip.create_model(
@@ -291,13 +316,14 @@ def _from_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Any, 
             tag,
             # Where weights were trained with QuickGELU and the config has none, open_clip warns, but goes on without.
             force_quick_gelu=quick_gelu,
+            force_image_size=size,
             load_weights=not _is_file(pretrained),
             pretrained_text=False,
             require_pretrained=not named and not _is_file(pretrained),
         )
         tokenizer = open_clip.get_tokenizer(name)
         config = open_clip.get_model_config(name)
-    return model, tokenizer, {"model_cfg": {**config, "quick_gelu": True} if quick_gelu else config}
+    return model, tokenizer, _resized({**config, "quick_gelu": True} if quick_gelu else config, size, name)
 
 
 def _check_name(name: str, tag: str | None) -> dict[str, Any]:
@@ -409,14 +435,25 @@ def _load_weights(model: nn.Module, path: str, name: str) -> None:
     # `ClipModule` keeps the model under this name, and more beside it.
     prefix = "clip.model."
     ours = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    state = _interpolated(ours or state, model)
     with tempfile.TemporaryDirectory() as folder:
         # open_clip's own loader resizes position embeddings and converts older layouts; it only takes files.
         plain = Path(folder) / "weights.pt"
-        torch.save(ours or state, plain)
+        torch.save(state, plain)
         try:
             open_clip.load_checkpoint(model, str(plain))
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"The weights in {path} do not fit the model {_short(name)}: {error}") from error
+
+
+def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The weights, with a timm tower's position embeddings at the model's raster; open_clip does that for its own."""
+    key, trunk = "visual.trunk.pos_embed", getattr(model.visual, "trunk", None)
+    old, new = state.get(key), getattr(trunk, "pos_embed", None)
+    if trunk is None or old is None or new is None or old.shape == new.shape:
+        return state
+    prefix = getattr(trunk, "num_prefix_tokens", 0)
+    return state | {key: resample_abs_pos_embed(old, list(towers.patch_grid(model.visual)), num_prefix_tokens=prefix)}
 
 
 def _refuse_nan(model: nn.Module, source: str) -> None:
@@ -440,16 +477,5 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=asdict))
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _not_explained(side: str, tower: nn.Module, reason: str) -> str:
-    return (
-        f"Maps of the {side} tower {type(tower).__name__} are not supported: {reason}. "
-        "Supported are open_clip's own ViT with a class token and its text transformer; training works with any tower."
-    )

@@ -43,6 +43,8 @@ class ClipModule(LightningModule):
         max_logit_scale: Upper bound of the factor between cosines and logits (100 in CLIP).
         findings: Findings of the zero-shot scores; the data module's by default.
         prompt: Prompt per finding; `{finding}` stands for its name.
+        image_size: Side of the square input in pixels, or height and width, where it is not the model's own; position
+            embeddings are interpolated to it.
     """
 
     clip: Clip
@@ -64,13 +66,14 @@ class ClipModule(LightningModule):
         max_logit_scale: float = 100.0,
         findings: list[str] | None = None,
         prompt: str = "{finding}",
+        image_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         _check_arguments(lr, warmup_steps, freeze, max_logit_scale, prompt)
         self.save_hyperparameters()
-        self.clip = load_clip(name, pretrained)
+        self.clip = load_clip(name, pretrained, image_size)
         # A checkpoint rebuilds the model from these, without the files that this run was started from.
-        self.hparams.update(name=json.dumps(self.clip.config), pretrained=None)
+        self.hparams.update(name=json.dumps(self.clip.config), pretrained=None, image_size=None)
         self.register_buffer("mean_film", torch.full((1, *self.clip.image_size), torch.nan))
         self.retrieval = nn.ModuleDict({"val": RetrievalRecall(), "test": RetrievalRecall()})
         self.zero_shot = None

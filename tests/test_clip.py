@@ -274,7 +274,7 @@ def test_tokens_of_short_empty_and_long_phrases(tiny_clip: Clip) -> None:
     assert [tiny_clip.count_tokens(phrase) for phrase in phrases] == [6, 2, 2 + 40 * 2]
     assert tiny_clip.pieces(tokens[0][content[0]]) == ["left</w>", "ef", "fusion</w>", ".</w>"]
     assert tiny_clip.pieces(tokens[1])[:2] == ["<start_of_text>", "<end_of_text>"]
-    assert tiny_clip.text_position(tokens).tolist() == [5, 1, 15]
+    assert tiny_clip.text_reading(tokens).position.tolist() == [5, 1, 15]
     assert tokens[2, -1] == EOT
     assert (tokens[0, 6:] == tiny_clip.pad_id).all()
 
@@ -335,14 +335,4 @@ def test_embeddings_are_unit_vectors_and_similarity_is_their_cosine(tiny_clip: C
     image, text = tiny_clip.encode_image(images), tiny_clip.encode_text(tokens)
     torch.testing.assert_close(image.norm(dim=-1), torch.ones(3))
     torch.testing.assert_close(tiny_clip.similarity(images, tokens), (image * text).sum(-1))
-    assert tiny_clip.image_position(images).tolist() == [0, 0, 0]
-
-
-def test_towers_that_cannot_be_explained_say_so(tiny_json: str) -> None:
-    config = json.loads(tiny_json)
-    config["model_cfg"]["vision_cfg"] = {"image_size": 64, "patch_size": None, "width": 16, "layers": [1, 1, 1, 1]}
-    model = load_clip(json.dumps(config))
-    with pytest.raises(NotImplementedError, match="image tower ModifiedResNet are not supported"):
-        model.image_position(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(NotImplementedError, match="image tower ModifiedResNet"):
-        _ = model.grid
+    assert tiny_clip.image_reading(images).position.tolist() == [0, 0, 0]

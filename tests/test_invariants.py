@@ -7,20 +7,23 @@ import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_matex import FILM, PHRASES, REFERENCE_PHRASES, pairs, small_clip
+from families import FAMILIES, family
+from test_matex import FILM, REFERENCE_PHRASES, pairs
 from torch import Tensor, nn
 
 from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly
-from matex_pl.attribution.capture import borrowed, capture_attention
-from matex_pl.attribution.matex import gradient_terms
+from matex_pl.attribution.capture import Block, borrowed, capture_attention
+from matex_pl.attribution.relevance import gradients_of
 from matex_pl.attribution.target import reference_mean
 from matex_pl.clip import Clip, load_clip
 from matex_pl.maps import AttributionMaps
+from matex_pl.towers import Reading
 
 MARGIN: dict[str, Any] = {"explain": "margin", "references": REFERENCE_PHRASES}
 METHODS: list[AttributionMethod] = [
@@ -40,7 +43,7 @@ def named(method: AttributionMethod) -> str:
 @pytest.fixture
 def clip() -> Clip:
     """A copy that a test may train, break and freeze."""
-    original = small_clip()
+    original = family("native")
     return copy.deepcopy(original, {id(original.tokenizer): original.tokenizer})
 
 
@@ -397,24 +400,77 @@ def test_lengths_must_agree(clip: Clip) -> None:
 
 
 def variant(side: str, **changes: Any) -> Clip:
-    config = copy.deepcopy(small_clip("square").config)
+    config = copy.deepcopy(family("square").config)
     config["model_cfg"][f"{side}_cfg"].update(changes)
     return load_clip(json.dumps(config))
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 4}, "class token"),
-        ({"pool_type": "avg"}, "class token"),
-        ({"layers": [1, 1, 1, 1], "width": 16}, "class token"),
-    ],
-    ids=["attentional pool", "average pool", "ResNet"],
-)
-def test_unsupported_image_towers_are_refused_by_name(changes: dict[str, Any], reason: str) -> None:
-    other = variant("vision", **changes)
-    with pytest.raises(NotImplementedError, match=f"image tower {type(other.model.visual).__name__}.*{reason}"):
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no pool": ("vision", {"pool_type": "none"}, r"image tower VisionTransformer.*its pooling is 'none'"),
+    "pool in two stages": (
+        "vision",
+        {"attentional_pool": "cascade", "attn_pooler_queries": 4, "attn_pooler_heads": 4},
+        r"image tower VisionTransformer.*not read by one query",
+    ),
+    "convolutions": (
+        "vision",
+        {"timm_model_name": "test_convnext", "image_size": 64, "timm_pool": "avg"},
+        r"image tower TimmModel.*keeps no raster",
+    ),
+    "pool over registers": (
+        "vision",
+        {"timm_model_name": "test_vit3", "image_size": 160, "timm_pool": "map"},
+        r"image tower TimmModel.*reads class or register tokens",
+    ),
+    "both pools": (
+        "vision",
+        {"timm_model_name": "test_vit", "image_size": 32, "timm_pool": "avgmax"},
+        r"image tower TimmModel.*its pooling is 'avgmax'",
+    ),
+    "windows": (
+        "vision",
+        {"timm_model_name": "swin_tiny_patch4_window7_224", "image_size": 224, "timm_pool": "avg"},
+        r"image tower TimmModel.*none of the transformers",
+    ),
+    "no text pool": ("text", {"pool_type": "none"}, r"text tower CLIP.*its pooling is 'none'"),
+}
+
+
+@pytest.mark.parametrize(("side", "changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_unsupported_towers_are_refused_by_name(side: str, changes: dict[str, Any], message: str) -> None:
+    config = copy.deepcopy(family("square").config)
+    if "timm_model_name" in changes:
+        config["model_cfg"]["vision_cfg"] = {}
+    config["model_cfg"][f"{side}_cfg"].update(changes)
+    other = load_clip(json.dumps(config))
+    with pytest.raises(NotImplementedError, match=message):
         Matex().attribute(other, *pairs(other))
+
+
+def test_a_text_tower_of_hugging_face_with_another_pool_is_refused() -> None:
+    clip = family("biomedclip")
+    pooler = clip.model.text.pooler
+    try:
+        clip.model.text.pooler = nn.Identity()
+        with pytest.raises(NotImplementedError, match=r"text tower HFTextEncoder.*its pooling is 'Identity'"):
+            Matex().attribute(clip, *pairs(clip))
+    finally:
+        clip.model.text.pooler = pooler
+
+
+class Windows(nn.Module):
+    """Attention within halves of the tokens."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        halves = x[:, 1:].unflatten(1, (2, -1)).flatten(0, 1)[:, None]
+        seen = F.scaled_dot_product_attention(halves, halves, halves)
+        return torch.cat([x[:, :1], seen[:, 0].unflatten(0, (-1, 2)).flatten(1, 2)], 1)
+
+
+def test_attention_within_windows_is_refused_by_name(clip: Clip) -> None:
+    clip.model.visual.transformer.resblocks = nn.ModuleList([Windows()])
+    with pytest.raises(NotImplementedError, match=r"image tower VisionTransformer.*sees parts of its 24 patches"):
+        Matex().attribute(clip, *pairs(clip))
 
 
 class Recurrence(nn.Module):
@@ -441,43 +497,152 @@ def test_towers_without_attention_are_refused_by_name(side: str, clip: Clip) -> 
 @pytest.mark.parametrize("custom_text", [False, True])
 def test_capture_sees_the_real_attention(changes: dict[str, Any], custom_text: bool) -> None:
     """Rows give back each block's own output at p, whatever its mask and scale; the cut gradient is the full one."""
-    config = copy.deepcopy(small_clip("square").config)
+    config = copy.deepcopy(family("square").config)
     config["model_cfg"]["vision_cfg"].update(changes)
     config["model_cfg"]["text_cfg"].update(changes, no_causal_mask=custom_text)
     config["model_cfg"]["custom_text"] = custom_text
-    other = load_clip(json.dumps(config))
-    images, tokens, phrases = pairs(other)
-    with borrowed(other):
-        ends = (other.image_position(images), other.text_position(tokens))
-        for encode, inputs, at in zip((other.encode_image, other.encode_text), (images, tokens), ends, strict=True):
-            with capture_attention(at, grad_from=0) as blocks:
+    check_capture(load_clip(json.dumps(config)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_capture_of_every_family(name: str) -> None:
+    check_capture(family(name, torch.float64))
+
+
+def check_capture(clip: Clip) -> None:
+    images, tokens, _ = pairs(clip)
+    with borrowed(clip):
+        readings = (clip.image_reading(images), clip.text_reading(tokens))
+        towers = zip((clip.encode_image, clip.encode_text), (images, tokens), readings, strict=True)
+        for encode, inputs, reading in towers:
+            with capture_attention(reading, grad_from=0, full=True) as blocks:
                 embedding = encode(inputs)
-            with capture_attention(at, grad_from=1) as cut:
+            cut_at = min(1, len(blocks) - 1)
+            with capture_attention(reading, grad_from=cut_at) as cut:
                 again = encode(inputs)
             torch.testing.assert_close(embedding, again)
             torch.testing.assert_close(embedding, encode(inputs))
-            assert cut[0].output is None
-            with torch.enable_grad():
-                direction = torch.linspace(-1, 1, embedding.shape[1])
-                full = torch.autograd.grad((embedding @ direction).sum(), [block.output for block in blocks])  # type: ignore[misc]
-                part = torch.autograd.grad((again @ direction).sum(), [block.output for block in cut[1:]])  # type: ignore[misc]
-            for one, two in zip(full[1:], part, strict=True):
+            assert all(block.output is None for block in cut[:cut_at])
+            direction = torch.linspace(-1, 1, embedding.shape[1]).to(embedding).expand_as(embedding)
+            full = gradients_of(embedding, [block.output for block in blocks], direction)  # type: ignore[misc]
+            part = gradients_of(again, [block.output for block in cut[cut_at:]], direction)  # type: ignore[misc]
+            for one, two in zip(full[cut_at:], part, strict=True):
                 torch.testing.assert_close(one, two)
-            samples = torch.arange(len(phrases))
             for block in blocks:
-                assert block.output is not None
-                assert block.value is not None
-                remade = torch.einsum("bhn,bhnd->bhd", block.row, block.value)
-                torch.testing.assert_close(remade, block.output[samples, :, at].detach(), atol=1e-5, rtol=1e-4)
-            everything = torch.ones_like(blocks[0].row[:, 0], dtype=torch.bool)
-            assert gradient_terms(blocks, full, at, everything, "softmax").isfinite().all()
+                check_rows(block, reading)
 
 
-def test_full_matrices_hold_the_rows(clip: Clip) -> None:
-    tokens = clip.tokenize(PHRASES)
-    with borrowed(clip), capture_attention(clip.text_position(tokens), full=True) as blocks:
+def check_rows(block: Block, reading: Reading) -> None:
+    assert block.output is not None
+    assert block.value is not None
+    assert block.mean is not None
+    value, output = block.value.detach(), block.output.detach()
+    torch.testing.assert_close(block.mean.sum(-1), torch.ones_like(block.mean[..., 0]))
+    if reading.position is not None:
+        assert block.row is not None
+        samples = torch.arange(len(value))
+        torch.testing.assert_close(block.mean[samples, reading.position], block.row.mean(1))
+        remade = torch.einsum("bhn,bhnd->bhd", block.row, value)
+        torch.testing.assert_close(remade, output[samples, :, reading.position], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_is_cut_where_nothing_attends_to_it(name: str) -> None:
+    """Short phrases are encoded without what follows them, to the same embedding and gradients."""
+    clip = family(name, torch.float64)
+    tokens = clip.tokenize(["mass", "left base"])
+    short, whole = clip.encode_text(tokens), F.normalize(clip.model.encode_text(tokens), dim=-1)
+    torch.testing.assert_close(short, whole)
+    with torch.no_grad(), borrowed(clip), capture_attention(clip.text_reading(tokens), full=True) as blocks:
         clip.encode_text(tokens)
-    for block in blocks:
-        assert block.mean is not None
-        torch.testing.assert_close(block.mean[torch.arange(len(tokens)), clip.text_position(tokens)], block.row.mean(1))
-        torch.testing.assert_close(block.mean.sum(-1), torch.ones(tokens.shape))
+    assert blocks[0].mean is not None
+    shortened = name not in ("bidirectional", "siglip", "coca")
+    assert (blocks[0].mean.shape[-1] < tokens.shape[1]) == shortened
+    weights = [weight for key, weight in clip.model.named_parameters() if "positional" in key or "pos_embed" in key]
+    one, two = (torch.autograd.grad(z.sum(), weights, allow_unused=True) for z in (short, whole))
+    for a, b in zip(one, two, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+# --- whatever the model is wrapped in
+
+
+COMPILED: dict[str, Callable[[Clip], None]] = {
+    "model": lambda clip: setattr(clip, "model", torch.compile(clip.model, backend="eager")),
+    "towers": lambda clip: (
+        [
+            setattr(clip.model, name, torch.compile(getattr(clip.model, name), backend="eager"))
+            for name in ("visual", "text", "transformer")
+            if hasattr(clip.model, name)
+        ]
+        and None
+    ),
+    "in place": lambda clip: clip.model.visual.compile(backend="eager"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("name", ["native", "biomedclip"])
+def test_compiled_modules_are_explained_as_written(name: str, wrap: Callable[[Clip], None]) -> None:
+    source = family(name)
+    images, tokens, phrases = pairs(source)
+    method = Matex.measured(references=REFERENCE_PHRASES)
+    expected = method.attribute(source, images, tokens, phrases)
+    clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
+    wrap(clip)
+    assert_same(method.attribute(clip, images, tokens, phrases), expected, 1e-5)
+    with torch.no_grad():
+        # Now it is compiled for real, and explained again.
+        torch.testing.assert_close(clip.similarity(images, tokens), expected.score, atol=1e-5, rtol=0)
+    assert_same(method.attribute(clip, images, tokens, phrases), expected, 1e-5)
+    torch.compiler.reset()
+
+
+def test_under_ddp_a_training_step_keeps_its_gradient(clip: Clip, tmp_path: Path) -> None:
+    """Explained between the forward and the backward of a step, the module inside its wrapper."""
+    images, tokens, phrases = pairs(clip)
+    clip.logit_scale.requires_grad_(False)
+    expected_maps = Matex().attribute(clip, images, tokens, phrases)
+    clip.similarity(images, tokens).sum().backward()
+    expected = [weight.grad for weight in clip.parameters()]
+    clip.zero_grad()
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.clip = clip
+
+        def forward(self) -> Tensor:
+            return self.clip.similarity(images, tokens)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Pairs())
+        loss = wrapped().sum()
+        assert_same(Matex().attribute(wrapped.module.clip, images, tokens, phrases), expected_maps)
+        loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for weight, gradient in zip(clip.parameters(), expected, strict=True):
+        assert (weight.grad is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(weight.grad, gradient)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_given_back(name: str) -> None:
+    """From frozen weights, in training mode and checkpointed, as from the model at rest."""
+    source = family(name)
+    clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
+    batch = pairs(clip)
+    expected = Matex().attribute(clip, *batch, FILM)
+    clip.train().requires_grad_(False)
+    clip.model.set_grad_checkpointing(True)
+    before = state(clip)
+    assert_same(Matex().attribute(clip, *batch, FILM), expected)
+    after = state(clip)
+    for key in before:
+        assert_unchanged(before[key], after[key])

@@ -11,7 +11,8 @@ import matex_pl
 
 PACKAGE = Path(matex_pl.__file__).parent
 # Each imports only from its left; leaves may be used by all and import only leaves.
-ORDER = ["data", "anatomy", "clip", "contrastive", "module", "attribution", "metrics", "explain", "callbacks", "cli"]
+ORDER = ["data", "anatomy", "towers", "clip", "contrastive", "module", "attribution", "metrics", "explain", "cost"]
+ORDER += ["callbacks", "cli"]
 LEAVES = {"maps", "render", "render_prior", "loggers"}
 
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+import warnings
 from typing import Any
 
 import pytest
 import reference
 import torch
+from families import FAMILIES, family
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase
-from matex_pl.attribution import Matex
+from matex_pl.attribution import Matex, PriorOnly
 from matex_pl.attribution.capture import borrowed, capture_attention
-from matex_pl.attribution.matex import (
-    attention_flow,
+from matex_pl.attribution.matex import attention_flow, consistency, layer_weights
+from matex_pl.attribution.relevance import (
     attention_rollout,
-    consistency,
-    gradient_terms,
-    layer_weights,
-    spatial_weight,
+    attention_rows,
+    gradients_of,
+    loosened_term,
+    row_weights,
+    softmax_term,
 )
 from matex_pl.clip import Clip, load_clip
 from matex_pl.maps import AttributionMaps, min_max
@@ -37,30 +39,6 @@ FILM = torch.tensor(
     [[0.1, 0.0, 0.9, 1.0], [0.0, 0.0, 1.0, 1.0], [0.2, 0.1, 0.8, 0.9], [-0.2, -0.1, 1.2, 1.3], [0.0, 0.3, 1.0, 1.4]]
 )
 REFERENCE_PHRASES = ["cardiomegaly", "right pleural effusion", "no finding in the left upper lobe"]
-KINDS = ("wide", "square", "bidirectional")
-
-
-@cache
-def small_clip(kind: str = "wide", dtype: torch.dtype = torch.float32) -> Clip:
-    """A random CLIP of open_clip's own towers whose attention is far from uniform."""
-    vision = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 4}
-    if kind == "wide":
-        vision |= {"image_size": [32, 48], "layers": 4}
-    if kind == "bidirectional":
-        text |= {"no_causal_mask": True, "layers": 2}
-    torch.manual_seed(KINDS.index(kind))
-    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}}
-    clip = load_clip(json.dumps(config))
-    with torch.no_grad():
-        for name, weight in clip.model.named_parameters():
-            if name == "logit_scale":
-                continue
-            spread = 0.3 if weight.ndim == 1 else 0.5 if "embedding" in name else 1.5 * weight[0].numel() ** -0.5
-            weight.copy_(torch.randn_like(weight) * spread)
-            if "ln_" in name and name.endswith("weight"):
-                weight.add_(1)
-    return clip.to(dtype)
 
 
 def pairs(clip: Clip, phrases: list[str] = PHRASES) -> tuple[Tensor, Tensor, list[str]]:
@@ -102,48 +80,51 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-# Every setting on a frame that is not square with films in it, the ones that touch the towers on the other two kinds.
-CASES = [("wide", settings) for settings in SETTINGS]
-CASES += [(kind, settings) for kind in KINDS[1:] for settings in ({}, SETTINGS[1], SETTINGS[7])]
+# Every setting on a frame that is not square with films in it, the ones that touch the towers on every family.
+CASES = [("native", settings) for settings in SETTINGS]
+TOWERS: list[dict[str, Any]] = [
+    {},
+    {"grad_layers": 12, "kappa": 1},
+    {"spatial_weight": "loosened", "text_grad_layers": 1},
+    {"flow": "rollout", "fuse_at": "grid"},
+    {"explain": "margin", "references": REFERENCE_PHRASES, "fusion": "product"},
+]
+CASES += [(name, settings) for name in FAMILIES if name != "native" for settings in TOWERS]
 
 
-@pytest.mark.parametrize(("kind", "settings"), CASES, ids=str)
-def test_against_the_reference(kind: str, settings: dict[str, Any]) -> None:
-    clip, film = small_clip(kind, torch.float64), FILM if kind == "wide" else None
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
+def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
+    clip, film = family(name, torch.float64), FILM
     batch = pairs(clip)
+    if name != "native":
+        # The literal version is slow on towers of timm's size.
+        batch, film = (batch[0][:3], batch[1][:3], batch[2][:3]), FILM[:3]
     expected = reference.matex(clip, *batch, film, **settings)
-    assert_agree(expected, Matex(**settings).attribute(clip, *batch, film), 1e-6)
+    assert_agree(expected, Matex(**settings).attribute(clip, *batch, film), 1e-9)
 
 
 PAPER = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
-MEASURED = {"grad_layers": 12, "explain": "margin", "fusion": "product"}
+MEASURED = {"grad_layers": 12, "explain": "margin", "fusion": "product", "references": REFERENCE_PHRASES}
 
 
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [(Matex.paper(), PAPER), (Matex(), {}), (Matex.measured(), MEASURED)],
+    [(Matex.paper(), PAPER), (Matex(), {}), (Matex.measured(references=REFERENCE_PHRASES), MEASURED)],
     ids=["paper", "default", "measured"],
 )
-def test_presets_in_float32(method: Matex, settings: dict[str, Any]) -> None:
+def test_presets_in_float32(method: Matex, settings: dict[str, Any], name: str) -> None:
     """The library in float32 against the equations in float64, on the same weights."""
-    clip, exact = small_clip("wide"), small_clip("wide", torch.float64)
-    images, tokens, phrases = pairs(clip)
-    expected = reference.matex(exact, images.double(), tokens, phrases, FILM, **settings)
-    assert_agree(expected, method.attribute(clip, images, tokens, phrases, FILM), 1e-5)
-
-
-def test_reference_towers_are_open_clips() -> None:
-    for kind in KINDS:
-        clip = small_clip(kind, torch.float64)
-        images, tokens, _ = pairs(clip)
-        for b in range(len(images)):
-            torch.testing.assert_close(reference.encode_image(clip, images[b])[0], clip.encode_image(images)[b])
-            torch.testing.assert_close(reference.encode_text(clip, tokens[b])[0], clip.encode_text(tokens)[b])
+    clip, exact = family(name), family(name, torch.float64)
+    images, tokens, phrases = (part[3:] for part in pairs(clip))
+    expected = reference.matex(exact, images.double(), tokens, phrases, FILM[3:], **settings)
+    # The norm of a map magnifies the rounding of its towers, most where they are deep.
+    assert_agree(expected, method.attribute(clip, images, tokens, phrases, FILM[3:]), 1e-5 if name == "native" else 5e-5)
 
 
 def test_small_models_are_no_easy_case() -> None:
     """Attention peaks, maps vary, and gradients are of both signs: agreement says something."""
-    clip = small_clip("wide")
+    clip = family("native")
     batch = pairs(clip)
     maps = Matex().attribute(clip, *batch)
     assert maps.content.sum(1).tolist() == [4, 1, 0, 14, 6]
@@ -156,43 +137,64 @@ def test_small_models_are_no_easy_case() -> None:
 # --- closed cases
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_softmax_terms_are_complete(kind: str) -> None:
-    """Summed over all tokens before the ReLU, the terms give <g_l[p], o_l[p]>, on both sides."""
-    clip = small_clip(kind, torch.float64)
-    images, tokens, phrases = pairs(clip)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_softmax_terms_are_complete(name: str) -> None:
+    """Summed over all tokens before the ReLU, the terms give <g_l, o_l> over the rows that are read, on both sides."""
+    clip = family(name, torch.float64)
+    images, tokens, _ = pairs(clip)
     with borrowed(clip):
-        position, end = clip.image_position(images), clip.text_position(tokens)
-        with capture_attention(position, grad_from=0) as blocks:
-            image = clip.encode_image(images)
-        with capture_attention(end, grad_from=0) as text_blocks:
-            text = clip.encode_text(tokens)
-        with torch.enable_grad():
-            score = (image * text).sum()
-        for seen, at in ((blocks, position), (text_blocks, end)):
-            gradients = torch.autograd.grad(score, [block.output for block in seen], retain_graph=True)  # type: ignore[misc]
-            terms = gradient_terms(seen, gradients, at, torch.ones_like(seen[0].row[:, 0], dtype=torch.bool), "softmax")
-            for block, gradient, term in zip(seen, gradients, terms, strict=True):
+        for encode, inputs, reading in (
+            (clip.encode_image, images, clip.image_reading(images)),
+            (clip.encode_text, tokens, clip.text_reading(tokens)),
+        ):
+            with capture_attention(reading, grad_from=0) as blocks:
+                embedding = encode(inputs)
+            direction = torch.linspace(-1, 1, embedding.shape[1]).to(embedding).expand_as(embedding)
+            outputs = [block.output for block in blocks]
+            handles = outputs if reading.kind == "token" else [block.value for block in blocks]
+            both = gradients_of(embedding, [*outputs, *handles], direction)  # type: ignore[list-item]
+            gradients, by_handle = both[: len(blocks)], both[len(blocks) :]
+            for block, gradient, handle in zip(blocks, gradients, by_handle, strict=True):
                 assert block.output is not None
-                for b in range(len(phrases)):
-                    whole = (gradient[b, :, at[b]] * block.output[b, :, at[b]]).sum()
-                    torch.testing.assert_close(term[b].sum(), whole, atol=1e-12, rtol=1e-9)
+                whole = gradient * block.output
+                if reading.kind == "token":
+                    assert reading.position is not None
+                    whole = whole[torch.arange(len(whole)), :, reading.position]
+                total = softmax_term(block, handle, reading).sum(1)
+                torch.testing.assert_close(total, whole.flatten(1).sum(1), atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_are_a_share_of_all_attention(name: str) -> None:
+    """What is read in each layer is a weighted mean of attention rows: with what prefix tokens get, it sums to 1."""
+    clip = family(name)
+    images = pairs(clip)[0]
+    with borrowed(clip), capture_attention(clip.image_reading(images), full=True) as blocks:
+        clip.encode_image(images)
+    reading = clip.image_reading(images)
+    rows = attention_rows(blocks, reading)
+    assert rows.shape == (len(images), len(blocks), clip.grid[0] * clip.grid[1])
+    assert (rows.sum(2) <= 1 + 1e-5).all()
+    assert (rows.sum(2) > 0).all()
+    for weight in row_weights(blocks, reading):
+        if weight is not None:
+            torch.testing.assert_close(weight.sum(1), torch.ones(len(images)))
 
 
 def test_flow_without_temperature_is_the_layer_mean() -> None:
-    rows = torch.rand(5, 2, 7).softmax(-1)
-    torch.testing.assert_close(attention_flow(rows, tau=1e-9), rows.mean(0))
-    torch.testing.assert_close(attention_flow(rows, tau=100.0), rows[-1])
+    rows = torch.rand(2, 5, 3, 7).flatten(2).softmax(-1).unflatten(2, (3, 7))
+    torch.testing.assert_close(attention_flow(rows, tau=1e-9), rows.mean(1))
+    torch.testing.assert_close(attention_flow(rows, tau=100.0), rows[:, -1])
     weights = layer_weights(12, 0.2)
     assert float(weights.sum()) == pytest.approx(1)
     assert float(weights[-3:].sum()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_consistency_bounds() -> None:
-    assert (consistency(torch.rand(1, 2, 7), 1.0) == 1).all()
-    extreme = torch.tensor([0.0, 1.0])[:, None, None]
+    assert (consistency(torch.rand(2, 1, 7), 1.0) == 1).all()
+    extreme = torch.tensor([0.0, 1.0])[None, :, None]
     assert float(consistency(extreme, 1.0)) == pytest.approx(2 / 3)
-    stable = consistency(torch.rand(6, 3, 50) ** 4, 1.0)
+    stable = consistency(torch.rand(3, 6, 50) ** 4, 1.0)
     assert ((stable >= 2 / 3) & (stable <= 1)).all()
 
 
@@ -210,14 +212,14 @@ def test_rollout_of_one_layer_is_its_row() -> None:
     position = torch.tensor([0, 3])
     identity = torch.eye(5)
     expected = torch.stack([(attention[b, p] + identity[p]) / 2 for b, p in enumerate(position)])
-    torch.testing.assert_close(attention_rollout([attention], position), expected)
-    both = attention_rollout([attention, attention.flip(0)], position)
+    torch.testing.assert_close(attention_rollout([attention], identity[position]), expected)
+    both = attention_rollout([attention, attention.flip(0)], identity[position])
     torch.testing.assert_close(both.sum(1), torch.ones(2))
 
 
 @pytest.mark.parametrize("settings", [{"lambda_s": 1.0}, {"fusion": "product", "lambda_s": 1.0}], ids=str)
 def test_a_prior_of_strength_one_is_no_prior(settings: dict[str, Any]) -> None:
-    clip = small_clip()
+    clip = family("native")
     images, tokens, phrases = pairs(clip)
     maps = Matex(**settings).attribute(clip, images, tokens, phrases)
     assert (maps.parts["prior"] == 1).all()
@@ -229,7 +231,7 @@ def test_a_prior_of_strength_one_is_no_prior(settings: dict[str, Any]) -> None:
 
 
 def test_a_film_outside_the_frame_is_no_prior() -> None:
-    clip = small_clip()
+    clip = family("native")
     outside = torch.tensor([[1.0, 0.0, 2.0, 1.0]] * len(PHRASES))
     assert (Matex().attribute(clip, *pairs(clip), outside).parts["prior"] == 1).all()
     with pytest.raises(ValueError, match=r"left lower lobe consolidation.*has no size"):
@@ -238,7 +240,7 @@ def test_a_film_outside_the_frame_is_no_prior() -> None:
 
 @pytest.mark.parametrize("laterality", ["patient", "paper"])
 def test_mirrored_phrases_mirror_the_prior(laterality: str) -> None:
-    clip = small_clip()
+    clip = family("native")
     maps = Matex(laterality=laterality).attribute(clip, *pairs(clip, ["right apex opacity", "left apex opacity"]))
     right, left = maps.parts["prior"]
     torch.testing.assert_close(right.flip(1), left)
@@ -261,26 +263,119 @@ def test_min_max_of_what_is_kept() -> None:
     torch.testing.assert_close(min_max(z, keep=keep), torch.tensor([[1.0, 0, 0.5, 0], [0.0] * 4, [0.0] * 4]))
 
 
-def test_a_model_without_a_gradient_leaves_the_flow() -> None:
+def test_without_a_gradient_the_flow_is_left() -> None:
     """A score that no patch moves: G is constant, and the map is the attention flow alone."""
-    clip = small_clip("square")
-    batch = pairs(clip)
-    maps = Matex(fuse_at="grid", fusion="sum").attribute(clip, *batch)
-    raw = maps.parts | {"grad": torch.zeros_like(maps.parts["grad"])}
-    _, raster = Matex(fuse_at="grid").fuse_image(raw)
-    torch.testing.assert_close(raster, min_max(raw["flow"]))
+    clip = family("square")
+    parts = Matex(fuse_at="grid").attribute(clip, *pairs(clip)).parts
+    maps = Matex.fuse(parts | {"grad_blocks": torch.zeros_like(parts["grad_blocks"])})
+    torch.testing.assert_close(maps.grid, min_max(parts["flow"]))
 
 
-def test_loosened_weight_of_equal_keys_is_one() -> None:
-    clip = small_clip()
+@pytest.mark.parametrize("name", ["native", "siglip", "average"])
+def test_loosened_weight_of_equal_keys_is_one(name: str) -> None:
+    clip = family(name)
     images, _, _ = pairs(clip)
-    with borrowed(clip), capture_attention(torch.zeros(len(images), dtype=torch.long), grad_from=0) as blocks:
+    reading = clip.image_reading(images)
+    with borrowed(clip), capture_attention(reading, grad_from=0) as blocks:
         clip.encode_image(images)
-    block = blocks[0]
+    block, weight = blocks[0], row_weights(blocks, reading)[0]
     assert block.key is not None
+    assert block.value is not None
     block.key = block.key[:, :, :1].expand_as(block.key)
-    keep = torch.ones_like(block.row[:, 0], dtype=torch.bool)
-    assert (spatial_weight(block, keep, "loosened") == 1).all()
+    gradient = torch.randn_like(block.value)
+    keep = torch.ones(len(images), reading.length, dtype=torch.bool)
+    read = gradient.sum(2) if weight is not None else gradient[:, :, 0]
+    expected = torch.einsum("bhd,bhnd->bn", read, block.value.detach())
+    torch.testing.assert_close(loosened_term(block, gradient, weight, reading, keep), reading.fit(expected))
+
+
+# --- fused again, and many phrases on one image
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"alpha": 0.1, "beta": 0.6, "lambda_c": 0.2, "delta": 0.5},
+    {"lambda_s": 1.0},
+    {"lambda_s": 3.5, "prior_shape": "plateau", "laterality": "paper"},
+    {"tau": 1.0, "kappa": 1.0},
+    {"grad_layers": 1},
+    {"text_grad_layers": 1, "fuse_at": "grid"},
+    {"fusion": "product", "prior_power": 1.0},
+    {"flow": "sum"},
+]
+
+
+@pytest.mark.parametrize("name", ["native", "siglip"])
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_fused_again_is_what_another_forward_gives(changes: dict[str, Any], name: str) -> None:
+    clip = family(name)
+    made = {"flow": "rollout", "grad_layers": 2, "beta": 0.4}
+    parts = Matex(**made).attribute(clip, *pairs(clip), FILM).parts
+    before = {key: value.clone() for key, value in parts.items() if isinstance(value, Tensor)}
+    expected = Matex(**(made | changes)).attribute(clip, *pairs(clip), FILM)
+    elsewhere = Matex.fuse(parts, alpha=0.9, tau=0.9, lambda_s=1.5, laterality="paper").parts
+    back = {"alpha": 0.5, "tau": 0.2, "lambda_s": 2.5, "laterality": "patient"} | changes
+    for again in (Matex.fuse(parts, **changes), Matex.fuse(elsewhere, **back)):
+        assert again.parts["settings"] == expected.parts["settings"]
+        for field in ("image", "grid", "text", "content", "score"):
+            assert torch.equal(getattr(again, field), getattr(expected, field))
+        for key in ("grad", "flow", "consistency", "prior", "text_grad", "text_flow", "text_consistency"):
+            assert torch.equal(again.parts[key], expected.parts[key])
+    assert all(torch.equal(value, parts[key]) for key, value in before.items())
+
+
+def test_what_cannot_be_fused_again_says_so() -> None:
+    clip = family("native")
+    parts = Matex(grad_layers=2).attribute(clip, *pairs(clip)).parts
+    for changes, message in (
+        ({"flow": "rollout"}, "hold no rollout"),
+        ({"grad_layers": 3}, "gradients of 2 image and 2 text blocks, not of 3 and 3"),
+        ({"text_grad_layers": 4}, "not of 2 and 4"),
+        ({"spatial_weight": "loosened"}, "made with spatial_weight='softmax'; 'loosened' needs another"),
+        ({"explain": "margin"}, "made with explain='cosine'"),
+        ({"lambda_s": 0.5}, "lambda_s must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Matex.fuse(parts, **changes)
+    with pytest.raises(TypeError, match="lambda_x"):
+        Matex.fuse(parts, lambda_x=1)
+    assert Matex.fuse(Matex(grad_layers=4).attribute(clip, *pairs(clip)).parts, grad_layers=12).image.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Matex(), Matex(spatial_weight="loosened", flow="rollout"), Matex.measured(references=REFERENCE_PHRASES)],
+    ids=["default", "loosened rollout", "measured"],
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_phrases_on_one_image_are_pairs(name: str, method: Matex) -> None:
+    # In float64: the rounding of convolutions depends on the size of the batch, and the ResNet makes much of it.
+    clip = family(name, torch.float64)
+    images, tokens, phrases = pairs(clip)
+    together = images[:1].expand(len(phrases), -1, -1, -1)
+    expected = method.attribute(clip, together, tokens, phrases, FILM[3].expand(len(phrases), 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps = method.attribute_phrases(clip, images[0], phrases, FILM[3])
+    for field in ("image", "grid", "text", "content", "score"):
+        torch.testing.assert_close(getattr(maps, field), getattr(expected, field), atol=1e-9, rtol=0)
+    alone = method.attribute_phrases(clip, images[0], phrases[:1], FILM[3])
+    torch.testing.assert_close(alone.image[0], maps.image[0], atol=1e-9, rtol=0)
+    assert Matex.fuse(maps.parts).image.equal(maps.image)
+
+
+def test_phrases_are_checked() -> None:
+    clip = family("square")
+    image = pairs(clip)[0][0]
+    with pytest.raises(ValueError, match="at least one phrase"):
+        Matex().attribute_phrases(clip, image, [])
+    with pytest.raises(ValueError, match=r"sample 0 \('edema'\) holds NaN"):
+        Matex().attribute_phrases(clip, image * torch.nan, ["edema", "mass"])
+
+
+def test_phrases_of_a_control() -> None:
+    clip = family("square")
+    maps = PriorOnly().attribute_phrases(clip, pairs(clip)[0][0], ["left base", "right apex"])
+    assert not torch.equal(maps.image[0], maps.image[1])
 
 
 def test_refuses_at_construction() -> None:
@@ -305,7 +400,7 @@ def test_refuses_at_construction() -> None:
 
 
 def test_parts_name_what_was_read() -> None:
-    clip = small_clip()
+    clip = family("native")
     parts = Matex().attribute(clip, *pairs(clip)).parts
     for phrase, regions, spans in zip(PHRASES, parts["regions"], parts["spans"], strict=True):
         assert regions == parse_phrase(phrase).regions

@@ -95,7 +95,7 @@ def compile_grammar(data: Mapping[str, Any]) -> Grammar:
         entries=entries,
         runs=runs,
         words=frozenset(word for words in entries for word in words.split()),
-        misspellings=data["misspellings"],
+        misspellings={**_swaps(entries), **data["misspellings"]},
         near=_deletions(word for word, entry in entries.items() if entry.kind in FUZZY_KINDS and " " not in word),
         sets={name: frozenset(words) for name, words in data.items() if isinstance(words, list)},
         fallback=data["fallback"],
@@ -106,7 +106,7 @@ def compile_grammar(data: Mapping[str, Any]) -> Grammar:
 
 def read_terms(text: str, grammar: Grammar) -> list[Term]:
     """Terms of `text` in order, the longest entry of the grammar first. Linear in the text."""
-    tokens = list(_tokens(text, grammar))
+    tokens = list(_mended(list(_tokens(text, grammar)), text, grammar))
     terms: list[Term] = []
     at = 0
     while at < len(tokens):
@@ -139,6 +139,7 @@ def _token_pattern(slashed: str) -> re.Pattern[str]:
         rf"(?P<skip></?(?:{_HTML})\b[^<>]{{0,80}}>|&nbsp;|&\#\d{{1,5}};)"
         r"|(?P<entity>&(?:gt|lt|amp);)"
         rf"|(?P<slashed>(?<![^\W_])(?:{slashed})(?![^\W_]))"
+        r"|(?P<dotted>(?<![^\W_])[^\W\d_](?:\.[^\W\d_])+(?![^\W_]))"
         r"|(?P<number>\d+(?:[.,]\d+)+)"
         r"|(?P<word>[^\W_]+(?:[\u00ad\u200b-\u200d\u2060'\u2019]+[^\W_]+)*)"
         r"|(?P<paragraph>\n[ \t\r]*\n|\n[ \t]*[-*•](?=\s)|\n[ \t]*\d{1,2}[.)](?=\s))"
@@ -155,11 +156,28 @@ def _tokens(text: str, grammar: Grammar) -> Iterator[tuple[str, int, int]]:
         word = match.group()
         if kind == "word":
             word = _spelled(word, grammar)
+        elif kind == "dotted":
+            word = word.replace(".", "")
         elif kind == "entity":
             word = {"&gt;": ">", "&lt;": "<"}.get(word.lower(), "&")
         elif kind == "paragraph":
             word = "\n\n"
         yield word.lower(), match.start(), match.end()
+
+
+def _mended(tokens: list[tuple[str, int, int]], text: str, grammar: Grammar) -> Iterator[tuple[str, int, int]]:
+    """Tokens with the words put together that a hyphen or the end of a line broke: "pneumo-", "thorax"."""
+    at = 0
+    while at < len(tokens):
+        word, start, end = tokens[at]
+        following, begins, ends = tokens[at + 1] if at + 1 < len(tokens) else tokens[at]
+        if not (word in grammar.words and following in grammar.words) and _BREAK.fullmatch(text, end, begins):
+            whole = grammar.misspellings.get(word + following, word + following)
+            if whole in grammar.words:
+                word, end = whole, ends
+                at += 1
+        yield word, start, end
+        at += 1
 
 
 def _longest_run(tokens: list[tuple[str, int, int]], at: int, grammar: Grammar) -> int:
@@ -169,6 +187,7 @@ def _longest_run(tokens: list[tuple[str, int, int]], at: int, grammar: Grammar) 
     return 1
 
 
+_BREAK = re.compile(r"-|\s*[-\u2010\u2011]?[ \t\r]*\n\s*")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060]")
 
 
@@ -193,6 +212,18 @@ def _spelled(word: str, grammar: Grammar) -> str:
 def _forms(word: str) -> Iterator[str]:
     yield word
     yield from (word[:k] + word[k + 1 :] for k in range(1, len(word)))
+
+
+def _swaps(entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Short words of place with two neighbouring letters swapped; longer ones are found by `near`."""
+    places = ("side", "zone", "zone_adjective")
+    short = sorted(word for word, entry in entries.items() if entry.kind in places and word.isalpha())
+    return {
+        word[:k] + word[k + 1] + word[k] + word[k + 2 :]: word
+        for word in short
+        if 4 <= len(word) < FUZZY_LENGTH
+        for k in range(len(word) - 1)
+    }
 
 
 def _deletions(words: Iterable[str]) -> dict[str, str]:

@@ -79,6 +79,11 @@ class Mention:
         """It names a side and no zone."""
         return bool(self.sides) and not self.zones
 
+    @property
+    def awaits_zone(self) -> bool:
+        """It names a side that has no noun of its own, so that a zone joined to it may be meant."""
+        return self.is_bare_side and not self.has_carrier and not self.finding_follows
+
 
 def parse_phrase(text: str, table: RegionTable | None = None, *, knowledge_prior: bool = False) -> ParsedPhrase:
     """The regions that `text` names, by the rules of the design ("Phrases to regions"). Never raises on any string.
@@ -124,8 +129,11 @@ class _Sentence:
         for before, mention in zip([None, *self.mentions], self.mentions, strict=False):
             mention.has_one_place = all(len(table.get(zone, ())) == 1 for zone in mention.zones)
             self._find_noun(mention, before)
+            if mention.awaits_zone and self._stands_alone(mention):
+                mention.zones = self._zone_before(mention)
         kept = [mention for mention in self.mentions if not mention.ignored]
         _share_within_groups(kept)
+        self._share_with_compared(kept)
         self._share_over_clause(kept)
 
     def regions_of(self, mention: Mention) -> tuple[set[Region], str]:
@@ -170,18 +178,25 @@ class _Sentence:
         self.finding_before: dict[int, int | None] = dict.fromkeys(range(self.start, self.start + size))
         self.noun_before: dict[int, int | None] = dict.fromkeys(range(self.start, self.start + size))
         clause, clause_has_finding = 0, False
+        last = None
         for at, piece in enumerate(self.pieces):
             if piece.before in ("comma", "break") and clause_has_finding and piece.has_finding:
                 starts_with_place = self.terms[piece.start].kind in ("preposition", "degree")
                 clause += not starts_with_place
             clause_has_finding = clause_has_finding or piece.has_finding
-            finding = noun = None
+            finding = noun = subject = None
             for k in range(piece.start, piece.end):
                 self.at_piece[k], self.clause[k] = at, clause
                 self.finding_before[k], self.noun_before[k] = finding, noun
                 kind = self.terms[k].kind
+                # "tubes, one at the apex"
+                noun = last if noun is None and self.terms[k].text in self.grammar.sets["pronouns"] else noun
                 finding = k if kind == "finding" else finding
                 noun = k if kind == "finding" or kind in _ELSEWHERE else noun
+                subject = noun if subject is None else subject
+                # "opacity over the spine lies in the left base": the opacity does.
+                noun = subject if kind == "verb" else noun
+            last = noun if noun is not None else last
 
     def _read_mentions(self) -> Iterator[Mention]:
         current: Mention | None = None
@@ -204,7 +219,7 @@ class _Sentence:
         term = self.terms[k]
         if mention.is_closed:
             # "lower lobes bilaterally", "retrocardiac on the left": a side after a midline place adds nothing.
-            if term.kind != "side" or not self._is_midline(self.terms[mention.last]):
+            if term.kind != "side" or not self._is_midline(self.terms[mention.last]) or self._leads_zone(k):
                 return False
         elif term.kind == "side" and not mention.sides:
             mention.sides, mention.side_follows = set(term.sides), True
@@ -218,6 +233,11 @@ class _Sentence:
             return False
         mention.last = k
         return True
+
+    def _leads_zone(self, k: int) -> bool:
+        """Whether the side at `k` stands right before a zone of its own: "retrocardiac left lower lobe"."""
+        following = next((j for j in range(k + 1, min(k + 4, self.end)) if self.terms[j].kind != "modifier"), k)
+        return self.terms[following].kind == "zone" and not self._is_midline(self.terms[following])
 
     def _is_midline(self, term: Term) -> bool:
         return bool(term.zones) and all("midline" in self.table.get(zone, ()) for zone in term.zones)
@@ -252,6 +272,26 @@ class _Sentence:
         else:
             mention.finding = self.finding_before[mention.first]
 
+    def _stands_alone(self, mention: Mention) -> bool:
+        """Whether the side is a subject by itself: "the left is obscured"."""
+        if mention.first == 0 or mention.last + 1 >= self.end or self.terms[mention.last + 1].kind != "verb":
+            return False
+        before = self.terms[mention.first - 1]
+        return before.text == "the" or before.kind in ("comma", "but", "and")
+
+    def _zone_before(self, mention: Mention) -> list[str]:
+        """The zone that the statement before spoke of, also when that was denied; none for a whole lung."""
+        has_verb = False
+        for k in range(mention.first - 1, max(mention.first - 2 * _AHEAD, 0) - 1, -1):
+            term = self.terms[k]
+            has_verb = has_verb or term.kind == "verb"
+            if term.kind == "carrier" or term.text == "\n\n":
+                break
+            has_side = any(other.kind == "side" for other in self.terms[max(k - 2, 0) : k])
+            if term.kind == "sided_zone" or (term.kind == "zone" and (has_side or not self._is_midline(term))):
+                return list(term.zones) if has_verb else []
+        return []
+
     def _noun_after(self, mention: Mention) -> int | None:
         noun = None
         for k in range(mention.last + 1, min(mention.last + 1 + _AHEAD, self.end)):
@@ -282,6 +322,14 @@ class _Sentence:
                 return None
         return None
 
+    def _share_with_compared(self, mentions: list[Mention]) -> None:
+        """The zone of what a bare side is compared with: "the right hilum is larger than the left"."""
+        for before, mention in itertools.pairwise(mentions):
+            k = mention.first - 1
+            k -= k > self.start and self.terms[k].kind == "determiner"
+            if mention.awaits_zone and before.zones and before.sides and self.terms[k].kind == "compare":
+                mention.zones = list(before.zones)
+
     def _share_over_clause(self, mentions: list[Mention]) -> None:
         """Sides of zones that have none, from what the rest of their clause says."""
         for at, mention in enumerate(mentions):
@@ -294,19 +342,27 @@ class _Sentence:
             before = next((m for m in reversed(mentions[max(at - 4, 0) : at]) if m.sides), None)
             if before and self.clause[before.first] == self.clause[mention.first]:
                 mention.sides = set(before.sides)
+                is_entire = before.has_carrier and self._is_entire(before)
                 apart = before.finding is not None and mention.finding is not None and before.finding != mention.finding
-                before.lends_only = before.lends_only or (before.is_bare_side and not apart)
+                before.lends_only = before.lends_only or (before.is_bare_side and not apart and not is_entire)
         for before, mention in itertools.pairwise(mentions):
             self._drop_comparison(before, mention)
 
+    def _is_entire(self, mention: Mention) -> bool:
+        """Whether it speaks of a whole lung, so that a zone in it does not stand for it: "throughout both lungs"."""
+        near = range(max(mention.first - 2, self.start), mention.last + 1)
+        return any(self.terms[k].text in self.grammar.sets["entire"] for k in near)
+
     def _answers(self, zone: Mention, side: Mention) -> bool:
         """Whether a bare side after a zone says where the zone is: "lower lobe opacity on the right"."""
-        if not side.is_bare_side or side.finding_follows or side.has_carrier:
-            return False
-        if self.clause[zone.first] != self.clause[side.first]:
+        if not side.awaits_zone or self.clause[zone.first] != self.clause[side.first]:
             return False
         between = range(zone.last + 1, min(side.first, zone.last + 1 + 3 * _AHEAD))
-        return not any(self.terms[k].kind in ("and", "with", "or") or k in self.denied for k in between)
+        last_join = max((k for k in between if self.terms[k].kind in ("and", "with", "or")), default=zone.last)
+        kinds = {self.terms[k].kind for k in range(last_join + 1, side.first)}
+        # "apical and lateral components on the right", but neither "at the base and on the right" nor a new finding
+        joins_words = self.terms[last_join].kind != "with" and "word" in kinds and "finding" not in kinds
+        return not any(k in self.denied for k in between) and (last_join == zone.last or joins_words)
 
     def _take_following(self, zone: Mention, following: list[Mention]) -> None:
         first = following[0]
@@ -315,12 +371,7 @@ class _Sentence:
         if self._is_comparison(first):
             zone.sides = {"right", "left"}
         for mention in following[1:]:
-            if (
-                mention.after == "join"
-                and mention.is_bare_side
-                and not mention.finding_follows
-                and not mention.has_carrier
-            ):
+            if mention.after == "join" and mention.awaits_zone:
                 zone.sides |= mention.sides
                 mention.lends_only = True
 
@@ -358,27 +409,21 @@ class _Sentence:
 
 def _share_within_groups(mentions: list[Mention]) -> None:
     """Sides over joined zones ("right upper and lower"), zones over joined sides ("right and left lower")."""
-    for before, mention in itertools.pairwise(mentions):
-        if mention.after == "join" and mention.needs_side and before.zones and before.sides and not before.side_follows:
-            mention.sides = set(before.sides) - {"midline"}
-    for mention, nxt in zip(reversed(mentions[:-1]), reversed(mentions[1:]), strict=False):
-        if nxt.after != "join":
-            continue
-        if mention.needs_side and nxt.side_follows:
-            mention.sides = set(nxt.sides)
-        elif (
-            (
-                mention.is_bare_side
-                and not mention.has_carrier
-                and not mention.finding_follows
-                and nxt.zones
-                and nxt.sides
-            )
-            and not nxt.side_follows
-            and (mention.finding is None or not nxt.finding_follows)
-        ):
-            mention.zones = list(nxt.zones)
-    for before, mention in itertools.pairwise(mentions):
-        bare = mention.is_bare_side and not mention.has_carrier and not mention.finding_follows
-        if mention.after == "join" and bare and before.zones and before.sides:
+    joined = [pair for pair in itertools.pairwise(mentions) if pair[1].after == "join"]
+    for before, mention in joined:
+        if mention.needs_side and before.zones and before.sides and not before.side_follows:
+            mention.sides = set(before.sides)
+    for mention, following in reversed(joined):
+        if mention.needs_side and following.side_follows:
+            mention.sides = set(following.sides)
+        elif mention.awaits_zone and _gives_zone(following, mention):
+            mention.zones = list(following.zones)
+    for before, mention in joined:
+        if mention.awaits_zone and before.zones and before.sides:
             mention.zones = list(before.zones)
+
+
+def _gives_zone(following: Mention, mention: Mention) -> bool:
+    """Whether a zone also belongs to the bare side before it: "right and left lower lobe"."""
+    has_place = bool(following.zones and following.sides) and not following.side_follows
+    return has_place and (mention.finding is None or not following.finding_follows)

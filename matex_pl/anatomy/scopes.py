@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from matex_pl.anatomy.lexicon import Grammar, Term
 
@@ -10,13 +10,25 @@ SEPARATORS = ("comma", "colon", "and", "or", "with")
 PLACES = ("side", "zone", "sided_zone")
 # What may stand in a segment that only says where.
 _NEUTRAL = (*PLACES, "carrier", "determiner", "preposition", "verb", "modifier", "to", "compare")
+# What may stand before a noun.
+_OF_NOUN = (*PLACES, "carrier", "modifier", "degree")
 # How many terms a scope reaches back, which keeps the time linear in text without any full stop.
 _REACH = 40
 
 
 @dataclass
 class Segment:
-    """Terms `start` to `end` between two separators of a sentence, `before` being the separator on the left."""
+    """Terms `start` to `end` between two separators of a sentence.
+
+    Args:
+        start: Index of its first term.
+        end: One past its last term.
+        before: The separator on its left; `break` where a new statement begins.
+        kinds: Kinds of its terms.
+        opens: It begins like a new statement: "small ...", "the ...".
+        names_place_only: It says only where.
+        list_follows: It stands in a list that "or" closes.
+    """
 
     start: int
     end: int
@@ -24,7 +36,7 @@ class Segment:
     kinds: frozenset[str] = frozenset()
     opens: bool = False
     names_place_only: bool = False
-    or_follows: bool = field(default=False)
+    list_follows: bool = False
 
     @property
     def has_verb(self) -> bool:
@@ -35,6 +47,11 @@ class Segment:
     def has_finding(self) -> bool:
         """Something is found in it."""
         return "finding" in self.kinds
+
+    @property
+    def places_a_finding(self) -> bool:
+        """It says what is found, and where."""
+        return self.has_finding and bool(self.kinds.intersection(PLACES))
 
 
 def sentences(terms: list[Term]) -> list[tuple[int, int]]:
@@ -52,24 +69,60 @@ def segments(terms: list[Term], start: int, end: int, grammar: Grammar) -> list[
     found: list[Segment] = []
     before, first = "start", start
     for k in range(start, end + 1):
-        if k < end and terms[k].kind not in SEPARATORS:
+        separates = k == end or terms[k].kind in SEPARATORS
+        if not separates and not (k > first and _runs_on(terms, k, end, grammar)):
             continue
         if k > first:
             found.append(_segment(terms, first, k, before, grammar))
             before = ""
-        if k < end:
+        if not separates:
+            before, first = "break", k
+        elif k < end:
             before = _stronger(before, terms[k].kind)
             first = k + 1
-    or_follows = False
-    for segment in reversed(found):
-        segment.or_follows = or_follows
-        or_follows = (or_follows or segment.before == "or") and not segment.opens
+    _mark_lists(terms, found, grammar)
     return found
+
+
+def _mark_lists(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> None:
+    """Which pieces stand in one list with a later "or": "no A, B, or C", but not "no A, left B or C"."""
+    list_follows = False
+    for piece in reversed(pieces):
+        piece.list_follows = list_follows
+        if piece.before == "or":
+            has_comma = terms[max(piece.start - 2, 0)].kind == "comma"
+            reads = any(terms[k].text in grammar.sets["readings"] for k in range(piece.start, piece.end))
+            list_follows = has_comma or piece.places_a_finding or not reads
+            piece.list_follows = piece.list_follows or list_follows
+        elif piece.before in ("break", "colon") or piece.has_verb:
+            list_follows = False
+
+
+def _runs_on(terms: list[Term], k: int, end: int, grammar: Grammar) -> bool:
+    """Whether a new statement begins at `k` without any punctuation: "no effusion there is ..."."""
+    term, before = terms[k], terms[k - 1]
+    says_it_of = k > 1 and (
+        (before.kind == "normal" and terms[k - 2].kind in ("verb", "carrier", *PLACES))
+        or (before.text in grammar.sets["perceived"] and terms[k - 2].kind in ("verb", "negate_forward"))
+    )
+    if before.kind != "finding" and not says_it_of:
+        return False
+    if term.kind == "determiner" or term.text == "no":
+        return True
+    if term.kind not in PLACES and term.text not in grammar.sets["openers"]:
+        return False
+    ends = ("finding", "normal", "verb") if says_it_of else ("finding", "normal")
+    follows = next((terms[j] for j in range(k, min(k + 8, end)) if terms[j].kind not in _OF_NOUN), None)
+    if follows is None or follows.kind not in ends:
+        return False
+    return says_it_of or (follows.kind == "normal") == (term.kind in PLACES)
 
 
 def denied(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> dict[int, str]:
     """Index of each term that is denied, with the reason, in one sentence of `pieces`."""
     reasons: dict[int, str] = {}
+    if pieces and _is_exception(terms, pieces[0], grammar):
+        _deny(reasons, pieces[0].start, pieces[0].end, "excepted")
     forward_end = normal_end = 0
     for at, piece in enumerate(pieces):
         for k in range(piece.start, piece.end):
@@ -78,6 +131,8 @@ def denied(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> dict[i
                 forward_end = _end_of_negation(pieces, at)
                 start = max(_start_of_place(terms, pieces, at, k, grammar), k - _REACH)
                 _deny(reasons, start, forward_end, "negated")
+            elif cue == "contrast":
+                _deny(reasons, k, _end_of_negation(pieces, at), "negated")
             elif cue == "back":
                 start = _start_of_negation(terms, pieces, at, k, grammar)
                 _deny(reasons, max(start, k - _REACH), _end_of_absence(terms, piece, k), "negated")
@@ -85,6 +140,19 @@ def denied(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> dict[i
                 start, normal_end = _normal_range(terms, pieces, at, k)
                 _deny(reasons, max(start, k - _REACH), normal_end, "normal")
     return reasons
+
+
+def _is_exception(terms: list[Term], piece: Segment, grammar: Grammar) -> bool:
+    """Whether a place is left out of what was found before: "both lungs are opaque except for the left apex"."""
+    cue = piece.start - 1
+    if cue < 1 or terms[cue].text not in grammar.sets["exceptions"] or piece.has_finding:
+        return False
+    for k in range(cue - 1, max(cue - _REACH, -1), -1):
+        if terms[k].kind in ("break", "but"):
+            return True
+        if terms[k].kind == "normal" or terms[k].kind.startswith("negate"):
+            return False
+    return True
 
 
 def _deny(reasons: dict[int, str], start: int, end: int, reason: str) -> None:
@@ -116,10 +184,12 @@ def _stronger(left: str, right: str) -> str:
 
 def _direction(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> str:
     kind = terms[k].kind
+    if kind.startswith("negate") and k == piece.start and _is_inverted(terms, piece, k, grammar):
+        return "forward"
     if kind == "negate_forward":
         return "back" if _is_perception(terms, piece, k, grammar) else "forward"
-    if kind == "negate_back":
-        return "back"
+    if kind in ("negate_back", "contrast"):
+        return "back" if kind == "negate_back" else "contrast"
     if kind == "normal":
         # "no clear consolidation", "clear opacity": not a statement of normality.
         follows = terms[k + 1].kind if k + 1 < piece.end else ""
@@ -130,6 +200,12 @@ def _direction(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> s
     said_of = k > piece.start and terms[k - 1].text in grammar.sets["copulas"] and terms[k].text != "no longer"
     noun = (*PLACES, "finding", "carrier", "determiner", "zone_adjective")
     return "forward" if follows in noun and not said_of else "back"
+
+
+def _is_inverted(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> bool:
+    """Whether what is absent stands behind the verb: "not seen today is the right effusion"."""
+    follows = terms[k + 1 : min(k + 5, piece.end)]
+    return any(term.kind == "verb" and term.text in grammar.sets["copulas"] for term in follows)
 
 
 def _is_perception(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> bool:
@@ -147,13 +223,15 @@ def _end_of_negation(pieces: list[Segment], at: int) -> int:
 
 
 def _stays_negated(piece: Segment) -> bool:
-    if piece.before in ("break", "colon") or piece.opens:
-        return False
     if piece.before == "or":
         return True
-    if piece.before == "comma":
-        return piece.or_follows or not piece.has_finding or not piece.kinds.intersection(PLACES)
-    return not piece.has_verb
+    if piece.before in ("break", "colon"):
+        return False
+    if piece.before == "comma" and piece.list_follows and not piece.has_verb:
+        return True
+    if piece.opens:
+        return False
+    return not piece.places_a_finding if piece.before == "comma" else not piece.has_verb
 
 
 def _start_of_place(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> int:

@@ -40,6 +40,21 @@ class AttributionMethod(ABC):
             film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the input frame; all of it by default.
         """
 
+    def attribute_phrases(
+        self, clip: Clip, image: Tensor, phrases: Sequence[str], film: Tensor | None = None
+    ) -> AttributionMaps:
+        """Maps of one image and P phrases: what `attribute` gives for P pairs.
+
+        Args:
+            clip: The model; it is given back as it came.
+            image: `(3, H, W)` in the model's normalised frame.
+            phrases: The P phrases.
+            film: `(4,)` rectangle of the film in the input frame; all of it by default.
+        """
+        images = image.expand(len(phrases), -1, -1, -1)
+        film = None if film is None else film.expand(len(phrases), -1)
+        return self.attribute(clip, images, clip.tokenize(phrases), phrases, film)
+
 
 def check_pairs(images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None) -> None:
     """Refuse what cannot be explained before any work is done.

@@ -7,7 +7,7 @@ time of a forward records q, k, v and the output of each block, in any family, w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -18,24 +18,25 @@ from torch import Tensor, nn
 
 from matex_pl.clip import Clip
 from matex_pl.maps import full_precision
+from matex_pl.towers import Reading, not_explained, original, text_tower
 
 _ATTENTION = "scaled_dot_product_attention"
 
 
 @dataclass
 class Block:
-    """What one attention block did, for B samples, h heads, n tokens of width d; p is the pooled position.
+    """What one attention block did, for B samples, h heads, m queries, n tokens of width d.
 
     Args:
-        row: `(B, h, n)` softmax attention of the token at p.
-        mean: `(B, n, n)` softmax attention averaged over heads; only where full matrices were asked for.
-        query: `(B, h, d)` query of the token at p; None in blocks without gradient, like the two below.
+        row: `(B, h, n)` softmax attention of the token at the pooled position; only where a tower pools one token.
+        mean: `(B, m, n)` softmax attention averaged over heads; where a tower pools otherwise, or on request.
+        query: `(B, h, m, d)`; None in blocks without gradient, like the three below.
         key: `(B, h, n, d)`.
-        value: `(B, h, n, d)`.
-        output: `(B, h, n, d)` the attention's output before its projection, on the graph.
+        value: `(B, h, n, d)` on the graph.
+        output: `(B, h, m, d)` the attention's output before its projection, on the graph.
     """
 
-    row: Tensor
+    row: Tensor | None = None
     mean: Tensor | None = None
     query: Tensor | None = None
     key: Tensor | None = None
@@ -48,8 +49,9 @@ def borrowed(clip: Clip) -> Iterator[None]:
     """The model in the state that explaining needs, inside `fit`, `validate`, `test` and `predict` alike.
 
     Eval mode, no inference mode, grad mode off until a capture switches it on, no autocast (the model computes in the
-    dtype of its weights, so that a map does not depend on who asks for it), no native attention path and no gradient
-    checkpointing. Leaving it restores all of them, and the RNG, even after an exception.
+    dtype of its weights, so that a map does not depend on who asks for it), no native attention path, no gradient
+    checkpointing, and modules that `torch.compile` has wrapped run as they were written. Leaving it restores all of
+    them, and the RNG, even after an exception.
     """
     training = [module for module in clip.modules() if module.training]
     checkpointing = [module for module in clip.modules() if getattr(module, "grad_checkpointing", False) is True]
@@ -60,6 +62,7 @@ def borrowed(clip: Clip) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.callback(_set_attribute, checkpointing, "grad_checkpointing", True)
         stack.callback(_set_attribute, training, "training", True)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng(devices=sorted(index or 0 for index in devices)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -71,16 +74,16 @@ def borrowed(clip: Clip) -> Iterator[None]:
 
 
 @contextmanager
-def capture_attention(positions: Tensor, *, grad_from: int | None = None, full: bool = False) -> Iterator[list[Block]]:
+def capture_attention(reading: Reading, *, grad_from: int | None = None, full: bool = False) -> Iterator[list[Block]]:
     """Record each attention block of one tower's forward, in order; the list is complete when the forward has ended.
 
     Args:
-        positions: `(B,)` pooled position of each sample.
+        reading: How the tower pools: says which rows of the attention count.
         grad_from: Index of the first block with gradient: its q, k and v are cut off from what came before, so that a
             backward ends there, and grad mode is on from there until the context is left. None: no gradient at all.
-        full: Also record the head-averaged attention matrices.
+        full: Record the head-averaged attention matrices even where one row would do.
     """
-    attend = getattr(F, _ATTENTION)
+    attend: Callable[..., Tensor] = getattr(F, _ATTENTION)
     blocks: list[Block] = []
 
     def record(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -90,10 +93,9 @@ def capture_attention(positions: Tensor, *, grad_from: int | None = None, full: 
             q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
         output = attend(q, k, v, *args, **kwargs)
         with torch.no_grad():
-            block = _read(q.detach(), k.detach(), positions, full, *args, **kwargs)  # type: ignore[arg-type]
+            block = _read(q.detach(), k.detach(), reading, full, *args, **kwargs)  # type: ignore[arg-type]
             if wants_grad:
-                block.query = _at(q.detach(), positions)
-                block.key, block.value, block.output = k.detach(), v.detach(), output
+                block.query, block.key, block.value, block.output = q.detach(), k.detach(), v, output
         blocks.append(block)
         return output
 
@@ -112,29 +114,38 @@ def count_blocks(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[int, int]:
     """Number of attention blocks of the image and the text tower, counted once per model by a forward of one sample.
 
     Raises:
-        NotImplementedError: A tower calls no `scaled_dot_product_attention`; the message names it.
+        NotImplementedError: A tower calls no `scaled_dot_product_attention`, or calls it on windows of its patches; the
+            message names the tower.
     """
-    if clip.model not in _BLOCKS:
-        found = {}
-        for side, encode, inputs in (("image", clip.encode_image, images[:1]), ("text", clip.encode_text, tokens[:1])):
-            with capture_attention(torch.zeros(1, dtype=torch.long, device=inputs.device)) as blocks:
-                encode(inputs)
-            if not blocks:
-                tower = getattr(clip.model, "visual" if side == "image" else "text", clip.model)
-                raise NotImplementedError(
-                    f"The {side} tower {type(tower).__name__} calls no {_ATTENTION}, so its maps cannot be computed. "
-                    "Use a transformer tower, or switch fused attention on where the tower has an option for it."
-                )
-            found[side] = len(blocks)
-        _BLOCKS[clip.model] = found
-    counts = _BLOCKS[clip.model]
-    return counts["image"], counts["text"]
+    model = original(clip.model)
+    if model not in _BLOCKS:
+        images, tokens = images[:1], tokens[:1]
+        with capture_attention(clip.image_reading(images), full=True) as blocks:
+            clip.encode_image(images)
+        with capture_attention(clip.text_reading(tokens), full=True) as text_blocks:
+            clip.encode_text(tokens)
+        rows, columns = clip.grid
+        _check_blocks("image", original(model.visual), blocks, rows * columns)
+        _check_blocks("text", text_tower(model), text_blocks, 1)
+        _BLOCKS[model] = {"image": len(blocks), "text": len(text_blocks)}
+    return _BLOCKS[model]["image"], _BLOCKS[model]["text"]
+
+
+def _check_blocks(side: str, tower: nn.Module, blocks: Sequence[Block], fewest: int) -> None:
+    if not blocks:
+        raise NotImplementedError(
+            f"The {side} tower {type(tower).__name__} calls no {_ATTENTION}, so its maps cannot be computed. "
+            "Use a transformer tower, or switch fused attention on where the tower has an option for it."
+        )
+    seen = {(len(block.mean), block.mean.shape[-1]) for block in blocks if block.mean is not None}
+    if any(samples != 1 or tokens < fewest for samples, tokens in seen):
+        raise NotImplementedError(not_explained(side, tower, f"its attention sees parts of its {fewest} patches"))
 
 
 def _read(
     q: Tensor,
     k: Tensor,
-    positions: Tensor,
+    reading: Reading,
     full: bool,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -142,27 +153,29 @@ def _read(
     scale: float | None = None,
     **_: object,
 ) -> Block:
-    """The attention row at the pooled positions, from the arguments of the attention call; float32 or better."""
+    """The attention that counts, from the arguments of the attention call; float32 or better."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     bias = _bias(attn_mask, is_causal, (*q.shape[:3], k.shape[2]), q.device)
     query, key = full_precision(q), full_precision(k)
-    logits = torch.einsum("bhd,bhnd->bhn", _at(query, positions), key) * scale
-    if bias is not None:
-        logits = logits + _at(bias, positions)
-    block = Block(row=logits.softmax(-1))
-    if full:
+    block = Block()
+    if reading.position is not None:
+        logits = torch.einsum("bhd,bhnd->bhn", at(query, reading.position), key) * scale
+        if bias is not None:
+            logits = logits + at(bias, reading.position)
+        block.row = logits.softmax(-1)
+    if full or reading.position is None:
         matrix = query @ key.transpose(-1, -2) * scale
         block.mean = (matrix if bias is None else matrix + bias).softmax(-1).mean(1)
     return block
 
 
-def _at(tensor: Tensor, positions: Tensor) -> Tensor:
+def at(tensor: Tensor, positions: Tensor) -> Tensor:
     """`(B, h, n, m)` at one of the n positions per sample: `(B, h, m)`."""
     return tensor[torch.arange(len(tensor), device=tensor.device), :, positions]
 
 
 def _bias(mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """What is added to the attention logits, as a view of `shape` (B, h, n, n)."""
+    """What is added to the attention logits, as a view of `shape` (B, h, m, n)."""
     if is_causal:
         mask = torch.ones(shape[-2:], dtype=torch.bool, device=device).tril()
     if mask is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +14,18 @@ from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.anatomy.prior import LATERALITIES, SHAPES
 from matex_pl.attribution.base import AttributionMethod, check_choice, check_pairs, check_scores
 from matex_pl.attribution.capture import Block, borrowed, capture_attention, count_blocks
-from matex_pl.attribution.target import REFERENCES, TARGETS, reference_mean, score_and_target
+from matex_pl.attribution.relevance import (
+    attention_rows,
+    gradients_of,
+    loosened_term,
+    rollout_row,
+    row_weights,
+    softmax_term,
+)
+from matex_pl.attribution.target import REFERENCES, TARGETS, directions, reference_mean
 from matex_pl.clip import Clip
 from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, upsample
+from matex_pl.towers import Reading
 
 
 def layer_weights(num_layers: int, tau: float) -> Tensor:
@@ -24,84 +33,19 @@ def layer_weights(num_layers: int, tau: float) -> Tensor:
     return torch.softmax(tau * torch.arange(1, num_layers + 1, dtype=torch.float32), dim=0)
 
 
-def attention_flow(rows: Tensor, tau: float) -> Tensor:
-    """A_flow of eq. (1): `(L, B, n)` head-averaged rows to `(B, n)`, all layers weighted by `layer_weights`."""
-    return torch.einsum("l,lbn->bn", layer_weights(len(rows), tau).to(rows), rows)
+def attention_flow(layers: Tensor, tau: float) -> Tensor:
+    """A_flow of eq. (1): `(B, L, ...)` rows of the layers to `(B, ...)`, weighted by `layer_weights`."""
+    return torch.einsum("l,bl...->b...", layer_weights(layers.shape[1], tau).to(layers), layers)
 
 
-def attention_rollout(matrices: Sequence[Tensor], positions: Tensor) -> Tensor:
-    """Row p of the product over layers of rownorm(mean_heads A + I), `(B, n)` (Abnar and Zuidema 2020).
-
-    Args:
-        matrices: L head-averaged attention matrices `(B, n, n)`, first layer first.
-        positions: `(B,)` pooled position p.
-    """
-    identity = torch.eye(matrices[0].shape[-1]).to(matrices[0])
-    row = identity[positions]
-    for matrix in reversed(matrices):
-        mixed = matrix + identity
-        row = torch.einsum("bn,bnm->bm", row, mixed / mixed.sum(-1, keepdim=True))
-    return row
-
-
-def consistency(rows: Tensor, kappa: float | Tensor) -> Tensor:
+def consistency(layers: Tensor, kappa: float | Tensor) -> Tensor:
     """C of eq. (2): 1 / (1 + kappa * population std over the L layers), in (0, 1].
 
     Args:
-        rows: `(L, B, n)` head-averaged rows.
+        layers: `(B, L, ...)` rows of the layers.
         kappa: A number, or one per sample `(B, 1)`.
     """
-    return 1 / (1 + kappa * rows.std(0, correction=0))
-
-
-def spatial_weight(block: Block, keep: Tensor, kind: str) -> Tensor:
-    """Weight of each token in a block's gradient term, `(B, h, n)`.
-
-    `softmax`: the attention row per head. `loosened` (Grad-ECLIP): norm over the tokens of `keep` `(B, n)` of
-    cos(q_p, k_i) on the concatenated heads; 1 when all are equal.
-    """
-    if kind == "softmax":
-        return block.row
-    query, key = block.query.flatten(1), block.key.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
-    cosine = torch.cosine_similarity(full_precision(query)[:, None], full_precision(key), dim=-1)
-    weight = min_max(cosine, keep=keep, dtype=key.dtype)
-    constant = (weight.amax(1, keepdim=True) == 0).to(weight)
-    return (weight + constant)[:, None].expand_as(block.row)
-
-
-def gradient_terms(
-    blocks: Sequence[Block], gradients: Sequence[Tensor], positions: Tensor, keep: Tensor, kind: str
-) -> Tensor:
-    """Signed relevance of each token in each of K blocks: w_i * sum over heads and channels of g_l[p] * v_l(i).
-
-    With the `softmax` weight the sum over all tokens is <g_l[p], o_l[p]>.
-
-    Args:
-        blocks: K blocks that were recorded with gradient.
-        gradients: K of `(B, h, n, d)`, of what is explained by each block's output.
-        positions: `(B,)` pooled position p.
-        keep: `(B, n)` bool, the tokens that `loosened` normalises over.
-        kind: `softmax` or `loosened`, see `spatial_weight`.
-
-    Returns:
-        `(K, B, n)`.
-    """
-    samples = torch.arange(len(positions), device=positions.device)
-    terms = []
-    for block, gradient in zip(blocks, gradients, strict=True):
-        row, value = full_precision(gradient[samples, :, positions]), full_precision(block.value)  # type: ignore[arg-type]
-        per_head = torch.einsum("bhd,bhnd->bhn", row, value)
-        terms.append((per_head * spatial_weight(block, keep, kind)).sum(1))
-    return torch.stack(terms)
-
-
-@dataclass
-class _Tower:
-    """Components of one side over all n tokens: `grad (K, B, n)` signed, `flow (B, n)`, `rows (L, B, n)`."""
-
-    grad: Tensor
-    flow: Tensor
-    rows: Tensor
+    return 1 / (1 + kappa * layers.std(1, correction=0))
 
 
 class Matex(AttributionMethod):
@@ -134,9 +78,11 @@ class Matex(AttributionMethod):
         explain: `cosine` (the paper's S) or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
 
-    `parts` holds grad, flow, consistency `(B, Gh, Gw)` raw; prior `(B, H, W)` and
-    prior_grid `(B, Gh, Gw)`; text_grad, text_flow, text_consistency `(B, T)`
-    raw and 0 off content; regions and spans, a list per pair.
+    `parts` holds what `fuse` needs to fuse again: per block or layer grad_blocks `(B, K, Gh, Gw)` signed and
+    attention_layers `(B, L, Gh, Gw)`, and from them grad, flow, consistency `(B, Gh, Gw)` raw; prior `(B, H, W)` and
+    prior_grid `(B, Gh, Gw)`; text_grad_blocks `(B, K, T)`, text_attention_layers `(B, L, T)`, text_grad, text_flow and
+    text_consistency `(B, T)` raw and 0 off content; rollout and text_rollout where `flow` is that; regions and spans,
+    a list per pair; film, content, score and the settings.
     """
 
     cost: ClassVar[str] = "1 forward and a backward through the last max(grad_layers, text_grad_layers) blocks"
@@ -173,8 +119,7 @@ class Matex(AttributionMethod):
             check_choice("kappa", kappa, ("tokens",))
         elif not kappa >= 0:
             raise ValueError(f"kappa must be a number from 0 or 'tokens', got {kappa}.")
-        text_grad_layers = grad_layers if text_grad_layers is None else text_grad_layers
-        if min(grad_layers, text_grad_layers) < 1:
+        if grad_layers < 1 or (text_grad_layers is not None and text_grad_layers < 1):
             raise ValueError(
                 f"grad_layers and text_grad_layers must be at least 1, got {grad_layers} and {text_grad_layers}."
             )
@@ -219,133 +164,209 @@ class Matex(AttributionMethod):
         settings: dict[str, Any] = {"grad_layers": 12, "explain": "margin", "fusion": "product"}
         return cls(**(settings | changes))
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the constructor, by name."""
+        return {name: getattr(self, name) for name in signature(type(self)).parameters}
+
     def attribute(
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
     ) -> AttributionMaps:
         """Maps of B pairs; see `AttributionMethod.attribute`."""
         check_pairs(images, tokens, phrases, film)
+        return self._explain(clip, images, tokens, phrases, film)
+
+    def attribute_phrases(
+        self, clip: Clip, image: Tensor, phrases: Sequence[str], film: Tensor | None = None
+    ) -> AttributionMaps:
+        """Maps of one image and P phrases, from one forward of the image; see `AttributionMethod.attribute_phrases`."""
+        if not phrases:
+            raise ValueError("attribute_phrases needs at least one phrase, got none.")
+        tokens = clip.tokenize(phrases)
+        check_pairs(image[None], tokens[:1], phrases[:1], None)
+        film = None if film is None else film.expand(len(phrases), 4)
+        return self._explain(clip, image[None], tokens, phrases, film)
+
+    @classmethod
+    def fuse(cls, parts: dict[str, Any], **changes: Any) -> AttributionMaps:
+        """The maps of `parts` with some settings changed, without another forward.
+
+        What is not named stays as the parts were made; `Matex.fuse(parts, **Matex.paper(grad_layers=1).settings)` would
+        change all of it. `spatial_weight`, `explain`, `references` and more blocks or another `flow` than were computed
+        need another `attribute`.
+
+        Args:
+            parts: Of the maps of `Matex.attribute`.
+            changes: Arguments of the constructor.
+
+        Raises:
+            ValueError: A setting is out of range, or needs what the parts do not hold.
+        """
+        method = cls(**(parts["settings"] | changes))
+        method._check_parts(parts)
+        return method._fuse(parts)
+
+    def _check_parts(self, parts: dict[str, Any]) -> None:
+        made, wanted = parts["settings"], self.settings
+        for name in ("spatial_weight", "explain", "references"):
+            if wanted[name] != made[name]:
+                raise ValueError(
+                    f"These parts were made with {name}={made[name]!r}; {wanted[name]!r} needs another `attribute`."
+                )
+        if self.flow == "rollout" and "rollout" not in parts:
+            raise ValueError("These parts hold no rollout; make them with flow='rollout', which can be fused as 'sum'.")
+        blocks, layers = (parts[name].shape[1] for name in ("grad_blocks", "attention_layers"))
+        text_blocks, text_layers = (parts[name].shape[1] for name in ("text_grad_blocks", "text_attention_layers"))
+        if self.grad_layers > blocks < layers or self._text_grad_layers > text_blocks < text_layers:
+            raise ValueError(
+                f"These parts hold the gradients of {blocks} image and {text_blocks} text blocks, not of "
+                f"{self.grad_layers} and {self._text_grad_layers}; make them with grad_layers={self.grad_layers}."
+            )
+
+    @property
+    def _text_grad_layers(self) -> int:
+        return self.grad_layers if self.text_grad_layers is None else self.text_grad_layers
+
+    def _explain(
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None
+    ) -> AttributionMaps:
+        """Maps of B pairs, or of one image and B phrases."""
         with borrowed(clip):
             images, tokens = images.detach().clone(), tokens.clone()
-            position, text_position = clip.image_position(images), clip.text_position(tokens)
-            content = clip.content(tokens)
-            image, text, score = self._towers(clip, images, tokens, position, text_position, content)
-            parts = self._image_parts(image, clip.grid) | self._text_parts(text, content)
-            check_scores(score, phrases, *parts.values())
-            parts |= self._prior(phrases, clip.image_size, clip.grid, film, score.device)
-            finished, raster = self.fuse_image(parts, clip.std.dtype)
-            finished_text = self.fuse_text(parts, content, clip.std.dtype)
-            return AttributionMaps(finished, raster, finished_text, content, score, parts)
+            parts = self._components(clip, images, tokens)
+            check_scores(parts["score"], phrases, *parts.values())
+            parsed = [parse_phrase(phrase) for phrase in phrases]
+            parts |= {
+                "regions": [phrase.regions for phrase in parsed],
+                "spans": [phrase.spans for phrase in parsed],
+                "film": film,
+                "ids": list(phrases),
+                "size": clip.image_size,
+                "dtype": clip.std.dtype,
+                "settings": self.settings,
+            }
+            return self._fuse(parts)
 
-    def _towers(
-        self, clip: Clip, images: Tensor, tokens: Tensor, position: Tensor, text_position: Tensor, content: Tensor
-    ) -> tuple[_Tower, _Tower, Tensor]:
+    def _components(self, clip: Clip, images: Tensor, tokens: Tensor) -> dict[str, Any]:
         """One forward of both towers and one backward through their last blocks."""
         layers, text_layers = count_blocks(clip, images, tokens)
-        start, text_start = max(layers - self.grad_layers, 0), max(text_layers - self.text_grad_layers, 0)
-        full = self.flow == "rollout"
+        start, text_start = max(layers - self.grad_layers, 0), max(text_layers - self._text_grad_layers, 0)
+        reading, text_reading, content = clip.image_reading(images), clip.text_reading(tokens), clip.content(tokens)
         reference = reference_mean(clip, self.references) if self.explain == "margin" else None
-        with capture_attention(position, grad_from=start, full=full) as blocks:
-            image_embedding = clip.encode_image(images)
-        with capture_attention(text_position, grad_from=text_start, full=full) as text_blocks:
-            text_embedding = clip.encode_text(tokens)
-        with torch.enable_grad():
-            score, target = score_and_target(full_precision(image_embedding), full_precision(text_embedding), reference)
-        explained = [block.output for block in [*blocks[start:], *text_blocks[text_start:]]]
-        gradients = torch.autograd.grad(target, explained, torch.ones_like(target))  # type: ignore[arg-type]
-        split = len(blocks) - start
-        patches = torch.ones_like(blocks[0].row[:, 0], dtype=torch.bool)
-        patches[:, 0] = False
-        image = self._tower(blocks, start, gradients[:split], position, patches)
-        return image, self._tower(text_blocks, text_start, gradients[split:], text_position, content), score.detach()
+        full = self.flow == "rollout"
+        with capture_attention(reading, grad_from=start, full=full) as blocks:
+            image = clip.encode_image(images)
+        with capture_attention(text_reading, grad_from=text_start, full=full) as text_blocks:
+            text = clip.encode_text(tokens)
+        score, by_image, by_text = directions(full_precision(image.detach()), full_precision(text.detach()), reference)
+        gradients = gradients_of(image, self._handles(blocks[start:], reading), by_image)
+        text_gradients = gradients_of(text, self._handles(text_blocks[text_start:], text_reading), by_text)
+        patches = torch.ones_like(by_image[:1, :1], dtype=torch.bool).expand(1, reading.length)
+        parts = self._tower(blocks, gradients, reading, patches)
+        text_parts = self._tower(text_blocks, text_gradients, text_reading, content)
+        return {
+            **{name: _on_raster(part, clip.grid, len(tokens)) for name, part in parts.items()},
+            **{f"text_{name}": part for name, part in text_parts.items()},
+            "content": content,
+            "score": score,
+        }
+
+    def _handles(self, blocks: Sequence[Block], reading: Reading) -> list[Tensor]:
+        """What the gradients of the blocks are taken by; see `softmax_term`."""
+        by_value = reading.position is None and self.spatial_weight == "softmax"
+        return [block.value if by_value else block.output for block in blocks]  # type: ignore[misc]
 
     def _tower(
-        self, blocks: list[Block], start: int, gradients: Sequence[Tensor], positions: Tensor, keep: Tensor
-    ) -> _Tower:
-        rows = torch.stack([block.row.mean(1) for block in blocks])
-        grad = gradient_terms(blocks[start:], gradients, positions, keep, self.spatial_weight)
-        if self.flow == "sum":
-            return _Tower(grad, attention_flow(rows, self.tau), rows)
-        return _Tower(grad, attention_rollout([block.mean for block in blocks], positions), rows)  # type: ignore[misc]
+        self, blocks: Sequence[Block], gradients: Sequence[Tensor], reading: Reading, keep: Tensor
+    ) -> dict[str, Tensor]:
+        """Components of one side at the tokens of the map; `loosened` normalises over those of `keep`."""
+        last = blocks[-len(gradients) :]
+        if self.spatial_weight == "softmax":
+            terms = [reading.fit(softmax_term(*pair, reading)) for pair in zip(last, gradients, strict=True)]
+        else:
+            weights = row_weights(blocks, reading)[-len(gradients) :]
+            triples = zip(last, gradients, weights, strict=True)
+            terms = [loosened_term(*triple, reading, keep) for triple in triples]
+        parts = {"grad_blocks": torch.stack(terms, 1), "attention_layers": attention_rows(blocks, reading)}
+        return parts | ({"rollout": rollout_row(blocks, reading)} if self.flow == "rollout" else {})
 
-    def _image_parts(self, tower: _Tower, grid: tuple[int, int]) -> dict[str, Any]:
-        """Raw components on the patch raster: without the class token, each block's gradient term clipped at 0."""
-        raster = (len(tower.flow), *grid)
-        kappa = float(grid[0] * grid[1]) if self.kappa == "tokens" else float(self.kappa)
+    def _fuse(self, parts: dict[str, Any]) -> AttributionMaps:
+        """Parts with this method's components, and the maps that they give."""
+        parts = parts | self._derive(parts) | self._prior(parts) | {"settings": self.settings}
+        image, raster = self._fuse_image(parts)
+        return AttributionMaps(image, raster, self._fuse_text(parts), parts["content"], parts["score"], parts)
+
+    def _derive(self, parts: dict[str, Any]) -> dict[str, Tensor]:
+        """A_grad, A_flow and C of both sides from their blocks and layers, raw.
+
+        On the image side each block's gradient term is clipped at 0, on the text side their mean.
+        """
+        content, layers = parts["content"], parts["attention_layers"]
+        text_layers = parts["text_attention_layers"]
+        patches, words = layers[0, 0].numel(), content.sum(1, keepdim=True)
+        tokens = self.kappa == "tokens"
+        rollout = self.flow == "rollout"
+        text_flow = parts["text_rollout"] if rollout else attention_flow(text_layers, self.tau)
         return {
-            "grad": tower.grad.relu().mean(0)[:, 1:].reshape(raster),
-            "flow": tower.flow[:, 1:].reshape(raster),
-            "consistency": consistency(tower.rows, kappa)[:, 1:].reshape(raster),
+            "grad": parts["grad_blocks"][:, -self.grad_layers :].relu().mean(1),
+            "flow": parts["rollout"] if rollout else attention_flow(layers, self.tau),
+            "consistency": consistency(layers, float(patches if tokens else self.kappa)),
+            "text_grad": parts["text_grad_blocks"][:, -self._text_grad_layers :].mean(1).relu() * content,
+            "text_flow": text_flow * content,
+            "text_consistency": consistency(text_layers, words if tokens else float(self.kappa)) * content,
         }
 
-    def _text_parts(self, tower: _Tower, content: Tensor) -> dict[str, Any]:
-        """Raw components over tokens, 0 off content; here the mean over blocks is clipped, not each block."""
-        kappa = content.sum(1, keepdim=True) if self.kappa == "tokens" else float(self.kappa)
-        return {
-            "text_grad": tower.grad.mean(0).relu() * content,
-            "text_flow": tower.flow * content,
-            "text_consistency": consistency(tower.rows, kappa) * content,
-        }
-
-    def _prior(
-        self,
-        phrases: Sequence[str],
-        size: tuple[int, int],
-        grid: tuple[int, int],
-        film: Tensor | None,
-        device: torch.device,
-    ) -> dict[str, Any]:
+    def _prior(self, parts: dict[str, Any]) -> dict[str, Tensor]:
         """M at the pixels and, drawn anew, at the centres of the patches."""
-        parsed = [parse_phrase(phrase) for phrase in phrases]
-        regions = [phrase.regions for phrase in parsed]
         draw = partial(
             prior_maps,
+            parts["regions"],
             lambda_s=self.lambda_s,
             shape=self.prior_shape,
             laterality=self.laterality,
-            film=film,
-            ids=phrases,
-            device=device,
+            film=parts["film"],
+            ids=parts["ids"],
+            device=parts["score"].device,
         )
-        return {
-            "prior": draw(regions, size),
-            "prior_grid": draw(regions, grid),
-            "regions": regions,
-            "spans": [phrase.spans for phrase in parsed],
-        }
+        return {"prior": draw(parts["size"]), "prior_grid": draw(tuple(parts["grad_blocks"].shape[-2:]))}
 
-    def fuse_image(self, parts: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def _fuse_image(self, parts: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Eq. (6) over raw components: the finished map `(B, H, W)` and its raster `(B, Gh, Gw)`.
 
         G and F are min-maxed first: their scales are unrelated, and the paper is silent.
-
-        Args:
-            parts: The components that `attribute` returned.
-            dtype: What the model computed in; a map that is constant within its rounding becomes zeros.
         """
-        prior, size, grid = parts["prior"], parts["prior"].shape[-2:], parts["grad"].shape[-2:]
+        prior, dtype = parts["prior"], parts["dtype"]
+        size, grid = prior.shape[-2:], parts["grad"].shape[-2:]
         grad, flow = min_max(parts["grad"], dtype=dtype), min_max(parts["flow"], dtype=dtype)
         if self.fuse_at == "grid":
-            raster = self._fuse(grad, flow, parts["consistency"], parts["prior_grid"], dtype)
+            raster = self._equation_6(grad, flow, parts["consistency"], parts["prior_grid"], dtype)
             return min_max(upsample(raster, size)), raster
         grad, flow, stable = (upsample(part, size) for part in (grad, flow, parts["consistency"]))
-        image = self._fuse(grad, flow, stable, prior, dtype)
+        image = self._equation_6(grad, flow, stable, prior, dtype)
         return image, patch_mean(image, grid)
 
-    def _fuse(self, grad: Tensor, flow: Tensor, stable: Tensor, prior: Tensor, dtype: torch.dtype) -> Tensor:
-        """Eq. (6), or the product option; the same at pixels and on the raster."""
+    def _equation_6(self, grad: Tensor, flow: Tensor, stable: Tensor, prior: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weighted sum of eq. (6), or the product option; the same at pixels and on the raster."""
         base = self.alpha * grad + self.beta * flow + self.lambda_c * stable * grad
         if self.fusion == "product":
             return min_max(base * prior**self.prior_power, dtype=dtype)
         return min_max(base + self.delta * prior * grad, dtype=dtype)
 
-    def fuse_text(self, parts: dict[str, Any], content: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def _fuse_text(self, parts: dict[str, Any]) -> Tensor:
         """Text map `(B, T)`: norm(norm(T_grad) * (alpha + gamma C + delta) + beta norm(T_flow)) over content tokens.
 
         0 off content; a single content token has the value 1. Words have no place, so that M is 1 in either fusion.
         """
+        content, dtype = parts["content"], parts["dtype"]
         grad = min_max(parts["text_grad"], keep=content, dtype=dtype)
         flow = min_max(parts["text_flow"], keep=content, dtype=dtype)
         weight = self.alpha + self.lambda_c * parts["text_consistency"] + self.delta
         fused = min_max(grad * weight + self.beta * flow, keep=content, dtype=dtype)
         single = content.sum(1, keepdim=True) == 1
         return torch.where(single, content.to(fused), fused)
+
+
+def _on_raster(part: Tensor, grid: tuple[int, int], pairs: int) -> Tensor:
+    """Values per patch `(B, ..., N)`, or of one image `(1, ..., N)`, as rasters `(B, ..., Gh, Gw)`."""
+    raster = part.unflatten(-1, grid)
+    return raster.expand(pairs, *raster.shape[1:])

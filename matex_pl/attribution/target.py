@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from matex_pl.clip import Clip
 from matex_pl.maps import full_precision
+from matex_pl.towers import original
 
 TARGETS = ("cosine", "margin")
 
@@ -30,22 +31,28 @@ REFERENCES: tuple[str, ...] = ("cardiomegaly", *(f"{place} {name}".strip() for n
 """Common findings by side and zone: the phrases that `explain="margin"` compares with unless told otherwise."""
 
 
-def score_and_target(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cosine of each pair and the scalar to explain, both `(B,)`.
+def directions(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Score of each pair, and what is explained as a direction in the embedding space of either side.
 
-    The margin is <f_i, f_t - mean of f_r>: all phrases of this field share a large common direction, which the cosine
-    explains too.
+    The cosine <f_i, f_t> and the margin <f_i, f_t - mean of f_r> are linear in each embedding: their gradient is
+    (f_t - mean of f_r) on the image side and f_i on the text side. The margin takes away the large common direction of
+    all phrases of this field, which the cosine explains too.
 
     Args:
-        image: `(B, D)` L2-normalised.
+        image: `(B, D)` L2-normalised, or `(1, D)` for all.
         text: `(B, D)` L2-normalised.
         reference: `(D,)` mean embedding of the reference phrases; None explains the cosine.
+
+    Returns:
+        The cosine `(B,)`, and the gradients of what is explained by `image` and by `text`, `(B, D)` each.
     """
     score = (image * text).sum(-1)
-    return score, score if reference is None else score - image @ reference
+    return score, text if reference is None else text - reference, image.expand_as(text)
 
 
-_MEANS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor]] = WeakKeyDictionary()
+_MEANS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor, Tensor]] = WeakKeyDictionary()
+# Entries of each weight that are compared: a step of any optimiser moves more than a few of them.
+_SAMPLED = 256
 
 
 @torch.no_grad()
@@ -54,21 +61,24 @@ def reference_mean(clip: Clip, references: Sequence[str]) -> Tensor:
 
     Call it inside `borrowed`: what it keeps must neither depend on dropout nor be an inference tensor.
     """
-    key = (tuple(references), *_fingerprint(clip))
-    if clip.model not in _MEANS or _MEANS[clip.model][0] != key:
-        _MEANS[clip.model] = key, full_precision(clip.encode_text(clip.tokenize(references))).mean(0)
-    return _MEANS[clip.model][1]
+    model, weights = original(clip.model), _sample(clip)
+    key = (*references, clip.std.dtype, weights.device)
+    if model in _MEANS:
+        known, sampled, mean = _MEANS[model]
+        if known == key and torch.equal(sampled, weights):
+            return mean
+    mean = full_precision(clip.encode_text(clip.tokenize(references))).mean(0)
+    _MEANS[model] = key, weights, mean
+    return mean
 
 
-def _fingerprint(clip: Clip) -> tuple[object, ...]:
-    """Changes when the text tower's weights do.
+def _sample(clip: Clip) -> Tensor:
+    """Entries spread over the text tower's weights, and the weights' versions, as one vector.
 
-    Both by value and by version: fused optimisers leave version counters alone, a change of sign leaves the norm.
+    By value and by version: fused optimisers leave version counters alone, a change by hand may miss the sample.
     """
-    named = clip.model.named_parameters()
-    weights = [weight for name, weight in named if not name.startswith(("visual.", "logit_"))]
-    # A norm in bfloat16 would not move with one step of an optimiser.
-    norms = [
-        torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights
-    ]
-    return weights[0].dtype, weights[0].device, *(w._version for w in weights), *torch.stack(norms).tolist()
+    named = original(clip.model).named_parameters()
+    weights = [weight for name, weight in named if not name.startswith(("visual.", "_orig_mod.visual.", "logit_"))]
+    spread = [full_precision(weight.flatten()[:: max(1, weight.numel() // _SAMPLED)]) for weight in weights]
+    versions = torch.tensor([weight._version for weight in weights], dtype=spread[0].dtype, device=spread[0].device)
+    return torch.cat([*spread, versions])
