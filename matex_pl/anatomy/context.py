@@ -139,7 +139,7 @@ def _is_verb(terms: list[Term], k: int, grammar: Grammar) -> bool:
 
 def _names_a_shift(terms: list[Term], k: int, grammar: Grammar) -> bool:
     """Where something goes, without "to": "right shift of the trachea", "rotated left"."""
-    ends = _kind(terms, k + 1) in ("break", "but", "comma", "and", "with")
+    ends = _kind(terms, k + 1) in ("break", "but", "comma", "and", "with", "preposition")
     return _text(terms, k + 1) in grammar.sets["shift_nouns"] or (
         ends and _text(terms, k - 1) in grammar.sets["shifts"]
     )
@@ -162,11 +162,11 @@ _NO_SIDES = (_is_lone, _is_adverb, _is_verb, _names_a_shift, _is_direction)
 
 
 def _has_pair(terms: list[Term], k: int) -> bool:
-    """Whether "both" speaks of two places: "both lungs", not "both opacity and effusion", "both apical and basal"."""
+    """Whether "both" speaks of two places: "both lungs", not "both opacity and effusion", "both the right and ..."."""
     for j in range(k + 1, min(k + 6, len(terms))):
         if terms[j].kind in ("zone", "zone_adjective") and _kind(terms, j + 1) == "and":
             return terms[j].text.endswith(("s", "hila"))
-        if terms[j].kind in ("carrier", "zone", "zone_adjective", "side"):
+        if terms[j].kind in ("carrier", "zone", "zone_adjective"):
             return True
         if terms[j].kind not in ("determiner", "preposition", "modifier"):
             return False

@@ -181,8 +181,7 @@ class _Sentence:
         last = None
         for at, piece in enumerate(self.pieces):
             if piece.before in ("comma", "break") and clause_has_finding and piece.has_finding:
-                starts_with_place = self.terms[piece.start].kind in ("preposition", "degree")
-                clause += not starts_with_place
+                clause += self._begins_clause(at)
             clause_has_finding = clause_has_finding or piece.has_finding
             finding = noun = subject = None
             for k in range(piece.start, piece.end):
@@ -197,6 +196,19 @@ class _Sentence:
                 # "opacity over the spine lies in the left base": the opacity does.
                 noun = subject if kind == "verb" else noun
             last = noun if noun is not None else last
+
+    def _begins_clause(self, at: int) -> bool:
+        """Whether the sides said before piece `at` no longer hold in it."""
+        piece = self.pieces[at]
+        if self.terms[piece.start].kind in ("preposition", "degree"):
+            return False
+        texts = {self.terms[k].text for k in range(piece.start, min(piece.start + 3, piece.end))}
+        if texts & self.grammar.sets["attached"]:
+            return False
+        # "Right lung: upper zone nodule, lower zone consolidation"
+        second = self.pieces[1] if len(self.pieces) > 1 else piece
+        headed = second.before == "colon" and self.pieces[0].names_place_only and "side" in self.pieces[0].kinds
+        return not headed or bool(piece.kinds & {"side", "sided_zone"})
 
     def _read_mentions(self) -> Iterator[Mention]:
         current: Mention | None = None
@@ -273,11 +285,14 @@ class _Sentence:
             mention.finding = self.finding_before[mention.first]
 
     def _stands_alone(self, mention: Mention) -> bool:
-        """Whether the side is a subject by itself: "the left is obscured"."""
-        if mention.first == 0 or mention.last + 1 >= self.end or self.terms[mention.last + 1].kind != "verb":
+        """Whether the side is a subject by itself: "the left is obscured", "as is the left"."""
+        if mention.first == 0:
             return False
         before = self.terms[mention.first - 1]
-        return before.text == "the" or before.kind in ("comma", "but", "and")
+        if mention.last + 1 < self.end and self.terms[mention.last + 1].kind == "verb":
+            return before.text == "the" or before.kind in ("comma", "but", "and")
+        starts = self.terms[max(mention.first - 3, 0)].text
+        return before.text == "the" and starts in self.grammar.sets["echoes"]
 
     def _zone_before(self, mention: Mention) -> list[str]:
         """The zone that the statement before spoke of, also when that was denied; none for a whole lung."""

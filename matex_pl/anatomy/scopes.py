@@ -135,9 +135,12 @@ def denied(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> dict[i
                 _deny(reasons, k, _end_of_negation(pieces, at), "negated")
             elif cue == "back":
                 start = _start_of_negation(terms, pieces, at, k, grammar)
-                _deny(reasons, max(start, k - _REACH), _end_of_absence(terms, piece, k), "negated")
+                end = _end_of_absence(terms, piece, k)
+                if at + 1 < len(pieces) and _is_echo(terms, pieces[at + 1], grammar):
+                    end = pieces[at + 1].end
+                _deny(reasons, max(start, k - _REACH), end, "negated")
             elif cue == "normal" and k >= normal_end:
-                start, normal_end = _normal_range(terms, pieces, at, k)
+                start, normal_end = _normal_range(terms, pieces, at, k, grammar)
                 _deny(reasons, max(start, k - _REACH), normal_end, "normal")
     return reasons
 
@@ -279,7 +282,7 @@ def _end_of_absence(terms: list[Term], piece: Segment, k: int) -> int:
     return end if says_where else k
 
 
-def _normal_range(terms: list[Term], pieces: list[Segment], at: int, k: int) -> tuple[int, int]:
+def _normal_range(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> tuple[int, int]:
     """Terms that the word of normality at `k` speaks of: its segment, and plain places joined to it on one side."""
     first = last = at
     before = [terms[j] for j in range(max(pieces[at].start, k - _REACH), k)]
@@ -297,7 +300,13 @@ def _normal_range(terms: list[Term], pieces: list[Segment], at: int, k: int) -> 
             if pieces[last + 1].opens:
                 break
             last += 1
+    last += last + 1 < len(pieces) and _is_echo(terms, pieces[last + 1], grammar)
     return pieces[first].start, pieces[last].end
+
+
+def _is_echo(terms: list[Term], piece: Segment, grammar: Grammar) -> bool:
+    """Whether it says the same of another place: "the right lung is clear, as is the left"."""
+    return piece.has_verb and not piece.has_finding and terms[piece.start].text in grammar.sets["echoes"]
 
 
 def _is_plain(piece: Segment) -> bool:
