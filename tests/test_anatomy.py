@@ -643,7 +643,8 @@ def test_any_string(text: str) -> None:
     check_never_raises(text)
 
 
-VOCABULARY = sorted({word for text in PHRASES for word in re.findall(r"\w+|[^\w\s]", text)})
+WORDED = [*PHRASES, *(path.read_text(encoding="utf-8") for path in BLIND)]
+VOCABULARY = sorted({word for text in WORDED for word in re.findall(r"\w+|[^\w\s]", text)})
 
 
 @given(st.lists(st.sampled_from(VOCABULARY), max_size=30).map(" ".join))
@@ -666,6 +667,13 @@ def test_any_words(text: str) -> None:
         "<b ",
         "( ",
         "x",
+        "a.",
+        "x-\n",
+        "x" + 400 * " ",
+        "the left is ",
+        "left but not right ",
+        "and, to a ",
+        "none left except base ",
     ],
 )
 def test_time_is_linear(unit: str) -> None:

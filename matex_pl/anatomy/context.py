@@ -8,6 +8,8 @@ _BETWEEN = ("zone_adjective", "side", "and", "or", "to", "comma", "modifier", "d
 _ANATOMY = ("zone_adjective", "zone", "carrier", "finding", "modifier", "side", "compare")
 _WHERE = ("side", "zone", "sided_zone", "zone_adjective", "determiner", "preposition", "modifier", "carrier")
 _NOUNS = ("zone_adjective", "zone", "carrier", "finding")
+# Nouns of a finding that goes away.
+_ENDINGS = ("resolution of", "clearing of", "resolution", "clearing")
 # What no sentence begins with.
 _GOES_ON = ("and", "or", "to", "with", "verb", "preposition", "negate_either", "negate_back", "normal")
 # How far ahead a word looks for the one that settles its meaning.
@@ -52,14 +54,16 @@ def _without_contrasts(terms: list[Term]) -> list[Term]:
     """Terms without a side that is only named to be denied: "left but not right base", "left rather than right"."""
     dropped: set[int] = set()
     for k in range(1, len(terms) - 2):
-        if terms[k].kind not in ("but", "contrast", "and") or terms[k - 1].kind != "side":
+        if terms[k].kind != "contrast" and not (terms[k].kind in ("but", "and") and terms[k + 1].text == "not"):
             continue
-        if terms[k].kind != "contrast" and terms[k + 1].text != "not":
-            continue
-        end = next((j for j in range(k + 1, min(k + 5, len(terms))) if terms[j].kind == "side"), k)
-        between = {terms[j].kind for j in range(k + 1, end)}
-        if between <= {"determiner", "preposition", "negate_forward"} and _kind(terms, end + 1) in _NOUNS:
-            dropped.update(range(k, end + 1))
+        in_commas = _kind(terms, k - 1) == "comma"
+        start = k - in_commas
+        side = next((j for j in range(k + 1, min(k + 5, len(terms))) if terms[j].kind == "side"), k)
+        between = {terms[j].kind for j in range(k + 1, side)}
+        end = side + 1 + (in_commas and _kind(terms, side + 1) == "comma")
+        of_sides = _kind(terms, start - 1) == "side" and between <= {"determiner", "preposition", "negate_forward"}
+        if side > k and of_sides and _kind(terms, end) in _NOUNS:
+            dropped.update(range(start, end))
     return [term for k, term in enumerate(terms) if k not in dropped] if dropped else terms
 
 
@@ -176,24 +180,44 @@ def _has_pair(terms: list[Term], k: int) -> bool:
 def _zone_adjective(terms: list[Term], k: int, grammar: Grammar) -> Term:
     """A zone before a noun of the lung ("upper and lower lobes") or beside a side, and `void` otherwise."""
     term = terms[k]
+    if term.kind == "zone" and _is_segment(terms, k):
+        return term._replace(kind="modifier", zones=())
     if term.kind != "zone_adjective":
         return term
     beside = any(_kind(terms, j) == "side" for j in (k - 1, k + 1)) or _beside_sided_zone(terms, k)
     head = _head(terms, k, grammar)
-    if head is None or head.kind in ("elsewhere", "compare", "word", "device", "vessel", "void"):
-        lungs = False
-    else:
-        lungs = (
-            head.kind == "carrier"
-            or head.text.endswith((" lobe", " lobes", " zone", " zones", " lung", " lungs"))
-            or beside
-        )
-    if not lungs and not (beside and head is None):
+    if _is_within(terms, k):
+        return term._replace(kind="modifier", zones=())
+    if not _speaks_of_lungs(head, beside=beside):
         return _void(term)
     zone = term.zones[0]
     if zone == "middle":
         zone = "middle_lobe" if head is not None and "lob" in head.text else "mid"
     return term._replace(kind="zone", zones=(zone,))
+
+
+def _speaks_of_lungs(head: Term | None, *, beside: bool) -> bool:
+    """Whether an adjective with this noun, `beside` a side or not, is a zone of the lung."""
+    if head is None:
+        return beside
+    if head.kind in ("elsewhere", "compare", "word", "device", "vessel", "void"):
+        return False
+    lobes = (" lobe", " lobes", " zone", " zones", " lung", " lungs")
+    return beside or head.kind == "carrier" or head.text.endswith(lobes)
+
+
+def _is_within(terms: list[Term], k: int) -> bool:
+    """Whether it only says which part of another place: "right upper hilar mass", "lower mediastinum"."""
+    j = next((j for j in range(k + 1, min(k + 4, len(terms))) if terms[j].kind not in ("side", "modifier")), k)
+    return terms[j].kind == "zone" and not {"hilar", "mediastinal", "cardiac", "lingula"}.isdisjoint(terms[j].zones)
+
+
+def _is_segment(terms: list[Term], k: int) -> bool:
+    """Whether it names a segment of a lobe that is named too: "apical segment of the right lower lobe"."""
+    if terms[k].zones not in (("upper",), ("lower",)) or _text(terms, k + 1) not in ("segment", "segments"):
+        return False
+    follows = (terms[j] for j in range(k + 3, min(k + 7, len(terms))) if terms[j].kind not in ("side", "determiner"))
+    return _text(terms, k + 2) == "of" and next(follows, terms[k]).kind in ("zone", "sided_zone", "zone_adjective")
 
 
 def _beside_sided_zone(terms: list[Term], k: int) -> bool:
@@ -239,7 +263,7 @@ def _cues(terms: list[Term], grammar: Grammar) -> list[Term]:
         if term.text in ("no", "not", "without", "without any") and term.kind == "negate_forward":
             for j in _undone(terms, k, grammar):
                 terms[j] = _void(terms[j])
-        elif term.kind in ("negate_either", "negate_back", "normal") or term.text.endswith("resolution of"):
+        elif term.kind in ("negate_either", "negate_back", "normal") or term.text.endswith(_ENDINGS):
             words = {_text(terms, j) for j in (k - 1, k - 2)}
             is_partial = term.text != "no longer" and words & grammar.sets["partial"] and "not" not in words
             earlier = {_text(terms, j) for j in range(k - 4, k)}
@@ -253,7 +277,7 @@ def _undone(terms: list[Term], k: int, grammar: Grammar) -> list[int]:
     named = ("side", "zone", "sided_zone", "break", "comma", "but", "and", "or")
     for j in range(k + 1, min(k + 5, len(terms))):
         text, kind = terms[j].text, terms[j].kind
-        if terms[k].text != "not" and text in grammar.sets["change_nouns"]:
+        if terms[k].text != "not" and (text in grammar.sets["change_nouns"] or text.endswith(_ENDINGS)):
             return [k, j]
         if terms[k].text == "not" and text in grammar.sets["change_adjectives"]:
             return [k, j]

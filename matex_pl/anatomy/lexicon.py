@@ -94,7 +94,7 @@ def compile_grammar(data: Mapping[str, Any]) -> Grammar:
     return Grammar(
         entries=entries,
         runs=runs,
-        words=frozenset(word for words in entries for word in words.split()),
+        words=frozenset(word for words in _vocabulary(entries, data) for word in words.split()),
         misspellings={**_swaps(entries), **data["misspellings"]},
         near=_deletions(word for word, entry in entries.items() if entry.kind in FUZZY_KINDS and " " not in word),
         sets={name: frozenset(words) for name, words in data.items() if isinstance(words, list)},
@@ -118,6 +118,13 @@ def read_terms(text: str, grammar: Grammar) -> list[Term]:
         terms.append(Term(entry.kind, word, start, end, entry.sides, entry.zones))
         at += length
     return terms
+
+
+def _vocabulary(entries: Mapping[str, Entry], data: Mapping[str, Any]) -> Iterator[str]:
+    """All words that the grammar speaks of, none of which is a misspelling."""
+    yield from entries
+    for listed in data.values():
+        yield from listed if isinstance(listed, list) else ()
 
 
 def _entries(data: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
@@ -187,7 +194,8 @@ def _longest_run(tokens: list[tuple[str, int, int]], at: int, grammar: Grammar) 
     return 1
 
 
-_BREAK = re.compile(r"-|\s*[-\u2010\u2011]?[ \t\r]*\n\s*")
+# Bounded, since a match must not cost more than the text is long.
+_BREAK = re.compile(r"-|[ \t\r]{0,8}[-\u2010\u2011]?[ \t\r]{0,8}\n[ \t\r]{0,40}")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060]")
 
 
@@ -216,14 +224,10 @@ def _forms(word: str) -> Iterator[str]:
 
 def _swaps(entries: Mapping[str, Entry]) -> dict[str, str]:
     """Short words of place with two neighbouring letters swapped; longer ones are found by `near`."""
-    places = ("side", "zone", "zone_adjective")
-    short = sorted(word for word, entry in entries.items() if entry.kind in places and word.isalpha())
-    return {
-        word[:k] + word[k + 1] + word[k] + word[k + 2 :]: word
-        for word in short
-        if 4 <= len(word) < FUZZY_LENGTH
-        for k in range(len(word) - 1)
-    }
+    sides = [word for word, entry in entries.items() if entry.kind == "side" and len(word) == 4]
+    zones = [word for word, entry in entries.items() if entry.kind in ("side", "zone", "zone_adjective")]
+    short = sides + [word for word in zones if 5 <= len(word) < FUZZY_LENGTH and word.isalpha()]
+    return {word[:k] + word[k + 1] + word[k] + word[k + 2 :]: word for word in short for k in range(len(word) - 1)}
 
 
 def _deletions(words: Iterable[str]) -> dict[str, str]:

@@ -129,7 +129,7 @@ class _Sentence:
         for before, mention in zip([None, *self.mentions], self.mentions, strict=False):
             mention.has_one_place = all(len(table.get(zone, ())) == 1 for zone in mention.zones)
             self._find_noun(mention, before)
-            if mention.awaits_zone and self._stands_alone(mention):
+            if mention.is_bare_side and not mention.has_carrier and self._stands_alone(mention):
                 mention.zones = self._zone_before(mention)
         kept = [mention for mention in self.mentions if not mention.ignored]
         _share_within_groups(kept)
@@ -233,12 +233,17 @@ class _Sentence:
             # "lower lobes bilaterally", "retrocardiac on the left": a side after a midline place adds nothing.
             if term.kind != "side" or not self._is_midline(self.terms[mention.last]) or self._leads_zone(k):
                 return False
+            mention.sides = mention.sides or set(term.sides)
         elif term.kind == "side" and not mention.sides:
             mention.sides, mention.side_follows = set(term.sides), True
             mention.is_closed = True
         elif term.kind == "zone" and mention.is_bare_side:
             mention.zones = list(term.zones)
             mention.is_closed = self._is_midline(term)
+        elif term.kind == "sided_zone" and not mention.sides:
+            # "basal segment LLL"
+            mention.sides, mention.is_closed = set(term.sides), True
+            mention.zones += [zone for zone in term.zones if zone not in mention.zones]
         elif term.kind == "zone" and mention.zones == list(term.zones):
             pass
         else:
@@ -289,17 +294,23 @@ class _Sentence:
         if mention.first == 0:
             return False
         before = self.terms[mention.first - 1]
-        if mention.last + 1 < self.end and self.terms[mention.last + 1].kind == "verb":
+        if mention.last + 1 < self.end and self._is_predicate(mention.last + 1):
             return before.text == "the" or before.kind in ("comma", "but", "and")
         starts = self.terms[max(mention.first - 3, 0)].text
         return before.text == "the" and starts in self.grammar.sets["echoes"]
+
+    def _is_predicate(self, k: int) -> bool:
+        """Whether the term at `k` says how a subject is: "is obscured", or "blunted" alone."""
+        return self.terms[k].kind in ("verb", "normal") or (
+            self.terms[k].kind == "finding" and self.terms[k].text.endswith("ed")
+        )
 
     def _zone_before(self, mention: Mention) -> list[str]:
         """The zone that the statement before spoke of, also when that was denied; none for a whole lung."""
         has_verb = False
         for k in range(mention.first - 1, max(mention.first - 2 * _AHEAD, 0) - 1, -1):
             term = self.terms[k]
-            has_verb = has_verb or term.kind == "verb"
+            has_verb = has_verb or self._is_predicate(k)
             if term.kind == "carrier" or term.text == "\n\n":
                 break
             has_side = any(other.kind == "side" for other in self.terms[max(k - 2, 0) : k])
@@ -425,9 +436,12 @@ class _Sentence:
 def _share_within_groups(mentions: list[Mention]) -> None:
     """Sides over joined zones ("right upper and lower"), zones over joined sides ("right and left lower")."""
     joined = [pair for pair in itertools.pairwise(mentions) if pair[1].after == "join"]
+    led_by = {id(mention): before for before, mention in joined if before.awaits_zone}
     for before, mention in joined:
         if mention.needs_side and before.zones and before.sides and not before.side_follows:
-            mention.sides = set(before.sides)
+            # "right and left upper and lower lobes": both sides of both.
+            lead = led_by.get(id(before))
+            mention.sides = before.sides | (lead.sides if lead else set())
     for mention, following in reversed(joined):
         if mention.needs_side and following.side_follows:
             mention.sides = set(following.sides)

@@ -191,9 +191,14 @@ def _direction(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> s
         return "forward"
     if kind == "negate_forward":
         return "back" if _is_perception(terms, piece, k, grammar) else "forward"
-    if kind in ("negate_back", "contrast"):
-        return "back" if kind == "negate_back" else "contrast"
+    says_where = any(terms[j].kind in PLACES for j in range(k + 1, min(k + 5, piece.end)))
+    if kind == "contrast" or (terms[k].text == "none" and says_where):
+        return "contrast"
+    if kind == "negate_back":
+        return "back"
     if kind == "normal":
+        if terms[k].text == "free" and k + 1 < piece.end:
+            return ""
         # "no clear consolidation", "clear opacity": not a statement of normality.
         follows = terms[k + 1].kind if k + 1 < piece.end else ""
         return "" if terms[k].text == "clear" and follows == "finding" else "normal"
@@ -293,7 +298,9 @@ def _normal_range(terms: list[Term], pieces: list[Segment], at: int, k: int, gra
     said_after = {"verb", "carrier", *PLACES}.intersection(term.kind for term in before) or k + 1 == pieces[at].end
     if said_after:
         joins = () if any(term.text == "otherwise" for term in before) else ("and", "or", "comma", "colon")
-        while k - pieces[first].start < _REACH and pieces[first].before in joins and _is_plain(pieces[first - 1]):
+        while first > 0 and pieces[first].before in joins and _is_plain(pieces[first - 1]):
+            if k - pieces[first].start >= _REACH:
+                break
             first -= 1
     else:
         while last + 1 < len(pieces) and pieces[last + 1].before in ("and", "or") and _is_plain(pieces[last + 1]):
