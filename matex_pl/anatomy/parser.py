@@ -172,13 +172,12 @@ class _Sentence:
 
     def _index(self) -> None:
         """Per term: its piece, its clause, and the last finding and the last noun before it in the piece."""
-        size = self.end - self.start
-        self.at_piece = dict.fromkeys(range(self.start, self.end), -1)
-        self.clause = dict.fromkeys(range(self.start, self.end), 0)
-        self.finding_before: dict[int, int | None] = dict.fromkeys(range(self.start, self.start + size))
-        self.noun_before: dict[int, int | None] = dict.fromkeys(range(self.start, self.start + size))
-        clause, clause_has_finding = 0, False
-        last = None
+        everywhere = range(self.start, self.end)
+        self.at_piece = dict.fromkeys(everywhere, -1)
+        self.clause = dict.fromkeys(everywhere, 0)
+        self.finding_before: dict[int, int | None] = dict.fromkeys(everywhere)
+        self.noun_before: dict[int, int | None] = dict.fromkeys(everywhere)
+        clause, clause_has_finding, last = 0, False, None
         for at, piece in enumerate(self.pieces):
             if piece.before in ("comma", "break") and clause_has_finding and piece.has_finding:
                 clause += self._begins_clause(at)

@@ -127,12 +127,10 @@ def denied(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> dict[i
     for at, piece in enumerate(pieces):
         for k in range(piece.start, piece.end):
             cue = _direction(terms, piece, k, grammar)
-            if cue == "forward" and k >= forward_end:
+            if cue in ("forward", "contrast") and k >= forward_end:
                 forward_end = _end_of_negation(pieces, at)
-                start = max(_start_of_place(terms, pieces, at, k, grammar), k - _REACH)
-                _deny(reasons, start, forward_end, "negated")
-            elif cue == "contrast":
-                _deny(reasons, k, _end_of_negation(pieces, at), "negated")
+                start = k if cue == "contrast" else _start_of_place(terms, pieces, at, k, grammar)
+                _deny(reasons, max(start, k - _REACH), forward_end, "negated")
             elif cue == "back":
                 start = _start_of_negation(terms, pieces, at, k, grammar)
                 end = _end_of_absence(terms, piece, k)
@@ -166,7 +164,9 @@ def _deny(reasons: dict[int, str], start: int, end: int, reason: str) -> None:
 def _segment(terms: list[Term], start: int, end: int, before: str, grammar: Grammar) -> Segment:
     piece = terms[start:end]
     content = [
-        term for term in piece if term.kind not in _NEUTRAL or term.text in grammar.sets["openers"] - {"the", "there"}
+        term
+        for term in piece
+        if term.kind not in _NEUTRAL or (term.text in grammar.sets["openers"] and term.text not in ("the", "there"))
     ]
     return Segment(
         start,
