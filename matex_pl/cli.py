@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from matex_pl import __version__
 from matex_pl.anatomy.show import show_prior
 from matex_pl.clip import find_config, shipped_configs
+from matex_pl.cost import measure_cost
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import explain_film
 from matex_pl.module import ClipModule
@@ -27,6 +28,7 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, 
                                                           one film, one picture
   matex prior "Left lower lobe consolidation." --out prior.png
                                                           how a phrase is read, and the prior M that it gives
+  matex cost --model ViT-B-32 --batch_size 16             what each kind of map costs on this machine
 
 `matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
 `matex explain --help` and `matex prior --help` those of a picture.
@@ -93,8 +95,17 @@ def prior(words: Sequence[str]) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
+def cost(words: Sequence[str]) -> None:
+    """`matex cost --model NAME`: print the time and the memory of every method."""
+    parser = ArgumentParser(
+        prog="matex cost", description="Measure what every method costs on this machine, beside a plain forward."
+    )
+    parser.add_function_arguments(measure_cost)
+    print(measure_cost(**vars(parser.instantiate(parser.parse_args(list(words))))))
+
+
 # Commands that need no Trainer, by name; each takes the words after it.
-COMMANDS = {"explain": explain, "prior": prior}
+COMMANDS = {"explain": explain, "prior": prior, "cost": cost}
 
 
 def _stop(message: str) -> NoReturn:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
+from importlib.util import find_spec
+from math import isqrt
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -347,10 +349,10 @@ def _check_name(name: str, tag: str | None) -> dict[str, Any]:
 def _reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None) -> Iterator[None]:
     """Where open_clip fetches and reads files: each failure is one error, at once when the hub does not answer."""
     if name.startswith(LOCAL_DIR_PREFIX):
-        with _reading_folder(name):
+        with _reading_folder(name), _needing_transformers(name):
             yield
     elif tag or name.startswith(HF_HUB_PREFIX) or any(key.startswith("hf_") for key in text_cfg or ()):
-        with _downloading(_short(name) + (f" (tag {tag!r})" if tag else "")):
+        with _downloading(_short(name) + (f" (tag {tag!r})" if tag else "")), _needing_transformers(name):
             yield
     else:
         yield
@@ -364,6 +366,18 @@ def _reading_folder(name: str) -> Iterator[None]:
         raise ValueError(
             f"{name} holds no weights that fit and are read without running code: {error}\n"
             "Give a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
+        ) from error
+
+
+@contextmanager
+def _needing_transformers(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        if "transformers" not in str(error) or find_spec("transformers") is not None:
+            raise
+        raise ImportError(
+            f"The text tower or the tokenizer of {_short(name)} needs one more package: pip install 'matex_pl[hf]'."
         ) from error
 
 
@@ -448,12 +462,22 @@ def _load_weights(model: nn.Module, path: str, name: str) -> None:
 
 def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The weights, with a timm tower's position embeddings at the model's raster; open_clip does that for its own."""
-    key, trunk = "visual.trunk.pos_embed", getattr(model.visual, "trunk", None)
-    old, new = state.get(key), getattr(trunk, "pos_embed", None)
-    if trunk is None or old is None or new is None or old.shape == new.shape:
+    visual = model.visual
+    trunk = getattr(visual, "trunk", None)
+    key = "visual.positional_embedding" if trunk is None else "visual.trunk.pos_embed"
+    old, new = state.get(key), getattr(visual if trunk is None else trunk, key.split(".")[-1], None)
+    if old is None or new is None or old.shape == new.shape:
         return state
-    prefix = getattr(trunk, "num_prefix_tokens", 0)
-    return state | {key: resample_abs_pos_embed(old, list(towers.patch_grid(model.visual)), num_prefix_tokens=prefix)}
+    prefix = getattr(trunk, "num_prefix_tokens", 1)
+    patches = old.shape[-2] - prefix
+    if isqrt(patches) ** 2 != patches:
+        raise ValueError(
+            f"{key} holds positions of {patches} patches, which is no square raster and cannot be interpolated to the "
+            f"model's {towers.patch_grid(visual)}. Set image_size to the height and width that it was trained with."
+        )
+    if trunk is None:
+        return state
+    return state | {key: resample_abs_pos_embed(old, list(towers.patch_grid(visual)), num_prefix_tokens=prefix)}
 
 
 def _refuse_nan(model: nn.Module, source: str) -> None:

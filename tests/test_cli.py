@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from families import CONFIGS as FAMILY_CONFIGS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -122,6 +123,19 @@ def test_vit_b_32_config_runs_on_other_weights(here):
     words = ["--model.name=tiny.json", "--model.pretrained=null", f"--data.root={root}", "--data.batch_size=8"]
     main(["fit", "--config", "vit_b_32.yaml", *words, "--data.num_workers=0", *SHORT])
     assert Path("runs/vit_b_32/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(("config", "name"), [("biomedclip.yaml", "biomedclip"), ("siglip.yaml", "siglip")])
+def test_configs_of_other_towers_run_on_small_ones(here, config, name):
+    """A non-square frame, Hugging Face text towers and tokenizers, timm trunks; and the checkpoint is explained."""
+    Path("small.json").write_text(json.dumps(FAMILY_CONFIGS[name]() | {"embed_dim": 32}), encoding="utf-8")
+    root = nih_folder(here / "nih")
+    words = ["--model.name=small.json", "--model.pretrained=null", f"--data.root={root}", "--data.batch_size=8"]
+    main(["fit", "--config", config, *words, "--data.num_workers=0", *SHORT])
+    checkpoint = f"runs/{name}/checkpoints/last.ckpt"
+    film = next(Path(root).rglob("*.png"))
+    main(["explain", str(film), "Left effusion.", "--ckpt_path", checkpoint, "--out", "map.png"])
+    assert Path("map.png").is_file()
 
 
 def test_every_shipped_config_has_a_test():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ import huggingface_hub.constants
 import open_clip
 import pytest
 import torch
+from families import CONFIGS, family
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
 from matex_pl import clip as clip_file
+from matex_pl import towers
+from matex_pl.attribution import Matex
 from matex_pl.clip import Clip, find_config, load_clip, shipped_configs
 from matex_pl.module import ClipModule
 
@@ -299,35 +304,77 @@ def test_tokenize_repeats_itself_and_does_not_grow_for_ever(tiny_clip: Clip, mon
         assert len(tiny_clip._rows) <= max(4, len(words))
 
 
-def test_hugging_face_text_tower(tiny_json: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "left", "right", "eff", "##usion", "."]
-    words = Tokenizer(models.WordPiece({name: n for n, name in enumerate(names)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
-    layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    transformers.BertConfig(vocab_size=len(names), **layers).save_pretrained(tmp_path)
-    config = json.loads(tiny_json)
-    config["model_cfg"]["text_cfg"] = {
-        "hf_model_name": str(tmp_path),
-        "hf_tokenizer_name": str(tmp_path),
-        "context_length": 8,
-        "hf_proj_type": "linear",
-        "hf_pooler_type": "cls_pooler",
-    }
-    model = load_clip(json.dumps(config))
-    tokens = model.tokenize(["left effusion.", "", " ".join(["left"] * 20)])
+def test_hugging_face_text_tower() -> None:
+    model = family("biomedclip")
+    phrases = ["left effusion.", "", " ".join(["left"] * 40)]
+    tokens = model.tokenize(phrases)
     content = model.content(tokens)
-    assert tokens[0].tolist() == [2, 4, 6, 7, 8, 3, 0, 0]
-    assert content.sum(1).tolist() == [4, 0, 6]
-    assert model.pieces(tokens[0][content[0]]) == ["left", "eff", "##usion", "."]
-    assert [model.count_tokens(phrase) for phrase in ("left effusion.", "", " ".join(["left"] * 20))] == [6, 2, 22]
+    assert model.pieces(tokens[0])[:2] == ["[CLS]", "left"]
+    assert content.sum(1).tolist() == [int(content[0].sum()), 0, model.context_length - 2]
+    assert model.count_tokens(phrases[2]) == 42
     assert model.encode_text(tokens).shape == (3, 16)
-    assert model.pad_id == 0
+    assert model.pad_id == model.tokenizer.tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("name", ["biomedclip", "siglip"])
+def test_towers_of_hugging_face_without_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.dumps({"embed_dim": 32} | CONFIGS[name]())
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(open_clip.hf_model, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs one more package: pip install 'matex_pl\[hf\]'"):
+        load_clip(config)
+
+
+# --- another size of the input
+
+
+@pytest.mark.parametrize("name", ["square", "avg_native", "biomedclip", "registers", "siglip", "coca"])
+@pytest.mark.parametrize("size", [[128, 64], 96])
+def test_another_input_size_interpolates_the_positions(name: str, size: int | list[int], tmp_path: Path) -> None:
+    """Weights of one size in a model of another: maps at its raster, and a checkpoint that comes back at that size."""
+    config, (height, width) = copy.deepcopy(family(name).config), towers.pair(size)
+    config["model_cfg"]["vision_cfg"]["image_size"] = 64
+    source, weights = load_clip(json.dumps(config)), tmp_path / "weights.pt"
+    torch.save(source.model.state_dict(), weights)
+    other = load_clip(json.dumps(config), str(weights), size)
+    patch = 64 // source.grid[0]
+    assert other.image_size == (height, width)
+    assert other.grid == (height // patch, width // patch)
+    images, tokens = torch.rand(2, 3, height, width), other.tokenize(["left base", "mass"])
+    assert Matex().attribute(other, images, tokens, ["left base", "mass"]).image.shape == (2, height, width)
+    torch.save(other.model.state_dict(), weights)
+    assert _same(load_clip(json.dumps(other.config), str(weights)), other)
+    assert _same(load_clip(json.dumps(other.config), str(weights), size), other)
+    if size != 96:
+        with pytest.raises(ValueError, match=r"positions of .* patches, which is no square raster"):
+            load_clip(json.dumps(config), str(weights))
+
+
+def test_positions_are_interpolated_smoothly(tmp_path: Path) -> None:
+    """A ramp over the raster stays a ramp, in open_clip's towers and in timm's."""
+    for name, key in (("square", "positional_embedding"), ("biomedclip", "trunk.pos_embed")):
+        config = copy.deepcopy(family(name).config)
+        config["model_cfg"]["vision_cfg"]["image_size"] = 64
+        source, weights = load_clip(json.dumps(config)), tmp_path / "weights.pt"
+        rows, columns = source.grid
+        ramp = torch.arange(columns).repeat(rows)
+        with torch.no_grad():
+            source.model.visual.get_parameter(key)[..., 1:, :] = ramp[:, None].float()
+        torch.save(source.model.state_dict(), weights)
+        wider = load_clip(json.dumps(config), str(weights), [64, 128])
+        positions = wider.model.visual.get_parameter(key).detach().flatten(0, -2)[1:, 0].view(rows, 2 * columns)
+        assert (positions.diff(dim=1) > 0).all()
+        torch.testing.assert_close(positions[:, 2:-2].diff(dim=1).mean(), torch.tensor(0.5), atol=0.05, rtol=0)
+        torch.testing.assert_close(positions, positions[:1].expand_as(positions), atol=1e-4, rtol=0)
+
+
+def test_sizes_that_do_not_fit_are_refused(tiny_json: str) -> None:
+    with pytest.raises(ValueError, match=r"\(33, 32\) pixels, is not a whole number of its \(8, 8\) patches"):
+        load_clip(tiny_json, image_size=[33, 32])
+    with pytest.raises(ValueError, match="its ResNet pools a raster of fixed size"):
+        load_clip(json.dumps(family("resnet").config), image_size=128)
+    with pytest.raises(ValueError, match="its ResNet pools a raster of fixed size"):
+        load_clip("RN50", image_size=256)
 
 
 def test_embeddings_are_unit_vectors_and_similarity_is_their_cosine(tiny_clip: Clip) -> None:

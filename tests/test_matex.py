@@ -100,7 +100,7 @@ def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
         # The literal version is slow on towers of timm's size.
         batch, film = (batch[0][:3], batch[1][:3], batch[2][:3]), FILM[:3]
     expected = reference.matex(clip, *batch, film, **settings)
-    assert_agree(expected, Matex(**settings).attribute(clip, *batch, film), 1e-9)
+    assert_agree(expected, Matex(**settings).attribute(clip, *batch, film), 1e-6)
 
 
 PAPER = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
@@ -119,7 +119,8 @@ def test_presets_in_float32(method: Matex, settings: dict[str, Any], name: str) 
     images, tokens, phrases = (part[3:] for part in pairs(clip))
     expected = reference.matex(exact, images.double(), tokens, phrases, FILM[3:], **settings)
     # The norm of a map magnifies the rounding of its towers, most where they are deep.
-    assert_agree(expected, method.attribute(clip, images, tokens, phrases, FILM[3:]), 1e-5 if name == "native" else 5e-5)
+    tolerance = 1e-5 if name == "native" else 5e-5
+    assert_agree(expected, method.attribute(clip, images, tokens, phrases, FILM[3:]), tolerance)
 
 
 def test_small_models_are_no_easy_case() -> None:

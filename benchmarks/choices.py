@@ -1,0 +1,252 @@
+"""What MATEX's settings do to its maps, on phantom films, over several training seeds: writes docs/choices.md.
+
+    python benchmarks/choices.py --out docs/choices.md
+
+Trains a model per seed with `matex fit --config phantom.yaml` where none lies in `--runs`, computes the components of
+all validation pairs once per target and weight, fuses them again for every setting, and scores each. What was chosen is
+then scored once on the test films, beside the presets, the controls and the single-pass methods.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from rich.progress import track
+from single_pass import image_maps
+from torch import Tensor
+
+from matex_pl.attribution import CenterMap, Matex, PriorOnly
+from matex_pl.attribution.capture import borrowed
+from matex_pl.attribution.target import REFERENCES, reference_mean
+from matex_pl.data import PhantomDataModule, StudyBatch, collate
+from matex_pl.explain import load_module
+from matex_pl.maps import min_max, upsample
+from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, PointingGame
+from matex_pl.metrics.functional import fill_images, keep_highlighted
+from matex_pl.module import ClipModule
+
+# As `Matex.measured()` before the study: every setting is varied alone around it, with and without the prior.
+BASE: dict[str, Any] = {"grad_layers": 3, "explain": "margin", "fusion": "product"}
+SETTINGS: dict[str, dict[str, list[Any]]] = {
+    "Target": {"explain": ["cosine", "margin"]},
+    "Spatial weight": {"spatial_weight": ["softmax", "loosened"]},
+    "K, the blocks with gradients": {"grad_layers": [1, 2, 3]},
+    "tau": {"tau": [0.0, 0.2, 1.0, 2.0]},
+    "Flow": {"flow": ["sum", "rollout"]},
+    "kappa": {"kappa": [0.0, 1.0, "tokens", 1000.0]},
+    "Weight of the flow": {"beta": [0.0, 0.2, 0.5, 1.0]},
+    "Weight of the consistent gradients": {"lambda_c": [0.0, 0.2, 0.35, 0.6]},
+    "Fusion": {"fusion": ["sum", "product"]},
+    "Where it is fused": {"fuse_at": ["pixel", "grid"]},
+}
+PRIOR: dict[str, dict[str, list[Any]]] = {
+    "Strength of the prior": {"lambda_s": [1.0, 1.5, 2.5, 3.5]},
+    "Power of the prior": {"prior_power": [1.0, 2.0, 3.0, 4.0]},
+    "Shape of the prior": {"prior_shape": ["parabola", "gaussian", "plateau"]},
+}
+PRESETS: dict[str, Matex] = {
+    "`Matex.paper()`": Matex.paper(),
+    "`Matex.paper(lambda_s=1)`": Matex.paper(lambda_s=1.0),
+    "`Matex()`": Matex(),
+    "`Matex(delta=0)`": Matex(delta=0.0),
+    "`Matex.measured()`": Matex.measured(),
+    "`Matex.measured(lambda_s=1)`": Matex.measured(lambda_s=1.0),
+}
+HEADER = ["pointing game", "confidence drop", "confidence increase", "mean map mass"]
+
+
+@dataclass
+class Scores:
+    """Sums over the pairs of one model and one row of a table."""
+
+    def __post_init__(self) -> None:
+        self.metrics = (PointingGame(), ConfidenceDrop(), ConfidenceIncrease(), MapMass())
+
+    def update(self, maps: Tensor, batch: StudyBatch, score: Tensor, kept: Tensor) -> None:
+        """Add a batch of maps `(B, H, W)`, with the cosines of the whole film and of what they keep."""
+        pointing, drop, increase, mass = self.metrics
+        pointing.update(maps, batch["boxes"])
+        drop.update(score, kept)
+        increase.update(score, kept)
+        mass.update(maps)
+
+    def values(self) -> list[float]:
+        """The four metrics, as in `HEADER`."""
+        return [float(metric.compute()) for metric in self.metrics]
+
+
+Maps = Callable[[ClipModule, StudyBatch, Tensor, Tensor], Iterator[tuple[str, Tensor]]]
+
+
+def main(
+    runs: str = "runs/choices",
+    data: str = "data/phantom",
+    out: str = "docs/choices.md",
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    batch_size: int = 64,
+) -> None:
+    """Write the study.
+
+    Args:
+        runs: Folder with a run per seed; what is missing is trained there.
+        data: Folder of the phantom films; drawn where they are missing.
+        out: The Markdown file to write.
+        seeds: Training seeds, at least three.
+        batch_size: Pairs explained at once.
+    """
+    if len(set(seeds)) < 3:
+        raise SystemExit(f"A spread needs at least three seeds, got {seeds}.")
+    checkpoints = [train(Path(runs) / f"seed{seed}", seed, Path(data)) for seed in seeds]
+    val = [score(path, data, "val", fused, batch_size) for path in checkpoints]
+    test = [score(path, data, "test", compared, batch_size) for path in checkpoints]
+    Path(out).write_text(report(val, test, seeds), encoding="utf-8")
+    print(out)
+
+
+def train(folder: Path, seed: int, data: Path) -> Path:
+    """The last checkpoint of the shipped config under one seed; trained in `folder` where there is none."""
+    checkpoint = folder / "runs/phantom/checkpoints/last.ckpt"
+    log = folder / "finished"
+    if not log.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        resume = ["--ckpt_path", "last"] if checkpoint.exists() else []
+        command = [sys.executable, "-m", "matex_pl.cli", "fit", "--config", "phantom.yaml"]
+        command += ["--seed_everything", str(seed), "--data.init_args.root", str(data.resolve()), *resume]
+        subprocess.run(command, cwd=folder, check=True)
+        log.touch()
+    return checkpoint
+
+
+def score(path: Path, root: str, split: str, maps: Maps, batch_size: int) -> dict[str, list[float]]:
+    """The metrics of every row of maps on the pairs with boxes of a split."""
+    module = load_module(str(path))
+    films = PhantomDataModule(root=root, image_size=module.clip.image_size)
+    films.prepare_data()
+    films.setup("test" if split == "test" else "fit")
+    studies = films.dataset(split)
+    fill = fill_images("mean_film", module.mean_film, module.clip.normalise(module.mean_film.expand(3, -1, -1)))
+    table: dict[str, Scores] = defaultdict(Scores)
+    boxed = [index for index, study in enumerate(studies.studies) if study.boxes]
+    for start in track(range(0, len(boxed), batch_size), f"{path.parts[-5]}, {split}"):
+        batch = collate([studies[index] for index in boxed[start : start + batch_size]])
+        images, tokens = module.inputs(batch)
+        with torch.no_grad():
+            text = module.clip.encode_text(tokens)
+            whole = (module.clip.encode_image(images) * text).sum(-1)
+        for name, found in maps(module, batch, images, tokens):
+            with torch.no_grad():
+                kept = (module.clip.encode_image(keep_highlighted(images, found, fill)) * text).sum(-1)
+            table[name].update(found, batch, whole, kept)
+    return {name: scores.values() for name, scores in table.items()}
+
+
+def fused(module: ClipModule, batch: StudyBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A map for every setting: four sets of components, fused again for the rest."""
+    parts = {
+        (explain, weight): Matex(**BASE | {"explain": explain, "spatial_weight": weight, "flow": "rollout"})
+        .attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
+        .parts
+        for explain in ("cosine", "margin")
+        for weight in ("softmax", "loosened")
+    }
+
+    def fuse(**changes: Any) -> Tensor:
+        settings = {"spatial_weight": "softmax", "flow": "sum"} | BASE | changes
+        made = parts[settings.pop("explain"), settings.pop("spatial_weight")]
+        return Matex.fuse(made, **settings).image
+
+    for name, (argument, value) in rows(SETTINGS).items():
+        for prior in (True, False):
+            yield f"{name} {prior}", fuse(**{argument: value}, **({} if prior else {"lambda_s": 1.0}))
+    for name, (argument, value) in rows(PRIOR).items():
+        yield name, fuse(**{argument: value})
+
+
+def compared(module: ClipModule, batch: StudyBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A map for every preset, control and single-pass method, the last under both targets."""
+    given = (module.clip, images, tokens, batch["phrase"], batch["film"])
+    for name, method in [*PRESETS.items(), ("`PriorOnly()`", PriorOnly()), ("`CenterMap()`", CenterMap())]:
+        yield name, method.attribute(*given).image
+    with borrowed(module.clip):
+        text = module.clip.encode_text(tokens)
+        margin = text - reference_mean(module.clip, REFERENCES)
+    for target, direction in (("cosine", text), ("margin", margin)):
+        for name, raw in image_maps(module.clip, images, direction).items():
+            finished = min_max(raw)
+            size = module.clip.image_size
+            yield f"{name}, {target}", finished if finished.shape[1:] == size else min_max(upsample(finished, size))
+
+
+def rows(table: dict[str, dict[str, list[Any]]]) -> dict[str, tuple[str, Any]]:
+    """Every row by its name, with the argument and the value that it stands for."""
+    return {
+        f"{title}: {value}": (argument, value)
+        for title, setting in table.items()
+        for argument, values in setting.items()
+        for value in values
+    }
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean over seeds, least and greatest."""
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def report(val: list[dict[str, list[float]]], test: list[dict[str, list[float]]], seeds: Sequence[int]) -> str:
+    """The study as Markdown."""
+    base = ", ".join(f"{name}={value!r}" for name, value in BASE.items())
+    lines = [
+        "# What the settings of MATEX do",
+        "",
+        f"Written by `python benchmarks/choices.py`. {len(seeds)} models of `configs/phantom.yaml`, training seeds "
+        f"{', '.join(map(str, seeds))}; every cell is the mean over the seeds, with the least and the greatest.",
+        "Pairs with boxes of the validation films; every setting is varied alone around",
+        f"`Matex({base})`. `delta` does not act in the product: the columns without the prior have `lambda_s=1`.",
+        "Confidence is of the image, in percent points of the cosine, with the mean film as the fill; a drop is better",
+        "when low, and is 0 for a map of ones: read the mass beside it in the test table.",
+        "",
+        "| setting | value | pointing game | without the prior | difference to the base | confidence drop | "
+        "confidence increase |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (argument, value) in rows(SETTINGS).items():
+        lines.append(setting_line(name, argument, value, val))
+    lines += ["", "| prior | value | pointing game | confidence drop | confidence increase |", "|---|---|---|---|---|"]
+    for name in rows(PRIOR):
+        title, value = name.split(": ")
+        cells = [spread([scores[name][k] for scores in val], 3 if k == 0 else 1) for k in range(3)]
+        lines.append(f"| {title} | {value} | {' | '.join(cells)} |")
+    lines += ["", "## Test films", "", "Scored once, after the choice. Pairs with boxes.", ""]
+    lines += [f"| method | {' | '.join(HEADER)} |", "|---|---|---|---|---|"]
+    for name in sorted(test[0], key=lambda name: -mean(scores[name][0] for scores in test)):
+        cells = [spread([scores[name][k] for scores in test], 1 if k in (1, 2) else 3) for k in range(4)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def setting_line(name: str, argument: str, value: Any, val: list[dict[str, list[float]]]) -> str:
+    """A row of the validation table."""
+    title = name.split(": ")[0]
+    shipped = {"explain": "margin", "fusion": "product", "grad_layers": 3} | {
+        key: getattr(Matex(), key) for key in Matex().settings if key not in BASE
+    }
+    base = f"{title}: {shipped[argument]} False"
+    plain = [scores[f"{name} False"][0] for scores in val]
+    gained = [scores[f"{name} False"][0] - scores.get(base, [nan])[0] for scores in val]
+    cells = [spread([scores[f"{name} True"][0] for scores in val]), spread(plain), spread(gained)]
+    cells += [spread([scores[f"{name} True"][k] for scores in val], 1) for k in (1, 2)]
+    return f"| {title} | {value} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
