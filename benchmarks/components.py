@@ -1,0 +1,68 @@
+"""The README's second picture: the components of one phantom's map, and what the settings make of them.
+
+    python benchmarks/components.py --ckpt_path runs/phantom/checkpoints/last.ckpt --study phantom-11004-1 \
+        --out docs/components.png
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from matex_pl.attribution import Matex
+from matex_pl.data import PhantomDataModule
+from matex_pl.explain import load_module
+from matex_pl.maps import min_max, upsample
+from matex_pl.render import Picture, contact_sheet, overlay, resize, save_png
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lambda_s=1, no prior": {"lambda_s": 1.0},
+    "prior_power=4": {"prior_power": 4.0},
+    "fusion='sum', eq. 6": {"fusion": "sum"},
+    "fuse_at='grid'": {"fuse_at": "grid"},
+    "grad_layers=1": {"grad_layers": 1},
+    "laterality='paper'": {"laterality": "paper"},
+}
+
+
+def main(ckpt_path: str, study: str, out: str, side: int = 168) -> None:
+    """Write the picture.
+
+    Args:
+        ckpt_path: A checkpoint of `matex fit --config phantom.yaml`.
+        study: Id of a test study.
+        out: The PNG to write.
+        side: Of each cell in pixels.
+    """
+    module = load_module(ckpt_path)
+    data = PhantomDataModule(image_size=module.clip.image_size)
+    data.setup("test")
+    batch = data.dataset("test").batch([study])
+    images, tokens = module.inputs(batch)
+    maps = Matex.measured().attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
+    size, parts = module.clip.image_size, maps.parts
+    shown: dict[str, Tensor | None] = {
+        "film": None,
+        "G, gradients": min_max(upsample(parts["grad"], size)),
+        "F, attention flow": min_max(upsample(parts["flow"], size)),
+        "C, consistency": min_max(upsample(parts["consistency"], size)),
+        "M, prior of the phrase": min_max(parts["prior"]),
+        "MATEX": maps.image,
+    }
+    shown |= {name: Matex.fuse(parts, **changes).image for name, changes in SETTINGS.items()}
+    film = resize(np.repeat(batch["image"][0, 0].numpy()[..., None], 3, 2), (side, side))
+    pictures = [film if heat is None else over(film, heat[0]) for heat in shown.values()]
+    print(save_png(out, contact_sheet(pictures, columns=6, captions=list(shown))))
+    print(batch["phrase"][0])
+
+
+def over(film: Picture, heat: Tensor) -> Picture:
+    """The map over the film, both at the film's size."""
+    return overlay(film, resize(heat.numpy(), (film.shape[1], film.shape[0])).clip(0, 1))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
