@@ -1,6 +1,6 @@
 """The README's second picture: the components of one phantom's map, and what the settings make of them.
 
-    python benchmarks/components.py --ckpt_path runs/phantom/checkpoints/last.ckpt --study phantom-11004-1 \
+python benchmarks/components.py --ckpt_path runs/phantom/checkpoints/last.ckpt --study phantom-11004-1 \
         --out docs/components.png
 """
 
