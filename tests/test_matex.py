@@ -249,6 +249,18 @@ def test_mirrored_phrases_mirror_the_prior(laterality: str) -> None:
     assert (strongest < right.shape[1] / 2) == (laterality == "patient")
 
 
+def test_knowledge_prior_gives_a_finding_its_usual_place() -> None:
+    clip = family("square")
+    batch = pairs(clip, ["pulmonary edema", "left base opacity"])
+    for method in (Matex, PriorOnly):
+        silent, knowing = (method(knowledge_prior=value).attribute(clip, *batch) for value in (False, True))
+        assert not torch.equal(silent.image[0], knowing.image[0])
+        assert torch.equal(silent.image[1], knowing.image[1])
+    assert {region.zone for region in Matex(knowledge_prior=True).attribute(clip, *batch).parts["regions"][0]} == {
+        "hilar"
+    }
+
+
 def test_constant_maps_are_zeros() -> None:
     for value in (0.0, 1e-12, 0.3, -5e7):
         assert (min_max(torch.full((2, 3, 4), value)) == 0).all()
@@ -302,6 +314,7 @@ CHANGES: list[dict[str, Any]] = [
     {"text_grad_layers": 1, "fuse_at": "grid"},
     {"fusion": "product", "prior_power": 1.0},
     {"flow": "sum"},
+    {"knowledge_prior": True},
 ]
 
 
@@ -389,6 +402,8 @@ def test_refuses_at_construction() -> None:
         ({"text_grad_layers": 0}, "grad_layers"),
         ({"lambda_s": 0.5}, "lambda_s"),
         ({"lambda_s": float("nan")}, "lambda_s"),
+        ({"lambda_s": float("inf")}, "lambda_s must be a finite number"),
+        ({"tau": float("nan")}, "tau must be a finite number"),
         ({"prior_shape": "cone"}, "prior_shape"),
         ({"laterality": "viewer"}, "laterality"),
         ({"fuse_at": "patch"}, "fuse_at"),

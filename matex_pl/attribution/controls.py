@@ -57,16 +57,20 @@ class PriorOnly(_Control):
     Args:
         prior_shape: `parabola`, `gaussian` or `plateau`.
         laterality: `patient` or `paper`.
+        knowledge_prior: A finding that names no place takes its usual one.
     """
 
-    def __init__(self, prior_shape: str = "parabola", laterality: str = "patient") -> None:
+    def __init__(
+        self, prior_shape: str = "parabola", laterality: str = "patient", knowledge_prior: bool = False
+    ) -> None:
         check_choice("prior_shape", prior_shape, SHAPES)
         check_choice("laterality", laterality, LATERALITIES)
         self.prior_shape = prior_shape
         self.laterality = laterality
+        self.knowledge_prior = knowledge_prior
 
     def _draw(self, clip: Clip, phrases: Sequence[str], film: Tensor | None, device: torch.device) -> Tensor:
-        regions = [parse_phrase(phrase).regions for phrase in phrases]
+        regions = [parse_phrase(phrase, knowledge_prior=self.knowledge_prior).regions for phrase in phrases]
         prior = prior_maps(
             regions,
             clip.image_size,

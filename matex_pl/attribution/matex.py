@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from inspect import signature
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -65,16 +66,18 @@ class Matex(AttributionMethod):
         flow: `sum` (eq. 1) or `rollout` (Abnar and Zuidema).
         kappa: Scale of the deviation in eq. 2: a number (1 in the paper), or `tokens`: the number of patches or of
             content tokens.
-        alpha: Weight of the gradient map, eq. 6.
-        beta: Weight of the attention flow, eq. 6.
-        lambda_c: gamma of eqs. 6 and 8, the weight of the consistent gradients; 0.2 to 0.6 in the paper.
-        delta: Weight of the gradients under the prior, eq. 6; 0 takes the prior out of the sum.
-        lambda_s: Strength of the prior, eq. 5; 1.5 to 3.5 in the paper, 1 takes the prior out.
+        alpha: Weight of the gradient map, eq. 6; 0.5 in the paper.
+        beta: Weight of the attention flow, eq. 6; 0.2 in the paper.
+        lambda_c: gamma of eqs. 6 and 8, the weight of the consistent gradients; 0.35 in the paper, tuned in 0.2 to 0.6.
+        delta: Weight of the gradients under the prior, eq. 6; 0.2 in the paper, 0 takes the prior out of the sum.
+        lambda_s: Strength of the prior, eq. 5; 2.5 in the paper, tuned in 1.5 to 3.5; 1 takes the prior out.
         prior_shape: `parabola` (eqs. 3 and 4), `gaussian` or `plateau`.
         laterality: `patient` (the patient's right is on the left of the film) or `paper` (as printed, mirrored).
         fuse_at: `pixel` or `grid`, where eq. 6 is evaluated.
         fusion: `sum` (eq. 6) or `product`: norm((alpha G + gamma C G + beta F) * M ** prior_power).
         prior_power: Exponent of M in the product.
+        knowledge_prior: A finding that names no place takes its usual one ("edema": both hila). Leakage by design:
+            score it as a row of its own.
         explain: `cosine` (the paper's S) or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
 
@@ -82,7 +85,7 @@ class Matex(AttributionMethod):
     attention_layers `(B, L, Gh, Gw)`, and from them grad, flow, consistency `(B, Gh, Gw)` raw; prior `(B, H, W)` and
     prior_grid `(B, Gh, Gw)`; text_grad_blocks `(B, K, T)`, text_attention_layers `(B, L, T)`, text_grad, text_flow and
     text_consistency `(B, T)` raw and 0 off content; rollout and text_rollout where `flow` is that; regions and spans,
-    a list per pair; film, content, score and the settings.
+    a list per pair; phrases, film, content, score and the settings.
     """
 
     cost: ClassVar[str] = "1 forward and a backward through the last max(grad_layers, text_grad_layers) blocks"
@@ -105,6 +108,7 @@ class Matex(AttributionMethod):
         fuse_at: str = "pixel",
         fusion: str = "sum",
         prior_power: float = 2.0,
+        knowledge_prior: bool = False,
         explain: str = "cosine",
         references: list[str] | None = None,
     ) -> None:
@@ -127,6 +131,10 @@ class Matex(AttributionMethod):
             raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
         if not lambda_s >= 1:
             raise ValueError(f"lambda_s must be at least 1 (1 takes the prior out), got {lambda_s}.")
+        numbers = {"tau": tau, "alpha": alpha, "beta": beta, "lambda_c": lambda_c, "delta": delta, "lambda_s": lambda_s}
+        for name, value in (numbers | {"prior_power": prior_power}).items():
+            if not isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}.")
         self.grad_layers = grad_layers
         self.text_grad_layers = text_grad_layers
         self.spatial_weight = spatial_weight
@@ -143,6 +151,7 @@ class Matex(AttributionMethod):
         self.fuse_at = fuse_at
         self.fusion = fusion
         self.prior_power = prior_power
+        self.knowledge_prior = knowledge_prior
         self.explain = explain
         self.references = list(REFERENCES if references is None else references)
 
@@ -204,6 +213,8 @@ class Matex(AttributionMethod):
         """
         method = cls(**(parts["settings"] | changes))
         method._check_parts(parts)
+        if method.knowledge_prior != parts["settings"]["knowledge_prior"]:
+            parts = parts | method._read(parts["phrases"])
         return method._fuse(parts)
 
     def _check_parts(self, parts: dict[str, Any]) -> None:
@@ -235,17 +246,19 @@ class Matex(AttributionMethod):
             images, tokens = images.detach().clone(), tokens.clone()
             parts = self._components(clip, images, tokens)
             check_scores(parts["score"], phrases, *parts.values())
-            parsed = [parse_phrase(phrase) for phrase in phrases]
-            parts |= {
-                "regions": [phrase.regions for phrase in parsed],
-                "spans": [phrase.spans for phrase in parsed],
+            parts |= self._read(phrases) | {
                 "film": film,
-                "ids": list(phrases),
+                "phrases": list(phrases),
                 "size": clip.image_size,
                 "dtype": clip.std.dtype,
                 "settings": self.settings,
             }
             return self._fuse(parts)
+
+    def _read(self, phrases: Sequence[str]) -> dict[str, Any]:
+        """The regions that each phrase names, and where it names them."""
+        parsed = [parse_phrase(phrase, knowledge_prior=self.knowledge_prior) for phrase in phrases]
+        return {"regions": [phrase.regions for phrase in parsed], "spans": [phrase.spans for phrase in parsed]}
 
     def _components(self, clip: Clip, images: Tensor, tokens: Tensor) -> dict[str, Any]:
         """One forward of both towers and one backward through their last blocks."""
@@ -325,7 +338,7 @@ class Matex(AttributionMethod):
             shape=self.prior_shape,
             laterality=self.laterality,
             film=parts["film"],
-            ids=parts["ids"],
+            ids=parts["phrases"],
             device=parts["score"].device,
         )
         return {"prior": draw(parts["size"]), "prior_grid": draw(tuple(parts["grad_blocks"].shape[-2:]))}
