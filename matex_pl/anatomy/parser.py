@@ -360,9 +360,11 @@ class _Sentence:
         for at, mention in enumerate(mentions):
             if not mention.needs_side:
                 continue
-            following = mentions[at + 1] if at + 1 < len(mentions) else None
-            if following and self._answers(mention, following):
-                self._take_following(mention, mentions[at + 1 : at + 3])
+            group = [mention]
+            group += itertools.takewhile(lambda other: other.after == "join" and other.needs_side, mentions[at + 1 :])
+            following = mentions[at + len(group) :][:2]
+            if following and self._answers(group[-1], following[0]):
+                self._take_following(group, following)
                 continue
             before = next((m for m in reversed(mentions[max(at - 4, 0) : at]) if m.sides), None)
             if before and self.clause[before.first] == self.clause[mention.first]:
@@ -379,8 +381,9 @@ class _Sentence:
         return any(self.terms[k].text in self.grammar.sets["entire"] for k in near)
 
     def _answers(self, zone: Mention, side: Mention) -> bool:
-        """Whether a bare side after a zone says where the zone is: "lower lobe opacity on the right"."""
-        if not side.awaits_zone or self.clause[zone.first] != self.clause[side.first]:
+        """Whether a side after a zone says where it is: "lower lobe opacity on the right", "... in the left lung"."""
+        says_where = side.is_bare_side and not side.finding_follows and self._is_placed(side)
+        if not (side.awaits_zone or says_where) or self.clause[zone.first] != self.clause[side.first]:
             return False
         between = range(zone.last + 1, min(side.first, zone.last + 1 + 3 * _AHEAD))
         last_join = max((k for k in between if self.terms[k].kind in ("and", "with", "or")), default=zone.last)
@@ -389,16 +392,22 @@ class _Sentence:
         joins_words = self.terms[last_join].kind != "with" and "word" in kinds and "finding" not in kinds
         return not any(k in self.denied for k in between) and (last_join == zone.last or joins_words)
 
-    def _take_following(self, zone: Mention, following: list[Mention]) -> None:
+    def _is_placed(self, mention: Mention) -> bool:
+        """Whether a preposition stands before it, "in the left lung"."""
+        k = mention.first - 1
+        k -= k > self.start and self.terms[k].kind == "determiner"
+        return k >= self.start and self.terms[k].kind == "preposition"
+
+    def _take_following(self, zones: list[Mention], following: list[Mention]) -> None:
         first = following[0]
         first.lends_only = True
-        zone.sides = set(first.sides)
-        if self._is_comparison(first):
-            zone.sides = {"right", "left"}
+        sides = {"right", "left"} if self._is_comparison(first) else set(first.sides)
         for mention in following[1:]:
             if mention.after == "join" and mention.awaits_zone:
-                zone.sides |= mention.sides
+                sides |= mention.sides
                 mention.lends_only = True
+        for zone in zones:
+            zone.sides = set(sides)
 
     def _is_comparison(self, mention: Mention) -> bool:
         """Whether a side is only compared, so that the other has it too: "worse on the left"."""
