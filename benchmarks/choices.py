@@ -3,8 +3,8 @@
     python benchmarks/choices.py --out docs/choices.md
 
 Trains a model per seed with `matex fit --config phantom.yaml` where none lies in `--runs`, computes the components of
-all validation pairs once per target and weight, fuses them again for every setting, and scores each. What was chosen is
-then scored once on the test films, beside the presets, the controls and the single-pass methods.
+validation pairs once per target and weight, fuses them again for every setting, and scores each. The presets are then
+scored on test films, beside the controls and the single-pass methods.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,7 +33,7 @@ from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, Pointi
 from matex_pl.metrics.functional import fill_images, keep_highlighted
 from matex_pl.module import ClipModule
 
-# As `Matex.measured()` before the study: every setting is varied alone around it, with and without the prior.
+# `Matex.measured()` in a tower of three blocks: every setting is varied alone around it, with and without the prior.
 BASE: dict[str, Any] = {"grad_layers": 3, "explain": "margin", "fusion": "product"}
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "Target": {"explain": ["cosine", "margin"]},
@@ -66,11 +65,10 @@ WITHOUT_PRIOR = ", without the prior"
 HEADER = ["pointing game", "confidence drop", "confidence increase", "mean map mass"]
 
 
-@dataclass
 class Scores:
     """Sums over the pairs of one model and one row of a table."""
 
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         self.metrics = (PointingGame(), ConfidenceDrop(), ConfidenceIncrease(), MapMass())
 
     def update(self, maps: Tensor, batch: StudyBatch, score: Tensor, kept: Tensor) -> None:
@@ -234,7 +232,7 @@ def report(val: Table, test: Table, seeds: Sequence[int], num_pairs: int) -> str
         title, value = name.split(": ")
         cells = [spread([scores[name][k] for scores in val], 3 if k == 0 else 1) for k in range(3)]
         lines.append(f"| {title} | {value} | {' | '.join(cells)} |")
-    lines += ["", "## Test films", "", f"Scored once, after the choice. {num_pairs} pairs with boxes.", ""]
+    lines += ["", "## Test films", "", f"Nothing was chosen here. {num_pairs} pairs with boxes.", ""]
     lines += [f"| method | {' | '.join(HEADER)} |", "|---|---|---|---|---|"]
     for name in sorted(test[0], key=lambda name: -mean(scores[name][0] for scores in test)):
         cells = [spread([scores[name][k] for scores in test], 1 if k in (1, 2) else 3) for k in range(4)]

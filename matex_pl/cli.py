@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and words[0] in COMMANDS:
         try:
             COMMANDS[words[0]](words[1:])
-        except (OSError, NotImplementedError, ValueError) as error:
+        except (ImportError, OSError, NotImplementedError, ValueError) as error:
             _stop(f"matex {words[0]}: {error}")
         return
     if args is None:

@@ -285,6 +285,9 @@ def _from_config(config: dict[str, Any], name: str) -> tuple[nn.Module, Any]:
             # A timm tower has its own size until it is forced to another.
             size = vision.get("image_size") if "timm_model_name" in vision else None
             model = open_clip.create_model(LOCAL_DIR_PREFIX + folder, pretrained_text=False, force_image_size=size)
+            if hasattr(model, "text_decoder"):
+                # CoCa: open_clip leaves the projection of its decoder as it finds the memory.
+                nn.init.normal_(model.text_decoder.text_projection, std=model.text_decoder.width**-0.5)
         except TypeError as error:
             raise ValueError(f"open_clip cannot build the model config {_short(name)}: {error}.") from error
     if isinstance(tokenizer, SimpleTokenizer) and text.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:

@@ -65,13 +65,15 @@ def measure_cost(
         raise ValueError(
             f"precision is one of fp32, bf16, device of auto, cpu, cuda; got {precision!r} and {device!r}."
         )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but there is no GPU that torch can use. Leave it out, or take cpu.")
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     clip = load_clip(model).to(place, PRECISIONS[precision])
     phrases = clip.tokenize(REFERENCES[:_PHRASES])
     lines = [
         f"{model}, {precision}, {_machine(place)}, torch {torch.__version__}; phrases of "
         f"{float(clip.content(phrases).sum(1).float().mean()):.0f} words or pieces, median of {repeats} rounds "
-        "(least to greatest)."
+        "(least to greatest). Counting the blocks and encoding the references, once per model, is not in it."
     ]
     for size in sizes:
         lines += ["", *_table(clip, size, repeats)]
@@ -82,9 +84,9 @@ def methods_present() -> dict[str, AttributionMethod]:
     """Every method of the package with its defaults, and MATEX with its gradients of all blocks and as presets."""
     named: dict[str, AttributionMethod] = {
         "Matex()": Matex(),
-        "Matex(grad_layers=all)": Matex(grad_layers=10_000),
+        "Matex(grad_layers=1000), all": Matex(grad_layers=1000),
         "Matex(flow='rollout')": Matex(flow="rollout"),
-        "Matex.measured()": Matex.measured(grad_layers=10_000),
+        "Matex.measured()": Matex.measured(),
     }
     for name in attribution.__all__:
         kind = getattr(attribution, name)
@@ -96,7 +98,8 @@ def methods_present() -> dict[str, AttributionMethod]:
 def _table(clip: Clip, size: int, repeats: int) -> list[str]:
     images, tokens, phrases = _pairs(clip, size)
     plain = partial(_plain_forward, clip, images, tokens)
-    calls: dict[str, Call] = {"plain forward": plain}
+    whole = partial(_whole_forward, clip, images, tokens)
+    calls: dict[str, Call] = {"plain forward": plain, f"the same with all {tokens.shape[1]} text positions": whole}
     calls |= {
         name: partial(method.attribute, clip, images, tokens, phrases) for name, method in methods_present().items()
     }
@@ -133,6 +136,11 @@ def _pairs(clip: Clip, size: int) -> tuple[Tensor, Tensor, list[str]]:
 @torch.no_grad()
 def _plain_forward(clip: Clip, images: Tensor, tokens: Tensor) -> Tensor:
     return clip.similarity(images, tokens)
+
+
+@torch.no_grad()
+def _whole_forward(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return clip.model.encode_image(images), clip.model.encode_text(tokens)
 
 
 def _interleaved(calls: dict[str, Call], repeats: int, device: torch.device, title: str) -> dict[str, list[float]]:

@@ -47,19 +47,29 @@ def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch
         dtype: The dtype that the model computed in, which bounds the rounding in `z`.
     """
     flat = full_precision(z.flatten(1))
-    mask = torch.ones_like(flat, dtype=torch.bool) if keep is None else keep.flatten(1)
+    low, high = _extremes(flat, keep)
+    tolerance = max(1e-6, 4 * torch.finfo(dtype).eps) * torch.maximum(low.abs(), high.abs())
+    varies = high - low > tolerance
+    scaled = (flat - low) / torch.where(varies, high - low, torch.inf)
+    return (scaled if keep is None else scaled.masked_fill(~keep.flatten(1), 0)).view_as(z)
+
+
+def _extremes(flat: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Least and greatest entry of each row, `(B, 1)` each; 0 where nothing is kept."""
+    if keep is None:
+        low, high = flat.aminmax(dim=1, keepdim=True)
+        return low, high
+    mask = keep.flatten(1)
     low = flat.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = flat.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
-    magnitude = flat.masked_fill(~mask, 0).abs().amax(1, keepdim=True)
-    tolerance = max(1e-6, 4 * torch.finfo(dtype).eps) * magnitude
-    varies = mask & (high - low > tolerance)
-    scaled = (flat - low) / torch.where(high > low, high - low, torch.ones_like(high))
-    return torch.where(varies, scaled, torch.zeros_like(flat)).view_as(z)
+    some = mask.any(1, keepdim=True)
+    return low.where(some, 0), high.where(some, 0)
 
 
 def upsample(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear upsampling with half-pixel centres: `(B, Gh, Gw)` to `(B, H, W)`."""
-    return F.interpolate(grid[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    """Bilinear upsampling with half-pixel centres: `(B, Gh, Gw)` to `(B, H, W)`, or C maps each `(B, C, Gh, Gw)`."""
+    maps = grid if grid.ndim == 4 else grid[:, None]
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False).view(*grid.shape[:-2], *size)
 
 
 def patch_mean(image: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -13,6 +13,8 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
+from timm.models import beit, eva
+from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -100,7 +102,8 @@ def _image_kind(tower: Any) -> tuple[str, str]:
         return "token", ""
     if isinstance(tower, VisionTransformer):
         return _native_kind(tower)
-    if isinstance(tower, TimmModel) and hasattr(tower.trunk, "num_prefix_tokens"):
+    # By exact type: subclasses pool or attend in ways of their own (two class tokens of DeiT, for one).
+    if isinstance(tower, TimmModel) and type(tower.trunk) in (timm_vit.VisionTransformer, eva.Eva, beit.Beit):
         return _timm_kind(tower)
     trunk = f" around {type(tower.trunk).__name__}" if hasattr(tower, "trunk") else ""
     return "", f"a tower{trunk} is none of the transformers and ResNets that are known"
@@ -120,14 +123,26 @@ def _timm_kind(tower: TimmModel) -> tuple[str, str]:
     if hasattr(tower.head, "pool"):
         return "", f"its head pools by {type(tower.head.pool).__name__}"
     if getattr(trunk, "attn_pool", None) is not None:
-        one = getattr(trunk.attn_pool, "latent_len", 0) == 1 and not getattr(trunk, "pool_include_prefix", False)
-        return ("query" if one else ""), "its attention pool has several queries, or reads class or register tokens"
+        read = trunk.attn_pool
+        return (
+            "query" if read.latent_len == 1 or read.pool == "token" else ""
+        ), "its attention pool has several queries"
     if pool == "token" and trunk.num_prefix_tokens:
         return "token", ""
     if pool == "avg":
         included = getattr(trunk, "pool_include_prefix", False)
         return ("" if included else "mean"), "its average includes class or register tokens"
     return "", f"its pooling is {pool!r}"
+
+
+def image_depth(visual: nn.Module) -> int:
+    """Number of attention blocks that an image tower with a known reading is made of, its attention pool included."""
+    tower = original(visual)
+    if isinstance(tower, ModifiedResNet):
+        return 1
+    if isinstance(tower, VisionTransformer):
+        return len(tower.transformer.resblocks) + (tower.attn_pool is not None)
+    return len(tower.trunk.blocks) + (getattr(tower.trunk, "attn_pool", None) is not None)
 
 
 def text_reading(model: nn.Module, tokens: Tensor) -> Reading:
@@ -183,7 +198,8 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     used = int(_text_position(tower, tokens, rule).max()) + 1
     shorter = {"attn_mask": mask[:used, :used]}
     if isinstance(tower, TextTransformer):
-        return functional_call(tower, shorter, (tokens[:, :used],))
+        pooled = functional_call(tower, shorter, (tokens[:, :used],))
+        return pooled[0] if isinstance(pooled, tuple) else pooled
     shorter["positional_embedding"] = tower.positional_embedding[:used]
     output = functional_call(tower, shorter, (None, tokens[:, :used]))
     return output["text_features"] if isinstance(output, dict) else output[1]

@@ -76,6 +76,11 @@ def resnet() -> dict[str, Any]:
     return {"vision_cfg": vision, "text_cfg": CLIP_TEXT}
 
 
+def registers_pool() -> dict[str, Any]:
+    """An attention pool that reads a register token too."""
+    return {"vision_cfg": trunk("test_vit3", timm_pool="map", timm_proj="linear"), "text_cfg": CLIP_TEXT}
+
+
 def coca() -> dict[str, Any]:
     """An attention pool with several queries, text read at a class token behind the phrase."""
     vision = NATIVE | {"image_size": [32, 48], "attentional_pool": True, "output_tokens": True}
@@ -108,6 +113,7 @@ CONFIGS: dict[str, Callable[[], dict[str, Any]]] = {
         siglip,
         average,
         registers,
+        registers_pool,
         resnet,
         coca,
         avg_native,

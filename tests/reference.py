@@ -511,6 +511,7 @@ def fuse(g: Tensor, f: Tensor, c: Tensor, m: Tensor, s: dict[str, Any]) -> Tenso
     """Eq. (6) and its norm, or the product, from maps of one size."""
     if s["fusion"] == "sum":
         return norm(s["alpha"] * g + s["beta"] * f + s["lambda_c"] * (c * g) + s["delta"] * (m * g))
+    m = m if s["delta"] else torch.ones_like(m)
     return norm((s["alpha"] * g + s["lambda_c"] * c * g + s["beta"] * f) * m ** s["prior_power"])
 
 

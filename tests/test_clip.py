@@ -325,6 +325,17 @@ def test_towers_of_hugging_face_without_transformers(name: str, monkeypatch: pyt
         load_clip(config)
 
 
+def test_text_towers_that_also_give_tokens() -> None:
+    """CoCa without a class token of its own is cut like CLIP, and gives a pair."""
+    config = copy.deepcopy(family("coca").config)
+    config["model_cfg"]["text_cfg"]["embed_cls"] = False
+    config["model_cfg"]["multimodal_cfg"]["embed_cls"] = False
+    clip = load_clip(json.dumps(config))
+    tokens = clip.tokenize(["left base", "mass"])
+    whole = torch.nn.functional.normalize(clip.model.encode_text(tokens), dim=-1)
+    torch.testing.assert_close(clip.encode_text(tokens), whole)
+
+
 # --- another size of the input
 
 

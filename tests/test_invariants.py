@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,80 @@ def test_given_back_after_an_exception(
     assert_same(method.attribute(clip, *pairs(clip)), expected)
 
 
+@pytest.mark.parametrize("name", ["biomedclip", "siglip", "resnet"])
+def test_other_towers_are_given_back_after_an_exception(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = family(name)
+    clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer}).train()
+    before = state(clip)
+    monkeypatch.setattr(torch.autograd, "grad", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        Matex().attribute(clip, *pairs(clip))
+    after = state(clip)
+    for key in before:
+        assert_unchanged(before[key], after[key])
+
+
+def test_threads_wait_for_each_other(clip: Clip) -> None:
+    """Explanations of several models, beside forwards that nobody explains."""
+    models = [clip, *(family(name) for name in ("square", "bidirectional", "avg_native"))]
+    expected = [Matex().attribute(model, *pairs(model)) for model in models]
+    bystander = family("native")
+    images, tokens, _ = pairs(bystander)
+    score = bystander.similarity(images, tokens)
+    attention = F.scaled_dot_product_attention
+
+    def explain(model: Clip) -> AttributionMaps:
+        return [Matex().attribute(model, *pairs(model)) for _ in range(6)][-1]
+
+    def look_on() -> list[Tensor]:
+        return [bystander.similarity(images, tokens).detach() for _ in range(12)]
+
+    with ThreadPoolExecutor(5) as pool:
+        seen = pool.submit(look_on)
+        for maps, wanted in zip(pool.map(explain, models), expected, strict=True):
+            assert_same(maps, wanted)
+        for other in seen.result():
+            torch.testing.assert_close(other, score.detach())
+    assert F.scaled_dot_product_attention is attention
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_an_explanation_inside_an_explanation_is_refused(clip: Clip) -> None:
+    batch = pairs(clip)
+    hook = clip.model.visual.ln_post.register_forward_hook(lambda *_: Matex().attribute(clip, *batch) and None)
+    with pytest.raises(RuntimeError, match="while another one runs the model"):
+        Matex().attribute(clip, *batch)
+    hook.remove()
+    Matex().attribute(clip, *batch)
+
+
+def test_blocks_are_counted_again_when_some_are_gone(clip: Clip) -> None:
+    batch = pairs(clip)
+    Matex(grad_layers=1).attribute(clip, *batch)
+    del clip.model.visual.transformer.resblocks[-1]
+    assert Matex(grad_layers=1).attribute(clip, *batch).parts["attention_layers"].shape[1] == 3
+
+
+def test_one_forward_and_a_backward_that_ends_at_the_cut(clip: Clip) -> None:
+    """Both maps of a batch, and many phrases on one image, from one forward of each tower."""
+    images, tokens, phrases = pairs(clip)
+    Matex().attribute(clip, images, tokens, phrases)
+    calls: list[tuple[str, int, bool]] = []
+    blocks = {"image": clip.model.visual.transformer.resblocks, "text": clip.model.transformer.resblocks}
+    for side, listed in blocks.items():
+        for block in listed:
+            block.register_forward_hook(
+                lambda _, args, output, side=side: calls.append((side, len(args[0]), output.requires_grad))
+            )
+    Matex(grad_layers=2).attribute(clip, images, tokens, phrases)
+    cut = [False, False, True, True]
+    assert calls == [("image", 5, grad) for grad in cut] + [("text", 5, grad) for grad in cut]
+    calls.clear()
+    Matex(grad_layers=1).attribute_phrases(clip, images[0], phrases)
+    cut = [False, False, False, True]
+    assert calls == [("image", 1, grad) for grad in cut] + [("text", 5, grad) for grad in cut]
+
+
 def test_nothing_is_kept(clip: Clip) -> None:
     """No graph hangs on what comes back, and no tensor of the call survives it."""
     Matex().attribute(clip, *pairs(clip))
@@ -393,6 +468,8 @@ def test_a_broken_reference_phrase_is_an_error(clip: Clip) -> None:
 
 def test_lengths_must_agree(clip: Clip) -> None:
     images, tokens, phrases = pairs(clip)
+    with pytest.raises(ValueError, match=r"one of each, got .*'images': 0"):
+        Matex().attribute(clip, images[:0], tokens[:0], [])
     with pytest.raises(ValueError, match=r"one of each, got.*'images': 4"):
         Matex().attribute(clip, images[:4], tokens, phrases)
     with pytest.raises(ValueError, match="'film': 2"):
@@ -417,10 +494,20 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"timm_model_name": "test_convnext", "image_size": 64, "timm_pool": "avg"},
         r"image tower TimmModel.*keeps no raster",
     ),
-    "pool over registers": (
+    "two class tokens": (
         "vision",
-        {"timm_model_name": "test_vit3", "image_size": 160, "timm_pool": "map"},
-        r"image tower TimmModel.*reads class or register tokens",
+        {"timm_model_name": "deit_tiny_distilled_patch16_224", "image_size": 224, "timm_pool": "token"},
+        r"image tower TimmModel.*a tower around VisionTransformerDistilled",
+    ),
+    "attention of its own": (
+        "vision",
+        {"timm_model_name": "cait_xxs24_224", "image_size": 224, "timm_pool": "token"},
+        r"image tower TimmModel.*a tower around Cait",
+    ),
+    "two attentions per block": (
+        "vision",
+        {"timm_model_name": "vit_dwee_patch16_reg1_gap_256", "image_size": 256, "timm_pool": "avg"},
+        r"image tower TimmModel.*its 14 blocks call scaled_dot_product_attention 28 times",
     ),
     "both pools": (
         "vision",
@@ -436,6 +523,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "changes", "message"), REFUSED.values(), ids=REFUSED)
 def test_unsupported_towers_are_refused_by_name(side: str, changes: dict[str, Any], message: str) -> None:
     config = copy.deepcopy(family("square").config)
@@ -456,6 +544,37 @@ def test_a_text_tower_of_hugging_face_with_another_pool_is_refused() -> None:
             Matex().attribute(clip, *pairs(clip))
     finally:
         clip.model.text.pooler = pooler
+
+
+@pytest.mark.parametrize("method", METHODS, ids=named)
+def test_what_is_no_batch_of_the_model_is_refused(method: AttributionMethod, clip: Clip) -> None:
+    images, tokens, phrases = pairs(clip)
+    with pytest.raises(ValueError, match=r"must be \(5, 3, 32, 48\) torch.float32 .* got \(5, 3, 48, 32\)"):
+        method.attribute(clip, images.transpose(2, 3), tokens, phrases)
+    with pytest.raises(ValueError, match=r"got \(5, 3, 32, 48\) torch.float64. `clip.normalise` gives them"):
+        method.attribute(clip, images.double(), tokens, phrases)
+    with pytest.raises(ValueError, match="phrases must be a list, got the text 'mass!'"):
+        method.attribute(clip, images, tokens, "mass!")
+    with pytest.raises(ValueError, match=r"film must be \(5, 4\)"):
+        method.attribute(clip, images, tokens, phrases, torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="film of study 'left lower lobe consolidation' has no size"):
+        method.attribute(clip, images, tokens, phrases, torch.zeros(5, 4))
+    for image, words, film, message in (
+        (images[0], [], None, "at least one phrase"),
+        (images[0], "mass", None, "at least one phrase, got 'mass'"),
+        (images[:1], ["mass"], None, r"one image \(3, H, W\)"),
+        (images[0], ["mass"], torch.zeros(3), r"one film \(4,\)"),
+        (images[0, :, :8], ["mass"], None, r"must be \(1, 3, 32, 48\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method.attribute_phrases(clip, image, words, film)
+
+
+def test_weights_of_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        clip = load_clip(json.dumps(family("square").config))
+    with pytest.raises(ValueError, match=r"built or moved under torch\.inference_mode"):
+        Matex().attribute(clip, *pairs(clip))
 
 
 class Windows(nn.Module):

@@ -100,8 +100,16 @@ def _check(
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}.")
     if laterality not in LATERALITIES:
         raise ValueError(f"laterality must be one of {', '.join(LATERALITIES)}, got {laterality!r}.")
-    if film is None:
-        return
+    if film is not None:
+        check_films(film, count, ids)
+
+
+def check_films(film: Tensor, count: int, ids: Sequence[str] | None = None) -> None:
+    """Refuse rectangles of films that are not `(count, 4)` with x0 < x1 and y0 < y1; `ids` name the studies.
+
+    Raises:
+        ValueError: The shape differs, or a film has no size.
+    """
     if tuple(film.shape) != (count, 4):
         raise ValueError(f"film must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(film.shape)}.")
     bad = ~((film[:, 0] < film[:, 2]) & (film[:, 1] < film[:, 3]) & film.isfinite().all(1))

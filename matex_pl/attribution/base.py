@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from matex_pl.anatomy.prior import check_films
 from matex_pl.clip import Clip
 from matex_pl.maps import AttributionMaps
 
@@ -51,28 +52,58 @@ class AttributionMethod(ABC):
             phrases: The P phrases.
             film: `(4,)` rectangle of the film in the input frame; all of it by default.
         """
-        images = image.expand(len(phrases), -1, -1, -1)
-        film = None if film is None else film.expand(len(phrases), -1)
-        return self.attribute(clip, images, clip.tokenize(phrases), phrases, film)
+        tokens, film = check_phrases(clip, image, phrases, film)
+        return self.attribute(clip, image.expand(len(phrases), -1, -1, -1), tokens, phrases, film)
 
 
-def check_pairs(images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None) -> None:
+def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None) -> None:
     """Refuse what cannot be explained before any work is done.
 
     Raises:
-        ValueError: Lengths differ, or an image holds NaN or Inf; the message names the sample.
+        ValueError: Lengths differ or are 0, the images are not of the model's frame and dtype, an image holds NaN or
+            Inf, or a film has no size; the message names the sample.
     """
+    if isinstance(phrases, str):
+        raise ValueError(f"phrases must be a list, got the text {phrases!r}. Put it in brackets.")
     lengths = {"images": len(images), "tokens": len(tokens), "phrases": len(phrases)}
     if film is not None:
         lengths["film"] = len(film)
-    if len(set(lengths.values())) > 1:
+    if len(set(lengths.values())) > 1 or not len(images):
         raise ValueError(f"A pair needs one of each, got {lengths}.")
+    wanted = (len(images), 3, *clip.image_size)
+    if tuple(images.shape) != wanted or images.dtype != clip.std.dtype:
+        raise ValueError(
+            f"images must be {wanted} {clip.std.dtype} in the model's normalised frame, got {tuple(images.shape)} "
+            f"{images.dtype}. `clip.normalise` gives them."
+        )
     finite = images.isfinite().flatten(1).all(1)
     if not finite.all():
         index = int((~finite).nonzero()[0])
         raise ValueError(
             f"The image of sample {index} ({phrases[index]!r}) holds NaN or Inf; nothing can be explained from it."
         )
+    if film is not None:
+        check_films(film, len(phrases), phrases)
+
+
+def check_phrases(
+    clip: Clip, image: Tensor, phrases: Sequence[str], film: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens of P phrases on one image, and the film for each, `(P, 4)`; refuses what `check_pairs` would.
+
+    Raises:
+        ValueError: As in `check_pairs`, or there are no phrases, or more than one image.
+    """
+    if isinstance(phrases, str) or not len(phrases):
+        raise ValueError(f"phrases must be a list of at least one phrase, got {phrases!r}.")
+    if image.ndim != 3 or (film is not None and tuple(film.shape) != (4,)):
+        raise ValueError(
+            f"attribute_phrases takes one image (3, H, W) and one film (4,), got {tuple(image.shape)}"
+            + ("." if film is None else f" and {tuple(film.shape)}.")
+        )
+    tokens = clip.tokenize(phrases)
+    check_pairs(clip, image[None], tokens[:1], phrases[:1], None if film is None else film[None])
+    return tokens, None if film is None else film.expand(len(phrases), 4)
 
 
 def check_scores(score: Tensor, phrases: Sequence[str], *components: Tensor) -> None:

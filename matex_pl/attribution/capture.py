@@ -7,6 +7,7 @@ time of a forward records q, k, v and the output of each block, in any family, w
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from matex_pl.clip import Clip
 from matex_pl.maps import full_precision
-from matex_pl.towers import Reading, not_explained, original, text_tower
+from matex_pl.towers import Reading, image_depth, not_explained, original, text_tower
 
 _ATTENTION = "scaled_dot_product_attention"
+_LOCK = threading.RLock()
 
 
 @dataclass
@@ -51,8 +53,21 @@ def borrowed(clip: Clip) -> Iterator[None]:
     Eval mode, no inference mode, grad mode off until a capture switches it on, no autocast (the model computes in the
     dtype of its weights, so that a map does not depend on who asks for it), no native attention path, no gradient
     checkpointing, and modules that `torch.compile` has wrapped run as they were written. Leaving it restores all of
-    them, and the RNG, even after an exception.
+    them, and the RNG, even after an exception. Some of this belongs to the process: explanations of several threads
+    wait for each other.
+
+    Raises:
+        ValueError: The weights were made under `torch.inference_mode`, and can have no gradients behind them.
     """
+    if any(parameter.is_inference() for parameter in clip.parameters()):
+        raise ValueError(
+            "The model was built or moved under torch.inference_mode(). Build it outside, then explain it."
+        )
+    with _LOCK:
+        yield from _borrowed(clip)
+
+
+def _borrowed(clip: Clip) -> Iterator[None]:
     training = [module for module in clip.modules() if module.training]
     checkpointing = [module for module in clip.modules() if getattr(module, "grad_checkpointing", False) is True]
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -82,11 +97,19 @@ def capture_attention(reading: Reading, *, grad_from: int | None = None, full: b
         grad_from: Index of the first block with gradient: its q, k and v are cut off from what came before, so that a
             backward ends there, and grad mode is on from there until the context is left. None: no gradient at all.
         full: Record the head-averaged attention matrices even where one row would do.
+
+    Raises:
+        RuntimeError: One is open already: a hook of the model explains while the model is explained.
     """
     attend: Callable[..., Tensor] = getattr(F, _ATTENTION)
+    if attend.__module__ == __name__:
+        raise RuntimeError("An explanation was asked for while another one runs the model, from one of its hooks.")
     blocks: list[Block] = []
+    owner = threading.get_ident()
 
     def record(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if threading.get_ident() != owner:
+            return attend(q, k, v, *args, **kwargs)
         wants_grad = grad_from is not None and len(blocks) >= grad_from
         if grad_from is not None and len(blocks) == grad_from:
             torch.set_grad_enabled(True)
@@ -107,39 +130,48 @@ def capture_attention(reading: Reading, *, grad_from: int | None = None, full: b
             setattr(F, _ATTENTION, attend)
 
 
-_BLOCKS: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
+_BLOCKS: WeakKeyDictionary[nn.Module, tuple[int, int, int]] = WeakKeyDictionary()
 
 
 def count_blocks(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[int, int]:
     """Number of attention blocks of the image and the text tower, counted once per model by a forward of one sample.
 
     Raises:
-        NotImplementedError: A tower calls no `scaled_dot_product_attention`, or calls it on windows of its patches; the
-            message names the tower.
+        NotImplementedError: A tower calls no `scaled_dot_product_attention`, not once per block, or on windows of its
+            patches; the message names the tower.
     """
     model = original(clip.model)
-    if model not in _BLOCKS:
+    modules = sum(1 for _ in model.modules())
+    if model not in _BLOCKS or _BLOCKS[model][0] != modules:
         images, tokens = images[:1], tokens[:1]
         with capture_attention(clip.image_reading(images), full=True) as blocks:
             clip.encode_image(images)
         with capture_attention(clip.text_reading(tokens), full=True) as text_blocks:
             clip.encode_text(tokens)
-        rows, columns = clip.grid
-        _check_blocks("image", original(model.visual), blocks, rows * columns)
-        _check_blocks("text", text_tower(model), text_blocks, 1)
-        _BLOCKS[model] = {"image": len(blocks), "text": len(text_blocks)}
-    return _BLOCKS[model]["image"], _BLOCKS[model]["text"]
+        _check_image_blocks(original(model.visual), blocks, clip.grid)
+        if not text_blocks:
+            raise NotImplementedError(_unseen("text", text_tower(model)))
+        _BLOCKS[model] = modules, len(blocks), len(text_blocks)
+    return _BLOCKS[model][1:]
 
 
-def _check_blocks(side: str, tower: nn.Module, blocks: Sequence[Block], fewest: int) -> None:
+def _check_image_blocks(tower: nn.Module, blocks: Sequence[Block], grid: tuple[int, int]) -> None:
     if not blocks:
-        raise NotImplementedError(
-            f"The {side} tower {type(tower).__name__} calls no {_ATTENTION}, so its maps cannot be computed. "
-            "Use a transformer tower, or switch fused attention on where the tower has an option for it."
-        )
+        raise NotImplementedError(_unseen("image", tower))
+    patches, depth = grid[0] * grid[1], image_depth(tower)
     seen = {(len(block.mean), block.mean.shape[-1]) for block in blocks if block.mean is not None}
-    if any(samples != 1 or tokens < fewest for samples, tokens in seen):
-        raise NotImplementedError(not_explained(side, tower, f"its attention sees parts of its {fewest} patches"))
+    if any(samples != 1 or tokens < patches for samples, tokens in seen):
+        raise NotImplementedError(not_explained("image", tower, f"its attention sees parts of its {patches} patches"))
+    if len(blocks) != depth:
+        reason = f"its {depth} blocks call {_ATTENTION} {len(blocks)} times"
+        raise NotImplementedError(not_explained("image", tower, reason))
+
+
+def _unseen(side: str, tower: nn.Module) -> str:
+    return (
+        f"The {side} tower {type(tower).__name__} calls no {_ATTENTION}, so its maps cannot be computed. "
+        "Use a transformer tower, or switch fused attention on where the tower has an option for it."
+    )
 
 
 def _read(

@@ -27,7 +27,7 @@ class _Control(AttributionMethod):
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
     ) -> AttributionMaps:
         """Maps of B pairs; see `AttributionMethod.attribute`. `text` is zero."""
-        check_pairs(images, tokens, phrases, film)
+        check_pairs(clip, images, tokens, phrases, film)
         with borrowed(clip):
             score = full_precision(clip.similarity(images, tokens))
             check_scores(score, phrases)

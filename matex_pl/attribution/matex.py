@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from inspect import signature
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.anatomy.prior import LATERALITIES, SHAPES
-from matex_pl.attribution.base import AttributionMethod, check_choice, check_pairs, check_scores
+from matex_pl.attribution.base import AttributionMethod, check_choice, check_pairs, check_phrases, check_scores
 from matex_pl.attribution.capture import Block, borrowed, capture_attention, count_blocks
 from matex_pl.attribution.relevance import (
     attention_rows,
@@ -52,9 +52,9 @@ def consistency(layers: Tensor, kappa: float | Tensor) -> Tensor:
 class Matex(AttributionMethod):
     """MATEX maps (Imran et al., sections 3.1 to 3.4), image and text, from one forward and one partial backward.
 
-    The defaults are the paper's numbers where it prints them, with three departures, each an argument: `kappa` (the
-    printed 1 leaves C at 0.95 to 0.99), `laterality` (the print mirrors the patient's sides) and `fuse_at` (the prior
-    keeps its shape).
+    The defaults are the paper's numbers where it prints them, with three departures, each an argument: `kappa` (with
+    the printed 1, attention of about 1/N leaves C near 1), `laterality` (the print mirrors the patient's sides) and
+    `fuse_at` (the prior keeps its shape). Towers that pool otherwise than from one token: see `row_weights`.
 
     Args:
         grad_layers: K, the last blocks whose gradients count on the image side ("last 2-3" in the paper); more than
@@ -69,12 +69,13 @@ class Matex(AttributionMethod):
         alpha: Weight of the gradient map, eq. 6; 0.5 in the paper.
         beta: Weight of the attention flow, eq. 6; 0.2 in the paper.
         lambda_c: gamma of eqs. 6 and 8, the weight of the consistent gradients; 0.35 in the paper, tuned in 0.2 to 0.6.
-        delta: Weight of the gradients under the prior, eq. 6; 0.2 in the paper, 0 takes the prior out of the sum.
+        delta: Weight of the gradients under the prior, eq. 6; 0.2 in the paper. 0 takes the prior out of either fusion.
         lambda_s: Strength of the prior, eq. 5; 2.5 in the paper, tuned in 1.5 to 3.5; 1 takes the prior out.
         prior_shape: `parabola` (eqs. 3 and 4), `gaussian` or `plateau`.
         laterality: `patient` (the patient's right is on the left of the film) or `paper` (as printed, mirrored).
         fuse_at: `pixel` or `grid`, where eq. 6 is evaluated.
-        fusion: `sum` (eq. 6) or `product`: norm((alpha G + gamma C G + beta F) * M ** prior_power).
+        fusion: `sum` (eq. 6) or `product`: norm((alpha G + gamma C G + beta F) * M ** prior_power), where delta has no
+            weight, but still switches.
         prior_power: Exponent of M in the product.
         knowledge_prior: A finding that names no place takes its usual one ("edema": both hila). Leakage by design:
             score it as a row of its own.
@@ -88,7 +89,10 @@ class Matex(AttributionMethod):
     a list per pair; phrases, film, content, score and the settings.
     """
 
-    cost: ClassVar[str] = "1 forward and a backward through the last max(grad_layers, text_grad_layers) blocks"
+    cost: ClassVar[str] = (
+        "1 forward and a backward through the last grad_layers and text_grad_layers blocks; once per model a forward "
+        "of one pair, and for the margin once per weights the references"
+    )
 
     def __init__(
         self,
@@ -121,12 +125,14 @@ class Matex(AttributionMethod):
         check_choice("explain", explain, TARGETS)
         if isinstance(kappa, str):
             check_choice("kappa", kappa, ("tokens",))
-        elif not kappa >= 0:
+        elif not 0 <= kappa < inf:
             raise ValueError(f"kappa must be a number from 0 or 'tokens', got {kappa}.")
-        if grad_layers < 1 or (text_grad_layers is not None and text_grad_layers < 1):
-            raise ValueError(
-                f"grad_layers and text_grad_layers must be at least 1, got {grad_layers} and {text_grad_layers}."
-            )
+        for layers in (grad_layers, grad_layers if text_grad_layers is None else text_grad_layers):
+            if not isinstance(layers, int) or layers < 1:
+                raise ValueError(
+                    "grad_layers and text_grad_layers must be whole numbers from 1, "
+                    f"got {grad_layers} and {text_grad_layers}."
+                )
         if explain == "margin" and references is not None and not references:
             raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
         if not lambda_s >= 1:
@@ -135,6 +141,10 @@ class Matex(AttributionMethod):
         for name, value in (numbers | {"prior_power": prior_power}).items():
             if not isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}.")
+        if not any((alpha, beta, lambda_c, delta if fusion == "sum" else 0)):
+            raise ValueError(
+                "alpha, beta, lambda_c and delta are 0, so that the map would be empty. Raise one of them."
+            )
         self.grad_layers = grad_layers
         self.text_grad_layers = text_grad_layers
         self.spatial_weight = spatial_weight
@@ -157,7 +167,10 @@ class Matex(AttributionMethod):
 
     @classmethod
     def paper(cls, **changes: Any) -> Matex:
-        """The print, to the letter: cosine, kappa 1, mirrored sides, fused on the patch raster by eq. 6."""
+        """What the paper prints: cosine, kappa 1, mirrored sides, fused on the patch raster by eq. 6.
+
+        Where it prints nothing (tau, one K of "2-3", the scales of G and F, how the words are fused) these are ours.
+        """
         settings: dict[str, Any] = {
             "explain": "cosine",
             "kappa": 1.0,
@@ -169,8 +182,8 @@ class Matex(AttributionMethod):
 
     @classmethod
     def measured(cls, **changes: Any) -> Matex:
-        """All blocks, the margin, the product with the prior: ahead of the others on phantom validation films."""
-        settings: dict[str, Any] = {"grad_layers": 12, "explain": "margin", "fusion": "product"}
+        """What a study on phantom validation films picked (docs/choices.md): all blocks, the margin, the product."""
+        settings: dict[str, Any] = {"grad_layers": 1000, "explain": "margin", "fusion": "product"}
         return cls(**(settings | changes))
 
     @property
@@ -182,18 +195,14 @@ class Matex(AttributionMethod):
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
     ) -> AttributionMaps:
         """Maps of B pairs; see `AttributionMethod.attribute`."""
-        check_pairs(images, tokens, phrases, film)
+        check_pairs(clip, images, tokens, phrases, film)
         return self._explain(clip, images, tokens, phrases, film)
 
     def attribute_phrases(
         self, clip: Clip, image: Tensor, phrases: Sequence[str], film: Tensor | None = None
     ) -> AttributionMaps:
         """Maps of one image and P phrases, from one forward of the image; see `AttributionMethod.attribute_phrases`."""
-        if not phrases:
-            raise ValueError("attribute_phrases needs at least one phrase, got none.")
-        tokens = clip.tokenize(phrases)
-        check_pairs(image[None], tokens[:1], phrases[:1], None)
-        film = None if film is None else film.expand(len(phrases), 4)
+        tokens, film = check_phrases(clip, image, phrases, film)
         return self._explain(clip, image[None], tokens, phrases, film)
 
     @classmethod
@@ -211,6 +220,11 @@ class Matex(AttributionMethod):
         Raises:
             ValueError: A setting is out of range, or needs what the parts do not hold.
         """
+        if not {"settings", "grad_blocks"} <= parts.keys():
+            raise ValueError(f"These are no parts of `Matex.attribute`: they hold {', '.join(parts) or 'nothing'}.")
+        lengths = {name: len(parts[name]) for name in ("score", "grad_blocks", "content", "phrases", "regions")}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"The parts are of different numbers of pairs: {lengths}. Cut all of them alike.")
         method = cls(**(parts["settings"] | changes))
         method._check_parts(parts)
         if method.knowledge_prior != parts["settings"]["knowledge_prior"]:
@@ -247,7 +261,7 @@ class Matex(AttributionMethod):
             parts = self._components(clip, images, tokens)
             check_scores(parts["score"], phrases, *parts.values())
             parts |= self._read(phrases) | {
-                "film": film,
+                "film": None if film is None else film.clone(),
                 "phrases": list(phrases),
                 "size": clip.image_size,
                 "dtype": clip.std.dtype,
@@ -354,7 +368,7 @@ class Matex(AttributionMethod):
         if self.fuse_at == "grid":
             raster = self._equation_6(grad, flow, parts["consistency"], parts["prior_grid"], dtype)
             return min_max(upsample(raster, size)), raster
-        grad, flow, stable = (upsample(part, size) for part in (grad, flow, parts["consistency"]))
+        grad, flow, stable = upsample(torch.stack([grad, flow, parts["consistency"]], 1), size).unbind(1)
         image = self._equation_6(grad, flow, stable, prior, dtype)
         return image, patch_mean(image, grid)
 
@@ -362,7 +376,7 @@ class Matex(AttributionMethod):
         """The weighted sum of eq. (6), or the product option; the same at pixels and on the raster."""
         base = self.alpha * grad + self.beta * flow + self.lambda_c * stable * grad
         if self.fusion == "product":
-            return min_max(base * prior**self.prior_power, dtype=dtype)
+            return min_max(base * prior**self.prior_power if self.delta else base, dtype=dtype)
         return min_max(base + self.delta * prior * grad, dtype=dtype)
 
     def _fuse_text(self, parts: dict[str, Any]) -> Tensor:

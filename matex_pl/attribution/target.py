@@ -75,7 +75,8 @@ def reference_mean(clip: Clip, references: Sequence[str]) -> Tensor:
 def _sample(clip: Clip) -> Tensor:
     """Entries spread over the text tower's weights, and the weights' versions, as one vector.
 
-    By value and by version: fused optimisers leave version counters alone, a change by hand may miss the sample.
+    By value and by version: fused optimisers leave version counters alone, a change by hand may miss the sample. A
+    change of single rows through `.data` is seen by neither.
     """
     named = original(clip.model).named_parameters()
     weights = [weight for name, weight in named if not name.startswith(("visual.", "_orig_mod.visual.", "logit_"))]
