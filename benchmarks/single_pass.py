@@ -28,7 +28,7 @@ def image_maps(clip: Clip, images: Tensor, direction: Tensor) -> dict[str, Tenso
         attention = [_attention(block) for block in blocks]
         by_attention = [_by_attention(block, gradient) for block, gradient in zip(blocks, gradients, strict=True)]
         keep = torch.ones(len(images), reading.length, dtype=torch.bool)
-        start = torch.eye(attention[0].shape[-1])[:1].expand(len(images), -1)
+        start = torch.eye(attention[0].shape[-1]).to(attention[0])[:1].expand(len(images), -1)
         relevance = [(a * g).relu().mean(1) for a, g in zip(attention, by_attention, strict=True)]
         tokens = {
             "attention of the last block": blocks[-1].row.mean(1),
@@ -46,7 +46,7 @@ def image_maps(clip: Clip, images: Tensor, direction: Tensor) -> dict[str, Tenso
 
 def chefer(relevance: Sequence[Tensor]) -> Tensor:
     """Class row of R <- R + mean_h max(0, A * dS/dA) R (Chefer, Gur and Wolf 2021), from `(B, n, n)` per block."""
-    mixed = torch.eye(relevance[0].shape[-1]).expand_as(relevance[0])
+    mixed = torch.eye(relevance[0].shape[-1]).to(relevance[0]).expand_as(relevance[0])
     for block in relevance:
         mixed = mixed + block @ mixed
     return mixed[:, 0]
