@@ -393,7 +393,8 @@ def gradient_maps(
     """Before the ReLU, for each of the last blocks, a value for each of the tokens `among`."""
     blocks = list(zip(layers, row_weights(layers, reading), counted(layers, reading), strict=True))
     result = []
-    for layer, weights, among_rows in blocks[-min(last, len(layers)) :]:
+    first = -min(last, len(layers)) if last > 0 else min(-last, len(layers) - 1)
+    for layer, weights, among_rows in blocks[first:]:
         gradient = list(torch.autograd.grad(score, layer.output, retain_graph=True))
         if kind == "softmax":
             result.append([gradient_term(layer, gradient, among_rows, i) for i in among])

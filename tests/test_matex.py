@@ -61,6 +61,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"spatial_weight": "loosened"},
     {"grad_layers": 1},
     {"grad_layers": 12},
+    {"grad_layers": -1},
+    {"grad_layers": -9, "text_grad_layers": -2},
     {"grad_layers": 2, "text_grad_layers": 1},
     {"tau": 0.0},
     {"tau": 2.0},
@@ -105,7 +107,7 @@ def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
 
 
 PAPER = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
-MEASURED = {"grad_layers": 12, "explain": "margin", "fusion": "product", "references": REFERENCE_PHRASES}
+MEASURED = {"grad_layers": -1, "explain": "margin", "fusion": "product", "references": REFERENCE_PHRASES}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -323,6 +325,7 @@ CHANGES: list[dict[str, Any]] = [
     {"lambda_s": 3.5, "prior_shape": "plateau", "laterality": "paper"},
     {"tau": 1.0, "kappa": 1.0},
     {"grad_layers": 1},
+    {"grad_layers": -3},
     {"text_grad_layers": 1, "fuse_at": "grid"},
     {"fusion": "product", "prior_power": 1.0},
     {"flow": "sum"},
@@ -356,6 +359,7 @@ def test_what_cannot_be_fused_again_says_so() -> None:
         ({"flow": "rollout"}, "hold no rollout"),
         ({"grad_layers": 3}, "gradients of 2 image and 2 text blocks, not of 3 and 3"),
         ({"text_grad_layers": 4}, "not of 2 and 4"),
+        ({"grad_layers": -1}, "not of 3 and 3"),
         ({"spatial_weight": "loosened"}, "made with spatial_weight='softmax'; 'loosened' needs another"),
         ({"explain": "margin"}, "made with explain='cosine'"),
         ({"lambda_s": 0.5}, "lambda_s must be at least 1"),

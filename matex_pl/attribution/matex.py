@@ -34,6 +34,11 @@ def layer_weights(num_layers: int, tau: float) -> Tensor:
     return torch.softmax(tau * torch.arange(1, num_layers + 1, dtype=torch.float32), dim=0)
 
 
+def last_blocks(grad_layers: int, layers: int) -> int:
+    """K of a tower with so many layers: at most all; -k for all but the first k, at least one."""
+    return min(grad_layers, layers) if grad_layers > 0 else max(layers + grad_layers, 1)
+
+
 def attention_flow(layers: Tensor, tau: float) -> Tensor:
     """A_flow of eq. (1): `(B, L, ...)` rows of the layers to `(B, ...)`, weighted by `layer_weights`."""
     return torch.einsum("l,bl...->b...", layer_weights(layers.shape[1], tau).to(layers), layers)
@@ -58,7 +63,7 @@ class Matex(AttributionMethod):
 
     Args:
         grad_layers: K, the last blocks whose gradients count on the image side ("last 2-3" in the paper); more than
-            there are means all.
+            there are means all, and -k all but the first k.
         text_grad_layers: The same on the text side; `grad_layers` unless set.
         spatial_weight: `softmax` (the attention row per head, as printed) or `loosened` (Grad-ECLIP's).
         tau: Temperature of eq. 1; larger favours deeper layers. The paper gives none; 0.2 puts half the mass on the
@@ -128,9 +133,9 @@ class Matex(AttributionMethod):
         elif not 0 <= kappa < inf:
             raise ValueError(f"kappa must be a number from 0 or 'tokens', got {kappa}.")
         for layers in (grad_layers, grad_layers if text_grad_layers is None else text_grad_layers):
-            if not isinstance(layers, int) or layers < 1:
+            if not isinstance(layers, int) or not layers:
                 raise ValueError(
-                    "grad_layers and text_grad_layers must be whole numbers from 1, "
+                    "grad_layers and text_grad_layers must be whole numbers, not 0, "
                     f"got {grad_layers} and {text_grad_layers}."
                 )
         if explain == "margin" and references is not None and not references:
@@ -182,8 +187,11 @@ class Matex(AttributionMethod):
 
     @classmethod
     def measured(cls, **changes: Any) -> Matex:
-        """What a study on phantom validation films picked (docs/choices.md): all blocks, the margin, the product."""
-        settings: dict[str, Any] = {"grad_layers": 1000, "explain": "margin", "fusion": "product"}
+        """What a study on phantom validation films picked: all blocks but the first, the margin, the product.
+
+        See docs/choices.md of the repository.
+        """
+        settings: dict[str, Any] = {"grad_layers": -1, "explain": "margin", "fusion": "product"}
         return cls(**(settings | changes))
 
     @property
@@ -240,17 +248,18 @@ class Matex(AttributionMethod):
                 )
         if self.flow == "rollout" and "rollout" not in parts:
             raise ValueError("These parts hold no rollout; make them with flow='rollout', which can be fused as 'sum'.")
-        blocks, layers = (parts[name].shape[1] for name in ("grad_blocks", "attention_layers"))
-        text_blocks, text_layers = (parts[name].shape[1] for name in ("text_grad_blocks", "text_attention_layers"))
-        if self.grad_layers > blocks < layers or self._text_grad_layers > text_blocks < text_layers:
+        held = parts["grad_blocks"].shape[1], parts["text_grad_blocks"].shape[1]
+        needed = self._depths(parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1])
+        if needed[0] > held[0] or needed[1] > held[1]:
             raise ValueError(
-                f"These parts hold the gradients of {blocks} image and {text_blocks} text blocks, not of "
-                f"{self.grad_layers} and {self._text_grad_layers}; make them with grad_layers={self.grad_layers}."
+                f"These parts hold the gradients of {held[0]} image and {held[1]} text blocks, not of {needed[0]} and "
+                f"{needed[1]}; make them with grad_layers={self.grad_layers}."
             )
 
-    @property
-    def _text_grad_layers(self) -> int:
-        return self.grad_layers if self.text_grad_layers is None else self.text_grad_layers
+    def _depths(self, layers: int, text_layers: int) -> tuple[int, int]:
+        """K on the image and on the text side, of towers with so many layers."""
+        text = self.grad_layers if self.text_grad_layers is None else self.text_grad_layers
+        return last_blocks(self.grad_layers, layers), last_blocks(text, text_layers)
 
     def _explain(
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None
@@ -277,7 +286,8 @@ class Matex(AttributionMethod):
     def _components(self, clip: Clip, images: Tensor, tokens: Tensor) -> dict[str, Any]:
         """One forward of both towers and one backward through their last blocks."""
         layers, text_layers = count_blocks(clip, images, tokens)
-        start, text_start = max(layers - self.grad_layers, 0), max(text_layers - self._text_grad_layers, 0)
+        last, text_last = self._depths(layers, text_layers)
+        start, text_start = layers - last, text_layers - text_last
         reading, text_reading, content = clip.image_reading(images), clip.text_reading(tokens), clip.content(tokens)
         reference = reference_mean(clip, self.references) if self.explain == "margin" else None
         full = self.flow == "rollout"
@@ -328,17 +338,17 @@ class Matex(AttributionMethod):
 
         On the image side each block's gradient term is clipped at 0, on the text side their mean.
         """
-        content, layers = parts["content"], parts["attention_layers"]
-        text_layers = parts["text_attention_layers"]
+        content, layers, text_layers = parts["content"], parts["attention_layers"], parts["text_attention_layers"]
+        last, text_last = self._depths(layers.shape[1], text_layers.shape[1])
         patches, words = layers[0, 0].numel(), content.sum(1, keepdim=True)
         tokens = self.kappa == "tokens"
         rollout = self.flow == "rollout"
         text_flow = parts["text_rollout"] if rollout else attention_flow(text_layers, self.tau)
         return {
-            "grad": parts["grad_blocks"][:, -self.grad_layers :].relu().mean(1),
+            "grad": parts["grad_blocks"][:, -last:].relu().mean(1),
             "flow": parts["rollout"] if rollout else attention_flow(layers, self.tau),
             "consistency": consistency(layers, float(patches if tokens else self.kappa)),
-            "text_grad": parts["text_grad_blocks"][:, -self._text_grad_layers :].mean(1).relu() * content,
+            "text_grad": parts["text_grad_blocks"][:, -text_last:].mean(1).relu() * content,
             "text_flow": text_flow * content,
             "text_consistency": consistency(text_layers, words if tokens else float(self.kappa)) * content,
         }
