@@ -39,9 +39,9 @@ def measure_cost(
 ) -> str:
     """Measure, on this machine, what every method costs; a Markdown table.
 
-    Times are ratios to a plain forward of both towers without gradient, on the same pairs in the same round: the
-    methods take turns, so that a slow minute of the machine falls on all of them. Films are noise and phrases are the
-    package's list of findings by side and zone; the weights are random, which changes no time.
+    Times are ratios to a plain forward of both towers without gradient, as open_clip runs them, on the same pairs in
+    the same round: the methods take turns, so that a slow minute of the machine falls on all of them. Films are noise
+    and phrases are the package's list of findings by side and zone; the weights are random, which changes no time.
 
     Args:
         model: An open_clip name or a path to a JSON model config.
@@ -97,9 +97,10 @@ def methods_present() -> dict[str, AttributionMethod]:
 
 def _table(clip: Clip, size: int, repeats: int) -> list[str]:
     images, tokens, phrases = _pairs(clip, size)
-    plain = partial(_plain_forward, clip, images, tokens)
-    whole = partial(_whole_forward, clip, images, tokens)
-    calls: dict[str, Call] = {"plain forward": plain, f"the same with all {tokens.shape[1]} text positions": whole}
+    calls: dict[str, Call] = {
+        "plain forward": partial(_plain_forward, clip, images, tokens),
+        "the same, phrases without padding": partial(_short_forward, clip, images, tokens),
+    }
     calls |= {
         name: partial(method.attribute, clip, images, tokens, phrases) for name, method in methods_present().items()
     }
@@ -134,13 +135,15 @@ def _pairs(clip: Clip, size: int) -> tuple[Tensor, Tensor, list[str]]:
 
 
 @torch.no_grad()
-def _plain_forward(clip: Clip, images: Tensor, tokens: Tensor) -> Tensor:
-    return clip.similarity(images, tokens)
+def _plain_forward(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Both towers as open_clip runs them, over the whole context length."""
+    return clip.model.encode_image(images), clip.model.encode_text(tokens)
 
 
 @torch.no_grad()
-def _whole_forward(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    return clip.model.encode_image(images), clip.model.encode_text(tokens)
+def _short_forward(clip: Clip, images: Tensor, tokens: Tensor) -> Tensor:
+    """Both towers as this package runs them, see `towers.encode_text`."""
+    return clip.similarity(images, tokens)
 
 
 def _interleaved(calls: dict[str, Call], repeats: int, device: torch.device, title: str) -> dict[str, list[float]]:

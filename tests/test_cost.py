@@ -36,7 +36,7 @@ def test_the_table(deep_json: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"| batch {size} | time / plain forward |" in text
     rows = re.findall(r"^\| (\S.*?) \| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \| ([\d.]+) \| (\d+) \|$", text, re.MULTILINE)
     names = [row[0] for row in rows]
-    assert names == ["plain forward", "the same with all 16 text positions", *methods_present()] * 2
+    assert names == ["plain forward", "the same, phrases without padding", *methods_present()] * 2
     for name, mid, low, high, rate, _ in rows:
         assert float(low) <= float(mid) <= float(high)
         assert float(rate) > 0
