@@ -30,7 +30,7 @@ from matex_pl.data import PhantomDataModule, StudyBatch, collate
 from matex_pl.explain import load_module
 from matex_pl.maps import min_max, upsample
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, PointingGame
-from matex_pl.metrics.functional import fill_images, keep_highlighted
+from matex_pl.metrics.functional import fill_images, keep_highlighted, keep_relevant_tokens
 from matex_pl.module import ClipModule
 
 # `Matex.measured()` in a tower of three blocks: every setting is varied alone around it, with and without the prior.
@@ -111,8 +111,10 @@ def main(
         raise SystemExit(f"A spread needs at least three seeds, got {seeds}.")
     checkpoints = [train(Path(runs) / f"seed{seed}", seed, Path(data)) for seed in seeds]
     val = [score(path, data, "val", fused, num_pairs, batch_size) for path in checkpoints]
+    words = [score_words(path, data, num_pairs, batch_size) for path in checkpoints]
     test = [score(path, data, "test", compared, num_pairs, batch_size) for path in checkpoints]
-    Path(out).write_text(report(val, test, seeds, num_pairs), encoding="utf-8")
+    lines = [*report(val, seeds, num_pairs), *report_words(words), *report_test(test, num_pairs)]
+    Path(out).write_text("\n".join([*lines, ""]), encoding="utf-8")
     print(out)
 
 
@@ -133,16 +135,10 @@ def train(folder: Path, seed: int, data: Path) -> Path:
 def score(path: Path, root: str, split: str, maps: Maps, num_pairs: int, batch_size: int) -> dict[str, list[float]]:
     """The metrics of every row of maps on pairs with boxes of a split."""
     module = load_module(str(path))
-    films = PhantomDataModule(root=root, image_size=module.clip.image_size)
-    films.prepare_data()
-    films.setup("test" if split == "test" else "fit")
-    studies = films.dataset(split)
     fill = fill_images("mean_film", module.mean_film, module.clip.normalise(module.mean_film.expand(3, -1, -1)))
     table: dict[str, Scores] = defaultdict(Scores)
-    boxed = [index for index, study in enumerate(studies.studies) if study.boxes]
-    boxed = boxed[:: max(1, len(boxed) // num_pairs)][:num_pairs]
-    for start in track(range(0, len(boxed), batch_size), f"{path.parts[-5]}, {split}"):
-        batch = collate([studies[index] for index in boxed[start : start + batch_size]])
+    batches = list(pairs_with_boxes(module, root, split, num_pairs, batch_size))
+    for batch in track(batches, f"{path.parts[-5]}, {split}"):
         images, tokens = module.inputs(batch)
         with torch.no_grad():
             text = module.clip.encode_text(tokens)
@@ -154,6 +150,39 @@ def score(path: Path, root: str, split: str, maps: Maps, num_pairs: int, batch_s
                     kept = (module.clip.encode_image(keep_highlighted(images, found, fill)) * text).sum(-1)
             table[name].update(found, batch, whole, kept)
     return {name: scores.values() for name, scores in table.items()}
+
+
+def score_words(path: Path, root: str, num_pairs: int, batch_size: int) -> dict[str, list[float]]:
+    """Confidence of the text on the validation split, by the number of text blocks with gradients."""
+    module = load_module(str(path))
+    table = {layers: (ConfidenceDrop(), ConfidenceIncrease()) for layers in (1, 2)}
+    for batch in pairs_with_boxes(module, root, "val", num_pairs, batch_size):
+        images, tokens = module.inputs(batch)
+        method = Matex.measured(text_grad_layers=max(table))
+        maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
+        for layers, metrics in table.items():
+            text = Matex.fuse(maps.parts, text_grad_layers=layers).text
+            with torch.no_grad():
+                kept = module.clip.similarity(
+                    images, keep_relevant_tokens(tokens, text, maps.content, module.clip.pad_id)
+                )
+            for metric in metrics:
+                metric.update(maps.score, kept)
+    return {str(layers): [float(metric.compute()) for metric in metrics] for layers, metrics in table.items()}
+
+
+def pairs_with_boxes(
+    module: ClipModule, root: str, split: str, num_pairs: int, batch_size: int
+) -> Iterator[StudyBatch]:
+    """Batches of pairs with boxes, spread over a split."""
+    films = PhantomDataModule(root=root, image_size=module.clip.image_size)
+    films.prepare_data()
+    films.setup("test" if split == "test" else "fit")
+    studies = films.dataset(split)
+    boxed = [index for index, study in enumerate(studies.studies) if study.boxes]
+    boxed = boxed[:: max(1, len(boxed) // num_pairs)][:num_pairs]
+    for start in range(0, len(boxed), batch_size):
+        yield collate([studies[index] for index in boxed[start : start + batch_size]])
 
 
 def fused(module: ClipModule, batch: StudyBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -210,8 +239,8 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def report(val: Table, test: Table, seeds: Sequence[int], num_pairs: int) -> str:
-    """The study as Markdown."""
+def report(val: Table, seeds: Sequence[int], num_pairs: int) -> list[str]:
+    """The validation films, as lines of Markdown."""
     base = ", ".join(f"{name}={value!r}" for name, value in BASE.items())
     lines = [
         "# What the settings of MATEX do",
@@ -234,12 +263,30 @@ def report(val: Table, test: Table, seeds: Sequence[int], num_pairs: int) -> str
         title, value = name.split(": ")
         cells = [spread([scores[name][k] for scores in val], 3 if k == 0 else 1) for k in range(3)]
         lines.append(f"| {title} | {value} | {' | '.join(cells)} |")
-    lines += ["", "## Test films", "", f"Nothing was chosen here. {num_pairs} pairs with boxes.", ""]
+    return lines
+
+
+def report_words(words: Table) -> list[str]:
+    """The words, as lines of Markdown."""
+    lines = [
+        "",
+        "| text blocks with gradients, of 2 | text confidence drop | text confidence increase |",
+        "|---|---|---|",
+    ]
+    for name in words[0]:
+        cells = [spread([scores[name][k] for scores in words], 2 - k) for k in range(2)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def report_test(test: Table, num_pairs: int) -> list[str]:
+    """The test films, as lines of Markdown."""
+    lines = ["", "## Test films", "", f"Nothing was chosen here. {num_pairs} pairs with boxes.", ""]
     lines += [f"| method | {' | '.join(HEADER)} |", "|---|---|---|---|---|"]
     for name in sorted(test[0], key=lambda name: -mean(scores[name][0] for scores in test)):
         cells = [spread([scores[name][k] for scores in test], 1 if k in (1, 2) else 3) for k in range(4)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *ahead(test), ""])
+    return [*lines, "", *ahead(test)]
 
 
 def ahead(test: Table) -> list[str]:

@@ -106,8 +106,9 @@ def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
     assert_agree(expected, Matex(**settings).attribute(clip, *batch, film), 1e-6)
 
 
-PAPER = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
-MEASURED = {"grad_layers": -1, "explain": "margin", "fusion": "product", "references": REFERENCE_PHRASES}
+PAPER: dict[str, Any] = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
+MEASURED: dict[str, Any] = {"grad_layers": -1, "text_grad_layers": 1000, "explain": "margin", "fusion": "product"}
+MEASURED["references"] = REFERENCE_PHRASES
 
 
 @pytest.mark.parametrize("name", FAMILIES)

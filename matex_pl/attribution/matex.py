@@ -187,11 +187,16 @@ class Matex(AttributionMethod):
 
     @classmethod
     def measured(cls, **changes: Any) -> Matex:
-        """What a study on phantom validation films picked: all blocks but the first, the margin, the product.
+        """What a study on phantom validation films picked (docs/choices.md): the margin, the product, most blocks.
 
-        See docs/choices.md of the repository.
+        Of the image tower all blocks but the first, of the text tower all (more than any tower has).
         """
-        settings: dict[str, Any] = {"grad_layers": -1, "explain": "margin", "fusion": "product"}
+        settings: dict[str, Any] = {
+            "grad_layers": -1,
+            "text_grad_layers": 1000,
+            "explain": "margin",
+            "fusion": "product",
+        }
         return cls(**(settings | changes))
 
     @property
