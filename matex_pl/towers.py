@@ -152,17 +152,20 @@ def text_reading(model: nn.Module, tokens: Tensor) -> Reading:
         NotImplementedError: Otherwise than from one token or the average of all; says how.
     """
     tower, length = text_tower(model), tokens.shape[1]
-    rule: str | None
+    rule = _text_rule(tower)
+    if rule == "MeanPooler":
+        return Reading("mean", length, False, pooled=tokens != tower.config.pad_token_id)
+    return Reading("token", length, False, position=_text_position(tower, tokens, rule))
+
+
+def _text_rule(tower: Any) -> str | None:
+    """Which token a text tower pools, as open_clip names it; `appended` for CoCa's, the pooler's name if it is none."""
     if isinstance(tower, HFTextEncoder):
         pooler = type(tower.pooler).__name__
-        if pooler == "MeanPooler":
-            return Reading("mean", length, False, pooled=tokens != tower.config.pad_token_id)
-        rule = "first" if pooler in ("ClsPooler", "ClsLastHiddenStatePooler") else pooler
-    elif getattr(tower, "cls_emb", None) is not None:
-        rule = "appended"
-    else:
-        rule = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
-    return Reading("token", length, False, position=_text_position(tower, tokens, rule))
+        return "first" if pooler in ("ClsPooler", "ClsLastHiddenStatePooler") else pooler
+    if getattr(tower, "cls_emb", None) is not None:
+        return "appended"
+    return getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
 
 
 def _text_position(tower: Any, tokens: Tensor, rule: str | None) -> Tensor:
@@ -192,8 +195,8 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
         filled = (tokens != tower.config.pad_token_id).any(0)
         return model.encode_text(tokens[:, : int(filled.nonzero().max()) + 1] if filled.any() else tokens)
     mask = getattr(tower, "attn_mask", None)
-    rule = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
-    if mask is None or rule not in ("argmax", "eos") or getattr(tower, "cls_emb", None) is not None:
+    rule = _text_rule(tower)
+    if mask is None or rule not in ("argmax", "eos"):
         return model.encode_text(tokens)
     used = int(_text_position(tower, tokens, rule).max()) + 1
     shorter = {"attn_mask": mask[:used, :used]}

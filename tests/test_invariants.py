@@ -476,12 +476,6 @@ def test_lengths_must_agree(clip: Clip) -> None:
         Matex().attribute(clip, images, tokens, phrases, FILM[:2])
 
 
-def variant(side: str, **changes: Any) -> Clip:
-    config = copy.deepcopy(family("square").config)
-    config["model_cfg"][f"{side}_cfg"].update(changes)
-    return load_clip(json.dumps(config))
-
-
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no pool": ("vision", {"pool_type": "none"}, r"image tower VisionTransformer.*its pooling is 'none'"),
     "pool in two stages": (
