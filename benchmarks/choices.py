@@ -25,12 +25,13 @@ from torch import Tensor
 
 from matex_pl.attribution import CenterMap, Matex, PriorOnly
 from matex_pl.attribution.capture import borrowed
+from matex_pl.attribution.fill import fill_images
 from matex_pl.attribution.target import REFERENCES, reference_mean
 from matex_pl.data import PhantomDataModule, StudyBatch, collate
 from matex_pl.explain import load_module
 from matex_pl.maps import min_max, upsample
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, PointingGame
-from matex_pl.metrics.functional import fill_images, keep_highlighted, keep_relevant_tokens
+from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
 from matex_pl.module import ClipModule
 
 # `Matex.measured()` in a tower of three blocks: every setting is varied alone around it, with and without the prior.
@@ -135,7 +136,7 @@ def train(folder: Path, seed: int, data: Path) -> Path:
 def score(path: Path, root: str, split: str, maps: Maps, num_pairs: int, batch_size: int) -> dict[str, list[float]]:
     """The metrics of every row of maps on pairs with boxes of a split."""
     module = load_module(str(path))
-    fill = fill_images("mean_film", module.mean_film, module.clip.normalise(module.mean_film.expand(3, -1, -1)))
+    fill = fill_images("mean_film", module.clip, module.clip.std)
     table: dict[str, Scores] = defaultdict(Scores)
     batches = list(pairs_with_boxes(module, root, split, num_pairs, batch_size))
     for batch in track(batches, f"{path.parts[-5]}, {split}"):

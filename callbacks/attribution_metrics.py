@@ -12,10 +12,11 @@ from torchmetrics import MeanMetric, Metric, MinMetric
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.base import check_choice
+from matex_pl.attribution.fill import FILLS, check_fill, fill_images
 from matex_pl.data.record import StudyBatch
 from matex_pl.maps import AttributionMaps
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, ContrastToNoise, MapMass, PointingGame
-from matex_pl.metrics.functional import FILLS, fill_images, keep_highlighted, keep_relevant_tokens
+from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
 
 
 class AttributionMetrics(Callback):
@@ -69,11 +70,7 @@ class AttributionMetrics(Callback):
         self._check_fill(pl_module)
 
     def _check_fill(self, module: Any) -> None:
-        if self.fill == "mean_film" and module.mean_film.isnan().any():
-            raise ValueError(
-                "fill='mean_film' needs the mean of the training films, which neither the checkpoint nor a data module "
-                "gives. Use fill='blur' or 'mean_colour'."
-            )
+        check_fill(self.fill, module.clip)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew: Lightning does not reset metrics that a callback owns."""
@@ -148,7 +145,7 @@ class AttributionMetrics(Callback):
         outputs: dict[str, Tensor],
     ) -> None:
         """Confidence after removal; the embeddings of the whole pair come from the validation step."""
-        fill = fill_images(self.fill, images, module.clip.normalise(module.mean_film.expand(3, -1, -1)))
+        fill = fill_images(self.fill, module.clip, images)
         image, text = outputs["image"], outputs["text"]
         score = (image * text).sum(-1)
         with trainer.precision_plugin.forward_context():

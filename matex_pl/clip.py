@@ -42,12 +42,16 @@ class Clip(nn.Module):
         tokenizer: Its tokenizer.
         config: `{"model_cfg": ..., "preprocess_cfg": ...}` in the form of open_clip's `open_clip_config.json`; plain
             types only, so that a checkpoint can carry it and `load_clip` can rebuild the model from it.
+
+    `mean_film` `(1, H, W)` in [0, 1] is the position-wise mean of the training films, which stands in for removed
+    pixels; NaN until a data module gives it.
     """
 
     # Towers of five libraries answer to these names, and no type describes them all.
     model: Any
     mean: Tensor
     std: Tensor
+    mean_film: Tensor
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: dict[str, Any]) -> None:
         super().__init__()
@@ -59,6 +63,7 @@ class Clip(nn.Module):
         for name in ("mean", "std"):
             values = torch.tensor(preprocess[name], dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
+        self.register_buffer("mean_film", torch.full((1, *self.image_size), torch.nan))
 
     @property
     def image_size(self) -> tuple[int, int]:

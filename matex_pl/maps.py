@@ -54,6 +54,18 @@ def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch
     return (scaled if keep is None else scaled.masked_fill(~keep.flatten(1), 0)).view_as(z)
 
 
+def token_map(values: Tensor, content: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A finished text map `(B, T)`: `min_max` over the content tokens, 0 elsewhere; a single content token has 1.
+
+    Args:
+        values: `(B, T)` whatever is relevance.
+        content: `(B, T)` bool.
+        dtype: The dtype that the model computed in.
+    """
+    scaled = min_max(values, keep=content, dtype=dtype)
+    return torch.where(content.sum(1, keepdim=True) == 1, content.to(scaled), scaled)
+
+
 def _extremes(flat: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Least and greatest entry of each row, `(B, 1)` each; 0 where nothing is kept."""
     if keep is None:

@@ -51,7 +51,6 @@ class ClipModule(LightningModule):
     # Module dicts, whose items have no type.
     retrieval: Any
     zero_shot: Any
-    mean_film: Tensor
     _prompts: Tensor
 
     def __init__(
@@ -74,7 +73,6 @@ class ClipModule(LightningModule):
         self.clip = load_clip(name, pretrained, image_size)
         # A checkpoint rebuilds the model from these, without the files that this run was started from.
         self.hparams.update(name=json.dumps(self.clip.config), pretrained=None, image_size=None)
-        self.register_buffer("mean_film", torch.full((1, *self.clip.image_size), torch.nan))
         self.retrieval = nn.ModuleDict({"val": RetrievalRecall(), "test": RetrievalRecall()})
         self.zero_shot = None
         self.findings: tuple[str, ...] = ()
@@ -100,8 +98,8 @@ class ClipModule(LightningModule):
         if self.findings:
             scores = {split: ZeroShot(self.findings) for split in ("val", "test")}
             self.zero_shot = nn.ModuleDict(scores).to(self.device)
-        if self.mean_film.isnan().any() and hasattr(data, "mean_film"):
-            self.mean_film.copy_(data.mean_film())
+        if self.clip.mean_film.isnan().any() and hasattr(data, "mean_film"):
+            self.clip.mean_film.copy_(data.mean_film())
         for split in STAGES[stage] if hasattr(data, "studies") else ():
             self._report_cut_phrases(split, data.studies[split])
 

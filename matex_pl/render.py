@@ -79,27 +79,29 @@ def panel(
     Raises:
         ValueError: A shape, range or length does not fit; the message names it.
     """
-    film = _check_film(film)
-    heat = _check_heat(heat, film.shape[:2])
-    boxes = _visible(_check_boxes(boxes))
-    pieces = phrase_pieces(phrase, tokens, _check_relevance(relevance, len(tokens)))
+    film = check_film(film)
+    heat = check_heat(heat, film.shape[:2])
+    boxes = visible_boxes(boxes)
+    pieces = phrase_pieces(phrase, tokens, check_relevance(relevance, len(tokens)))
     layout = _Layout.of(width, film.shape[0] / film.shape[1], text_lines)
 
     large_film, large_heat = resize(film, layout.picture), resize(heat, layout.picture)
     canvas = np.full((layout.height, width, 3), BACKGROUND, np.uint8)
     for left, picture in zip(layout.lefts, (large_film, overlay(large_film, large_heat)), strict=True):
-        _paste(canvas, picture, left, layout.picture_top)
-        _draw_boxes(_window(canvas, left, layout), boxes, layout.px(2))
-    _draw_peak(_window(canvas, layout.lefts[1], layout), heat, layout)
+        paste(canvas, picture, left, layout.picture_top)
+        draw_boxes(_window(canvas, left, layout), boxes, layout.px(2))
+    draw_peak(_window(canvas, layout.lefts[1], layout), heat, layout)
     _draw_colour_bar(canvas, layout)
 
     sheet = Image.fromarray(canvas)
     draw = ImageDraw.Draw(sheet)
-    _write_header(draw, layout, title, subtitle, score)
+    write_header(draw, layout, title, subtitle, score)
     _write_captions(draw, layout, len(boxes), bool(heat.max() > 0))
     if side_markers:
-        _write_side_markers(draw, layout)
-    _write_phrase(draw, layout, pieces)
+        for left in layout.lefts:
+            write_side_markers(draw, layout, (left, layout.picture_top), layout.picture[0])
+    corner, room = (layout.margin, layout.phrase_top), width - 2 * layout.margin
+    write_phrase(draw, layout, pieces, corner, room, text_lines)
     return np.array(sheet)
 
 
@@ -150,7 +152,7 @@ def contact_sheet(
         raise ValueError(f"columns must be at least 1, got {columns}.")
     if captions is not None and len(captions) != len(pictures):
         raise ValueError(f"captions must be one per picture: got {len(captions)} for {len(pictures)} pictures.")
-    films = [_check_film(picture, name="picture") for picture in pictures]
+    films = [check_film(picture, name="picture") for picture in pictures]
     cell_h, cell_w = (max(film.shape[axis] for film in films) for axis in (0, 1))
     caption_h = 0 if captions is None else 26
     columns = min(columns, len(films))
@@ -160,7 +162,7 @@ def contact_sheet(
         (gap + i % columns * (cell_w + gap), gap + i // columns * (cell_h + caption_h + gap)) for i in range(len(films))
     ]
     for film, (left, top) in zip(films, corners, strict=True):
-        _paste(sheet, film, left + (cell_w - film.shape[1]) // 2, top + (cell_h - film.shape[0]) // 2)
+        paste(sheet, film, left + (cell_w - film.shape[1]) // 2, top + (cell_h - film.shape[0]) // 2)
     return sheet if captions is None else _write_cell_captions(sheet, captions, corners, cell_w, cell_h)
 
 
@@ -174,7 +176,7 @@ def save_png(path: str | os.PathLike[str], image: Picture) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
-        Image.fromarray(_check_film(image, name="image")).save(part, format="PNG", compress_level=6)
+        Image.fromarray(check_film(image, name="image")).save(part, format="PNG", compress_level=6)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -284,7 +286,7 @@ def _base_letters(character: str) -> str:
     return base if base and all(map(_in_default_font, base)) else character
 
 
-def _check_film(film: Any, name: str = "film") -> Picture:
+def check_film(film: Any, name: str = "film") -> Picture:
     """`film` as `(H, W, 3)` uint8."""
     array = np.asarray(film)
     grey = array.ndim == 2
@@ -293,21 +295,21 @@ def _check_film(film: Any, name: str = "film") -> Picture:
     return np.repeat(array[..., None], 3, axis=2) if grey else array
 
 
-def _check_heat(heat: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
+def check_heat(heat: ArrayLike, size: tuple[int, int], name: str = "heat") -> NDArray[np.float32]:
     """`heat` as `(H, W)` float32 in [0, 1]; rounding past the ends is cut, more is an error."""
     array = np.asarray(heat, dtype=np.float32)
     if array.shape != size:
-        raise ValueError(f"heat must have the film's (H, W) = {size}, got {array.shape}.")
-    _check_unit_range("heat", array)
+        raise ValueError(f"{name} must have the film's (H, W) = {size}, got {array.shape}.")
+    _check_unit_range(name, array)
     return array.clip(0, 1)
 
 
-def _check_relevance(relevance: Sequence[float], count: int) -> list[float]:
+def check_relevance(relevance: Sequence[float], count: int, name: str = "relevance") -> list[float]:
     """`relevance` as `count` floats in [0, 1]."""
     array = np.asarray(relevance, dtype=np.float32)
     if array.shape != (count,):
-        raise ValueError(f"relevance must be one value per token: got shape {array.shape} for {count} tokens.")
-    _check_unit_range("relevance", array)
+        raise ValueError(f"{name} must be one value per token: got shape {array.shape} for {count} tokens.")
+    _check_unit_range(name, array)
     return array.clip(0, 1).tolist()
 
 
@@ -332,23 +334,48 @@ def _check_boxes(boxes: ArrayLike) -> NDArray[np.float32]:
     return array
 
 
-def _visible(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The boxes cut to the frame; those wholly outside are left out."""
-    inside = boxes.clip(0, 1)
+def visible_boxes(boxes: ArrayLike) -> NDArray[np.float32]:
+    """The boxes cut to the frame, `(K, 4)` float32; those wholly outside are left out."""
+    inside = _check_boxes(boxes).clip(0, 1)
     return inside[(inside[:, 0] < inside[:, 2]) & (inside[:, 1] < inside[:, 3])]
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Page:
+    """The measures of a picture.
+
+    Args:
+        width: In pixels.
+        unit: Pixels per design unit.
+    """
+
+    width: int
+    unit: float
+
+    def px(self, units: float) -> int:
+        """Design units in pixels, at least 1."""
+        return max(1, round(units * self.unit))
+
+    @property
+    def margin(self) -> int:
+        """Of the picture's sides."""
+        return self.px(20)
+
+    @property
+    def line_height(self) -> int:
+        """Of the phrase."""
+        return self.px(34)
+
+
+@dataclass(frozen=True)
+class _Layout(Page):
     """Where things are on a panel, in pixels.
 
     Args:
-        width: Of the panel.
         picture: (width, height) of each of the two pictures.
         text_lines: Lines kept for the phrase.
     """
 
-    width: int
     picture: tuple[int, int]
     text_lines: int
 
@@ -359,17 +386,9 @@ class _Layout:
             raise ValueError(f"width must be at least 200 pixels, got {width}.")
         if text_lines < 1:
             raise ValueError(f"text_lines must be at least 1, got {text_lines}.")
-        bare = cls(width, (0, 0), text_lines)
+        bare = cls(width, width / DESIGN_WIDTH, (0, 0), text_lines)
         side = (width - 2 * bare.margin - bare.px(16) - bare.px(56)) // 2
         return replace(bare, picture=(side, max(1, round(side * aspect))))
-
-    def px(self, units: float) -> int:
-        """Design units in pixels, at least 1."""
-        return max(1, round(units * self.width / DESIGN_WIDTH))
-
-    @property
-    def margin(self) -> int:
-        return self.px(20)
 
     @property
     def lefts(self) -> tuple[int, int]:
@@ -387,10 +406,6 @@ class _Layout:
     @property
     def phrase_top(self) -> int:
         return self.picture_bottom + self.px(48)
-
-    @property
-    def line_height(self) -> int:
-        return self.px(34)
 
     @property
     def height(self) -> int:
@@ -434,9 +449,8 @@ def _in_default_font(character: str) -> bool:
 
 
 def _shade(value: float) -> Colour:
-    """What the overlay of `value` looks like on the panel's own background."""
-    background = np.array([[BACKGROUND]], np.uint8)
-    red, green, blue = overlay(background, np.array([[value]], np.float32))[0, 0].tolist()
+    """The colour of `value` on the panel's own background."""
+    red, green, blue = on_background(np.array([[value]], np.float32))[0, 0].tolist()
     return red, green, blue
 
 
@@ -457,7 +471,8 @@ def _luminance(colour: Colour) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def _paste(canvas: Picture, picture: Picture, left: int, top: int) -> None:
+def paste(canvas: Picture, picture: Picture, left: int, top: int) -> None:
+    """Lay `picture` on the canvas."""
     canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
 
 
@@ -467,7 +482,7 @@ def _window(canvas: Picture, left: int, layout: _Layout) -> Picture:
     return canvas[layout.picture_top : layout.picture_top + height, left : left + width]
 
 
-def _draw_boxes(window: Picture, boxes: NDArray[np.float32], thickness: int) -> None:
+def draw_boxes(window: Picture, boxes: NDArray[np.float32], thickness: int) -> None:
     """Frames inside the boxes' edges, with a dark line on either side so that they show on bone and on heat."""
     size = np.array(window.shape[1::-1])
     for box in boxes:
@@ -489,37 +504,41 @@ def draw_frame(window: Picture, near: NDArray[Any], far: NDArray[Any], thickness
         window[rows, columns] = colour
 
 
-def _draw_peak(window: Picture, heat: NDArray[np.float32], layout: _Layout) -> None:
+def draw_peak(window: Picture, heat: NDArray[np.float32], page: Page) -> None:
     """A small cross at the centre of the map's first maximal pixel; none on a map of zeros."""
     if heat.max() <= 0:
         return
     row, column = np.unravel_index(int(heat.argmax()), heat.shape)
-    x = int((column + 0.5) / heat.shape[1] * layout.picture[0])
-    y = int((row + 0.5) / heat.shape[0] * layout.picture[1])
+    x = int((column + 0.5) / heat.shape[1] * window.shape[1])
+    y = int((row + 0.5) / heat.shape[0] * window.shape[0])
     for colour, size, thickness in ((DARK_INK, 22, 5), (INK, 18, 2)):
-        cv2.drawMarker(window, (x, y), colour, cv2.MARKER_CROSS, layout.px(size), layout.px(thickness))
+        cv2.drawMarker(window, (x, y), colour, cv2.MARKER_CROSS, page.px(size), page.px(thickness))
 
 
 def _draw_colour_bar(canvas: Picture, layout: _Layout) -> None:
     """The overlay's colours on the panel's background, 1 at the top, beside the right picture."""
     left = layout.lefts[1] + layout.picture[0] + layout.px(12)
     values = np.linspace(1, 0, layout.picture[1], dtype=np.float32)[:, None].repeat(layout.px(12), axis=1)
-    background = np.full((*values.shape, 3), BACKGROUND, np.uint8)
-    _paste(canvas, overlay(background, values), left, layout.picture_top)
+    paste(canvas, on_background(values), left, layout.picture_top)
 
 
-def _write_header(draw: ImageDraw.ImageDraw, layout: _Layout, title: str, subtitle: str, score: float) -> None:
+def on_background(values: NDArray[np.float32]) -> Picture:
+    """What the overlay of `values` `(H, W)` looks like on the panel's own background, `(H, W, 3)`."""
+    return overlay(np.full((*values.shape, 3), BACKGROUND, np.uint8), values)
+
+
+def write_header(draw: ImageDraw.ImageDraw, page: Page, title: str, subtitle: str, score: float) -> None:
     """Title and score on the first line, subtitle on the second."""
-    right = layout.width - layout.margin
+    right = page.width - page.margin
     # Adding 0.0 turns -0.0 into 0.0.
-    text, font = f"cos {round(float(score), 2) + 0.0:.2f}", font_for(layout.px(26))
-    draw.text((right, layout.px(41)), text, INK, font, anchor="rs")
-    room = right - layout.margin - font.getlength(text) - layout.px(24)
-    _write(draw, (layout.margin, layout.px(41)), clean(title), INK, layout.px(26), room)
-    _write(draw, (layout.margin, layout.px(70)), clean(subtitle), FAINT_INK, layout.px(19), right - layout.margin)
+    text, font = f"cos {round(float(score), 2) + 0.0:.2f}", font_for(page.px(26))
+    draw.text((right, page.px(41)), text, INK, font, anchor="rs")
+    room = right - page.margin - font.getlength(text) - page.px(24)
+    write(draw, (page.margin, page.px(41)), clean(title), INK, page.px(26), room)
+    write(draw, (page.margin, page.px(70)), clean(subtitle), FAINT_INK, page.px(19), right - page.margin)
 
 
-def _write(
+def write(
     draw: ImageDraw.ImageDraw, left_base: tuple[int, int], text: str, ink: Colour, size: int, room: float
 ) -> None:
     """A line of text from `left_base` (x, y of its baseline), cut to `room` pixels."""
@@ -530,36 +549,46 @@ def _write(
 def _write_captions(draw: ImageDraw.ImageDraw, layout: _Layout, num_boxes: int, has_peak: bool) -> None:
     """What each picture shows, under it, and the ends of the colour bar."""
     font, base = font_for(layout.px(17)), layout.picture_bottom + layout.px(24)
-    boxes = "no box" if num_boxes == 0 else f"{num_boxes} box" + "es" * (num_boxes > 1)
     right = "map over the film, cross at the maximum" if has_peak else "map over the film, all zero"
-    for left, text in zip(layout.lefts, (f"film, {boxes}", right), strict=True):
+    for left, text in zip(layout.lefts, (f"film, {count_boxes(num_boxes)}", right), strict=True):
         draw.text((left, base), text, FAINT_INK, font, anchor="ls")
     bar_right = layout.lefts[1] + layout.picture[0] + layout.px(30)
     draw.text((bar_right, layout.picture_top), "1", FAINT_INK, font, anchor="lt")
     draw.text((bar_right, layout.picture_bottom), "0", FAINT_INK, font, anchor="lb")
 
 
-def _write_side_markers(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
-    """R upper left, L upper right on both pictures: the patient's right is on the left of a frontal film."""
-    font, inset = font_for(layout.px(26)), layout.px(12)
-    top = layout.picture_top + inset
-    for left in layout.lefts:
-        for x, text, anchor in ((left + inset, "R", "lt"), (left + layout.picture[0] - inset, "L", "rt")):
-            draw.text((x, top), text, INK, font, anchor=anchor, stroke_width=layout.px(2), stroke_fill=DARK_INK)
+def count_boxes(count: int) -> str:
+    """The number of boxes in words."""
+    return "no box" if count == 0 else f"{count} box" + "es" * (count > 1)
 
 
-def _write_phrase(draw: ImageDraw.ImageDraw, layout: _Layout, pieces: Sequence[Piece]) -> None:
-    """The pieces in reading order on at most `layout.text_lines` lines."""
-    font = font_for(layout.px(20), "".join(piece.text for piece in pieces))
-    lines = wrap(pieces, font, layout.width - 2 * layout.margin - 2 * layout.px(3), layout.text_lines)
-    for row, line in enumerate(lines):
-        _write_line(draw, layout, line, layout.phrase_top + row * layout.line_height, font)
+def write_side_markers(draw: ImageDraw.ImageDraw, page: Page, corner: tuple[int, int], width: int) -> None:
+    """R and L in the upper corners of the picture at `corner` (left, top): its left is a frontal film's right."""
+    font, inset, (left, top) = font_for(page.px(26)), page.px(12), corner
+    for x, text, anchor in ((left + inset, "R", "lt"), (left + width - inset, "L", "rt")):
+        draw.text((x, top + inset), text, INK, font, anchor=anchor, stroke_width=page.px(2), stroke_fill=DARK_INK)
 
 
-def _write_line(draw: ImageDraw.ImageDraw, layout: _Layout, line: Sequence[Piece], top: int, font: Any) -> None:
+def write_phrase(
+    draw: ImageDraw.ImageDraw,
+    page: Page,
+    pieces: Sequence[Piece],
+    corner: tuple[int, int],
+    room: float,
+    max_lines: int,
+) -> None:
+    """The pieces in reading order on at most `max_lines` lines of `room` pixels, the first at `corner` (left, top)."""
+    font, pad, (left, top) = font_for(page.px(20), "".join(piece.text for piece in pieces)), page.px(3), corner
+    for row, line in enumerate(wrap(pieces, font, room - 2 * pad, max_lines)):
+        _write_line(draw, page, line, (left + pad, top + row * page.line_height), font)
+
+
+def _write_line(
+    draw: ImageDraw.ImageDraw, page: Page, line: Sequence[Piece], corner: tuple[int, int], font: Any
+) -> None:
     """One line of pieces, each on its shade; the shade of a word reaches a little beyond its ends."""
-    x, pad = float(layout.margin + layout.px(3)), layout.px(3)
-    bottom, baseline = top + layout.px(28), top + layout.px(21)
+    x, top, pad = float(corner[0]), corner[1], page.px(3)
+    bottom, baseline = top + page.px(28), top + page.px(21)
     for index, piece in enumerate(line):
         begins = index == 0 or piece.after_space
         ends = index + 1 == len(line) or line[index + 1].after_space

@@ -135,14 +135,19 @@ def _timm_kind(tower: TimmModel) -> tuple[str, str]:
     return "", f"its pooling is {pool!r}"
 
 
+def image_blocks(visual: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of an image tower with a known reading; a ResNet has none."""
+    tower = original(visual)
+    if isinstance(tower, ModifiedResNet):
+        return []
+    return list(tower.transformer.resblocks if isinstance(tower, VisionTransformer) else tower.trunk.blocks)
+
+
 def image_depth(visual: nn.Module) -> int:
     """Number of attention blocks that an image tower with a known reading is made of, its attention pool included."""
     tower = original(visual)
-    if isinstance(tower, ModifiedResNet):
-        return 1
-    if isinstance(tower, VisionTransformer):
-        return len(tower.transformer.resblocks) + (tower.attn_pool is not None)
-    return len(tower.trunk.blocks) + (getattr(tower.trunk, "attn_pool", None) is not None)
+    pool = isinstance(tower, ModifiedResNet) or getattr(getattr(tower, "trunk", tower), "attn_pool", None) is not None
+    return len(image_blocks(tower)) + pool
 
 
 def text_reading(model: nn.Module, tokens: Tensor) -> Reading:
@@ -178,6 +183,35 @@ def _text_position(tower: Any, tokens: Tensor, rule: str | None) -> Tensor:
     if rule not in fixed:
         raise NotImplementedError(not_explained("text", tower, f"its pooling is {rule!r}"))
     return torch.full_like(tokens[:, 0], fixed[rule])
+
+
+def text_blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a text tower, which its tokens run through.
+
+    Raises:
+        NotImplementedError: They are not where those of BERT are.
+    """
+    tower = text_tower(model)
+    if not isinstance(tower, HFTextEncoder):
+        return list(tower.transformer.resblocks)
+    layers = getattr(getattr(tower.transformer, "encoder", None), "layer", None)
+    if layers is None:
+        reason = f"the blocks of a {type(tower.transformer).__name__} are not where BERT has them (`encoder.layer`)"
+        raise NotImplementedError(not_explained("text", tower, reason))
+    return list(layers)
+
+
+def block_norm(block: Any) -> nn.Module | None:
+    """The norm between a block's stream and its attention; None where the stream itself is normed, as in BERT."""
+    return getattr(block, "ln_1", getattr(block, "norm1", None))
+
+
+def token_embedding(model: nn.Module) -> nn.Module:
+    """The table that a text tower looks its tokens up in."""
+    tower = text_tower(model)
+    if isinstance(tower, HFTextEncoder):
+        return tower.transformer.get_input_embeddings()
+    return tower.token_embedding
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:

@@ -3,15 +3,20 @@
 Nothing here is shared with the library but the phrase parser and the content mask. Studies, heads, layers, patches and
 pixels are loops, attention is the full softmax matrix, and the gradients are plain autograd over the whole towers,
 written out here: open_clip's own, CoCa's, CLIP's ResNet, vision transformers of timm and BERT of Hugging Face.
+
+`matex` is MATEX; `raw_<method>` and `finish` are the other methods. What is random comes in as an argument.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,6 +83,50 @@ class Reading:
         return range(-self.grid[0] * self.grid[1], 0)
 
 
+@dataclass
+class Tower:
+    """A tower in three, for the image or the phrase that it was made for.
+
+    `start` makes the tokens (n, width) of pixels (3, H, W) or of token embeddings (T, width); each of `blocks` goes
+    from tokens to tokens; `head` reads the embedding, not of unit length, and gives the layers of its attention pool.
+    CLIP's ResNet has no blocks: its tokens are the cells of its last map.
+    """
+
+    start: Callable[[Tensor], Tensor]
+    blocks: list[Callable[[Tensor], tuple[Tensor, Layer]]]
+    head: Callable[[Tensor], tuple[Tensor, list[Layer], Reading]]
+    grid: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Run:
+    """What came of one run: the unit embedding, its layers with the pool last, and how it is read.
+
+    `stream` holds the tokens before the first block that ran and behind each, one more than blocks.
+    """
+
+    embedding: Tensor
+    layers: list[Layer]
+    reading: Reading
+    stream: list[Tensor]
+
+
+def run(tower: Tower, x: Tensor) -> Run:
+    """The whole tower, from pixels (3, H, W) or token embeddings (T, width)."""
+    return tail(tower, tower.start(x), 0)
+
+
+def tail(tower: Tower, tokens: Tensor, first: int) -> Run:
+    """The tower from the tokens (n, width) that enter the block `first`; behind the last block, its head alone."""
+    layers, stream = [], [tokens]
+    for block in tower.blocks[first:]:
+        tokens, layer = block(tokens)
+        layers.append(layer)
+        stream.append(tokens)
+    embedding, pool, reading = tower.head(tokens)
+    return Run(embedding / embedding.norm(), [*layers, *pool], reading, stream)
+
+
 # --- what all towers are made of
 
 
@@ -112,46 +161,52 @@ def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
     return centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
 
 
-def patch_embeddings(image: Tensor, convolution: nn.Module) -> tuple[list[Tensor], tuple[int, int]]:
-    """The patches of an image (3, H, W), row by row, each times the kernel, and their raster."""
+def raster(convolution: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the patches of an image of this size."""
+    return size[0] // convolution.kernel_size[0], size[1] // convolution.kernel_size[1]
+
+
+def patch_embeddings(image: Tensor, convolution: nn.Module) -> list[Tensor]:
+    """The patches of an image (3, H, W), row by row, each times the kernel."""
     height, width = convolution.kernel_size
     patches = []
     for y in range(0, image.shape[1], height):
         for x in range(0, image.shape[2], width):
             patch = (convolution.weight * image[:, y : y + height, x : x + width]).sum((1, 2, 3))
             patches.append(patch if convolution.bias is None else patch + convolution.bias)
-    return patches, (image.shape[1] // height, image.shape[2] // width)
+    return patches
 
 
 # --- open_clip's own towers
 
 
-def transformer(x: Tensor, blocks: Iterable[nn.Module], hidden: Tensor | None = None) -> tuple[Tensor, list[Layer]]:
-    """Tokens (n, width) through the residual attention blocks of open_clip."""
-    layers = []
-    for block in blocks:
-        normed = layer_norm(x, block.ln_1)
-        q, k, v = (normed @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).chunk(3, dim=1)
-        layer = attend(q, k, v, block.attn.num_heads, hidden)
-        x = x + linear(torch.cat(layer.output, 1), block.attn.out_proj)
-        x = x + linear(F.gelu(linear(layer_norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
-        layers.append(layer)
-    return x, layers
+def open_clip_block(block: nn.Module, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Layer]:
+    """Tokens (n, width) through one residual attention block of open_clip."""
+    normed = layer_norm(x, block.ln_1)
+    q, k, v = (normed @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).chunk(3, dim=1)
+    layer = attend(q, k, v, block.attn.num_heads, hidden)
+    x = x + linear(torch.cat(layer.output, 1), block.attn.out_proj)
+    return x + linear(F.gelu(linear(layer_norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj), layer
 
 
-def native_image(visual: nn.Module, image: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+def native_image(visual: nn.Module, size: tuple[int, int]) -> Tower:
     """open_clip's vision transformer, which reads its class token, the mean of its patches or an attention pool."""
-    patches, grid = patch_embeddings(image, visual.conv1)
-    tokens = torch.stack([visual.class_embedding, *patches]) + visual.positional_embedding
-    tokens, layers = transformer(layer_norm(tokens, visual.ln_pre), visual.transformer.resblocks)
-    if visual.attn_pool is not None:
-        tokens, layer = coca_pool(visual.attn_pool, tokens)
-        return layer_norm(tokens[0], visual.ln_post) @ visual.proj, [*layers, layer], Reading("query", grid=grid)
-    tokens = layer_norm(tokens, visual.ln_post)
-    if visual.pool_type == "avg":
-        reading = Reading("mean", list(range(1, len(tokens))), grid)
-        return tokens[1:].mean(0) @ visual.proj, layers, reading
-    return tokens[0] @ visual.proj, layers, Reading("token", [0], grid)
+    grid = raster(visual.conv1, size)
+
+    def start(image: Tensor) -> Tensor:
+        tokens = torch.stack([visual.class_embedding, *patch_embeddings(image, visual.conv1)])
+        return layer_norm(tokens + visual.positional_embedding, visual.ln_pre)
+
+    def head(tokens: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+        if visual.attn_pool is not None:
+            tokens, layer = coca_pool(visual.attn_pool, tokens)
+            return layer_norm(tokens[0], visual.ln_post) @ visual.proj, [layer], Reading("query", grid=grid)
+        tokens = layer_norm(tokens, visual.ln_post)
+        if visual.pool_type == "avg":
+            return tokens[1:].mean(0) @ visual.proj, [], Reading("mean", list(range(1, len(tokens))), grid)
+        return tokens[0] @ visual.proj, [], Reading("token", [0], grid)
+
+    return Tower(start, [partial(open_clip_block, block) for block in visual.transformer.resblocks], head, grid)
 
 
 def coca_pool(pool: nn.Module, tokens: Tensor) -> tuple[Tensor, Layer]:
@@ -164,21 +219,24 @@ def coca_pool(pool: nn.Module, tokens: Tensor) -> tuple[Tensor, Layer]:
     return linear(torch.cat(layer.output, 1), pool.attn.out_proj), layer
 
 
-def native_text(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+def native_text(model: nn.Module, tokens: Tensor) -> Tower:
     """open_clip's text transformer, which reads the largest id, the last token or an appended class token."""
     tower = getattr(model, "text", model)
-    # `detach().requires_grad_()`: the graph must start somewhere when all weights are frozen.
-    x = tower.token_embedding.weight[tokens].detach().requires_grad_()
     appended = getattr(tower, "cls_emb", None) is not None
-    if appended:
-        x = torch.cat([x, tower.cls_emb[None]])
     hidden = hidden_from_text(tower, tokens, appended)
-    x, layers = transformer(x + tower.positional_embedding, tower.transformer.resblocks, hidden)
     rule = "last" if appended else getattr(model, "text_pool_type", None) or tower.pool_type
-    position = {"argmax": int(tokens.argmax()), "last": len(x) - 1}[rule]
-    read, projection = layer_norm(x[position], tower.ln_final), tower.text_projection
-    embedding = linear(read, projection) if isinstance(projection, nn.Linear) else read @ projection
-    return embedding, layers, Reading("token", [position])
+    position = {"argmax": int(tokens.argmax()), "last": len(tokens) + appended - 1}[rule]
+
+    def start(x: Tensor) -> Tensor:
+        return (torch.cat([x, tower.cls_emb[None]]) if appended else x) + tower.positional_embedding
+
+    def head(x: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+        read, projection = layer_norm(x[position], tower.ln_final), tower.text_projection
+        embedding = linear(read, projection) if isinstance(projection, nn.Linear) else read @ projection
+        return embedding, [], Reading("token", [position])
+
+    blocks = [partial(open_clip_block, block, hidden=hidden) for block in tower.transformer.resblocks]
+    return Tower(start, blocks, head)
 
 
 def hidden_from_text(tower: nn.Module, tokens: Tensor, appended: bool) -> Tensor | None:
@@ -197,37 +255,39 @@ def hidden_from_text(tower: nn.Module, tokens: Tensor, appended: bool) -> Tensor
 # --- towers of timm, Hugging Face and CLIP's ResNet
 
 
-def timm_image(visual: nn.Module, image: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+def timm_image(visual: nn.Module, size: tuple[int, int]) -> Tower:
     """A vision transformer of timm, which reads its class token, the mean of its patches or an attention pool."""
     trunk = visual.trunk
-    patches, grid = patch_embeddings(image, trunk.patch_embed.proj)
-    prefix = [token for name in ("cls_token", "reg_token") if (token := getattr(trunk, name)) is not None]
-    tokens = torch.cat([*(token[0] for token in prefix), torch.stack(patches)]) + trunk.pos_embed[0]
-    tokens, layers = timm_blocks(tokens, trunk.blocks)
-    tokens = layer_norm(tokens, trunk.norm)
-    first = 0 if trunk.pool_include_prefix else len(tokens) - len(patches)
-    if trunk.attn_pool is not None:
-        pooled, layer = timm_pool(trunk.attn_pool, tokens[first:])
-        layers, reading = [*layers, layer], Reading("query", grid=grid)
-    elif trunk.global_pool == "avg":
-        pooled, reading = tokens[first:].mean(0), Reading("mean", list(range(first, len(tokens))), grid)
-    else:
-        pooled, reading = tokens[0], Reading("token", [0], grid)
-    pooled = layer_norm(pooled, trunk.fc_norm)
-    return linear(pooled, visual.head.proj) if len(visual.head) else pooled, layers, reading
+    grid = raster(trunk.patch_embed.proj, size)
+
+    def start(image: Tensor) -> Tensor:
+        prefix = [token for name in ("cls_token", "reg_token") if (token := getattr(trunk, name)) is not None]
+        patches = torch.stack(patch_embeddings(image, trunk.patch_embed.proj))
+        return torch.cat([*(token[0] for token in prefix), patches]) + trunk.pos_embed[0]
+
+    def head(tokens: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+        tokens, layers = layer_norm(tokens, trunk.norm), []
+        first = 0 if trunk.pool_include_prefix else len(tokens) - grid[0] * grid[1]
+        if trunk.attn_pool is not None:
+            pooled, layer = timm_pool(trunk.attn_pool, tokens[first:])
+            layers, reading = [layer], Reading("query", grid=grid)
+        elif trunk.global_pool == "avg":
+            pooled, reading = tokens[first:].mean(0), Reading("mean", list(range(first, len(tokens))), grid)
+        else:
+            pooled, reading = tokens[0], Reading("token", [0], grid)
+        pooled = layer_norm(pooled, trunk.fc_norm)
+        return linear(pooled, visual.head.proj) if len(visual.head) else pooled, layers, reading
+
+    return Tower(start, [partial(timm_block, block) for block in trunk.blocks], head, grid)
 
 
-def timm_blocks(x: Tensor, blocks: Iterable[nn.Module]) -> tuple[Tensor, list[Layer]]:
-    """Tokens (n, width) through the blocks of timm, with or without a scale on what each adds."""
-    layers = []
-    for block in blocks:
-        q, k, v = linear(layer_norm(x, block.norm1), block.attn.qkv).chunk(3, dim=1)
-        layer = attend(q, k, v, block.attn.num_heads)
-        x = x + linear(torch.cat(layer.output, 1), block.attn.proj) * getattr(block.ls1, "gamma", 1)
-        hidden = F.gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1))
-        x = x + linear(hidden, block.mlp.fc2) * getattr(block.ls2, "gamma", 1)
-        layers.append(layer)
-    return x, layers
+def timm_block(block: nn.Module, x: Tensor) -> tuple[Tensor, Layer]:
+    """Tokens (n, width) through one block of timm, with or without a scale on what it adds."""
+    q, k, v = linear(layer_norm(x, block.norm1), block.attn.qkv).chunk(3, dim=1)
+    layer = attend(q, k, v, block.attn.num_heads)
+    x = x + linear(torch.cat(layer.output, 1), block.attn.proj) * getattr(block.ls1, "gamma", 1)
+    hidden = F.gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1))
+    return x + linear(hidden, block.mlp.fc2) * getattr(block.ls2, "gamma", 1), layer
 
 
 def timm_pool(pool: nn.Module, tokens: Tensor) -> tuple[Tensor, Layer]:
@@ -239,22 +299,28 @@ def timm_pool(pool: nn.Module, tokens: Tensor) -> tuple[Tensor, Layer]:
     return x[0], layer
 
 
-def resnet_image(visual: nn.Module, image: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+def resnet_image(visual: nn.Module, size: tuple[int, int]) -> Tower:
     """CLIP's ResNet: the mean of its last map asks that map, each cell with its position."""
-    x = image[None]
-    for number, stride in ((1, 2), (2, 1), (3, 1)):
-        convolution = getattr(visual, f"conv{number}")
-        x = batch_norm(F.conv2d(x, convolution.weight, stride=stride, padding=1), getattr(visual, f"bn{number}")).relu()
-    x = F.avg_pool2d(x, 2)
-    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
-        for block in stage:
-            x = bottleneck(x, block)
-    cells, pool = x[0].flatten(1).T, visual.attnpool
-    tokens = torch.cat([cells.mean(0, keepdim=True), cells]) + pool.positional_embedding
-    q, k, v = (linear(tokens, z) for z in (pool.q_proj, pool.k_proj, pool.v_proj))
-    layer = attend(q, k, v, pool.num_heads)
-    embedding = linear(torch.cat(layer.output, 1), pool.c_proj)[0]
-    return embedding, [layer], Reading("token", [0], tuple(x.shape[2:]))
+    grid, pool = (size[0] // 32, size[1] // 32), visual.attnpool
+
+    def start(image: Tensor) -> Tensor:
+        x = image[None]
+        for number, stride in ((1, 2), (2, 1), (3, 1)):
+            convolution, norm = getattr(visual, f"conv{number}"), getattr(visual, f"bn{number}")
+            x = batch_norm(F.conv2d(x, convolution.weight, stride=stride, padding=1), norm).relu()
+        x = F.avg_pool2d(x, 2)
+        for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            for block in stage:
+                x = bottleneck(x, block)
+        return x[0].flatten(1).T
+
+    def head(cells: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+        tokens = torch.cat([cells.mean(0, keepdim=True), cells]) + pool.positional_embedding
+        q, k, v = (linear(tokens, z) for z in (pool.q_proj, pool.k_proj, pool.v_proj))
+        layer = attend(q, k, v, pool.num_heads)
+        return linear(torch.cat(layer.output, 1), pool.c_proj)[0], [layer], Reading("token", [0], grid)
+
+    return Tower(start, [], head, grid)
 
 
 def batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -272,48 +338,70 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor:
     return (out + x).relu()
 
 
-def bert_text(tower: nn.Module, tokens: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+def bert_text(tower: nn.Module, tokens: Tensor) -> Tower:
     """BERT, which reads its first token or the mean of all that are no pad tokens; no token sees a pad token."""
     pad, embed = tokens == tower.config.pad_token_id, tower.transformer.embeddings
-    x = embed.word_embeddings.weight[tokens].detach().requires_grad_() + embed.token_type_embeddings.weight[0]
-    x = layer_norm(x + embed.position_embeddings.weight[: len(tokens)], embed.LayerNorm)
-    x, layers = bert_blocks(x, tower.transformer.encoder.layer, pad[None].expand(len(tokens), -1))
+    reading = Reading("token", [0])
     if type(tower.pooler).__name__ == "MeanPooler":
         reading = Reading("mean", [j for j in range(len(tokens)) if not pad[j]])
-    else:
-        reading = Reading("token", [0])
-    embedding = sum(x[j] for j in reading.pooled) / len(reading.pooled)
-    if isinstance(tower.proj, nn.Linear):
-        return linear(embedding, tower.proj), layers, reading
-    return linear(F.gelu(linear(embedding, tower.proj[0])), tower.proj[2]), layers, reading
+
+    def start(x: Tensor) -> Tensor:
+        x = x + embed.token_type_embeddings.weight[0] + embed.position_embeddings.weight[: len(tokens)]
+        return layer_norm(x, embed.LayerNorm)
+
+    def head(x: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+        embedding = sum(x[j] for j in reading.pooled) / len(reading.pooled)
+        if isinstance(tower.proj, nn.Linear):
+            return linear(embedding, tower.proj), [], reading
+        return linear(F.gelu(linear(embedding, tower.proj[0])), tower.proj[2]), [], reading
+
+    hidden = pad[None].expand(len(tokens), -1)
+    return Tower(start, [partial(bert_block, block, hidden=hidden) for block in tower.transformer.encoder.layer], head)
 
 
-def bert_blocks(x: Tensor, blocks: Iterable[nn.Module], hidden: Tensor) -> tuple[Tensor, list[Layer]]:
-    """Tokens (n, width) through the blocks of BERT, which norms behind each sum."""
-    layers = []
-    for block in blocks:
-        own, out = block.attention.self, block.attention.output
-        layer = attend(*(linear(x, z) for z in (own.query, own.key, own.value)), own.num_attention_heads, hidden)
-        x = layer_norm(x + linear(torch.cat(layer.output, 1), out.dense), out.LayerNorm)
-        inner = F.gelu(linear(x, block.intermediate.dense))
-        x = layer_norm(x + linear(inner, block.output.dense), block.output.LayerNorm)
-        layers.append(layer)
-    return x, layers
+def bert_block(block: nn.Module, x: Tensor, hidden: Tensor) -> tuple[Tensor, Layer]:
+    """Tokens (n, width) through one block of BERT, which norms behind each sum."""
+    own, out = block.attention.self, block.attention.output
+    layer = attend(*(linear(x, z) for z in (own.query, own.key, own.value)), own.num_attention_heads, hidden)
+    x = layer_norm(x + linear(torch.cat(layer.output, 1), out.dense), out.LayerNorm)
+    inner = F.gelu(linear(x, block.intermediate.dense))
+    return layer_norm(x + linear(inner, block.output.dense), block.output.LayerNorm), layer
+
+
+# --- the towers of a model
+
+
+def image_tower(clip: Clip, size: tuple[int, int]) -> Tower:
+    """The image tower for images of this height and width."""
+    visual = clip.model.visual
+    tower = timm_image if hasattr(visual, "trunk") else resnet_image if hasattr(visual, "attnpool") else native_image
+    return tower(visual, size)
+
+
+def text_tower(clip: Clip, tokens: Tensor) -> Tower:
+    """The text tower with the masks and the pooled position of one phrase (T,)."""
+    text = getattr(clip.model, "text", None)
+    return bert_text(text, tokens) if hasattr(text, "pooler") else native_text(clip.model, tokens)
+
+
+def word_embeddings(clip: Clip, tokens: Tensor) -> Tensor:
+    """Rows (T, width) of the text tower's embedding, before positions."""
+    text = getattr(clip.model, "text", clip.model)
+    table = text.transformer.embeddings.word_embeddings if hasattr(text, "pooler") else text.token_embedding
+    return table.weight[tokens].detach()
 
 
 def encode_image(clip: Clip, image: Tensor) -> tuple[Tensor, list[Layer], Reading]:
     """Unit embedding of one image (3, H, W), its layers with the attention pool last, and how it is read."""
-    visual = clip.model.visual
-    tower = timm_image if hasattr(visual, "trunk") else resnet_image if hasattr(visual, "attnpool") else native_image
-    embedding, layers, reading = tower(visual, image)
-    return embedding / embedding.norm(), layers, reading
+    found = run(image_tower(clip, tuple(image.shape[1:])), image)
+    return found.embedding, found.layers, found.reading
 
 
 def encode_text(clip: Clip, tokens: Tensor) -> tuple[Tensor, list[Layer], Reading]:
     """Unit embedding of one phrase (T,), its layers and how it is read; a block may have a token more than T."""
-    text = getattr(clip.model, "text", None)
-    embedding, layers, reading = bert_text(text, tokens) if hasattr(text, "pooler") else native_text(clip.model, tokens)
-    return embedding / embedding.norm(), layers, reading
+    # `requires_grad_()`: the graph must start somewhere when all weights are frozen.
+    found = run(text_tower(clip, tokens), word_embeddings(clip, tokens).requires_grad_())
+    return found.embedding, found.layers, found.reading
 
 
 # --- how an embedding is read, block by block
@@ -608,3 +696,596 @@ def text_side(
     if len(content) == 1:
         finished[content] = 1
     return parts
+
+
+# --- the other methods: one side of one pair
+
+
+@dataclass
+class Side:
+    """One side of a pair, whose S = <unit embedding, direction> is a function of that side alone.
+
+    `x` is the image (3, H, W) or the token embeddings (T, width), from which `run` came; `among` are the positions of
+    the patches (counted from the end) or of the content tokens, `number` is the pair's place in its batch.
+    """
+
+    clip: Clip
+    number: int
+    tower: Tower
+    x: Tensor
+    direction: Tensor
+    among: list[int]
+    run: Run
+    tokens: Tensor
+
+    def score(self, found: Run) -> Tensor:
+        """S of any run of this side's tower."""
+        return (found.embedding * self.direction).sum()
+
+
+def sides(
+    clip: Clip, number: int, image: Tensor, tokens: Tensor, explain: str, references: Sequence[str] | None
+) -> tuple[Side, Side, Tensor]:
+    """Image side and text side of one pair, and its cosine."""
+    x, words = image.detach().clone().requires_grad_(), word_embeddings(clip, tokens).requires_grad_()
+    towers = image_tower(clip, tuple(image.shape[1:])), text_tower(clip, tokens)
+    seen, said = run(towers[0], x), run(towers[1], words)
+    image_embedding, text_embedding = seen.embedding.detach(), said.embedding.detach()
+    direction = text_embedding
+    if explain == "margin":
+        others = [encode_text(clip, clip.tokenize([other])[0])[0].detach() for other in references or REFERENCES]
+        direction = text_embedding - sum(others) / len(others)
+    scale = clip.logit_scale.detach().exp() if explain == "logit" else 1
+    patches, content = list(seen.reading.patches), clip.content(tokens[None])[0].nonzero()[:, 0].tolist()
+    visual = Side(clip, number, towers[0], x, direction * scale, patches, seen, tokens)
+    textual = Side(clip, number, towers[1], words, image_embedding * scale, content, said, tokens)
+    return visual, textual, (image_embedding * text_embedding).sum()
+
+
+Values = Callable[[Side], "Tensor | dict[str, Tensor]"]
+
+
+def both_sides(
+    clip: Clip,
+    images: Tensor,
+    tokens: Tensor,
+    image_values: Values,
+    text_values: Values | None,
+    explain: str = "cosine",
+    references: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """Raw values of B pairs, one after the other, as all `raw_...` give them.
+
+    `image` (B, N) or, where a method speaks of pixels, (B, H, W); `text` (B, T), 0 off content, not there where a
+    method has none; `score` (B,), the cosine; and the parts of the method, those of the text as `text_...`.
+
+    Args:
+        image_values: A value per patch or per pixel, alone or as `map` beside parts.
+        text_values: A value per content token, alone or as `map` beside parts.
+    """
+    found = []
+    with torch.enable_grad():
+        for b in range(len(images)):
+            visual, textual, cosine = sides(clip, b, images[b], tokens[b], explain, references)
+            pair = {"score": cosine, **named(image_values(visual), "image", "")}
+            if text_values is not None:
+                parts = named(text_values(textual), "text", "text_")
+                pair |= {name: placed(z, textual.among, len(tokens[b])) for name, z in parts.items()}
+            found.append(pair)
+    return {name: torch.stack([pair[name].detach() for pair in found]) for name in found[0]}
+
+
+def named(values: Tensor | dict[str, Tensor], whole: str, prefix: str) -> dict[str, Tensor]:
+    """Map and parts of one side under the names of the two sides."""
+    parts = values if isinstance(values, dict) else {"map": values}
+    return {whole if name == "map" else prefix + name: z for name, z in parts.items()}
+
+
+def placed(values: Tensor, content: list[int], length: int) -> Tensor:
+    """A value per content token as one per token (T,), 0 elsewhere; what is one number stays so."""
+    if values.ndim == 0:
+        return values
+    result = values.new_zeros(length)
+    for value, j in zip(values, content, strict=True):
+        result[j] = value
+    return result
+
+
+def finish(clip: Clip, raw: dict[str, Tensor], images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Finished `image` (B, H, W), `grid` (B, Gh, Gw) and `text` (B, T) in place of the raw ones; the rest stays."""
+    size, content = tuple(images.shape[2:]), clip.content(tokens)
+    finished, grids, text = [], [], []
+    for b, values in enumerate(raw["image"]):
+        image, grid = finished_image(values, image_tower(clip, size).grid, size)
+        finished.append(image)
+        grids.append(grid)
+        row = raw["text"][b] if "text" in raw else None
+        text.append(finished_text(row, content[b].nonzero()[:, 0].tolist(), tokens.shape[1]).to(values))
+    return {**raw, "image": torch.stack(finished), "grid": torch.stack(grids), "text": torch.stack(text)}
+
+
+def finished_image(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Map in pixels and on the raster, of a value per pixel (H, W) or per patch (N,)."""
+    if values.ndim == 2:
+        image = norm(values)
+        return image, cell_means(image, grid)
+    cells = norm(values).reshape(grid)
+    return norm(bilinear(cells, size)), cells
+
+
+def finished_text(values: Tensor | None, content: list[int], length: int) -> Tensor:
+    """Map of the tokens (T,): the norm over the content tokens, 1 for a single one, zeros for a method without text."""
+    result = torch.zeros(length, dtype=torch.float64)
+    if values is not None:
+        result[content] = norm(values[content]).to(result) if len(content) != 1 else 1.0
+    return result
+
+
+def block_number(named_as: int, count: int) -> int:
+    """A block from the front; counted from the end when negative, and the first one where there are not so many."""
+    return named_as if named_as >= 0 else max(0, count + named_as)
+
+
+# --- gradients
+
+
+def raw_grad_cam(
+    clip: Clip,
+    images: Tensor,
+    tokens: Tensor,
+    layers: Sequence[int] = (-1,),
+    variant: str = "gradcam",
+    **explained: Any,
+) -> dict[str, Tensor]:
+    values = partial(grad_cam, layers=layers, variant=variant)
+    return both_sides(clip, images, tokens, values, values, **explained)
+
+
+def grad_cam(side: Side, layers: Sequence[int], variant: str) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017) or HiResCAM (Draelos and Carin 2020) of the tokens that enter the blocks."""
+    maps = [camera(side, block_number(layer, len(side.tower.blocks)), variant) for layer in layers]
+    return maps[0] if len(maps) == 1 else sum(norm(values) for values in maps) / len(maps)
+
+
+def camera(side: Side, block: int, variant: str) -> Tensor:
+    """The map of one block, a value for each of the tokens `among`."""
+    tokens = side.run.stream[block]
+    gradient = torch.autograd.grad(side.score(side.run), tokens, retain_graph=True)[0]
+    mean = sum((gradient[i] for i in side.among), torch.zeros_like(gradient[0])) / max(1, len(side.among))
+    values = tokens.new_zeros(len(side.among))
+    for place, j in enumerate(side.among):
+        values[place] = ((mean if variant == "gradcam" else gradient[j]) * tokens[j]).sum().relu()
+    return values
+
+
+def raw_saliency(clip: Clip, images: Tensor, tokens: Tensor, **explained: Any) -> dict[str, Tensor]:
+    def gradient(side: Side) -> Tensor:
+        return torch.autograd.grad(side.score(side.run), side.x)[0]
+
+    def pixels(side: Side) -> Tensor:
+        return gradient(side).abs().amax(0)
+
+    def words(side: Side) -> Tensor:
+        return gradient(side).pow(2).sum(1).sqrt()[side.among]
+
+    return both_sides(clip, images, tokens, pixels, words, **explained)
+
+
+def raw_integrated_gradients(
+    clip: Clip, images: Tensor, tokens: Tensor, steps: int = 32, fill: Tensor | None = None, **explained: Any
+) -> dict[str, Tensor]:
+    """With `completeness_error` (B,) and `text_completeness_error` (B,), signed; `fill` as in `filled`."""
+
+    def pixels(side: Side) -> dict[str, Tensor]:
+        found, error = integrated(side, filled(side, fill), steps)
+        return {"map": found.sum(0).relu(), "completeness_error": error}
+
+    def words(side: Side) -> dict[str, Tensor]:
+        base, pad = side.x.detach().clone(), torch.full_like(side.tokens, clip.pad_id)
+        base[side.among] = word_embeddings(clip, pad)[side.among]
+        found, error = integrated(side, base, steps)
+        return {"map": found.sum(1).relu()[side.among], "completeness_error": error}
+
+    return both_sides(clip, images, tokens, pixels, words, **explained)
+
+
+def filled(side: Side, fill: Tensor | None) -> Tensor:
+    """What stands for pixels that are not there, (3, H, W): the mean colour, one fill for all, or one for each pair."""
+    if fill is None:
+        return torch.zeros_like(side.x)
+    return (fill[side.number] if fill.ndim == 4 else fill).to(side.x).expand_as(side.x)
+
+
+def integrated(side: Side, base: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Sundararajan et al. 2017, eq. (1), by Gauss-Legendre on the line from `base`: per entry of x; what is missing."""
+    x = side.x.detach()
+    total = torch.zeros_like(x)
+    for node, weight in zip(*np.polynomial.legendre.leggauss(steps), strict=True):
+        point = (base + (node + 1) / 2 * (x - base)).requires_grad_()
+        total = total + weight / 2 * torch.autograd.grad(side.score(run(side.tower, point)), point)[0]
+    found = (x - base) * total
+    return found, found.sum() - (side.score(run(side.tower, x)) - side.score(run(side.tower, base)))
+
+
+# --- what is taken away
+
+
+def raw_kernel_shap(
+    clip: Clip,
+    images: Tensor,
+    tokens: Tensor,
+    coalitions: Tensor | None = None,
+    weights: Tensor | None = None,
+    text_coalitions: Sequence[Tensor | None] | None = None,
+    text_weights: Sequence[Tensor | None] | None = None,
+    fill: Tensor | None = None,
+    most: int = 64,
+    **explained: Any,
+) -> dict[str, Tensor]:
+    """Kernel SHAP, with `values` (B, N) and `text_values` (B, T), signed.
+
+    Args:
+        coalitions: (S, F) bool, which groups of patches each keeps, the same for all pairs; None: all there are.
+        weights: (S,) of the coalitions; 1 each when left out.
+        text_coalitions: The same for the content tokens, of each pair.
+        text_weights: Of these, of each pair.
+        fill: As in `filled`.
+        most: Groups of patches that an image has at most.
+    """
+
+    def pixels(side: Side) -> dict[str, Tensor]:
+        groups = patch_groups(side.tower.grid, most)
+        base = filled(side, fill)
+        values = kernel_shap(lambda kept: kept_patches(side, base, groups, kept), max(groups) + 1, coalitions, weights)
+        shares = [values[group] / groups.count(group) for group in groups]
+        return signed(torch.stack(shares).to(side.x))
+
+    def words(side: Side) -> dict[str, Tensor]:
+        mine, heavy = (None if z is None else z[side.number] for z in (text_coalitions, text_weights))
+        return signed(kernel_shap(lambda kept: kept_words(side, kept), len(side.among), mine, heavy).to(side.x))
+
+    return both_sides(clip, images, tokens, pixels, words, **explained)
+
+
+def signed(values: Tensor) -> dict[str, Tensor]:
+    return {"map": values.relu(), "values": values}
+
+
+def patch_groups(grid: tuple[int, int], most: int) -> list[int]:
+    """The group of each patch, row by row: squares of patches, as small as makes at most `most` of them."""
+    side = 1
+    while math.ceil(grid[0] / side) * math.ceil(grid[1] / side) > most:
+        side += 1
+    columns = math.ceil(grid[1] / side)
+    return [row // side * columns + column // side for row in range(grid[0]) for column in range(grid[1])]
+
+
+@torch.no_grad()
+def kept_patches(side: Side, base: Tensor, groups: list[int], kept: Tensor) -> Tensor:
+    """S of the image with the pixels of `base` in all groups that are not kept."""
+    x, (rows, columns) = side.x.detach().clone(), side.tower.grid
+    height, width = x.shape[1] // rows, x.shape[2] // columns
+    for place, group in enumerate(groups):
+        if not kept[group]:
+            y, left = place // columns * height, place % columns * width
+            x[:, y : y + height, left : left + width] = base[:, y : y + height, left : left + width]
+    return side.score(run(side.tower, x))
+
+
+@torch.no_grad()
+def kept_words(side: Side, kept: Tensor) -> Tensor:
+    """S of the phrase with pad tokens in place of the content tokens that are not kept, read anew."""
+    tokens = side.tokens.clone()
+    for j, stays in zip(side.among, kept, strict=True):
+        if not stays:
+            tokens[j] = side.clip.pad_id
+    return (encode_text(side.clip, tokens)[0] * side.direction).sum()
+
+
+def kernel_shap(
+    value: Callable[[Tensor], Tensor], features: int, coalitions: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    """Values (F,) in float64 of the kernel regression over coalitions, all proper ones when None are given.
+
+    Args:
+        value: Score of a coalition (F,) bool.
+        features: F.
+        coalitions: (S, F) bool.
+        weights: (S,); 1 each when left out.
+    """
+    if features == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    empty, full = value(torch.zeros(features, dtype=torch.bool)), value(torch.ones(features, dtype=torch.bool))
+    if features == 1:
+        return (full - empty)[None].double()
+    if coalitions is None:
+        coalitions, weights = proper_coalitions(features)
+    elif weights is None:
+        weights = torch.ones(len(coalitions))
+    scores = torch.stack([value(kept) for kept in coalitions])
+    return kernel_regression(coalitions, weights, scores, empty, full)
+
+
+def proper_coalitions(features: int) -> tuple[Tensor, Tensor]:
+    """All subsets but the empty and the full one, (2^F - 2, F) bool, and their weights (Lundberg and Lee 2017)."""
+    coalitions, weights = [], []
+    for size in range(1, features):
+        for chosen in combinations(range(features), size):
+            coalitions.append([f in chosen for f in range(features)])
+            weights.append((features - 1) / (math.comb(features, size) * size * (features - size)))
+    return torch.tensor(coalitions), torch.tensor(weights, dtype=torch.float64)
+
+
+def kernel_regression(coalitions: Tensor, weights: Tensor, scores: Tensor, empty: Tensor, full: Tensor) -> Tensor:
+    """The values (F,) that sum to full - empty and fit best: the saddle point of the Lagrangian, in float64."""
+    features = coalitions.shape[1]
+    z, w, y = coalitions.double(), weights.double(), scores.double() - empty.double()
+    matrix, right = torch.zeros(features + 1, features + 1).double(), torch.zeros(features + 1).double()
+    for row, weight, target in zip(z, w, y, strict=True):
+        matrix[:features, :features] += weight * row[:, None] * row
+        right[:features] += weight * target * row
+    matrix[:features, features] = matrix[features, :features] = 1
+    right[features] = full.double() - empty.double()
+    # Of the values that fit alike, where the coalitions are too few: the smallest.
+    return (torch.linalg.pinv(matrix) @ right)[:features]
+
+
+def exact_shapley(value: Callable[[Tensor], Tensor], features: int) -> Tensor:
+    """Shapley values (F,) by their definition, in float64: what each feature adds to each subset of the others."""
+    result = torch.zeros(features, dtype=torch.float64)
+    for f in range(features):
+        others = [other for other in range(features) if other != f]
+        for size in range(features):
+            weight = math.factorial(size) * math.factorial(features - size - 1) / math.factorial(features)
+            for chosen in combinations(others, size):
+                without = torch.tensor([other in chosen for other in range(features)])
+                joined = torch.tensor([other in chosen or other == f for other in range(features)])
+                result[f] += weight * (value(joined) - value(without)).double()
+    return result
+
+
+def raw_rise(
+    clip: Clip,
+    images: Tensor,
+    tokens: Tensor,
+    grids: Tensor,
+    offsets: Tensor,
+    keep: Tensor,
+    keep_probability: float = 0.5,
+    centred: bool = False,
+    fill: Tensor | None = None,
+    **explained: Any,
+) -> dict[str, Tensor]:
+    """RISE (Petsiuk et al. 2018, eq. 6), per pixel, from masks that are given.
+
+    Args:
+        grids: (M, cells, cells) bool.
+        offsets: (M, 2), down and to the right, in pixels.
+        keep: (M, T) bool or (B, M, T), which tokens stay; what it says off content is not asked.
+        fill: As in `filled`.
+    """
+
+    def pixels(side: Side) -> Tensor:
+        masks = [rise_mask(g, o, tuple(side.x.shape[1:])) for g, o in zip(grids.to(side.x), offsets, strict=True)]
+        scores = [masked_score(side, filled(side, fill), mask) for mask in masks]
+        return rise(scores, masks, keep_probability, centred)
+
+    def words(side: Side) -> Tensor:
+        stays = [row[side.among] for row in (keep[side.number] if keep.ndim == 3 else keep)]
+        return rise(
+            [kept_words(side, row) for row in stays], [row.to(side.x) for row in stays], keep_probability, centred
+        )
+
+    return both_sides(clip, images, tokens, pixels, words, **explained)
+
+
+@torch.no_grad()
+def masked_score(side: Side, base: Tensor, mask: Tensor) -> Tensor:
+    """S of the image seen through a mask (H, W), with `base` behind it."""
+    return side.score(run(side.tower, side.x * mask + base * (1 - mask)))
+
+
+def rise_mask(grid: Tensor, offset: Tensor, size: tuple[int, int]) -> Tensor:
+    """A small grid (cells, cells), one cell larger than the image (H, W) when drawn at its size, cut at an offset."""
+    height, width = (math.ceil(pixels / len(grid)) for pixels in size)
+    drawn = bilinear(grid, ((len(grid) + 1) * height, (len(grid) + 1) * width))
+    top, left = (int(z) for z in offset)
+    return drawn[top : top + size[0], left : left + size[1]]
+
+
+def rise(scores: list[Tensor], masks: list[Tensor], keep_probability: float, centred: bool) -> Tensor:
+    """Mean of the masks, each times its score, over the share that is kept."""
+    mean = sum(scores) / len(scores) if centred else 0
+    return sum((s - mean) * m for s, m in zip(scores, masks, strict=True)) / (len(masks) * keep_probability)
+
+
+# --- attention
+
+
+def raw_chefer(
+    clip: Clip, images: Tensor, tokens: Tensor, start_layer: int = -1, **explained: Any
+) -> dict[str, Tensor]:
+    values = partial(chefer, start_layer=start_layer)
+    return both_sides(clip, images, tokens, values, values, **explained)
+
+
+def chefer(side: Side, start_layer: int) -> Tensor:
+    """Chefer, Gur and Wolf 2021, eqs. (5) and (6), from one layer on; a pool asks, but no token asks its query."""
+    layers, reading = side.run.layers, side.run.reading
+    score = side.score(side.run)
+    relevance = [head_mean(layer, score) for layer in layers[block_number(start_layer, len(layers)) :]]
+    product = torch.eye(layers[0].attention[0].shape[1]).to(score)
+    for mixed in relevance[:-1] if reading.kind == "query" else relevance:
+        product = product + mixed @ product
+    weights = torch.zeros_like(product[0])
+    if reading.kind == "query":
+        # The pool may not see the first tokens; it asks all the others.
+        asked = relevance[-1][0]
+        weights[len(weights) - len(asked) :] = asked
+    else:
+        for j in reading.pooled:
+            weights[j] += 1 / len(reading.pooled)
+    return sum(weights[j] * product[j] for j in range(len(weights)))[side.among]
+
+
+def head_mean(layer: Layer, score: Tensor) -> Tensor:
+    """Mean over heads of max(0, A * dS/dA), (m, n)."""
+    gradients = torch.autograd.grad(score, layer.attention, retain_graph=True)
+    return sum((a * g).relu() for a, g in zip(layer.attention, gradients, strict=True)) / len(gradients)
+
+
+def raw_grad_eclip(
+    clip: Clip, images: Tensor, tokens: Tensor, image_blocks: int = 1, text_blocks: int = 8, **explained: Any
+) -> dict[str, Tensor]:
+    image_values, text_values = (partial(grad_eclip, blocks=blocks) for blocks in (image_blocks, text_blocks))
+    return both_sides(clip, images, tokens, image_values, text_values, **explained)
+
+
+def grad_eclip(side: Side, blocks: int) -> Tensor:
+    """Grad-ECLIP (Zhao et al. 2024): the loosened terms, summed over the last blocks."""
+    if not side.among:
+        return side.x.new_zeros(0)
+    found = side.run
+    maps = gradient_maps(found.layers, side.score(found), found.reading, side.among, blocks, "loosened")
+    return sum(torch.stack(values) for values in maps).relu()
+
+
+def raw_rollout(clip: Clip, images: Tensor, tokens: Tensor, **explained: Any) -> dict[str, Tensor]:
+    def rolled(side: Side) -> Tensor:
+        return rollout(side.run.layers, side.run.reading)[side.among]
+
+    return both_sides(clip, images, tokens, rolled, rolled, **explained)
+
+
+def raw_legrad(
+    clip: Clip, images: Tensor, tokens: Tensor, blocks: int | None = None, **explained: Any
+) -> dict[str, Tensor]:
+    values = partial(legrad, blocks=blocks)
+    return both_sides(clip, images, tokens, values, values, **explained)
+
+
+def legrad(side: Side, blocks: int | None) -> Tensor:
+    """LeGrad (Bousselham et al. 2024): the mean over the last attention blocks, the pool being one."""
+    count = len(side.run.layers)
+    last = range(count)[-blocks if blocks else None :]
+    return sum(legrad_layer(side, number) for number in last) / len(last)
+
+
+def legrad_layer(side: Side, number: int) -> Tensor:
+    """Mean over heads and queries of max(0, ds_l/dA_l), to the tokens `among`."""
+    layer = side.run.layers[number]
+    gradients = torch.autograd.grad(layer_score(side, number), layer.attention, retain_graph=True)
+    total = sum(row.relu() for gradient in gradients for row in gradient)
+    total = total / (len(gradients) * len(gradients[0]))
+    missing = len(side.run.layers[0].key[0]) - len(total)
+    # A pool that does not see the first tokens.
+    return torch.cat([total.new_zeros(missing), total])[side.among]
+
+
+def layer_score(side: Side, number: int) -> Tensor:
+    """s_l: what the tower's head reads from the tokens behind the block; of the pool, S."""
+    tower, found = side.tower, side.run
+    if number < len(tower.blocks):
+        found = tail(tower, found.stream[number + 1], len(tower.blocks))
+    return side.score(found)
+
+
+def raw_patch_similarity(clip: Clip, images: Tensor, tokens: Tensor, **explained: Any) -> dict[str, Tensor]:
+    """Signed; there is no text side."""
+    refuse_resnet(clip)
+    return both_sides(clip, images, tokens, patch_similarity, None, **explained)
+
+
+def patch_similarity(side: Side) -> Tensor:
+    """Each patch token behind the last block through the tower's head alone, (N,)."""
+    tokens, values = side.run.stream[-1], []
+    for i in side.among:
+        # One token in every place: it is the class token, the mean of all, and all that a pool can ask for.
+        alone = tokens[i].expand_as(tokens)
+        values.append(side.score(tail(side.tower, alone, len(side.tower.blocks))))
+    return torch.stack(values)
+
+
+def refuse_resnet(clip: Clip) -> None:
+    if hasattr(clip.model.visual, "attnpool"):
+        raise ValueError("CLIP's ResNet has no tokens between its blocks.")
+
+
+# --- M2IB
+
+
+def raw_m2ib(
+    clip: Clip,
+    images: Tensor,
+    tokens: Tensor,
+    noise: Tensor,
+    text_noise: Tensor,
+    block: int = -3,
+    beta: float = 0.1,
+    lr: float = 1.0,
+    after_last_update: bool = False,
+    **explained: Any,
+) -> dict[str, Tensor]:
+    """M2IB (Wang et al. 2023) from noise that is given, the same for all pairs.
+
+    Args:
+        noise: (steps, copies, n, width) of the image tokens; a tower with fewer takes the first.
+        text_noise: The same of the phrase's tokens.
+    """
+    refuse_resnet(clip)
+
+    def pixels(side: Side) -> Tensor:
+        everything = list(range(len(side.run.stream[0])))
+        return m2ib(side, noise, everything, block, beta, lr, after_last_update)[side.among]
+
+    def words(side: Side) -> Tensor:
+        if not side.among:
+            return side.x.new_zeros(0)
+        return m2ib(side, text_noise, phrase_positions(side), block, beta, lr, after_last_update)[side.among]
+
+    return both_sides(clip, images, tokens, pixels, words, **explained)
+
+
+def phrase_positions(side: Side) -> list[int]:
+    """Tokens up to the one that is read, or those of BERT that are no pad tokens."""
+    last = side.run.reading.pooled[-1]
+    if hasattr(getattr(side.clip.model, "text", None), "pooler"):
+        pad = side.clip.model.text.config.pad_token_id
+        return [j for j, token in enumerate(side.tokens.tolist()) if token != pad]
+    return list(range(last + 1))
+
+
+def m2ib(
+    side: Side, noise: Tensor, counted: list[int], block: int, beta: float, lr: float, after_last_update: bool
+) -> Tensor:
+    """Capacity of each token, (n,), summed over channels, of the bottleneck that Adam finds."""
+    number = block_number(block, len(side.tower.blocks))
+    hidden = side.run.stream[number + 1].detach()
+    alpha = torch.full_like(hidden, 5).requires_grad_()
+    optimiser = torch.optim.Adam([alpha], lr=lr)
+    seen = hidden
+    for copies in noise.to(hidden):
+        open_share = alpha.sigmoid()
+        capacity = information(hidden, open_share)
+        seen = capacity.detach()
+        scores = [bottled_score(side, number, hidden, open_share, counted, drawn) for drawn in copies]
+        loss = beta * capacity[counted].mean() - sum(scores) / len(scores)
+        alpha.grad = torch.autograd.grad(loss, alpha)[0]
+        optimiser.step()
+    return (information(hidden, alpha.detach().sigmoid()) if after_last_update else seen).sum(1)
+
+
+def information(hidden: Tensor, open_share: Tensor) -> Tensor:
+    """KL divergence of what passes from noise, in each channel, (n, width)."""
+    variance = (1 - open_share) ** 2
+    return -0.5 * (1 + variance.log() - (open_share * hidden) ** 2 - variance)
+
+
+def bottled_score(
+    side: Side, number: int, hidden: Tensor, open_share: Tensor, counted: list[int], drawn: Tensor
+) -> Tensor:
+    """S with noise in the counted tokens behind a block, and the others as they are."""
+    bottled = list(hidden)
+    for j in counted:
+        bottled[j] = open_share[j] * hidden[j] + (1 - open_share[j]) * drawn[j]
+    return side.score(tail(side.tower, torch.stack(bottled), number + 1))

@@ -106,7 +106,7 @@ def test_the_scalars_are_those_of_the_explained_batches(tmp_path, data, module):
     batch = next(iter(data.val_dataloader()))
     images, tokens = module.inputs(batch)
     maps = PriorOnly().attribute(module.clip, images, tokens, batch["phrase"], batch["film"]).image
-    fill = module.clip.normalise(module.mean_film.expand(3, -1, -1))
+    fill = module.clip.normalise(module.clip.mean_film.expand(3, -1, -1))
     with torch.no_grad():
         kept = module.clip.similarity(images * maps[:, None] + fill * (1 - maps[:, None]), tokens)
         drop = 100 * (module.clip.similarity(images, tokens) - kept).clamp(min=0).mean()

@@ -13,7 +13,7 @@ PACKAGE = Path(matex_pl.__file__).parent
 # Each imports only from its left; leaves may be used by all and import only leaves.
 ORDER = ["data", "anatomy", "towers", "clip", "contrastive", "module", "attribution", "metrics", "explain", "cost"]
 ORDER += ["callbacks", "cli"]
-LEAVES = {"maps", "render", "render_prior", "loggers"}
+LEAVES = {"maps", "render", "render_prior", "render_sheet", "loggers"}
 
 
 def _imports(path: Path) -> set[str]:

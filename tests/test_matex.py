@@ -17,15 +17,16 @@ from matex_pl.attribution import Matex, PriorOnly
 from matex_pl.attribution.capture import borrowed, capture_attention
 from matex_pl.attribution.matex import attention_flow, consistency, layer_weights
 from matex_pl.attribution.relevance import (
-    attention_rollout,
     attention_rows,
     gradients_of,
     loosened_term,
+    rollout_row,
     row_weights,
     softmax_term,
 )
 from matex_pl.clip import Clip, load_clip
 from matex_pl.maps import AttributionMaps, min_max
+from matex_pl.towers import Reading
 
 # Several lengths, one content token, none, none that names a place, and one that is cut to the context length.
 PHRASES = [
@@ -215,10 +216,10 @@ def test_consistency_of_one_layer_is_one() -> None:
 def test_rollout_of_one_layer_is_its_row() -> None:
     attention = torch.rand(2, 5, 5).softmax(-1)
     position = torch.tensor([0, 3])
-    identity = torch.eye(5)
+    reading, identity = Reading("token", 5, False, position=position), torch.eye(5)
     expected = torch.stack([(attention[b, p] + identity[p]) / 2 for b, p in enumerate(position)])
-    torch.testing.assert_close(attention_rollout([attention], identity[position]), expected)
-    both = attention_rollout([attention, attention.flip(0)], identity[position])
+    torch.testing.assert_close(rollout_row([attention], reading), expected)
+    both = rollout_row([attention, attention.flip(0)], reading)
     torch.testing.assert_close(both.sum(1), torch.ones(2))
 
 

@@ -54,7 +54,7 @@ def test_plain_use_with_defaults(
         trainer.callback_metrics
     )
     assert all(not torch.equal(value, before[name]) for name, value in module.clip.model.named_parameters())
-    assert module.mean_film.isfinite().all()
+    assert module.clip.mean_film.isfinite().all()
     assert set(trainer.test(module, tiny_films, verbose=False)[0]) >= {"test/loss", "test/zero_shot_auroc"}
     rows = [row for batch in trainer.predict(module, tiny_films) for row in batch]
     assert [row["id"] for row in rows] == [study.id for study in tiny_films.studies["test"]]
@@ -81,7 +81,7 @@ def test_loaders_without_a_data_module(tiny_json: str, tiny_films: PhantomDataMo
     trainer.fit(module, loader, loader)
     assert "val/image_to_text_recall@1" in trainer.callback_metrics
     assert not any("zero_shot" in name for name in trainer.callback_metrics)
-    assert module.mean_film.isnan().all()
+    assert module.clip.mean_film.isnan().all()
     named = ClipModule(tiny_json, findings=["edema", "pneumothorax"])
     assert "val/zero_shot_top1" in _trainer(tmp_path).validate(named, loader, verbose=False)[0]
 
@@ -259,7 +259,7 @@ def test_checkpoint_rebuilds_the_module_anywhere(
     state, others = module.state_dict(), again.state_dict()
     assert state.keys() == others.keys()
     assert all(torch.equal(state[name], others[name]) for name in state)
-    assert again.mean_film.isfinite().all()
+    assert again.clip.mean_film.isfinite().all()
     assert again.clip.config == module.clip.config
     assert _trained(again.clip.model) == _trained(module.clip.model)
 

@@ -1,7 +1,35 @@
 """Methods that say where a CLIP model looked and which words mattered."""
 
 from matex_pl.attribution.base import AttributionMethod
-from matex_pl.attribution.controls import CenterMap, PriorOnly
+from matex_pl.attribution.chefer import Chefer
+from matex_pl.attribution.controls import CenterMap, PriorOnly, RandomMap
+from matex_pl.attribution.grad_cam import GradCam
+from matex_pl.attribution.grad_eclip import GradEclip
+from matex_pl.attribution.integrated_gradients import IntegratedGradients
+from matex_pl.attribution.kernel_shap import KernelShap
+from matex_pl.attribution.legrad import LeGrad
+from matex_pl.attribution.m2ib import M2ib
 from matex_pl.attribution.matex import Matex
+from matex_pl.attribution.patch_similarity import PatchSimilarity
+from matex_pl.attribution.rise import Rise
+from matex_pl.attribution.rollout import Rollout
+from matex_pl.attribution.saliency import Saliency
 
-__all__ = ["AttributionMethod", "CenterMap", "Matex", "PriorOnly"]
+__all__ = [
+    "AttributionMethod",
+    "CenterMap",
+    "Chefer",
+    "GradCam",
+    "GradEclip",
+    "IntegratedGradients",
+    "KernelShap",
+    "LeGrad",
+    "M2ib",
+    "Matex",
+    "PatchSimilarity",
+    "PriorOnly",
+    "RandomMap",
+    "Rise",
+    "Rollout",
+    "Saliency",
+]

@@ -32,6 +32,7 @@ class Block:
     Args:
         row: `(B, h, n)` softmax attention of the token at the pooled position; only where a tower pools one token.
         mean: `(B, m, n)` softmax attention averaged over heads; where a tower pools otherwise, or on request.
+        heads: `(B, h, m, n)` softmax attention; on request, and None in blocks without gradient.
         query: `(B, h, m, d)`; None in blocks without gradient, like the three below.
         key: `(B, h, n, d)`.
         value: `(B, h, n, d)` on the graph.
@@ -40,6 +41,7 @@ class Block:
 
     row: Tensor | None = None
     mean: Tensor | None = None
+    heads: Tensor | None = None
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
@@ -89,7 +91,9 @@ def _borrowed(clip: Clip) -> Iterator[None]:
 
 
 @contextmanager
-def capture_attention(reading: Reading, *, grad_from: int | None = None, full: bool = False) -> Iterator[list[Block]]:
+def capture_attention(
+    reading: Reading, *, grad_from: int | None = None, full: bool = False, heads: bool = False
+) -> Iterator[list[Block]]:
     """Record each attention block of one tower's forward, in order; the list is complete when the forward has ended.
 
     Args:
@@ -97,6 +101,7 @@ def capture_attention(reading: Reading, *, grad_from: int | None = None, full: b
         grad_from: Index of the first block with gradient: its q, k and v are cut off from what came before, so that a
             backward ends there, and grad mode is on from there until the context is left. None: no gradient at all.
         full: Record the head-averaged attention matrices even where one row would do.
+        heads: Record the attention matrix of each head in the blocks with gradient.
 
     Raises:
         RuntimeError: One is open already: a hook of the model explains while the model is explained.
@@ -116,7 +121,7 @@ def capture_attention(reading: Reading, *, grad_from: int | None = None, full: b
             q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
         output = attend(q, k, v, *args, **kwargs)
         with torch.no_grad():
-            block = _read(q.detach(), k.detach(), reading, full, *args, **kwargs)  # type: ignore[arg-type]
+            block = _read(q.detach(), k.detach(), reading, full, heads and wants_grad, *args, **kwargs)  # type: ignore[arg-type]
             if wants_grad:
                 block.query, block.key, block.value, block.output = q.detach(), k.detach(), v, output
         blocks.append(block)
@@ -179,6 +184,7 @@ def _read(
     k: Tensor,
     reading: Reading,
     full: bool,
+    heads: bool,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -195,9 +201,10 @@ def _read(
         if bias is not None:
             logits = logits + at(bias, reading.position)
         block.row = logits.softmax(-1)
-    if full or reading.position is None:
+    if full or heads or reading.position is None:
         matrix = query @ key.transpose(-1, -2) * scale
-        block.mean = (matrix if bias is None else matrix + bias).softmax(-1).mean(1)
+        matrix = (matrix if bias is None else matrix + bias).softmax(-1)
+        block.mean, block.heads = matrix.mean(1), matrix if heads else None
     return block
 
 

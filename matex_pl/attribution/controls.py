@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -14,11 +15,11 @@ from matex_pl.anatomy.prior import LATERALITIES, SHAPES
 from matex_pl.attribution.base import AttributionMethod, check_choice, check_pairs, check_scores
 from matex_pl.attribution.capture import borrowed
 from matex_pl.clip import Clip
-from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean
+from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
 
 
 class _Control(AttributionMethod):
-    """An image map without a text map."""
+    """Maps that need the model for the score alone."""
 
     serves_text: ClassVar[bool] = False
     cost: ClassVar[str] = "1 forward, for the score"
@@ -26,26 +27,63 @@ class _Control(AttributionMethod):
     def attribute(
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
     ) -> AttributionMaps:
-        """Maps of B pairs; see `AttributionMethod.attribute`. `text` is zero."""
+        """Maps of B pairs; see `AttributionMethod.attribute`."""
         check_pairs(clip, images, tokens, phrases, film)
         with borrowed(clip):
             score = full_precision(clip.similarity(images, tokens))
             check_scores(score, phrases)
-            image = self._draw(clip, phrases, film, score.device)
+            image = self._draw(clip, images, phrases, film)
             content = clip.content(tokens)
-            text = image.new_zeros(content.shape)
-            return AttributionMaps(image, patch_mean(image, clip.grid), text, content, score)
+            text = self._draw_words(images, tokens, phrases)
+            grid = patch_mean(image, clip.grid)
+            return AttributionMaps(image, grid, token_map(text, content), content, score)
 
     @abstractmethod
-    def _draw(self, clip: Clip, phrases: Sequence[str], film: Tensor | None, device: torch.device) -> Tensor:
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
         """Image maps `(B, H, W)` in [0, 1]."""
+
+    def _draw_words(self, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Tensor:
+        """Relevance of the tokens `(B, T)`; none."""
+        return torch.zeros(tokens.shape, device=tokens.device)
+
+
+class RandomMap(_Control):
+    """Noise: a number per patch, drawn evenly and enlarged as any map, and one per content token.
+
+    Each pair has noise of its own, which depends on the seed, the film and the phrase, and on nothing else.
+
+    Args:
+        seed: Of the noise.
+    """
+
+    serves_text: ClassVar[bool] = True
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
+        grid = self._noise("film", images, phrases, clip.grid)
+        return min_max(upsample(min_max(grid), clip.image_size))
+
+    def _draw_words(self, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Tensor:
+        return self._noise("phrase", images, phrases, tokens.shape[1:])
+
+    def _noise(self, side: str, images: Tensor, phrases: Sequence[str], shape: Sequence[int]) -> Tensor:
+        """`(B, *shape)` in [0, 1)."""
+        drawn = []
+        for image, phrase in zip(images.detach().float().cpu(), phrases, strict=True):
+            key = hashlib.blake2b(f"{self.seed} {side} {phrase}".encode(), digest_size=7)
+            key.update(image.numpy().tobytes())
+            generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "big"))
+            drawn.append(torch.rand(*shape, generator=generator))
+        return torch.stack(drawn).to(images.device)
 
 
 class CenterMap(_Control):
     """The centre of the frame: 1 there, falling linearly with the distance to 0 in the corners."""
 
-    def _draw(self, clip: Clip, phrases: Sequence[str], film: Tensor | None, device: torch.device) -> Tensor:
-        height, width = clip.image_size
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
+        device, (height, width) = images.device, clip.image_size
         y = torch.linspace(-1, 1, height, device=device)[:, None]
         x = torch.linspace(-1, 1, width, device=device)[None]
         return min_max(-torch.hypot(x, y)[None]).expand(len(phrases), -1, -1)
@@ -69,7 +107,7 @@ class PriorOnly(_Control):
         self.laterality = laterality
         self.knowledge_prior = knowledge_prior
 
-    def _draw(self, clip: Clip, phrases: Sequence[str], film: Tensor | None, device: torch.device) -> Tensor:
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
         regions = [parse_phrase(phrase, knowledge_prior=self.knowledge_prior).regions for phrase in phrases]
         prior = prior_maps(
             regions,
@@ -78,6 +116,6 @@ class PriorOnly(_Control):
             laterality=self.laterality,
             film=film,
             ids=phrases,
-            device=device,
+            device=images.device,
         )
         return min_max(prior)

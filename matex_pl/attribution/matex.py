@@ -16,6 +16,7 @@ from matex_pl.anatomy.prior import LATERALITIES, SHAPES
 from matex_pl.attribution.base import AttributionMethod, check_choice, check_pairs, check_phrases, check_scores
 from matex_pl.attribution.capture import Block, borrowed, capture_attention, count_blocks
 from matex_pl.attribution.relevance import (
+    attention_matrices,
     attention_rows,
     gradients_of,
     loosened_term,
@@ -25,7 +26,7 @@ from matex_pl.attribution.relevance import (
 )
 from matex_pl.attribution.target import REFERENCES, TARGETS, directions, reference_mean
 from matex_pl.clip import Clip
-from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, upsample
+from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
 from matex_pl.towers import Reading
 
 
@@ -330,7 +331,7 @@ class Matex(AttributionMethod):
             triples = zip(last, gradients, weights, strict=True)
             terms = [loosened_term(*triple, reading, keep) for triple in triples]
         parts = {"grad_blocks": torch.stack(terms, 1), "attention_layers": attention_rows(blocks, reading)}
-        return parts | ({"rollout": rollout_row(blocks, reading)} if self.flow == "rollout" else {})
+        return parts | ({"rollout": rollout_row(attention_matrices(blocks), reading)} if self.flow == "rollout" else {})
 
     def _fuse(self, parts: dict[str, Any]) -> AttributionMaps:
         """Parts with this method's components, and the maps that they give."""
@@ -403,9 +404,7 @@ class Matex(AttributionMethod):
         grad = min_max(parts["text_grad"], keep=content, dtype=dtype)
         flow = min_max(parts["text_flow"], keep=content, dtype=dtype)
         weight = self.alpha + self.lambda_c * parts["text_consistency"] + self.delta
-        fused = min_max(grad * weight + self.beta * flow, keep=content, dtype=dtype)
-        single = content.sum(1, keepdim=True) == 1
-        return torch.where(single, content.to(fused), fused)
+        return token_map(grad * weight + self.beta * flow, content, dtype=dtype)
 
 
 def _on_raster(part: Tensor, grid: tuple[int, int], pairs: int) -> Tensor:

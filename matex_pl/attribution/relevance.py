@@ -39,33 +39,32 @@ def attention_rows(blocks: Sequence[Block], reading: Reading) -> Tensor:
     return torch.stack([reading.fit(row) for row in rows], 1)
 
 
-def attention_rollout(matrices: Sequence[Tensor], row: Tensor) -> Tensor:
-    """`row` times the product over layers of rownorm(mean_heads A + I), `(B, n)` (Abnar and Zuidema 2020).
+def rollout_row(matrices: Sequence[Tensor], reading: Reading) -> Tensor:
+    """What is read of the product over layers of rownorm(A + I) (Abnar and Zuidema 2020), `(B, length)`.
 
     Args:
-        matrices: L head-averaged attention matrices `(B, n, n)`, first layer first.
-        row: `(B, n)` what the embedding is read from: 1 at the pooled position, or weights that sum to 1.
+        matrices: L head-averaged attention matrices `(B, m, n)`, first layer first, the pool's last.
+        reading: How the tower pools.
     """
+    row, matrices = first_row(matrices, reading)
     for matrix in reversed(matrices):
         mixed = matrix + torch.eye(matrix.shape[-1]).to(matrix)
         row = torch.einsum("bn,bnm->bm", row, mixed / mixed.sum(-1, keepdim=True))
-    return row
+    return reading.fit(row)
 
 
-def rollout_row(blocks: Sequence[Block], reading: Reading) -> Tensor:
-    """`attention_rollout` from what the embedding is read from, at the tokens of the map: `(B, length)`.
+def first_row(matrices: Sequence[Tensor], reading: Reading) -> tuple[Tensor, Sequence[Tensor]]:
+    """What the embedding is read from, `(B, n)`, and the matrices of the layers that it then goes through.
 
-    The query of an attention pool is no token: it has no share of its own, and its row begins the product.
+    1 at the pooled position, or equal shares. The query of an attention pool is no token: it has no share of its own,
+    and its row of the last matrix comes first.
     """
-    matrices = [_matrix(block) for block in blocks]
-    tokens = matrices[0].shape[-1]
-    if reading.kind == "token":
-        row = torch.eye(tokens).to(matrices[0])[reading.position]
-    elif reading.kind == "mean":
-        row = reading.spread(_share(reading), tokens).to(matrices[0])
-    else:
-        row = reading.spread(matrices.pop()[:, 0], tokens)
-    return reading.fit(attention_rollout(matrices, row))
+    tokens, last = matrices[0].shape[-1], matrices[-1]
+    if reading.kind == "query":
+        return reading.spread(last[:, 0], tokens), matrices[:-1]
+    if reading.kind == "mean":
+        return reading.spread(_share(reading), tokens).to(last), matrices
+    return torch.eye(tokens).to(last)[reading.position], matrices
 
 
 def softmax_term(block: Block, gradient: Tensor, reading: Reading) -> Tensor:
@@ -124,19 +123,34 @@ def _matrix(block: Block) -> Tensor:
     return block.mean
 
 
-def gradients_of(embedding: Tensor, handles: Sequence[Tensor], direction: Tensor) -> Sequence[Tensor]:
+def attention_matrices(blocks: Sequence[Block]) -> list[Tensor]:
+    """Head-averaged attention `(B, m, n)` of blocks that were recorded in full."""
+    return [_matrix(block) for block in blocks]
+
+
+def gradient_by_attention(block: Block, gradient: Tensor) -> Tensor:
+    """Gradient by each attention weight, `(B, h, m, n)`: <g_o, v>, from that by the block's output `(B, h, m, d)`."""
+    assert block.value is not None
+    return full_precision(gradient) @ full_precision(block.value.detach()).transpose(-1, -2)
+
+
+def gradients_of(
+    embedding: Tensor, handles: Sequence[Tensor], direction: Tensor, *, copies: int = 1
+) -> Sequence[Tensor]:
     """Gradient of <direction, embedding> by each handle.
 
     Args:
-        embedding: `(B, D)` on the graph, or `(1, D)` of one sample in B directions.
+        embedding: `(copies * B, D)` on the graph, samples running fastest, or of one sample in B directions.
         handles: Tensors on its graph, `(B, ...)` or `(1, ...)`.
         direction: `(B, D)`.
+        copies: Embeddings per sample, whose sum counts.
 
     Returns:
         `(B, ...)` per handle.
     """
     direction = direction.to(embedding.dtype)
-    if len(embedding) == len(direction):
-        return torch.autograd.grad(embedding, handles, direction)
-    batched = torch.autograd.grad(embedding, handles, direction[:, None], is_grads_batched=True)
+    if len(embedding) == copies * len(direction):
+        return torch.autograd.grad(embedding, handles, direction.repeat(copies, 1))
+    spread = direction[:, None].expand(-1, copies, -1)
+    batched = torch.autograd.grad(embedding, handles, spread, is_grads_batched=True)
     return [gradient[:, 0] for gradient in batched]

@@ -6,29 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
-
-from matex_pl.attribution.base import check_choice
-
-FILLS = ("mean_film", "mean_colour", "blur")
-
-
-def fill_images(kind: str, images: Tensor, mean_film: Tensor) -> Tensor:
-    """What stands in for removed pixels, in the model's normalised frame; broadcasts to `images`.
-
-    Args:
-        kind: `mean_film` (position-wise mean of training films), `mean_colour` (0, as published) or `blur`. On
-            radiographs a constant fill looks like a consolidation.
-        images: `(B, 3, H, W)` normalised.
-        mean_film: `(3, H, W)` normalised.
-    """
-    check_choice("fill", kind, FILLS)
-    if kind == "mean_film":
-        return mean_film
-    if kind == "mean_colour":
-        return torch.zeros_like(images[:1])
-    sigma = min(images.shape[-2:]) / 16
-    return gaussian_blur(images, [2 * int(2 * sigma) + 1] * 2, [sigma] * 2)
 
 
 def keep_highlighted(images: Tensor, maps: Tensor, fill: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""Relevance that is passed from block to block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution.base import block_index
+from matex_pl.attribution.capture import Block, capture_attention
+from matex_pl.attribution.relevance import first_row, gradient_by_attention, gradients_of
+from matex_pl.attribution.sides import Look, Raw, Side, TwoSided
+from matex_pl.attribution.target import TARGETS
+from matex_pl.towers import Reading
+
+
+class Chefer(TwoSided):
+    """Transformer-MM-Explainability (Chefer, Gur and Wolf 2021).
+
+    R <- R + mean over heads of max(0, A * dS/dA) times R, from the first of the blocks on; the map is what is read of R
+    (the class token's or the end of text's row). dS/dA of all blocks comes from one backward, as <dS/do, v>. An
+    attention pool's query is no token: its row of max(0, A * dS/dA) begins the product.
+
+    Args:
+        start_layer: First block whose attention counts, by index from 0 or from the end; -1, the last block, is the
+            default of the authors' CLIP code, 0 takes all.
+        explain: `cosine`, `margin`, or `logit` (as the authors' code: the cosine times the model's logit scale). With
+            several blocks the map depends on that scale, because each block adds to the identity.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+    """
+
+    cost: ClassVar[str] = "1 forward and a backward through the blocks from start_layer on"
+    targets = (*TARGETS, "logit")
+
+    def __init__(self, start_layer: int = -1, explain: str = "cosine", references: list[str] | None = None) -> None:
+        super().__init__(explain, references)
+        self.start_layer = start_layer
+
+    def look(self, side: Side) -> Look:
+        """One forward, recording the attention of the blocks that count."""
+        start = block_index(self.start_layer, side.depth)
+        with capture_attention(side.reading, grad_from=start, heads=True) as blocks:
+            embedding = side.encode()
+
+        def find(direction: Tensor) -> Raw:
+            scale = side.clip.logit_scale.exp() if self.explain == "logit" else 1
+            counted = blocks[start:]
+            gradients = gradients_of(embedding, [block.output for block in counted], direction * scale)  # type: ignore[misc]
+            passed = [_passed_on(*pair) for pair in zip(counted, gradients, strict=True)]
+            return Raw(_relevance(passed, side.reading))
+
+        return embedding, find
+
+
+def _passed_on(block: Block, gradient: Tensor) -> Tensor:
+    """Mean over heads of max(0, A * dS/dA), `(B, m, n)`."""
+    assert block.heads is not None
+    return (block.heads * gradient_by_attention(block, gradient)).relu().mean(1)
+
+
+def _relevance(passed: Sequence[Tensor], reading: Reading) -> Tensor:
+    """What is read of R at the tokens of the map, `(B, length)`.
+
+    Where tokens are averaged it is that of R - I: the identity gives each of them the same, which drowns the rest.
+    """
+    start, passed = first_row(passed, reading)
+    row = start if reading.kind == "query" else torch.zeros_like(start)
+    for matrix in reversed(passed):
+        step = torch.einsum("bn,bnm->bm", start, matrix)
+        start, row = start + step, row + step
+    return reading.fit(row)

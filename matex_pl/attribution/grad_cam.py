@@ -1,0 +1,81 @@
+"""Grad-CAM and HiResCAM on the tokens of a transformer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution.base import block_index, check_choice
+from matex_pl.attribution.relevance import gradients_of
+from matex_pl.attribution.sides import Look, Raw, Side, TwoSided
+from matex_pl.attribution.stream import Stream
+from matex_pl.maps import full_precision, min_max
+from matex_pl.towers import original
+
+
+class GradCam(TwoSided):
+    """Grad-CAM (Selvaraju et al. 2017) and HiResCAM (Draelos and Carin 2020) on the tokens that enter a block.
+
+    `gradcam` is max(0, sum over channels of (mean over tokens of g) * a) with a the input of the block's norm and
+    g = dS/da; `hires` is max(0, sum over channels of g * a) with a the output of that norm: at its input, the score
+    does not change with the length of a patch's last token, so that <g, a> is 0 there by Euler's theorem. Tokens are
+    the patches, or the content tokens of the phrase. Several layers are min-maxed each and averaged. In a ResNet a is
+    the map that enters the attention pool.
+
+    Args:
+        layers: Blocks, by index from 0 or from the end; the last by default. A tower with fewer blocks than a negative
+            index asks for uses its first.
+        variant: `gradcam` or `hires`.
+        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+    """
+
+    cost: ClassVar[str] = "1 forward and a backward to the first of the layers"
+
+    def __init__(
+        self,
+        layers: list[int] | None = None,
+        variant: str = "gradcam",
+        explain: str = "cosine",
+        references: list[str] | None = None,
+    ) -> None:
+        super().__init__(explain, references)
+        check_choice("variant", variant, ("gradcam", "hires"))
+        if layers is not None and not layers:
+            raise ValueError("layers must name at least one block; leave it out for the last.")
+        self.layers = [-1] if layers is None else list(layers)
+        self.variant = variant
+
+    def look(self, side: Side) -> Look:
+        """One forward, recording the tokens that enter the layers."""
+        stream = Stream(side.blocks or [original(side.clip.model.visual).attnpool])
+        places = sorted({block_index(layer, len(stream.blocks)) for layer in self.layers})
+        with stream.capture(cut=places[:1]):
+            embedding = side.encode()
+
+        def find(direction: Tensor) -> Raw:
+            handles = [self._tokens(stream, place) for place in places]
+            keep = side.keep.expand(len(direction), -1)
+            gradients = gradients_of(embedding, handles, direction)
+            maps = [self._layer(side, *pair, keep) for pair in zip(handles, gradients, strict=True)]
+            return Raw(torch.stack(maps).mean(0))
+
+        return embedding, find
+
+    def _tokens(self, stream: Stream, place: int) -> Tensor:
+        before = stream.before[place]
+        return before if self.variant == "gradcam" else stream.normed.get(place, before)
+
+    def _layer(self, side: Side, tokens: Tensor, gradient: Tensor, keep: Tensor) -> Tensor:
+        tokens, gradient = (full_precision(_at_map(side, part)) for part in (tokens.detach(), gradient))
+        if self.variant == "gradcam":
+            kept = keep[..., None] * gradient
+            gradient = kept.sum(1, keepdim=True) / keep.sum(1).clamp(min=1)[:, None, None]
+        return min_max((gradient * tokens).sum(-1).relu(), keep=keep, dtype=side.clip.std.dtype)
+
+
+def _at_map(side: Side, stream: Tensor) -> Tensor:
+    """What enters a block at the tokens of the map `(B, length, C)`; a ResNet's is `(B, C, Gh, Gw)`."""
+    return stream.flatten(2).transpose(1, 2) if stream.ndim == 4 else side.tokens_of(stream)

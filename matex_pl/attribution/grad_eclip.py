@@ -1,0 +1,57 @@
+"""Gradients times values under a loosened spatial weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution.base import block_index, check_positive
+from matex_pl.attribution.capture import capture_attention
+from matex_pl.attribution.relevance import gradients_of, loosened_term, row_weights
+from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TwoSided
+
+
+class GradEclip(TwoSided):
+    """Grad-ECLIP (Zhao et al. 2024): sum over channels of dS/do * v_i, weighted by norm(cos(q, k_i)), clipped at 0.
+
+    q, k, v and o (the attention's output before its projection) are those of all heads, side by side, and the gradient
+    is that of the row that is pooled. Several blocks are summed before the clipping.
+
+    Args:
+        image_blocks: Last blocks of the image tower that count.
+        text_blocks: Last blocks of the text tower that count; a tower with fewer uses all.
+        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+    """
+
+    cost: ClassVar[str] = "1 forward and a backward through image_blocks and text_blocks blocks"
+
+    def __init__(
+        self,
+        image_blocks: int = 1,
+        text_blocks: int = 8,
+        explain: str = "cosine",
+        references: list[str] | None = None,
+    ) -> None:
+        super().__init__(explain, references)
+        check_positive(image_blocks=image_blocks, text_blocks=text_blocks)
+        self.image_blocks = image_blocks
+        self.text_blocks = text_blocks
+
+    def look(self, side: Side) -> Look:
+        """One forward, recording q, k, v and o of the last blocks."""
+        number = self.image_blocks if isinstance(side, ImageSide) else self.text_blocks
+        start = block_index(-number, side.depth)
+        with capture_attention(side.reading, grad_from=start) as blocks:
+            embedding = side.encode()
+
+        def find(direction: Tensor) -> Raw:
+            gradients = gradients_of(embedding, [block.output for block in blocks[start:]], direction)  # type: ignore[misc]
+            weights = row_weights(blocks, side.reading)[start:]
+            triples = zip(blocks[start:], gradients, weights, strict=True)
+            terms = [loosened_term(*triple, side.reading, side.keep) for triple in triples]
+            return Raw(torch.stack(terms).sum(0).relu())
+
+        return embedding, find

@@ -1,0 +1,190 @@
+"""Shapley values by regression over coalitions."""
+
+from __future__ import annotations
+
+from itertools import count
+from math import ceil
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution.base import check_choice, check_positive, progress
+from matex_pl.attribution.fill import FILLS, check_fill, fill_images
+from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TextSide, TwoSided
+from matex_pl.clip import Clip
+
+MAX_FEATURES = 64
+
+
+class KernelShap(TwoSided):
+    """Kernel SHAP (Lundberg and Lee 2017): the values whose sums over coalitions come closest to their scores.
+
+    Features of a film are its patches, in square groups where there are more than 64; of a phrase its content tokens.
+    What is left out is filled, or replaced by pad tokens. The values add up to S(all) - S(nothing) exactly. Where
+    `samples` reaches, all coalitions are taken and the values are the Shapley values; otherwise they are drawn in pairs
+    with their complements, one bank for all pairs of a call. The map is the positive part.
+
+    Args:
+        samples: Coalitions, at most.
+        fill: What stands in for removed pixels: `mean_film`, `mean_colour` (as published) or `blur`.
+        seed: Of the coalitions.
+        chunk_size: Most samples in one forward, or the batch where that is larger.
+        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+
+    `parts` holds the signed values: `values` `(B, N)` per patch, each its group's value over the patches of the group,
+    and `text_values` `(B, T)`.
+    """
+
+    cost: ClassVar[str] = "2 forwards, and `samples` forwards of either tower, fewer where a phrase has few words"
+
+    def __init__(
+        self,
+        samples: int = 512,
+        fill: str = "mean_film",
+        seed: int = 0,
+        chunk_size: int = 128,
+        explain: str = "cosine",
+        references: list[str] | None = None,
+    ) -> None:
+        super().__init__(explain, references)
+        check_positive(samples=samples, chunk_size=chunk_size)
+        check_choice("fill", fill, FILLS)
+        self.samples = samples
+        self.fill = fill
+        self.seed = seed
+        self.chunk_size = chunk_size
+
+    def check(self, clip: Clip) -> None:
+        """Refuse a model without the fill."""
+        check_fill(self.fill, clip)
+
+    def look(self, side: Side) -> Look:
+        """One forward; the coalitions need the direction."""
+        embedding = side.encode()
+
+        def find(direction: Tensor) -> Raw:
+            whole = (embedding * direction).sum(-1)
+            if isinstance(side, ImageSide):
+                values = self._film(side, direction, whole)
+            else:
+                assert isinstance(side, TextSide)
+                values = self._words(side, direction, whole)
+            return Raw(values.relu(), {"values": values})
+
+        return embedding, find
+
+    def _film(self, side: ImageSide, direction: Tensor, whole: Tensor) -> Tensor:
+        groups = patch_groups(side.clip.grid).to(direction.device)
+        present = torch.ones(1, int(groups.max()) + 1, dtype=torch.bool, device=direction.device)
+        keep, weight = coalitions(present, self.samples, self.seed)
+        fill = fill_images(self.fill, side.clip, side.inputs)
+        shown = torch.cat([torch.zeros_like(keep[:1]), keep])[:, 0, groups]
+        rows = progress(shown.split(max(1, self.chunk_size // len(side.inputs))), "coalitions")
+        size = side.clip.image_size
+        scores = torch.cat([side.score_kept(_enlarged(part.to(direction), size), fill, direction) for part in rows])
+        values = shapley_regression(keep, weight, present, scores[1:], scores[0], whole)
+        return (values / groups.flatten().bincount())[:, groups.flatten()]
+
+    def _words(self, side: TextSide, direction: Tensor, whole: Tensor) -> Tensor:
+        keep, weight = coalitions(side.keep, self.samples, self.seed)
+        shown = torch.cat([torch.zeros_like(keep[:1]), keep])
+        scores = side.score_kept(shown, direction, self.chunk_size)
+        return shapley_regression(keep, weight, side.keep, scores[1:], scores[0], whole)
+
+
+def patch_groups(grid: tuple[int, int]) -> Tensor:
+    """The group of each patch, `(Gh, Gw)`: squares, of the smallest side that gives at most 64 groups."""
+    side = next(k for k in count(1) if ceil(grid[0] / k) * ceil(grid[1] / k) <= MAX_FEATURES)
+    rows, columns = torch.arange(grid[0]) // side, torch.arange(grid[1]) // side
+    return rows[:, None] * ceil(grid[1] / side) + columns
+
+
+def coalitions(present: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Coalitions of the features of B samples, and their weights in the regression.
+
+    A sample with at most `samples` proper coalitions gets each of them once, with the weight of Shapley's kernel.
+    Others get sizes by that kernel, members at random, and every complement. A sample's coalitions depend on the seed
+    and on its own features alone.
+
+    Args:
+        present: `(B, F)` bool, the features that a sample has.
+        samples: S, at most.
+        seed: Of the draw.
+
+    Returns:
+        keep `(S, B, F)` bool and weight `(S, B)` float64, 0 where a sample has fewer coalitions than S.
+    """
+    sizes = present.sum(1)
+    drawn, ones = _drawn(present, max(1, samples // 2), seed)
+    every, kernel = _enumerated(present, max(len(drawn), 2))
+    few = 2.0**sizes - 2 <= samples
+    keep = torch.where(few[None, :, None], every, drawn)
+    weight = torch.where(few, kernel, ones)
+    used = weight.any(1)
+    return keep[used], weight[used]
+
+
+def _enumerated(present: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The first proper coalitions in the order of binary numbers, and Shapley's kernel."""
+    size = present.sum(1)
+    code = torch.arange(1, rows + 1, device=present.device)[:, None, None]
+    place = (present.cumsum(1) - 1).clamp(0, 62)
+    keep = ((code >> place) & 1).bool() & present
+    members = keep.sum(2).double()
+    there = code[:, :, 0] < 2.0 ** size.clamp(max=60) - 1
+    ways = torch.lgamma(size + 1.0) - torch.lgamma(members + 1) - torch.lgamma(size - members + 1)
+    kernel = (size - 1) / (ways.exp() * members * (size - members))
+    return keep, torch.where(there, kernel, 0)
+
+
+def _drawn(present: Tensor, half: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Coalitions by Shapley's kernel and their complements, `(2 * half, B, F)`, with weight 1."""
+    generator = torch.Generator().manual_seed(seed)
+    quantile = torch.rand(half, 1, generator=generator).to(present.device)
+    order = torch.rand(half, 1, present.shape[1], generator=generator).to(present.device)
+    size, members = present.sum(1)[:, None], torch.arange(1, present.shape[1], device=present.device)
+    share = torch.where(members < size, 1 / (members * (size - members)).clamp(min=1), 0).double().cumsum(1)
+    share = share / share[:, -1:].clamp(min=1e-300)
+    number = 1 + (quantile[..., None] > share).sum(2, keepdim=True)
+    # The first of the present features, by rank of the random order.
+    rank = order.masked_fill(~present, torch.inf).argsort(2).argsort(2)
+    keep = (rank < number) & present
+    both = torch.stack([keep, present & ~keep], 1).flatten(0, 1)
+    return both, torch.ones(both.shape[:2], dtype=torch.float64, device=present.device)
+
+
+def shapley_regression(
+    keep: Tensor, weight: Tensor, present: Tensor, scores: Tensor, empty: Tensor, whole: Tensor
+) -> Tensor:
+    """Least squares for S(z) - S(nothing) by the sum of the values in z; all add up to S(all) - S(nothing).
+
+    Args:
+        keep: `(S, B, F)` bool, or `(S, 1, F)` for all samples.
+        weight: `(S, B)` or `(S, 1)`.
+        present: `(B, F)` or `(1, F)` bool.
+        scores: `(S, B)` of the coalitions.
+        empty: `(B,)` of no feature.
+        whole: `(B,)` of all features.
+
+    Returns:
+        `(B, F)`, 0 for features that are not present.
+    """
+    members, ones = keep.double(), present.double()
+    normal = torch.einsum("sbf,sb,sbg->bfg", members, weight, members)
+    inverse = torch.linalg.pinv(normal, hermitian=True)
+    gain = (whole - empty).double()
+    moment = torch.einsum("sbf,sb->bf", members.expand(-1, len(gain), -1), weight * (scores - empty).double())
+    free, shift = (torch.einsum("bfg,bg->bf", inverse, vector) for vector in (moment, ones))
+    scale = (shift * ones).sum(1)
+    missing = torch.where(scale > 0, (gain - free.sum(1)) / scale.where(scale > 0, 1), 0)
+    values = free + missing[:, None] * shift
+    # A single feature has no proper coalition.
+    single = ones.sum(1, keepdim=True) == 1
+    return torch.where(single, gain[:, None] * ones, values).to(scores)
+
+
+def _enlarged(patches: Tensor, size: tuple[int, int]) -> Tensor:
+    """`(S, Gh, Gw)` to the pixels of each patch, `(S, H, W)`."""
+    return torch.nn.functional.interpolate(patches[:, None], size, mode="nearest")[:, 0]

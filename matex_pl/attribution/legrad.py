@@ -1,0 +1,63 @@
+"""Gradients by the attention of every layer, each read for itself."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution.base import check_positive
+from matex_pl.attribution.capture import Block, capture_attention
+from matex_pl.attribution.relevance import gradient_by_attention, gradients_of
+from matex_pl.attribution.sides import Look, Raw, Side, TwoSided
+from matex_pl.attribution.stream import Stream
+
+
+class LeGrad(TwoSided):
+    """LeGrad (Bousselham et al. 2024): mean over blocks, heads and queries of max(0, ds_l/dA_l).
+
+    s_l is the score that the tower's own head gives when it reads the tokens behind block l, and A_l the attention of
+    that block alone. An attention pool counts as one more block.
+
+    Args:
+        num_blocks: Last blocks that count; all by default.
+        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+    """
+
+    cost: ClassVar[str] = "1 forward, 1 backward, and the tower's head once per block"
+
+    def __init__(
+        self, num_blocks: int | None = None, explain: str = "cosine", references: list[str] | None = None
+    ) -> None:
+        super().__init__(explain, references)
+        check_positive(num_blocks=1 if num_blocks is None else num_blocks)
+        self.num_blocks = num_blocks
+
+    def look(self, side: Side) -> Look:
+        """One forward in which each block begins anew, so that its score depends on its own attention alone."""
+        stream = Stream(side.blocks)
+        start = 0 if self.num_blocks is None else max(side.depth - self.num_blocks, 0)
+        own = range(start, len(side.blocks))
+        with stream.capture(cut=own), capture_attention(side.reading, grad_from=start) as blocks:
+            embedding = side.encode()
+
+        def find(direction: Tensor) -> Raw:
+            rows: list[Tensor] = []
+            if own:
+                with torch.enable_grad(), stream.resumed(own[-1], torch.cat(stream.behind[start:])):
+                    reads = side.encode_stream(len(own))
+                rows += _rows(side, blocks[start : own[-1] + 1], reads, direction, len(own))
+            if side.depth > len(side.blocks):
+                rows += _rows(side, blocks[-1:], embedding, direction)
+            return Raw(torch.stack(rows).mean(0))
+
+        return embedding, find
+
+
+def _rows(side: Side, blocks: list[Block], embedding: Tensor, direction: Tensor, copies: int = 1) -> list[Tensor]:
+    """`(B, length)` per block."""
+    gradients = gradients_of(embedding, [block.output for block in blocks], direction, copies=copies)  # type: ignore[misc]
+    pairs = zip(blocks, gradients, strict=True)
+    return [side.reading.fit(gradient_by_attention(*pair).relu().mean((1, 2))) for pair in pairs]

@@ -1,0 +1,149 @@
+"""An information bottleneck in the stream of either tower."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matex_pl.attribution.base import block_index, check_positive, progress
+from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TwoSided
+from matex_pl.attribution.stream import Stream
+from matex_pl.clip import Clip
+from matex_pl.maps import full_precision
+from matex_pl.towers import image_blocks, not_explained, original
+
+
+class M2ib(TwoSided):
+    """M2IB (Wang, Rudner and Wilson 2023): how much of each token has to pass a bottleneck for the pair to agree.
+
+    Behind a block each number h of the stream becomes z = lambda h + (1 - lambda) eps with standard normal noise eps
+    and lambda = sigmoid(alpha). Adam moves alpha to lower beta * (mean capacity) - (mean score over copies of z), with
+    capacity = -1/2 (1 + log((1 - lambda)^2) - (lambda h)^2 - (1 - lambda)^2). The map is the capacity summed over the
+    channels. Only the blocks behind the bottleneck are run again, for all copies at once, and the other tower is
+    encoded once. All pairs of a call are given the same noise.
+
+    In phrases the tokens up to the pooled one take part (all that are no padding, where the first is pooled), so that
+    padding changes nothing; the others pass as they are.
+
+    Args:
+        block: The bottleneck is behind this block, by index from 0 or from the end (-3: index 9 of 12). A tower with
+            fewer blocks than a negative index asks for uses its first.
+        beta: Weight of the capacity.
+        lr: Adam's learning rate.
+        steps: Steps of Adam.
+        copies: Draws of the noise per step.
+        after_last_update: Take the capacity after the last step; as published it is that of the last forward, which
+            comes before the last update.
+        seed: Of the noise.
+        chunk_size: Most copies in one forward and backward, or the copies of one pair where these are more.
+        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+
+    `parts` holds capacity `(B,)` and text_capacity `(B,)`: nats per number of the stream that are let through.
+    """
+
+    cost: ClassVar[str] = "1 forward, and `steps` times `copies` forwards and backwards of the blocks behind `block`"
+
+    def __init__(
+        self,
+        block: int = -3,
+        beta: float = 0.1,
+        lr: float = 1.0,
+        steps: int = 10,
+        copies: int = 10,
+        after_last_update: bool = False,
+        seed: int = 0,
+        chunk_size: int = 80,
+        explain: str = "cosine",
+        references: list[str] | None = None,
+    ) -> None:
+        super().__init__(explain, references)
+        check_positive(beta=beta, lr=lr, steps=steps, copies=copies, chunk_size=chunk_size)
+        self.block = block
+        self.beta = beta
+        self.lr = lr
+        self.steps = steps
+        self.copies = copies
+        self.after_last_update = after_last_update
+        self.seed = seed
+        self.chunk_size = chunk_size
+
+    def check(self, clip: Clip) -> None:
+        """Refuse a ResNet, which has no stream of tokens."""
+        visual = clip.model.visual
+        if not image_blocks(visual):
+            reason = "there is no stream of tokens for a bottleneck"
+            raise NotImplementedError(not_explained("image", original(visual), reason))
+
+    def look(self, side: Side) -> Look:
+        """One forward, recording the tokens behind the block."""
+        stream = Stream(side.blocks)
+        place = block_index(self.block, len(side.blocks))
+        with stream.capture():
+            embedding = side.encode()
+        hidden, counted = stream.behind[place], _counted(side, stream.behind[place].shape[1])
+
+        def find(direction: Tensor) -> Raw:
+            size = max(1, self.chunk_size // self.copies)
+            chunks = []
+            for rows in progress(torch.arange(len(direction), device=direction.device).split(size), "bottlenecks"):
+                # One image serves all phrases.
+                own = rows if len(hidden) > 1 else rows.new_zeros(len(rows))
+                part = side.rows(rows)
+                chunks.append(self._capacity(part, stream, place, hidden[own], counted[own], direction[rows]))
+            capacity = torch.cat(chunks)
+            mean = capacity.sum((1, 2)) / (counted.sum(1) * capacity.shape[2])
+            return Raw(side.tokens_of(capacity).sum(-1), {"capacity": mean})
+
+        return embedding, find
+
+    def _capacity(
+        self, side: Side, stream: Stream, place: int, hidden: Tensor, counted: Tensor, direction: Tensor
+    ) -> Tensor:
+        """Capacity `(B, n, C)` of each number of the stream, 0 where it is not counted."""
+        clean, counted = full_precision(hidden), counted[..., None]
+        alpha = torch.full_like(clean, 5.0)
+        optimiser = torch.optim.Adam([alpha], lr=self.lr)
+        generator = torch.Generator().manual_seed(self.seed)
+        numbers = counted.sum((1, 2)) * clean.shape[2]
+        for _ in range(self.steps if self.after_last_update else self.steps - 1):
+            noise = self._noise(side, clean, generator)
+            with torch.enable_grad():
+                alpha.requires_grad_()
+                share = torch.where(counted, alpha.sigmoid(), 1)
+                mixed = torch.lerp(noise, clean, share).to(hidden)
+                with stream.resumed(place, mixed.flatten(0, 1)):
+                    score = (full_precision(side.encode_stream(self.copies)) * direction.repeat(self.copies, 1)).sum(-1)
+                lost = (capacity_of(alpha, clean) * counted).sum((1, 2)) / numbers
+                loss = (self.beta * lost).sum() - score.sum() / self.copies
+            alpha.grad = torch.autograd.grad(loss, alpha)[0]
+            alpha.requires_grad_(False)
+            optimiser.step()
+        return capacity_of(alpha, clean) * counted
+
+    def _noise(self, side: Side, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """`(copies, 1, n, C)`, the same for each phrase whatever the longest of its batch is."""
+        length = max(hidden.shape[1], side.reading.length)
+        noise = torch.randn(self.copies, 1, length, hidden.shape[2], generator=generator)
+        return noise[:, :, : hidden.shape[1]].to(hidden)
+
+
+def capacity_of(alpha: Tensor, hidden: Tensor) -> Tensor:
+    """KL divergence of z from standard normal noise, in nats, elementwise (Schulz et al. 2020, eq. 6)."""
+    kept, noise = alpha.sigmoid(), (-alpha).sigmoid()
+    # log(1 - sigmoid(alpha)), which underflows where it is written so.
+    return -0.5 * (1 + 2 * F.logsigmoid(-alpha) - (kept * hidden) ** 2 - noise**2)
+
+
+def _counted(side: Side, tokens: int) -> Tensor:
+    """Which of the tokens of a block the bottleneck acts on, `(B, n)` bool."""
+    place = torch.arange(tokens, device=side.inputs.device)
+    if isinstance(side, ImageSide):
+        return torch.ones(len(side.inputs), tokens, dtype=torch.bool, device=place.device)
+    position = side.reading.position
+    if position is not None and (position > 0).all():
+        return place <= position[:, None]
+    return side.inputs[:, :tokens] != side.clip.pad_id

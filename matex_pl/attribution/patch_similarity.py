@@ -1,0 +1,46 @@
+"""Each patch on its own beside the phrase."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from matex_pl.attribution.sides import Look, Raw, Side, TwoSided
+from matex_pl.attribution.stream import Stream
+from matex_pl.clip import Clip
+from matex_pl.maps import full_precision
+from matex_pl.towers import image_blocks, not_explained, original
+
+
+class PatchSimilarity(TwoSided):
+    """Cosine of each patch with the phrase, the patch's last token taken through the tower's head alone.
+
+    The token stands where the class token does, or is all that there is to average or to attend to. CLIP trains the
+    class token only, so that nothing makes the patches agree with the phrase.
+
+    Args:
+        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+    """
+
+    serves_text: ClassVar[bool] = False
+    cost: ClassVar[str] = "1 forward, and the tower's head once per patch"
+
+    def check(self, clip: Clip) -> None:
+        """Refuse a ResNet, whose map is no stream of tokens in the space of its pool."""
+        visual = clip.model.visual
+        if not image_blocks(visual):
+            raise NotImplementedError(not_explained("image", original(visual), "it has no patch tokens to read alone"))
+
+    def look(self, side: Side) -> Look:
+        """One forward, recording the tokens behind the last block."""
+        stream = Stream(side.blocks)
+        with stream.capture():
+            embedding = side.encode()
+        tokens = stream.behind[-1]
+        patches = side.tokens_of(tokens)
+        others = tokens.shape[1] - patches.shape[1]
+        # As many copies as there are tokens beside the patches: whichever of them the head reads, it is the patch.
+        alone = patches.flatten(0, 1)[:, None].expand(-1, others + 1, -1)
+        with stream.resumed(len(side.blocks) - 1, alone):
+            read = full_precision(side.encode_stream(1)).unflatten(0, patches.shape[:2])
+        return embedding, lambda direction: Raw((read * direction[:, None]).sum(-1))

@@ -1,0 +1,120 @@
+"""Random masks, weighted by the score of what they leave."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import ceil
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution.base import check_choice, check_positive, progress
+from matex_pl.attribution.fill import FILLS, check_fill, fill_images
+from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TextSide, TwoSided
+from matex_pl.clip import Clip
+
+
+class Rise(TwoSided):
+    """RISE (Petsiuk, Das and Saenko 2018): sum over masks m of S(x m + fill (1 - m)) m / (masks * keep_probability).
+
+    A mask is a coarse grid of zeros and ones, enlarged bilinearly to one cell more than the film and cut out at a
+    random place. Phrases: each content token is kept or replaced by a pad token. All pairs of a call see the same
+    masks, made on the device in chunks.
+
+    Args:
+        masks: Number of masks (4000 for the smaller network of the paper).
+        cells: Side of the coarse grid.
+        keep_probability: Of each cell and of each token.
+        centred: Subtract the mean score over the masks from each score first: a cosine is far from 0 whatever is shown,
+            and with few masks that constant times their unevenness is most of the map.
+        fill: What stands in for removed pixels: `mean_film`, `mean_colour` (as published) or `blur`.
+        seed: Of the masks.
+        chunk_size: Most samples in one forward, or the batch where that is larger.
+        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+    """
+
+    cost: ClassVar[str] = "1 forward, and `masks` forwards of either tower, fewer where a phrase has few words"
+
+    def __init__(
+        self,
+        masks: int = 4000,
+        cells: int = 7,
+        keep_probability: float = 0.5,
+        centred: bool = False,
+        fill: str = "mean_film",
+        seed: int = 0,
+        chunk_size: int = 128,
+        explain: str = "cosine",
+        references: list[str] | None = None,
+    ) -> None:
+        super().__init__(explain, references)
+        check_positive(masks=masks, cells=cells, chunk_size=chunk_size)
+        check_choice("fill", fill, FILLS)
+        if not 0 < keep_probability < 1:
+            raise ValueError(f"keep_probability must be between 0 and 1, got {keep_probability}.")
+        self.masks = masks
+        self.cells = cells
+        self.keep_probability = keep_probability
+        self.centred = centred
+        self.fill = fill
+        self.seed = seed
+        self.chunk_size = chunk_size
+
+    def check(self, clip: Clip) -> None:
+        """Refuse a model without the fill."""
+        check_fill(self.fill, clip)
+
+    def look(self, side: Side) -> Look:
+        """One forward; the masks need the direction."""
+        if isinstance(side, ImageSide):
+            return side.encode(), partial(self._film, side)
+        assert isinstance(side, TextSide)
+        return side.encode(), partial(self._words, side)
+
+    def _film(self, side: ImageSide, direction: Tensor) -> Raw:
+        fill = fill_images(self.fill, side.clip, side.inputs)
+        grids, shifts = (part.to(direction.device) for part in self.bank(side.clip.image_size))
+        size = max(1, self.chunk_size // len(side.inputs))
+        weighted = direction.new_zeros(len(direction), *side.clip.image_size)
+        scores, kept = direction.new_zeros(len(direction)), weighted.new_zeros(weighted.shape[1:])
+        for rows in progress(list(zip(grids.split(size), shifts.split(size), strict=True)), "masks"):
+            masks = draw_masks(*rows, side.clip.image_size).to(direction)
+            score = side.score_kept(masks, fill, direction)
+            weighted += torch.einsum("sb,shw->bhw", score, masks)
+            scores, kept = scores + score.sum(0), kept + masks.sum(0)
+        if self.centred:
+            weighted -= (scores / self.masks)[:, None, None] * kept
+        return Raw(weighted / (self.masks * self.keep_probability))
+
+    def _words(self, side: TextSide, direction: Tensor) -> Raw:
+        generator = torch.Generator().manual_seed(self.seed)
+        keep = torch.rand(self.masks, side.inputs.shape[1], generator=generator) < self.keep_probability
+        keep = keep.to(direction.device)
+        score = side.score_kept(keep[:, None], direction, self.chunk_size)
+        score = score - score.mean(0) if self.centred else score
+        values = torch.einsum("sb,st->bt", score, keep.to(score))
+        return Raw(values / (self.masks * self.keep_probability) * side.keep)
+
+    def bank(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Coarse grids `(masks, cells, cells)` bool and the places `(masks, 2)` of their cut-outs, on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed)
+        grids = torch.rand(self.masks, self.cells, self.cells, generator=generator) < self.keep_probability
+        cell = torch.tensor([ceil(side / self.cells) for side in size])
+        shifts = (torch.rand(self.masks, 2, generator=generator) * cell).long()
+        return grids, shifts
+
+
+def draw_masks(grids: Tensor, shifts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks `(S, H, W)` in [0, 1]: grids `(S, n, n)` enlarged to n + 1 cells a side, cut out at `shifts` `(S, 2)`."""
+    rows, columns = (_interpolation(shifts[:, axis], side, grids.shape[1]) for axis, side in enumerate(size))
+    return torch.einsum("sin,snm,sjm->sij", rows, grids.to(rows), columns)
+
+
+def _interpolation(shift: Tensor, side: int, cells: int) -> Tensor:
+    """Share of each cell in each pixel along one axis, `(S, side, cells)`: bilinear, with half-pixel centres."""
+    enlarged = (cells + 1) * ceil(side / cells)
+    place = (torch.arange(side, device=shift.device) + shift[:, None] + 0.5) * cells / enlarged - 0.5
+    distance = place.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=shift.device)
+    return (1 - distance.abs()).clamp(min=0)

@@ -1,0 +1,37 @@
+"""Plain gradients by what the towers are continuous in."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution.relevance import gradients_of
+from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TwoSided
+from matex_pl.maps import full_precision
+
+
+class Saliency(TwoSided):
+    """Gradients (Simonyan et al. 2014): the largest over channels of abs(dS/dx) per pixel.
+
+    Per token the L2 norm of the gradient by its embedding, as a token has no channels that could be told apart.
+
+    Args:
+        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+    """
+
+    cost: ClassVar[str] = "1 forward and 1 backward"
+
+    def look(self, side: Side) -> Look:
+        """One forward with gradient from pixels or token embeddings on."""
+        with torch.enable_grad():
+            signal = side.signal.detach().requires_grad_()
+            embedding = side.encode_signal(signal)
+
+        def find(direction: Tensor) -> Raw:
+            gradient = full_precision(gradients_of(embedding, [signal], direction)[0])
+            return Raw(gradient.abs().amax(1) if isinstance(side, ImageSide) else gradient.norm(dim=-1))
+
+        return embedding, find
