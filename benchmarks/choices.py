@@ -20,16 +20,25 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from rich.progress import track
-from single_pass import image_maps
 from torch import Tensor
 
-from matex_pl.attribution import CenterMap, Matex, PriorOnly
-from matex_pl.attribution.capture import borrowed
+from matex_pl.attribution import (
+    AttributionMethod,
+    CenterMap,
+    Chefer,
+    GradCam,
+    GradEclip,
+    LeGrad,
+    Matex,
+    PatchSimilarity,
+    PriorOnly,
+    Rollout,
+    Saliency,
+)
 from matex_pl.attribution.fill import fill_images
-from matex_pl.attribution.target import REFERENCES, reference_mean
+from matex_pl.attribution.target import TARGETS
 from matex_pl.data import PhantomDataModule, StudyBatch, collate
 from matex_pl.explain import load_module
-from matex_pl.maps import min_max, upsample
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, PointingGame
 from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
 from matex_pl.module import ClipModule
@@ -215,14 +224,25 @@ def compared(module: ClipModule, batch: StudyBatch, images: Tensor, tokens: Tens
     given = (module.clip, images, tokens, batch["phrase"], batch["film"])
     for name, method in [*PRESETS.items(), ("`PriorOnly()`", PriorOnly()), ("`CenterMap()`", CenterMap())]:
         yield name, method.attribute(*given).image
-    with borrowed(module.clip):
-        text = module.clip.encode_text(tokens)
-        margin = text - reference_mean(module.clip, REFERENCES)
-    for target, direction in (("cosine", text), ("margin", margin)):
-        for name, raw in image_maps(module.clip, images, direction).items():
-            finished = min_max(raw)
-            size = module.clip.image_size
-            yield f"{name}, {target}", finished if finished.shape[1:] == size else min_max(upsample(finished, size))
+    for explain in TARGETS:
+        for name, method in single_pass(explain).items():
+            yield f"{name}, {explain}", method.attribute(*given).image
+
+
+def single_pass(explain: str) -> dict[str, AttributionMethod]:
+    """The single-pass methods, the first two of which do not depend on what is explained."""
+    return {
+        # Eq. 1 alone, with a tau that leaves no weight to the layers below.
+        "attention of the last block": Matex(alpha=0.0, beta=1.0, lambda_c=0.0, delta=0.0, tau=100.0),
+        "rollout (Abnar and Zuidema)": Rollout(),
+        "Chefer, last block": Chefer(explain=explain),
+        "Chefer, all blocks": Chefer(start_layer=0, explain=explain),
+        "LeGrad": LeGrad(explain=explain),
+        "Grad-CAM, last block": GradCam(explain=explain),
+        "Grad-ECLIP": GradEclip(explain=explain),
+        "patch similarity": PatchSimilarity(explain=explain),
+        "saliency": Saliency(explain=explain),
+    }
 
 
 def rows(table: dict[str, dict[str, list[Any]]]) -> dict[str, tuple[str, Any]]:

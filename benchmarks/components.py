@@ -16,7 +16,7 @@ from matex_pl.attribution import Matex
 from matex_pl.data import PhantomDataModule
 from matex_pl.explain import load_module
 from matex_pl.maps import min_max, upsample
-from matex_pl.render import Picture, contact_sheet, overlay, resize, save_png
+from matex_pl.render import Picture, overlay, picture_grid, resize, save_png
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lambda_s=1, no prior": {"lambda_s": 1.0},
@@ -55,7 +55,7 @@ def main(ckpt_path: str, study: str, out: str, side: int = 168) -> None:
     shown |= {name: Matex.fuse(parts, **changes).image for name, changes in SETTINGS.items()}
     film = resize(np.repeat(batch["image"][0, 0].numpy()[..., None], 3, 2), (side, side))
     pictures = [film if heat is None else over(film, heat[0]) for heat in shown.values()]
-    print(save_png(out, contact_sheet(pictures, columns=6, captions=list(shown))))
+    print(save_png(out, picture_grid(pictures, columns=6, captions=list(shown))))
     print(batch["phrase"][0])
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.attribution import AttributionMethod, Matex
+from matex_pl.attribution.shipped import load_method
 from matex_pl.data.films import ChestXrayDataModule, FilmDataset
 from matex_pl.data.record import Study
 from matex_pl.explain import explain_batch
@@ -23,7 +24,8 @@ class AttributionMaps(Callback):
     the checkpoint.
 
     Args:
-        method: What makes the maps; `Matex.measured()` by default.
+        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.measured()` by
+            default.
         name: Part of the tag, to have several methods side by side.
         num_studies: K, when `study_ids` is left out.
         study_ids: The studies to show, by id; they have to be in the split that is validated or tested.
@@ -32,7 +34,7 @@ class AttributionMaps(Callback):
 
     def __init__(
         self,
-        method: AttributionMethod | None = None,
+        method: AttributionMethod | str | None = None,
         name: str = "matex",
         num_studies: int = 8,
         study_ids: list[str] | None = None,
@@ -43,7 +45,7 @@ class AttributionMaps(Callback):
                 "num_studies must be at least 1 and every_n_validations at least 0, "
                 f"got {num_studies} and {every_n_validations}."
             )
-        self.method = method or Matex.measured()
+        self.method = load_method(method or Matex.measured())
         self.name = name
         self.num_studies = num_studies
         self.study_ids = study_ids

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric, Metric, MinMetric
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.base import check_choice
 from matex_pl.attribution.fill import FILLS, check_fill, fill_images
+from matex_pl.attribution.shipped import load_method
 from matex_pl.data.record import StudyBatch
 from matex_pl.maps import AttributionMaps
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, ContrastToNoise, MapMass, PointingGame
@@ -28,7 +29,8 @@ class AttributionMetrics(Callback):
     (near 1 everywhere, C does nothing). `ModelCheckpoint(monitor="attribution/pointing_game")` works.
 
     Args:
-        method: What makes the maps; `Matex.measured()` by default.
+        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.measured()` by
+            default.
         name: Put between `attribution/` and the scalar, to have several methods side by side; empty for none.
         num_batches: Batches per validation (or test) that are explained; -1 for all.
         fill: What stands in for pixels that are not kept: `mean_film`, `mean_colour` (as published) or `blur`.
@@ -37,7 +39,7 @@ class AttributionMetrics(Callback):
 
     def __init__(
         self,
-        method: AttributionMethod | None = None,
+        method: AttributionMethod | str | None = None,
         name: str = "",
         num_batches: int = 4,
         fill: str = "mean_film",
@@ -48,7 +50,7 @@ class AttributionMetrics(Callback):
                 f"num_batches must be positive, or -1 for all; got {num_batches}. To switch it off, leave it out."
             )
         check_choice("fill", fill, FILLS)
-        self.method = method or Matex.measured()
+        self.method = load_method(method or Matex.measured())
         self.name = name
         self.num_batches = num_batches
         self.fill = fill

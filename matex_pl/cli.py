@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from matex_pl import __version__
 from matex_pl.anatomy.show import show_prior
+from matex_pl.attribution.shipped import method_names, method_path
 from matex_pl.clip import find_config, shipped_configs
 from matex_pl.cost import measure_cost
 from matex_pl.data import ChestXrayDataModule
@@ -78,8 +79,8 @@ def explain(words: Sequence[str]) -> None:
     )
     parser.add_argument("image", help="The film, PNG or JPEG.")
     parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
-    parser.add_function_arguments(explain_film, skip={"image", "phrase"})
-    print(explain_film(**vars(parser.instantiate(parser.parse_args(list(words))))))
+    parser.add_function_arguments(explain_film, skip={"image", "phrase"}, sub_configs=True)
+    print(explain_film(**vars(parser.instantiate(parser.parse_args(find_methods(words))))))
 
 
 def prior(words: Sequence[str]) -> None:
@@ -143,6 +144,22 @@ def find_configs(words: Sequence[str]) -> list[str]:
         else:
             found.append(word)
     return found
+
+
+def find_methods(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the names of shipped methods after `--method` turned into paths."""
+    found = list(words)
+    for place, word in enumerate(words):
+        if word.startswith("--method="):
+            found[place] = f"--method={_method_path(word.partition('=')[2])}"
+        elif place and words[place - 1] == "--method":
+            found[place] = _method_path(word)
+    return found
+
+
+def _method_path(name: str) -> str:
+    """The path of a shipped method, so that options can change its settings; anything else stays as it is."""
+    return str(method_path(name)) if name in method_names() else name
 
 
 def _config_path(name: str) -> str:

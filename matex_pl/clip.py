@@ -227,8 +227,8 @@ def find_config(path: str) -> Path | None:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the YAML configs that are installed with the package."""
-    return sorted(str(path.relative_to(CONFIG_FOLDER)) for path in CONFIG_FOLDER.rglob("*.yaml"))
+    """Names of the YAML configs for `matex fit` that are installed with the package."""
+    return sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))
 
 
 def _json_config(name: str) -> dict[str, Any] | None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import torch
+from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod, Matex
+from matex_pl.attribution.base import progress
+from matex_pl.attribution.shipped import load_method, shipped_methods
 from matex_pl.clip import Clip
 from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
 from matex_pl.maps import AttributionMaps
 from matex_pl.module import ClipModule
 from matex_pl.render import Picture, panel, save_png
+from matex_pl.render_sheet import Entry, contact_sheet
 
 
 def explain_batch(module: Any, method: AttributionMethod, batch: StudyBatch, subtitle: str) -> list[Picture]:
@@ -27,27 +31,56 @@ def explain_batch(module: Any, method: AttributionMethod, batch: StudyBatch, sub
         batch: Studies, on any device.
         subtitle: Second line of the panels.
     """
+    maps, tokens = _attribute(module, method, batch)
+    return [
+        panel(
+            heat=maps.image[row].float().cpu().numpy(),
+            relevance=maps.text[row][maps.content[row]].tolist(),
+            score=float(maps.score[row]),
+            subtitle=subtitle,
+            **_study(module.clip, batch, tokens[row], maps.content[row], row),
+        )
+        for row in range(len(batch["id"]))
+    ]
+
+
+def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch: StudyBatch) -> Picture:
+    """A contact sheet of one study, `(h, w, 3)` uint8: its film, and the map and the words of each method.
+
+    Args:
+        module: A `ClipModule`, or any module with `clip` and `inputs`.
+        methods: By the name to write under the map. One that refuses the model is shown with its reason.
+        batch: One study.
+    """
+    entries = []
+    for name, method in progress(methods.items(), "methods"):
+        try:
+            maps, tokens = _attribute(module, method, batch)
+        except NotImplementedError as error:
+            entries.append(Entry(name, None, None, str(error)))
+            continue
+        words = maps.text[0][maps.content[0]].tolist() if method.serves_text else None
+        entries.append(Entry(name, maps.image[0].float().cpu().numpy(), words, getattr(method, "explain", "")))
+    if all(entry.heat is None for entry in entries):
+        raise NotImplementedError(entries[0].note)
+    study = _study(module.clip, batch, tokens[0], maps.content[0], 0)
+    return contact_sheet(entries=entries, score=float(maps.score[0]), **study)
+
+
+def _attribute(module: Any, method: AttributionMethod, batch: StudyBatch) -> tuple[AttributionMaps, Tensor]:
     images, tokens = module.inputs({**batch, "image": batch["image"].to(module.device)})
-    maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"].to(module.device))
-    return [_panel(module.clip, maps, batch, tokens, row, subtitle) for row in range(len(batch["id"]))]
+    return method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"].to(module.device)), tokens
 
 
-def _panel(
-    clip: Clip, maps: AttributionMaps, batch: StudyBatch, tokens: torch.Tensor, row: int, subtitle: str
-) -> Picture:
-    content = maps.content[row]
-    title = " | ".join(part for part in (batch["finding"][row], batch["id"][row]) if part)
-    return panel(
-        film=np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),
-        heat=maps.image[row].float().cpu().numpy(),
-        boxes=batch["boxes"][row].cpu().numpy(),
-        phrase=batch["phrase"][row],
-        tokens=clip.pieces(tokens[row][content]),
-        relevance=maps.text[row][content].float().cpu().tolist(),
-        score=float(maps.score[row]),
-        title=title,
-        subtitle=subtitle,
-    )
+def _study(clip: Clip, batch: StudyBatch, tokens: Tensor, content: Tensor, row: int) -> dict[str, Any]:
+    """What every picture of a study shows, whatever the method."""
+    return {
+        "film": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),
+        "boxes": batch["boxes"][row].cpu().numpy(),
+        "phrase": batch["phrase"][row],
+        "tokens": clip.pieces(tokens[content]),
+        "title": " | ".join(part for part in (batch["finding"][row], batch["id"][row]) if part),
+    }
 
 
 def explain_film(
@@ -55,7 +88,7 @@ def explain_film(
     phrase: str,
     ckpt_path: str,
     out: str = "panel.png",
-    method: AttributionMethod | None = None,
+    method: AttributionMethod | str | None = None,
     geometry: str = "pad",
 ) -> Path:
     """Write one panel: where the model looks on a film for a phrase, and which words matter.
@@ -65,7 +98,8 @@ def explain_film(
         phrase: A sentence as a report words it, e.g. "Left lower lobe consolidation."
         ckpt_path: A checkpoint of `matex fit`.
         out: The picture to write.
-        method: What makes the map; `Matex.measured()` by default.
+        method: What makes the map, `Matex.measured()` by default: the name of a shipped setting (`m2ib`), a YAML file
+            with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of every shipped one.
         geometry: How the film gets into the model's frame: `pad` or `squash`, as in training.
 
     Returns:
@@ -73,13 +107,14 @@ def explain_film(
     """
     if not phrase.strip():
         raise ValueError("The phrase is empty. Give a sentence as a report words it, in quotes.")
+    single = None if method == "all" else load_method(method or Matex.measured())
     film = _read_film(Path(image))
     module = load_module(ckpt_path)
     study = Study(id=Path(image).name, patient_id="", film_id=Path(image).name, image=image, phrase=phrase)
-    sample = Sample(study, *FilmTransform(module.clip.image_size, geometry)(film))
-    method = method or Matex.measured()
-    picture = explain_batch(module, method, collate([sample]), type(method).__name__)[0]
-    return save_png(out, picture)
+    batch = collate([Sample(study, *FilmTransform(module.clip.image_size, geometry)(film))])
+    if single is None:
+        return save_png(out, compare_methods(module, shipped_methods(), batch))
+    return save_png(out, explain_batch(module, single, batch, type(single).__name__)[0])
 
 
 def load_module(ckpt_path: str) -> ClipModule:

@@ -132,7 +132,7 @@ def resize(picture: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     return cv2.resize(picture, size, interpolation=method)
 
 
-def contact_sheet(
+def picture_grid(
     pictures: Sequence[Picture], *, columns: int, captions: Sequence[str] | None = None, gap: int = 12
 ) -> Picture:
     """A grid of pictures, row by row, `(h, w, 3)` uint8; every cell is as large as the largest picture.
@@ -147,7 +147,7 @@ def contact_sheet(
         ValueError: No pictures, wrong shapes, or as many captions as pictures are not given.
     """
     if not pictures:
-        raise ValueError("contact_sheet needs at least one picture, got none.")
+        raise ValueError("picture_grid needs at least one picture, got none.")
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}.")
     if captions is not None and len(captions) != len(pictures):

@@ -34,6 +34,7 @@ from matex_pl.render import (
     overlay,
     paste,
     phrase_pieces,
+    picture_grid,
     resize,
     visible_boxes,
     wrap,
@@ -42,7 +43,6 @@ from matex_pl.render import (
     write_phrase,
     write_side_markers,
 )
-from matex_pl.render import contact_sheet as grid
 
 SHEET_WIDTH, COLUMNS, TEXT_LINES = 1920, 6, 3
 TILE, PANEL_TILE = 240, 384
@@ -277,7 +277,7 @@ def _write_fitting(draw: ImageDraw.ImageDraw, page: _Sheet, left_base: tuple[int
 def _compose(page: _Sheet, cells: Sequence[Picture], phrase: str, title: str, subtitle: str, score: float) -> Picture:
     """The cells row by row below the header, and the colour bar at the foot."""
     canvas = np.full((page.height, page.width, 3), BACKGROUND, np.uint8)
-    paste(canvas, grid(cells, columns=page.columns, gap=page.margin), 0, page.grid_top)
+    paste(canvas, picture_grid(cells, columns=page.columns, gap=page.margin), 0, page.grid_top)
     right = _draw_colour_bar(canvas, page)
 
     sheet = Image.fromarray(canvas)

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from inspect import isabstract
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,8 @@ from families import CONFIGS as FAMILY_CONFIGS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from matex_pl import attribution
+from matex_pl.attribution.shipped import method_names, shipped_methods
 from matex_pl.cli import find_configs, main
 from matex_pl.clip import shipped_configs
 
@@ -105,6 +108,44 @@ def test_phantom_config_from_fit_to_explain(here, films, capsys):
     assert cv2.imread("out/panel.png").shape[1] == 880
     main(["explain", "film.png", "Nodule.", "--ckpt_path", last, "--out", "center.png", "--method", "CenterMap"])
     assert Path("center.png").is_file()
+
+
+def test_methods_by_name_and_all_of_them(here, films, capsys):
+    fit_phantom(films)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("film.png")
+    words = ["explain", "film.png", "Left lower lobe consolidation.", "--ckpt_path"]
+    words.append("runs/phantom/checkpoints/last.ckpt")
+    main([*words, "--method", "m2ib", "--out", "named.png"])
+    main([*words, "--method=m2ib", "--method.steps=1", "--out", "changed.png"])
+    assert cv2.imread("named.png").shape == cv2.imread("changed.png").shape
+    assert not np.array_equal(cv2.imread("named.png"), cv2.imread("changed.png"))
+    main([*words, "--method", "all", "--out", "all.png"])
+    # The film and one tile per method, six in a row.
+    assert cv2.imread("all.png").shape[1] == 1920
+    with pytest.raises(SystemExit, match=r"No method 'm3ib'. Take one of center_map.*saliency"):
+        main([*words, "--method", "m3ib"])
+    Path("mine.yaml").write_text("class_path: matex_pl.attribution.M2ib\ninit_args: {step: 1}", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"mine.yaml does not describe a method(?s:.*)'step' is not accepted"):
+        main([*words, "--method", "mine.yaml"])
+
+
+def test_every_shipped_method_works_inside_attribution_maps(here, films):
+    maps = [
+        {
+            "class_path": "matex_pl.callbacks.AttributionMaps",
+            "init_args": {"num_studies": 1, "name": name, "method": name},
+        }
+        for name in method_names()
+    ]
+    Path("maps.yaml").write_text(json.dumps({"trainer": {"callbacks": maps}}), encoding="utf-8")
+    fit_phantom(films, "--config", "maps.yaml")
+    logged = EventAccumulator(str(here / "runs" / "phantom" / "version_0"), size_guidance={"images": 0}).Reload().Tags()
+    assert {tag.split("/")[1] for tag in logged["images"]} == set(method_names())
+
+
+def test_there_is_a_shipped_setting_of_every_method():
+    kinds = {name for name in attribution.__all__ if not isabstract(getattr(attribution, name))}
+    assert set(shipped_methods()) == kinds
 
 
 def test_nih_config_from_scratch_and_from_a_checkpoint(here, films):

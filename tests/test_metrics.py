@@ -19,7 +19,6 @@ from matex_pl.metrics.functional import (
     confidence_drop,
     confidence_increase,
     contrast_to_noise,
-    fill_images,
     keep_highlighted,
     keep_relevant_tokens,
     pointing_game,
@@ -152,27 +151,6 @@ def test_keep_relevant_tokens_keeps_the_upper_half_and_the_ends() -> None:
     level = torch.full_like(heat, 0.5)
     assert keep_relevant_tokens(tokens, level, content, PAD).tolist() == [[BOS, PAD, PAD, PAD, PAD, EOT, PAD]]
     assert torch.equal(keep_relevant_tokens(tokens, heat, torch.zeros_like(content), PAD), tokens)
-
-
-def test_fills() -> None:
-    images, mean_film = torch.randn(2, 3, 32, 32), torch.rand(3, 32, 32)
-    assert torch.equal(fill_images("mean_film", images, mean_film), mean_film)
-    assert (fill_images("mean_colour", images, mean_film) == 0).all()
-    blurred = fill_images("blur", images, mean_film)
-    assert blurred.shape == images.shape
-    assert blurred.var() < images.var() / 4
-    flat = torch.full((1, 3, 32, 32), 0.7)
-    torch.testing.assert_close(fill_images("blur", flat, mean_film), flat)
-    with pytest.raises(ValueError, match="mean_film, mean_colour, blur, got 'black'"):
-        fill_images("black", images, mean_film)
-
-
-@pytest.mark.parametrize("kind", ["mean_film", "mean_colour", "blur"])
-def test_fill_broadcasts_to_the_images(kind: str) -> None:
-    images = torch.randn(2, 3, 32, 32)
-    fill = fill_images(kind, images, torch.rand(3, 32, 32))
-    nothing_kept = keep_highlighted(images, torch.zeros(2, 32, 32), fill)
-    torch.testing.assert_close(nothing_kept, fill.expand_as(images))
 
 
 def _scores(rows: slice) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from matex_pl import render
-from matex_pl.render import BACKGROUND, BOX_COLOUR, contact_sheet, overlay, panel, phrase_pieces, save_png
+from matex_pl.render import BACKGROUND, BOX_COLOUR, overlay, panel, phrase_pieces, picture_grid, save_png
 
 SIDE = 384
 LEFT, RIGHT, TOP = 20, 420, 88
@@ -222,11 +222,11 @@ def test_errors_name_what_is_wrong(changes, message):
 
 def test_contact_sheet_places_pictures_row_by_row():
     films = [np.full((10 + i, 20), 50 * i + 5, np.uint8) for i in range(3)]
-    sheet = contact_sheet(films, columns=2, gap=4)
+    sheet = picture_grid(films, columns=2, gap=4)
     assert sheet.shape == (4 + 2 * (12 + 4), 4 + 2 * (20 + 4), 3)
     assert [int(sheet[y, x, 0]) for y, x in ((10, 14), (10, 38), (26, 14))] == [5, 55, 105]
     assert tuple(sheet[26, 38]) == BACKGROUND
-    captioned = contact_sheet(films, columns=5, captions=["a", "é", "a caption that is too long"], gap=4)
+    captioned = picture_grid(films, columns=5, captions=["a", "é", "a caption that is too long"], gap=4)
     assert captioned.shape == (4 + 12 + 26 + 4, 4 + 3 * 24, 3)
     assert (captioned[17:42] != BACKGROUND).any()
 
@@ -234,11 +234,11 @@ def test_contact_sheet_places_pictures_row_by_row():
 def test_contact_sheet_errors():
     film = np.zeros((4, 4), np.uint8)
     with pytest.raises(ValueError, match="at least one picture"):
-        contact_sheet([], columns=2)
+        picture_grid([], columns=2)
     with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
-        contact_sheet([film], columns=0)
+        picture_grid([film], columns=0)
     with pytest.raises(ValueError, match="got 1 for 2 pictures"):
-        contact_sheet([film, film], columns=2, captions=["one"])
+        picture_grid([film, film], columns=2, captions=["one"])
 
 
 def test_save_png_makes_folders_and_reads_back(tmp_path):

@@ -14,6 +14,7 @@ from matex_pl.attribution.patch_similarity import PatchSimilarity
 from matex_pl.attribution.rise import Rise
 from matex_pl.attribution.rollout import Rollout
 from matex_pl.attribution.saliency import Saliency
+from matex_pl.attribution.submodular_regions import SubmodularRegions
 
 __all__ = [
     "AttributionMethod",
@@ -32,4 +33,5 @@ __all__ = [
     "Rise",
     "Rollout",
     "Saliency",
+    "SubmodularRegions",
 ]

@@ -23,6 +23,9 @@ class Chefer(TwoSided):
     (the class token's or the end of text's row). dS/dA of all blocks comes from one backward, as <dS/do, v>. An
     attention pool's query is no token: its row of max(0, A * dS/dA) begins the product.
 
+    Released code: a backward per layer, half precision on a GPU, and the cosine times exp(logit_scale), which is
+    `explain="logit"`; it divides the words by their sum. Only class tokens and ends of text are read there.
+
     Args:
         start_layer: First block whose attention counts, by index from 0 or from the end; -1, the last block, is the
             default of the authors' CLIP code, 0 takes all.

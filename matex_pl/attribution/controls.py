@@ -18,7 +18,7 @@ from matex_pl.clip import Clip
 from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
 
 
-class _Control(AttributionMethod):
+class Control(AttributionMethod):
     """Maps that need the model for the score alone."""
 
     serves_text: ClassVar[bool] = False
@@ -47,7 +47,7 @@ class _Control(AttributionMethod):
         return torch.zeros(tokens.shape, device=tokens.device)
 
 
-class RandomMap(_Control):
+class RandomMap(Control):
     """Noise: a number per patch, drawn evenly and enlarged as any map, and one per content token.
 
     Each pair has noise of its own, which depends on the seed, the film and the phrase, and on nothing else.
@@ -79,7 +79,7 @@ class RandomMap(_Control):
         return torch.stack(drawn).to(images.device)
 
 
-class CenterMap(_Control):
+class CenterMap(Control):
     """The centre of the frame: 1 there, falling linearly with the distance to 0 in the corners."""
 
     def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
@@ -89,7 +89,7 @@ class CenterMap(_Control):
         return min_max(-torch.hypot(x, y)[None]).expand(len(phrases), -1, -1)
 
 
-class PriorOnly(_Control):
+class PriorOnly(Control):
     """The spatial prior of the phrase alone (M of eq. 5, min-maxed): what the words give away; zeros if they name none.
 
     Args:

@@ -24,6 +24,9 @@ class GradCam(TwoSided):
     the patches, or the content tokens of the phrase. Several layers are min-maxed each and averaged. In a ResNet a is
     the map that enters the attention pool.
 
+    Released code: the package `grad-cam` clips, min-maxes and averages layers as here, but enlarges each of them first;
+    its example for CLIP takes the output of the norm and explains a softmax over labels. None serves text.
+
     Args:
         layers: Blocks, by index from 0 or from the end; the last by default. A tower with fewer blocks than a negative
             index asks for uses its first.

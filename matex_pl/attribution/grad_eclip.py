@@ -19,6 +19,10 @@ class GradEclip(TwoSided):
     q, k, v and o (the attention's output before its projection) are those of all heads, side by side, and the gradient
     is that of the row that is pooled. Several blocks are summed before the clipping.
 
+    Released code: explains a copy of the tower whose last blocks attend with one head over the full width; here the
+    heads stay as they are deployed. Of several image blocks it sums the clipped maps. For phrases it takes norm() over
+    all positions, here over the content, and divides by the sum.
+
     Args:
         image_blocks: Last blocks of the image tower that count.
         text_blocks: Last blocks of the text tower that count; a tower with fewer uses all.

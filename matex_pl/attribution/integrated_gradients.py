@@ -21,6 +21,8 @@ class IntegratedGradients(TwoSided):
     The integral is a Gauss-Legendre sum. The map is the positive part of the sum over channels. x0 is the fill for
     films; for phrases the embeddings of the same phrase with pad tokens in place of its content.
 
+    Released code: captum has the same rule with 50 nodes, and leaves sign and channels as they are.
+
     Args:
         steps: Nodes of the sum.
         fill: x0 of films: `mean_colour` (as published), `mean_film` or `blur`.

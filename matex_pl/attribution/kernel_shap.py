@@ -25,6 +25,10 @@ class KernelShap(TwoSided):
     `samples` reaches, all coalitions are taken and the values are the Shapley values; otherwise they are drawn in pairs
     with their complements, one bank for all pairs of a call. The map is the positive part.
 
+    Released code: `shap` also enumerates the smallest and largest coalitions where it cannot take all, and by default
+    drops features by LASSO, which would break the sum; captum keeps the sum by a large weight, draws no complements,
+    and gives every pixel its group's whole value.
+
     Args:
         samples: Coalitions, at most.
         fill: What stands in for removed pixels: `mean_film`, `mean_colour` (as published) or `blur`.
@@ -94,9 +98,9 @@ class KernelShap(TwoSided):
         return shapley_regression(keep, weight, side.keep, scores[1:], scores[0], whole)
 
 
-def patch_groups(grid: tuple[int, int]) -> Tensor:
-    """The group of each patch, `(Gh, Gw)`: squares, of the smallest side that gives at most 64 groups."""
-    side = next(k for k in count(1) if ceil(grid[0] / k) * ceil(grid[1] / k) <= MAX_FEATURES)
+def patch_groups(grid: tuple[int, int], most: int = MAX_FEATURES) -> Tensor:
+    """The group of each patch, `(Gh, Gw)`: squares, of the smallest side that gives at most `most` groups."""
+    side = next(k for k in count(1) if ceil(grid[0] / k) * ceil(grid[1] / k) <= most)
     rows, columns = torch.arange(grid[0]) // side, torch.arange(grid[1]) // side
     return rows[:, None] * ceil(grid[1] / side) + columns
 

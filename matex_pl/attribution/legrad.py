@@ -20,6 +20,9 @@ class LeGrad(TwoSided):
     s_l is the score that the tower's own head gives when it reads the tokens behind block l, and A_l the attention of
     that block alone. An attention pool counts as one more block.
 
+    Released code: takes the last two blocks unless told otherwise, reads CLIP's layers by the mean of all tokens, where
+    this reads what the tower reads, and under an attention pool differentiates the pool's attention alone. No text.
+
     Args:
         num_blocks: Last blocks that count; all by default.
         explain: `cosine` or `margin`, the cosine less its mean over `references`.

@@ -28,6 +28,11 @@ class M2ib(TwoSided):
     In phrases the tokens up to the pooled one take part (all that are no padding, where the first is pooled), so that
     padding changes nothing; the others pass as they are.
 
+    Released code: the same for a film, pair by pair, with forwards of the whole model. For phrases it averages the
+    capacity over all positions it is given, padding included, min-maxes over the special tokens too, and its wrapper of
+    OpenAI's weights reads the last position instead of the end of text. Here log(1 - lambda) cannot underflow to an
+    infinite capacity.
+
     Args:
         block: The bottleneck is behind this block, by index from 0 or from the end (-3: index 9 of 12). A tower with
             fewer blocks than a negative index asks for uses its first.

@@ -17,6 +17,9 @@ class PatchSimilarity(TwoSided):
     The token stands where the class token does, or is all that there is to average or to attend to. CLIP trains the
     class token only, so that nothing makes the patches agree with the phrase.
 
+    Released code: MaskCLIP, the nearest, leaves the last block's attention, residual and perceptron out; here the tower
+    stays as it is deployed.
+
     Args:
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.

@@ -22,6 +22,9 @@ class Rise(TwoSided):
     random place. Phrases: each content token is kept or replaced by a pad token. All pairs of a call see the same
     masks, made on the device in chunks.
 
+    Released code: explains a class probability, fills with the mean colour, and its scripts take 6000 masks of 8 cells
+    with probability 0.1; its enlargement mirrors at the border of the grid, where this repeats the edge.
+
     Args:
         masks: Number of masks (4000 for the smaller network of the paper).
         cells: Side of the coarse grid.

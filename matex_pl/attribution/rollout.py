@@ -15,6 +15,10 @@ class Rollout(TwoSided):
     """Attention rollout (Abnar and Zuidema 2020): the product over layers of rownorm(mean over heads of A + I).
 
     It sees the attention alone: the map of a film is the same for every phrase, and that of a phrase for every film.
+    What the embedding is read from begins the product: the pooled token, equal shares, or an attention pool's row.
+
+    Released code: for text encoders, without a choice of row; copies of it for CLIP often start at the last layer, and
+    then show that layer's attention.
     """
 
     cost: ClassVar[str] = "1 forward"

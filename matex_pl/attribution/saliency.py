@@ -17,6 +17,8 @@ class Saliency(TwoSided):
 
     Per token the L2 norm of the gradient by its embedding, as a token has no channels that could be told apart.
 
+    Released code: captum gives abs(dS/dx) of each channel; the maximum and the norm over channels are taken here.
+
     Args:
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.

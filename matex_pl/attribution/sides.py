@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -271,7 +271,9 @@ class TwoSided(AttributionMethod):
             raw = find(by_image)
             raw_text = find_text(by_text) if find_text else Raw(torch.zeros_like(tokens, dtype=score.dtype))
             check_scores(score, phrases, raw.values.expand(len(score), *raw.values.shape[1:]), raw_text.values)
-            return _finish(clip, raw, raw_text, text_side.keep, score)
+            maps = _finish(clip, raw, raw_text, text_side.keep, score)
+            # A single word has the value 1, where there is a side of words at all.
+            return maps if find_text else replace(maps, text=torch.zeros_like(maps.text))
 
 
 def _finish(clip: Clip, raw: Raw, raw_text: Raw, content: Tensor, score: Tensor) -> AttributionMaps:

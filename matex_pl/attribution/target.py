@@ -50,26 +50,36 @@ def directions(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[T
     return score, text if reference is None else text - reference, image.expand_as(text)
 
 
-_MEANS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor, Tensor]] = WeakKeyDictionary()
+_ENCODED: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor, Tensor, Tensor]] = WeakKeyDictionary()
 # Entries of each weight that are compared: a step of any optimiser moves more than a few of them.
 _SAMPLED = 256
 
 
-@torch.no_grad()
 def reference_mean(clip: Clip, references: Sequence[str]) -> Tensor:
     """Mean embedding of the reference phrases, `(D,)`, float32 or better; encoded once per weights of the text tower.
 
     Call it inside `borrowed`: what it keeps must neither depend on dropout nor be an inference tensor.
     """
+    return _encoded(clip, references)[1]
+
+
+def reference_embeddings(clip: Clip, references: Sequence[str]) -> Tensor:
+    """Embedding of each reference phrase, `(R, D)`; otherwise as `reference_mean`."""
+    return _encoded(clip, references)[0]
+
+
+@torch.no_grad()
+def _encoded(clip: Clip, references: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Embeddings and their mean."""
     model, weights = original(clip.model), _sample(clip)
     key = (*references, clip.std.dtype, weights.device)
-    if model in _MEANS:
-        known, sampled, mean = _MEANS[model]
+    if model in _ENCODED:
+        known, sampled, embeddings, mean = _ENCODED[model]
         if known == key and torch.equal(sampled, weights):
-            return mean
-    mean = full_precision(clip.encode_text(clip.tokenize(references))).mean(0)
-    _MEANS[model] = key, weights, mean
-    return mean
+            return embeddings, mean
+    embeddings = full_precision(clip.encode_text(clip.tokenize(references)))
+    _ENCODED[model] = key, weights, embeddings, embeddings.mean(0)
+    return _ENCODED[model][2:]
 
 
 def _sample(clip: Clip) -> Tensor:

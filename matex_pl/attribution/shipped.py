@@ -1,0 +1,56 @@
+"""Methods by the names of their shipped settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from matex_pl.attribution.base import AttributionMethod
+from matex_pl.attribution.controls import Control
+from matex_pl.attribution.matex import Matex
+from matex_pl.clip import CONFIG_FOLDER
+
+METHOD_FOLDER = CONFIG_FOLDER / "methods"
+
+
+def method_names() -> list[str]:
+    """Names of the shipped settings, as `m2ib`."""
+    return sorted(path.stem for path in METHOD_FOLDER.glob("*.yaml"))
+
+
+def method_path(name: str) -> Path:
+    """The YAML of a method: a file, or a shipped one by its name (`m2ib`, `methods/m2ib.yaml`).
+
+    Raises:
+        ValueError: There is none; the message lists the shipped ones.
+    """
+    shipped = METHOD_FOLDER / f"{name.removeprefix('configs/').removeprefix('methods/').removesuffix('.yaml')}.yaml"
+    for path in (Path(name), shipped):
+        if path.is_file():
+            return path
+    raise ValueError(f"No method {name!r}. Take one of {', '.join(method_names())}, a class or a YAML file.")
+
+
+def load_method(method: AttributionMethod | str) -> AttributionMethod:
+    """A method as it is, or by its YAML; see `method_path`.
+
+    Raises:
+        ValueError: There is no such YAML, or it does not describe a method.
+    """
+    if isinstance(method, AttributionMethod):
+        return method
+    path = method_path(method)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(AttributionMethod, "method", required=True)
+    try:
+        return parser.instantiate(parser.parse_args(["--method", str(path)])).method
+    except ArgumentError as error:
+        raise ValueError(f"{path} does not describe a method: {error}") from error
+
+
+def shipped_methods() -> dict[str, AttributionMethod]:
+    """The methods of the shipped settings by class name: MATEX first, the controls last."""
+    methods = [load_method(name) for name in method_names()]
+    methods.sort(key=lambda method: (not isinstance(method, Matex), isinstance(method, Control)))
+    return {type(method).__name__: method for method in methods}
