@@ -1,6 +1,7 @@
-"""The README's picture: the panel of one phantom of the test split.
+"""The README's pictures: the panel of one phantom of the test split, or the contact sheet of every method on it.
 
 python benchmarks/panel.py --ckpt_path runs/phantom/checkpoints/last.ckpt --study phantom-11004-1 --out docs/panel.png
+python benchmarks/panel.py ... --method all --width 1440 --out docs/methods.png
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import numpy as np
 from jsonargparse import auto_cli
 from PIL import Image
 
-from matex_pl.attribution import Matex
+from matex_pl.attribution.shipped import load_method, shipped_methods
 from matex_pl.data import PhantomDataModule
-from matex_pl.explain import explain_batch, load_module
+from matex_pl.explain import compare_methods, explain_batch, load_module
 from matex_pl.render import save_png
 
 
-def main(ckpt_path: str, study: str, out: str, width: int = 704) -> None:
+def main(ckpt_path: str, study: str, out: str, width: int = 704, method: str = "matex") -> None:
     """Write the panel.
 
     Args:
@@ -23,11 +24,17 @@ def main(ckpt_path: str, study: str, out: str, width: int = 704) -> None:
         study: Id of a test study.
         out: The PNG to write.
         width: Of the picture in pixels; smaller than a panel, for a small file.
+        method: A shipped method by name, or `all` for a contact sheet.
     """
     module = load_module(ckpt_path)
     data = PhantomDataModule(image_size=module.clip.image_size)
     data.setup("test")
-    picture = explain_batch(module, Matex.measured(), data.dataset("test").batch([study]), "MATEX")[0]
+    batch = data.dataset("test").batch([study])
+    if method == "all":
+        picture = compare_methods(module, shipped_methods(), batch)
+    else:
+        single = load_method(method)
+        picture = explain_batch(module, single, batch, type(single).__name__)[0]
     height = round(picture.shape[0] * width / picture.shape[1])
     save_png(out, np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)))
 

@@ -51,7 +51,8 @@ DEFAULTS: dict[str, Any] = {
 class Layer:
     """One block of one study, lists over heads: q (m, d), k and v (n, d), `attention` (m, n), o (m, d).
 
-    A block of a tower asks with its own tokens, m = n; an attention pool asks with m queries of its own.
+    A block of a tower asks with its own tokens, m = n; an attention pool asks with m queries of its own. `normed` are
+    these tokens (n, width) behind the norm that stands before them, where one does.
     """
 
     query: list[Tensor] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Layer:
     value: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     output: list[Tensor] = field(default_factory=list)
+    normed: Tensor | None = None
 
     def mean(self) -> Tensor:
         """Attention, mean over heads, (m, n)."""
@@ -185,6 +187,7 @@ def open_clip_block(block: nn.Module, x: Tensor, hidden: Tensor | None = None) -
     normed = layer_norm(x, block.ln_1)
     q, k, v = (normed @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).chunk(3, dim=1)
     layer = attend(q, k, v, block.attn.num_heads, hidden)
+    layer.normed = normed
     x = x + linear(torch.cat(layer.output, 1), block.attn.out_proj)
     return x + linear(F.gelu(linear(layer_norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj), layer
 
@@ -283,8 +286,10 @@ def timm_image(visual: nn.Module, size: tuple[int, int]) -> Tower:
 
 def timm_block(block: nn.Module, x: Tensor) -> tuple[Tensor, Layer]:
     """Tokens (n, width) through one block of timm, with or without a scale on what it adds."""
-    q, k, v = linear(layer_norm(x, block.norm1), block.attn.qkv).chunk(3, dim=1)
+    normed = layer_norm(x, block.norm1)
+    q, k, v = linear(normed, block.attn.qkv).chunk(3, dim=1)
     layer = attend(q, k, v, block.attn.num_heads)
+    layer.normed = normed
     x = x + linear(torch.cat(layer.output, 1), block.attn.proj) * getattr(block.ls1, "gamma", 1)
     hidden = F.gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1))
     return x + linear(hidden, block.mlp.fc2) * getattr(block.ls2, "gamma", 1), layer
@@ -842,14 +847,19 @@ def raw_grad_cam(
 
 
 def grad_cam(side: Side, layers: Sequence[int], variant: str) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) or HiResCAM (Draelos and Carin 2020) of the tokens that enter the blocks."""
+    """Grad-CAM (Selvaraju et al. 2017) or HiResCAM (Draelos and Carin 2020) of the tokens that enter the blocks.
+
+    HiResCAM takes them behind the norm: before it, <g, a> of a last patch token is 0, whose length changes nothing.
+    """
     maps = [camera(side, block_number(layer, len(side.tower.blocks)), variant) for layer in layers]
     return maps[0] if len(maps) == 1 else sum(norm(values) for values in maps) / len(maps)
 
 
 def camera(side: Side, block: int, variant: str) -> Tensor:
     """The map of one block, a value for each of the tokens `among`."""
-    tokens = side.run.stream[block]
+    tokens, normed = side.run.stream[block], side.run.layers[block].normed
+    if variant == "hires" and normed is not None:
+        tokens = normed
     gradient = torch.autograd.grad(side.score(side.run), tokens, retain_graph=True)[0]
     mean = sum((gradient[i] for i in side.among), torch.zeros_like(gradient[0])) / max(1, len(side.among))
     values = tokens.new_zeros(len(side.among))

@@ -35,8 +35,10 @@ class Control(AttributionMethod):
             image = self._draw(clip, images, phrases, film)
             content = clip.content(tokens)
             text = self._draw_words(images, tokens, phrases)
+            # A single word has the value 1, where there is a side of words at all.
+            text = token_map(text, content) if self.serves_text else text
             grid = patch_mean(image, clip.grid)
-            return AttributionMaps(image, grid, token_map(text, content), content, score)
+            return AttributionMaps(image, grid, text, content, score)
 
     @abstractmethod
     def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
