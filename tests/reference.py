@@ -1168,9 +1168,9 @@ def raw_rollout(clip: Clip, images: Tensor, tokens: Tensor, **explained: Any) ->
 
 
 def raw_legrad(
-    clip: Clip, images: Tensor, tokens: Tensor, blocks: int | None = None, **explained: Any
+    clip: Clip, images: Tensor, tokens: Tensor, num_blocks: int | None = None, **explained: Any
 ) -> dict[str, Tensor]:
-    values = partial(legrad, blocks=blocks)
+    values = partial(legrad, blocks=num_blocks)
     return both_sides(clip, images, tokens, values, values, **explained)
 
 

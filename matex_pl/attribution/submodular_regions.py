@@ -22,9 +22,9 @@ from matex_pl.maps import full_precision
 class SubmodularRegions(TwoSided):
     """Less is more (Chen et al. 2024), with the bidirectional search of LiMA (Chen et al. 2025); for offline use.
 
-    Regions are the patches, in squares of the smallest side that gives at most `regions` of them. x_S is the film with
-    the regions of S kept and the others filled, V all regions. They are ordered by greedy search for large F(S), the
-    weighted sum of
+    The formulas are those of the released code (SMDL-Attribution, LIMA). Regions are the patches, in squares of the
+    smallest side that gives at most `regions` of them. x_S is the film with the regions of S kept and the others
+    filled, V all regions. They are ordered by greedy search for large F(S), the weighted sum of
 
         consistency    S(x_S)
         collaboration  1 - S(x_{V without S})
@@ -49,7 +49,7 @@ class SubmodularRegions(TwoSided):
         - Values are written where a region is not black, over 0, the maximum: a black border lights up. Here they go by
           region.
         - Regions alone are encoded once more, as are the first candidates for Q and the last of all in the search from
-          one end: 1659 forwards for 49 regions, 2500 from one end. Here 1594 and 2450, for the same order.
+          one end: 1659 forwards for 49 regions, 2500 from one end. Here 1594 and 2450.
         - The entropy has 1e-7 in its logarithm. Here it is exact.
 
     Args:
@@ -153,7 +153,7 @@ class SubmodularRegions(TwoSided):
         others = reference_embeddings(clip, self.references)[once]
         if self.explain == "margin":
             # As the direction is; it adds the same to all logits of an image.
-            pass
+            others = others - reference_mean(clip, self.references)
         apart = (direction[:, None] - others).norm(dim=2) > torch.finfo(clip.std.dtype).eps ** 0.5
         return _Judge(direction, others, apart, full_precision(clip.logit_scale).exp(), self.explain == "probability")
 
