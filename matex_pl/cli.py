@@ -26,7 +26,8 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, 
   tensorboard --logdir runs                               look
   matex test --config phantom.yaml --ckpt_path last       score the test films
   matex explain film.png "Left lower lobe consolidation." --ckpt_path runs/phantom/checkpoints/last.ckpt
-                                                          one film, one picture
+                                                          one film, one picture; --method m2ib takes another method,
+                                                          --method all draws every one
   matex prior "Left lower lobe consolidation." --out prior.png
                                                           how a phrase is read, and the prior M that it gives
   matex cost --model ViT-B-32 --batch_size 16             what each kind of map costs on this machine

@@ -29,9 +29,9 @@ _PHRASES = 16
 _FEWEST = 7
 # Of methods that repeat forwards: the time is theirs times a number, and their defaults would take minutes per round.
 FEWER: dict[str, dict[str, int]] = {
-    "IntegratedGradients": {"steps": 4},
-    "KernelShap": {"samples": 24},
-    "Rise": {"masks": 24},
+    "IntegratedGradients": {"steps": 2},
+    "KernelShap": {"samples": 12},
+    "Rise": {"masks": 12},
     "SubmodularRegions": {"regions": 4},
 }
 Call = Callable[..., Any]

@@ -36,6 +36,16 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """Share of its magnitude within which what a model computed in `dtype` counts as constant."""
+    return max(1e-6, 4 * torch.finfo(dtype).eps)
+
+
+def differ(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whose scores `(S, B)`, products of unit vectors, are more than one number and its rounding; `(B,)` bool."""
+    return scores.amax(0) - scores.amin(0) > rounding(dtype)
+
+
 def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """`norm` of the design: (z - min) / (max - min) per sample over all but the first axis; same shape, in [0, 1].
 
@@ -48,8 +58,7 @@ def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch
     """
     flat = full_precision(z.flatten(1))
     low, high = _extremes(flat, keep)
-    tolerance = max(1e-6, 4 * torch.finfo(dtype).eps) * torch.maximum(low.abs(), high.abs())
-    varies = high - low > tolerance
+    varies = high - low > rounding(dtype) * torch.maximum(low.abs(), high.abs())
     scaled = (flat - low) / torch.where(varies, high - low, torch.inf)
     return (scaled if keep is None else scaled.masked_fill(~keep.flatten(1), 0)).view_as(z)
 

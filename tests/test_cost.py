@@ -42,6 +42,9 @@ def test_the_table(deep_json: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert float(low) <= float(mid) <= float(high)
         assert float(rate) > 0
         assert name != "plain forward" or mid == "1.00"
+    for name in ("KernelShap", "Rise", "SubmodularRegions"):
+        assert re.search(rf"^\| {name}\(.*?\) \| {spread} \| {spread} \|", text, re.MULTILINE)
+    assert not re.search(rf"^\| M2ib\(.*?\) \| {spread} \| {spread} \|", text, re.MULTILINE)
     assert re.search(
         r"^16 phrases on one image .* cost [\d.]+ \([\d.]+ to [\d.]+\) single pairs\.$", text, re.MULTILINE
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import reference
 import torch
 from families import family
-from submodular_reference import least_angles, raw_submodular_regions
+from reference import least_angles, raw_submodular_regions
 from test_matex import REFERENCE_PHRASES, pairs
 from torch import Tensor
 
@@ -36,12 +37,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"regions": 6, "pending": 0, "explain": "margin", "confidence": 0.0, "fill": "blur"},
 ]
 PARTS = ("order", "insertion", "deletion", "gains", "region")
-
-
-@pytest.fixture(autouse=True)
-def _mean_film() -> None:
-    for clip in (family("native"), family("native", torch.float64), family("resnet", torch.float64)):
-        clip.mean_film.fill_(0.4)
 
 
 def small(clip: Clip, count: int = 3) -> tuple[Tensor, Tensor, list[str]]:
@@ -275,7 +270,6 @@ def test_probabilities_of_margins_are_those_of_cosines() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     clip = family("square", dtype)
-    clip.mean_film.fill_(0.4)
     maps = SubmodularRegions(references=REFERENCES).attribute(clip, *small(clip))
     assert maps.image.dtype == torch.float32
     assert (maps.image.flatten(1).amax(1) == 1).all()
@@ -354,7 +348,8 @@ def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_model_without_the_fill_is_refused() -> None:
-    clip = family("square", torch.float64)
+    source = family("square", torch.float64)
+    clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
     clip.mean_film.fill_(torch.nan)
     with pytest.raises(ValueError, match="fill='mean_film' needs the mean of the training films"):
         SubmodularRegions().attribute(clip, *small(clip))

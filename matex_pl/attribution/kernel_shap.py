@@ -13,6 +13,7 @@ from matex_pl.attribution.base import check_choice, check_positive, progress
 from matex_pl.attribution.fill import FILLS, check_fill, fill_images
 from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TextSide, TwoSided
 from matex_pl.clip import Clip
+from matex_pl.maps import differ
 
 MAX_FEATURES = 64
 
@@ -84,18 +85,18 @@ class KernelShap(TwoSided):
         present = torch.ones(1, int(groups.max()) + 1, dtype=torch.bool, device=direction.device)
         keep, weight = coalitions(present, self.samples, self.seed)
         fill = fill_images(self.fill, side.clip, side.inputs)
-        shown = torch.cat([torch.zeros_like(keep[:1]), keep])[:, 0, groups]
+        shown = torch.cat([keep.new_zeros(1, *keep.shape[1:]), keep])[:, 0, groups]
         rows = progress(shown.split(max(1, self.chunk_size // len(side.inputs))), "coalitions")
         size = side.clip.image_size
         scores = torch.cat([side.score_kept(_enlarged(part.to(direction), size), fill, direction) for part in rows])
-        values = shapley_regression(keep, weight, present, scores[1:], scores[0], whole)
+        values = shapley_regression(keep, weight, present, scores[1:], scores[0], whole, side.clip.std.dtype)
         return (values / groups.flatten().bincount())[:, groups.flatten()]
 
     def _words(self, side: TextSide, direction: Tensor, whole: Tensor) -> Tensor:
         keep, weight = coalitions(side.keep, self.samples, self.seed)
-        shown = torch.cat([torch.zeros_like(keep[:1]), keep])
+        shown = torch.cat([keep.new_zeros(1, *keep.shape[1:]), keep])
         scores = side.score_kept(shown, direction, self.chunk_size)
-        return shapley_regression(keep, weight, side.keep, scores[1:], scores[0], whole)
+        return shapley_regression(keep, weight, side.keep, scores[1:], scores[0], whole, side.clip.std.dtype)
 
 
 def patch_groups(grid: tuple[int, int], most: int = MAX_FEATURES) -> Tensor:
@@ -160,9 +161,17 @@ def _drawn(present: Tensor, half: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def shapley_regression(
-    keep: Tensor, weight: Tensor, present: Tensor, scores: Tensor, empty: Tensor, whole: Tensor
+    keep: Tensor,
+    weight: Tensor,
+    present: Tensor,
+    scores: Tensor,
+    empty: Tensor,
+    whole: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Least squares for S(z) - S(nothing) by the sum of the values in z; all add up to S(all) - S(nothing).
+
+    Where all scores are the same but for rounding, the values are 0.
 
     Args:
         keep: `(S, B, F)` bool, or `(S, 1, F)` for all samples.
@@ -171,6 +180,7 @@ def shapley_regression(
         scores: `(S, B)` of the coalitions.
         empty: `(B,)` of no feature.
         whole: `(B,)` of all features.
+        dtype: The dtype that the scores were computed in, which bounds their rounding.
 
     Returns:
         `(B, F)`, 0 for features that are not present.
@@ -186,7 +196,8 @@ def shapley_regression(
     values = free + missing[:, None] * shift
     # A single feature has no proper coalition.
     single = ones.sum(1, keepdim=True) == 1
-    return torch.where(single, gain[:, None] * ones, values).to(scores)
+    varies = differ(torch.cat([scores, empty[None], whole[None]]), dtype)[:, None]
+    return (torch.where(single, gain[:, None] * ones, values) * varies).to(scores)
 
 
 def _enlarged(patches: Tensor, size: tuple[int, int]) -> Tensor:

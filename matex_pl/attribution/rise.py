@@ -13,6 +13,7 @@ from matex_pl.attribution.base import check_choice, check_positive, progress
 from matex_pl.attribution.fill import FILLS, check_fill, fill_images
 from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TextSide, TwoSided
 from matex_pl.clip import Clip
+from matex_pl.maps import differ
 
 
 class Rise(TwoSided):
@@ -81,14 +82,17 @@ class Rise(TwoSided):
         grids, shifts = (part.to(direction.device) for part in self.bank(side.clip.image_size))
         size = max(1, self.chunk_size // len(side.inputs))
         weighted = direction.new_zeros(len(direction), *side.clip.image_size)
-        scores, kept = direction.new_zeros(len(direction)), weighted.new_zeros(weighted.shape[1:])
+        scores, kept = [], weighted.new_zeros(weighted.shape[1:])
         for rows in progress(list(zip(grids.split(size), shifts.split(size), strict=True)), "masks"):
             masks = draw_masks(*rows, side.clip.image_size).to(direction)
-            score = side.score_kept(masks, fill, direction)
-            weighted += torch.einsum("sb,shw->bhw", score, masks)
-            scores, kept = scores + score.sum(0), kept + masks.sum(0)
+            scores.append(side.score_kept(masks, fill, direction))
+            weighted += torch.einsum("sb,shw->bhw", scores[-1], masks)
+            kept += masks.sum(0)
         if self.centred:
-            weighted -= (scores / self.masks)[:, None, None] * kept
+            score = torch.cat(scores)
+            weighted -= score.mean(0)[:, None, None] * kept
+            # What is left of scores that are all the same is rounding.
+            weighted *= differ(score, side.clip.std.dtype)[:, None, None]
         return Raw(weighted / (self.masks * self.keep_probability))
 
     def _words(self, side: TextSide, direction: Tensor) -> Raw:
@@ -96,7 +100,7 @@ class Rise(TwoSided):
         keep = torch.rand(self.masks, side.inputs.shape[1], generator=generator) < self.keep_probability
         keep = keep.to(direction.device)
         score = side.score_kept(keep[:, None], direction, self.chunk_size)
-        score = score - score.mean(0) if self.centred else score
+        score = (score - score.mean(0)) * differ(score, side.clip.std.dtype) if self.centred else score
         values = torch.einsum("sb,st->bt", score, keep.to(score))
         return Raw(values / (self.masks * self.keep_probability) * side.keep)
 

@@ -21,6 +21,9 @@ from matex_pl.clip import Clip
 from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
 from matex_pl.towers import Reading
 
+# Of remainders that are compared at once, 128 MiB of ids.
+_MOST_TOKENS = 2**24
+
 
 @dataclass
 class Raw:
@@ -204,11 +207,16 @@ class TextSide(Side):
             direction: `(B, D)`.
             chunk_size: Phrases per forward.
         """
-        dropped = drop_tokens(self.inputs, self.keep & ~keep, self.clip.pad_id)
+        keep = keep.expand(-1, len(self.inputs), -1)
+        pairs = max(1, _MOST_TOKENS // keep[:, 0].numel())
+        chunks = torch.arange(len(self.inputs), device=keep.device).split(pairs)
+        return torch.cat([self._score_some(rows, keep[:, rows], direction[rows], chunk_size) for rows in chunks], 1)
+
+    def _score_some(self, pairs: Tensor, keep: Tensor, direction: Tensor, chunk_size: int) -> Tensor:
+        dropped = drop_tokens(self.inputs[pairs], self.keep[pairs] & ~keep, self.clip.pad_id)
         rows, places = dropped.flatten(0, 1).unique(dim=0, return_inverse=True)
-        embeddings = torch.cat([full_precision(self.encode(chunk)) for chunk in rows.split(chunk_size)])
-        places = places.view(dropped.shape[:2])
-        return torch.stack([embeddings[places[:, b]] @ direction[b] for b in range(len(direction))], 1)
+        score = torch.cat([full_precision(self.encode(chunk)) @ direction.T for chunk in rows.split(chunk_size)])
+        return score.gather(0, places.view(dropped.shape[:2]))
 
 
 @contextmanager
@@ -226,14 +234,14 @@ class TwoSided(AttributionMethod):
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
+    targets: ClassVar[tuple[str, ...]] = TARGETS
+
     def __init__(self, explain: str = "cosine", references: list[str] | None = None) -> None:
         check_choice("explain", explain, self.targets)
         if references is not None and not references:
             raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
         self.explain = explain
         self.references = list(REFERENCES if references is None else references)
-
-    targets: ClassVar[tuple[str, ...]] = TARGETS
 
     @abstractmethod
     def look(self, side: Side) -> Look:
