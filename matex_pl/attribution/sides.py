@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -277,15 +277,15 @@ class TwoSided(AttributionMethod):
             score, by_image, by_text = directions(image, text, reference)
             check_scores(score, phrases)
             raw = find(by_image)
-            raw_text = find_text(by_text) if find_text else Raw(torch.zeros_like(tokens, dtype=score.dtype))
-            check_scores(score, phrases, raw.values.expand(len(score), *raw.values.shape[1:]), raw_text.values)
-            maps = _finish(clip, raw, raw_text, text_side.keep, score)
-            # A single word has the value 1, where there is a side of words at all.
-            return maps if find_text else replace(maps, text=torch.zeros_like(maps.text))
+            words = find_text(by_text) if find_text else None
+            check_scores(score, phrases, raw.values.expand(len(score), *raw.values.shape[1:]))
+            if words:
+                check_scores(score, phrases, words.values)
+            return _finish(clip, raw, words, text_side.keep, score)
 
 
-def _finish(clip: Clip, raw: Raw, raw_text: Raw, content: Tensor, score: Tensor) -> AttributionMaps:
-    """Maps in [0, 1] of raw values."""
+def _finish(clip: Clip, raw: Raw, words: Raw | None, content: Tensor, score: Tensor) -> AttributionMaps:
+    """Maps in [0, 1] of raw values; the text map is zero without `words`."""
     dtype = clip.std.dtype
     if raw.values.ndim == 2:
         grid = min_max(raw.values.unflatten(1, clip.grid), dtype=dtype)
@@ -294,5 +294,7 @@ def _finish(clip: Clip, raw: Raw, raw_text: Raw, content: Tensor, score: Tensor)
         image = min_max(raw.values, dtype=dtype)
         grid = patch_mean(image, clip.grid)
     image, grid = (part.expand(len(score), -1, -1) for part in (image, grid))
-    parts = raw.parts | {f"text_{name}": part for name, part in raw_text.parts.items()}
-    return AttributionMaps(image, grid, token_map(raw_text.values, content, dtype=dtype), content, score, parts)
+    if words is None:
+        return AttributionMaps(image, grid, torch.zeros_like(content, dtype=grid.dtype), content, score, raw.parts)
+    parts = raw.parts | {f"text_{name}": part for name, part in words.parts.items()}
+    return AttributionMaps(image, grid, token_map(words.values, content, dtype=dtype), content, score, parts)
