@@ -1,0 +1,60 @@
+"""The pairs on which a checkpoint is judged: a seeded choice from a split, read once."""
+
+from __future__ import annotations
+
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from matex_pl.data.films import ChestXrayDataModule, FilmDataset
+from matex_pl.data.record import Study, StudyBatch, collate
+
+STAGE_OF = {"train": "fit", "val": "validate", "test": "test"}
+
+
+def prepare_data(data: ChestXrayDataModule, image_size: tuple[int, int], *splits: str) -> None:
+    """List the studies of a data module, without a trainer.
+
+    Args:
+        data: The data module.
+        image_size: Height and width of the model's input.
+        splits: The splits that are needed.
+
+    Raises:
+        ValueError: The data module has another image size, or one of the splits is empty.
+    """
+    if data.image_size not in (None, image_size):
+        raise ValueError(
+            f"The data module's image_size is {data.image_size}, the checkpoint takes {image_size}. Leave it out of "
+            "the data module."
+        )
+    data.image_size = image_size
+    data.prepare_data()
+    for split in splits:
+        data.setup(STAGE_OF[split])
+
+
+def choose_pairs(data: ChestXrayDataModule, split: str, number: int, seed: int, *, boxed: bool = True) -> list[Study]:
+    """Up to `number` studies of a split, drawn by the seed and in the order of the split; -1 for all of them.
+
+    Args:
+        data: The data module, prepared.
+        split: `train`, `val` or `test`.
+        number: How many at most.
+        seed: Of the choice.
+        boxed: Only studies with boxes, where the split has any.
+    """
+    studies = data.studies[split]
+    with_boxes = [study for study in studies if study.boxes]
+    studies = with_boxes if boxed and with_boxes else studies
+    if number < 0 or number >= len(studies):
+        return list(studies)
+    order = np.random.default_rng(seed).permutation(len(studies))[:number]
+    return [studies[index] for index in sorted(order)]
+
+
+def read_pairs(data: ChestXrayDataModule, split: str, studies: list[Study], batch_size: int) -> list[StudyBatch]:
+    """The studies with their pixels as batches of up to `batch_size`, each film decoded once."""
+    films = FilmDataset(data, studies, data.dataset(split).transform)
+    loader = DataLoader(films, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate)
+    return list(loader)
