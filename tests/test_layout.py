@@ -11,7 +11,20 @@ import matex_pl
 
 PACKAGE = Path(matex_pl.__file__).parent
 # Each imports only from its left; leaves may be used by all and import only leaves.
-ORDER = ["data", "anatomy", "towers", "clip", "contrastive", "module", "attribution", "metrics", "pairs", "store", "explain", "cost"]
+ORDER = [
+    "data",
+    "anatomy",
+    "towers",
+    "clip",
+    "contrastive",
+    "module",
+    "attribution",
+    "metrics",
+    "pairs",
+    "store",
+    "explain",
+    "cost",
+]
 ORDER += ["benchmark", "tune", "callbacks", "cli"]
 LEAVES = {"maps", "render", "render_prior", "render_sheet", "loggers", "report"}
 
