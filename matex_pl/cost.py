@@ -35,7 +35,6 @@ FEWER: dict[str, dict[str, int]] = {
     "SubmodularRegions": {"regions": 4},
 }
 Call = Callable[..., Any]
-REPEATING = ("KernelShap", "Rise", "SubmodularRegions")
 
 
 def measure_cost(
@@ -116,7 +115,7 @@ def _table(clip: Clip, size: int, repeats: int) -> list[str]:
     }
     methods = methods_present()
     calls |= {name: partial(method.attribute, clip, images, tokens, phrases) for name, method in methods.items()}
-    own = {name: partial(_replay, _recorded(clip, calls[name])) for name in methods if name.split("(")[0] in REPEATING}
+    own = {name: partial(_replay, _recorded(clip, calls[name])) for name, method in methods.items() if method.repeats}
     times = _interleaved(calls | {f"forwards of {name}": call for name, call in own.items()}, repeats, clip, size)
     lines = [
         f"| batch {size} | time / plain forward | time / its own forwards | pairs per second | peak memory, MiB |",

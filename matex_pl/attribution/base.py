@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, TypeVar
+from inspect import signature
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +24,23 @@ class AttributionMethod(ABC):
     Class attributes say what a caller has to know before calling:
         deterministic: The same input gives the same map.
         serves_text: `text` is a map of the method, not zeros.
+        repeats: The work is many forwards of each film, which `attribute_phrases` does once for all phrases.
         cost: Work of one call, in words, in forwards of both towers.
     """
 
     deterministic: ClassVar[bool] = True
     serves_text: ClassVar[bool] = True
+    repeats: ClassVar[bool] = False
     cost: ClassVar[str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the constructor, by name.
+
+        Raises:
+            AttributeError: The method does not keep one of them under its name.
+        """
+        return {name: getattr(self, name) for name in signature(type(self)).parameters}
 
     @abstractmethod
     def attribute(

@@ -42,6 +42,7 @@ class KernelShap(TwoSided):
     and `text_values` `(B, T)`.
     """
 
+    repeats: ClassVar[bool] = True
     cost: ClassVar[str] = "2 forwards, and `samples` forwards of either tower, fewer where a phrase has few words"
 
     def __init__(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from inspect import signature
 from math import inf, isfinite
 from typing import Any, ClassVar
 
@@ -199,11 +198,6 @@ class Matex(AttributionMethod):
             "fusion": "product",
         }
         return cls(**(settings | changes))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The arguments of the constructor, by name."""
-        return {name: getattr(self, name) for name in signature(type(self)).parameters}
 
     def attribute(
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None

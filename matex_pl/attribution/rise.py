@@ -39,6 +39,7 @@ class Rise(TwoSided):
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
+    repeats: ClassVar[bool] = True
     cost: ClassVar[str] = "1 forward, and `masks` forwards of either tower, fewer where a phrase has few words"
 
     def __init__(

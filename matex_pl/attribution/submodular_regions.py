@@ -72,6 +72,7 @@ class SubmodularRegions(TwoSided):
     """
 
     serves_text: ClassVar[bool] = False
+    repeats: ClassVar[bool] = True
     cost: ClassVar[str] = "1594 forwards of the image tower for 49 regions, see `forwards`, and 1 of the text tower"
     targets = (*TARGETS, "probability")
 
@@ -95,11 +96,19 @@ class SubmodularRegions(TwoSided):
             raise ValueError(f"regions must be at least 2, got {regions}: one region has no order.")
         if pending < 0:
             raise ValueError(f"pending must be at least 0, got {pending}. 0 searches from one end alone.")
-        self.weights = Weights(confidence, effectiveness, consistency, collaboration)
+        self.confidence = confidence
+        self.effectiveness = effectiveness
+        self.consistency = consistency
+        self.collaboration = collaboration
         self.regions = regions
         self.pending = pending
         self.fill = fill
         self.chunk_size = chunk_size
+
+    @property
+    def weights(self) -> Weights:
+        """Of the four terms."""
+        return Weights(self.confidence, self.effectiveness, self.consistency, self.collaboration)
 
     def forwards(self, regions: int | None = None) -> int:
         """Images through the image tower per pair of `attribute`, for this number of regions; by default the most.

@@ -1,0 +1,176 @@
+"""Maps on disk, by pair: computed once, and again only where weights, settings, pixels or words are others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from matex_pl import __version__
+from matex_pl.attribution.base import AttributionMethod
+from matex_pl.clip import Clip
+from matex_pl.data.record import StudyBatch
+from matex_pl.maps import AttributionMaps, min_max, upsample
+
+_FIELDS = ("grid", "text", "content", "score")
+
+
+def weight_hash(clip: Clip) -> str:
+    """SHA-256, in hex, of what decides the model's numbers: its config, weights and mean film, names and dtypes."""
+    digest = sha256(json.dumps(clip.config, sort_keys=True).encode())
+    for name, value in sorted(clip.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def describe_method(method: AttributionMethod) -> dict[str, Any]:
+    """The method in the form of a YAML: `class_path` and `init_args`, plain types.
+
+    Raises:
+        TypeError: The method does not keep its arguments under their names, or one of them is no plain type.
+    """
+    kind = type(method)
+    described = {"class_path": f"{kind.__module__}.{kind.__qualname__}"}
+    try:
+        return described | {"init_args": json.loads(json.dumps(method.settings))}
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"{kind.__name__} cannot be told from other settings of itself: {error}. Keep each argument of the "
+            "constructor as an attribute of its name and of a plain type."
+        ) from error
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of what JSON can write."""
+    return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def pair_keys(batch: StudyBatch) -> list[str]:
+    """A key per pair: its id, and a hash of its pixels, its phrase and the film's place in the frame."""
+    pixels = batch["image"].cpu().contiguous()
+    keys = []
+    for name, image, phrase, film in zip(batch["id"], pixels, batch["phrase"], batch["film"].tolist(), strict=True):
+        digest = blake2b(image.numpy().tobytes(), digest_size=10)
+        digest.update(json.dumps([phrase, film]).encode())
+        keys.append(f"{name}:{digest.hexdigest()}")
+    return keys
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """A safetensors file with `about` as JSON in its head; a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, _head(about))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _head(about: Mapping[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value) for name, value in about.items()}
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and head of a file of `write_tensors`."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, _about(file.metadata())
+
+
+def read_head(path: Path) -> dict[str, Any] | None:
+    """What a file of `write_tensors` is about; None where there is none, or, with a warning, a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return _about(file.metadata())
+    except (SafetensorError, ValueError) as error:
+        rank_zero_warn(f"{path} is damaged ({error}); what it held is computed anew.")
+        return None
+
+
+def _about(head: Mapping[str, str] | None) -> dict[str, Any]:
+    return {name: json.loads(value) for name, value in (head or {}).items()}
+
+
+class MapStore:
+    """The maps of one method with one set of weights, as safetensors of some pairs each.
+
+    A map is kept on the patch raster. Where that does not give the image map back (a prior, pixels, masks that were
+    moved), the pixels are kept too, so that what is read is what was written.
+
+    Args:
+        root: Folder of all stores; this one's is `root/<class>-<key>`.
+        weights: `weight_hash` of the model.
+        method: What makes the maps.
+
+    Attributes:
+        key: Hash of the method's class and settings, the weights and the version of this package.
+    """
+
+    def __init__(self, root: Path, weights: str, method: AttributionMethod) -> None:
+        about = {"method": describe_method(method), "weights": weights, "version": __version__}
+        self.key = fingerprint(about)
+        self.folder = root / f"{type(method).__name__}-{self.key}"
+        self._about = about
+        self._files: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            head = read_head(path)
+            if head is not None:
+                self._files.update(dict.fromkeys(head["pairs"], path))
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Those of the keys that have no map yet."""
+        return [key for key in keys if key not in self._files]
+
+    def write(self, keys: Sequence[str], maps: AttributionMaps) -> None:
+        """Keep the maps of B pairs under their keys."""
+        tensors = {name: getattr(maps, name) for name in _FIELDS}
+        if not torch.equal(_enlarged(maps.grid, maps.image.shape[-2:]), maps.image):
+            tensors["image"] = maps.image
+        path = self.folder / f"{fingerprint(list(keys))}.safetensors"
+        size = list(maps.image.shape[-2:])
+        write_tensors(path, tensors, {**self._about, "pairs": list(keys), "size": size})
+        self._files.update(dict.fromkeys(keys, path))
+
+    def read(self, keys: Sequence[str]) -> AttributionMaps:
+        """The maps of the keys, in their order, on the CPU; without parts.
+
+        Raises:
+            KeyError: A pair has no map here.
+        """
+        gone = self.missing(keys)
+        if gone:
+            raise KeyError(f"{len(gone)} of {len(keys)} pairs have no map in {self.folder}, e.g. {gone[0]!r}.")
+        found: dict[str, dict[str, Tensor]] = {}
+        for path in dict.fromkeys(self._files[key] for key in keys):
+            found.update(_read_shard(path))
+        return AttributionMaps(
+            **{name: torch.stack([found[key][name] for key in keys]) for name in ("image", *_FIELDS)}
+        )
+
+
+def _read_shard(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The fields of each pair of a file."""
+    tensors, about = read_tensors(path)
+    tensors.setdefault("image", _enlarged(tensors["grid"], about["size"]))
+    return {key: {name: value[row] for name, value in tensors.items()} for row, key in enumerate(about["pairs"])}
+
+
+def _enlarged(grid: Tensor, size: Sequence[int]) -> Tensor:
+    return min_max(upsample(grid, (size[0], size[1])))
