@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch.utils.data import DataLoader
 
@@ -57,3 +59,29 @@ def read_pairs(data: ChestXrayDataModule, split: str, studies: list[Study], batc
     films = FilmDataset(data, studies, data.dataset(split).transform)
     loader = DataLoader(films, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate)
     return list(loader)
+
+
+def other_phrases(phrases: Sequence[str], findings: Sequence[str]) -> list[str | None]:
+    """For each of B studies another study's phrase: of the next one, cyclic, that is about another finding.
+
+    Where no finding is another one (or none is known), of the next one with another wording; None where all say the
+    same.
+
+    Args:
+        phrases: What is said of each study.
+        findings: What each phrase is about; empty when unknown.
+
+    Raises:
+        ValueError: The two differ in length.
+    """
+    if len(phrases) != len(findings):
+        raise ValueError(f"There are {len(phrases)} phrases, but findings of {len(findings)} studies.")
+    return [_other_phrase(row, phrases, findings) for row in range(len(phrases))]
+
+
+def _other_phrase(row: int, phrases: Sequence[str], findings: Sequence[str]) -> str | None:
+    following = [(row + step) % len(phrases) for step in range(1, len(phrases))]
+    reworded = [other for other in following if phrases[other] != phrases[row]]
+    is_about_another = (other for other in reworded if "" != findings[other] != findings[row] != "")
+    chosen = next(is_about_another, next(iter(reworded), None))
+    return None if chosen is None else phrases[chosen]

@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matex_pl.anatomy import ParsedPhrase, Region, load_regions, parse_phrase, prior_map, prior_maps
+from matex_pl.anatomy import (
+    ParsedPhrase,
+    Region,
+    load_regions,
+    named_side,
+    parse_phrase,
+    prior_map,
+    prior_maps,
+    swap_sides,
+)
 
 BOTH_WHOLE = "right whole, left whole"
 BOTH_LOWER = "right lower, left lower"
@@ -616,6 +625,80 @@ def test_swapping_the_sides_mirrors_the_regions_and_the_prior(text: str) -> None
     assert {(swap[r.side], r.zone) for r in here} == {(r.side, r.zone) for r in there}
     if "midline" not in {r.side for r in here}:
         torch.testing.assert_close(prior_map(here, (12, 16)).flip(1), prior_map(there, (12, 16)), atol=1e-5, rtol=0)
+
+
+SWAPPED = {
+    "Right lower lobe consolidation.": "Left lower lobe consolidation.",
+    "RLL and R.U.L. opacities": "LLL and L.U.L. opacities",
+    "LEFT-sided effusion, lt base; L apex": "RIGHT-sided effusion, rt base; R apex",
+    "Right upper lobar pneumonia": "Left upper lobar pneumonia",
+    "left but not right base": "right but not left base",
+    "No right effusion; left pneumothorax.": "No left effusion; right pneumothorax.",
+    "effusions, left greater than right": "effusions, right greater than left",
+    "Rigth base opacity": "Left base opacity",
+    "ri\u00adght base": "left base",
+    "rightsidd effusion": "leftsidd effusion",
+    "Right mid\nand <b>left</b> upper zones": "Left mid\nand <b>right</b> upper zones",
+    "Left chest port, right effusion": "Left chest port, left effusion",
+    "Left subclavian artery and left apical nodule": "Left subclavian artery and right apical nodule",
+    "Tube left in place, right base clear right after": "Tube left in place, left base clear right after",
+    "Deviated to the right by a left effusion": "Deviated to the right by a right effusion",
+    "Upright film, L1 fracture, rightward shift": "Upright film, L1 fracture, rightward shift",
+    "RML collapse, bibasilar and bilateral opacities": "RML collapse, bibasilar and bilateral opacities",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), SWAPPED.items())
+def test_sides_are_swapped_where_they_are_sides(text: str, expected: str) -> None:
+    assert swap_sides(text) == expected
+
+
+NAMED_SIDE = {
+    "Right base opacity and right effusion": "right",
+    "LLL atelectasis, right lung clear": "left",
+    "Left chest port, right effusion": "right",
+    "right upper lobe and left lower lobe opacities": "",
+    "RML collapse": "",
+    "left middle lobe opacity": "",
+    "right middle and lower lobes": "",
+    "lingular opacity": "",
+    "left lingula": "",
+    "right retrocardiac opacity": "",
+    "Left effusion with an enlarged heart": "",
+    "bibasilar atelectasis": "",
+    "no right effusion": "",
+    "left in place": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), NAMED_SIDE.items())
+def test_named_side(text: str, expected: str) -> None:
+    assert named_side(text) == expected
+
+
+MISSPELLED = re.compile("rigth|rgiht|rihgt|rIgHt", re.IGNORECASE)
+
+
+def test_swapping_mirrors_the_regions_of_blind_phrases_and_is_its_own_inverse() -> None:
+    blind = [line.split("\t")[0] for path in BLIND for line in path.read_text(encoding="utf-8").splitlines()]
+    swap = {"right": "left", "left": "right"}
+    sided = 0
+    for text in [*blind, *PHRASES]:
+        there = swap_sides(text)
+        if not MISSPELLED.search(text):
+            assert swap_sides(there) == text
+        here = parse_phrase(text).regions
+        one_side = {region.side for region in here} in ({"right"}, {"left"})
+        assert bool(named_side(text)) == (
+            one_side and not {region.zone for region in here} & {"middle_lobe", "lingula"}
+        )
+        if named_side(text):
+            sided += 1
+            assert {(swap[r.side], r.zone) for r in here} == {(r.side, r.zone) for r in parse_phrase(there).regions}
+            assert {named_side(text), named_side(there)} == {"right", "left"}
+    assert sided > 500
 
 
 @pytest.mark.parametrize(

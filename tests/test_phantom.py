@@ -11,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from matex_pl.anatomy import named_side, parse_phrase, swap_sides
 from matex_pl.data.phantom import FINDINGS, Film, cache, draw_film, film_cache, write_phrase
 from matex_pl.data.phantom.devices import Device
 from matex_pl.data.phantom.film import PlacedFinding, film_rng
 from matex_pl.data.phantom.findings import plan_findings
+from matex_pl.data.phantom.phrases import TEMPLATES
+from matex_pl.data.phantom.thorax import SIDES
 
 NUM_FILMS = 120
 SPLITS = {"train": 6, "val": 2, "test": 2}
@@ -211,6 +215,38 @@ def test_phrases_never_name_the_other_side(films: list[Film]) -> None:
     for _, finding, phrase in _phrases([Film(f.image, f.findings) for f in films]):
         if finding.side in other:
             assert not re.search(other[finding.side], phrase, re.IGNORECASE), phrase
+
+
+def _templates() -> list[str]:
+    """Every template with every place and device that can stand in it."""
+    content = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
+    placed = [
+        text.format(size="", place=place)
+        for entry in content["findings"].values()
+        for text, kind in entry["placed"]
+        for places in content["places"][kind].values()
+        for place in places
+    ]
+    devices = [text.format(side=side) for texts in content["devices"].values() for text in texts for side in SIDES]
+    normal = [text for text, _ in content["normal"]]
+    bare = [text.format(size="") for entry in content["findings"].values() for text in entry["bare"]]
+    return [*placed, *bare, *(f"{placed[k % len(placed)]} {text}" for k, text in enumerate(devices + normal))]
+
+
+def test_every_template_has_its_mirror_image() -> None:
+    sided = 0
+    for text in _templates():
+        here, there = parse_phrase(text).regions, swap_sides(text)
+        assert swap_sides(there) == text
+        zones = {region.zone for region in here}
+        one_side = {region.side for region in here} in ({"right"}, {"left"})
+        assert bool(named_side(text)) == (one_side and not zones & {"middle_lobe", "lingula"}), text
+        if named_side(text):
+            sided += 1
+            mirrored = parse_phrase(there).regions
+            assert {region.zone for region in mirrored} == zones
+            assert {named_side(text), named_side(there)} == set(SIDES)
+    assert sided > 300
 
 
 def test_device_sentences_follow_the_device() -> None:

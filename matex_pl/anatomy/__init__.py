@@ -3,5 +3,15 @@
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
 from matex_pl.anatomy.prior import prior_map, prior_maps
 from matex_pl.anatomy.regions import Region, load_regions
+from matex_pl.anatomy.sides import named_side, swap_sides
 
-__all__ = ["ParsedPhrase", "Region", "load_regions", "parse_phrase", "prior_map", "prior_maps"]
+__all__ = [
+    "ParsedPhrase",
+    "Region",
+    "load_regions",
+    "named_side",
+    "parse_phrase",
+    "prior_map",
+    "prior_maps",
+    "swap_sides",
+]

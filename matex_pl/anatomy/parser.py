@@ -117,6 +117,23 @@ def parse_phrase(text: str, table: RegionTable | None = None, *, knowledge_prior
     return ParsedPhrase(frozenset(regions), tuple(sorted(spans)), tuple(sorted(ignored)))
 
 
+def patient_sides(text: str) -> list[Term]:
+    """Terms of `text` that say a side of the patient, in order, also those of which something is denied.
+
+    Neither words that only look like a side, nor the side of a device, a vessel or another part of the body.
+    """
+    grammar, table = shipped_grammar(), shipped_regions()
+    read = read_terms(text, grammar)
+    terms = settle(read, grammar)
+    no_side = {term.start for term in terms if term.kind == "void"}
+    for start, end in sentences(terms):
+        for mention in _Sentence(terms, start, end, table, grammar).mentions:
+            if mention.ignored:
+                no_side |= {term.start for term in terms[mention.first : mention.last + 1]}
+    # Of those read: settling takes away what is only named to be denied, "left rather than right".
+    return [term for term in read if term.sides and term.start not in no_side]
+
+
 class _Sentence:
     """One sentence: its mentions with sides and zones shared among them."""
 
