@@ -1,4 +1,4 @@
-"""Attribution quality as pure functions on tensors. Names say what is kept."""
+"""How a map agrees with the boxes of its study, as masks."""
 
 from __future__ import annotations
 
@@ -7,30 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from matex_pl.metrics.functional.ranking import top_ranked
 
-def keep_highlighted(images: Tensor, maps: Tensor, fill: Tensor) -> Tensor:
-    """What is highlighted stays, x' = x * map + fill * (1 - map): `(B, 3, H, W)` with maps `(B, H, W)` in [0, 1]."""
-    keep = maps[:, None].to(images)
-    return images * keep + fill * (1 - keep)
-
-
-def keep_relevant_tokens(tokens: Tensor, text_map: Tensor, content: Tensor, pad_id: int) -> Tensor:
-    """Tokens `(B, T)` with pads for all content that is not strictly above the map's median over content.
-
-    Whatever is no content (BOS, EOT, pads) stays where it is.
-    """
-    median = text_map.masked_fill(~content, torch.nan).nanquantile(0.5, dim=1, keepdim=True)
-    return tokens.masked_fill(content & ~(text_map > median), pad_id)
-
-
-def confidence_drop(score: Tensor, kept_score: Tensor) -> Tensor:
-    """Loss of score when only what is highlighted is kept, in percent points of the cosine, `(B,)`; lower is better."""
-    return 100 * (score - kept_score).clamp(min=0)
-
-
-def confidence_increase(score: Tensor, kept_score: Tensor) -> Tensor:
-    """100 where keeping only what is highlighted raises the score, else 0, NaN for NaN; `(B,)`; higher is better."""
-    return (100 * (kept_score > score).to(score)).masked_fill((kept_score - score).isnan(), torch.nan)
+THRESHOLDS = tuple(step / 20 for step in range(1, 20))
+"""Candidates of the threshold that is chosen on the validation split."""
+MEAN_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Thresholds of the mean IoU."""
 
 
 def box_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -70,3 +52,44 @@ def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     total = weight.sum(1)
     mean = (values * weight).sum(1) / total
     return mean, ((values - mean[:, None]) ** 2 * weight).sum(1) / total
+
+
+def iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] | Tensor) -> Tensor:
+    """Intersection over union of `map > threshold` and the mask of the boxes, `(B, K)`; NaN without boxes.
+
+    Args:
+        maps: `(B, H, W)` in [0, 1].
+        masks: `(B, H, W)` bool.
+        thresholds: K of them.
+    """
+    flat, inside = maps.flatten(1), masks.flatten(1)
+    size = inside.sum(1)
+    overlaps = []
+    for threshold in thresholds:
+        above = flat > threshold
+        common = (above & inside).sum(1)
+        overlaps.append(common / (above.sum(1) + size - common))
+    return torch.stack(overlaps, 1).masked_fill(size[:, None] == 0, torch.nan)
+
+
+def mean_iou(maps: Tensor, masks: Tensor) -> Tensor:
+    """Mean of `iou` over the thresholds .1, .2, .3, .4, .5, `(B,)`; NaN without boxes."""
+    return iou(maps, masks, MEAN_THRESHOLDS).mean(1)
+
+
+def energy_in_box(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of the map's mass that lies in the boxes (Wang et al. 2020), `(B,)`; NaN without boxes, 0 of a zero map."""
+    flat, inside = maps.flatten(1).float(), masks.flatten(1)
+    mass = flat.sum(1)
+    share = (flat * inside).sum(1) / torch.where(mass > 0, mass, torch.ones_like(mass))
+    return share.masked_fill(~inside.any(1), torch.nan)
+
+
+def rank_accuracy(maps: Tensor, masks: Tensor) -> Tensor:
+    """Relevance rank accuracy (Arras et al. 2022): share of the K highest pixels that lie in the boxes, `(B,)`.
+
+    K is the number of pixels in the boxes; ties in raster order, NaN without boxes.
+    """
+    inside = masks.flatten(1)
+    size = inside.sum(1)
+    return (top_ranked(maps.flatten(1), size) & inside).sum(1) / size

@@ -1,0 +1,60 @@
+"""Attribution quality as pure functions on tensors, batched over studies. Names say what is kept."""
+
+from matex_pl.metrics.functional.components import (
+    Components,
+    average_precision,
+    best_box_iou,
+    box_accuracy,
+    components,
+    match_components,
+)
+from matex_pl.metrics.functional.confidence import (
+    confidence_drop,
+    confidence_increase,
+    curve_area,
+    keep_highlighted,
+    keep_relevant_tokens,
+)
+from matex_pl.metrics.functional.localisation import (
+    MEAN_THRESHOLDS,
+    THRESHOLDS,
+    box_masks,
+    contrast_to_noise,
+    energy_in_box,
+    iou,
+    mean_iou,
+    pointing_game,
+    rank_accuracy,
+)
+from matex_pl.metrics.functional.mass import border_mask, half_share, outside_mass, side_sensitivity
+from matex_pl.metrics.functional.ranking import spearman, top_ranked, top_share
+
+__all__ = [
+    "MEAN_THRESHOLDS",
+    "THRESHOLDS",
+    "Components",
+    "average_precision",
+    "best_box_iou",
+    "border_mask",
+    "box_accuracy",
+    "box_masks",
+    "components",
+    "confidence_drop",
+    "confidence_increase",
+    "contrast_to_noise",
+    "curve_area",
+    "energy_in_box",
+    "half_share",
+    "iou",
+    "keep_highlighted",
+    "keep_relevant_tokens",
+    "match_components",
+    "mean_iou",
+    "outside_mass",
+    "pointing_game",
+    "rank_accuracy",
+    "side_sensitivity",
+    "spearman",
+    "top_ranked",
+    "top_share",
+]

@@ -1,0 +1,174 @@
+"""The connected parts of a map above a threshold as boxes, held against the boxes of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+# Numbers in one table of resamples by detections.
+_TABLE = 2**24
+
+
+@dataclass(frozen=True)
+class Components:
+    """The n components of B maps, by study and there in raster order of their first pixels.
+
+    Args:
+        study: `(n,)` long, the index of the map.
+        boxes: `(n, 4)` `x0, y0, x1, y1` in [0, 1] of the map's frame.
+        peak: `(n,)` the map's maximum in the component.
+    """
+
+    study: Tensor
+    boxes: Tensor
+    peak: Tensor
+
+
+def components(maps: Tensor, threshold: float) -> Components:
+    """The 8-connected components of `map > threshold`, of maps `(B, H, W)`."""
+    number, height, width = maps.shape
+    # One image of all maps, with an empty row between; to OpenCV on the CPU.
+    stacked = torch.nn.functional.pad(maps > threshold, (0, 0, 0, 1)).flatten(0, 1).to(torch.uint8)
+    if not stacked.numel():
+        return Components(maps.new_zeros(0, dtype=torch.long), maps.new_zeros(0, 4), maps.new_zeros(0))
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(stacked.cpu().numpy(), connectivity=8, ltype=cv2.CV_32S)
+    label = torch.from_numpy(labels).to(maps.device).view(number, height + 1, width)[:, :-1].flatten().long()
+    place = torch.arange(len(label), device=maps.device)
+    first = torch.full((count,), len(label), device=maps.device).scatter_reduce(0, label, place, "amin")[1:]
+    peak = maps.new_zeros(count).scatter_reduce(0, label, maps.flatten(), "amax", include_self=False)[1:]
+    order = first.argsort()
+    study = first // (height * width)
+    boxes = _boxes(stats[1:], study, (height, width))
+    return Components(study[order], boxes.to(maps.dtype)[order], peak[order])
+
+
+def _boxes(stats: np.ndarray, study: Tensor, size: tuple[int, int]) -> Tensor:
+    """OpenCV's left, top, width, height in the stack of maps as corners in [0, 1] of each map, `(n, 4)`."""
+    left, top, width, height = torch.from_numpy(stats[:, :4].copy()).to(study).T
+    top = top - study * (size[0] + 1)
+    corners = torch.stack([left, top, left + width, top + height], 1)
+    return corners / torch.tensor([size[1], size[0], size[1], size[0]], device=study.device)
+
+
+def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -> Tensor:
+    """IoU of the box of the component with the highest peak with the study's best box, `(B,)`.
+
+    0 without a component, NaN without boxes; of equal peaks the first component counts.
+
+    Args:
+        components: Of `number` maps.
+        boxes: B tensors `(K, 4)`, `x0, y0, x1, y1` in [0, 1].
+        number: B.
+
+    Raises:
+        ValueError: There are not B lists of boxes.
+    """
+    if len(boxes) != number:
+        raise ValueError(f"There are {number} maps, but boxes of {len(boxes)} studies.")
+    order = _by_peak(components)
+    best = _overlaps(components, boxes).amax(1)[order] if len(order) else components.peak
+    study = components.study[order]
+    leads = _first_in_order(study)
+    result = components.peak.new_zeros(number).scatter(0, study[leads], best[leads])
+    without = torch.tensor([not len(box) for box in boxes], dtype=torch.bool, device=result.device)
+    return result.masked_fill(without, torch.nan)
+
+
+def box_accuracy(components: Components, boxes: Sequence[Tensor], number: int, iou: float = 0.5) -> Tensor:
+    """1 where `best_box_iou` exceeds `iou`, else 0; NaN without boxes. `(B,)`."""
+    best = best_box_iou(components, boxes, number)
+    return (best > iou).to(best).masked_fill(best.isnan(), torch.nan)
+
+
+def match_components(components: Components, boxes: Sequence[Tensor], iou: float = 0.5) -> Tensor:
+    """Which components find a box, `(n,)` bool, by the rule of PASCAL VOC (Everingham et al. 2010).
+
+    By descending peak, each component points at the box of its study that it overlaps most; it hits if their IoU
+    exceeds `iou` and no component before it has hit that box.
+
+    Args:
+        components: Of B maps.
+        boxes: B tensors `(K, 4)`, `x0, y0, x1, y1` in [0, 1].
+        iou: What their overlap has to exceed.
+    """
+    if not len(components.study):
+        return torch.zeros_like(components.study, dtype=torch.bool)
+    overlap, target = _overlaps(components, boxes).max(1)
+    order = _by_peak(components)
+    order = order[(overlap > iou)[order]]
+    most = max(len(box) for box in boxes) + 1
+    takes = order[_first_in_order((components.study * most + target)[order])]
+    return torch.zeros_like(components.study, dtype=torch.bool).scatter(0, takes, True)
+
+
+def average_precision(
+    scores: Tensor, hits: Tensor, study: Tensor, num_boxes: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Area under the precision envelope over all detections (PASCAL VOC 2010), a scalar or `(R,)`; NaN without boxes.
+
+    Detections of equal score enter together: a map in [0, 1] has a component of score 1 in every study, and their order
+    must not matter.
+
+    Args:
+        scores: `(n,)` score of each detection.
+        hits: `(n,)` bool, which of them find a box.
+        study: `(n,)` long, the study of each.
+        num_boxes: `(B,)` number of boxes of each study.
+        weights: `(R, B)` how often each study counts in each of R resamples (bootstrap); once by default.
+    """
+    if weights is None:
+        return average_precision(scores, hits, study, num_boxes, torch.ones_like(num_boxes)[None])[0]
+    weights = weights.float()
+    order = scores.argsort(descending=True)
+    scores, hits, study = scores[order], hits[order], study[order]
+    last = torch.ones_like(hits)
+    last[:-1] = scores[1:] != scores[:-1]
+    rows = weights.split(max(1, _TABLE // max(1, len(scores))))
+    area = torch.cat([_envelope_area(drawn[:, study], hits, last) for drawn in rows])
+    return area / (weights @ num_boxes.float())
+
+
+def _envelope_area(counts: Tensor, hits: Tensor, last: Tensor) -> Tensor:
+    """Sum over hits of the best precision from there on, `(R,)`: AP times the number of boxes.
+
+    Args:
+        counts: `(R, n)` how often each detection counts, by descending score.
+        hits: `(n,)` bool.
+        last: `(n,)` bool, the last of equal scores.
+    """
+    found = counts * hits
+    seen = counts.cumsum(1)
+    precision = found.cumsum(1) / torch.where(seen > 0, seen, torch.ones_like(seen))
+    envelope = (precision * last).flip(1).cummax(1).values.flip(1)
+    return (found * envelope).sum(1)
+
+
+def _by_peak(components: Components) -> Tensor:
+    """The order of descending peaks, equal ones as they come."""
+    return components.peak.argsort(descending=True, stable=True)
+
+
+def _first_in_order(keys: Tensor) -> Tensor:
+    """Indices of the first occurrence of each key."""
+    unique, inverse = keys.unique(return_inverse=True)
+    place = torch.arange(len(keys), device=keys.device)
+    return torch.full_like(unique, len(keys)).scatter_reduce(0, inverse, place, "amin")
+
+
+def _overlaps(components: Components, boxes: Sequence[Tensor]) -> Tensor:
+    """IoU of each component's box with each box of its study, `(n, K)`; 0 where a study has fewer, K at least 1."""
+    padded = torch.nn.utils.rnn.pad_sequence([box.to(components.boxes).view(-1, 4) for box in boxes], batch_first=True)
+    padded = torch.nn.functional.pad(padded, (0, 0, 0, 1))
+    ours, theirs = components.boxes[:, None], padded[components.study]
+    sides = (torch.minimum(ours[..., 2:], theirs[..., 2:]) - torch.maximum(ours[..., :2], theirs[..., :2])).clamp(min=0)
+    common = sides.prod(-1)
+    return common / (_area(ours) + _area(theirs) - common)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)

@@ -1,0 +1,107 @@
+"""Where the mass of a map lies: outside of the thorax, at the border of the film, on a side of the patient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from matex_pl.metrics.functional.localisation import box_masks
+
+
+def outside_mass(maps: Tensor, inside: Tensor) -> Tensor:
+    """Share of the map's mass outside of a zone, `(B,)` in [0, 1]; NaN for a map of zeros.
+
+    Args:
+        maps: `(B, H, W)` in [0, 1].
+        inside: `(B, H, W)` bool, or `(1, H, W)` for all.
+    """
+    flat = maps.flatten(1).float()
+    return (flat * ~inside.flatten(1)).sum(1) / flat.sum(1)
+
+
+def border_mask(size: tuple[int, int], film: Tensor | None = None, width: float = 0.1) -> Tensor:
+    """The border of the film: which pixel centres lie in its outer share `width` on any side, or outside of it.
+
+    Args:
+        size: Height and width of the frame in pixels.
+        film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
+        width: Share of the film's width and height.
+
+    Returns:
+        `(B, H, W)` bool, `(1, H, W)` without `film`.
+
+    Raises:
+        ValueError: The width is not in [0, 0.5).
+    """
+    if not 0 <= width < 0.5:
+        raise ValueError(f"width must be in [0, 0.5), got {width}. It is a share of the film, on each side.")
+    film = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if film is None else film
+    margin = width * (film[:, 2:] - film[:, :2])
+    inner = torch.cat([film[:, :2] + margin, film[:, 2:] - margin], 1)
+    return ~box_masks(list(inner[:, None]), size)
+
+
+def half_share(maps: Tensor, sides: Sequence[str], film: Tensor | None = None) -> Tensor:
+    """Share of the map's mass in the half of the film on a side of the patient, `(B,)` in [0, 1].
+
+    The patient's right is on the left of the image. Pixels on an edge of the half count by their share in it. NaN
+    without a side, and for a map of zeros.
+
+    Args:
+        maps: `(B, H, W)` in [0, 1].
+        sides: B times `right`, `left` or an empty text.
+        film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
+
+    Raises:
+        ValueError: There is no such side, or not one for each map.
+    """
+    named = _named_right(maps, sides)
+    film = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if film is None else film
+    x0, y0, x1, y1 = film.to(maps.device).float().expand(len(maps), 4).unbind(1)
+    middle = (x0 + x1) / 2
+    is_right = named == 1
+    columns = _covered(torch.where(is_right, x0, middle), torch.where(is_right, middle, x1), maps.shape[2])
+    rows = _covered(y0, y1, maps.shape[1])
+    heat = maps.float()
+    share = torch.einsum("bhw,bh,bw->b", heat, rows, columns) / heat.sum((1, 2))
+    return share.masked_fill(named.isnan(), torch.nan)
+
+
+def side_sensitivity(maps: Tensor, swapped: Tensor, sides: Sequence[str], film: Tensor | None = None) -> Tensor:
+    """Share of the mass that moves to the other side of the patient when the phrase names that one, `(B,)` in [-1, 1].
+
+    `half_share` of the half that the swapped phrase names, of the map under the swapped phrase less that under the true
+    one; 0 for a map that does not heed the side, NaN where `half_share` is.
+
+    Args:
+        maps: `(B, H, W)` under the true phrases.
+        swapped: `(B, H, W)` under the phrases with right and left exchanged.
+        sides: The side that each true phrase names: `right`, `left` or an empty text.
+        film: As in `half_share`.
+
+    Raises:
+        ValueError: As in `half_share`.
+    """
+    named = [{"right": "left", "left": "right"}.get(side, side) for side in sides]
+    return half_share(swapped, named, film) - half_share(maps, named, film)
+
+
+def _named_right(maps: Tensor, sides: Sequence[str]) -> Tensor:
+    """1 for right, 0 for left, NaN for no side, `(B,)`."""
+    value = {"right": 1.0, "left": 0.0, "": torch.nan}
+    unknown = sorted(set(sides) - set(value))
+    if unknown or len(sides) != len(maps):
+        raise ValueError(
+            f"sides must be `right`, `left` or empty, one for each of {len(maps)} maps; got {len(sides)}"
+            + (f" with {unknown[0]!r}." if unknown else ".")
+        )
+    return torch.tensor([value[side] for side in sides], device=maps.device)
+
+
+def _covered(low: Tensor, high: Tensor, number: int) -> Tensor:
+    """Share of each of `number` pixels of [0, 1] that lies between `low` and `high` `(B,)`: `(B, number)`."""
+    edge = torch.arange(number, device=low.device)
+    reached = [(end[:, None] * number - edge).clamp(0, 1) for end in (low, high)]
+    return (reached[1] - reached[0]).clamp(min=0)
