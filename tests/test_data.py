@@ -212,6 +212,10 @@ def test_batch_by_id() -> None:
         films.batch([])
 
 
+def test_no_thorax_is_known_unless_a_data_module_says_so() -> None:
+    assert DrawnFilms(_studies()).thorax() is None
+
+
 def test_mean_film_counts_each_training_film_once() -> None:
     listed = [_study("a", image=10, film_id="one"), _study("b", image=10, film_id="one"), _study("c", image=40)]
     data = DrawnFilms([*listed, _study("v", "val", image=250)], geometry="squash")

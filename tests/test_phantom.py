@@ -11,15 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from matex_pl.anatomy import named_side, parse_phrase, swap_sides
+from matex_pl.data import PhantomDataModule
 from matex_pl.data.phantom import FINDINGS, Film, cache, draw_film, film_cache, write_phrase
-from matex_pl.data.phantom.devices import Device
-from matex_pl.data.phantom.film import PlacedFinding, film_rng
-from matex_pl.data.phantom.findings import plan_findings
+from matex_pl.data.phantom.canvas import Canvas
+from matex_pl.data.phantom.devices import Device, draw_token
+from matex_pl.data.phantom.film import PlacedFinding, film_build, film_rng
+from matex_pl.data.phantom.findings import plan_findings, reshape_build
 from matex_pl.data.phantom.phrases import TEMPLATES
-from matex_pl.data.phantom.thorax import SIDES
+from matex_pl.data.phantom.thorax import SIDES, draw_thorax, sample_build
+from matex_pl.data.phantom.zone import thorax_share
 
 NUM_FILMS = 120
 SPLITS = {"train": 6, "val": 2, "test": 2}
@@ -112,6 +116,58 @@ def test_shortcut_changes_only_the_corner_of_the_finding(films: list[Film]) -> N
 def test_shortcut_probability() -> None:
     share = np.mean([film_rng(index, 0, "shortcut").random() < 0.3 for index in range(2000)])
     assert share == pytest.approx(0.3, abs=0.04)
+
+
+def _inside(zone: np.ndarray, box: tuple[float, ...]) -> float:
+    x0, y0, x1, y1 = (round(edge) for edge in box)
+    return float(zone[y0:y1, x0:x1].mean())
+
+
+def test_thorax_holds_the_findings_and_not_the_token(films: list[Film]) -> None:
+    # Other films than those that the zone was counted on.
+    zone = PhantomDataModule(image_size=192, seed=1).thorax().numpy()
+    shares = {name: [] for name in FINDINGS}
+    for film in films:
+        for finding in film.findings:
+            shares[finding.name] += [_inside(zone, box) for box in finding.boxes]
+            for x0, y0, x1, y1 in finding.boxes:
+                assert zone[int((y0 + y1) / 2), int((x0 + x1) / 2)]
+    assert np.mean(np.concatenate(list(shares.values()))) > 0.96
+    assert min(np.mean(found) for found in shares.values()) > 0.85
+    tagged = np.zeros((192, 192), np.uint8)
+    draw_token(tagged)
+    assert tagged.any()
+    assert not zone[tagged > 0].any()
+    assert 0.5 < zone.mean() < 0.65
+    rows, columns = np.nonzero(zone)
+    np.testing.assert_allclose([rows.mean(), columns.mean()], [94, 96], atol=5)
+
+
+def test_thorax_is_counted_on_the_drawn_cavities_and_hearts() -> None:
+    drawn = []
+    for index in range(5):
+        plans = plan_findings(film_rng(index, 3, "plan"))
+        build = film_build(index, 3)
+        reshaped = reshape_build(sample_build(film_rng(index, 3, "anatomy")), plans, film_rng(index, 3, "reshape"))
+        assert build == reshaped
+        canvas = Canvas(64, midline=build.midline, tilt=build.tilt)
+        chest = draw_thorax(canvas, build, film_rng(index, 3, "texture"))
+        drawn.append(np.maximum.reduce([chest.heart, *chest.lungs.values()]) > 0.5)
+    differs = np.abs(thorax_share(64, seed=3, num_films=5) - np.mean(drawn, axis=0)) > 1e-6
+    # Heart and lungs are drawn one by one there, so that half-covered pixels of both are covered by neither.
+    assert differs.mean() < 0.005
+
+
+def test_thorax_in_the_models_frame() -> None:
+    square = PhantomDataModule(image_size=192).thorax()
+    padded = PhantomDataModule(image_size=(192, 384)).thorax()
+    assert padded.shape == (192, 384)
+    assert torch.equal(padded[:, 96:288], square)
+    assert padded.sum() == square.sum()
+    squashed = PhantomDataModule(image_size=(192, 384), geometry="squash").thorax()
+    assert (squashed != square.repeat_interleave(2, dim=1)).float().mean() < 0.01
+    with pytest.raises(ValueError, match="image_size is not set"):
+        PhantomDataModule().thorax()
 
 
 @pytest.mark.parametrize(

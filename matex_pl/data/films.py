@@ -198,6 +198,14 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         chosen = sorted(films.values())[:: math.ceil(len(films) / _MEAN_FILM_FROM)]
         return torch.stack([data[index].image[:1] for index in chosen]).float().mean(0) / 255
 
+    def thorax(self) -> Tensor | None:
+        """Where lungs and heart usually are, `(H, W)` bool in the model's frame; None where that is not known.
+
+        What a map marks outside of it is no finding of the chest, `attribution/outside_thorax_mass`. A data module that
+        has masks of the body or the lungs overrides it.
+        """
+        return None
+
     def train_dataloader(self) -> DataLoader:
         """Training pairs, shuffled by seed and epoch; an incomplete last batch is left out if there are others."""
         data = self.dataset("train", augment=self.augment)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from matex_pl.data.phantom.canvas import Canvas, Field, as_field
 from matex_pl.data.phantom.devices import Device, draw_device, draw_marker, draw_token, plan_device
 from matex_pl.data.phantom.findings import FINDINGS, Plan, draw_finding, plan_findings, reshape_build
-from matex_pl.data.phantom.thorax import draw_thorax, sample_build
+from matex_pl.data.phantom.thorax import Build, draw_thorax, sample_build
 
 Box = tuple[float, float, float, float]
 
@@ -54,6 +54,13 @@ def film_rng(index: int, seed: int, stream: str) -> np.random.Generator:
     return np.random.default_rng((seed, index, _STREAMS.index(stream)))
 
 
+def film_build(index: int, seed: int, plans: Sequence[Plan] | None = None) -> Build:
+    """The patient on the film at `index`: with the findings planned for it, or with `plans` in their place."""
+    if plans is None:
+        plans = plan_findings(film_rng(index, seed, "plan"))
+    return reshape_build(sample_build(film_rng(index, seed, "anatomy")), plans, film_rng(index, seed, "reshape"))
+
+
 def draw_film(
     index: int,
     *,
@@ -80,7 +87,7 @@ def draw_film(
     _check_arguments(size, shortcut, shortcut_finding)
     plans = plan_findings(film_rng(index, seed, "plan"))
     shown = plans if show_findings else ()
-    build = reshape_build(sample_build(film_rng(index, seed, "anatomy")), shown, film_rng(index, seed, "reshape"))
+    build = film_build(index, seed, shown)
     canvas = Canvas(size, midline=build.midline, tilt=build.tilt)
     thorax = draw_thorax(canvas, build, film_rng(index, seed, "texture"))
     opacity, placed = thorax.opacity, []

@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from matex_pl.data.films import ChestXrayDataModule
 from matex_pl.data.phantom.cache import film_cache
 from matex_pl.data.phantom.findings import FINDINGS
+from matex_pl.data.phantom.zone import thorax_share
 from matex_pl.data.record import Study
+from matex_pl.data.transforms import FilmTransform
+
+# Below what one patient in fifty has there, a place is outside of the thorax: 98 % of the area of all boxes is inside,
+# and no patient's lung reaches the token of `shortcut`.
+_THORAX_SHARE = 0.02
 
 
 class PhantomDataModule(ChestXrayDataModule):
@@ -94,6 +101,16 @@ class PhantomDataModule(ChestXrayDataModule):
         if self._films is None:
             self._films, _ = self._open()
         return self._films[int(study.image)]
+
+    def thorax(self) -> Tensor:
+        """Where pleural cavities or heart lie in at least 2 % of the series' films, `(H, W)` bool in the model's frame.
+
+        Raises:
+            ValueError: There is neither an `image_size` nor a model to take it from.
+        """
+        zone = thorax_share(self.film_size, seed=self.seed) >= _THORAX_SHARE
+        framed, _, _ = FilmTransform(self._frame(), self.geometry)(zone.astype(np.uint8) * 255)
+        return framed[0] > 127
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the films: pickling a memory map would copy them; a worker opens its own."""
