@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import statistics
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, ContrastToNoise, MapMass, PointingGame, attribution
+from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, ContrastToNoise, MapMass, PointingGame
 from matex_pl.metrics.functional import (
     box_masks,
     confidence_drop,
@@ -219,9 +218,3 @@ def test_directions() -> None:
         True,
         True,
     ]
-
-
-def test_examples() -> None:
-    failed, tried = doctest.testmod(attribution)
-    assert not failed
-    assert tried >= 15

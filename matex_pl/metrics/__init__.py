@@ -1,5 +1,37 @@
-"""Attribution quality: pure functions in `functional`, torchmetrics classes over them here."""
+"""Attribution quality: pure functions in `functional`, torchmetrics classes over them here.
 
-from matex_pl.metrics.attribution import ConfidenceDrop, ConfidenceIncrease, ContrastToNoise, MapMass, PointingGame
+`removal` runs the model on films and phrases with parts taken away, `sanity` on randomised parameters.
+"""
 
-__all__ = ["ConfidenceDrop", "ConfidenceIncrease", "ContrastToNoise", "MapMass", "PointingGame"]
+from matex_pl.metrics.confidence import ConfidenceDrop, ConfidenceIncrease, DeletionAUC, InsertionAUC, RemovalDrop
+from matex_pl.metrics.localisation import (
+    AveragePrecision50,
+    BoxAccuracy,
+    ContrastToNoise,
+    EnergyInBox,
+    MeanIoU,
+    PointingGame,
+    RankAccuracy,
+    ThresholdedIoU,
+)
+from matex_pl.metrics.sensitivity import MapMass, OutsideMass, RankCorrelation, SideSensitivity
+
+__all__ = [
+    "AveragePrecision50",
+    "BoxAccuracy",
+    "ConfidenceDrop",
+    "ConfidenceIncrease",
+    "ContrastToNoise",
+    "DeletionAUC",
+    "EnergyInBox",
+    "InsertionAUC",
+    "MapMass",
+    "MeanIoU",
+    "OutsideMass",
+    "PointingGame",
+    "RankAccuracy",
+    "RankCorrelation",
+    "RemovalDrop",
+    "SideSensitivity",
+    "ThresholdedIoU",
+]

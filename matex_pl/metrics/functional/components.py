@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matex_pl.metrics.functional.ranking import first_of_each
+
 # Numbers in one table of resamples by detections.
 _TABLE = 2**24
 
@@ -73,7 +75,7 @@ def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -
     order = _by_peak(components)
     best = _overlaps(components, boxes).amax(1)[order] if len(order) else components.peak
     study = components.study[order]
-    leads = _first_in_order(study)
+    leads = first_of_each(study)
     result = components.peak.new_zeros(number).scatter(0, study[leads], best[leads])
     without = torch.tensor([not len(box) for box in boxes], dtype=torch.bool, device=result.device)
     return result.masked_fill(without, torch.nan)
@@ -102,7 +104,7 @@ def match_components(components: Components, boxes: Sequence[Tensor], iou: float
     order = _by_peak(components)
     order = order[(overlap > iou)[order]]
     most = max(len(box) for box in boxes) + 1
-    takes = order[_first_in_order((components.study * most + target)[order])]
+    takes = order[first_of_each((components.study * most + target)[order])]
     return torch.zeros_like(components.study, dtype=torch.bool).scatter(0, takes, True)
 
 
@@ -151,13 +153,6 @@ def _envelope_area(counts: Tensor, hits: Tensor, last: Tensor) -> Tensor:
 def _by_peak(components: Components) -> Tensor:
     """The order of descending peaks, equal ones as they come."""
     return components.peak.argsort(descending=True, stable=True)
-
-
-def _first_in_order(keys: Tensor) -> Tensor:
-    """Indices of the first occurrence of each key."""
-    unique, inverse = keys.unique(return_inverse=True)
-    place = torch.arange(len(keys), device=keys.device)
-    return torch.full_like(unique, len(keys)).scatter_reduce(0, inverse, place, "amin")
 
 
 def _overlaps(components: Components, boxes: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which entries are highest, and how alike two orders are."""
+"""Which entries are highest or come first, and how alike two orders are."""
 
 from __future__ import annotations
 
@@ -46,6 +46,13 @@ def top_share(values: Tensor, share: float, among: Tensor | None = None, at_leas
     number = torch.full_like(values[:, 0], values.shape[1], dtype=torch.long) if among is None else among.sum(1)
     counts = number * part.numerator // part.denominator
     return top_ranked(values, torch.maximum(counts, number.clamp(max=at_least)), among)
+
+
+def first_of_each(keys: Tensor) -> Tensor:
+    """Indices of the first occurrence of each key of `(n,)`, in order."""
+    unique, inverse = keys.unique(return_inverse=True)
+    place = torch.arange(len(keys), device=keys.device)
+    return torch.full_like(unique, len(keys)).scatter_reduce(0, inverse, place, "amin").sort().values
 
 
 def spearman(a: Tensor, b: Tensor, among: Tensor | None = None) -> Tensor:

@@ -1,0 +1,118 @@
+"""What the score loses or gains when the film or the phrase is kept or taken away in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from matex_pl.metrics import functional
+from matex_pl.metrics.study import StudyMean, StudyMetric
+
+
+class ConfidenceDrop(StudyMean):
+    """Mean loss of score, 100 * max(0, S - S'), when only what is highlighted is kept.
+
+    Example:
+        >>> metric = ConfidenceDrop()
+        >>> metric.update(torch.tensor([0.30, 0.20]), torch.tensor([0.28, 0.25]))
+        >>> round(float(metric.compute()), 4)
+        1.0
+    """
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
+    def update(self, score: Tensor, kept_score: Tensor, ids: Sequence[str] | None = None) -> None:
+        """Add B pairs: the score as it is and that of what is left, `(B,)` each, and the studies' ids."""
+        self._add(functional.confidence_drop(score, kept_score), ids)
+
+
+class RemovalDrop(ConfidenceDrop):
+    """Mean loss of score, 100 * max(0, S - S'), when the top of the map is taken away: more is better.
+
+    Example:
+        >>> metric = RemovalDrop()
+        >>> metric.update(torch.tensor([0.30, 0.20]), torch.tensor([0.10, 0.20]))
+        >>> round(float(metric.compute()), 4)
+        10.0
+    """
+
+    higher_is_better = True
+
+
+class ConfidenceIncrease(StudyMean):
+    """Percentage of studies whose score rises when only what is highlighted is kept.
+
+    Example:
+        >>> metric = ConfidenceIncrease()
+        >>> metric.update(torch.tensor([0.30, 0.20]), torch.tensor([0.28, 0.25]))
+        >>> float(metric.compute())
+        50.0
+    """
+
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 100.0
+
+    def update(self, score: Tensor, kept_score: Tensor, ids: Sequence[str] | None = None) -> None:
+        """Add B pairs: the score as it is and that of what is left, `(B,)` each, and the studies' ids."""
+        self._add(functional.confidence_increase(score, kept_score), ids)
+
+
+class CurveArea(StudyMetric):
+    """Area under the curves of many studies over what they could span, sum(gain) / sum(span): a ratio of means.
+
+    A mean of ratios would be that of the few studies whose span S_full - S_blank is about 0.
+    """
+
+    columns = 2
+    # Which end of a curve is the film without any patch, and which the whole film.
+    blank: int
+    full: int
+
+    def update(self, curve: Tensor, shares: Tensor | None = None, ids: Sequence[str] | None = None) -> None:
+        """Add B curves, as `removal.patch_curve` gives them.
+
+        Args:
+            curve: `(S + 1, B)` scores.
+            shares: `(S + 1,)` the share of patches of each; evenly spread by default.
+            ids: Of the B studies.
+        """
+        areas = functional.curve_area(curve, curve[self.blank], curve[self.full], shares)
+        self._add(torch.stack(areas, 1), ids)
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        gain, span = values[~values.isnan().any(1)].sum(0)
+        return torch.where(span == 0, torch.nan, gain / span)
+
+
+class InsertionAUC(CurveArea):
+    """Area under the score while patches are inserted in the map's order (Petsiuk et al. 2018), 0 blank, 1 whole film.
+
+    Example:
+        >>> metric = InsertionAUC()
+        >>> metric.update(torch.tensor([[0.1], [0.3], [0.3]]))
+        >>> round(float(metric.compute()), 4)
+        0.75
+    """
+
+    higher_is_better = True
+    blank = 0
+    full = -1
+
+
+class DeletionAUC(CurveArea):
+    """Area under the score while patches are deleted in the map's order (Petsiuk et al. 2018), 0 blank, 1 whole film.
+
+    Example:
+        >>> metric = DeletionAUC()
+        >>> metric.update(torch.tensor([[0.3], [0.1], [0.1]]))
+        >>> round(float(metric.compute()), 4)
+        0.25
+    """
+
+    higher_is_better = False
+    blank = -1
+    full = 0

@@ -1,0 +1,146 @@
+"""The score of films and phrases with parts taken away. Runs the model, which comes back as it went."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution.base import check_choice, check_positive
+from matex_pl.attribution.capture import borrowed
+from matex_pl.attribution.fill import drop_tokens, fill_images
+from matex_pl.clip import Clip
+from matex_pl.maps import full_precision
+from matex_pl.metrics.functional import keep_highlighted
+
+KINDS = ("insertion", "deletion")
+
+
+def image_score(clip: Clip, images: Tensor, keep: Tensor, fill: str, text: Tensor) -> Tensor:
+    """Cosine of each pair when only `keep` of the film is kept, `(B,)`; the rest is filled. One forward.
+
+    Args:
+        clip: The model.
+        images: `(B, 3, H, W)` normalised.
+        keep: `(B, H, W)` bool, or float in [0, 1] where a pixel is kept in part.
+        fill: `mean_film`, `mean_colour` or `blur`, see `fill_images`.
+        text: `(B, D)` L2-normalised embeddings of the phrases.
+
+    Raises:
+        ValueError: There is no such fill, or the model carries no mean film.
+    """
+    with borrowed(clip):
+        kept = keep_highlighted(images, keep, fill_images(fill, clip, images))
+        return _cosine(clip.encode_image(kept), text)
+
+
+def text_score(clip: Clip, tokens: Tensor, drop: Tensor, image: Tensor) -> Tensor:
+    """Cosine of each pair when the tokens `drop` are replaced by pads, `(B,)`. One forward.
+
+    Args:
+        clip: The model.
+        tokens: `(B, T)`.
+        drop: `(B, T)` bool.
+        image: `(B, D)` L2-normalised embeddings of the films.
+    """
+    with borrowed(clip):
+        return _cosine(clip.encode_text(drop_tokens(tokens, drop, clip.pad_id)), image)
+
+
+def end_scores(clip: Clip, images: Tensor, fill: str, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The two ends of every `patch_curve`: cosine of the fill alone and of the whole film, `(B,)` each.
+
+    Args:
+        clip: The model.
+        images: `(B, 3, H, W)` normalised.
+        fill: `mean_film`, `mean_colour` or `blur`.
+        text: `(B, D)` L2-normalised embeddings of the phrases.
+
+    Raises:
+        ValueError: There is no such fill, or the model carries no mean film.
+    """
+    with borrowed(clip):
+        blank = clip.encode_image(fill_images(fill, clip, images))
+        return _cosine(blank, text), _cosine(clip.encode_image(images), text)
+
+
+def patch_curve(
+    clip: Clip,
+    images: Tensor,
+    grid: Tensor,
+    fill: str,
+    text: Tensor,
+    kind: str,
+    steps: int = 32,
+    chunk_size: int = 32,
+    ends: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The score while patches come into the fill (insertion) or make way for it (deletion), in the order of the map.
+
+    Patches are the cells of the grid, the highest first, ties in raster order. S is `steps`, or the number of patches
+    where that is smaller; the S + 1 numbers of patches are spread evenly and include none and all.
+
+    Args:
+        clip: The model.
+        images: `(B, 3, H, W)` normalised.
+        grid: `(B, Gh, Gw)` the maps at patch resolution.
+        fill: `mean_film`, `mean_colour` or `blur`.
+        text: `(B, D)` L2-normalised embeddings of the phrases.
+        kind: `insertion` or `deletion`.
+        steps: Most steps.
+        chunk_size: Most images in one forward, or the batch where that is larger.
+        ends: What `end_scores` gave for these pairs, to share it between kinds and maps; computed by default.
+
+    Returns:
+        Share of patches inserted or deleted `(S + 1,)`, and the scores `(S + 1, B)`.
+
+    Raises:
+        ValueError: There is no such kind or fill, a number is not positive, or the model carries no mean film.
+    """
+    check_choice("kind", kind, KINDS)
+    check_positive(steps=steps, chunk_size=chunk_size)
+    blank, full = end_scores(clip, images, fill, text) if ends is None else ends
+    patches = grid[0].numel()
+    counts = patch_counts(patches, steps, grid.device)
+    with borrowed(clip):
+        filled = fill_images(fill, clip, images)
+        rank = _enlarged(_ranks(grid), images)
+        scores = [blank if kind == "insertion" else full]
+        # Without chunks of no images.
+        for some in counts[1:-1].split(max(1, chunk_size // len(images))) if len(counts) > 2 else ():
+            moved = rank < some[:, None, None, None]
+            keep = moved if kind == "insertion" else ~moved
+            scores.extend(_score_kept(clip, images, keep, filled, text))
+        scores.append(full if kind == "insertion" else blank)
+    return counts / patches, torch.stack(scores)
+
+
+def patch_counts(patches: int, steps: int, device: torch.device | None = None) -> Tensor:
+    """S + 1 numbers of patches from none to all, spread evenly, S = min(steps, patches). Long."""
+    number = min(steps, patches)
+    return torch.arange(number + 1, device=device) * patches // number
+
+
+def _score_kept(clip: Clip, images: Tensor, keep: Tensor, filled: Tensor, text: Tensor) -> Tensor:
+    """Cosines `(S, B)` of S cuts of each film, by masks `(S, B, H, W)` bool."""
+    kept = torch.where(keep[:, :, None], images, filled)
+    embeddings = clip.encode_image(kept.flatten(0, 1))
+    return _cosine(embeddings.view(*keep.shape[:2], -1), text)
+
+
+def _ranks(grid: Tensor) -> Tensor:
+    """Place of each cell in the order of its map, 0 the highest, ties in raster order. `(B, Gh, Gw)` long."""
+    order = grid.flatten(1).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1).view_as(grid)
+
+
+def _enlarged(grid: Tensor, images: Tensor) -> Tensor:
+    """The cell that each pixel lies in: `(B, Gh, Gw)` to `(B, H, W)`."""
+    for axis in (1, 2):
+        pixels, cells = images.shape[axis + 1], grid.shape[axis]
+        grid = grid.index_select(axis, torch.arange(pixels, device=grid.device) * cells // pixels)
+    return grid
+
+
+def _cosine(one: Tensor, other: Tensor) -> Tensor:
+    """Product of unit vectors, float32 or better: `(..., D)` and `(B, D)` to `(..., B)`, or broadcast."""
+    return (full_precision(one) * full_precision(other)).sum(-1)

@@ -1,0 +1,120 @@
+"""What a map depends on, and where its mass lies: metrics that need no boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from matex_pl.metrics import functional
+from matex_pl.metrics.study import StudyMean
+
+
+class RankCorrelation(StudyMean):
+    """Mean rank correlation of two maps of each study; lower is better.
+
+    Sanity: the map of the model and that of a model with randomised parameters (`sanity.randomised`; Adebayo et al.
+    2018). Prompt sensitivity: the map under the true phrase and under that of another study. A method whose maps stay
+    as they are explains neither the model nor the phrase. Constant maps have no order and do not count.
+
+    Example:
+        >>> import torch
+        >>> metric = RankCorrelation()
+        >>> metric.update(torch.tensor([[0.1, 0.2, 0.9]]), torch.tensor([[0.3, 0.2, 0.1]]))
+        >>> float(metric.compute())
+        -1.0
+    """
+
+    higher_is_better = False
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
+
+    def update(
+        self, maps: Tensor, others: Tensor, among: Tensor | None = None, ids: Sequence[str] | None = None
+    ) -> None:
+        """Add the maps of B studies under either condition.
+
+        Args:
+            maps: `(B, ...)`.
+            others: `(B, ...)`.
+            among: `(B, ...)` bool, the entries that take part (content tokens); all by default.
+            ids: Of the B studies.
+        """
+        among = None if among is None else among.flatten(1)
+        self._add(functional.spearman(maps.flatten(1), others.flatten(1), among), ids)
+
+
+class SideSensitivity(StudyMean):
+    """Mean share of the map's mass that moves to the other side when the phrase names that one; -1 to 1.
+
+    Example:
+        >>> import torch
+        >>> metric = SideSensitivity()
+        >>> true, swapped = torch.tensor([[[0.8, 0.2]]]), torch.tensor([[[0.3, 0.7]]])
+        >>> metric.update(true, swapped, ["right"])
+        >>> round(float(metric.compute()), 4)
+        0.5
+    """
+
+    higher_is_better = True
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
+
+    def update(
+        self,
+        maps: Tensor,
+        swapped: Tensor,
+        sides: Sequence[str],
+        film: Tensor | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> None:
+        """Add B studies; those that name no side do not count.
+
+        Args:
+            maps: `(B, H, W)` under the true phrases.
+            swapped: `(B, H, W)` under the phrases with right and left exchanged.
+            sides: The side that each true phrase names: `right`, `left` or an empty text.
+            film: `(B, 4)` rectangle of the film in [0, 1] of the frame; all of it by default.
+            ids: Of the B studies.
+        """
+        self._add(functional.side_sensitivity(maps, swapped, sides, film), ids)
+
+
+class OutsideMass(StudyMean):
+    """Mean share of the map's mass outside of a zone: of the thorax, or within the border of the film.
+
+    Example:
+        >>> import torch
+        >>> metric = OutsideMass()
+        >>> metric.update(torch.tensor([[[0.6, 0.2]]]), torch.tensor([[[True, False]]]))
+        >>> round(float(metric.compute()), 4)
+        0.25
+    """
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def update(self, maps: Tensor, inside: Tensor, ids: Sequence[str] | None = None) -> None:
+        """Add B maps `(B, H, W)`, their zones `(B, H, W)` bool or `(1, H, W)` for all, and the studies' ids."""
+        self._add(functional.outside_mass(maps, inside), ids)
+
+
+class MapMass(StudyMean):
+    """Mean value of the maps. A map of all ones has a perfect confidence drop; its mass of 1 says so.
+
+    Example:
+        >>> import torch
+        >>> metric = MapMass()
+        >>> metric.update(torch.eye(2)[None])
+        >>> float(metric.compute())
+        0.5
+    """
+
+    higher_is_better = None
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def update(self, maps: Tensor, ids: Sequence[str] | None = None) -> None:
+        """Add B maps `(B, ...)` in [0, 1], and the studies' ids."""
+        self._add(maps.flatten(1).mean(1), ids)
