@@ -18,7 +18,7 @@ from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
 from matex_pl.maps import AttributionMaps
 from matex_pl.module import ClipModule
-from matex_pl.render import Picture, panel, save_png
+from matex_pl.render import DESIGN_WIDTH, Picture, panel, save_png
 from matex_pl.render_sheet import Entry, contact_sheet
 
 
@@ -32,13 +32,21 @@ def explain_batch(module: Any, method: AttributionMethod, batch: StudyBatch, sub
         subtitle: Second line of the panels.
     """
     maps, tokens = _attribute(module, method, batch)
+    return draw_panels(module.clip, maps, batch, tokens, subtitle)
+
+
+def draw_panels(
+    clip: Clip, maps: AttributionMaps, batch: StudyBatch, tokens: Tensor, subtitle: str, width: int = DESIGN_WIDTH
+) -> list[Picture]:
+    """One panel per study of the batch, `(h, width, 3)` uint8 each, of maps that are there; see `explain_batch`."""
     return [
         panel(
             heat=maps.image[row].float().cpu().numpy(),
             relevance=maps.text[row][maps.content[row]].tolist(),
             score=float(maps.score[row]),
             subtitle=subtitle,
-            **_study(module.clip, batch, tokens[row], maps.content[row], row),
+            width=width,
+            **_study(clip, batch, tokens[row], maps.content[row], row),
         )
         for row in range(len(batch["id"]))
     ]

@@ -160,9 +160,9 @@ class MapStore:
         found: dict[str, dict[str, Tensor]] = {}
         for path in dict.fromkeys(self._files[key] for key in keys):
             found.update(_read_shard(path))
-        return AttributionMaps(
-            **{name: torch.stack([found[key][name] for key in keys]) for name in ("image", *_FIELDS)}
-        )
+        rows = [found[key] for key in keys]
+        fields: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in ("image", *_FIELDS)}
+        return AttributionMaps(**fields)
 
 
 def _read_shard(path: Path) -> dict[str, dict[str, Tensor]]:

@@ -1,0 +1,118 @@
+"""What the columns of a benchmark are called, and how they are read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FILL_NAMES = {"mean_colour": "mean colour", "mean_film": "mean film", "blur": "blurred film"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric as the tables show it.
+
+    Args:
+        label: Its name, without the fill.
+        group: `localisation`, `confidence`, `curves`, `sensitivity`, `mass` or `sanity`.
+        higher_is_better: None where neither is.
+        says: One sentence on how to read it.
+        fill: What stands in for removed pixels.
+        percent: A share of studies in percent, or percent points of the cosine.
+    """
+
+    label: str
+    group: str
+    higher_is_better: bool | None
+    says: str
+    fill: str | None = None
+    percent: bool = False
+
+
+_LOCALISATION = {
+    "pointing_game": Column("Pointing game", "localisation", True, "Share of maps whose maximum lies in a box."),
+    "cnr": Column(
+        "CNR", "localisation", True, "Contrast of box and rest over their noise; negative if the rest is brighter."
+    ),
+    "miou": Column("mIoU", "localisation", True, "IoU of map and boxes, mean over the thresholds .1 to .5."),
+    "iou": Column("IoU", "localisation", True, "IoU at one threshold per method, which validation pairs chose."),
+    "acc50": Column(
+        "Acc@0.5", "localisation", True, "Share of studies whose best component, as a box, has an IoU above .5."
+    ),
+    "ap50": Column(
+        "AP50", "localisation", True, "Average precision of all components as boxes, hits from an IoU of .5."
+    ),
+    "energy_in_box": Column("Energy in box", "localisation", True, "Share of the map's mass inside of the boxes."),
+    "rank_accuracy": Column(
+        "Rank accuracy", "localisation", True, "Share of the K highest pixels that lie in the boxes of K pixels."
+    ),
+}
+_CONFIDENCE = {
+    "confidence_drop": ("Drop", False, "Percent points of cosine lost when only what is highlighted is kept."),
+    "confidence_increase": ("Increase", True, "Percent of studies whose cosine rises when only that is kept."),
+    "fixed_drop": ("Drop, half kept", False, "The same with exactly half of the pixels or words kept, by rank."),
+    "fixed_increase": ("Increase, half kept", True, "The same with exactly half of the pixels or words kept, by rank."),
+    "remove": ("Drop, top fifth removed", True, "Percent points lost when the highest fifth is taken away."),
+}
+_CURVES = {
+    "insertion": ("Insertion AUC", True, "How soon the cosine rises when patches come in the map's order, 1 at once."),
+    "deletion": ("Deletion AUC", False, "How long the cosine stays when patches go in the map's order."),
+}
+_REST = {
+    "prompt_sensitivity": Column(
+        "Other phrase", "sensitivity", False, "Rank correlation with the map under another study's phrase."
+    ),
+    "side_sensitivity": Column(
+        "Sides swapped", "sensitivity", True, "Share of mass that changes sides when the phrase does."
+    ),
+    "sanity": Column(
+        "Weights shuffled", "sanity", False, "Rank correlation with the map while weights are shuffled, block by block."
+    ),
+    "outside_thorax_mass": Column(
+        "Outside thorax", "mass", False, "Share of the map's mass outside of where lungs and heart usually are."
+    ),
+    "border_mass": Column("At the border", "mass", False, "Share of the map's mass in the outer tenth of the film."),
+    "mean_map_mass": Column(
+        "Mean value", "mass", None, "A map of all ones has a perfect confidence drop: read this beside it."
+    ),
+}
+
+
+def metric_columns(keys: set[str]) -> dict[str, dict[str, Any]]:
+    """The columns of metrics such as `cnr` or `insertion/blur`, in the order of the tables, as plain types."""
+    return {key: asdict(column) for key, column in _all_columns().items() if key in keys}
+
+
+def _all_columns() -> dict[str, Column]:
+    columns = dict(_LOCALISATION)
+    for fill in (None, "mean_colour", "mean_film"):
+        for name, (label, better, says) in _CONFIDENCE.items():
+            columns[f"{name}/{fill}" if fill else name] = Column(label, "confidence", better, says, fill, True)
+    for name, (label, better, says) in _CURVES.items():
+        for fill in FILL_NAMES:
+            columns[f"{name}/{fill}"] = Column(label, "curves", better, says, fill)
+    return columns | _REST
+
+
+# Tables 1 and 2 of the paper, mean and deviation on MS-CXR with OpenAI's ViT-B/32, by the rows of this benchmark.
+PUBLISHED: dict[str, Any] = {
+    "source": "Imran, Lee and Lee, tables 1 and 2: MS-CXR, CLIP ViT-B/32; another model and other films than here",
+    "image": {
+        "GradCam": {"drop": [2.76, 0.03], "increase": [12.64, 0.46], "roar": [3.54, 0.80]},
+        "Saliency": {"drop": [0.81, 0.01], "increase": [35.08, 0.44], "roar": [25.46, 1.35]},
+        "KernelShap": {"drop": [2.37, 0.04], "increase": [10.24, 0.68], "roar": [12.67, 1.02]},
+        "Rise": {"drop": [3.94, 0.03], "increase": [7.28, 0.44], "roar": [16.79, 0.76]},
+        "Chefer": {"drop": [1.87, 0.02], "increase": [21.44, 0.46], "roar": [24.42, 1.19]},
+        "M2ib": {"drop": [0.55, 0.01], "increase": [45.92, 0.70], "roar": [38.7, 0.86]},
+        "MATEX, as printed": {"drop": [0.51, 0.03], "increase": [47.55, 1.10], "roar": [37.9, 0.79]},
+    },
+    "text": {
+        "GradCam": {"drop": [2.26, 0.04], "increase": [36.24, 0.54], "roar": [11.07, 0.62]},
+        "Saliency": {"drop": [3.35, 0.03], "increase": [18.88, 0.54], "roar": [15.79, 0.92]},
+        "KernelShap": {"drop": [2.40, 0.05], "increase": [34.12, 0.77], "roar": [14.28, 1.09]},
+        "Rise": {"drop": [1.16, 0.02], "increase": [57.2, 0.65], "roar": [12.09, 1.52]},
+        "Chefer": {"drop": [2.93, 0.03], "increase": [28.08, 0.34], "roar": [9.11, 0.60]},
+        "M2ib": {"drop": [2.28, 0.04], "increase": [35.48, 0.69], "roar": [16.31, 0.75]},
+        "MATEX, as printed": {"drop": [1.91, 0.06], "increase": [50.07, 0.46], "roar": [16.98, 0.66]},
+    },
+}

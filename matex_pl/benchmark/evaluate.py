@@ -1,0 +1,195 @@
+"""What each study adds to every metric of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution import AttributionMethod
+from matex_pl.attribution.base import progress
+from matex_pl.benchmark.intervals import Sums
+from matex_pl.benchmark.pairs import Pairs
+from matex_pl.benchmark.values import Values
+from matex_pl.clip import Clip
+from matex_pl.data.record import StudyBatch
+from matex_pl.maps import AttributionMaps
+from matex_pl.metrics import functional as F
+from matex_pl.metrics.removal import image_score, patch_curve, text_score
+from matex_pl.metrics.sanity import randomised
+from matex_pl.store import MapStore
+
+# The published form and the one that is no finding on a radiograph; insertion is published with a blurred film.
+FILLS = ("mean_colour", "mean_film")
+CURVES = (("insertion", "blur"), ("insertion", "mean_film"), ("deletion", "mean_colour"), ("deletion", "mean_film"))
+KEPT, REMOVED = 0.5, 0.2
+
+
+def image_values(
+    clip: Clip, store: MapStore, pairs: Sequence[Pairs], threshold: float, thorax: Tensor | None, steps: int
+) -> Values:
+    """All metrics of the image maps but the sanity check.
+
+    Args:
+        clip: The model.
+        store: Holds the maps of the pairs, and of their films with other phrases.
+        pairs: The studies.
+        threshold: Of the IoU and of the boxes.
+        thorax: `(H, W)` bool, where lungs and heart usually are, if known.
+        steps: Most steps of the insertion and deletion curves.
+    """
+    found, curves, parts = [], [], []
+    for batch in progress(pairs, "scoring films"):
+        maps = _on(store.read(batch.keys), clip)
+        scored = _locate(maps.image, batch.batch, threshold) | _mass(maps.image, batch.batch, thorax)
+        scored |= _confidence(clip, batch, maps.image) | _sensitivity(store, batch, maps)
+        curves.append(_curves(clip, batch, maps.grid, steps))
+        found.append(scored)
+        parts.append(F.components(maps.image, threshold))
+    values = Values(_joined_sums(found), threshold=threshold)
+    values.detections = _detections(parts, pairs)
+    for name in curves[0]:
+        shares, scores = curves[0][name][0], torch.cat([curve[name][1] for curve in curves], 1)
+        values.curves[name] = shares, scores
+        blank, full = (scores[0], scores[-1]) if name.startswith("insertion") else (scores[-1], scores[0])
+        values.sums[name] = Sums(*(part.double() for part in F.curve_area(scores, blank, full, shares)))
+    return values
+
+
+def _on(maps: AttributionMaps, clip: Clip) -> AttributionMaps:
+    """The maps on the model's device."""
+    fields = ("image", "grid", "text", "content", "score")
+    return AttributionMaps(*(getattr(maps, name).to(clip.std.device) for name in fields))
+
+
+def _locate(maps: Tensor, batch: StudyBatch, threshold: float) -> dict[str, Tensor]:
+    boxes = [box.to(maps.device) for box in batch["boxes"]]
+    masks = F.box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
+    return {
+        "pointing_game": F.pointing_game(maps, masks),
+        "cnr": F.contrast_to_noise(maps, masks),
+        "miou": F.mean_iou(maps, masks),
+        "iou": F.iou(maps, masks, torch.tensor([threshold], device=maps.device))[:, 0],
+        "acc50": F.box_accuracy(F.components(maps, threshold), boxes, len(maps)),
+        "energy_in_box": F.energy_in_box(maps, masks),
+        "rank_accuracy": F.rank_accuracy(maps, masks),
+    }
+
+
+def _mass(maps: Tensor, batch: StudyBatch, thorax: Tensor | None) -> dict[str, Tensor]:
+    mass = {"mean_map_mass": maps.flatten(1).mean(1)}
+    if thorax is not None:
+        return mass | {"outside_thorax_mass": F.outside_mass(maps, thorax[None].to(maps.device))}
+    border = F.border_mask((maps.shape[1], maps.shape[2]), batch["film"].to(maps.device))
+    return mass | {"border_mass": F.outside_mass(maps, ~border)}
+
+
+def _confidence(clip: Clip, pairs: Pairs, maps: Tensor) -> dict[str, Tensor]:
+    """Scores when the map, or half of the pixels, are kept, and when the highest fifth is gone; with either fill."""
+    images, _ = pairs.inputs(clip)
+    half = F.top_share(maps.flatten(1), KEPT).view_as(maps)
+    rest = ~F.top_share(maps.flatten(1), REMOVED).view_as(maps)
+    scored: dict[str, Tensor] = {}
+    for fill in FILLS:
+        kept, fixed, left = (image_score(clip, images, keep, fill, pairs.text) for keep in (maps, half, rest))
+        scored |= _changes(pairs.score, kept, fixed, left, f"/{fill}")
+    return scored
+
+
+def _changes(score: Tensor, kept: Tensor, fixed: Tensor, left: Tensor, suffix: str = "") -> dict[str, Tensor]:
+    return {
+        f"confidence_drop{suffix}": F.confidence_drop(score, kept),
+        f"confidence_increase{suffix}": F.confidence_increase(score, kept),
+        f"fixed_drop{suffix}": F.confidence_drop(score, fixed),
+        f"fixed_increase{suffix}": F.confidence_increase(score, fixed),
+        f"remove{suffix}": F.confidence_drop(score, left),
+    }
+
+
+def _curves(clip: Clip, pairs: Pairs, grid: Tensor, steps: int) -> dict[str, tuple[Tensor, Tensor]]:
+    images, _ = pairs.inputs(clip)
+    return {
+        f"{kind}/{fill}": patch_curve(
+            clip, images, grid, fill, pairs.text, kind, steps=steps, ends=(pairs.blank[fill], pairs.score)
+        )
+        for kind, fill in CURVES
+    }
+
+
+def _sensitivity(store: MapStore, pairs: Pairs, maps: AttributionMaps) -> dict[str, Tensor]:
+    """How much the map heeds the phrase: under another study's, and with the sides exchanged."""
+    grid = maps.grid
+    other = store.read(pairs.keys_with(pairs.other)).grid.to(grid)
+    same = torch.tensor([phrase is None for phrase in pairs.other], device=grid.device)
+    swapped = store.read(pairs.keys_with(pairs.swapped)).image.to(grid)
+    film = pairs.batch["film"].to(grid.device)
+    return {
+        "prompt_sensitivity": F.spearman(grid.flatten(1), other.flatten(1)).masked_fill(same, torch.nan),
+        "side_sensitivity": F.side_sensitivity(maps.image, swapped, pairs.sides, film),
+    }
+
+
+def _joined_sums(found: Sequence[dict[str, Tensor]]) -> dict[str, Sums]:
+    return {name: Sums.of(torch.cat([part[name] for part in found]).cpu()) for name in found[0]}
+
+
+def _detections(parts: Sequence[F.Components], pairs: Sequence[Pairs]) -> dict[str, Tensor]:
+    """Components of all batches as detections of the n studies."""
+    found: dict[str, list[Tensor]] = {"score": [], "hit": [], "study": [], "num_boxes": []}
+    start = 0
+    for part, batch in zip(parts, pairs, strict=True):
+        boxes = batch.batch["boxes"]
+        found["score"].append(part.peak.cpu())
+        found["hit"].append(F.match_components(part, [box.to(part.boxes) for box in boxes]).cpu())
+        found["study"].append(part.study.cpu() + start)
+        found["num_boxes"].append(torch.tensor([len(box) for box in boxes]))
+        start += len(boxes)
+    return {name: torch.cat(column) for name, column in found.items()}
+
+
+def text_values(clip: Clip, store: MapStore, pairs: Sequence[Pairs]) -> Values:
+    """All metrics of the text maps but the sanity check."""
+    found = []
+    for batch in pairs:
+        maps = _on(store.read(batch.keys), clip)
+        _, tokens = batch.inputs(clip)
+        score = partial(text_score, clip, tokens, image=batch.image)
+        upper = F.keep_relevant_tokens(tokens, maps.text, maps.content, clip.pad_id) == tokens
+        half = F.top_share(maps.text, KEPT, maps.content)
+        top = F.top_share(maps.text, REMOVED, maps.content, at_least=1)
+        kept, fixed, left = (score(drop) for drop in (maps.content & ~upper, maps.content & ~half, top))
+        mass = (maps.text * maps.content).sum(1) / maps.content.sum(1)
+        found.append(_changes(batch.score, kept, fixed, left) | {"mean_map_mass": mass})
+    return Values(_joined_sums(found))
+
+
+def chosen_threshold(store: MapStore, pairs: Sequence[Pairs], size: tuple[int, int]) -> float:
+    """The threshold with the highest mean IoU over pairs; the middle one where none of them has boxes."""
+    thresholds = torch.tensor(F.THRESHOLDS)
+    found = [
+        F.iou(store.read(batch.keys).image, F.box_masks(batch.batch["boxes"], size), thresholds) for batch in pairs
+    ]
+    mean = torch.cat(found).nanmean(0) if found else torch.full_like(thresholds, torch.nan)
+    return float(thresholds[len(thresholds) // 2] if mean.isnan().all() else thresholds[mean.argmax()])
+
+
+def sanity_check(
+    clip: Clip, method: AttributionMethod, store: MapStore, pairs: Sequence[Pairs], seed: int
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Rank correlation of the maps under shuffled weights with those of the model, stage by stage.
+
+    Yields:
+        Name of the stage, and of the m pairs `(m,)` over patches as `image` and over content tokens as `text`.
+    """
+    original = [_on(store.read(batch.keys), clip) for batch in pairs]
+    for name, broken in progress(randomised(clip, seed), "randomising"):
+        image, text = [], []
+        for batch, before in zip(pairs, original, strict=True):
+            images, tokens = batch.inputs(broken)
+            film = batch.batch["film"].to(images.device)
+            after = method.attribute(broken, images, tokens, batch.batch["phrase"], film)
+            image.append(F.spearman(after.grid.flatten(1), before.grid.flatten(1)))
+            text.append(F.spearman(after.text, before.text, before.content))
+        yield name, {"image": torch.cat(image).cpu(), "text": torch.cat(text).cpu()}

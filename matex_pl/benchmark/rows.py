@@ -1,0 +1,140 @@
+"""Which methods a benchmark compares."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly, RandomMap
+from matex_pl.attribution.controls import Control
+from matex_pl.attribution.shipped import load_method, method_names
+from matex_pl.clip import Clip
+from matex_pl.data.record import StudyBatch
+from matex_pl.metrics.functional import box_masks
+from matex_pl.store import fingerprint
+
+# Per class: fewer of the repeated forwards than the method's own default, so that an evening will do.
+QUICK: dict[str, dict[str, int]] = {"Rise": {"masks": 500}, "KernelShap": {"samples": 300}}
+BUDGETS = ("quick", "full")
+# What takes many minutes per pair is compared when it is named.
+SLOW = ("submodular_regions",)
+REPEATED = {"Rise": "masks", "KernelShap": "samples", "IntegratedGradients": "steps", "SubmodularRegions": "regions"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the tables.
+
+    Args:
+        name: As the tables print it.
+        method: What makes the maps.
+        control: It needs no attribution, or is MATEX with a part taken out: what the others have to be better than.
+        note: What a reader must know beside the name.
+    """
+
+    name: str
+    method: AttributionMethod
+    control: bool = False
+    note: str = ""
+
+
+class MeanBox(Control):
+    """The share of training films that have a box of the same finding at each place: a guess that sees no film.
+
+    Args:
+        finding_of: The finding of each phrase; a phrase of none gets a map of zeros.
+        means: Mean box mask `(H, W)` of each finding.
+    """
+
+    def __init__(self, finding_of: Mapping[str, str], means: Mapping[str, Tensor]) -> None:
+        self.finding_of = finding_of
+        self.means = means
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells these boxes from others: a hash, since the boxes are as many as the training films."""
+        sums = {finding: mean.double().cumsum(0).sum(1).tolist() for finding, mean in self.means.items()}
+        return {"boxes": fingerprint(sums), "findings": sorted(self.means), "phrases": fingerprint(self.finding_of)}
+
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
+        blank = torch.zeros(clip.image_size)
+        maps = [self.means.get(self.finding_of.get(phrase, ""), blank) for phrase in phrases]
+        return torch.stack(maps).to(images.device)
+
+
+def mean_boxes(batches: Sequence[StudyBatch], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Mean box mask `(H, W)` of each finding over training pairs, from 0 to its highest place at 1."""
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size))
+    for batch in batches:
+        for finding, mask in zip(batch["finding"], box_masks(batch["boxes"], size), strict=True):
+            if finding and mask.any():
+                sums[finding] += mask
+    return {finding: mask / mask.max() for finding, mask in sums.items()}
+
+
+def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
+    """The methods that were asked for, by default all shipped but the slow ones, and the controls, which always are.
+
+    Args:
+        methods: Names of shipped methods and YAML files.
+        budget: `quick` or `full`.
+
+    Raises:
+        ValueError: A method is unknown, or named twice.
+    """
+    names = [name for name in method_names() if name not in SLOW] if methods is None else list(methods)
+    asked = [_row(name, load_method(name), budget) for name in names]
+    rows = [row for row in asked if not isinstance(row.method, Control)]
+    rows.sort(key=lambda row: not isinstance(row.method, Matex))
+    matex = next((row.method for row in rows if row.name == "MATEX"), Matex.measured())
+    assert isinstance(matex, Matex)
+    if any(row.name == "MATEX" for row in rows):
+        rows.insert(1, Row("MATEX, as printed", Matex.paper(), note="equations and numbers of the paper"))
+    rows += _controls(matex) + [row for row in asked if isinstance(row.method, Control) and row.name not in CONTROLS]
+    twice = [row.name for place, row in enumerate(rows) if row.name in {other.name for other in rows[:place]}]
+    if twice:
+        raise ValueError(f"Two methods are called {twice[0]!r}. Name each once; a YAML file is called by its name.")
+    return rows
+
+
+CONTROLS = ("PriorOnly", "RandomMap", "CenterMap")
+
+
+def _controls(matex: Matex) -> list[Row]:
+    """MATEX without its prior and with more of it, and what asks no model; they cannot be left out."""
+    settings = matex.settings
+    return [
+        Row("MATEX, delta = 0", Matex(**settings | {"delta": 0.0}), True, "without its prior"),
+        Row(
+            "MATEX, usual places",
+            Matex(**settings | {"knowledge_prior": True}),
+            True,
+            "a finding without a place takes its usual one: leakage by design",
+        ),
+        Row(
+            "PriorOnly",
+            PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior),
+            True,
+            "the regions that the phrase names, no model",
+        ),
+        Row("RandomMap", RandomMap(), True, "noise"),
+        Row("CenterMap", CenterMap(), True, "the middle of the frame"),
+    ]
+
+
+def _row(name: str, method: AttributionMethod, budget: str) -> Row:
+    kind = type(method).__name__
+    if name in method_names():
+        quick = QUICK.get(kind, {}) if budget == "quick" else {}
+        method = type(method)(**method.settings | quick) if quick else method
+        title = "MATEX" if kind == "Matex" else kind
+    else:
+        title = Path(name).stem
+    note = f"{getattr(method, REPEATED[kind])} {REPEATED[kind]}" if kind in REPEATED else ""
+    return Row(title, method, note=note)

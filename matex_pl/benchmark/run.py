@@ -1,0 +1,80 @@
+"""`matex benchmark`: every method on the pairs of a split, to tables and a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from matex_pl.benchmark.results import panels, results, summary
+from matex_pl.benchmark.rows import compared_rows
+from matex_pl.benchmark.score import Bench, Settings
+from matex_pl.data import ChestXrayDataModule
+from matex_pl.explain import load_module
+from matex_pl.report import write_report
+
+
+def run_benchmark(
+    data: ChestXrayDataModule,
+    ckpt_path: str,
+    out: str,
+    methods: list[str] | None = None,
+    split: str = "test",
+    num_pairs: int = 100,
+    validation_pairs: int = 24,
+    sanity_pairs: int = 16,
+    batch_size: int = 32,
+    budget: str = "quick",
+    steps: int = 16,
+    resamples: int = 1000,
+    device: str = "auto",
+    seed: int = 0,
+) -> str:
+    """Compare attribution methods on a checkpoint: every metric, with intervals, in tables and on a page.
+
+    Maps are computed once and kept in `OUT/maps`, scores in `OUT/values`: a second run takes them from there, another
+    weight or setting makes new ones, and a run that was stopped goes on where it was. MATEX without its prior, MATEX
+    with the usual places of findings, the phrase's prior alone, noise, the film's centre and, where training films have
+    boxes, the mean box of the finding are always among the rows.
+
+    Args:
+        data: The data module.
+        ckpt_path: A checkpoint of `matex fit`.
+        out: Folder for `results.json`, `tables.md`, `report.html`, maps and values.
+        methods: Names of shipped methods (`m2ib`) and YAML files, in brackets; all shipped ones but
+            `submodular_regions` by default.
+        split: `test` or `val`.
+        num_pairs: Pairs to compare on, drawn by the seed from those with boxes if there are any; -1 for all.
+        validation_pairs: Pairs of the validation split that choose each method's threshold of the IoU.
+        sanity_pairs: Pairs of the check with shuffled weights, which takes a map per block of the towers.
+        batch_size: Pairs explained at once.
+        budget: `quick`: 500 masks of RISE and 300 coalitions of KernelShap; `full`: the methods' own defaults.
+        steps: Most steps of the insertion and deletion curves, up to 32.
+        resamples: Draws of the bootstrap over patients.
+        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
+        seed: Of the choice of pairs, the bootstrap, the shuffled weights and the random panels.
+
+    Returns:
+        Pointing game and contrast as text, and where the files are.
+
+    Raises:
+        ValueError: An argument is out of range, or the split has too few pairs.
+        FileNotFoundError: There is no such checkpoint.
+    """
+    settings = Settings(
+        split, num_pairs, validation_pairs, sanity_pairs, batch_size, budget, steps, resamples, seed
+    )  # fmt: skip
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device must be auto, cpu or, where torch can use a GPU, cuda; got {device!r}.")
+    rows = compared_rows(methods, budget)
+    cuda = device != "cpu" and torch.cuda.is_available()
+    bench = Bench.open(load_module(ckpt_path).clip.to("cuda" if cuda else "cpu"), data, Path(out), settings)
+    rows += bench.mean_box_row()
+    log, scored = Console(stderr=True), []
+    for place, row in enumerate(rows, start=1):
+        log.print(f"{place} of {len(rows)}: {row.name}", highlight=False)
+        scored.append(bench.score(row))
+    found = results(bench, scored, ckpt_path)
+    write_report(found, [panel for row in scored for panel in panels(bench, row)], Path(out))
+    return f"{summary(found)}\n{out}/report.html, tables.md and results.json hold all of it."
