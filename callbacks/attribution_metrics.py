@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,14 +11,26 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MinMetric
 
+from matex_pl.anatomy import named_side, swap_sides
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.base import check_choice
 from matex_pl.attribution.fill import FILLS, check_fill, fill_images
 from matex_pl.attribution.shipped import load_method
+from matex_pl.data.films import ChestXrayDataModule
 from matex_pl.data.record import StudyBatch
 from matex_pl.maps import AttributionMaps
-from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, ContrastToNoise, MapMass, PointingGame
-from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
+from matex_pl.metrics import (
+    ConfidenceDrop,
+    ConfidenceIncrease,
+    ContrastToNoise,
+    MapMass,
+    OutsideMass,
+    PointingGame,
+    RankCorrelation,
+    SideSensitivity,
+)
+from matex_pl.metrics.functional import border_mask, keep_highlighted, keep_relevant_tokens
+from matex_pl.pairs import other_phrases
 
 
 class AttributionMetrics(Callback):
@@ -28,13 +41,22 @@ class AttributionMetrics(Callback):
     `text_confidence_increase`; for MATEX also `consistency_mean` and `consistency_min`, over patches and studies
     (near 1 everywhere, C does nothing). `ModelCheckpoint(monitor="attribution/pointing_game")` works.
 
+    `outside_thorax_mass` is the share of the maps' mass where no lung and no heart is, if the trainer's data module
+    knows (`thorax()`), otherwise `border_mass` the share in the outer tenth of the film. It rises where a model reads
+    something beside the patient. A prior draws the map to what the phrase names and hides that: log a method without.
+
     Args:
         method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.measured()` by
             default.
         name: Put between `attribution/` and the scalar, to have several methods side by side; empty for none.
         num_batches: Batches per validation (or test) that are explained; -1 for all.
         fill: What stands in for pixels that are not kept: `mean_film`, `mean_colour` (as published) or `blur`.
-        per_finding: Also log the pointing game of each finding, as `pointing_game/<finding>`.
+        per_finding: Also log the pointing game and the mass outside (and the prompt sensitivity) of each finding, as
+            `pointing_game/<finding>`.
+        sensitivity: Also log how maps follow the phrase, which takes two to three times as long. `prompt_sensitivity`:
+            the rank correlation, over patches, of the maps under the true phrase and under that of another study of the
+            batch (see `other_phrases`), lower is better. `side_sensitivity`: the share of mass that moves to the other
+            side of the patient when the phrase names that one, over phrases with a `named_side`, higher is better.
     """
 
     def __init__(
@@ -44,6 +66,7 @@ class AttributionMetrics(Callback):
         num_batches: int = 4,
         fill: str = "mean_film",
         per_finding: bool = False,
+        sensitivity: bool = False,
     ) -> None:
         if num_batches < -1 or num_batches == 0:
             raise ValueError(
@@ -55,10 +78,12 @@ class AttributionMetrics(Callback):
         self.num_batches = num_batches
         self.fill = fill
         self.per_finding = per_finding
+        self.sensitivity = sensitivity
+        self.thorax: Tensor | None = None
         self.metrics: dict[str, Metric] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before training starts."""
+        """Refuse what cannot work before training starts, and ask the data module for the thorax."""
         taken = [
             other
             for other in trainer.callbacks  # type: ignore[attr-defined]
@@ -66,6 +91,8 @@ class AttributionMetrics(Callback):
         ]
         if taken:
             raise ValueError(f"Two AttributionMetrics log under the name {self.name!r}. Give each a name of its own.")
+        data = getattr(trainer, "datamodule", None)
+        self.thorax = data.thorax() if isinstance(data, ChestXrayDataModule) else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work before training starts."""
@@ -88,12 +115,31 @@ class AttributionMetrics(Callback):
             "pointing_game": PointingGame(),
             "cnr": ContrastToNoise(),
             "mean_map_mass": MapMass(),
+            self._outside: OutsideMass(),
             "confidence_drop": ConfidenceDrop(),
             "confidence_increase": ConfidenceIncrease(),
         }
         if self.method.serves_text:
             metrics |= {"text_confidence_drop": ConfidenceDrop(), "text_confidence_increase": ConfidenceIncrease()}
+        if self.sensitivity:
+            metrics |= {"prompt_sensitivity": RankCorrelation(), "side_sensitivity": SideSensitivity()}
+        # Made on every process, whatever findings its batches have: `compute` waits for all of them.
+        metrics |= {
+            f"{name}/{finding}": metrics[name].clone()
+            for finding in (getattr(module, "findings", ()) if self.per_finding else ())
+            for name in self._of_findings
+            if name in metrics
+        }
         self.metrics = {name: metric.to(module.device) for name, metric in metrics.items()}
+
+    @property
+    def _outside(self) -> str:
+        return "border_mass" if self.thorax is None else "outside_thorax_mass"
+
+    @property
+    def _of_findings(self) -> tuple[str, ...]:
+        """The scalars that each finding gets too, with `per_finding`."""
+        return "pointing_game", self._outside, "prompt_sensitivity"
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
@@ -116,19 +162,63 @@ class AttributionMetrics(Callback):
         if "consistency" in maps.parts:
             self._metric("consistency_mean", MeanMetric).update(maps.parts["consistency"])
             self._metric("consistency_min", MinMetric).update(maps.parts["consistency"])
-        self._remove(trainer, module, images, tokens, maps, outputs)
+        self._remove(trainer, module, images, tokens, maps, outputs, batch["id"])
+        if self.sensitivity:
+            self._change_phrases(module, images, maps, batch)
 
     def _locate(self, image_maps: Tensor, batch: StudyBatch) -> None:
-        self.metrics["pointing_game"].update(image_maps, batch["boxes"])
-        self.metrics["cnr"].update(image_maps, batch["boxes"])
-        self.metrics["mean_map_mass"].update(image_maps)
-        if not self.per_finding:
+        everyone = list(range(len(image_maps)))
+        self._add("pointing_game", batch, everyone, image_maps, batch["boxes"])
+        self._add("cnr", batch, everyone, image_maps, batch["boxes"])
+        self._add("mean_map_mass", batch, everyone, image_maps)
+        self._add(self._outside, batch, everyone, image_maps, self._inside(image_maps, batch["film"]))
+
+    def _inside(self, image_maps: Tensor, film: Tensor) -> Tensor:
+        """Where mass belongs, `(B, H, W)` bool: in the thorax, or off the border of the film."""
+        if self.thorax is not None:
+            return self.thorax.to(image_maps.device).expand_as(image_maps)
+        return ~border_mask((image_maps.shape[1], image_maps.shape[2]), film)
+
+    def _change_phrases(self, module: Any, images: Tensor, maps: AttributionMaps, batch: StudyBatch) -> None:
+        rows, other = self._under(module, images, batch, other_phrases(batch["phrase"], batch["finding"]))
+        if other is not None:
+            self._add("prompt_sensitivity", batch, rows, maps.grid[rows].flatten(1), other.grid.flatten(1))
+        sides = [named_side(phrase) for phrase in batch["phrase"]]
+        swapped = [swap_sides(phrase) if side else None for phrase, side in zip(batch["phrase"], sides, strict=True)]
+        rows, other = self._under(module, images, batch, swapped)
+        if other is not None:
+            named = [sides[row] for row in rows]
+            self._add("side_sensitivity", batch, rows, maps.image[rows], other.image, named, batch["film"][rows])
+
+    def _under(
+        self, module: Any, images: Tensor, batch: StudyBatch, phrases: list[str | None]
+    ) -> tuple[list[int], AttributionMaps | None]:
+        """The rows that get a phrase in place of their own, and their maps under it; None without rows."""
+        chosen = {row: phrase for row, phrase in enumerate(phrases) if phrase is not None}
+        rows, texts = list(chosen), list(chosen.values())
+        if not rows:
+            return rows, None
+        tokens = module.clip.tokenize(texts)
+        return rows, self.method.attribute(module.clip, images[rows], tokens, texts, batch["film"][rows])
+
+    def _add(self, name: str, batch: StudyBatch, rows: list[int], *values: Any) -> None:
+        """Add the studies of these rows to a scalar, and to that of each one's finding where there is one.
+
+        Args:
+            name: The scalar.
+            batch: The batch.
+            rows: R rows of it.
+            values: What the metric takes, each R long.
+        """
+        ids = [batch["id"][row] for row in rows]
+        self.metrics[name].update(*values, ids=ids)
+        if not self.per_finding or name not in self._of_findings:
             return
-        boxed = [(row, finding) for row, finding in enumerate(batch["finding"]) if finding and len(batch["boxes"][row])]
-        for finding in sorted({finding for _, finding in boxed}):
-            rows = [row for row, name in boxed if name == finding]
-            boxes = [batch["boxes"][row] for row in rows]
-            self._metric(f"pointing_game/{finding}", PointingGame).update(image_maps[rows], boxes)
+        named = [batch["finding"][row] for row in rows]
+        for finding in sorted(set(named) - {""}):
+            own = [k for k, other in enumerate(named) if other == finding]
+            picked = [value[own] if isinstance(value, Tensor) else [value[k] for k in own] for value in values]
+            self._metric(f"{name}/{finding}", type(self.metrics[name])).update(*picked, ids=[ids[k] for k in own])
 
     def _metric(self, name: str, kind: type[Metric]) -> Metric:
         """A scalar that only some batches have, made when it first comes."""
@@ -145,6 +235,7 @@ class AttributionMetrics(Callback):
         tokens: Tensor,
         maps: AttributionMaps,
         outputs: dict[str, Tensor],
+        ids: list[str],
     ) -> None:
         """Confidence after removal; the embeddings of the whole pair come from the validation step."""
         fill = fill_images(self.fill, module.clip, images)
@@ -152,17 +243,17 @@ class AttributionMetrics(Callback):
         score = (image * text).sum(-1)
         with trainer.precision_plugin.forward_context():
             kept = module.clip.encode_image(keep_highlighted(images, maps.image, fill))
-        self._update_confidence("confidence", score, (kept * text).sum(-1))
+        self._update_confidence("confidence", score, (kept * text).sum(-1), ids)
         if self.method.serves_text:
             with trainer.precision_plugin.forward_context():
                 kept = module.clip.encode_text(
                     keep_relevant_tokens(tokens, maps.text, maps.content, module.clip.pad_id)
                 )
-            self._update_confidence("text_confidence", score, (image * kept).sum(-1))
+            self._update_confidence("text_confidence", score, (image * kept).sum(-1), ids)
 
-    def _update_confidence(self, name: str, score: Tensor, kept: Tensor) -> None:
-        self.metrics[f"{name}_drop"].update(score.float(), kept.float())
-        self.metrics[f"{name}_increase"].update(score.float(), kept.float())
+    def _update_confidence(self, name: str, score: Tensor, kept: Tensor, ids: list[str]) -> None:
+        self.metrics[f"{name}_drop"].update(score.float(), kept.float(), ids=ids)
+        self.metrics[f"{name}_increase"].update(score.float(), kept.float(), ids=ids)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the scalars."""
@@ -177,9 +268,17 @@ class AttributionMetrics(Callback):
             return
         prefix = "/".join(part for part in ("attribution", self.name) if part)
         for name, metric in self.metrics.items():
-            value = metric.compute()
-            if value.isnan():
+            with warnings.catch_warnings():
+                # The warning below names the scalar.
+                warnings.simplefilter("ignore")
+                value = metric.compute()
+            if not value.isnan():
+                module.log(f"{prefix}/{name}", value)
+                continue
+            # A finding that none of the batches has is no reason to worry.
+            if "/" not in name:
                 rank_zero_warn(
-                    f"{prefix}/{name} is NaN: none of the studies in the explained batches counts (no boxes?)."
+                    f"{prefix}/{name} is NaN: none of the studies in the explained batches counts (no boxes, or no "
+                    "other phrase?)."
                 )
-            module.log(f"{prefix}/{name}", value)
+                module.log(f"{prefix}/{name}", value)

@@ -10,10 +10,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from matex_pl import ClipModule
+from matex_pl.anatomy import named_side, swap_sides
 from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.callbacks.attribution_maps import choose_studies
-from matex_pl.data import PhantomDataModule, Study
+from matex_pl.data import PhantomDataModule, Study, collate
+from matex_pl.metrics.functional import border_mask, outside_mass, side_sensitivity, spearman
+from matex_pl.pairs import other_phrases
 
 TINY = str(Path(__file__).with_name("tiny.json"))
 IMAGE_SCALARS = {"pointing_game", "cnr", "mean_map_mass", "confidence_drop", "confidence_increase"}
@@ -112,6 +115,121 @@ def test_the_scalars_are_those_of_the_explained_batches(tmp_path, data, module):
         drop = 100 * (module.clip.similarity(images, tokens) - kept).clamp(min=0).mean()
     assert scores["attribution/confidence_drop"] == pytest.approx(float(drop), abs=1e-4)
     assert scores["attribution/mean_map_mass"] == pytest.approx(float(maps.mean()), abs=1e-6)
+
+
+def explained(module, method, batch, phrases=None):
+    """Maps of a batch, under other phrases where these are given."""
+    module.eval()
+    phrases = batch["phrase"] if phrases is None else phrases
+    images = module.clip.normalise(batch["image"])
+    return method.attribute(module.clip, images, module.clip.tokenize(phrases), phrases, batch["film"])
+
+
+def test_mass_outside_of_the_thorax_and_for_foreign_data_at_the_border(tmp_path, data, module):
+    metrics = AttributionMetrics(Matex(), num_batches=-1, per_finding=True)
+    scores = trainer(tmp_path, metrics).validate(module, data, verbose=False)[0]
+    batches = list(data.val_dataloader())
+    maps = torch.cat([explained(module, Matex(), batch).image for batch in batches])
+    outside = outside_mass(maps, data.thorax()[None])
+    assert 0.1 < outside.mean() < 0.9
+    assert scores["attribution/outside_thorax_mass"] == pytest.approx(float(outside.nanmean()), abs=1e-5)
+    assert "attribution/border_mass" not in scores
+    findings = [finding for batch in batches for finding in batch["finding"]]
+    for name in set(findings):
+        own = outside[[finding == name for finding in findings]]
+        assert scores[f"attribution/outside_thorax_mass/{name}"] == pytest.approx(float(own.nanmean()), abs=1e-5)
+    # What no study of the batches is about is not logged, as NaN or otherwise.
+    logged = {name.split("/")[2] for name in scores if name.startswith("attribution/outside_thorax_mass/")}
+    assert logged == set(findings) < set(data.findings)
+
+    torch.manual_seed(0)
+    same = ClipModule(TINY)
+    foreign = trainer(tmp_path, AttributionMetrics(Matex(), num_batches=-1, fill="blur"))
+    scores = foreign.validate(same, data.val_dataloader(), verbose=False)[0]
+    border = border_mask(tuple(maps.shape[1:]), torch.cat([batch["film"] for batch in batches]))
+    expected = outside_mass(maps, ~border).nanmean()
+    assert scores["attribution/border_mass"] == pytest.approx(float(expected), abs=1e-5)
+    assert "attribution/outside_thorax_mass" not in scores
+
+
+def test_the_thorax_is_asked_for_once_per_run(tmp_path, data, module, monkeypatch):
+    calls = []
+    zone = type(data).thorax
+    monkeypatch.setattr(type(data), "thorax", lambda self: calls.append(1) or zone(self))
+    trainer(tmp_path, AttributionMetrics(CenterMap()), max_epochs=3).fit(module, data)
+    assert len(calls) == 1
+
+
+def test_sensitivity_to_another_phrase_and_to_the_other_side(tmp_path, data, module):
+    method = Matex(lambda_s=3.5)
+    metrics = AttributionMetrics(method, num_batches=-1, sensitivity=True, per_finding=True)
+    scores = trainer(tmp_path, metrics).validate(module, data, verbose=False)[0]
+    prompts, moved, findings = [], [], []
+    for batch in data.val_dataloader():
+        true = explained(module, method, batch)
+        other = explained(module, method, batch, other_phrases(batch["phrase"], batch["finding"]))
+        prompts.append(spearman(true.grid.flatten(1), other.grid.flatten(1)))
+        sides = [named_side(phrase) for phrase in batch["phrase"]]
+        swapped = explained(module, method, batch, [swap_sides(phrase) for phrase in batch["phrase"]])
+        moved.append(side_sensitivity(true.image, swapped.image, sides, batch["film"]))
+        findings += batch["finding"]
+    prompts, moved = torch.cat(prompts), torch.cat(moved)
+    assert 0 < moved.isnan().sum() < len(moved)
+    assert scores["attribution/prompt_sensitivity"] == pytest.approx(float(prompts.nanmean()), abs=1e-4)
+    assert scores["attribution/side_sensitivity"] == pytest.approx(float(moved.nanmean()), abs=1e-4)
+    own = prompts[[finding == findings[0] for finding in findings]].nanmean()
+    assert scores[f"attribution/prompt_sensitivity/{findings[0]}"] == pytest.approx(float(own), abs=1e-4)
+
+
+def test_sensitivity_of_maps_that_know_nothing_and_of_the_prior(tmp_path, data, module):
+    callbacks = [
+        AttributionMetrics(CenterMap(), "center", num_batches=-1, sensitivity=True),
+        AttributionMetrics(PriorOnly(), "prior", num_batches=-1, sensitivity=True),
+    ]
+    scores = trainer(tmp_path, *callbacks).validate(module, data, verbose=False)[0]
+    assert scores["attribution/center/prompt_sensitivity"] == pytest.approx(1)
+    assert scores["attribution/center/side_sensitivity"] == pytest.approx(0, abs=1e-6)
+    assert scores["attribution/prior/prompt_sensitivity"] < 0.5
+    assert scores["attribution/prior/side_sensitivity"] == pytest.approx(1, abs=0.01)
+
+
+def test_sensitivity_costs_nothing_unless_asked_for(tmp_path, data, module):
+    method = Counted()
+    trainer(tmp_path, AttributionMetrics(method, num_batches=1)).validate(module, data, verbose=False)
+    assert method.calls == 1
+    trainer(tmp_path, AttributionMetrics(method, num_batches=1, sensitivity=True)).validate(module, data, verbose=False)
+    assert method.calls == 4
+
+
+def test_a_batch_that_says_one_thing_has_no_prompt_sensitivity(tmp_path, data, module):
+    data.image_size = module.clip.image_size
+    data.prepare_data()
+    data.setup("validate")
+    films = data.dataset("val")
+    films.studies = films.studies[:1] * 2
+    loader = torch.utils.data.DataLoader(films, batch_size=2, collate_fn=collate)
+    run = trainer(tmp_path, AttributionMetrics(sensitivity=True, fill="blur"))
+    with pytest.warns(UserWarning, match="attribution/prompt_sensitivity is NaN"):
+        scores = run.validate(module, loader, verbose=False)[0]
+    assert torch.tensor(scores["attribution/prompt_sensitivity"]).isnan()
+
+
+def test_a_study_that_comes_twice_counts_once(tmp_path, data, module):
+    settings = {"num_batches": -1, "sensitivity": True, "per_finding": True, "fill": "blur"}
+    scores = []
+    for times in (1, 3):
+        data.image_size = module.clip.image_size
+        data.prepare_data()
+        data.setup("validate")
+        films = data.dataset("val")
+        # The first batch again and again, as a sampler that fills up shards would bring it.
+        films.studies = films.studies[4:8] + films.studies[:4] * times
+        loader = torch.utils.data.DataLoader(films, batch_size=4, collate_fn=collate)
+        run = trainer(tmp_path, AttributionMetrics(PriorOnly(), **settings))
+        scores.append(run.validate(module, loader, verbose=False)[0])
+    once, thrice = ({name: value for name, value in found.items() if "attribution" in name} for found in scores)
+    assert len(once) > 10
+    assert once == pytest.approx(thrice, abs=1e-6, nan_ok=True)
 
 
 def test_maps_come_at_every_nth_validation_and_cost_nothing_between(tmp_path, data, module):

@@ -148,6 +148,20 @@ def test_there_is_a_shipped_setting_of_every_method():
     assert set(shipped_methods()) == kinds
 
 
+def test_shortcut_config_with_the_tag_and_without(here, films):
+    words = ["--model.name=tiny.json", f"--data.root={films}", *SMALL_PHANTOM, *SHORT]
+    main(["fit", "--config", "phantom_shortcut.yaml", *words])
+    main(["fit", "--config", "phantom_shortcut.yaml", *words, "--data.shortcut=0", "--trainer.logger.name=control"])
+    scalars = []
+    for name in ("phantom_shortcut", "control"):
+        run = here / "runs" / name / "version_0"
+        assert (run / "checkpoints" / "last.ckpt").is_file()
+        scalars.append(set(EventAccumulator(str(run)).Reload().Tags()["scalars"]))
+    assert scalars[0] == scalars[1]
+    expected = {"outside_thorax_mass", "outside_thorax_mass/pneumothorax", "prompt_sensitivity", "side_sensitivity"}
+    assert {f"attribution/{part}{name}" for part in ("", "no_prior/") for name in expected} <= scalars[0]
+
+
 def test_nih_config_from_scratch_and_from_a_checkpoint(here, films):
     root = nih_folder(here / "nih")
     words = ["--model.name=tiny.json", f"--data.root={root}", "--data.batch_size=8", "--data.num_workers=0", *SHORT]
