@@ -1,0 +1,821 @@
+"""The benchmark's results as a page and as Markdown: tables with intervals, what the controls say, plots, panels.
+
+Words stand in `templates/`; here are the numbers, the sentences that follow from them, and one function per plot. All
+text of the results (findings, phrases, studies, names, paths) is material: it is put on one line and escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import matplotlib
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from matex_pl.render import single_line
+
+FORMAT = 1
+MISSING = "\N{EN DASH}"
+# The columns of the paper's tables, as published and with the fill that does not look like a finding.
+PAPER_COLUMNS = {
+    "image": (
+        "confidence_drop/mean_colour",
+        "confidence_increase/mean_colour",
+        "confidence_drop/mean_film",
+        "confidence_increase/mean_film",
+    ),
+    "text": ("confidence_drop", "confidence_increase"),
+}
+PUBLISHED_COLUMNS = {
+    "drop": "Conf. drop\N{NO-BREAK SPACE}↓",
+    "increase": "Conf. incr.\N{NO-BREAK SPACE}↑",
+    "roar": "ROAR+\N{NO-BREAK SPACE}↑",
+}
+FILLS = {"mean_colour": "mean colour, as published", "mean_film": "mean film", "blur": "blurred film"}
+GROUPS = {
+    "localisation": "Localisation",
+    "confidence": "Confidence, other variants",
+    "curves": "Insertion and deletion",
+    "sensitivity": "Sensitivity to the phrase",
+    "mass": "Where the mass lies",
+    "sanity": "Sanity",
+}
+MODALITIES = {"image": "film", "text": "phrase"}
+# A map that agrees this well with the one under random weights, or another phrase, does not tell of them.
+SAME_MAP = 0.9
+PRIOR_CLASSES = ("Matex", "PriorOnly")
+
+Score = dict[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture of one method on one pair.
+
+    Args:
+        row: Name of the method's row.
+        kind: How the pair was chosen: `best`, `worst` or `random`.
+        study: Its study.
+        caption: One sentence, which is also the picture's alternative text.
+        png: The file's bytes.
+    """
+
+    row: str
+    kind: str
+    study: str
+    caption: str
+    png: bytes
+
+    @property
+    def source(self) -> str:
+        """The picture as a data address, so that the page stands alone."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+
+def write_report(results: dict[str, Any], panels: Sequence[Panel], folder: Path) -> None:
+    """Write `tables.md` and the self-contained `report.html` into `folder`; a reader sees the old files or the new.
+
+    Args:
+        results: What the benchmark found, as in its `results.json`. Scores may be absent, null or NaN.
+        panels: Pictures of methods on pairs; those of one row stand together, in the order given.
+        folder: Made if it is not there.
+
+    Raises:
+        ValueError: The results have another format than this package writes.
+    """
+    if results.get("format") != FORMAT:
+        raise ValueError(
+            f"Results must have format {FORMAT}, got {results.get('format')!r}. Write the report with the version of "
+            "matex_pl that made them, or run the benchmark again."
+        )
+    results = clean(results)
+    words = _words(results)
+    panels = [Panel(**clean(vars(panel))) for panel in panels]
+    page = _environment(autoescape=True).get_template("report.html.jinja")
+    tables = _environment(autoescape=False).get_template("tables.md.jinja")
+    pictures = [(row, list(group)) for row, group in groupby(sorted(panels, key=_place(panels)), key=lambda p: p.row)]
+    _write_all(
+        {
+            folder / "report.html": page.render(**words, **_plots(results), panels=pictures),
+            folder / "tables.md": tables.render(**words),
+        }
+    )
+
+
+def _place(panels: Sequence[Panel]) -> Callable[[Panel], int]:
+    """The sorting key that brings the panels of a row together where its first one stands."""
+    names = [panel.row for panel in panels]
+    return lambda panel: names.index(panel.row)
+
+
+def _write_all(files: dict[Path, str]) -> None:
+    """Write each text beside its place, then move all of them there."""
+    parts = {path: path.with_name(f".{path.name}.{uuid4().hex}.part") for path in files}
+    try:
+        for path, part in parts.items():
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(files[path], encoding="utf-8")
+        for path, part in parts.items():
+            part.replace(path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def clean(value: Any) -> Any:
+    """The same plain data with every text on one line and without control characters, and null for NaN and Inf."""
+    if isinstance(value, str):
+        return single_line(value)
+    if isinstance(value, dict):
+        return {clean(key): clean(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def markdown(text: Any) -> str:
+    """Text that GitHub shows as it is, also inside a table."""
+    entities = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", entities)
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("matex_pl"), autoescape=autoescape, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"md": markdown, "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False)}
+    return environment
+
+
+# --- Tables
+
+
+@dataclass(frozen=True)
+class Column:
+    """The head of a column: its label with the better direction, what tells it apart, and how many pairs it counts.
+
+    Args:
+        label: E.g. `Confidence drop ↓`.
+        detail: E.g. the fill.
+        counted: E.g. `n = 100`.
+        published: The column repeats the paper.
+    """
+
+    label: str
+    detail: str = ""
+    counted: str = ""
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value as it is printed, with its interval; `best` among the methods that are no controls."""
+
+    text: str = MISSING
+    interval: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table."""
+
+    name: str
+    note: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its controls set apart."""
+
+    title: str
+    columns: list[Column]
+    methods: list[Line]
+    controls: list[Line]
+
+    @property
+    def heads(self) -> list[tuple[bool, int]]:
+        """Runs of columns as (published, how many); empty when nothing is published."""
+        runs = [(published, len(list(run))) for published, run in groupby(self.columns, lambda c: c.published)]
+        return runs if len(runs) > 1 else []
+
+
+def scored(results: dict[str, Any], modality: str) -> list[Row]:
+    """The rows of one modality that have scores: those of methods that refused the model are left out."""
+    return [row for row in results.get("rows") or [] if row.get("modality") == modality and not row.get("error")]
+
+
+def paper_table(results: dict[str, Any], modality: str) -> Table | None:
+    """Table 1 (`image`) or 2 (`text`) with the published figures beside; None without a row of this modality."""
+    rows = scored(results, modality)
+    keys = [key for key in PAPER_COLUMNS[modality] if key in _metrics(results)]
+    title = "Table 1: maps of the film" if modality == "image" else "Table 2: maps of the phrase"
+    table = _score_table(results, title, rows, keys)
+    return table and _with_published(table, (results.get("published") or {}).get(modality) or {})
+
+
+def group_table(results: dict[str, Any], modality: str, group: str) -> Table | None:
+    """The metrics of one group that have any value and do not stand in the paper's table; None if there are none."""
+    rows = scored(results, modality)
+    keys = [
+        key
+        for key, metric in _metrics(results).items()
+        if metric.get("group") == group and key not in PAPER_COLUMNS[modality] and _measured(rows, key)
+    ]
+    return _score_table(results, f"{_group_name(group)}: maps of the {MODALITIES[modality]}", rows, keys)
+
+
+def finding_tables(results: dict[str, Any], modality: str) -> list[Table]:
+    """One table per metric that was measured per finding, with a column per finding."""
+    rows, tables = scored(results, modality), []
+    for key, metric in _metrics(results).items():
+        columns = [
+            _score_column(metric, [_finding_score(row, finding, key) for row in rows], rows, label=finding)
+            for finding in _findings(results, rows)
+        ]
+        columns = [(head, cells) for head, cells in columns if any(cell.text != MISSING for cell in cells)]
+        table = _assemble(metric_name(metric) + _arrow(metric), rows, columns)
+        tables += [table] if table else []
+    return tables
+
+
+def cost_table(results: dict[str, Any]) -> Table | None:
+    """Seconds per pair and what they are in plain forwards of the model, of every row that has a time."""
+    rows = [row for row in results.get("rows") or [] if row.get("seconds_per_pair") is not None]
+    forward = results.get("forward_seconds_per_pair")
+    seconds = [Cell(f"{row['seconds_per_pair']:.3g}") for row in rows]
+    times = [Cell(f"{row['seconds_per_pair'] / forward:.3g}") if forward else Cell() for row in rows]
+    explains = [Cell(MODALITIES.get(row.get("modality"), MISSING)) for row in rows]
+    columns = [
+        (Column("Map of the"), explains),
+        (Column("Seconds per pair"), seconds),
+        (Column("Times a plain forward"), times),
+    ]
+    return _assemble("Cost", rows, columns)
+
+
+def _score_table(results: dict[str, Any], title: str, rows: Sequence[Row], keys: Sequence[str]) -> Table | None:
+    metrics = _metrics(results)
+    columns = [_score_column(metrics[key], [_score(row, key) for row in rows], rows) for key in keys]
+    return _assemble(title, rows, columns)
+
+
+def _score_column(
+    metric: dict[str, Any], scores: Sequence[Score], rows: Sequence[Row], label: str = ""
+) -> tuple[Column, list[Cell]]:
+    """A column of scores, the best of the methods marked; `label` instead of the metric's own."""
+    digits = _digits(scores, metric)
+    best = _best(metric, [s["value"] for s, row in zip(scores, rows, strict=True) if not row.get("control")])
+    cells = []
+    for score, row in zip(scores, rows, strict=True):
+        text = number(score["value"], digits)
+        # Ties as printed share the mark.
+        marked = best is not None and not row.get("control") and text == number(best, digits)
+        cells.append(Cell(text, interval(score, digits), marked))
+    detail = "" if label else FILLS.get(metric.get("fill") or "", metric.get("fill") or "")
+    head = label or metric.get("label", "") + _arrow(metric)
+    return Column(head, detail, _counted(scores)), cells
+
+
+def _assemble(title: str, rows: Sequence[Row], columns: Sequence[tuple[Column, list[Cell]]]) -> Table | None:
+    """The table of these columns; None without rows or columns."""
+    if not rows or not columns:
+        return None
+    lines = [Line(row["name"], row.get("note") or "", [cells[i] for _, cells in columns]) for i, row in enumerate(rows)]
+    parts: dict[bool, list[Line]] = {False: [], True: []}
+    for row, line in zip(rows, lines, strict=True):
+        parts[bool(row.get("control"))].append(line)
+    return Table(title, [head for head, _ in columns], parts[False], parts[True])
+
+
+def _with_published(table: Table, published: dict[str, dict[str, Any]]) -> Table:
+    """The table with the published figures in columns of their own; methods that were only published close it."""
+    keys = list(dict.fromkeys(key for figures in published.values() for key in figures))
+    heads = [Column(PUBLISHED_COLUMNS.get(key, key), published=True) for key in keys]
+
+    def figures(name: str) -> list[Cell]:
+        return [_published_cell((published.get(name) or {}).get(key)) for key in keys]
+
+    def widen(lines: Iterable[Line]) -> list[Line]:
+        return [Line(line.name, line.note, line.cells + figures(line.name)) for line in lines]
+
+    known = {line.name for line in table.methods + table.controls}
+    only = [
+        Line(name, "published only", [Cell()] * len(table.columns) + figures(name))
+        for name in published
+        if name not in known
+    ]
+    return Table(table.title, table.columns + heads, widen(table.methods) + only, widen(table.controls))
+
+
+def _published_cell(figure: Sequence[float | None] | None) -> Cell:
+    """Mean and standard deviation as the paper prints them."""
+    if not figure or figure[0] is None:
+        return Cell()
+    return Cell(f"{figure[0]:.2f}" + (f" ± {figure[1]:.2f}" if len(figure) > 1 and figure[1] is not None else ""))
+
+
+def _metrics(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return results.get("metrics") or {}
+
+
+def _score(row: Row, key: str) -> Score:
+    return {"value": None, "low": None, "high": None, "n": None} | ((row.get("scores") or {}).get(key) or {})
+
+
+def _finding_score(row: Row, finding: str, key: str) -> Score:
+    return _score({"scores": (row.get("per_finding") or {}).get(finding)}, key)
+
+
+def _measured(rows: Sequence[Row], key: str) -> bool:
+    return any(_score(row, key)["value"] is not None for row in rows)
+
+
+def _findings(results: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Findings in the order of the data, then what only the rows know."""
+    known = list((results.get("data") or {}).get("findings") or {})
+    return list(dict.fromkeys(known + [finding for row in rows for finding in row.get("per_finding") or {}]))
+
+
+def metric_name(metric: dict[str, Any]) -> str:
+    """A metric's label with its fill, if it has one."""
+    fill = metric.get("fill")
+    return f"{metric.get('label', '')} ({FILLS.get(fill, fill)})" if fill else str(metric.get("label", ""))
+
+
+def _group_name(group: str) -> str:
+    return GROUPS.get(group, group.replace("_", " ").capitalize())
+
+
+def _arrow(metric: dict[str, Any]) -> str:
+    """The better direction, tied to the label before it; empty without one."""
+    higher = metric.get("higher_is_better")
+    return "" if higher is None else "\N{NO-BREAK SPACE}" + ("↑" if higher else "↓")
+
+
+def _best(metric: dict[str, Any], values: Sequence[float | None]) -> float | None:
+    """The best of at least two values, None where the metric has no better direction."""
+    found, higher = [value for value in values if value is not None], metric.get("higher_is_better")
+    if len(found) < 2 or higher is None:
+        return None
+    return max(found) if higher else min(found)
+
+
+def _digits(scores: Iterable[Score], metric: dict[str, Any]) -> int:
+    """Decimals of a column: two, or three where all values are small shares."""
+    largest = max((abs(score["value"]) for score in scores if score["value"] is not None), default=1)
+    return 3 if largest < 0.1 and not metric.get("percent") else 2
+
+
+def number(value: float | None, digits: int) -> str:
+    """The value with so many decimals and never -0; a dash for none."""
+    return MISSING if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def interval(score: Score, digits: int) -> str:
+    """The interval as `0.77 to 0.90`; empty without a value or an end."""
+    if None in (score["value"], score.get("low"), score.get("high")):
+        return ""
+    return f"{number(score['low'], digits)} to {number(score['high'], digits)}"
+
+
+def _counted(scores: Sequence[Score]) -> str:
+    """How many pairs the column's values count."""
+    counts = {score["n"] for score in scores if score["value"] is not None and score["n"] is not None}
+    if not counts:
+        return ""
+    return f"n = {min(counts)}" if len(counts) == 1 else f"n = {min(counts)} to {max(counts)}"
+
+
+# --- Sentences
+
+
+def control_sentences(results: dict[str, Any]) -> list[str]:
+    """What the comparisons and the controls say about the methods, in plain sentences."""
+    return [*_comparison_sentences(results), *_indifference_sentences(results), *_prior_sentences(results)]
+
+
+def verdict(comparison: dict[str, Any], metric: dict[str, Any]) -> str:
+    """A comparison in a word: `better`, `worse`, `higher`, `lower`, `undecided` (0 in the interval) or `open`."""
+    difference, low, high = (comparison.get(key) for key in ("difference", "low", "high"))
+    if difference is None or low is None or high is None:
+        return "open"
+    if low <= 0 <= high:
+        return "undecided"
+    upward = metric.get("higher_is_better")
+    if upward is None:
+        return "higher" if difference > 0 else "lower"
+    return "better" if (difference > 0) == upward else "worse"
+
+
+VERDICTS = {
+    "better": "is better than",
+    "worse": "is worse than",
+    "higher": "is higher than",
+    "lower": "is lower than",
+    "undecided": "is not distinguishable from",
+    "open": "could not be compared with",
+}
+
+
+def _comparison_sentences(results: dict[str, Any]) -> list[str]:
+    """One sentence per metric and method over all that it was compared with."""
+    sentences = []
+    for (key, row), comparisons in _by_metric_and_row(results).items():
+        metric = _metrics(results).get(key, {"label": key})
+        parts: dict[str, list[str]] = defaultdict(list)
+        for comparison in comparisons:
+            parts[verdict(comparison, metric)].append(_against(comparison, metric))
+        clauses = [f"{words} {_listed(parts[name])}" for name, words in VERDICTS.items() if name in parts]
+        sentences.append(f"{metric_name(metric)}: {row} {'; it '.join(clauses)}.")
+    return sentences
+
+
+def _by_metric_and_row(results: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for comparison in results.get("comparisons") or []:
+        groups[comparison["metric"], comparison["row"]].append(comparison)
+    return groups
+
+
+def _against(comparison: dict[str, Any], metric: dict[str, Any]) -> str:
+    """The other side with the difference and its interval."""
+    if verdict(comparison, metric) == "open":
+        return str(comparison["against"])
+    score = {**comparison, "value": comparison["difference"]}
+    digits, count = _digits([score, {"value": score["low"]}, {"value": score["high"]}], metric), comparison.get("n")
+    counted = f", n = {count}" if count is not None else ""
+    sign = "+" if comparison["difference"] > 0 else ""
+    return f"{comparison['against']} ({sign}{number(score['value'], digits)}; {interval(score, digits)}{counted})"
+
+
+def _indifference_sentences(results: dict[str, Any]) -> list[str]:
+    """Which maps stay as they are when the weights, or the phrase, are others."""
+    changes = {"sanity": "the weights are random", "prompt_sensitivity": "the phrase is another study's"}
+    sentences = []
+    for key, change in changes.items():
+        rows = [row for modality in MODALITIES for row in scored(results, modality)]
+        rows = [row for row in rows if _score(row, key)["value"] is not None]
+        if not rows:
+            continue
+        same = [row for row in rows if _score(row, key)["value"] >= SAME_MAP]
+        methods = [_with_value(row, key) for row in same if not row.get("control")]
+        controls = [_with_value(row, key) for row in same if row.get("control")]
+        verb = "gives" if len(methods) == 1 else "give"
+        sentence = f"{_listed(methods) or 'No method'} {verb if methods else 'gives'} nearly the same map when {change}"
+        sentence += f" (correlation of {SAME_MAP} or more)."
+        sentences.append(sentence + (f" Of the controls: {_listed(controls)}." if controls else ""))
+    return sentences
+
+
+def _with_value(row: Row, key: str) -> str:
+    return f"{row['name']} ({MODALITIES[row['modality']]}, {number(_score(row, key)['value'], 2)})"
+
+
+def _prior_sentences(results: dict[str, Any]) -> list[str]:
+    """The warning that a prior read from the phrase helps localisation without the model."""
+    names = [
+        row["name"]
+        for row in scored(results, "image")
+        if row.get("class") in PRIOR_CLASSES and (row.get("settings") or {}).get("delta") != 0
+    ]
+    if not names:
+        return []
+    return [
+        f"Read with care: {_listed(names)} {'takes' if len(names) == 1 else 'take'} a prior from the phrase, which "
+        "names the place. It knows nothing of the model, so what it adds to localisation says nothing about where the "
+        "model looks; compare with the row of the prior alone."
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _words(results: dict[str, Any]) -> dict[str, Any]:
+    """What both templates show: the tables and sentences."""
+    groups = list(dict.fromkeys(metric.get("group") or "" for metric in _metrics(results).values()))
+    others = [
+        group_table(results, modality, group)
+        for modality in MODALITIES
+        for group in groups
+        if (modality, group) != ("image", "localisation")
+    ]
+    rows = results.get("rows") or []
+    return {
+        "results": results,
+        "rows": rows,
+        "methods": len({row["name"] for row in rows if not row.get("control")}),
+        "controls": len({row["name"] for row in rows if row.get("control")}),
+        "refused": [row for row in rows if row.get("error")],
+        "sentences": control_sentences(results),
+        "paper": [table for table in (paper_table(results, modality) for modality in MODALITIES) if table],
+        "localisation": group_table(results, "image", "localisation"),
+        "others": [table for table in others if table],
+        "cost": cost_table(results),
+        "metrics": [(metric_name(metric), metric) for metric in _metrics(results).values()],
+        "modalities": MODALITIES,
+        "published": (results.get("published") or {}).get("source") or "",
+    }
+
+
+# --- Plots. Inline SVG whose colours are the page's, so that they follow its dark and light scheme.
+
+ACCENT, SECOND, THIRD, MUTED, GRID = "#010101", "#020202", "#030303", "#040404", "#050505"
+PAGE_COLOURS = {
+    "#000000": "currentColor",
+    ACCENT: "var(--accent)",
+    SECOND: "var(--second)",
+    THIRD: "var(--third)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+}
+STROKES = ((ACCENT, "-"), (SECOND, "--"), (THIRD, ":"))
+# A phone's width in units of the SVG, 72 to matplotlib's inch: letters keep their size on it, wider pages take several.
+WIDTH = 352 / 72
+FONT_SIZE = 11
+LABEL_LENGTH = 22
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value with its interval, drawn hollow and pale when it is `quiet` (a control, an undecided difference)."""
+
+    label: str
+    score: Score
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """A curve; `style` counts in `STROKES`, None is a pale one behind the others."""
+
+    x: Sequence[float]
+    y: Sequence[float | None]
+    style: int | None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot with the caption under it."""
+
+    caption: str
+    svg: Markup
+
+
+def dot_plot(
+    points: Sequence[Point], alt: str, *, line: float | None = None, limits: tuple[float, float] | None = None
+) -> Markup:
+    """Values with their intervals, one per row from the top; `line` is an upright reference such as 0."""
+
+    def draw(axes: Axes) -> None:
+        for place, point in enumerate(points):
+            value, low, high = (point.score[key] for key in ("value", "low", "high"))
+            colour = MUTED if point.quiet else ACCENT
+            if low is not None and high is not None:
+                axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="round")
+            axes.plot([value], [place], "o", color=colour, markersize=7, fillstyle="none" if point.quiet else "full")
+        if line is not None:
+            axes.axvline(line, color="#000000", linewidth=1, linestyle=(0, (3, 3)))
+        axes.set_yticks(range(len(points)), [shorten(point.label) for point in points])
+        axes.set_ylim(len(points) - 0.4, -0.6)
+        if limits:
+            axes.set_xlim(limits)
+        axes.locator_params(axis="x", nbins=4)
+        axes.grid(axis="x", color=GRID)
+
+    height = (20 * len(points) + 34) / 72
+    return _svg([draw], (WIDTH, height), alt, left=0.4, bottom=26 / 72 / height, top=1 - 4 / 72 / height)
+
+
+def curve_plot(
+    plots: Sequence[tuple[str, Sequence[Stroke]]], across: str, limits: tuple[float, float], alt: str
+) -> Markup:
+    """Curves in as many frames side by side as there are (title, strokes); `across` names the x axis."""
+
+    def drawer(title: str, strokes: Sequence[Stroke]) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            for stroke in sorted(strokes, key=lambda stroke: stroke.style is not None):
+                colour, dashes = (MUTED, "-") if stroke.style is None else STROKES[stroke.style % len(STROKES)]
+                heights = [math.nan if y is None else y for y in stroke.y]
+                axes.plot(stroke.x, heights, dashes, color=colour, linewidth=1 if stroke.style is None else 2)
+            axes.set_title(title, fontsize=FONT_SIZE)
+            axes.set_xlabel(across, fontsize=FONT_SIZE, labelpad=2)
+            axes.set_ylim(limits)
+            axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for s in strokes for x in s.x))
+            axes.grid(color=GRID)
+
+        return draw
+
+    return _svg([drawer(*plot) for plot in plots], (WIDTH, 150 / 72), alt, left=0.1, bottom=0.25, top=0.86)
+
+
+def _svg(
+    drawers: Sequence[Callable[[Axes], None]],
+    size: tuple[float, float],
+    alt: str,
+    *,
+    left: float,
+    bottom: float,
+    top: float,
+) -> Markup:
+    """One figure as inline SVG of the page's colours and fonts; each drawer fills one frame."""
+    # Ids are hashes of what they name, but clip paths are numbered per figure: the salt tells figures apart.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": alt, "text.parse_math": False, "font.size": FONT_SIZE}
+    file = io.StringIO()
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # The page's fonts write what matplotlib's own cannot.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure = Figure(figsize=size)
+        frames = figure.subplots(1, len(drawers), squeeze=False, gridspec_kw={"wspace": 0.22})[0]
+        figure.subplots_adjust(left=left, right=0.97, bottom=bottom, top=top)
+        for axes, draw in zip(frames, drawers, strict=True):
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(length=0)
+            axes.set_axisbelow(True)
+            draw(axes)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    return _inline(file.getvalue(), alt)
+
+
+def _inline(svg: str, alt: str) -> Markup:
+    """The file of matplotlib as an element of the page: no prologue, style sheet, spare ids and fonts of its own."""
+    head = re.search(r'viewBox="([\d. ]+)"[^>]*>', svg)
+    if head is None:
+        raise RuntimeError("matplotlib wrote an SVG without a viewBox; please report this with its version.")
+    body = re.sub(r"<style.*?</style>", "", svg[head.end() :], flags=re.DOTALL)
+    body = re.sub(r'<(\w+) id="([^"]+)"', lambda m: m[0] if f"#{m[2]}" in svg else f"<{m[1]}", body)
+    body = re.sub(r"; font-family: [^;\"]*", "", body)
+    body = re.sub(r"(fill|stroke): (#\d{6})", lambda m: f"{m[1]}: {PAGE_COLOURS.get(m[2], m[2])}", body)
+    # The texts in it were escaped by matplotlib.
+    return Markup(f'<svg role="img" aria-label="{escape(alt)}" viewBox="{head[1]}">{body}')
+
+
+def shorten(label: str) -> str:
+    """The label, or its beginning with an ellipsis."""
+    return label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1].rstrip() + "…"
+
+
+def _plots(results: dict[str, Any]) -> dict[str, Any]:
+    """What only the page shows: plots, and the tables per finding."""
+    curves, fills = _insertion_plots(results)
+    ranking, finding_plots = _ranking_plots(results)
+    return {
+        "forest": _difference_plots(results),
+        "ranking": ranking,
+        "finding_plots": finding_plots,
+        "finding_tables": {modality: finding_tables(results, modality) for modality in MODALITIES},
+        "curves": curves,
+        "curve_fills": [(FILLS.get(fill, fill), style % len(STROKES)) for fill, style in fills.items()],
+        "sanity_curves": _sanity_plots(results),
+        "stages": _stages(results),
+    }
+
+
+def _difference_plots(results: dict[str, Any]) -> list[Plot]:
+    """Per metric and method, the paired differences to all that it was compared with."""
+    plots = []
+    for (key, row), comparisons in _by_metric_and_row(results).items():
+        metric = _metrics(results).get(key, {"label": key})
+        points = [
+            Point(c["against"], {**c, "value": c["difference"]}, verdict(c, metric) == "undecided")
+            for c in comparisons
+            if verdict(c, metric) != "open"
+        ]
+        caption, higher = f"{metric_name(metric)}: {row} minus each of these", metric.get("higher_is_better")
+        if higher is not None:
+            caption += f"; {'right' if higher else 'left'} of the line is better"
+        plots += [Plot(caption, dot_plot(points, caption, line=0))] if points else []
+    return plots
+
+
+def _headline(results: dict[str, Any], rows: Sequence[Row]) -> str | None:
+    """Key of the metric to draw: the first of localisation that any row has, else the first of any group."""
+    metrics = sorted(_metrics(results).items(), key=lambda item: item[1].get("group") != "localisation")
+    return next((key for key, _ in metrics if _measured(rows, key)), None)
+
+
+def _ranking_plots(results: dict[str, Any]) -> tuple[list[Plot], list[Plot]]:
+    """All maps of the film by the headline metric, the best on top: over all pairs, and per finding on one scale."""
+    rows = scored(results, "image")
+    key = _headline(results, rows)
+    if key is None:
+        return [], []
+    metric = _metrics(results)[key]
+    whole = [(row, _score(row, key)) for row in rows]
+    findings = {f: [(row, _finding_score(row, f, key)) for row in rows] for f in _findings(results, rows)}
+    findings = {f: entries for f, entries in findings.items() if any(s["value"] is not None for _, s in entries)}
+    reach = [s[end] for entries in findings.values() for _, s in entries for end in ("value", "low", "high")]
+    plots = [
+        _ranked(entries, metric, ", ".join(filter(None, [finding, _counted([s for _, s in entries])])), _limits(reach))
+        for finding, entries in findings.items()
+    ]
+    return [_ranked(whole, metric, metric_name(metric) + _arrow(metric))], plots
+
+
+def _ranked(
+    entries: Iterable[tuple[Row, Score]],
+    metric: dict[str, Any],
+    caption: str,
+    limits: tuple[float, float] | None = None,
+) -> Plot:
+    """The rows that have a value, best first where the metric has a better direction."""
+    entries = [(row, score) for row, score in entries if score["value"] is not None]
+    higher = metric.get("higher_is_better")
+    if higher is not None:
+        entries = sorted(entries, key=lambda entry: entry[1]["value"], reverse=higher)
+    points = [Point(row["name"], score, bool(row.get("control"))) for row, score in entries]
+    return Plot(caption, dot_plot(points, f"{metric_name(metric)}: {caption}", limits=limits))
+
+
+def _insertion_plots(results: dict[str, Any]) -> tuple[list[Plot], dict[str, int]]:
+    """Per method its curves, one frame per kind; and the stroke of each fill."""
+    rows = [row for modality in MODALITIES for row in scored(results, modality) if _curves(row)]
+    keys = list(dict.fromkeys(key for row in rows for key in _curves(row)))
+    fills = {fill: i for i, fill in enumerate(dict.fromkeys(key.partition("/")[2] for key in keys))}
+    limits = _limits([0, 1, *(y for row in rows for curve in _curves(row).values() for y in curve["score"])])
+    plots = []
+    for row in rows:
+        frames: dict[str, list[Stroke]] = defaultdict(list)
+        for key in keys:
+            kind, _, fill = key.partition("/")
+            frames[kind] += [
+                _stroke(other, key, None) for other in _controls_beside(row, rows) if key in _curves(other)
+            ]
+            frames[kind] += [_stroke(row, key, fills[fill])] if key in _curves(row) else []
+        titles = [(kind.replace("_", " ").capitalize(), strokes) for kind, strokes in frames.items()]
+        alt = f"{row['name']}: {' and '.join(title.lower() for title, _ in titles)} curves"
+        plots.append(Plot(row["name"], curve_plot(titles, "share of the patches", limits, alt)))
+    return plots, fills
+
+
+def _stroke(row: Row, key: str, style: int | None) -> Stroke:
+    return Stroke(_curves(row)[key]["share"], _curves(row)[key]["score"], style)
+
+
+def _curves(row: Row) -> dict[str, dict[str, list[Any]]]:
+    """The curves of a row that have points."""
+    return {key: curve for key, curve in (row.get("curves") or {}).items() if curve and curve.get("score")}
+
+
+def _correlation(row: Row) -> list[float | None]:
+    """The points of a row's sanity curve, none if it has no such curve."""
+    return (row.get("sanity_curve") or {}).get("correlation") or []
+
+
+def _controls_beside(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """The controls that stand pale behind the curves of `row`."""
+    return [
+        other for other in rows if other.get("control") and other is not row and other["modality"] == row["modality"]
+    ]
+
+
+def _sanity_plots(results: dict[str, Any]) -> list[Plot]:
+    """Per method, the correlation to its own maps as more and more of the weights are random."""
+    rows = [row for modality in MODALITIES for row in scored(results, modality) if _correlation(row)]
+    limits = _limits([0, 1, *(y for row in rows for y in _correlation(row))])
+    frames: dict[str, list[tuple[str, list[Stroke]]]] = defaultdict(list)
+    for row in rows:
+        strokes = [*(_sanity_stroke(other, None) for other in _controls_beside(row, rows)), _sanity_stroke(row, 0)]
+        frames[row["name"]].append((f"maps of the {MODALITIES[row['modality']]}", strokes))
+    alt = "correlation to the original map, stage by stage"
+    return [Plot(name, curve_plot(found, "stage", limits, f"{name}: {alt}")) for name, found in frames.items()]
+
+
+def _sanity_stroke(row: Row, style: int | None) -> Stroke:
+    return Stroke(range(1, len(_correlation(row)) + 1), _correlation(row), style)
+
+
+def _stages(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """The stages of the sanity curves, once per list, with the modalities that go through them."""
+    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for modality, words in MODALITIES.items():
+        for row in scored(results, modality):
+            stages = tuple((row.get("sanity_curve") or {}).get("stages") or ())
+            if stages and words not in found[stages]:
+                found[stages].append(words)
+    return [(_listed(names), list(stages)) for stages, names in found.items()]
+
+
+def _limits(values: Iterable[float | None]) -> tuple[float, float]:
+    """Limits that hold all values with a little air; (0, 1) of none."""
+    found = [value for value in values if value is not None] or [0.0, 1.0]
+    air = 0.04 * (max(found) - min(found)) or 0.04
+    return min(found) - air, max(found) + air
