@@ -1,26 +1,37 @@
-"""Attribution metrics against slow, literal loops."""
+"""The pure functions of attribution metrics against slow, literal loops."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, ContrastToNoise, MapMass, PointingGame
 from matex_pl.metrics.functional import (
+    THRESHOLDS,
+    border_mask,
     box_masks,
     confidence_drop,
     confidence_increase,
     contrast_to_noise,
+    curve_area,
+    energy_in_box,
+    first_of_each,
+    half_share,
+    iou,
     keep_highlighted,
     keep_relevant_tokens,
+    mean_iou,
+    outside_mass,
     pointing_game,
+    rank_accuracy,
+    side_sensitivity,
+    spearman,
+    top_ranked,
+    top_share,
 )
 
 SIZE = (9, 7)
@@ -152,69 +163,272 @@ def test_keep_relevant_tokens_keeps_the_upper_half_and_the_ends() -> None:
     assert torch.equal(keep_relevant_tokens(tokens, heat, torch.zeros_like(content), PAD), tokens)
 
 
-def _scores(rows: slice) -> tuple[Tensor, Tensor]:
+# --- order
+
+
+def _values(rows: int = 6, columns: int = 30) -> tuple[Tensor, Tensor]:
+    """Numbers with many ties, and which of them take part; in the last row none do."""
     draw = torch.Generator().manual_seed(0)
-    return torch.rand(8, generator=draw)[rows], torch.rand(8, generator=draw)[rows]
+    among = torch.rand(rows, columns, generator=draw) < 0.7
+    among[-1] = False
+    return torch.randint(-3, 4, (rows, columns), generator=draw).float(), among
 
 
-CASES: list[tuple[type[Metric], Callable[[slice], tuple], Callable[..., Tensor]]] = [
-    (ConfidenceDrop, _scores, confidence_drop),
-    (ConfidenceIncrease, _scores, confidence_increase),
-    (PointingGame, lambda rows: (_maps()[rows], _boxes()[rows]), lambda m, b: pointing_game(m, box_masks(b, SIZE))),
-    (
-        ContrastToNoise,
-        lambda rows: (_maps()[rows], _boxes()[rows]),
-        lambda m, b: contrast_to_noise(m, box_masks(b, SIZE)),
-    ),
-    (MapMass, lambda rows: (_maps()[rows],), lambda maps: maps.flatten(1).mean(1)),
-]
+def _slow_top(values: list[float], among: list[bool], count: int) -> list[bool]:
+    """The highest first, of equal ones the one further to the front."""
+    ranked = sorted((-value, place) for place, value in enumerate(values) if among[place])
+    top = {place for _, place in ranked[:count]}
+    return [place in top for place in range(len(values))]
 
 
-@pytest.mark.parametrize(("metric", "inputs", "function"), CASES)
-def test_classes_are_means_over_updates_and_processes(
-    metric: type[Metric], inputs: Callable[[slice], tuple], function: Callable[..., Tensor]
-) -> None:
-    whole = function(*inputs(slice(None))).nanmean()
-    twice, first, second = metric(), metric(), metric()
-    for rows, half in ((slice(0, 5), first), (slice(5, 8), second)):
-        twice.update(*inputs(rows))
-        half.update(*inputs(rows))
-    first.merge_state(second)
-    torch.testing.assert_close(twice.compute(), whole)
-    torch.testing.assert_close(first.compute(), whole)
-    assert first.compute().dtype == torch.float32
+def test_top_ranked_against_a_sort() -> None:
+    values, among = _values()
+    # More than there are, and an entry as low as what stands for no entry elsewhere.
+    counts = torch.tensor([0, 1, 7, 12, 99, 3])
+    values[3, :20] = -torch.inf
+    found = top_ranked(values, counts, among)
+    for row, wanted in enumerate(counts.tolist()):
+        assert found[row].tolist() == _slow_top(values[row].tolist(), among[row].tolist(), wanted)
+    assert found.sum(1).tolist() == [min(n, m) for n, m in zip(counts.tolist(), among.sum(1).tolist(), strict=True)]
+    everything = torch.ones_like(among)
+    assert torch.equal(top_ranked(values, counts), top_ranked(values, counts, everything))
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize("metric", [case[0] for case in CASES])
-def test_nothing_seen_is_nan(metric: type[Metric]) -> None:
-    assert metric().compute().isnan()
+def test_top_ranked_takes_ties_in_raster_order() -> None:
+    assert top_ranked(torch.ones(1, 5), torch.tensor([2])).tolist() == [[True, True, False, False, False]]
 
 
-def test_nothing_that_counts_is_nan() -> None:
-    for metric in (PointingGame(), ContrastToNoise()):
-        metric.update(torch.rand(2, 4, 4), [torch.zeros(0, 4)] * 2)
-        assert metric.compute().isnan()
-        metric.update(torch.rand(0, 4, 4), [])
-        assert metric.compute().isnan()
+@pytest.mark.parametrize(
+    ("share", "number", "wanted"),
+    [(0.29, 100, 29), (0.1, 10, 1), (0.7, 10, 7), (0.57, 100, 57), (1 / 3, 3, 1), (0.5, 7, 3), (0, 9, 0), (1, 9, 9)],
+)
+def test_top_share_counts_like_the_number_that_is_meant(share: float, number: int, wanted: int) -> None:
+    assert top_share(torch.rand(2, number), share).sum(1).tolist() == [wanted, wanted]
 
 
-def test_studies_without_boxes_do_not_count() -> None:
-    peak = torch.zeros(2, 4, 4)
-    peak[:, 0, 0] = 1
-    metric = PointingGame()
-    metric.update(peak, [torch.zeros(0, 4), torch.tensor([[0.0, 0.0, 0.5, 0.5]])])
-    assert metric.compute() == 1
+def test_top_share_is_of_those_that_take_part() -> None:
+    values, among = _values()
+    for at_least in (0, 2):
+        found = top_share(values, 0.1, among, at_least)
+        for row in range(len(values)):
+            number = int(among[row].sum())
+            count = max(number // 10, min(at_least, number))
+            assert found[row].tolist() == _slow_top(values[row].tolist(), among[row].tolist(), count)
+    with pytest.raises(ValueError, match="share must be in"):
+        top_share(values, 50)
 
 
-def test_maps_and_boxes_of_different_number_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 maps, but boxes of 1 studies"):
-        PointingGame().update(torch.rand(2, 4, 4), [torch.zeros(0, 4)])
+def _slow_ranks(values: list[float]) -> list[float]:
+    return [sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2 for value in values]
 
 
-def test_directions() -> None:
-    assert [metric.higher_is_better for metric in (ConfidenceDrop, ConfidenceIncrease, PointingGame)] == [
-        False,
-        True,
-        True,
-    ]
+def _slow_spearman(a: list[float], b: list[float]) -> float:
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return math.nan
+    return statistics.correlation(_slow_ranks(a), _slow_ranks(b))
+
+
+def test_spearman_against_a_loop() -> None:
+    a, among = _values()
+    b = torch.randn(a.shape, generator=torch.Generator().manual_seed(1)) + 0.5 * a
+    a[2], b[3] = 1.5, -0.2
+    for taking, found in ((among, spearman(a, b, among)), (torch.ones_like(among), spearman(a, b))):
+        wanted = [_slow_spearman(a[row][taking[row]].tolist(), b[row][taking[row]].tolist()) for row in range(len(a))]
+        np.testing.assert_allclose(found.numpy(), wanted, atol=1e-6)
+        assert found[2:4].isnan().all()
+        assert not found[:2].isnan().any()
+
+
+def test_spearman_of_known_orders() -> None:
+    rising = torch.arange(9.0)[None]
+    assert spearman(rising, rising.exp()) == 1
+    assert spearman(rising, -rising) == -1
+    # What takes no part may be any number.
+    among = torch.tensor([[True] * 8 + [False]])
+    spoilt = rising.clone()
+    spoilt[0, 8] = torch.nan
+    assert spearman(rising, spoilt, among) == 1
+    assert spearman(rising, spoilt).isnan()
+    large = torch.arange(300_000.0)[None]
+    assert spearman(large, large.flip(1)) == -1
+
+
+def test_first_of_each_is_in_order() -> None:
+    assert first_of_each(torch.tensor([7, -2, 7, 5, -2, 9])).tolist() == [0, 1, 3, 5]
+
+
+# --- boxes as masks
+
+
+def _boxed() -> tuple[Tensor, Tensor]:
+    maps = _maps()
+    maps[4] = 0
+    return maps, box_masks(_boxes(), SIZE)
+
+
+def _compare(found: Tensor, slow: list[float]) -> None:
+    """Equal, NaN in the same places, and neither all NaN nor all one number."""
+    np.testing.assert_allclose(found.numpy(), slow, atol=1e-6)
+    assert len({value for value in slow if not math.isnan(value)}) > 2
+    assert any(math.isnan(value) for value in slow)
+
+
+def test_iou_against_a_loop() -> None:
+    maps, masks = _boxed()
+    # 0.4 and 0.6 are values of the maps: the threshold itself is not above it.
+    thresholds = (0.0, 0.25, 0.4, 0.6)
+    found = iou(maps, masks, thresholds)
+    assert found.shape == (8, 4)
+    for column, threshold in enumerate(thresholds):
+        slow = []
+        for heat, mask in zip(maps.numpy(), masks.numpy(), strict=True):
+            above = heat > np.float32(threshold)
+            slow.append((above & mask).sum() / (above | mask).sum() if mask.any() else math.nan)
+        _compare(found[:, column], slow)
+    torch.testing.assert_close(found, iou(maps, masks, torch.tensor(thresholds)), equal_nan=True)
+    mean = torch.stack([iou(maps, masks, [step / 10])[:, 0] for step in range(1, 6)]).mean(0)
+    torch.testing.assert_close(mean_iou(maps, masks), mean, equal_nan=True)
+
+
+def test_iou_of_a_map_that_is_its_boxes_is_one() -> None:
+    masks = box_masks(_boxes(), SIZE)[1:4]
+    assert (iou(masks.float(), masks, THRESHOLDS) == 1).all()
+    assert len(THRESHOLDS) == 19
+    assert THRESHOLDS[0] == 0.05
+    assert THRESHOLDS[-1] == 0.95
+
+
+def test_energy_in_box_against_a_loop() -> None:
+    maps, masks = _boxed()
+    masks[4, :2] = True
+    slow = []
+    for heat, mask in zip(maps.double().numpy(), masks.numpy(), strict=True):
+        inside = sum(heat[place] for place in np.ndindex(SIZE) if mask[place])
+        slow.append((inside / heat.sum() if heat.sum() else 0.0) if mask.any() else math.nan)
+    _compare(energy_in_box(maps, masks), slow)
+    assert slow[4] == 0
+
+
+def test_rank_accuracy_against_a_sort() -> None:
+    maps, masks = _boxed()
+    slow = []
+    for heat, mask in zip(maps.flatten(1).tolist(), masks.flatten(1).tolist(), strict=True):
+        top = _slow_top(heat, [True] * len(heat), sum(mask))
+        hits = sum(one and other for one, other in zip(top, mask, strict=True))
+        slow.append(hits / sum(mask) if any(mask) else math.nan)
+    _compare(rank_accuracy(maps, masks), slow)
+
+
+# --- mass
+
+
+def test_outside_mass_against_a_loop() -> None:
+    maps, masks = _boxed()
+    maps[4] = 0
+    slow = []
+    for heat, mask in zip(maps.double().numpy(), masks.numpy(), strict=True):
+        outside = sum(heat[place] for place in np.ndindex(SIZE) if not mask[place])
+        slow.append(outside / heat.sum() if heat.sum() else math.nan)
+    _compare(outside_mass(maps, masks), slow)
+    # One zone for all.
+    torch.testing.assert_close(outside_mass(maps[:2], masks[1:2])[1], outside_mass(maps[1:2], masks[1:2])[0])
+
+
+def test_border_mask_against_a_loop() -> None:
+    films = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.0, 0.8, 1.0], [-0.5, 0.1, 1.5, 0.6]])
+    height, width = size = (20, 30)
+    masks = border_mask(size, films, 0.13)
+    for mask, (x0, y0, x1, y1) in zip(masks, films.tolist(), strict=True):
+        for row, column in np.ndindex(size):
+            across = ((column + 0.5) / width - x0) / (x1 - x0)
+            down = ((row + 0.5) / height - y0) / (y1 - y0)
+            assert bool(mask[row, column]) == (not (0.13 < across < 0.87 and 0.13 < down < 0.87))
+    assert torch.equal(border_mask(size, width=0.13), masks[:1])
+    # A tenth on each side leaves 8 by 8 of 10 by 10.
+    assert (~border_mask((10, 10))).sum() == 64
+    with pytest.raises(ValueError, match="width must be in"):
+        border_mask(size, films, 10)
+
+
+FILMS = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.1, 0.0, 0.63, 1.0], [-0.5, 0.2, 1.2, 0.77]])
+
+
+def test_half_share_against_a_loop_over_small_squares() -> None:
+    maps = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0))
+    found = half_share(maps, ["right", "left", "right"], FILMS)
+    fine = 100
+    for heat, side, (x0, y0, x1, y1), value in zip(
+        maps, ("right", "left", "right"), FILMS.tolist(), found, strict=True
+    ):
+        # The share of each pixel by counting: the right of the patient is on the left of the image.
+        middle = (x0 + x1) / 2
+        low, high = (x0, middle) if side == "right" else (middle, x1)
+        across = (np.arange(SIZE[1] * fine) + 0.5) / (SIZE[1] * fine)
+        down = (np.arange(SIZE[0] * fine) + 0.5) / (SIZE[0] * fine)
+        inside = np.outer((down > y0) & (down < y1), (across > low) & (across < high))
+        share = inside.reshape(SIZE[0], fine, SIZE[1], fine).mean((1, 3))
+        assert float(value) == pytest.approx(float((heat.double().numpy() * share).sum() / heat.sum()), abs=0.01)
+
+
+def test_half_share_of_known_maps() -> None:
+    left_of_image = torch.zeros(1, 4, 5)
+    left_of_image[:, :, :2] = 1
+    assert half_share(left_of_image, ["right"]) == 1
+    assert half_share(left_of_image, ["left"]) == 0
+    # The middle column belongs to both halves.
+    assert half_share(torch.ones(1, 4, 5), ["right"]) == 0.5
+    # A film in the right half of the frame: the mass is outside of it.
+    assert half_share(left_of_image, ["right"], torch.tensor([[0.5, 0.0, 1.0, 1.0]])) == 0
+    assert half_share(left_of_image, [""]).isnan()
+    assert half_share(torch.zeros(1, 4, 5), ["right"]).isnan()
+
+
+def test_half_share_refuses_what_is_no_side() -> None:
+    with pytest.raises(ValueError, match="'both'"):
+        half_share(torch.rand(1, 4, 4), ["both"])
+    with pytest.raises(ValueError, match="one for each of 2 maps; got 1"):
+        half_share(torch.rand(2, 4, 4), ["left"])
+
+
+def test_side_sensitivity_is_what_moves_to_the_other_side() -> None:
+    maps = torch.rand(4, *SIZE, generator=torch.Generator().manual_seed(0))
+    swapped = torch.rand(4, *SIZE, generator=torch.Generator().manual_seed(1))
+    sides = ["right", "left", "", "left"]
+    found = side_sensitivity(maps, swapped, sides)
+    other = half_share(swapped, ["left", "right", "", "right"]) - half_share(maps, ["left", "right", "", "right"])
+    torch.testing.assert_close(found, other, equal_nan=True)
+    assert found[2].isnan()
+    # A map that follows the phrase, one that does not heed it, and one that does the opposite.
+    right, left = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
+    right[..., :2], left[..., 2:] = 1, 1
+    assert side_sensitivity(right, left, ["right"]) == 1
+    assert side_sensitivity(right, right, ["right"]) == 0
+    assert side_sensitivity(right, left, ["left"]) == -1
+    # A mirror of everything changes nothing.
+    mirrored = side_sensitivity(maps.flip(2), swapped.flip(2), ["left", "right", "", "right"])
+    torch.testing.assert_close(mirrored, found, equal_nan=True)
+
+
+# --- curves
+
+
+def test_curve_area_against_a_loop() -> None:
+    draw = torch.Generator().manual_seed(0)
+    curve, blank, full = torch.rand(5, 3, generator=draw), torch.rand(3, generator=draw), torch.rand(3, generator=draw)
+    shares = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0])
+    for x, (gain, span) in (
+        ([0.0, 0.25, 0.5, 0.75, 1.0], curve_area(curve, blank, full)),
+        (shares.tolist(), curve_area(curve, blank, full, shares)),
+    ):
+        for study in range(3):
+            y = [float(score - blank[study]) for score in curve[:, study]]
+            slow = sum((x[step + 1] - x[step]) * (y[step] + y[step + 1]) / 2 for step in range(4))
+            assert float(gain[study]) == pytest.approx(slow, abs=1e-6)
+            assert float(span[study]) == pytest.approx(float(full[study] - blank[study]))
+
+
+def test_curve_area_of_straight_lines() -> None:
+    blank, full = torch.tensor([0.1, 0.4]), torch.tensor([0.5, 0.2])
+    line = blank + torch.linspace(0, 1, 9)[:, None] * (full - blank)
+    gain, span = curve_area(line, blank, full)
+    torch.testing.assert_close(gain / span, torch.full((2,), 0.5))

@@ -1,19 +1,19 @@
 """Attribution quality as pure functions on tensors, batched over studies. Names say what is kept."""
 
-from matex_pl.metrics.functional.components import (
-    Components,
-    average_precision,
-    best_box_iou,
-    box_accuracy,
-    components,
-    match_components,
-)
 from matex_pl.metrics.functional.confidence import (
     confidence_drop,
     confidence_increase,
     curve_area,
     keep_highlighted,
     keep_relevant_tokens,
+)
+from matex_pl.metrics.functional.detections import (
+    Components,
+    average_precision,
+    best_box_iou,
+    box_accuracy,
+    components,
+    match_components,
 )
 from matex_pl.metrics.functional.localisation import (
     MEAN_THRESHOLDS,

@@ -67,7 +67,7 @@ def spearman(a: Tensor, b: Tensor, among: Tensor | None = None) -> Tensor:
     """
     among = torch.ones_like(a, dtype=torch.bool) if among is None else among
     first, second = _centred_ranks(a, among), _centred_ranks(b, among)
-    scale = first.square().sum(1).sqrt() * second.square().sum(1).sqrt()
+    scale = (first.square().sum(1) * second.square().sum(1)).sqrt()
     spoilt = ((a.isnan() | b.isnan()) & among).any(1)
     return ((first * second).sum(1) / scale).clamp(-1, 1).masked_fill(spoilt, torch.nan)
 

@@ -1,0 +1,361 @@
+"""The torchmetrics classes: what they reduce to, repeats, processes, and what users expect of a metric."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from torch import Tensor
+
+from matex_pl.metrics import (
+    AveragePrecision50,
+    BoxAccuracy,
+    ConfidenceDrop,
+    ConfidenceIncrease,
+    ContrastToNoise,
+    DeletionAUC,
+    EnergyInBox,
+    InsertionAUC,
+    MapMass,
+    MeanIoU,
+    OutsideMass,
+    PointingGame,
+    RankAccuracy,
+    RankCorrelation,
+    RemovalDrop,
+    SideSensitivity,
+    ThresholdedIoU,
+    confidence,
+    functional,
+    localisation,
+    sensitivity,
+)
+from matex_pl.metrics.functional import THRESHOLDS, box_masks
+from matex_pl.metrics.study import StudyMetric
+
+matplotlib.use("Agg")
+
+SIZE = (9, 7)
+STUDIES = 8
+IDS = [f"study {index}" for index in range(STUDIES)]
+SIDES = ["right", "left", "", "left", "right", "right", "", "left"]
+
+
+def _maps(seed: int = 0) -> Tensor:
+    return torch.randint(0, 6, (STUDIES, *SIZE), generator=torch.Generator().manual_seed(seed)) / 5
+
+
+def _boxes() -> list[Tensor]:
+    """None to three boxes per study."""
+    corners = torch.rand(STUDIES, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    boxes = [torch.cat([corner.amin(1), corner.amax(1)], 1)[: n % 4] for n, corner in enumerate(corners)]
+    boxes[2] = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    return boxes
+
+
+def _masks() -> Tensor:
+    return box_masks(_boxes(), SIZE)
+
+
+def _scores(seed: int = 0) -> Tensor:
+    return torch.rand(STUDIES, generator=torch.Generator().manual_seed(seed))
+
+
+def _curves() -> Tensor:
+    return torch.rand(5, STUDIES, generator=torch.Generator().manual_seed(0))
+
+
+def _pick(values: Any, rows: list[int]) -> Any:
+    return [values[row] for row in rows] if isinstance(values, list) else values[rows]
+
+
+def _mean(values: Tensor) -> float:
+    counted = [value for value in values.tolist() if not math.isnan(value)]
+    return sum(counted) / len(counted)
+
+
+def _ratio(blank: int, full: int) -> float:
+    gain, span = functional.curve_area(_curves(), _curves()[blank], _curves()[full])
+    return float(gain.sum() / span.sum())
+
+
+def _precision() -> float:
+    found = functional.components(_maps(), 0.5)
+    hits = functional.match_components(found, _boxes())
+    number = torch.tensor([len(box) for box in _boxes()])
+    return float(functional.average_precision(found.peak, hits, found.study, number))
+
+
+@dataclass
+class Case:
+    """A metric, the arguments of `update` for some of the studies, and its value over all of them."""
+
+    make: Callable[[], StudyMetric]
+    inputs: Callable[[list[int]], tuple[Any, ...]]
+    value: Callable[[], float]
+
+
+def _boxed(make: Callable[[], StudyMetric], value: Callable[[], float]) -> Case:
+    return Case(make, lambda rows: (_maps()[rows], _pick(_boxes(), rows)), value)
+
+
+def _scored(make: Callable[[], StudyMetric], function: Callable[[Tensor, Tensor], Tensor]) -> Case:
+    return Case(make, lambda rows: (_scores()[rows], _scores(1)[rows]), lambda: _mean(function(_scores(), _scores(1))))
+
+
+CASES: dict[str, Case] = {
+    "confidence_drop": _scored(ConfidenceDrop, functional.confidence_drop),
+    "confidence_increase": _scored(ConfidenceIncrease, functional.confidence_increase),
+    "removal_drop": _scored(RemovalDrop, functional.confidence_drop),
+    "insertion": Case(InsertionAUC, lambda rows: (_curves()[:, rows],), lambda: _ratio(0, -1)),
+    "deletion": Case(DeletionAUC, lambda rows: (_curves()[:, rows],), lambda: _ratio(-1, 0)),
+    "pointing_game": _boxed(PointingGame, lambda: _mean(functional.pointing_game(_maps(), _masks()))),
+    "cnr": _boxed(ContrastToNoise, lambda: _mean(functional.contrast_to_noise(_maps(), _masks()))),
+    "energy": _boxed(EnergyInBox, lambda: _mean(functional.energy_in_box(_maps(), _masks()))),
+    "rank_accuracy": _boxed(RankAccuracy, lambda: _mean(functional.rank_accuracy(_maps(), _masks()))),
+    "mean_iou": _boxed(MeanIoU, lambda: _mean(functional.mean_iou(_maps(), _masks()))),
+    "iou_best": _boxed(
+        ThresholdedIoU, lambda: max(_mean(functional.iou(_maps(), _masks(), [t])[:, 0]) for t in THRESHOLDS)
+    ),
+    "iou_given": _boxed(lambda: ThresholdedIoU(0.33), lambda: _mean(functional.iou(_maps(), _masks(), [0.33])[:, 0])),
+    "box_accuracy": _boxed(
+        lambda: BoxAccuracy(0.1, iou=0.2),
+        lambda: _mean(functional.box_accuracy(functional.components(_maps(), 0.1), _boxes(), STUDIES, 0.2)),
+    ),
+    "ap50": _boxed(AveragePrecision50, _precision),
+    "correlation": Case(
+        RankCorrelation,
+        lambda rows: (_maps()[rows], _maps(1)[rows], _masks()[rows]),
+        lambda: _mean(functional.spearman(_maps().flatten(1), _maps(1).flatten(1), _masks().flatten(1))),
+    ),
+    "side_sensitivity": Case(
+        SideSensitivity,
+        lambda rows: (_maps()[rows], _maps(1)[rows], _pick(SIDES, rows)),
+        lambda: _mean(functional.side_sensitivity(_maps(), _maps(1), SIDES)),
+    ),
+    "outside_mass": Case(
+        OutsideMass,
+        lambda rows: (_maps()[rows], _masks()[rows]),
+        lambda: _mean(functional.outside_mass(_maps(), _masks())),
+    ),
+    "map_mass": Case(MapMass, lambda rows: (_maps()[rows],), lambda: float(_maps().mean())),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def _seen(case: Case, *batches: list[int], named: bool = True) -> StudyMetric:
+    """The metric after batches of these studies."""
+    metric = case.make()
+    for rows in batches:
+        metric.update(*case.inputs(rows), ids=_pick(IDS, rows) if named else None)
+    return metric
+
+
+def test_every_class_has_a_case() -> None:
+    import matex_pl.metrics
+
+    assert {type(case.make()).__name__ for case in CASES.values()} == set(matex_pl.metrics.__all__)
+
+
+@every_case
+def test_a_class_reduces_its_function_over_updates(case: Case) -> None:
+    wanted = pytest.approx(case.value(), abs=1e-6)
+    assert not math.isnan(case.value())
+    for named in (True, False):
+        metric = _seen(case, [0, 1, 2, 3, 4], [5], [6, 7], named=named)
+        assert float(metric.compute()) == wanted
+        assert metric.compute().dtype == torch.float32
+        assert metric.compute().ndim == 0
+        metric.reset()
+        metric.update(*case.inputs(list(range(STUDIES))))
+        assert float(metric.compute()) == wanted
+
+
+@every_case
+def test_repeats_count_once_by_id_and_always_without(case: Case) -> None:
+    # Three times over, so that no class can come to the same value by chance.
+    repeats = [[0, 1, 1, 1, 2, 3], [1, 4, 5], [1, 6, 7, 7, 1]]
+    assert float(_seen(case, *repeats).compute()) == pytest.approx(case.value(), abs=1e-6)
+    doubled = float(_seen(case, list(range(STUDIES)), list(range(STUDIES)), named=False).compute())
+    assert len(_seen(case, *repeats, named=False)._counted().nonzero()) == 14
+    assert len(_seen(case, *repeats)._counted().nonzero()) == STUDIES
+    # What counts twice throughout is the same mean; a precision, too.
+    assert doubled == pytest.approx(case.value(), abs=1e-6)
+    uneven = float(_seen(case, [0, 1, 2, 3, 4, 5, 6, 7], [1, 1, 3, 1], named=False).compute())
+    assert uneven != pytest.approx(case.value(), abs=1e-6)
+
+
+@every_case
+def test_studies_with_and_without_id_may_be_mixed(case: Case) -> None:
+    mixed = _seen(case, [0, 1, 2], [1, 2])
+    for rows in ([3, 4, 5], [6, 7]):
+        mixed.update(*case.inputs(rows))
+    assert float(mixed.compute()) == pytest.approx(case.value(), abs=1e-6)
+
+
+@every_case
+def test_the_order_of_studies_changes_nothing(case: Case) -> None:
+    assert float(_seen(case, [6, 2, 7], [0, 5, 3, 1], [4]).compute()) == pytest.approx(case.value(), abs=1e-6)
+
+
+@every_case
+def test_states_merge_and_forward_gives_the_batch(case: Case) -> None:
+    first, second = _seen(case, [0, 1, 2, 3]), _seen(case, [3, 4, 5, 6, 7, 0])
+    first.merge_state(second)
+    assert float(first.compute()) == pytest.approx(case.value(), abs=1e-6)
+    stepwise = case.make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch = stepwise(*case.inputs([1, 2, 3]), ids=_pick(IDS, [1, 2, 3]))
+        alone = _seen(case, [1, 2, 3]).compute()
+    torch.testing.assert_close(batch, alone, equal_nan=True)
+    rest = [0, 4, 5, 6, 7, 1]
+    stepwise.update(*case.inputs(rest), ids=_pick(IDS, rest))
+    assert float(stepwise.compute()) == pytest.approx(case.value(), abs=1e-6)
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_nothing_is_nan_with_a_warning(case: Case) -> None:
+    for metric in (case.make(), _seen(case, []), _seen(case, [], named=False)):
+        with pytest.warns(UserWarning, match="is NaN: none of the 0 studies counts"):
+            assert metric.compute().isnan()
+
+
+@pytest.mark.parametrize("make", [case.make for name, case in CASES.items() if "iou" in name or "ap50" in name])
+def test_studies_without_boxes_do_not_count(make: Callable[[], StudyMetric]) -> None:
+    metric = make()
+    metric.update(_maps()[:2], [torch.zeros(0, 4)] * 2)
+    with pytest.warns(UserWarning, match="none of the 2 studies counts"):
+        assert metric.compute().isnan()
+    metric.update(torch.ones(1, *SIZE), [torch.tensor([[0.0, 0.0, 1.0, 1.0]])])
+    assert metric.compute() == 1 if not isinstance(metric, AveragePrecision50) else metric.compute() > 0
+
+
+@every_case
+def test_ids_of_another_number_are_refused(case: Case) -> None:
+    for ids in (["one"], "study 1", [*IDS, "more"]):
+        with pytest.raises(ValueError, match="ids must be a list of one id for each of 2 studies"):
+            case.make().update(*case.inputs([0, 1]), ids=ids)
+
+
+@pytest.mark.parametrize("name", ["pointing_game", "iou_best", "box_accuracy", "ap50"])
+def test_maps_and_boxes_of_different_number_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="2 maps, but boxes of 1 studies"):
+        CASES[name].make().update(_maps()[:2], _boxes()[:1])
+
+
+@pytest.mark.parametrize("make", [ThresholdedIoU, BoxAccuracy, AveragePrecision50])
+def test_a_threshold_is_in_the_range_of_maps(make: Callable[[float], StudyMetric]) -> None:
+    for threshold in (-0.1, 1.0, 50, math.nan):
+        with pytest.raises(ValueError, match="threshold must be in"):
+            make(threshold)
+
+
+@pytest.mark.filterwarnings("ignore:.*is NaN")
+def test_the_best_threshold_goes_to_another_split() -> None:
+    metric = _seen(CASES["iou_best"], list(range(STUDIES)))
+    means = [_mean(functional.iou(_maps(), _masks(), [t])[:, 0]) for t in THRESHOLDS]
+    best = metric.best_threshold()
+    # Maps of six values have the same IoU at several thresholds: the lowest is taken.
+    assert best == THRESHOLDS[means.index(max(means))]
+    assert means.count(max(means)) > 1
+    again = ThresholdedIoU(best)
+    again.update(_maps(), _boxes())
+    torch.testing.assert_close(again.compute(), metric.compute())
+    assert again.best_threshold() == best
+    assert math.isnan(ThresholdedIoU().best_threshold())
+
+
+def test_an_area_is_a_ratio_of_means() -> None:
+    # The second model sees nothing in its film: its ratio alone would be -100.
+    curve = torch.tensor([[0.0, 0.0], [0.4, -0.1], [0.4, 0.001]])
+    metric = InsertionAUC()
+    metric.update(curve)
+    gain = (0.2 + 0.4) / 2 + (-0.05 + (-0.1 + 0.001) / 2) / 2
+    assert float(metric.compute()) == pytest.approx(gain / 0.401, abs=1e-6)
+    # Two films of NaN and of no span are left out, or leave nothing.
+    metric.update(torch.full((3, 1), torch.nan))
+    assert float(metric.compute()) == pytest.approx(gain / 0.401, abs=1e-6)
+    flat = DeletionAUC()
+    flat.update(torch.ones(3, 2))
+    with pytest.warns(UserWarning, match="DeletionAUC is NaN"):
+        assert flat.compute().isnan()
+
+
+def test_an_area_takes_uneven_shares() -> None:
+    metric = InsertionAUC()
+    metric.update(torch.tensor([[0.0], [1.0], [1.0]]), torch.tensor([0.0, 0.2, 1.0]))
+    assert float(metric.compute()) == pytest.approx(0.9)
+
+
+def test_directions() -> None:
+    lower = {ConfidenceDrop, DeletionAUC, RankCorrelation, OutsideMass}
+    for case in CASES.values():
+        metric = case.make()
+        expected = None if isinstance(metric, MapMass) else type(metric) not in lower
+        assert metric.higher_is_better is expected
+
+
+@every_case
+def test_plot(case: Case) -> None:
+    metric = _seen(case, list(range(STUDIES)))
+    figure, axes = metric.plot()
+    assert figure is axes.get_figure()
+    assert float(axes.lines[0].get_ydata()[0]) == pytest.approx(case.value(), abs=1e-6)
+    _, axes = metric.plot([metric.compute(), metric.compute()])
+    assert len(axes.lines[0].get_xdata()) == 2
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("module", [confidence, localisation, sensitivity])
+def test_examples(module: Any) -> None:
+    failed, tried = doctest.testmod(module)
+    assert not failed
+    assert tried >= 15
+
+
+# --- two processes
+
+# Padded shards: study 0 comes in both, study 5 twice in one.
+SHARDS = [[[0, 2], [4, 6, 1]], [[1, 3, 5], [5, 7, 0]]]
+
+
+def _process(rank: int, folder: str) -> None:
+    """What each metric says in one of two processes, written to a file."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    found: dict[str, list[float]] = {}
+    for name, case in CASES.items():
+        apart = _seen(case, *SHARDS[rank])
+        # All studies on one process, nothing on the other.
+        lopsided = _seen(case, *(SHARDS[0] + SHARDS[1] if rank else []))
+        values = [float(apart.compute()), float(lopsided.compute())]
+        # Afterwards each has its own again, and goes on.
+        apart.update(*case.inputs([2]), ids=["study 2"])
+        values.append(float(apart.compute()))
+        values.append(float(len(apart._gathered("keys"))))
+        found[name] = values
+    best = _seen(CASES["iou_best"], *SHARDS[rank])
+    found["best_threshold"] = [best.best_threshold()]
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_with_repeats_are_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for name, case in CASES.items():
+            assert found[name][:3] == [pytest.approx(case.value(), abs=1e-6)] * 3, name
+            assert found[name][3] == sum(map(len, SHARDS[rank])) + 1
+        assert found["best_threshold"] == [_seen(CASES["iou_best"], list(range(STUDIES))).best_threshold()]
