@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from matex_pl.benchmark.score import Bench, Settings
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import load_module
 from matex_pl.report import write_report
+from matex_pl.store import write_text
 
 
 def run_benchmark(
@@ -68,13 +70,16 @@ def run_benchmark(
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device must be auto, cpu or, where torch can use a GPU, cuda; got {device!r}.")
     rows = compared_rows(methods, budget)
+    module = load_module(ckpt_path)
+    Path(out).mkdir(parents=True, exist_ok=True)
     cuda = device != "cpu" and torch.cuda.is_available()
-    bench = Bench.open(load_module(ckpt_path).clip.to("cuda" if cuda else "cpu"), data, Path(out), settings)
+    bench = Bench.open(module.clip.to("cuda" if cuda else "cpu"), data, Path(out), settings)
     rows += bench.mean_box_row()
     log, scored = Console(stderr=True), []
     for place, row in enumerate(rows, start=1):
         log.print(f"{place} of {len(rows)}: {row.name}", highlight=False)
         scored.append(bench.score(row))
     found = results(bench, scored, ckpt_path)
+    write_text(Path(out) / "results.json", json.dumps(found, indent=1, allow_nan=False))
     write_report(found, [panel for row in scored for panel in panels(bench, row)], Path(out))
     return f"{summary(found)}\n{out}/report.html, tables.md and results.json hold all of it."

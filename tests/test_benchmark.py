@@ -1,0 +1,396 @@
+"""`matex benchmark` from the command line, its scores against what the methods give, and its intervals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from matex_pl import ClipModule
+from matex_pl.attribution import Chefer, Matex, Rise
+from matex_pl.benchmark import run_benchmark
+from matex_pl.benchmark.intervals import Sums, draw_patients, estimate, interval
+from matex_pl.benchmark.rows import compared_rows, mean_boxes
+from matex_pl.benchmark.values import Values
+from matex_pl.cli import main
+from matex_pl.data import PhantomDataModule
+from matex_pl.explain import load_module
+from matex_pl.metrics import functional as F
+from matex_pl.metrics.removal import image_score
+from matex_pl.pairs import choose_pairs, prepare_data, read_pairs
+
+FILMS = {"num_train": 12, "num_val": 6, "num_test": 10, "film_size": 64, "batch_size": 4, "num_workers": 0}
+SMALL = {"num_pairs": 7, "validation_pairs": 3, "sanity_pairs": 3, "batch_size": 3, "steps": 4, "resamples": 100}
+CONTROLS = ["MATEX, delta = 0", "MATEX, usual places", "PriorOnly", "RandomMap", "CenterMap", "Mean box"]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    return tmp_path_factory.mktemp("films")
+
+
+@pytest.fixture
+def data(films):
+    return PhantomDataModule(root=str(films), **FILMS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, films):
+    """A model after two steps, which carries a mean film."""
+    from lightning.pytorch import Trainer
+
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    module = ClipModule(str(Path(__file__).with_name("tiny.json")), lr=1e-3, warmup_steps=1)
+    trainer.fit(module, PhantomDataModule(root=str(films), **FILMS))
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def run(data, checkpoint, out, **changes):
+    run_benchmark(data, str(checkpoint), str(out), **{**SMALL, "methods": ["matex", "chefer"], **changes})
+    return json.loads((Path(out) / "results.json").read_text(encoding="utf-8"))
+
+
+def without_times(results):
+    """What must not depend on when or how often a benchmark ran."""
+    rows = [{name: value for name, value in row.items() if name != "seconds_per_pair"} for row in results["rows"]]
+    return {**results, "rows": rows, "created": "", "forward_seconds_per_pair": 0}
+
+
+def words(films, checkpoint, out, *more):
+    data = [f"--data.{name}={value}" for name, value in {**FILMS, "root": films}.items()]
+    small = [f"--{name}={value}" for name, value in SMALL.items()]
+    command = ["benchmark", "--config", "phantom.yaml", *data, "--ckpt_path", str(checkpoint), "--out", str(out)]
+    return [*command, *small, *more]
+
+
+@pytest.mark.slow
+def test_every_shipped_method_from_the_command_line(tmp_path, films, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("matex_pl.benchmark.rows.QUICK", {"Rise": {"masks": 6}, "KernelShap": {"samples": 6}})
+    main(words(films, checkpoint, tmp_path))
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    image = [row for row in results["rows"] if row["modality"] == "image"]
+    text = [row for row in results["rows"] if row["modality"] == "text"]
+    assert [row["name"] for row in image if row["control"]] == CONTROLS
+    shown = {row["name"] for row in image if not row["control"]}
+    assert {"MATEX", "MATEX, as printed", "Rise", "KernelShap", "M2ib", "GradCam", "LeGrad"} <= shown
+    assert "SubmodularRegions" not in shown
+    assert {"PatchSimilarity", "CenterMap", "PriorOnly"}.isdisjoint(row["name"] for row in text)
+    assert next(row["note"] for row in image if row["name"] == "Rise") == "6 masks"
+    wanted = {"pointing_game", "cnr", "miou", "iou", "acc50", "ap50", "energy_in_box", "rank_accuracy", "sanity"}
+    wanted |= {"prompt_sensitivity", "side_sensitivity", "outside_thorax_mass", "mean_map_mass"}
+    wanted |= {"insertion/blur", "insertion/mean_film", "deletion/mean_colour", "deletion/mean_film"}
+    kinds = ("confidence_drop", "confidence_increase", "fixed_drop", "fixed_increase", "remove")
+    wanted |= {f"{kind}/{fill}" for kind in kinds for fill in ("mean_colour", "mean_film")}
+    for row in image:
+        assert row["error"] is None
+        assert set(row["scores"]) == wanted
+    for row in text:
+        assert set(row["scores"]) == {*kinds, "mean_map_mass", "sanity"}
+    assert set(results["metrics"]) == wanted | set(kinds)
+    for name in ("report.html", "tables.md"):
+        assert "Chefer" in (tmp_path / name).read_text(encoding="utf-8")
+    assert "MATEX, delta = 0" in printed
+    assert "report.html" in printed
+
+
+def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
+    """The mean over all pairs, computed in one piece from the method's own maps."""
+    results = run(data, checkpoint, tmp_path)
+    clip = load_module(str(checkpoint)).clip
+    prepare_data(data, clip.image_size, "test")
+    studies = choose_pairs(data, "test", SMALL["num_pairs"], 0)
+    [batch] = read_pairs(data, "test", studies, 100)
+    assert results["data"]["pairs"] == len(studies) == SMALL["num_pairs"]
+    images, tokens = clip.normalise(batch["image"]), clip.tokenize(batch["phrase"])
+    maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["film"])
+    masks = F.box_masks(batch["boxes"], clip.image_size)
+    row = next(row for row in results["rows"] if row["name"] == "Chefer" and row["modality"] == "image")
+    with torch.no_grad():
+        text, score = clip.encode_text(tokens), clip.similarity(images, tokens)
+    rest = ~F.top_share(maps.image.flatten(1), 0.2).view_as(maps.image)
+    threshold = row["threshold"]
+    found = F.components(maps.image, threshold)
+    by_hand = {
+        "pointing_game": F.pointing_game(maps.image, masks),
+        "cnr": F.contrast_to_noise(maps.image, masks),
+        "miou": F.mean_iou(maps.image, masks),
+        "iou": F.iou(maps.image, masks, torch.tensor([threshold]))[:, 0],
+        "acc50": F.box_accuracy(found, batch["boxes"], len(studies)),
+        "energy_in_box": F.energy_in_box(maps.image, masks),
+        "rank_accuracy": F.rank_accuracy(maps.image, masks),
+        "outside_thorax_mass": F.outside_mass(maps.image, data.thorax()[None]),
+        "mean_map_mass": maps.image.mean((1, 2)),
+        "confidence_drop/mean_colour": F.confidence_drop(
+            score, image_score(clip, images, maps.image, "mean_colour", text)
+        ),
+        "remove/mean_film": F.confidence_drop(score, image_score(clip, images, rest, "mean_film", text)),
+    }
+    for name, values in by_hand.items():
+        assert row["scores"][name]["value"] == pytest.approx(float(values.nanmean()), abs=2e-4), name
+        assert row["scores"][name]["n"] == int((~values.isnan()).sum())
+    hits = F.match_components(found, batch["boxes"])
+    boxes = torch.tensor([len(box) for box in batch["boxes"]])
+    precision = F.average_precision(found.peak, hits, found.study, boxes)
+    assert row["scores"]["ap50"]["value"] == pytest.approx(float(precision), abs=1e-5)
+    about = torch.tensor([study.finding == studies[0].finding for study in studies])
+    own = row["per_finding"][studies[0].finding]["cnr"]
+    assert own["value"] == pytest.approx(float(by_hand["cnr"][about].nanmean()), abs=2e-4)
+
+
+def test_the_threshold_is_chosen_on_validation(tmp_path, data, checkpoint):
+    results = run(data, checkpoint, tmp_path)
+    clip = load_module(str(checkpoint)).clip
+    prepare_data(data, clip.image_size, "val")
+    [batch] = read_pairs(data, "val", choose_pairs(data, "val", SMALL["validation_pairs"], 0), 100)
+    images, tokens = clip.normalise(batch["image"]), clip.tokenize(batch["phrase"])
+    maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["film"]).image
+    thresholds = torch.tensor(F.THRESHOLDS)
+    best = F.iou(maps, F.box_masks(batch["boxes"], clip.image_size), thresholds).mean(0).argmax()
+    row = next(row for row in results["rows"] if row["name"] == "Chefer" and row["modality"] == "image")
+    assert row["threshold"] == pytest.approx(float(thresholds[best]))
+
+
+def test_controls_that_see_no_model_say_so(tmp_path, data, checkpoint):
+    results = run(data, checkpoint, tmp_path, methods=["chefer"])
+    rows = {row["name"]: row["scores"] for row in results["rows"] if row["modality"] == "image"}
+    for name in ("PriorOnly", "CenterMap", "RandomMap", "Mean box"):
+        assert rows[name]["sanity"]["value"] == pytest.approx(1, abs=1e-6)
+    assert rows["CenterMap"]["prompt_sensitivity"]["value"] == pytest.approx(1, abs=1e-6)
+    assert rows["CenterMap"]["side_sensitivity"]["value"] == pytest.approx(0, abs=1e-6)
+    assert rows["PriorOnly"]["side_sensitivity"]["value"] > 0.9
+    assert rows["Chefer"]["sanity"]["value"] < 0.9
+    assert {"MATEX, delta = 0", "MATEX, usual places"} <= rows.keys()
+    assert "MATEX" not in rows
+
+
+class Counting:
+    """How often methods were asked while it was in place."""
+
+    def __init__(self, monkeypatch, stop_after=None):
+        self.calls = 0
+        for kind in (Matex, Chefer):
+            original = kind.attribute
+
+            def counted(method, *args, original=original, **kwargs):
+                self.calls += 1
+                if stop_after is not None and self.calls > stop_after:
+                    raise KeyboardInterrupt
+                return original(method, *args, **kwargs)
+
+            monkeypatch.setattr(kind, "attribute", counted)
+
+
+def test_a_second_run_computes_nothing_and_says_the_same(tmp_path, data, checkpoint, monkeypatch):
+    first = run(data, checkpoint, tmp_path)
+    with monkeypatch.context() as patch:
+        count = Counting(patch)
+        assert without_times(run(data, checkpoint, tmp_path)) == without_times(first)
+        assert count.calls == 0
+        run(data, checkpoint, tmp_path, resamples=200)
+        assert count.calls == 0
+        run(data, checkpoint, tmp_path, methods=["matex", "chefer", "rollout"])
+        assert count.calls == 0
+
+
+def test_other_weights_are_explained_anew(tmp_path, data, checkpoint, monkeypatch):
+    first = run(data, checkpoint, tmp_path / "out")
+    changed = torch.load(checkpoint, weights_only=True)
+    changed["state_dict"]["clip.model.visual.conv1.weight"].flip(0)
+    changed["state_dict"]["clip.model.visual.conv1.weight"][0, 0, 0, 0] += 0.5
+    torch.save(changed, tmp_path / "other.ckpt")
+    count = Counting(monkeypatch)
+    second = run(data, tmp_path / "other.ckpt", tmp_path / "out")
+    assert count.calls > 0
+    assert second["model"]["weights"] != first["model"]["weights"]
+    assert {row["key"] for row in second["rows"]}.isdisjoint(row["key"] for row in first["rows"])
+
+
+def test_interrupted_anywhere_the_numbers_are_the_same(tmp_path, data, checkpoint, monkeypatch):
+    whole = run(data, checkpoint, tmp_path / "whole")
+    for stop_after in (0, 1, 4, 7, 12):
+        with monkeypatch.context() as patch:
+            Counting(patch, stop_after)
+            with pytest.raises(KeyboardInterrupt):
+                run(data, checkpoint, tmp_path / "parts")
+        assert not (tmp_path / "parts" / "results.json").exists()
+    count = Counting(monkeypatch)
+    assert without_times(run(data, checkpoint, tmp_path / "parts")) == without_times(whole)
+    Counting(monkeypatch)
+    assert count.calls > 0
+
+
+@pytest.mark.slow
+def test_killed_twice_the_numbers_are_the_same(tmp_path, films, checkpoint):
+    methods = "--methods=[matex,chefer,grad_cam,rollout]"
+    command = [sys.executable, "-m", "matex_pl.cli"]
+    subprocess.run([*command, *words(films, checkpoint, tmp_path / "whole", methods)], check=True, capture_output=True)
+    for files in (2, 9):
+        process = subprocess.Popen([*command, *words(films, checkpoint, tmp_path / "parts", methods)])
+        while process.poll() is None and len(list((tmp_path / "parts").rglob("*.safetensors"))) < files:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run([*command, *words(films, checkpoint, tmp_path / "parts", methods)], check=True, capture_output=True)
+    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "parts"))
+    assert without_times(one) == without_times(other)
+
+
+def test_a_method_that_refuses_the_model_is_a_row_with_its_reason(tmp_path, data, checkpoint, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise NotImplementedError("no <tokens> here")
+
+    monkeypatch.setattr(Chefer, "attribute", refuse)
+    results = run(data, checkpoint, tmp_path)
+    rows = [row for row in results["rows"] if row["name"] == "Chefer"]
+    assert [row["error"] for row in rows] == ["no <tokens> here"] * 2
+    assert not rows[0]["scores"]
+    assert "no <tokens> here" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_yaml_of_ones_own_is_a_row(tmp_path, data, checkpoint):
+    own = tmp_path / "weaker.yaml"
+    own.write_text("class_path: matex_pl.attribution.Matex\ninit_args: {lambda_s: 1.5}\n", encoding="utf-8")
+    results = run(data, checkpoint, tmp_path / "out", methods=[str(own)])
+    row = next(row for row in results["rows"] if row["name"] == "weaker")
+    assert row["settings"]["lambda_s"] == 1.5
+    assert not row["control"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "train"}, "split must be one of test, val, got 'train'"),
+        ({"budget": "huge"}, "budget must be one of quick, full"),
+        ({"num_pairs": 1}, "num_pairs must be at least 2"),
+        ({"steps": 33}, "steps must be from 1 to 32"),
+        ({"resamples": 1}, "resamples must be at least 100"),
+        ({"methods": ["gradcam"]}, "No method 'gradcam'. Take one of"),
+        ({"methods": ["chefer", "chefer"]}, "Two methods are called 'Chefer'"),
+        ({"device": "tpu"}, "device must be auto, cpu"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(tmp_path, data, checkpoint, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(data, checkpoint, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_the_command_line(tmp_path, films, checkpoint, capsys):
+    for more, message in (
+        (["--split=train"], "matex benchmark: split must be one of"),
+        (["--ckpt_path=none.ckpt"], "No checkpoint at 'none.ckpt'"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(words(films, checkpoint, tmp_path, *more))
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+    broken = tmp_path / "no_data.yaml"
+    broken.write_text("model: {name: x}\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--config", str(broken), "--ckpt_path", str(checkpoint), "--out", str(tmp_path)])
+    assert "describes no data module" in capsys.readouterr().err
+
+
+def test_quick_takes_fewer_masks_and_full_the_methods_own():
+    quick, full = (
+        {row.name: row.method for row in compared_rows(["rise", "kernel_shap"], budget)} for budget in ("quick", "full")
+    )
+    assert (quick["Rise"].masks, full["Rise"].masks) == (500, Rise().masks)
+    assert (quick["KernelShap"].samples, full["KernelShap"].samples) == (300, 512)
+    assert quick["Rise"].settings == {**full["Rise"].settings, "masks": 500}
+
+
+def test_mean_boxes_against_a_loop(data):
+    prepare_data(data, (32, 32), "train")
+    studies = data.studies["train"]
+    means = mean_boxes(read_pairs(data, "train", studies, 5), (32, 32))
+    assert set(means) == {study.finding for study in studies}
+    for finding, mean in means.items():
+        [batch] = read_pairs(data, "train", [study for study in studies if study.finding == finding], 100)
+        count = sum(F.box_masks([boxes], (32, 32))[0].float() for boxes in batch["boxes"])
+        torch.testing.assert_close(mean, count / count.max())
+
+
+def test_patients_are_drawn_together():
+    patients = ["a", "b", "a", "c", "b", "a"]
+    drawn = draw_patients(patients, 500, 0)
+    assert drawn.shape == (500, 6)
+    assert torch.equal(drawn[:, 0], drawn[:, 2])
+    assert torch.equal(drawn[:, 1], drawn[:, 4])
+    assert torch.equal(drawn[:, 0] + drawn[:, 1] + drawn[:, 3], torch.full((500,), 3.0, dtype=torch.float64))
+    assert torch.equal(draw_patients(patients, 500, 0), drawn)
+    assert not torch.equal(draw_patients(patients, 500, 1), drawn)
+    assert drawn[:, 0].mean() == pytest.approx(1, abs=0.15)
+
+
+def test_intervals_against_a_loop():
+    rng = np.random.default_rng(0)
+    patients = [f"p{number}" for number in rng.integers(0, 9, 30)]
+    values = torch.from_numpy(rng.normal(size=30))
+    values[::7] = torch.nan
+    sums, drawn = Sums.of(values), draw_patients(patients, 300, 3)
+    slow = []
+    for row in drawn.long().tolist():
+        picked = [
+            value for value, times in zip(values.tolist(), row, strict=True) for _ in range(times) if value == value
+        ]
+        slow.append(np.mean(picked))
+    np.testing.assert_allclose(sums.score(drawn).numpy(), slow)
+    found = estimate(sums.score()[0], sums.score(drawn), sums.count)
+    assert found["value"] == pytest.approx(float(values.nanmean()))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(slow, [2.5, 97.5])))
+    assert found["n"] == int((~values.isnan()).sum())
+
+
+def test_intervals_of_nothing_and_of_constants():
+    nothing = Sums.of(torch.full((4,), torch.nan))
+    drawn = draw_patients(list("abcd"), 100, 0)
+    assert estimate(nothing.score()[0], nothing.score(drawn), nothing.count) == {
+        "value": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+    }
+    assert interval(Sums.of(torch.full((4,), 2.0)).score(drawn)) == (2, 2)
+
+
+def test_values_survive_the_disk():
+    values = Values(
+        sums={"insertion/blur": Sums(torch.ones(3), torch.zeros(3)), "cnr": Sums.of(torch.tensor([1.0, torch.nan]))},
+        curves={"insertion/blur": (torch.linspace(0, 1, 4), torch.rand(4, 3))},
+        threshold=0.3,
+        detections={"score": torch.rand(5), "num_boxes": torch.ones(3)},
+    )
+    values.add_sanity([("head", torch.rand(2)), ("block 1", torch.rand(2))], 3)
+    again = Values.unpacked(*values.packed())
+    assert again.stages == ["head", "block 1"]
+    assert again.threshold == 0.3
+    for one, other in zip(values.packed()[0].items(), again.packed()[0].items(), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1].nan_to_num(9), other[1].nan_to_num(9))
+
+
+def test_an_out_folder_that_is_a_file_is_an_error(tmp_path, data, checkpoint):
+    (tmp_path / "out").write_text("", encoding="utf-8")
+    with pytest.raises(OSError, match="out"):
+        run(data, checkpoint, tmp_path / "out")
