@@ -45,19 +45,20 @@ PUBLISHED_COLUMNS = {
     "increase": "Conf. incr.\N{NO-BREAK SPACE}↑",
     "roar": "ROAR+\N{NO-BREAK SPACE}↑",
 }
-FILLS = {"mean_colour": "mean colour, as published", "mean_film": "mean film", "blur": "blurred film"}
+FILLS = {"mean_colour": "mean colour", "mean_film": "mean film", "blur": "blurred film"}
 GROUPS = {
     "localisation": "Localisation",
     "confidence": "Confidence, other variants",
     "curves": "Insertion and deletion",
     "sensitivity": "Sensitivity to the phrase",
     "mass": "Where the mass lies",
-    "sanity": "Sanity",
+    "sanity": "Sanity: what the weights do",
 }
 MODALITIES = {"image": "film", "text": "phrase"}
-# A map that agrees this well with the one under random weights, or another phrase, does not tell of them.
+# A map that agrees this well with the one under shuffled weights, or another phrase, does not tell of them.
 SAME_MAP = 0.9
-PRIOR_CLASSES = ("Matex", "PriorOnly")
+FEATURED = "Matex"
+PRIOR_CLASSES = (FEATURED, "PriorOnly")
 
 Score = dict[str, Any]
 Row = dict[str, Any]
@@ -255,6 +256,34 @@ def finding_tables(results: dict[str, Any], modality: str) -> list[Table]:
     return tables
 
 
+def difference_tables(results: dict[str, Any]) -> list[Table]:
+    """Per compared metric, each method minus each control; what is surely better is marked."""
+    tables = []
+    for key, groups in _comparisons(results).items():
+        metric = _metrics(results).get(key, {"label": key})
+        found = {(row, c["against"]): c for row, comparisons in groups.items() for c in comparisons}
+        rows: list[Row] = [{"name": row} for row in groups]
+        columns = [
+            _difference_column(metric, against, [found.get((row, against), {}) for row in groups])
+            for against in dict.fromkeys(against for _, against in found)
+        ]
+        table = _assemble(metric_name(metric) + _arrow(metric), rows, columns)
+        tables += [table] if table else []
+    return tables
+
+
+def _difference_column(
+    metric: dict[str, Any], against: str, comparisons: Sequence[dict[str, Any]]
+) -> tuple[Column, list[Cell]]:
+    scores = [_difference(comparison) for comparison in comparisons]
+    digits = _digits(scores, metric)
+    cells = [
+        Cell(number(s["value"], digits, signed=True), interval(s, digits), verdict(c, metric) == "better")
+        for s, c in zip(scores, comparisons, strict=True)
+    ]
+    return Column(f"minus {against}", counted=_counted(scores)), cells
+
+
 def cost_table(results: dict[str, Any]) -> Table | None:
     """Seconds per pair and what they are in plain forwards of the model, of every row that has a time."""
     rows = [row for row in results.get("rows") or [] if row.get("seconds_per_pair") is not None]
@@ -378,14 +407,14 @@ def _best(metric: dict[str, Any], values: Sequence[float | None]) -> float | Non
 
 
 def _digits(scores: Iterable[Score], metric: dict[str, Any]) -> int:
-    """Decimals of a column: two, or three where all values are small shares."""
-    largest = max((abs(score["value"]) for score in scores if score["value"] is not None), default=1)
-    return 3 if largest < 0.1 and not metric.get("percent") else 2
+    """Decimals of scores that stand together: two, or three where all of them and their ends are small shares."""
+    found = [score[key] for score in scores for key in ("value", "low", "high") if score[key] is not None]
+    return 3 if found and max(map(abs, found)) < 0.1 and not metric.get("percent") else 2
 
 
-def number(value: float | None, digits: int) -> str:
-    """The value with so many decimals and never -0; a dash for none."""
-    return MISSING if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+def number(value: float | None, digits: int, *, signed: bool = False) -> str:
+    """The value with so many decimals and never -0, with its sign if it shall be `signed`; a dash for none."""
+    return MISSING if value is None else f"{round(value, digits) + 0.0:{'+' * signed}.{digits}f}"
 
 
 def interval(score: Score, digits: int) -> str:
@@ -435,39 +464,68 @@ VERDICTS = {
 
 
 def _comparison_sentences(results: dict[str, Any]) -> list[str]:
-    """One sentence per metric and method over all that it was compared with."""
-    sentences = []
-    for (key, row), comparisons in _by_metric_and_row(results).items():
+    """Per metric, who is better than every control, and a sentence on each featured method."""
+    sentences, featured = [], _featured(results)
+    for key, groups in _comparisons(results).items():
         metric = _metrics(results).get(key, {"label": key})
-        parts: dict[str, list[str]] = defaultdict(list)
-        for comparison in comparisons:
-            parts[verdict(comparison, metric)].append(_against(comparison, metric))
-        clauses = [f"{words} {_listed(parts[name])}" for name, words in VERDICTS.items() if name in parts]
-        sentences.append(f"{metric_name(metric)}: {row} {'; it '.join(clauses)}.")
+        if len(groups) > 1 and metric.get("higher_is_better") is not None:
+            sentences.append(_overall_sentence(groups, metric))
+        sentences += [_row_sentence(row, groups[row], metric) for row in groups if row in featured]
     return sentences
 
 
-def _by_metric_and_row(results: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+def _comparisons(results: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The comparisons of each metric and row."""
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for comparison in results.get("comparisons") or []:
-        groups[comparison["metric"], comparison["row"]].append(comparison)
+        groups[comparison["metric"]][comparison["row"]].append(comparison)
     return groups
+
+
+def _featured(results: dict[str, Any]) -> set[str]:
+    """The methods whose comparisons are told and drawn one by one: MATEX, or the first that was compared."""
+    names = {row["name"] for row in scored(results, "image") if row.get("class") == FEATURED and not row.get("control")}
+    return names or {comparison["row"] for comparison in (results.get("comparisons") or [])[:1]}
+
+
+def _overall_sentence(groups: dict[str, list[dict[str, Any]]], metric: dict[str, Any]) -> str:
+    """Which methods are better than all, and which better than none, of what they were compared with."""
+    won = {row: [verdict(c, metric) == "better" for c in comparisons] for row, comparisons in groups.items()}
+    every, none = [row for row in won if all(won[row])], [row for row in won if not any(won[row])]
+    sentence = (
+        f"{metric_name(metric)}: {_listed(every) or 'no method'} {'are' if len(every) > 1 else 'is'} better than "
+    )
+    sentence += "every control"
+    return sentence + (f"; {_listed(none)} {'are' if len(none) > 1 else 'is'} better than none." if none else ".")
+
+
+def _row_sentence(row: str, comparisons: Sequence[dict[str, Any]], metric: dict[str, Any]) -> str:
+    """What one method's comparisons say."""
+    parts: dict[str, list[str]] = defaultdict(list)
+    for comparison in comparisons:
+        parts[verdict(comparison, metric)].append(_against(comparison, metric))
+    clauses = [f"{words} {_listed(parts[name])}" for name, words in VERDICTS.items() if name in parts]
+    return f"{metric_name(metric)}: {row} {'; it '.join(clauses)}."
 
 
 def _against(comparison: dict[str, Any], metric: dict[str, Any]) -> str:
     """The other side with the difference and its interval."""
     if verdict(comparison, metric) == "open":
         return str(comparison["against"])
-    score = {**comparison, "value": comparison["difference"]}
-    digits, count = _digits([score, {"value": score["low"]}, {"value": score["high"]}], metric), comparison.get("n")
-    counted = f", n = {count}" if count is not None else ""
-    sign = "+" if comparison["difference"] > 0 else ""
-    return f"{comparison['against']} ({sign}{number(score['value'], digits)}; {interval(score, digits)}{counted})"
+    score = _difference(comparison)
+    digits, counted = _digits([score], metric), _counted([score])
+    inside = f"{number(score['value'], digits, signed=True)}; {interval(score, digits)}"
+    return f"{comparison['against']} ({inside}{', ' + counted if counted else ''})"
+
+
+def _difference(comparison: dict[str, Any]) -> Score:
+    """A comparison as a score whose value is the difference."""
+    return _score({"scores": {"": {**comparison, "value": comparison.get("difference")}}}, "")
 
 
 def _indifference_sentences(results: dict[str, Any]) -> list[str]:
     """Which maps stay as they are when the weights, or the phrase, are others."""
-    changes = {"sanity": "the weights are random", "prompt_sensitivity": "the phrase is another study's"}
+    changes = {"sanity": "the weights are shuffled", "prompt_sensitivity": "the phrase is another study's"}
     sentences = []
     for key, change in changes.items():
         rows = [row for modality in MODALITIES for row in scored(results, modality)]
@@ -528,6 +586,7 @@ def _words(results: dict[str, Any]) -> dict[str, Any]:
         "paper": [table for table in (paper_table(results, modality) for modality in MODALITIES) if table],
         "localisation": group_table(results, "image", "localisation"),
         "others": [table for table in others if table],
+        "differences": difference_tables(results),
         "cost": cost_table(results),
         "metrics": [(metric_name(metric), metric) for metric in _metrics(results).values()],
         "modalities": MODALITIES,
@@ -690,19 +749,21 @@ def _plots(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _difference_plots(results: dict[str, Any]) -> list[Plot]:
-    """Per metric and method, the paired differences to all that it was compared with."""
+    """Per metric and featured method, the paired differences to all that it was compared with."""
+    featured = _featured(results)
+    groups = [(key, row, found) for key, rows in _comparisons(results).items() for row, found in rows.items()]
     plots = []
-    for (key, row), comparisons in _by_metric_and_row(results).items():
+    for key, row, comparisons in groups:
         metric = _metrics(results).get(key, {"label": key})
         points = [
-            Point(c["against"], {**c, "value": c["difference"]}, verdict(c, metric) == "undecided")
+            Point(c["against"], _difference(c), verdict(c, metric) == "undecided")
             for c in comparisons
             if verdict(c, metric) != "open"
         ]
         caption, higher = f"{metric_name(metric)}: {row} minus each of these", metric.get("higher_is_better")
         if higher is not None:
             caption += f"; {'right' if higher else 'left'} of the line is better"
-        plots += [Plot(caption, dot_plot(points, caption, line=0))] if points else []
+        plots += [Plot(caption, dot_plot(points, caption, line=0))] if points and row in featured else []
     return plots
 
 
@@ -788,7 +849,7 @@ def _controls_beside(row: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def _sanity_plots(results: dict[str, Any]) -> list[Plot]:
-    """Per method, the correlation to its own maps as more and more of the weights are random."""
+    """Per method, the correlation to its own maps as more and more of the weights are shuffled."""
     rows = [row for modality in MODALITIES for row in scored(results, modality) if _correlation(row)]
     limits = _limits([0, 1, *(y for row in rows for y in _correlation(row))])
     frames: dict[str, list[tuple[str, list[Stroke]]]] = defaultdict(list)

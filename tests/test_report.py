@@ -17,6 +17,7 @@ from matex_pl.report import (
     clean,
     control_sentences,
     cost_table,
+    difference_tables,
     finding_tables,
     group_table,
     paper_table,
@@ -74,6 +75,14 @@ METHODS = ("MATEX", "MATEX, no prior", "M2IB", "Grad-ECLIP", "Chefer et al.", "R
 CONTROLS = ("Prior of the phrase", "Centre of the film", "Noise")
 
 
+DIFFERENCES = (
+    {"difference": 0.1, "low": 0.02, "high": 0.18},
+    {"difference": 0.03, "low": -0.05, "high": 0.11},
+    {"difference": -0.2, "low": -0.3, "high": -0.1},
+    {"difference": None, "low": None, "high": None},
+)
+
+
 def score(rng, key, skill, n=100):
     scale = 40 if METRICS[key]["percent"] else 1
     value = scale * float(np.clip(skill + rng.normal(0, 0.08), 0, 1))
@@ -129,19 +138,14 @@ def fake_results(methods=METHODS, controls=CONTROLS, findings=FINDINGS, refuses=
         rows[len(methods) - 1] |= {"error": "No attention weights in this tower.", "seconds_per_pair": None}
     for entry in rows:
         entry["per_finding"] = dict(zip(findings, entry.get("per_finding", {}).values(), strict=False))
+    rivals = (*methods[1:2], *controls)
+    compared = zip(methods, (DIFFERENCES, [DIFFERENCES[0]] * 4, [DIFFERENCES[1]] * 4), strict=False)
     comparisons = [
-        {"row": methods[0], "against": name, "metric": key, "n": 100, **change}
+        {"row": name, "against": against, "metric": key, "n": 100, **difference}
+        for name, differences in compared
         for key in ("pointing_game", "confidence_drop/mean_film")
-        for name, change in zip(
-            (*methods[1:2], *controls),
-            (
-                {"difference": 0.1, "low": 0.02, "high": 0.18},
-                {"difference": 0.03, "low": -0.05, "high": 0.11},
-                {"difference": -0.2, "low": -0.3, "high": -0.1},
-                {"difference": None, "low": None, "high": None},
-            ),
-            strict=False,
-        )
+        for against, difference in zip(rivals, differences, strict=False)
+        if against != name
     ]
     return {
         "format": 1,
@@ -215,13 +219,13 @@ def hostile():
     return results
 
 
-def with_values(values, key):
-    """The small results with these values of one metric for the maps of the film, intervals 0.1 to each side."""
+def with_values(values, key, spread=0.1):
+    """The small results with these values of one metric for the maps of the film, and intervals to each side."""
     results = small()
     for row in results["rows"]:
         if row["modality"] == "image":
             value = values[row["name"]]
-            ends = (None, None) if value is None else (value - 0.1, value + 0.1)
+            ends = (None, None) if value is None else (value - spread, value + spread)
             row["scores"][key] = {"value": value, "low": ends[0], "high": ends[1], "n": 100}
         else:
             row["scores"].pop(key, None)
@@ -440,7 +444,7 @@ def test_interval_and_count_stand_with_the_value():
 
 
 def test_small_shares_get_a_third_decimal_and_zero_no_sign():
-    results = with_values({"MATEX": 0.0123, "M2IB": -0.0001, CONTROLS[0]: 0.02}, "outside_thorax_mass")
+    results = with_values({"MATEX": 0.0123, "M2IB": -0.0001, CONTROLS[0]: 0.02}, "outside_thorax_mass", 0.01)
     table = group_table(results, "image", "mass")
     assert [line.cells[0].text for line in table.methods] == ["0.012", "0.000"]
 
@@ -510,17 +514,36 @@ def test_verdict_of_a_comparison(low, difference, high, higher, word):
     assert verdict(comparison, {"higher_is_better": higher}) == word
 
 
-def test_comparisons_are_told_in_a_sentence_per_metric():
-    sentence = control_sentences(fake_results())[0]
-    assert sentence.startswith(
-        "Pointing game: MATEX is better than MATEX, no prior (+0.10; 0.02 to 0.18, n = 100); "
+def test_comparisons_are_told_in_sentences():
+    game, matex, drop, *_ = control_sentences(fake_results(("MATEX", "RISE", "Noisy"), refuses=False))
+    assert game == "Pointing game: RISE is better than every control; Noisy is better than none."
+    assert matex.startswith(
+        "Pointing game: MATEX is better than RISE (+0.10; 0.02 to 0.18, n = 100); "
         "it is worse than Centre of the film (-0.20; -0.30 to -0.10, n = 100); it is not distinguishable from Prior"
     )
-    assert sentence.endswith("it could not be compared with Noise.")
+    assert matex.endswith("it could not be compared with Noise.")
+    # Where less is better, more is worse.
+    end = "no method is better than every control; RISE and Noisy are better than none."
+    assert drop == f"Confidence drop (mean film): {end}"
+
+
+def test_comparisons_are_drawn_for_matex_and_listed_for_all(report):
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", report[0])
+    assert [caption for caption in captions if "minus" in caption] == [
+        "Pointing game: MATEX minus each of these; right of the line is better",
+        "Confidence drop (mean film): MATEX minus each of these; left of the line is better",
+    ]
+    table = difference_tables(fake_results())[0]
+    assert [line.name for line in table.methods] == list(METHODS[:3])
+    assert [column.label for column in table.columns] == [f"minus {name}" for name in (METHODS[1], *CONTROLS)]
+    cells = table.methods[0].cells
+    assert [cell.text for cell in cells] == ["+0.10", "+0.03", "-0.20", MISSING]
+    assert [cell.best for cell in cells] == [True, False, False, False]
+    assert table.methods[1].cells[0].text == MISSING
 
 
 @pytest.mark.parametrize(
-    ("key", "words"), [("sanity", "weights are random"), ("prompt_sensitivity", "another study's")]
+    ("key", "words"), [("sanity", "weights are shuffled"), ("prompt_sensitivity", "another study's")]
 )
 def test_maps_that_do_not_change_are_named(key, words):
     results = with_values({"MATEX": 0.3, "M2IB": SAME_MAP + 0.05, CONTROLS[0]: 1.0}, key)
@@ -589,7 +612,7 @@ def test_without_boxes_the_rest_is_there(tmp_path):
     assert "Nothing was localised" in words
     assert "## Insertion and deletion: maps of the film" in tables
     # The order is then drawn by the first metric that there is.
-    assert "Confidence drop (mean colour, as published)" in Page(html).words("figcaption")
+    assert "Confidence drop (mean colour)" in Page(html).words("figcaption")
 
 
 def test_one_method_alone_is_never_the_best(tmp_path):
