@@ -1,0 +1,243 @@
+"""Which settings are tried, and their maps on a raster: each component once, an addition per setting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matex_pl.anatomy import prior_maps
+from matex_pl.attribution import Matex
+from matex_pl.attribution.base import progress
+from matex_pl.attribution.matex import attention_flow, last_blocks
+from matex_pl.maps import min_max, upsample
+from matex_pl.metrics.functional import box_masks
+from matex_pl.tune.objective import Objective, Pairs
+
+AXES = ("grad_layers", "prior_shape", "lambda_s", "lambda_c", "tau")
+# Numbers in one block of fused maps, so that it stays in a core's cache.
+_BLOCK = 2**19
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that are tried of each setting, every combination; the order of the fields is that of score tensors.
+
+    Args:
+        grad_layers: K of the image side, as the user writes it.
+        prior_shape: Shapes of the prior.
+        lambda_s: Strengths of the prior.
+        lambda_c: Weights of the consistent gradients.
+        tau: Temperatures of the flow.
+    """
+
+    grad_layers: list[int]
+    prior_shape: list[str]
+    lambda_s: list[float]
+    lambda_c: list[float]
+    tau: list[float]
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """The values by the setting's name."""
+        return dict(vars(self))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many there are of each."""
+        return tuple(len(values) for values in self.axes.values())
+
+    @property
+    def varied(self) -> list[str]:
+        """Names of the settings of which more than one value is tried; all where there is none."""
+        return [name for name, values in self.axes.items() if len(values) > 1] or list(self.axes)
+
+    def holds(self, method: Matex) -> bool:
+        """The method's setting is one of the combinations."""
+        return all(getattr(method, name) in values for name, values in self.axes.items())
+
+    def place(self, method: Matex) -> tuple[int, ...]:
+        """Where the method's setting stands in a score tensor."""
+        return tuple(values.index(getattr(method, name)) for name, values in self.axes.items())
+
+    def settings(self) -> list[dict[str, Any]]:
+        """All combinations, in the order of a flattened score tensor."""
+        return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
+
+    def distances(self, method: Matex, depth: tuple[int, int]) -> Tensor:
+        """How far each combination is from the method's own, `(settings,)`.
+
+        The sum over the settings of the difference as a share of the range of what is tried; of K in blocks, and
+        another shape counts 1.
+
+        Args:
+            method: The method as it is.
+            depth: Blocks of the image and the text tower.
+        """
+        steps = []
+        for name, values in self.axes.items():
+            own = getattr(method, name)
+            if name == "prior_shape":
+                steps.append([float(value != own) for value in values])
+                continue
+            if name == "grad_layers":
+                own, values = sum(depths(own, method, depth)), [sum(depths(value, method, depth)) for value in values]
+            span = max([*values, own]) - min([*values, own]) or 1
+            steps.append([abs(value - own) / span for value in values])
+        return torch.tensor([sum(row) for row in product(*steps)], dtype=torch.float64)
+
+
+def make_grid(
+    method: Matex, objective: Objective, depth: tuple[int, int], tried: Mapping[str, Sequence[Any] | None]
+) -> Grid:
+    """What is tried, each value once and in order; of a setting that has no part in the objective the method's own.
+
+    Args:
+        method: Its settings stand in for what is not tried.
+        objective: What the settings are chosen by.
+        depth: Blocks of the image and the text tower; of numbers of blocks that mean the same one is tried, the
+            method's own if it is one of them.
+        tried: Values by the setting's name, None for the method's own.
+    """
+    idle = idle_settings(method, objective)
+    axes = {
+        name: [getattr(method, name)] if values is None or name in idle else values for name, values in tried.items()
+    }
+    same = {depths(value, method, depth): value for value in reversed(axes["grad_layers"])}
+    own = depths(method.grad_layers, method, depth)
+    same |= {own: method.grad_layers} if own in same else {}
+    return Grid(
+        grad_layers=[value for _, value in sorted(same.items())],
+        prior_shape=list(dict.fromkeys(axes["prior_shape"])),
+        **{name: sorted(set(axes[name])) for name in ("lambda_s", "lambda_c", "tau")},
+    )
+
+
+def idle_settings(method: Matex, objective: Objective) -> dict[str, str]:
+    """Settings that change nothing about what is scored, and why."""
+    idle = {}
+    if objective.side == "text":
+        idle = dict.fromkeys(("lambda_s", "prior_shape"), "words have no place")
+        if method.text_grad_layers is not None:
+            idle["grad_layers"] = "the text side has its own number of blocks"
+    if method.flow == "rollout":
+        idle["tau"] = "a rollout has no temperature"
+    elif method.beta == 0:
+        idle["tau"] = "beta is 0, so that the flow has no weight"
+    return idle
+
+
+def depths(grad_layers: int, method: Matex, depth: tuple[int, int]) -> tuple[int, int]:
+    """Blocks with gradients on the image and the text side, of towers with so many blocks."""
+    text = grad_layers if method.text_grad_layers is None else method.text_grad_layers
+    return last_blocks(grad_layers, depth[0]), last_blocks(text, depth[1])
+
+
+def search(pairs: Sequence[Pairs], method: Matex, grid: Grid, objective: Objective, raster: tuple[int, int]) -> Tensor:
+    """Score of every setting of the grid on a raster, in the grid's shape; NaN where no study counts."""
+    assert objective.coarse is not None
+    total, count = torch.zeros(grid.shape, dtype=torch.float64), torch.zeros(grid.shape)
+    for batch in progress(pairs, "settings"):
+        inside = cells_in_boxes(batch.batch["boxes"], raster).flatten(1).to(batch.parts["score"].device)
+        for place, rows, fused in fused_maps(batch.parts, method, grid, raster):
+            values = objective.coarse(fused.flatten(1, 2), inside[rows])
+            values = values.masked_fill(~inside[rows].any(1, keepdim=True), torch.nan)
+            total[place] += values.nansum(0).view(fused.shape[1:3]).cpu()
+            count[place] += (~values.isnan()).sum(0).view(fused.shape[1:3]).cpu()
+    return total / torch.where(count > 0, count, torch.nan)
+
+
+def cells_in_boxes(boxes: Sequence[Tensor], raster: tuple[int, int]) -> Tensor:
+    """Which cells of a raster have their centre in a box; a box smaller than a cell has the one that it lies in.
+
+    Args:
+        boxes: B tensors `(K, 4)` of `x0, y0, x1, y1` in [0, 1].
+        raster: Height and width.
+
+    Returns:
+        `(B, *raster)` bool.
+    """
+    # A hair more than a cell: by rounding, a box of exactly one could hold no centre.
+    least = 1.0001 / torch.tensor([raster[1], raster[0]])
+    grown = []
+    for box in boxes:
+        box = box.cpu().view(-1, 4).clamp(0, 1)
+        middle, half = (box[:, :2] + box[:, 2:]) / 2, torch.maximum(box[:, 2:] - box[:, :2], least) / 2
+        grown.append(torch.cat([middle - half, middle + half], 1))
+    return box_masks(grown, raster)
+
+
+def fused_maps(
+    parts: Mapping[str, Any], method: Matex, grid: Grid, raster: tuple[int, int]
+) -> Iterator[tuple[tuple[int, int, int], slice, Tensor]]:
+    """Eq. (6), or the product, before its norm, for every setting of a grid and every cell of a raster.
+
+    Either fusion is a map of K, the prior and lambda_c, and one of the prior and tau, added: each is made once per
+    value, and a setting costs one addition per cell. Up to the norm they are the maps of `Matex.fuse` at this size.
+
+    Args:
+        parts: Of `Matex.attribute` for B pairs, of as many blocks as the grid's deepest K.
+        method: Says all that the grid does not.
+        grid: The C values of lambda_c and T of tau, for each of the others.
+        raster: Height and width; the maps are sampled at its centres, the prior is drawn there.
+
+    Yields:
+        Places on the grid of K, shape and lambda_s, rows of the B pairs, and their maps `(b, C, T, P)`.
+    """
+    dtype, patches = parts["dtype"], tuple(parts["grad_blocks"].shape[-2:])
+    pixelwise = method.fuse_at == "pixel"
+    enlarge = partial(upsample, size=raster)
+    before, after = (enlarge, _as_it_is) if pixelwise else (_as_it_is, enlarge)
+    flow, stable = before(method.beta * _flows(parts, method, grid.tau)), before(parts["consistency"])
+    rises = [_rise(parts, method, shape, raster if pixelwise else patches) for shape in grid.prior_shape]
+    lambda_c = torch.tensor(grid.lambda_c, device=flow.device)[:, None, None]
+    rows = max(1, _BLOCK // (len(grid.lambda_c) * len(grid.tau) * prod(raster)))
+    blocks = [slice(start, start + rows) for start in range(0, len(flow), rows)]
+    for k, grad_layers in enumerate(grid.grad_layers):
+        last = last_blocks(grad_layers, parts["attention_layers"].shape[1])
+        grad = before(min_max(parts["grad_blocks"][:, -last:].relu().mean(1), dtype=dtype))
+        for (shape, rise), (place, lambda_s) in product(enumerate(rises), enumerate(grid.lambda_s)):
+            prior = 1 + (lambda_s - 1) * rise
+            if method.fusion == "product":
+                lift = prior**method.prior_power
+                plain, steady, added = method.alpha * grad * lift, stable * grad * lift, flow * lift[:, None]
+            else:
+                plain, steady, added = (method.alpha + method.delta * prior) * grad, stable * grad, flow
+            plain, steady, added = after(plain), after(steady), after(added)
+            for block in blocks:
+                by_gradient = plain[block, None] + lambda_c * steady[block, None]
+                yield (k, shape, place), block, (by_gradient[:, :, None] + added[block, None]).flatten(3)
+
+
+def _as_it_is(maps: Tensor) -> Tensor:
+    return maps
+
+
+def _flows(parts: Mapping[str, Any], method: Matex, tau: Sequence[float]) -> Tensor:
+    """The flow of each temperature, min-maxed, `(B, T, Gh, Gw)`."""
+    if method.flow == "rollout":
+        flows = [parts["rollout"]]
+    else:
+        flows = [attention_flow(parts["attention_layers"], value) for value in tau]
+    return torch.stack([min_max(flow, dtype=parts["dtype"]) for flow in flows], 1)
+
+
+def _rise(parts: Mapping[str, Any], method: Matex, shape: str, size: tuple[int, ...]) -> Tensor:
+    """The prior from 0 to 1, of which M = 1 + (lambda_s - 1) * this."""
+    prior = prior_maps(
+        parts["regions"],
+        (size[0], size[1]),
+        lambda_s=2.0,
+        shape=shape,
+        laterality=method.laterality,
+        film=parts["film"],
+        ids=parts["phrases"],
+        device=parts["score"].device,
+    )
+    return prior - 1
