@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -14,11 +17,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from matex_pl import __version__
 from matex_pl.anatomy.show import show_prior
 from matex_pl.attribution.shipped import method_names, method_path
+from matex_pl.benchmark import run_benchmark
 from matex_pl.clip import find_config, shipped_configs
 from matex_pl.cost import measure_cost
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import explain_film
 from matex_pl.module import ClipModule
+from matex_pl.tune import tune_matex
 
 DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, where it looks.
 
@@ -30,10 +35,14 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, 
                                                           --method all draws every one
   matex prior "Left lower lobe consolidation." --out prior.png
                                                           how a phrase is read, and the prior M that it gives
+  matex benchmark --config phantom.yaml --ckpt_path runs/phantom/checkpoints/last.ckpt --out results
+                                                          every method, every metric, with controls: tables and a page
+  matex tune --config phantom.yaml --ckpt_path runs/phantom/checkpoints/last.ckpt --out tuned
+                                                          MATEX's weights, found on the validation films
   matex cost --model ViT-B-32 --batch_size 16             what each kind of map costs on this machine
 
 `matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
-`matex explain --help` and `matex prior --help` those of a picture.
+`matex explain --help` and `matex prior --help` those of a picture, `matex benchmark --help` those of a comparison.
 """
 
 
@@ -106,8 +115,29 @@ def cost(words: Sequence[str]) -> None:
     print(measure_cost(**vars(parser.instantiate(parser.parse_args(list(words))))))
 
 
+def benchmark(words: Sequence[str]) -> None:
+    """`matex benchmark --config FILE --ckpt_path FILE --out FOLDER`: compare methods, and print the short of it."""
+    _run_on_data("benchmark", run_benchmark, words)
+
+
+def tune(words: Sequence[str]) -> None:
+    """`matex tune --config FILE --ckpt_path FILE --out FOLDER`: find MATEX's weights on the validation split."""
+    _run_on_data("tune", tune_matex, words, sub_configs=True)
+
+
+def _run_on_data(name: str, run: Callable[..., str], words: Sequence[str], *, sub_configs: bool = False) -> None:
+    """Run a function on the data module that a training's YAML describes, and print what it says."""
+    parser = ArgumentParser(prog=f"matex {name}")
+    parser.add_argument("--config", help="A YAML of `matex fit`: its `data` is the data module, the rest is not read.")
+    parser.add_function_arguments(run, sub_configs=sub_configs)
+    settings = vars(parser.instantiate(parser.parse_args(find_data(find_methods(words)))))
+    # `find_data` has made `--data` of it.
+    del settings["config"]
+    print(run(**settings))
+
+
 # Commands that need no Trainer, by name; each takes the words after it.
-COMMANDS = {"explain": explain, "prior": prior, "cost": cost}
+COMMANDS = {"explain": explain, "prior": prior, "cost": cost, "benchmark": benchmark, "tune": tune}
 
 
 def _stop(message: str) -> NoReturn:
@@ -145,6 +175,32 @@ def find_configs(words: Sequence[str]) -> list[str]:
         else:
             found.append(word)
     return found
+
+
+def find_data(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with `--config FILE` turned into the `--data` that the file describes.
+
+    Raises:
+        ValueError: The file describes no data module.
+    """
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] in ("--config", "-c"):
+            found[-1:] = ["--data", _data_of(word)]
+        elif word.startswith(("--config=", "-c=")):
+            found += ["--data", _data_of(word.partition("=")[2])]
+        else:
+            found.append(word)
+    return found
+
+
+def _data_of(path: str) -> str:
+    """The `data` of a training's YAML, as JSON."""
+    described = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    data = described.get("data") if isinstance(described, dict) else None
+    if not isinstance(data, dict) or "class_path" not in data:
+        raise ValueError(f"{path} describes no data module: it needs `data:` with `class_path` and `init_args`.")
+    return json.dumps(data)
 
 
 def find_methods(words: Sequence[str]) -> list[str]:

@@ -56,9 +56,10 @@ class Pairs:
 
     def head(self, number: int) -> Pairs:
         """The first `number` pairs."""
-        batch: Any = {name: column[:number] for name, column in self.batch.items()}  # type: ignore[index]
-        rest = (part[:number] for part in (self.image, self.text, self.keys, self.other, self.swapped, self.sides))
-        return Pairs(batch, *rest, {fill: score[:number] for fill, score in self.blank.items()})
+        cut: dict[str, Any] = {name: getattr(self, name)[:number] for name in ("image", "text", "keys", "other")}
+        cut |= {"swapped": self.swapped[:number], "sides": self.sides[:number]}
+        cut["batch"] = {name: column[:number] for name, column in self.batch.items()}  # type: ignore[index]
+        return Pairs(**cut, blank={fill: score[:number] for fill, score in self.blank.items()})
 
     def keys_with(self, phrases: Sequence[str | None]) -> list[str]:
         """Keys of the films with other phrases; see `with_phrases`."""
