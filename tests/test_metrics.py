@@ -206,6 +206,12 @@ def test_top_share_counts_like_the_number_that_is_meant(share: float, number: in
     assert top_share(torch.rand(2, number), share).sum(1).tolist() == [wanted, wanted]
 
 
+def test_top_share_is_no_matter_of_rounding() -> None:
+    for number in (49, 77, 100, 196, 300):
+        found = [int(top_share(torch.zeros(1, number), percent / 100).sum()) for percent in range(101)]
+        assert found == [number * percent // 100 for percent in range(101)]
+
+
 def test_top_share_is_of_those_that_take_part() -> None:
     values, among = _values()
     for at_least in (0, 2):

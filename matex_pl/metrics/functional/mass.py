@@ -18,7 +18,7 @@ def outside_mass(maps: Tensor, inside: Tensor) -> Tensor:
         inside: `(B, H, W)` bool, or `(1, H, W)` for all.
     """
     flat = maps.flatten(1).float()
-    return (flat * ~inside.flatten(1)).sum(1) / flat.sum(1)
+    return (flat * ~inside.to(flat.device).flatten(1)).sum(1) / flat.sum(1)
 
 
 def border_mask(size: tuple[int, int], film: Tensor | None = None, width: float = 0.1) -> Tensor:
