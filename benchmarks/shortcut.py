@@ -1,0 +1,143 @@
+"""Whether maps tell a model that reads a tag in the corner from one that reads the lung; see the README.
+
+    matex fit --config phantom.yaml
+    matex fit --config phantom_shortcut.yaml --model.pretrained runs/phantom/checkpoints/last.ckpt
+    matex fit --config phantom_shortcut.yaml --model.pretrained runs/phantom/checkpoints/last.ckpt \
+        --data.shortcut 0 --trainer.logger.name phantom_no_shortcut
+    python benchmarks/shortcut.py --plain runs/phantom_no_shortcut/version_0/checkpoints/last.ckpt \
+        --tagged runs/phantom_shortcut/version_0/checkpoints/last.ckpt --out docs/shortcut.png
+
+Prints a Markdown table over all test studies of a pneumothorax that carry the tag, with it and without, and draws the
+first of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from matex_pl.attribution import AttributionMethod, GradCam, Matex
+from matex_pl.data import PhantomDataModule, Study, StudyBatch, collate
+from matex_pl.data.films import FilmDataset
+from matex_pl.data.phantom.devices import draw_token
+from matex_pl.explain import load_module
+from matex_pl.metrics.functional import box_masks, outside_mass, pointing_game
+from matex_pl.module import ClipModule
+from matex_pl.render import Picture, save_png
+from matex_pl.render_sheet import Entry, contact_sheet
+
+METHODS: dict[str, AttributionMethod] = {
+    "MATEX, no prior": Matex.measured(lambda_s=1.0),
+    "Grad-CAM": GradCam(),
+    "MATEX": Matex.measured(),
+}
+FINDING = "pneumothorax"
+
+
+def has_tag(film: NDArray[np.uint8]) -> bool:
+    """Whether a phantom `(h, w)` carries the tag."""
+    drawn = np.array(film)
+    draw_token(drawn)
+    return bool((drawn == film).all())
+
+
+def read(data: PhantomDataModule, studies: list[Study]) -> list[StudyBatch]:
+    """The films of test studies as the data module draws them, with the tag or without, 64 at a time."""
+    films = FilmDataset(data, studies, data.dataset("test").transform)
+    return list(DataLoader(films, batch_size=64, collate_fn=collate))
+
+
+def measure(module: ClipModule, method: AttributionMethod, batches: list[StudyBatch], thorax: Tensor) -> list[float]:
+    """Share of mass and share of maxima outside of the thorax, and pointing game."""
+    values = []
+    for batch in batches:
+        images, tokens = module.inputs(batch)
+        maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"]).image
+        peak = pointing_game(maps, ~thorax.expand_as(maps))
+        hit = pointing_game(maps, box_masks(batch["boxes"], module.clip.image_size))
+        values.append(torch.stack([outside_mass(maps, thorax[None]), peak, hit]))
+    return torch.cat(values, 1).nanmean(1).tolist()
+
+
+@torch.no_grad()
+def says_finding(module: ClipModule, batches: list[StudyBatch]) -> float:
+    """Share of films whose best prompt is the finding's."""
+    prompts = [f"There is {finding}." for finding in PhantomDataModule().findings]
+    text = module.clip.encode_text(module.clip.tokenize(prompts))
+    best = [(module.clip.encode_image(module.inputs(batch)[0]) @ text.T).argmax(1) for batch in batches]
+    return float((torch.cat(best) == PhantomDataModule().findings.index(FINDING)).float().mean())
+
+
+def table(models: dict[str, ClipModule], films: dict[str, list[StudyBatch]], thorax: Tensor) -> str:
+    """Markdown: a row per model, films and method."""
+    rows = [
+        "| trained | test films | method | mass outside | maxima outside | pointing game |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for trained, module in models.items():
+        for shown, batches in films.items():
+            share = says_finding(module, batches)
+            for name, method in METHODS.items():
+                values = " | ".join(f"{value:.2f}" for value in measure(module, method, batches, thorax))
+                rows.append(f"| {trained} | {shown} (called {FINDING}: {share:.2f}) | {name} | {values} |")
+    return "\n".join(rows)
+
+
+def sheet(module: ClipModule, batch: StudyBatch, subtitle: str) -> Picture:
+    """All methods on a batch of one study, in one row."""
+    images, tokens = module.inputs(batch)
+    found = [
+        method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"]) for method in METHODS.values()
+    ]
+    return contact_sheet(
+        film=np.ascontiguousarray(batch["image"][0, 0].numpy()),
+        boxes=batch["boxes"][0].numpy(),
+        phrase=batch["phrase"][0],
+        tokens=module.clip.pieces(tokens[found[0].content]),
+        entries=[
+            Entry(name, maps.image[0].numpy(), maps.text[0][maps.content[0]].tolist() if method.serves_text else None)
+            for (name, method), maps in zip(METHODS.items(), found, strict=True)
+        ],
+        score=float(found[0].score[0]),
+        title=f"{batch['finding'][0]} | {batch['id'][0]}",
+        subtitle=subtitle,
+        columns=len(found) + 1,
+    )
+
+
+def main(
+    tagged: str, plain: str, out: str, root: str = "data/phantom", shortcut: float = 0.9, width: int = 1280
+) -> None:
+    """Print the table and write the picture.
+
+    Args:
+        tagged: The checkpoint of a model that was trained with the tag.
+        plain: That of one that was trained without.
+        out: The PNG to write.
+        root: Folder of the film cache.
+        shortcut: The share of films with the tag among those with the finding, as in training.
+        width: Of the picture in pixels.
+    """
+    models = {"without the tag": load_module(plain), "with the tag": load_module(tagged)}
+    size = models["with the tag"].clip.image_size
+    with_tag = PhantomDataModule(root, shortcut=shortcut, shortcut_finding=FINDING, image_size=size)
+    without = PhantomDataModule(root, image_size=size)
+    for data in (with_tag, without):
+        data.setup("test")
+    studies = [s for s in with_tag.studies["test"] if s.finding == FINDING and has_tag(with_tag.read_film(s))]
+    films = {"with the tag": read(with_tag, studies), "without it": read(without, studies)}
+    print(f"{len(studies)} studies")
+    print(table(models, films, with_tag.thorax()))
+    first = read(with_tag, studies[:1])[0]
+    picture = np.concatenate([sheet(module, first, f"trained {trained}") for trained, module in models.items()])
+    height = round(picture.shape[0] * width / picture.shape[1])
+    save_png(out, np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
