@@ -52,7 +52,7 @@ GROUPS = {
     "curves": "Insertion and deletion",
     "sensitivity": "Sensitivity to the phrase",
     "mass": "Where the mass lies",
-    "sanity": "Sanity: what the weights do",
+    "sanity": "Sanity",
 }
 MODALITIES = {"image": "film", "text": "phrase"}
 # A map that agrees this well with the one under shuffled weights, or another phrase, does not tell of them.
@@ -239,7 +239,7 @@ def group_table(results: dict[str, Any], modality: str, group: str) -> Table | N
         for key, metric in _metrics(results).items()
         if metric.get("group") == group and key not in PAPER_COLUMNS[modality] and _measured(rows, key)
     ]
-    return _score_table(results, f"{_group_name(group)}: maps of the {MODALITIES[modality]}", rows, keys)
+    return _score_table(results, f"{_group_name(group)}, maps of the {MODALITIES[modality]}", rows, keys)
 
 
 def finding_tables(results: dict[str, Any], modality: str) -> list[Table]:
@@ -489,33 +489,29 @@ def _featured(results: dict[str, Any]) -> set[str]:
 
 
 def _overall_sentence(groups: dict[str, list[dict[str, Any]]], metric: dict[str, Any]) -> str:
-    """Which methods are better than all, and which better than none, of what they were compared with."""
-    won = {row: [verdict(c, metric) == "better" for c in comparisons] for row, comparisons in groups.items()}
-    every, none = [row for row in won if all(won[row])], [row for row in won if not any(won[row])]
-    sentence = (
-        f"{metric_name(metric)}: {_listed(every) or 'no method'} {'are' if len(every) > 1 else 'is'} better than "
-    )
-    sentence += "every control"
-    return sentence + (f"; {_listed(none)} {'are' if len(none) > 1 else 'is'} better than none." if none else ".")
+    """How many methods are better than each of what they were compared with, and which are better than none."""
+    won = {row: [c["against"] for c in found if verdict(c, metric) == "better"] for row, found in groups.items()}
+    rivals = dict.fromkeys(c["against"] for found in groups.values() for c in found)
+    counts = [f"than {quoted(rival)} {sum(rival in beaten for beaten in won.values())}" for rival in rivals]
+    sentence = f"{metric_name(metric)}, how many of {len(groups)} methods are better: {', '.join(counts)}."
+    none = [quoted(row) for row, beaten in won.items() if not beaten]
+    return sentence + (f" {_listed(none)} {'are' if len(none) > 1 else 'is'} better than none." if none else "")
 
 
 def _row_sentence(row: str, comparisons: Sequence[dict[str, Any]], metric: dict[str, Any]) -> str:
-    """What one method's comparisons say."""
+    """What one method's comparisons say: to whom it is better, and the differences with their intervals."""
+    scores = [_difference(comparison) for comparison in comparisons]
+    digits, counted = _digits(scores, metric), _counted(scores)
     parts: dict[str, list[str]] = defaultdict(list)
-    for comparison in comparisons:
-        parts[verdict(comparison, metric)].append(_against(comparison, metric))
-    clauses = [f"{words} {_listed(parts[name])}" for name, words in VERDICTS.items() if name in parts]
-    return f"{metric_name(metric)}: {row} {'; it '.join(clauses)}."
-
-
-def _against(comparison: dict[str, Any], metric: dict[str, Any]) -> str:
-    """The other side with the difference and its interval."""
-    if verdict(comparison, metric) == "open":
-        return str(comparison["against"])
-    score = _difference(comparison)
-    digits, counted = _digits([score], metric), _counted([score])
-    inside = f"{number(score['value'], digits, signed=True)}; {interval(score, digits)}"
-    return f"{comparison['against']} ({inside}{', ' + counted if counted else ''})"
+    for comparison, score in zip(comparisons, scores, strict=True):
+        word, against = verdict(comparison, metric), quoted(comparison["against"])
+        inside = (
+            f" ({number(score['value'], digits, signed=True)}; {interval(score, digits)})" if word != "open" else ""
+        )
+        parts[word].append(against + inside)
+    clauses = [f"{words} {_listed(parts[word])}" for word, words in VERDICTS.items() if word in parts]
+    counted = f" ({counted})" if counted else ""
+    return f"{metric_name(metric)}{counted}: {quoted(row)} {'; it '.join(clauses)}."
 
 
 def _difference(comparison: dict[str, Any]) -> Score:
@@ -543,13 +539,13 @@ def _indifference_sentences(results: dict[str, Any]) -> list[str]:
 
 
 def _with_value(row: Row, key: str) -> str:
-    return f"{row['name']} ({MODALITIES[row['modality']]}, {number(_score(row, key)['value'], 2)})"
+    return f"{quoted(row['name'])} ({MODALITIES[row['modality']]}, {number(_score(row, key)['value'], 2)})"
 
 
 def _prior_sentences(results: dict[str, Any]) -> list[str]:
     """The warning that a prior read from the phrase helps localisation without the model."""
     names = [
-        row["name"]
+        quoted(row["name"])
         for row in scored(results, "image")
         if row.get("class") in PRIOR_CLASSES and (row.get("settings") or {}).get("delta") != 0
     ]
@@ -560,6 +556,11 @@ def _prior_sentences(results: dict[str, Any]) -> list[str]:
         "names the place. It knows nothing of the model, so what it adds to localisation says nothing about where the "
         "model looks; compare with the row of the prior alone."
     ]
+
+
+def quoted(name: str) -> str:
+    """The name, in quotation marks where a list of names would otherwise be read wrongly."""
+    return f"“{name}”" if re.search(r"[,;:]| and ", name) else name
 
 
 def _listed(names: Sequence[str]) -> str:

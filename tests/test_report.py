@@ -515,16 +515,21 @@ def test_verdict_of_a_comparison(low, difference, high, higher, word):
 
 
 def test_comparisons_are_told_in_sentences():
-    game, matex, drop, *_ = control_sentences(fake_results(("MATEX", "RISE", "Noisy"), refuses=False))
-    assert game == "Pointing game: RISE is better than every control; Noisy is better than none."
-    assert matex.startswith(
-        "Pointing game: MATEX is better than RISE (+0.10; 0.02 to 0.18, n = 100); "
-        "it is worse than Centre of the film (-0.20; -0.30 to -0.10, n = 100); it is not distinguishable from Prior"
+    game, matex, drop, *_ = control_sentences(fake_results(("MATEX", "RISE, slow", "Noisy"), refuses=False))
+    assert game == (
+        "Pointing game, how many of 3 methods are better: than “RISE, slow” 1, than Prior of the phrase 1, "
+        "than Centre of the film 1, than Noise 1. Noisy is better than none."
     )
-    assert matex.endswith("it could not be compared with Noise.")
+    assert matex == (
+        "Pointing game (n = 100): MATEX is better than “RISE, slow” (+0.10; 0.02 to 0.18); it is worse than Centre of "
+        "the film (-0.20; -0.30 to -0.10); it is not distinguishable from Prior of the phrase (+0.03; -0.05 to 0.11); "
+        "it could not be compared with Noise."
+    )
     # Where less is better, more is worse.
-    end = "no method is better than every control; RISE and Noisy are better than none."
-    assert drop == f"Confidence drop (mean film): {end}"
+    assert drop == (
+        "Confidence drop (mean film), how many of 3 methods are better: than “RISE, slow” 0, than Prior of the phrase "
+        "0, than Centre of the film 1, than Noise 0. “RISE, slow” and Noisy are better than none."
+    )
 
 
 def test_comparisons_are_drawn_for_matex_and_listed_for_all(report):
@@ -610,7 +615,7 @@ def test_without_boxes_the_rest_is_there(tmp_path):
     words = Page(html).words()
     assert "No pair has a box, so pointing is not measured." in words
     assert "Nothing was localised" in words
-    assert "## Insertion and deletion: maps of the film" in tables
+    assert "## Insertion and deletion, maps of the film" in tables
     # The order is then drawn by the first metric that there is.
     assert "Confidence drop (mean colour)" in Page(html).words("figcaption")
 
