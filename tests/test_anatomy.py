@@ -716,6 +716,9 @@ def check_never_raises(text: str) -> None:
         for start, end in [*parsed.spans, *(span for span, _ in parsed.ignored)]:
             assert 0 <= start < end <= len(text)
         assert bool(parsed.regions) <= bool(parsed.spans)
+    assert named_side(text) in {"", *(region.side for region in parse_phrase(text).regions)}
+    # All but the sides stays: no character that is neither a letter nor a digit goes or comes.
+    assert re.sub(r"[^\W_]", "", swap_sides(text)) == re.sub(r"[^\W_]", "", text)
 
 
 @given(st.text(max_size=200))
