@@ -23,7 +23,7 @@ from matex_pl.attribution.shipped import load_method
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule, Study
 from matex_pl.explain import load_module
-from matex_pl.maps import min_max
+from matex_pl.maps import min_max, upsample
 from matex_pl.metrics import functional as F
 from matex_pl.pairs import choose_pairs, prepare_data, read_pairs
 from matex_pl.tune import choose, tune_matex
@@ -31,6 +31,7 @@ from matex_pl.tune.choose import Choice, Scored, best_first, choose_setting
 from matex_pl.tune.grid import Grid, cells_in_boxes, depths, fused_maps, make_grid, search
 from matex_pl.tune.objective import CONFIDENCE, LOCATED, Pairs, find_objective, score_setting
 from matex_pl.tune.outcome import as_yaml, describe, report, verdict
+from matex_pl.tune.run import LAMBDA_C, LAMBDA_S, TAU, raster_size
 from matex_pl.tune.surface import draw_surface
 
 TINY = str(Path(__file__).with_name("tiny.json"))
@@ -148,6 +149,20 @@ def test_on_all_pixels_the_search_is_the_exact_score(fusion: str) -> None:
         assert values.isnan().tolist() == [False, False, True, False]
         assert float(score) == pytest.approx(float(values.nanmean()), rel=1e-3)
     assert found.unique().numel() == found.numel()
+
+
+def test_a_raster_for_peaks_has_the_centres_of_the_patches() -> None:
+    """There the largest of the enlarged maps lies, which no other sample reaches."""
+    clip, peaks, areas = family("native"), find_objective("pointing_game"), find_objective("cnr")
+    # Patches 4 x 6 of 8 x 8 pixels.
+    wanted = [(1, (4, 6)), (12, (4, 6)), (13, (12, 18)), (28, (20, 30)), (400, (28, 42))]
+    assert [(cells, raster_size(cells, clip, peaks)) for cells, _ in wanted] == wanted
+    wanted = [(1, (1, 1)), (12, (8, 12)), (28, (19, 28)), (400, (32, 48))]
+    assert [(cells, raster_size(cells, clip, areas)) for cells, _ in wanted] == wanted
+    peak = torch.zeros(1, 4, 6)
+    peak[0, 1, 2] = 1
+    assert upsample(peak, (12, 18)).amax() == 1
+    assert upsample(peak, (8, 12)).amax() < 1
 
 
 # --- the choice
@@ -544,11 +559,25 @@ def test_the_picture_marks_both_settings() -> None:
     assert {image.get_clim() for panel in (first, second) for image in panel.images} == {(0, 7)}
     assert "higher is better" in bar.get_ylabel()
     assert "4 validation pairs" in figure.get_suptitle()
+    assert "not on these panels" not in figure.get_suptitle()
+
+
+def test_the_picture_shows_the_best_blocks_and_shape() -> None:
+    grid = Grid([1, 2], ["parabola", "gaussian"], [2.0, 3.0], [0.35], [0.2])
+    own = Scored(Matex(grad_layers=1, lambda_s=2.0), 0.0, torch.zeros(1))
+    best = Scored(Matex(grad_layers=2, prior_shape="gaussian", lambda_s=3.0), 3.0, torch.ones(1))
+    scores = torch.arange(8.0, dtype=torch.float64).view(grid.shape)
+    found = Choice(find_objective("confidence_drop"), grid, scores, None, own, [best, own], {})
+    panel, _ = draw_surface(found, 1).axes
+    assert panel.images[0].get_array().tolist() == [[6], [7]]
+    assert panel.images[0].get_cmap().name == "viridis_r"
+    assert len(panel.lines) == 1
+    title = panel.figure.get_suptitle().replace("\n", " ")
+    assert "panels at the best grad_layers and prior_shape" in title
+    assert title.count("not on these panels") == 1
 
 
 def test_the_default_grid_holds_the_settings_of_measured() -> None:
-    from matex_pl.tune.run import LAMBDA_C, LAMBDA_S, TAU
-
     own = Matex.measured()
     assert own.lambda_s in LAMBDA_S
     assert own.lambda_c in LAMBDA_C

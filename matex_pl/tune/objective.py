@@ -79,6 +79,7 @@ class Objective:
         value: Of a model, pairs and their finished maps, the value of each study `(B,)`; NaN does not count.
         coarse: The same on a raster: fused maps `(B, S, P)`, in any scale, of S settings and P cells, and which cells
             lie in boxes `(B, P)` bool, to `(B, S)`. None where each setting needs a forward of the model.
+        peaks: Only the maximum of a map counts.
         side: `image` or `text`: whose map is scored.
         fill: What stands in for pixels that are taken away, if any are.
     """
@@ -87,6 +88,7 @@ class Objective:
     metric: type[Metric]
     value: Callable[[Clip, Pairs, AttributionMaps], Tensor]
     coarse: Callable[[Tensor, Tensor], Tensor] | None = None
+    peaks: bool = False
     side: str = "image"
     fill: str = ""
 
@@ -174,7 +176,7 @@ def find_objective(name: str) -> Objective:
     words = name.removeprefix("text_")
     if name in LOCATED:
         metric, exact, coarse = LOCATED[name]
-        return Objective(name, metric, partial(_located, exact), coarse)
+        return Objective(name, metric, partial(_located, exact), coarse, peaks=coarse is _hits)
     if kind in CONFIDENCE and name in (kind, *(f"{kind}/{known}" for known in FILLS)):
         fill = fill or "mean_film"
         return Objective(name, CONFIDENCE[kind], partial(_image_confidence, kind, fill), fill=fill)

@@ -69,7 +69,8 @@ def tune_matex(
         prior_shape: Shapes of the prior to try; the method's own by default.
         num_pairs: Pairs of either split, those with boxes if the objective needs them; -1 for all.
         batch_size: Pairs per batch.
-        raster: Cells on the longer side of the raster that the settings are compared on.
+        raster: Cells on the longer side of the raster that the settings are compared on; for the pointing game the
+            nearest number that puts a cell on the centre of each patch.
         seed: Of the choice of pairs, and of the bootstrap.
 
     Returns:
@@ -98,7 +99,7 @@ def tune_matex(
     deepest = _deepest(own, grid, depth)
     embed = goal.coarse is None
     pairs, seconds = gather_pairs(clip, deepest, batches, embed=embed)
-    size = _raster(raster, clip.image_size)
+    size = raster_size(raster, clip, goal)
     found = choose_setting(clip, pairs, own, grid, grid.distances(own, depth), goal, size)
     pairs, _ = gather_pairs(clip, deepest, read_pairs(data, "test", studies["test"], batch_size), embed=embed)
     tests = [score_setting(clip, pairs, method, goal) for method in (own, found.winner.method)]
@@ -173,7 +174,16 @@ def _deepest(method: Matex, grid: Grid, depth: tuple[int, int]) -> Matex:
     return type(method)(**method.settings | {"grad_layers": max(image), "text_grad_layers": max(text)})
 
 
-def _raster(cells: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a raster with so many cells on the longer side of a frame, at most one per pixel."""
-    share = min(1, cells / max(size))
-    return max(1, round(size[0] * share)), max(1, round(size[1] * share))
+def raster_size(cells: int, clip: Clip, objective: Objective) -> tuple[int, int]:
+    """Height and width of the raster: about so many cells on the longer side, at most one per pixel.
+
+    Enlarged bilinearly, a map of patches has its maxima at their centres, of which only rasters with an odd number of
+    cells per patch have a sample: an objective of peaks takes the nearest of those, of two the coarser.
+    """
+    longer, patches = max(clip.image_size), max(clip.grid)
+    if not objective.peaks:
+        share = min(1, cells / longer)
+        return max(1, round(clip.image_size[0] * share)), max(1, round(clip.image_size[1] * share))
+    odd = range(1, max(longer // patches, 1) + 1, 2)
+    each = min(odd, key=lambda number: (abs(number * patches - cells), number))
+    return clip.grid[0] * each, clip.grid[1] * each

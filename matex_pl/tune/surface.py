@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isfinite
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 
+from matex_pl.attribution import Matex
 from matex_pl.tune.choose import Choice
 
 
@@ -25,7 +27,8 @@ def draw_surface(found: Choice, pairs: int) -> Any:
     scores = found.scores[grid.place(shown)[:2]].numpy()
     columns = min(len(grid.tau), 4)
     rows = -(-len(grid.tau) // columns)
-    figure = Figure(figsize=(2.5 * columns + 1.8, 2.4 * rows + 1.9), layout="constrained")
+    width = max(2.5 * columns + 1.8, 7)
+    figure = Figure(figsize=(width, max(2.4 * rows + 1.9, 4.8)), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     style: dict[str, Any] = {"vmin": _extreme(np.nanmin, scores), "vmax": _extreme(np.nanmax, scores)}
     style |= {"cmap": "viridis" if better else "viridis_r", "origin": "lower", "aspect": "auto"}
@@ -41,11 +44,11 @@ def draw_surface(found: Choice, pairs: int) -> Any:
         _tick(panel.set_yticks, grid.lambda_s)
     marks = {"own": (found.own.method, _DISC), "winner": (found.winner.method, _STAR)}
     for label, (method, mark) in marks.items():
-        if grid.holds(method) and grid.place(method)[:2] == grid.place(shown)[:2]:
+        if _is_on(found, method, shown):
             *_, up, across, place = grid.place(method)
             panels[place].plot(across, up, linestyle="none", clip_on=False, label=label, zorder=3, **mark)
     figure.colorbar(image, ax=list(panels), label=found.objective.title, shrink=0.9)
-    figure.suptitle(_title(found, pairs), fontsize=10)
+    figure.suptitle(_title(found, shown, pairs, int(12 * width)), fontsize=10)
     figure.supxlabel("lambda_c, weight of the consistent gradients", fontsize=10)
     figure.supylabel("lambda_s, strength of the prior", fontsize=10)
     return figure
@@ -65,14 +68,23 @@ def _tick(set_ticks: Callable[..., Any], values: Sequence[float]) -> None:
     set_ticks(places, [f"{values[place]:g}" for place in places], fontsize=8)
 
 
-def _title(found: Choice, pairs: int) -> str:
-    where = f"a raster of {' x '.join(map(str, found.raster))}" if found.raster else "all pixels"
-    lines = [f"{found.objective.title}: {pairs} validation pairs, scored on {where}"]
+def _title(found: Choice, shown: Matex, pairs: int, letters: int) -> str:
+    """What was measured on what, and both settings; lines of up to so many letters."""
+    grid, unit = found.grid, {"image": "pixels", "text": "words"}[found.objective.side]
+    where = f"a raster of {' x '.join(map(str, found.raster))}" if found.raster else f"all {unit}"
+    several = [name for name in ("grad_layers", "prior_shape") if name in grid.varied]
+    panels = [f"panels at the best {' and '.join(several)}"] if several else []
+    lines = [", ".join([f"{found.objective.title}: {pairs} validation pairs on {where}", *panels])]
     for name, scored in (("disc: own", found.own), ("star: winner", found.winner)):
-        setting = ", ".join(f"{axis} {short(getattr(scored.method, axis))}" for axis in found.grid.varied)
-        off = "" if found.grid.holds(scored.method) else ", off the grid"
-        lines.append(f"{name}, {setting}: {number(scored.score)} on all pixels{off}")
-    return "\n".join(lines)
+        setting = ", ".join(f"{axis} {short(getattr(scored.method, axis))}" for axis in grid.varied)
+        away = "" if _is_on(found, scored.method, shown) else ", not on these panels"
+        lines.append(f"{name}, {setting}: {number(scored.score)} on all {unit}{away}")
+    return "\n".join(fill(line, letters) for line in lines)
+
+
+def _is_on(found: Choice, method: Matex, shown: Matex) -> bool:
+    """The setting was tried, with the K and the shape of the one that is shown."""
+    return found.grid.holds(method) and found.grid.place(method)[:2] == found.grid.place(shown)[:2]
 
 
 def number(value: float | None, sign: str = "") -> str:
