@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from matex_pl.files import whole_file
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes the predictions as one CSV: id, phrase, cosine, and the cosine with each finding's prompt.
@@ -29,11 +31,8 @@ class PredictionWriter(BasePredictionWriter):
         """Write all rows, under a temporary name until they are complete."""
         rows = [row for batch in predictions for row in batch]
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
             writer.writeheader()
             writer.writerows(rows)
-        unfinished.replace(path)
         rank_zero_info(f"{len(rows)} predictions in {path}")

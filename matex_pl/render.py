@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from matex_pl.files import whole_file
 
 Picture = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -173,13 +174,8 @@ def save_png(path: str | os.PathLike[str], image: Picture) -> Path:
     5 % of a panel's bytes for five times the time, which a writer of thousands of maps feels.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
-    try:
+    with whole_file(path) as part:
         Image.fromarray(check_film(image, name="image")).save(part, format="PNG", compress_level=6)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import matplotlib
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
-from matex_pl.render import single_line
+from matex_pl.files import whole_file
+from matex_pl.render import Picture, single_line
 
 FORMAT = 1
 MISSING = "\N{EN DASH}"
@@ -73,19 +74,21 @@ class Panel:
         kind: How the pair was chosen: `best`, `worst` or `random`.
         study: Its study.
         caption: One sentence, which is also the picture's alternative text.
-        png: The file's bytes.
+        picture: `(h, w, 3)` uint8.
     """
 
     row: str
     kind: str
     study: str
     caption: str
-    png: bytes
+    picture: Picture
 
     @property
     def source(self) -> str:
-        """The picture as a data address, so that the page stands alone."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+        """The picture as a data address, so that the page stands alone; as JPEG, a fifth of a PNG."""
+        file = io.BytesIO()
+        Image.fromarray(self.picture).save(file, format="JPEG", quality=85)
+        return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def write_report(results: dict[str, Any], panels: Sequence[Panel], folder: Path) -> None:
@@ -106,36 +109,23 @@ def write_report(results: dict[str, Any], panels: Sequence[Panel], folder: Path)
         )
     results = clean(results)
     words = _words(results)
-    panels = [Panel(**clean(vars(panel))) for panel in panels]
+    panels = [
+        Panel(single_line(p.row), single_line(p.kind), single_line(p.study), single_line(p.caption), p.picture)
+        for p in panels
+    ]
     page = _environment(autoescape=True).get_template("report.html.jinja")
     tables = _environment(autoescape=False).get_template("tables.md.jinja")
     pictures = [(row, list(group)) for row, group in groupby(sorted(panels, key=_place(panels)), key=lambda p: p.row)]
-    _write_all(
-        {
-            folder / "report.html": page.render(**words, **_plots(results), panels=pictures),
-            folder / "tables.md": tables.render(**words),
-        }
-    )
+    html, text = page.render(**words, **_plots(results), panels=pictures), tables.render(**words)
+    with whole_file(folder / "report.html") as one, whole_file(folder / "tables.md") as other:
+        one.write_text(html, encoding="utf-8")
+        other.write_text(text, encoding="utf-8")
 
 
 def _place(panels: Sequence[Panel]) -> Callable[[Panel], int]:
     """The sorting key that brings the panels of a row together where its first one stands."""
     names = [panel.row for panel in panels]
     return lambda panel: names.index(panel.row)
-
-
-def _write_all(files: dict[Path, str]) -> None:
-    """Write each text beside its place, then move all of them there."""
-    parts = {path: path.with_name(f".{path.name}.{uuid4().hex}.part") for path in files}
-    try:
-        for path, part in parts.items():
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(files[path], encoding="utf-8")
-        for path, part in parts.items():
-            part.replace(path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 def clean(value: Any) -> Any:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,6 +18,7 @@ from matex_pl import __version__
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.clip import Clip
 from matex_pl.data.record import StudyBatch
+from matex_pl.files import whole_file
 from matex_pl.maps import AttributionMaps, min_max, upsample
 
 _FIELDS = ("grid", "text", "content", "score")
@@ -73,27 +72,9 @@ def pair_keys(batch: StudyBatch) -> list[str]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """A safetensors file with `about` as JSON in its head; a reader sees the old file or the whole new one."""
-    with _appears_when_done(path) as part:
+    with whole_file(path) as part:
         head = {name: json.dumps(value) for name, value in about.items()}
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, head)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A UTF-8 file; a reader sees the old one or the whole new one."""
-    with _appears_when_done(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _appears_when_done(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name at the end, or is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

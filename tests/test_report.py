@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from matex_pl.render import save_png, single_line
+from matex_pl.render import single_line
 from matex_pl.report import (
     MISSING,
     SAME_MAP,
@@ -189,11 +189,9 @@ def fake_results(methods=METHODS, controls=CONTROLS, findings=FINDINGS, refuses=
 
 def fake_panels(folder, rows=METHODS):
     rng = np.random.default_rng(1)
-    file = save_png(folder / "picture.png", rng.integers(0, 255, (60, 110, 3), dtype=np.uint8))
-    png = file.read_bytes()
-    file.unlink()
+    picture = rng.integers(0, 255, (60, 110, 3), dtype=np.uint8)
     return [
-        Panel(name, kind, f"study-{kind}", f"{name} on {kind}, cosine 0.31", png)
+        Panel(name, kind, f"study-{kind}", f"{name} on {kind}, cosine 0.31", picture)
         for kind in ("best", "worst", "random")
         for name in rows
     ]
@@ -302,7 +300,7 @@ def report(tmp_path_factory):
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacked")
-    panels = [Panel(p.row, text, text, text, p.png) for text in HOSTILE for p in fake_panels(folder, HOSTILE[:2])]
+    panels = [Panel(p.row, text, text, text, p.picture) for text in HOSTILE for p in fake_panels(folder, HOSTILE[:2])]
     return write(folder, hostile(), panels)
 
 
@@ -352,7 +350,7 @@ def test_the_page_loads_nothing(report, attacked):
         page = Page(html)
         links = [value for _, attrs in page.elements for name, value in attrs.items() if name in LOADING]
         assert links
-        assert all(value.startswith(("#", "data:image/png;base64,")) for value in links)
+        assert all(value.startswith(("#", "data:image/jpeg;base64,")) for value in links)
         assert not page.all("link")
         assert all(value.startswith("#") for value in re.findall(r"url\(([^)]*)\)", html))
         assert "@import" not in html

@@ -141,17 +141,7 @@ def _panel(bench: Bench, scored: Scored, kind: str, place: int) -> Panel:
     picture = draw_panels(bench.clip, maps, one, tokens, scored.row.name, _PANEL_WIDTH)[0]
     energy = scored.image.sums["energy_in_box"]
     share = f"{float(energy.above[place]):.2f} of the mass in the boxes" if energy.below[place] else "no boxes"
-    return Panel(scored.row.name, kind, one["id"][0], f"{one['phrase'][0]} ({share})", _png(picture))
-
-
-def _png(picture):
-    import io
-
-    from PIL import Image
-
-    b = io.BytesIO()
-    Image.fromarray(picture).save(b, "PNG")
-    return b.getvalue()
+    return Panel(scored.row.name, kind, one["id"][0], f"{one['phrase'][0]} ({share})", picture)
 
 
 def summary(found: dict[str, Any]) -> str:

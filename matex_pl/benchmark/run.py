@@ -13,8 +13,8 @@ from matex_pl.benchmark.rows import compared_rows
 from matex_pl.benchmark.score import Bench, Settings
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import load_module
+from matex_pl.files import write_text
 from matex_pl.report import write_report
-from matex_pl.store import write_text
 
 
 def run_benchmark(

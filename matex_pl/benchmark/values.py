@@ -62,8 +62,8 @@ class Values:
         return scores
 
     def _average_precision(self, drawn: Tensor) -> Tensor:
-        parts = (self.detections[name] for name in ("score", "hit", "study", "num_boxes"))
-        return average_precision(*parts, weights=drawn)
+        found = self.detections
+        return average_precision(found["score"], found["hit"], found["study"], found["num_boxes"], drawn)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything as tensors by name, and the rest as plain types."""
