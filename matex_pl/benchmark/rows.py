@@ -44,7 +44,7 @@ class Row:
     note: str = ""
 
 
-class MeanBox(Control):
+class _MeanBox(Control):
     """The share of training films that have a box of the same finding at each place: a guess that sees no film.
 
     Args:
@@ -66,6 +66,21 @@ class MeanBox(Control):
         blank = torch.zeros(clip.image_size)
         maps = [self.means.get(self.finding_of.get(phrase, ""), blank) for phrase in phrases]
         return torch.stack(maps).to(images.device)
+
+
+def mean_box_row(train: Sequence[StudyBatch], compared: Sequence[StudyBatch], size: tuple[int, int]) -> list[Row]:
+    """The mean box of each finding over training pairs, where these have any.
+
+    Args:
+        train: Training pairs.
+        compared: The pairs that maps are made for.
+        size: Height and width of the frame.
+    """
+    means = mean_boxes(train, size)
+    pairs = [pair for batch in compared for pair in zip(batch["phrase"], batch["finding"], strict=True)]
+    count = sum(bool(len(boxes)) for batch in train for boxes in batch["boxes"])
+    note = f"of the finding, which it is told, over {count} training pairs; no model"
+    return [Row("Mean box", _MeanBox(dict(pairs), means), True, note)] if means else []
 
 
 def mean_boxes(batches: Sequence[StudyBatch], size: tuple[int, int]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from matex_pl import __version__
 from matex_pl.benchmark.evaluate import chosen_threshold, image_values, sanity_check, text_values
 from matex_pl.benchmark.pairs import Pairs, fill_store, joined, prepare_pairs
-from matex_pl.benchmark.rows import BUDGETS, MeanBox, Row, mean_boxes
+from matex_pl.benchmark.rows import BUDGETS, Row, mean_box_row
 from matex_pl.benchmark.values import Values
 from matex_pl.clip import Clip
 from matex_pl.data import ChestXrayDataModule, Study
@@ -143,18 +143,9 @@ class Bench:
         """The mean box of each finding over training films, where these have any."""
         if not self.data.studies["train"]:
             return []
-        train = [study for study in choose_pairs(self.data, "train", _MEAN_OF, self.settings.seed) if study.boxes]
-        if not train:
-            return []
-        means = mean_boxes(read_pairs(self.data, "train", train, self.settings.batch_size), self.clip.image_size)
-        batches = [batch.batch for batch in [*self.pairs, *self.validation]]
-        finding_of = {
-            phrase: finding
-            for batch in batches
-            for phrase, finding in zip(batch["phrase"], batch["finding"], strict=True)
-        }
-        note = f"of the finding over {len(train)} training pairs, no model"
-        return [Row("Mean box", MeanBox(finding_of, means), True, note)]
+        studies = [study for study in choose_pairs(self.data, "train", _MEAN_OF, self.settings.seed) if study.boxes]
+        train = read_pairs(self.data, "train", studies, self.settings.batch_size)
+        return mean_box_row(train, [batch.batch for batch in [*self.pairs, *self.validation]], self.clip.image_size)
 
     def score(self, row: Row) -> Scored:
         """What the row's maps score; computed once."""

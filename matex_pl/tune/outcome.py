@@ -9,7 +9,6 @@ from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import yaml
 from torch import Tensor
@@ -20,6 +19,7 @@ from matex_pl.benchmark.intervals import Sums, draw_patients, interval
 from matex_pl.clip import Clip
 from matex_pl.data.films import ChestXrayDataModule
 from matex_pl.data.record import Study
+from matex_pl.files import whole_file
 from matex_pl.store import weight_hash
 from matex_pl.tune.choose import FINALISTS, Choice
 from matex_pl.tune.grid import AXES, idle_settings
@@ -160,18 +160,9 @@ def write_files(folder: Path, said: Mapping[str, Any], found: Choice) -> list[Pa
         "tune.json": lambda path: path.write_text(text, encoding="utf-8"),
     }
     for name, write in save.items():
-        _write(folder / name, write)
+        with whole_file(folder / name) as part:
+            write(part)
     return [folder / name for name in save]
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Write beside the place and move there: a reader sees the old file or the new."""
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
-    try:
-        save(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def as_yaml(method: Matex, said: Mapping[str, Any]) -> str:
