@@ -97,7 +97,7 @@ class RetrievalRecall(Metric):
         if not self.keys:
             return {f"{way}_recall@{k}": torch.tensor(torch.nan) for way in ranks for k in self.ks}
         keys = dim_zero_cat(self.keys)
-        first = _first_of_each(keys[:, 0])
+        first = first_of_each(keys[:, 0])
         image, text, film, phrase = dim_zero_cat(self.image)[first], dim_zero_cat(self.text)[first], *keys[first, 1:].T
         for rows in torch.arange(len(film), device=film.device).split(1024):
             positives = (film[rows, None] == film) | (phrase[rows, None] == phrase)
@@ -145,7 +145,7 @@ class ZeroShot(Metric):
         """Both scores in [0, 1]."""
         if not self.films:
             return {"zero_shot_top1": torch.tensor(torch.nan), "zero_shot_auroc": torch.tensor(torch.nan)}
-        first = _first_of_each(dim_zero_cat(self.films))
+        first = first_of_each(dim_zero_cat(self.films))
         scores, labels = dim_zero_cat(self.scores)[first], dim_zero_cat(self.labels)[first].bool()
         # A model that gives NaN has no order of findings.
         spoilt = 0 * scores.sum()
@@ -154,8 +154,8 @@ class ZeroShot(Metric):
         return {"zero_shot_top1": best[labels.any(1)].mean() + spoilt, "zero_shot_auroc": areas.nanmean() + spoilt}
 
 
-def _first_of_each(keys: Tensor) -> Tensor:
-    """Indices of the first occurrence of each key, in order."""
+def first_of_each(keys: Tensor) -> Tensor:
+    """Indices of the first occurrence of each key of `(n,)`, in order."""
     unique, inverse = keys.unique(return_inverse=True)
     order = torch.arange(len(keys), device=keys.device)
     return torch.full_like(unique, len(keys)).scatter_reduce(0, inverse, order, "amin").sort().values

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matex_pl import contrastive
-from matex_pl.contrastive import RetrievalRecall, ZeroShot, auroc, contrastive_loss, fingerprints, same_phrase
+from matex_pl.contrastive import (
+    RetrievalRecall,
+    ZeroShot,
+    auroc,
+    contrastive_loss,
+    fingerprints,
+    first_of_each,
+    same_phrase,
+)
 
 
 def _unit(rows: int, width: int = 8, seed: int = 0) -> Tensor:
@@ -226,3 +234,7 @@ def test_auroc_with_ties_and_without_a_class() -> None:
 
 def test_examples() -> None:
     assert doctest.testmod(contrastive) == (0, 6)
+
+
+def test_first_of_each_is_in_order() -> None:
+    assert first_of_each(torch.tensor([7, -2, 7, 5, -2, 9])).tolist() == [0, 1, 3, 5]

@@ -19,7 +19,6 @@ from matex_pl.metrics.functional import (
     contrast_to_noise,
     curve_area,
     energy_in_box,
-    first_of_each,
     half_share,
     iou,
     keep_highlighted,
@@ -257,10 +256,6 @@ def test_spearman_of_known_orders() -> None:
     assert spearman(rising, spoilt).isnan()
     large = torch.arange(300_000.0)[None]
     assert spearman(large, large.flip(1)) == -1
-
-
-def test_first_of_each_is_in_order() -> None:
-    assert first_of_each(torch.tensor([7, -2, 7, 5, -2, 9])).tolist() == [0, 1, 3, 5]
 
 
 # --- boxes as masks

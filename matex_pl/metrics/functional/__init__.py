@@ -27,7 +27,7 @@ from matex_pl.metrics.functional.localisation import (
     rank_accuracy,
 )
 from matex_pl.metrics.functional.mass import border_mask, half_share, outside_mass, side_sensitivity
-from matex_pl.metrics.functional.ranking import first_of_each, spearman, top_ranked, top_share
+from matex_pl.metrics.functional.ranking import spearman, top_ranked, top_share
 
 __all__ = [
     "MEAN_THRESHOLDS",
@@ -44,7 +44,6 @@ __all__ = [
     "contrast_to_noise",
     "curve_area",
     "energy_in_box",
-    "first_of_each",
     "half_share",
     "iou",
     "keep_highlighted",

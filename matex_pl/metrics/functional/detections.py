@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matex_pl.metrics.functional.ranking import first_of_each
+from matex_pl.contrastive import first_of_each
 
 # Numbers in one table of resamples by detections.
 _TABLE = 2**24

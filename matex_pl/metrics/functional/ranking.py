@@ -48,13 +48,6 @@ def top_share(values: Tensor, share: float, among: Tensor | None = None, at_leas
     return top_ranked(values, torch.maximum(counts, number.clamp(max=at_least)), among)
 
 
-def first_of_each(keys: Tensor) -> Tensor:
-    """Indices of the first occurrence of each key of `(n,)`, in order."""
-    unique, inverse = keys.unique(return_inverse=True)
-    place = torch.arange(len(keys), device=keys.device)
-    return torch.full_like(unique, len(keys)).scatter_reduce(0, inverse, place, "amin").sort().values
-
-
 def spearman(a: Tensor, b: Tensor, among: Tensor | None = None) -> Tensor:
     """Rank correlation of each row of `a` and `b`, `(B,)` in [-1, 1]; ties get their average rank.
 
