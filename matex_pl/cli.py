@@ -180,18 +180,18 @@ def find_configs(words: Sequence[str]) -> list[str]:
 def find_data(words: Sequence[str]) -> list[str]:
     """The words of a command line, with `--config FILE` turned into the `--data` that the file describes.
 
+    It comes first, so that `--data.root` and the like change it wherever they stand.
+
     Raises:
         ValueError: The file describes no data module.
     """
-    found: list[str] = []
-    for word in words:
-        if found and found[-1] in ("--config", "-c"):
-            found[-1:] = ["--data", _data_of(word)]
-        elif word.startswith(("--config=", "-c=")):
-            found += ["--data", _data_of(word.partition("=")[2])]
-        else:
-            found.append(word)
-    return found
+    data, rest = [], list(words)
+    for place, word in enumerate(words):
+        if word.startswith(("--config=", "-c=")):
+            data, rest[place : place + 1] = ["--data", _data_of(word.partition("=")[2])], []
+        elif word in ("--config", "-c") and place + 1 < len(words):
+            data, rest[place : place + 2] = ["--data", _data_of(words[place + 1])], []
+    return [*data, *rest]
 
 
 def _data_of(path: str) -> str:

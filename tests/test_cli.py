@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from matex_pl import attribution
 from matex_pl.attribution.shipped import method_names, shipped_methods
-from matex_pl.cli import find_configs, main
+from matex_pl.cli import find_configs, find_data, main
 from matex_pl.clip import shipped_configs
 
 SMALL_PHANTOM = [
@@ -266,3 +266,18 @@ def test_checkpoints_hold_plain_types(here, films):
     fit_phantom(films)
     checkpoint = torch.load("runs/phantom/checkpoints/last.ckpt", weights_only=True)
     assert json.loads(json.dumps(checkpoint["hyper_parameters"]))["pretrained"] is None
+
+
+@pytest.mark.parametrize("option", [["--config", "own.yaml"], ["-c", "own.yaml"], ["--config=own.yaml"]])
+def test_the_data_of_a_config_comes_first(here, option):
+    Path("own.yaml").write_text("data: {class_path: NihDataModule, init_args: {root: a}}", encoding="utf-8")
+    described = json.dumps({"class_path": "NihDataModule", "init_args": {"root": "a"}})
+    assert find_data(["--data.root", "b", *option, "--out", "x"]) == [
+        "--data",
+        described,
+        "--data.root",
+        "b",
+        "--out",
+        "x",
+    ]
+    assert find_data(["--out", "x"]) == ["--out", "x"]
