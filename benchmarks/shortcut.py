@@ -1,17 +1,18 @@
 """Whether maps tell a model that reads a tag in the corner from one that reads the lung; see the README.
 
     matex fit --config phantom.yaml
-    matex fit --config phantom_shortcut.yaml --model.pretrained runs/phantom/checkpoints/last.ckpt
-    matex fit --config phantom_shortcut.yaml --model.pretrained runs/phantom/checkpoints/last.ckpt \
-        --data.shortcut 0 --trainer.logger.name phantom_no_shortcut
-    python benchmarks/shortcut.py --plain runs/phantom_no_shortcut/version_0/checkpoints/last.ckpt \
+    matex fit --config phantom_shortcut.yaml
+    python benchmarks/shortcut.py --plain runs/phantom/checkpoints/last.ckpt \
         --tagged runs/phantom_shortcut/version_0/checkpoints/last.ckpt --out docs/shortcut.png
 
-Prints a Markdown table over all test studies of a pneumothorax that carry the tag, with it and without, and draws the
-first of them.
+Prints a Markdown table over all test studies of the finding whose film carries the tag, and over the same films drawn
+without it, and makes a picture of the first of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from matex_pl.attribution import AttributionMethod, GradCam, Matex
 from matex_pl.data import PhantomDataModule, Study, StudyBatch, collate
 from matex_pl.data.films import FilmDataset
 from matex_pl.data.phantom.devices import draw_token
+from matex_pl.data.transforms import FilmTransform
 from matex_pl.explain import load_module
 from matex_pl.metrics.functional import box_masks, outside_mass, pointing_game
 from matex_pl.module import ClipModule
@@ -33,10 +35,9 @@ from matex_pl.render_sheet import Entry, contact_sheet
 
 METHODS: dict[str, AttributionMethod] = {
     "MATEX, no prior": Matex.measured(lambda_s=1.0),
-    "Grad-CAM": GradCam(),
     "MATEX": Matex.measured(),
+    "Grad-CAM": GradCam(),
 }
-FINDING = "pneumothorax"
 
 
 def has_tag(film: NDArray[np.uint8]) -> bool:
@@ -52,40 +53,50 @@ def read(data: PhantomDataModule, studies: list[Study]) -> list[StudyBatch]:
     return list(DataLoader(films, batch_size=64, collate_fn=collate))
 
 
-def measure(module: ClipModule, method: AttributionMethod, batches: list[StudyBatch], thorax: Tensor) -> list[float]:
-    """Share of mass and share of maxima outside of the thorax, and pointing game."""
+def tag_zone(data: PhantomDataModule, module: ClipModule) -> Tensor:
+    """The tag with half a patch around it, `(H, W)` bool in the model's frame."""
+    film = np.zeros((data.film_size, data.film_size), np.uint8)
+    draw_token(film)
+    rows, columns = np.nonzero(film)
+    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    margin = 0.5 / torch.tensor(module.clip.grid).flip(0).repeat(2) * torch.tensor([-1, -1, 1, 1])
+    _, boxes, _ = FilmTransform(module.clip.image_size, data.geometry)(film, [box])
+    return box_masks([boxes + margin], module.clip.image_size)[0]
+
+
+def measure(
+    module: ClipModule, method: AttributionMethod, batches: list[StudyBatch], thorax: Tensor, tag: Tensor
+) -> list[float]:
+    """Share of the mass outside of the thorax, share of maxima on the tag, and pointing game."""
     values = []
     for batch in batches:
         images, tokens = module.inputs(batch)
         maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"]).image
-        peak = pointing_game(maps, ~thorax.expand_as(maps))
+        peak = pointing_game(maps, tag.expand_as(maps))
         hit = pointing_game(maps, box_masks(batch["boxes"], module.clip.image_size))
         values.append(torch.stack([outside_mass(maps, thorax[None]), peak, hit]))
     return torch.cat(values, 1).nanmean(1).tolist()
 
 
 @torch.no_grad()
-def says_finding(module: ClipModule, batches: list[StudyBatch]) -> float:
-    """Share of films whose best prompt is the finding's."""
-    prompts = [f"There is {finding}." for finding in PhantomDataModule().findings]
-    text = module.clip.encode_text(module.clip.tokenize(prompts))
+def says(module: ClipModule, batches: list[StudyBatch], findings: Sequence[str], finding: str) -> float:
+    """Share of films for which the prompt of this finding is the best of all."""
+    text = module.clip.encode_text(module.clip.tokenize([f"There is {name}." for name in findings]))
     best = [(module.clip.encode_image(module.inputs(batch)[0]) @ text.T).argmax(1) for batch in batches]
-    return float((torch.cat(best) == PhantomDataModule().findings.index(FINDING)).float().mean())
+    return float((torch.cat(best) == findings.index(finding)).float().mean())
 
 
-def table(models: dict[str, ClipModule], films: dict[str, list[StudyBatch]], thorax: Tensor) -> str:
+def table(models: dict[str, ClipModule], films: dict[str, list[StudyBatch]], data: PhantomDataModule) -> str:
     """Markdown: a row per model, films and method."""
-    rows = [
-        "| trained | test films | method | mass outside | maxima outside | pointing game |",
-        "|---|---|---|---:|---:|---:|",
-    ]
-    for trained, module in models.items():
-        for shown, batches in films.items():
-            share = says_finding(module, batches)
-            for name, method in METHODS.items():
-                values = " | ".join(f"{value:.2f}" for value in measure(module, method, batches, thorax))
-                rows.append(f"| {trained} | {shown} (called {FINDING}: {share:.2f}) | {name} | {values} |")
-    return "\n".join(rows)
+    head = ["trained", "test films", f"called {data.shortcut_finding}"]
+    head += ["method", "mass outside the thorax", "maxima on the tag", "pointing game"]
+    rows = [head, ["---"] * len(head)]
+    for (trained, module), (shown, batches) in product(models.items(), films.items()):
+        called = says(module, batches, data.findings, data.shortcut_finding)
+        for name, method in METHODS.items():
+            values = measure(module, method, batches, data.thorax(), tag_zone(data, module))
+            rows.append([trained, shown, f"{called:.2f}", name, *(f"{value:.2f}" for value in values)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def sheet(module: ClipModule, batch: StudyBatch, subtitle: str) -> Picture:
@@ -111,7 +122,13 @@ def sheet(module: ClipModule, batch: StudyBatch, subtitle: str) -> Picture:
 
 
 def main(
-    tagged: str, plain: str, out: str, root: str = "data/phantom", shortcut: float = 0.9, width: int = 1280
+    tagged: str,
+    plain: str,
+    out: str,
+    root: str = "data/phantom",
+    shortcut: float = 0.9,
+    finding: str = "nodule",
+    width: int = 1280,
 ) -> None:
     """Print the table and write the picture.
 
@@ -121,18 +138,19 @@ def main(
         out: The PNG to write.
         root: Folder of the film cache.
         shortcut: The share of films with the tag among those with the finding, as in training.
+        finding: The finding that the tag gives away, as in training.
         width: Of the picture in pixels.
     """
     models = {"without the tag": load_module(plain), "with the tag": load_module(tagged)}
     size = models["with the tag"].clip.image_size
-    with_tag = PhantomDataModule(root, shortcut=shortcut, shortcut_finding=FINDING, image_size=size)
+    with_tag = PhantomDataModule(root, shortcut=shortcut, shortcut_finding=finding, image_size=size)
     without = PhantomDataModule(root, image_size=size)
     for data in (with_tag, without):
         data.setup("test")
-    studies = [s for s in with_tag.studies["test"] if s.finding == FINDING and has_tag(with_tag.read_film(s))]
+    studies = [s for s in with_tag.studies["test"] if s.finding == finding and has_tag(with_tag.read_film(s))]
     films = {"with the tag": read(with_tag, studies), "without it": read(without, studies)}
     print(f"{len(studies)} studies")
-    print(table(models, films, with_tag.thorax()))
+    print(table(models, films, with_tag))
     first = read(with_tag, studies[:1])[0]
     picture = np.concatenate([sheet(module, first, f"trained {trained}") for trained, module in models.items()])
     height = round(picture.shape[0] * width / picture.shape[1])

@@ -158,8 +158,8 @@ def test_shortcut_config_with_the_tag_and_without(here, films):
         assert (run / "checkpoints" / "last.ckpt").is_file()
         scalars.append(set(EventAccumulator(str(run)).Reload().Tags()["scalars"]))
     assert scalars[0] == scalars[1]
-    expected = {"outside_thorax_mass", "outside_thorax_mass/pneumothorax", "no_prior/outside_thorax_mass/pneumothorax"}
-    expected |= {"no_prior/prompt_sensitivity", "no_prior/prompt_sensitivity/pneumothorax", "no_prior/side_sensitivity"}
+    expected = {"outside_thorax_mass", "outside_thorax_mass/nodule", "no_prior/outside_thorax_mass/nodule"}
+    expected |= {"no_prior/prompt_sensitivity", "no_prior/prompt_sensitivity/nodule", "no_prior/side_sensitivity"}
     assert {f"attribution/{name}" for name in expected} <= scalars[0]
 
 
