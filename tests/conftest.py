@@ -7,9 +7,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from matex_pl.clip import Clip, load_clip
 from matex_pl.data import PhantomDataModule
+
+# The models of the tests are too small for threads to pay, and on busy cores threads wait for each other.
+torch.set_num_threads(1)
 
 TINY = {
     "model_cfg": {
