@@ -121,6 +121,9 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     studies = choose_pairs(data, "test", SMALL["num_pairs"], 0)
     [batch] = read_pairs(data, "test", studies, 100)
     assert results["data"]["pairs"] == len(studies) == SMALL["num_pairs"]
+    about = results["data"]["settings"]
+    assert (about["film_size"], about["splits"]["test"], about["root"]) == (64, 10, str(data.root))
+    assert not {"trainer", "prepare_data_per_node", "studies"} & about.keys()
     images, tokens = clip.normalise(batch["image"]), clip.tokenize(batch["phrase"])
     maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["film"])
     masks = F.box_masks(batch["boxes"], clip.image_size)

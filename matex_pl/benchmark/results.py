@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from matex_pl.benchmark.columns import PUBLISHED, metric_columns
 from matex_pl.benchmark.intervals import draw_patients, estimate
 from matex_pl.benchmark.score import Bench, Scored
 from matex_pl.benchmark.values import Values
+from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import draw_panels
 from matex_pl.report import Panel
 from matex_pl.store import fingerprint
@@ -155,10 +157,12 @@ def summary(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plain_settings(data: Any) -> dict[str, Any]:
-    """The data module's plain attributes."""
+def _plain_settings(data: ChestXrayDataModule) -> dict[str, Any]:
+    """The data module's own plain attributes."""
+    inherited = vars(LightningDataModule()).keys()
     named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(data).items()}
-    return {name: value for name, value in named.items() if not name.startswith("_") and _is_plain(value)}
+    own = {name: value for name, value in named.items() if name not in inherited and not name.startswith("_")}
+    return {name: value for name, value in own.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
