@@ -442,7 +442,7 @@ class NoWork(Matex):
         ({"raster": 0}, "raster must be a number greater than 0"),
         ({"batch_size": 0}, "batch_size must be a number greater than 0"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_be_tuned_is_refused_before_anything_is_read(
     films: Path, tmp_path: Path, arguments: dict[str, Any], message: str
