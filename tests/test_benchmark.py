@@ -377,6 +377,17 @@ def test_intervals_of_nothing_and_of_constants():
     assert interval(Sums.of(torch.full((4,), 2.0)).score(drawn)) == (2, 2)
 
 
+def test_a_curve_of_films_that_score_as_their_fill_has_no_score():
+    spans = {"seen": torch.full((8,), 0.2), "unseen": torch.full((8,), -0.2), "unsure": torch.linspace(-1, 1.1, 8)}
+    sums = {f"insertion/{name}": Sums(torch.ones(8), span.double()) for name, span in spans.items()}
+    sums = {name: Sums(one.above.double(), one.below) for name, one in sums.items()}
+    curves = {name: (torch.linspace(0, 1, 3), torch.zeros(3, 8)) for name in sums}
+    scores = Values(sums, curves).scores(torch.ones(8, dtype=torch.bool), draw_patients(list("abcdefgh"), 200, 0))
+    assert scores["insertion/seen"]["value"] == pytest.approx(5)
+    assert scores["insertion/unseen"] == scores["insertion/unsure"]
+    assert scores["insertion/unseen"]["value"] is None
+
+
 def test_values_survive_the_disk():
     values = Values(
         sums={"insertion/blur": Sums(torch.ones(3), torch.zeros(3)), "cnr": Sums.of(torch.tensor([1.0, torch.nan]))},

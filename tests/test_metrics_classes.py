@@ -71,7 +71,11 @@ def _scores(seed: int = 0) -> Tensor:
 
 
 def _curves() -> Tensor:
-    return torch.rand(5, STUDIES, generator=torch.Generator().manual_seed(0))
+    """From the blank to the whole film, which scores higher in the sum, but not in every study."""
+    curves = torch.rand(5, STUDIES, generator=torch.Generator().manual_seed(0))
+    curves[-1] += 0.6
+    assert 0 < (curves[-1] < curves[0]).sum() < STUDIES
+    return curves
 
 
 def _pick(values: Any, rows: list[int]) -> Any:
@@ -83,8 +87,9 @@ def _mean(values: Tensor) -> float:
     return sum(counted) / len(counted)
 
 
-def _ratio(blank: int, full: int) -> float:
-    gain, span = functional.curve_area(_curves(), _curves()[blank], _curves()[full])
+def _ratio(curves: Tensor) -> float:
+    """Of curves from the blank to the whole film, or back."""
+    gain, span = functional.curve_area(curves, _curves()[0], _curves()[-1])
     return float(gain.sum() / span.sum())
 
 
@@ -116,8 +121,8 @@ CASES: dict[str, Case] = {
     "confidence_drop": _scored(ConfidenceDrop, functional.confidence_drop),
     "confidence_increase": _scored(ConfidenceIncrease, functional.confidence_increase),
     "removal_drop": _scored(RemovalDrop, functional.confidence_drop),
-    "insertion": Case(InsertionAUC, lambda rows: (_curves()[:, rows],), lambda: _ratio(0, -1)),
-    "deletion": Case(DeletionAUC, lambda rows: (_curves()[:, rows],), lambda: _ratio(-1, 0)),
+    "insertion": Case(InsertionAUC, lambda rows: (_curves()[:, rows],), lambda: _ratio(_curves())),
+    "deletion": Case(DeletionAUC, lambda rows: (_curves().flip(0)[:, rows],), lambda: _ratio(_curves().flip(0))),
     "pointing_game": _boxed(PointingGame, lambda: _mean(functional.pointing_game(_maps(), _masks()))),
     "cnr": _boxed(ContrastToNoise, lambda: _mean(functional.contrast_to_noise(_maps(), _masks()))),
     "energy": _boxed(EnergyInBox, lambda: _mean(functional.energy_in_box(_maps(), _masks()))),
@@ -290,6 +295,11 @@ def test_an_area_is_a_ratio_of_means() -> None:
     flat.update(torch.ones(3, 2))
     with pytest.warns(UserWarning, match="DeletionAUC is NaN"):
         assert flat.compute().isnan()
+    # A model to which films are less like their phrases than the fill is.
+    less = InsertionAUC()
+    less.update(torch.tensor([[0.3], [0.2], [0.1]]))
+    with pytest.warns(UserWarning, match="InsertionAUC is NaN"):
+        assert less.compute().isnan()
 
 
 def test_an_area_takes_uneven_shares() -> None:

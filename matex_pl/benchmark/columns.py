@@ -55,8 +55,16 @@ _CONFIDENCE = {
     "remove": ("Drop, top fifth removed", True, "Percent points lost when the highest fifth is taken away."),
 }
 _CURVES = {
-    "insertion": ("Insertion AUC", True, "How soon the cosine rises when patches come in the map's order, 1 at once."),
-    "deletion": ("Deletion AUC", False, "How long the cosine stays when patches go in the map's order."),
+    "insertion": (
+        "Insertion AUC",
+        True,
+        "How soon the cosine rises as patches come by the map, 1 at once; none where films score as their fill does.",
+    ),
+    "deletion": (
+        "Deletion AUC",
+        False,
+        "How long the cosine stays as patches go by the map; none where films score as their fill does.",
+    ),
 }
 _REST = {
     "prompt_sensitivity": Column(

@@ -32,10 +32,17 @@ class Sums:
         return Sums(self.above * studies, self.below * studies)
 
     def score(self, drawn: Tensor | None = None) -> Tensor:
-        """The score, a scalar, or `(R,)` when each study is drawn `(R, n)` times; NaN where nothing counts."""
+        """The score `(1,)`, or `(R,)` when each study is drawn `(R, n)` times; NaN where nothing counts.
+
+        Also where what is below the line, which a curve can make negative, sums to less than 0.
+        """
         drawn = torch.ones(1, len(self.above), dtype=torch.float64) if drawn is None else drawn
         below = drawn @ self.below
-        return (drawn @ self.above) / torch.where(below == 0, torch.nan, below)
+        return (drawn @ self.above) / torch.where(below > 0, below, torch.nan)
+
+    def spans(self, drawn: Tensor) -> bool:
+        """What is below the line is more than 0 in 97.5 % of the draws `(R, n)`: a ratio to it says something."""
+        return bool(((drawn @ self.below) > 0).double().mean() >= 0.975)
 
     @property
     def count(self) -> int:

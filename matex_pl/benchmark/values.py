@@ -12,6 +12,8 @@ from torch import Tensor
 from matex_pl.benchmark.intervals import Sums, estimate
 from matex_pl.metrics.functional import average_precision
 
+NO_SCORE: dict[str, Any] = {"value": None, "low": None, "high": None, "n": 0}
+
 
 @dataclass
 class Values:
@@ -55,6 +57,7 @@ class Values:
         """
         some = {name: sums.among(studies) for name, sums in self.sums.items()}
         scores = {name: estimate(sums.score()[0], sums.score(drawn), sums.count) for name, sums in some.items()}
+        scores |= {name: NO_SCORE for name in self.curves if not some[name].spans(drawn)}
         if self.detections:
             boxed = int((self.detections["num_boxes"] > 0)[studies].sum())
             once = self._average_precision(studies[None].double())

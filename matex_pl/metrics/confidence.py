@@ -64,7 +64,8 @@ class ConfidenceIncrease(StudyMean):
 class CurveArea(StudyMetric):
     """Area under the curves of many studies over what they could span, sum(gain) / sum(span): a ratio of means.
 
-    A mean of ratios would be that of the few studies whose span S_full - S_blank is about 0.
+    A mean of ratios would be that of the few studies whose span S_full - S_blank is about 0. NaN where the spans do not
+    sum to more than 0: to that model the whole films are no more like their phrases than the fill is.
     """
 
     columns = 2
@@ -85,7 +86,7 @@ class CurveArea(StudyMetric):
 
     def _reduce(self, values: Tensor) -> Tensor:
         gain, span = values[~values.isnan().any(1)].sum(0)
-        return torch.where(span == 0, torch.nan, gain / span)
+        return torch.where(span > 0, gain / span, torch.nan)
 
 
 class InsertionAUC(CurveArea):

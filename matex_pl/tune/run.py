@@ -38,7 +38,7 @@ def tune_matex(
     prior_shape: list[str] | None = None,
     num_pairs: int = 256,
     batch_size: int = 32,
-    raster: int = 28,
+    raster: int = 20,
     seed: int = 0,
 ) -> str:
     """Find lambda_s, lambda_c and tau of MATEX on validation pairs, and score what was found once on test pairs.
