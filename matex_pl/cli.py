@@ -130,6 +130,8 @@ def _run_on_data(name: str, run: Callable[..., str], words: Sequence[str], *, su
     parser = ArgumentParser(prog=f"matex {name}")
     parser.add_argument("--config", help="A YAML of `matex fit`: its `data` is the data module, the rest is not read.")
     parser.add_function_arguments(run, sub_configs=sub_configs)
+    if not any(word.startswith(("--config", "-c", "--data", "-h", "--help")) for word in words):
+        raise ValueError("there are no films. Give --config, a YAML of `matex fit`, or --data, a data module.")
     settings = vars(parser.instantiate(parser.parse_args(find_data(find_methods(words)))))
     # `find_data` has made `--data` of it.
     del settings["config"]

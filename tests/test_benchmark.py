@@ -299,8 +299,12 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path, data, checkpoint,
 
 
 def test_errors_of_the_command_line(tmp_path, films, checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--ckpt_path", str(checkpoint), "--out", str(tmp_path)])
+    assert "Give --config, a YAML of `matex fit`, or --data" in capsys.readouterr().err
     for more, message in (
         (["--split=train"], "matex benchmark: split must be one of"),
+        (["--methods=chefer,nope"], "No method 'nope'. Take one of"),
         (["--ckpt_path=none.ckpt"], "No checkpoint at 'none.ckpt'"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -21,7 +21,7 @@ def run_benchmark(
     data: ChestXrayDataModule,
     ckpt_path: str,
     out: str,
-    methods: list[str] | None = None,
+    methods: list[str] | str | None = None,
     split: str = "test",
     num_pairs: int = 100,
     validation_pairs: int = 24,
@@ -44,7 +44,7 @@ def run_benchmark(
         data: The data module.
         ckpt_path: A checkpoint of `matex fit`.
         out: Folder for `results.json`, `tables.md`, `report.html`, maps and values.
-        methods: Names of shipped methods (`m2ib`) and YAML files, in brackets; all shipped ones but
+        methods: Names of shipped methods and YAML files, `m2ib,rise,mine.yaml`; all shipped ones but
             `submodular_regions` by default.
         split: `test` or `val`.
         num_pairs: Pairs to compare on, drawn by the seed from those with boxes if there are any; -1 for all.
@@ -69,7 +69,7 @@ def run_benchmark(
     )  # fmt: skip
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device must be auto, cpu or, where torch can use a GPU, cuda; got {device!r}.")
-    rows = compared_rows(methods, budget)
+    rows = compared_rows(methods.split(",") if isinstance(methods, str) else methods, budget)
     module = load_module(ckpt_path)
     Path(out).mkdir(parents=True, exist_ok=True)
     cuda = device != "cpu" and torch.cuda.is_available()
