@@ -100,15 +100,11 @@ class SubmodularRegions(TwoSided):
         self.effectiveness = effectiveness
         self.consistency = consistency
         self.collaboration = collaboration
+        self.weights = Weights(confidence, effectiveness, consistency, collaboration)
         self.regions = regions
         self.pending = pending
         self.fill = fill
         self.chunk_size = chunk_size
-
-    @property
-    def weights(self) -> Weights:
-        """Of the four terms."""
-        return Weights(self.confidence, self.effectiveness, self.consistency, self.collaboration)
 
     def forwards(self, regions: int | None = None) -> int:
         """Images through the image tower per pair of `attribute`, for this number of regions; by default the most.
