@@ -25,6 +25,7 @@ from matex_pl.data import PhantomDataModule, Study
 from matex_pl.explain import load_module
 from matex_pl.maps import min_max, upsample
 from matex_pl.metrics import functional as F
+from matex_pl.metrics.removal import patch_curve
 from matex_pl.pairs import choose_pairs, prepare_data, read_pairs
 from matex_pl.tune import choose, tune_matex
 from matex_pl.tune.choose import Choice, Scored, best_first, choose_setting
@@ -374,6 +375,53 @@ def test_confidence_is_asked_of_the_model(
         assert setting["score"] == pytest.approx(float(drop.mean()), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("iou/0.3", "iou/0.3 is scored on all pixels of 8 settings of 6 pairs"),
+        ("acc50/0.2", "acc50/0.2 is scored on all pixels"),
+        ("border_mass", "border_mass is scored on all pixels"),
+        ("insertion", "insertion asks the model: 8 settings of 6 pairs take 816 forwards of the image tower"),
+        ("deletion/mean_colour", "816 forwards"),
+    ],
+)
+def test_metrics_on_all_pixels(
+    films: Path, ckpt_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    """The scores are those of the metric, computed from the maps of the setting."""
+    tune_matex(phantoms(films), ckpt_path, str(tmp_path), objective=name, **SMALL)
+    assert said in capsys.readouterr().err
+    found = json.loads((tmp_path / "tune.json").read_text(encoding="utf-8"))
+    scores = [found["validation"]["own"], *(setting["score"] for setting in found["settings"])]
+    best = min(scores) if name.startswith(("deletion", "border")) else max(scores)
+    assert found["validation"]["winner"] == pytest.approx(best)
+    clip, data = load_module(ckpt_path).clip, phantoms(films)
+    prepare_data(data, clip.image_size, "val")
+    boxed = name.startswith(("iou", "acc50"))
+    (batch,) = read_pairs(data, "val", choose_pairs(data, "val", 6, 0, boxed=boxed), 6)
+    images, tokens = clip.normalise(batch["image"]), clip.tokenize(batch["phrase"])
+    setting = found["settings"][-1]
+    method = Matex.measured(**{key: setting[key] for key in ("lambda_s", "lambda_c", "tau")})
+    maps = method.attribute(clip, images, tokens, batch["phrase"], batch["film"])
+    values = {
+        "iou/0.3": lambda: F.iou(maps.image, F.box_masks(batch["boxes"], clip.image_size), torch.tensor([0.3]))[:, 0],
+        "acc50/0.2": lambda: F.box_accuracy(F.components(maps.image, 0.2), batch["boxes"], 6),
+        "border_mass": lambda: F.outside_mass(maps.image, ~F.border_mask(clip.image_size, batch["film"])),
+        "insertion": lambda: _gain(clip, images, tokens, maps.grid, "mean_film", "insertion"),
+        "deletion/mean_colour": lambda: _gain(clip, images, tokens, maps.grid, "mean_colour", "deletion"),
+    }[name]()
+    assert setting["score"] == pytest.approx(float(values.nanmean()), abs=1e-5)
+
+
+@torch.no_grad()
+def _gain(clip: Clip, images: Tensor, tokens: Tensor, grid: Tensor, fill: str, kind: str) -> Tensor:
+    """Area between the curve and its blank end, by the trapezoid rule."""
+    shares, scores = patch_curve(clip, images, grid, fill, clip.encode_text(tokens), kind, steps=16)
+    blank = scores[0] if kind == "insertion" else scores[-1]
+    raised = scores - blank
+    return sum((shares[k + 1] - shares[k]) * (raised[k] + raised[k + 1]) / 2 for k in range(len(shares) - 1))
+
+
 def test_words_are_tuned_without_the_prior(
     films: Path, ckpt_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -426,6 +474,8 @@ class NoWork(Matex):
     [
         ({"objective": "pointing"}, r"pointing_game, cnr.*remove/blur.*text_"),
         ({"objective": "cnr/blur"}, "No objective"),
+        ({"objective": "iou"}, "at a threshold, as iou/0.3"),
+        ({"objective": "iou/30"}, "No objective"),
         ({"objective": "remove/grey"}, "No objective"),
         ({"objective": "text_remove/blur"}, "No objective"),
         ({"tau": []}, "tau names no value"),

@@ -21,17 +21,22 @@ from matex_pl.clip import Clip
 from matex_pl.data.record import StudyBatch
 from matex_pl.maps import AttributionMaps, full_precision
 from matex_pl.metrics import (
+    BoxAccuracy,
     ConfidenceDrop,
     ConfidenceIncrease,
     ContrastToNoise,
+    DeletionAUC,
     EnergyInBox,
+    InsertionAUC,
     MeanIoU,
+    OutsideMass,
     PointingGame,
     RankAccuracy,
     RemovalDrop,
+    ThresholdedIoU,
 )
 from matex_pl.metrics import functional as F
-from matex_pl.metrics.removal import image_score, text_score
+from matex_pl.metrics.removal import image_score, patch_curve, text_score
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,12 @@ class Objective:
         metric: Its class, which knows the direction.
         value: Of a model, pairs and their finished maps, the value of each study `(B,)`; NaN does not count.
         coarse: The same on a raster: fused maps `(B, S, P)`, in any scale, of S settings and P cells, and which cells
-            lie in boxes `(B, P)` bool, to `(B, S)`. None where each setting needs a forward of the model.
+            lie in boxes `(B, P)` bool, to `(B, S)`. None where each setting is scored on all pixels.
         peaks: Only the maximum of a map counts.
         side: `image` or `text`: whose map is scored.
         fill: What stands in for pixels that are taken away, if any are.
+        boxed: Only studies with boxes count.
+        forwards: Of the model, per pair and setting.
     """
 
     name: str
@@ -91,6 +98,8 @@ class Objective:
     peaks: bool = False
     side: str = "image"
     fill: str = ""
+    boxed: bool = False
+    forwards: int = 0
 
     @property
     def sign(self) -> int:
@@ -157,6 +166,9 @@ LOCATED: dict[str, tuple[type[Metric], Located, Located]] = {
     "energy_in_box": (EnergyInBox, F.energy_in_box, _energy),
     "rank_accuracy": (RankAccuracy, F.rank_accuracy, _ranked),
 }
+AT_THRESHOLD: dict[str, type[Metric]] = {"iou": ThresholdedIoU, "acc50": BoxAccuracy}
+CURVES: dict[str, type[Metric]] = {"insertion": InsertionAUC, "deletion": DeletionAUC}
+STEPS = 16
 CONFIDENCE: dict[str, type[Metric]] = {
     "confidence_drop": ConfidenceDrop,
     "confidence_increase": ConfidenceIncrease,
@@ -176,16 +188,54 @@ def find_objective(name: str) -> Objective:
     words = name.removeprefix("text_")
     if name in LOCATED:
         metric, exact, coarse = LOCATED[name]
-        return Objective(name, metric, partial(_located, exact), coarse, peaks=coarse is _hits)
-    if kind in CONFIDENCE and name in (kind, *(f"{kind}/{known}" for known in FILLS)):
-        fill = fill or "mean_film"
-        return Objective(name, CONFIDENCE[kind], partial(_image_confidence, kind, fill), fill=fill)
+        return Objective(name, metric, partial(_located, exact), coarse, peaks=coarse is _hits, boxed=True)
+    if kind in AT_THRESHOLD and is_share(fill):
+        return Objective(name, AT_THRESHOLD[kind], partial(_at_threshold, kind, float(fill)), boxed=True)
+    if name == "border_mass":
+        return Objective(name, OutsideMass, _border_mass)
+    known = name in (kind, *(f"{kind}/{known}" for known in FILLS))
+    fill = fill or "mean_film"
+    if kind in CONFIDENCE and known:
+        return Objective(name, CONFIDENCE[kind], partial(_image_confidence, kind, fill), fill=fill, forwards=1)
+    if kind in CURVES and known:
+        return Objective(name, CURVES[kind], partial(_curve_gain, kind, fill), fill=fill, forwards=STEPS + 1)
     if name.startswith("text_") and words in CONFIDENCE:
-        return Objective(name, CONFIDENCE[words], partial(_text_confidence, words), side="text")
+        return Objective(name, CONFIDENCE[words], partial(_text_confidence, words), side="text", forwards=1)
     raise ValueError(
-        f"No objective {name!r}. Take one of {', '.join(LOCATED)}; one of {', '.join(CONFIDENCE)}, which may name "
-        f"a fill, as remove/blur ({', '.join(FILLS)}); or, for the words, one of these five after text_."
+        f"No objective {name!r}. Take one of {', '.join(LOCATED)}, border_mass; one of {', '.join(AT_THRESHOLD)} at a "
+        f"threshold, as iou/0.3; one of {', '.join([*CONFIDENCE, *CURVES])}, which may name a fill, as remove/blur "
+        f"({', '.join(FILLS)}); or, for the words, one of {', '.join(CONFIDENCE)} after text_."
     )
+
+
+def is_share(text: str) -> bool:
+    """The text is a number in [0, 1)."""
+    try:
+        return 0 <= float(text) < 1
+    except ValueError:
+        return False
+
+
+def _at_threshold(kind: str, threshold: float, clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor:
+    """IoU, or Acc@0.5, at one threshold."""
+    if kind == "acc50":
+        boxes = [box.to(maps.image.device) for box in pairs.batch["boxes"]]
+        return F.box_accuracy(F.components(maps.image, threshold), boxes, len(boxes))
+    return _located(lambda image, inside: F.iou(image, inside, torch.tensor([threshold]))[:, 0], clip, pairs, maps)
+
+
+def _border_mass(clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor:
+    film = pairs.batch["film"].to(maps.image.device)
+    return F.outside_mass(maps.image, ~F.border_mask((maps.image.shape[1], maps.image.shape[2]), film))
+
+
+def _curve_gain(kind: str, fill: str, clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor:
+    """What a study adds above the line of the AUC; what is below it, S_full - S_blank, no setting changes."""
+    images = clip.normalise(pairs.batch["image"].to(clip.std.device))
+    assert pairs.text is not None
+    shares, scores = patch_curve(clip, images, maps.grid, fill, pairs.text, kind, steps=STEPS)
+    blank, full = (scores[0], scores[-1]) if kind == "insertion" else (scores[-1], scores[0])
+    return F.curve_area(scores, blank, full, shares)[0]
 
 
 def _located(metric: Located, clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor:

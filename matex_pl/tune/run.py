@@ -58,10 +58,11 @@ def tune_matex(
         out: The folder to write to.
         method: A Matex, `Matex.measured()` by default, whose settings stay but for those that are tried: the name of a
             shipped setting, a YAML file, or a class.
-        objective: What is best: `pointing_game`, `cnr`, `miou`, `energy_in_box`, `rank_accuracy`; `confidence_drop`,
-            `confidence_increase`, `fixed_drop`, `fixed_increase`, `remove`, filled with the mean film, or with another
-            fill as in `remove/blur`; or one of these five after `text_`, for the words. Metrics with a threshold of
-            their own, chosen on the same pairs, are not among them.
+        objective: What is best: `pointing_game`, `cnr`, `miou`, `energy_in_box`, `rank_accuracy`, searched on a raster;
+            on all pixels `border_mass`, `iou` and `acc50` at a threshold, as `iou/0.3`; and, with forwards of the model
+            for each setting, `confidence_drop`, `confidence_increase`, `fixed_drop`, `fixed_increase`, `remove`,
+            `insertion` and `deletion` (their gain, which orders settings as the AUC does), filled with the mean film,
+            or with another fill as in `remove/blur`; or one of the first five of these after `text_`, for the words.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
@@ -97,7 +98,7 @@ def tune_matex(
     depth = _count_blocks(clip, own, batches[0])
     grid = make_grid(own, goal, depth, tried)
     deepest = _deepest(own, grid, depth)
-    embed = goal.coarse is None
+    embed = goal.forwards > 0
     pairs, seconds = gather_pairs(clip, deepest, batches, embed=embed)
     size = raster_size(raster, clip, goal)
     found = choose_setting(clip, pairs, own, grid, grid.distances(own, depth), goal, size)
@@ -152,8 +153,8 @@ def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal:
     Raises:
         ValueError: The objective needs boxes, and there are none.
     """
-    studies = choose_pairs(data, split, number, seed, boxed=goal.coarse is not None)
-    if goal.coarse is not None and not any(len(study.boxes) for study in studies):
+    studies = choose_pairs(data, split, number, seed, boxed=goal.boxed)
+    if goal.boxed and not any(len(study.boxes) for study in studies):
         raise ValueError(
             f"{goal.name} needs boxes, and no {split} study of {type(data).__name__} has any. Take an objective that "
             f"asks the model instead: {', '.join(CONFIDENCE)}."
