@@ -43,11 +43,11 @@ def image_values(
     found, curves, parts = [], [], []
     for batch in progress(pairs, "scoring films"):
         maps = _on(store.read(batch.keys), clip)
-        scored = _locate(maps.image, batch.batch, threshold) | _mass(maps.image, batch.batch, thorax)
+        parts.append(F.components(maps.image, threshold))
+        scored = _locate(maps.image, batch.batch, threshold, parts[-1]) | _mass(maps.image, batch.batch, thorax)
         scored |= _confidence(clip, batch, maps.image) | _sensitivity(store, batch, maps)
         curves.append(_curves(clip, batch, maps.grid, steps))
         found.append(scored)
-        parts.append(F.components(maps.image, threshold))
     values = Values(_joined_sums(found), threshold=threshold)
     values.detections = _detections(parts, pairs)
     for name in curves[0]:
@@ -64,7 +64,7 @@ def _on(maps: AttributionMaps, clip: Clip) -> AttributionMaps:
     return AttributionMaps(*(getattr(maps, name).to(clip.std.device) for name in fields))
 
 
-def _locate(maps: Tensor, batch: StudyBatch, threshold: float) -> dict[str, Tensor]:
+def _locate(maps: Tensor, batch: StudyBatch, threshold: float, components: F.Components) -> dict[str, Tensor]:
     boxes = [box.to(maps.device) for box in batch["boxes"]]
     masks = F.box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
     return {
@@ -72,7 +72,7 @@ def _locate(maps: Tensor, batch: StudyBatch, threshold: float) -> dict[str, Tens
         "cnr": F.contrast_to_noise(maps, masks),
         "miou": F.mean_iou(maps, masks),
         "iou": F.iou(maps, masks, torch.tensor([threshold], device=maps.device))[:, 0],
-        "acc50": F.box_accuracy(F.components(maps, threshold), boxes, len(maps)),
+        "acc50": F.box_accuracy(components, boxes, len(maps)),
         "energy_in_box": F.energy_in_box(maps, masks),
         "rank_accuracy": F.rank_accuracy(maps, masks),
     }
