@@ -8,20 +8,18 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from matex_pl.attribution import Matex
 from matex_pl.tune.choose import Choice
 
 
-def draw_surface(found: Choice, pairs: int) -> Any:
+def draw_surface(found: Choice, pairs: int) -> Figure:
     """A matplotlib figure: a panel per tau, lambda_s by lambda_c, on one scale; bright is better.
 
     It shows the K and the shape of the prior of the best setting that was tried. A disc marks the method's own setting,
     where it is on the grid, a star the winner.
     """
-    # Importing it takes half a second, which no other command should wait for.
-    from matplotlib.figure import Figure
-
     grid, better = found.grid, found.objective.sign > 0
     shown = next(scored.method for scored in found.best if grid.holds(scored.method))
     scores = found.scores[grid.place(shown)[:2]].numpy()
