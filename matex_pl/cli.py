@@ -23,6 +23,7 @@ from matex_pl.cost import measure_cost
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import explain_film
 from matex_pl.module import ClipModule
+from matex_pl.roar import CellsFailed, collect_roar, roar_status, run_roar
 from matex_pl.tune import tune_matex
 
 DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, where it looks.
@@ -39,6 +40,8 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, 
                                                           every method, every metric, with controls: tables and a page
   matex tune --config phantom.yaml --ckpt_path runs/phantom/checkpoints/last.ckpt --out tuned
                                                           MATEX's weights, found on the validation films
+  matex roar run --config roar_phantom.yaml               remove what maps mark, train again, see what the model lost;
+                                                          `matex roar status FOLDER` and `collect FOLDER` say how far
   matex cost --model ViT-B-32 --batch_size 16             what each kind of map costs on this machine
 
 `matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
@@ -64,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and words[0] in COMMANDS:
         try:
             COMMANDS[words[0]](words[1:])
-        except (ImportError, OSError, NotImplementedError, ValueError) as error:
+        except (CellsFailed, ImportError, OSError, NotImplementedError, ValueError) as error:
             _stop(f"matex {words[0]}: {error}")
         return
     if args is None:
@@ -125,6 +128,27 @@ def tune(words: Sequence[str]) -> None:
     _run_on_data("tune", tune_matex, words, sub_configs=True)
 
 
+def roar(words: Sequence[str]) -> None:
+    """`matex roar run|status|collect`: remove-and-retrain experiments."""
+    parser = ArgumentParser(
+        prog="matex roar", description="ROAR+: remove what maps mark, train again, and see what the model lost."
+    )
+    commands = parser.add_subcommands()
+    for name, function in ROAR_COMMANDS.items():
+        command = ArgumentParser()
+        if name == "run":
+            command.add_argument("--config", action="config", help="A YAML of these settings, as roar_phantom.yaml.")
+            command.add_function_arguments(function)
+        else:
+            command.add_argument("folder", help="Folder of the plan.")
+            command.add_function_arguments(function, skip={"folder"})
+        commands.add_subcommand(name, command, help=str(function.__doc__).split("\n", 1)[0])
+    settings = parser.instantiate(parser.parse_args(list(words)))
+    chosen = vars(settings[settings.subcommand])
+    chosen.pop("config", None)
+    print(ROAR_COMMANDS[settings.subcommand](**chosen))
+
+
 def _run_on_data(name: str, run: Callable[..., str], words: Sequence[str], *, sub_configs: bool = False) -> None:
     """Run a function on the data module that a training's YAML describes, and print what it says."""
     parser = ArgumentParser(prog=f"matex {name}")
@@ -139,7 +163,8 @@ def _run_on_data(name: str, run: Callable[..., str], words: Sequence[str], *, su
 
 
 # Commands that need no Trainer, by name; each takes the words after it.
-COMMANDS = {"explain": explain, "prior": prior, "cost": cost, "benchmark": benchmark, "tune": tune}
+COMMANDS = {"explain": explain, "prior": prior, "cost": cost, "benchmark": benchmark, "tune": tune, "roar": roar}
+ROAR_COMMANDS: dict[str, Callable[..., str]] = {"run": run_roar, "status": roar_status, "collect": collect_roar}
 
 
 def _stop(message: str) -> NoReturn:

@@ -20,8 +20,9 @@ from matex_pl.contrastive import RetrievalRecall, ZeroShot, contrastive_loss, sa
 from matex_pl.data.films import STAGES
 from matex_pl.data.record import Study, StudyBatch
 
-FREEZE = ("none", "text", "image", "all-but-projections")
+FREEZE = ("none", "text", "image", "all-but-projections", "all-but-head")
 _PROJECTIONS = ("visual.proj", "visual.head.", "text_projection", "text.text_projection", "text.proj")
+_FINAL_NORMS = ("visual.ln_post.", "visual.trunk.norm.", "visual.trunk.fc_norm.", "ln_final.", "text.ln_final.")
 
 
 class ClipModule(LightningModule):
@@ -38,8 +39,8 @@ class ClipModule(LightningModule):
         weight_decay: Decay of the weight matrices; biases, norms and the logit scale have none.
         betas: AdamW's two momenta.
         warmup_steps: Steps of linear warm-up, followed by a cosine to zero at the end of training.
-        freeze: What is not trained: `none`, `text`, `image` (towers) or `all-but-projections`. The logit scale always
-            is.
+        freeze: What is not trained: `none`, `text`, `image` (towers), `all-but-projections`, or `all-but-head` (projections
+            and final norms). The logit scale always is.
         max_logit_scale: Upper bound of the factor between cosines and logits (100 in CLIP).
         findings: Findings of the zero-shot scores; the data module's by default.
         prompt: Prompt per finding; `{finding}` stands for its name.
@@ -122,8 +123,9 @@ class ClipModule(LightningModule):
     def train(self, mode: bool = True) -> ClipModule:
         """Training mode, except for towers that are frozen: those stay as they are deployed."""
         super().train(mode)
-        frozen = {"image": ("image",), "text": ("text",), "all-but-projections": ("image", "text")}
-        for tower in frozen.get(self.hparams["freeze"], ()):
+        freeze = self.hparams["freeze"]
+        both = ("image", "text") if freeze.startswith("all-but") else ()
+        for tower in {"image": ("image",), "text": ("text",)}.get(freeze, both):
             for part in tower_modules(self.clip.model, tower):
                 part.eval()
         return self
@@ -274,7 +276,7 @@ def tower_modules(model: nn.Module, tower: str) -> list[nn.Module]:
 
 
 def freeze_parameters(model: nn.Module, freeze: str) -> None:
-    """Switch off the gradients of a tower, or of all but the projections into the common space; see `ClipModule`."""
+    """Switch off the gradients of a tower, or of all but the last layers before the common space; see `ClipModule`."""
     projections = 0
     for name, parameter in model.named_parameters():
         is_image, is_projection = name.startswith("visual."), name.startswith(_PROJECTIONS)
@@ -283,10 +285,11 @@ def freeze_parameters(model: nn.Module, freeze: str) -> None:
             "image": is_image,
             "text": not is_image,
             "all-but-projections": not is_projection,
+            "all-but-head": not (is_projection or name.startswith(_FINAL_NORMS)),
         }[freeze]
         projections += is_projection
         parameter.requires_grad_(parameter.requires_grad and (not is_frozen or name.startswith("logit_")))
-    if freeze == "all-but-projections" and not projections:
+    if freeze.startswith("all-but") and not projections:
         raise ValueError(f"{type(model).__name__} has no projection by a known name; freeze 'text' or 'image' instead.")
 
 

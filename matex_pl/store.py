@@ -146,21 +146,33 @@ class MapStore:
         Raises:
             KeyError: A pair has no map here.
         """
+        return AttributionMaps(**self._read(keys, ("image", *_FIELDS)))
+
+    def read_units(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """`grid`, `text`, `content` and `score` of the maps of the keys, as `read` gives them; the pixels stay on disk.
+
+        Raises:
+            KeyError: A pair has no map here.
+        """
+        return self._read(keys, _FIELDS)
+
+    def _read(self, keys: Sequence[str], fields: Sequence[str]) -> dict[str, Tensor]:
         gone = self.missing(keys)
         if gone:
             raise KeyError(f"{len(gone)} of {len(keys)} pairs have no map in {self.folder}, e.g. {gone[0]!r}.")
         found: dict[str, dict[str, Tensor]] = {}
         for path in dict.fromkeys(self._files[key] for key in keys):
-            found.update(_read_shard(path))
-        rows = [found[key] for key in keys]
-        fields: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in ("image", *_FIELDS)}
-        return AttributionMaps(**fields)
+            found.update(_read_shard(path, fields))
+        return {name: torch.stack([found[key][name] for key in keys]) for name in fields}
 
 
-def _read_shard(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The fields of each pair of a file."""
-    tensors, about = read_tensors(path)
-    tensors.setdefault("image", _enlarged(tensors["grid"], about["size"]))
+def _read_shard(path: Path, fields: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Fields of each pair of a file."""
+    with safe_open(path, "pt") as file:
+        about, there = _about(file.metadata()), set(file.keys())
+        tensors = {name: file.get_tensor(name) for name in fields if name in there}
+    if "image" in fields:
+        tensors.setdefault("image", _enlarged(tensors["grid"], about["size"]))
     return {key: {name: value[row] for name, value in tensors.items()} for row, key in enumerate(about["pairs"])}
 
 

@@ -56,12 +56,17 @@ class RandomMap(Control):
 
     Args:
         seed: Of the noise.
+        blur: Standard deviation of a Gaussian over neighbouring patches, and words, that the noise is smoothed with, in
+            patches and in tokens; 0 for none. So neighbours are as alike as they are in maps of methods.
     """
 
     serves_text: ClassVar[bool] = True
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, blur: float = 0.0) -> None:
+        if not 0 <= blur < torch.inf:
+            raise ValueError(f"blur must not be negative, got {blur}.")
         self.seed = seed
+        self.blur = blur
 
     def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
         grid = self._noise("film", images, phrases, clip.grid)
@@ -78,7 +83,19 @@ class RandomMap(Control):
             key.update(image.numpy().tobytes())
             generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "big"))
             drawn.append(torch.rand(*shape, generator=generator))
-        return torch.stack(drawn).to(images.device)
+        return _blurred(torch.stack(drawn), self.blur).to(images.device)
+
+
+def _blurred(noise: Tensor, sigma: float) -> Tensor:
+    """Noise `(B, ...)` smoothed along each axis by a Gaussian cut off at three sigma, with what is there at the edges."""
+    if not sigma:
+        return noise
+    for axis in range(1, noise.ndim):
+        place = torch.arange(noise.shape[axis], dtype=noise.dtype)
+        distance = (place[:, None] - place[None]).abs()
+        weight = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance <= 3 * sigma)
+        noise = torch.tensordot(noise, weight / weight.sum(1, keepdim=True), dims=([axis], [1])).movedim(-1, axis)
+    return noise
 
 
 class CenterMap(Control):

@@ -104,7 +104,7 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
         ValueError: A method is unknown, or named twice.
     """
     names = [name for name in method_names() if name not in SLOW] if methods is None else list(methods)
-    asked = [_row(name, load_method(name), budget) for name in names]
+    asked = [method_row(name, load_method(name), budget) for name in names]
     rows = [row for row in asked if not isinstance(row.method, Control)]
     rows.sort(key=lambda row: not isinstance(row.method, Matex))
     matex = next((row.method for row in rows if row.name == "MATEX"), Matex.measured())
@@ -143,7 +143,14 @@ def _controls(matex: Matex) -> list[Row]:
     ]
 
 
-def _row(name: str, method: AttributionMethod, budget: str) -> Row:
+def method_row(name: str, method: AttributionMethod, budget: str) -> Row:
+    """The row of a method by the name that it was asked for: of a shipped method its class, of a YAML the file's name.
+
+    Args:
+        name: As `load_method` takes it.
+        method: The method.
+        budget: `quick` or `full`.
+    """
     kind = type(method).__name__
     if name in method_names():
         quick = QUICK.get(kind, {}) if budget == "quick" else {}

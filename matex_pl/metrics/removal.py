@@ -103,7 +103,7 @@ def patch_curve(
     counts = patch_counts(patches, steps, grid.device)
     with borrowed(clip):
         filled = fill_images(fill, clip, images)
-        rank = _enlarged(_ranks(grid), images)
+        rank = enlarge_cells(_ranks(grid), images)
         scores = [blank if kind == "insertion" else full]
         # Without chunks of no images.
         for some in counts[1:-1].split(max(1, chunk_size // len(images))) if len(counts) > 2 else ():
@@ -133,8 +133,8 @@ def _ranks(grid: Tensor) -> Tensor:
     return order.argsort(dim=1).view_as(grid)
 
 
-def _enlarged(grid: Tensor, images: Tensor) -> Tensor:
-    """The cell that each pixel lies in: `(B, Gh, Gw)` to `(B, H, W)`."""
+def enlarge_cells(grid: Tensor, images: Tensor) -> Tensor:
+    """What the cell of each pixel holds: `(B, Gh, Gw)` to `(B, H, W)` of the images."""
     for axis in (1, 2):
         pixels, cells = images.shape[axis + 1], grid.shape[axis]
         grid = grid.index_select(axis, torch.arange(pixels, device=grid.device) * cells // pixels)

@@ -1,0 +1,174 @@
+"""One cell: the fine-tuning that a user runs, on what is left of the training pairs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from matex_pl.attribution.fill import drop_tokens, fill_images
+from matex_pl.data.record import StudyBatch
+from matex_pl.metrics.removal import enlarge_cells
+from matex_pl.module import ClipModule
+from matex_pl.roar.films import PlanData, PlanFilms
+from matex_pl.roar.lora import add_lora
+from matex_pl.roar.plan import Cell, Plan, Training
+from matex_pl.roar.units import drop_of
+from matex_pl.store import read_tensors, write_tensors
+
+
+class RoarModule(ClipModule):
+    """`ClipModule` on pairs of which parts are dropped, in the model's normalised frame and its tokens.
+
+    A batch may hold `drop_patches` `(B, Gh, Gw)` and `drop_tokens` `(B, T)` bool.
+    """
+
+    fill: str = "mean_film"
+
+    def inputs(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
+        """Normalised images `(B, 3, H, W)` with dropped patches filled, and tokens `(B, T)` with pads for dropped ones."""
+        images, tokens = super().inputs(batch)
+        patches, words = batch.get("drop_patches"), batch.get("drop_tokens")
+        if isinstance(patches, Tensor):
+            filled = fill_images(self.fill, self.clip, images)
+            images = torch.where(enlarge_cells(patches, images)[:, None], filled, images)
+        if isinstance(words, Tensor):
+            tokens = drop_tokens(tokens, words, self.clip.pad_id)
+        return images, tokens
+
+
+def run_cell(plan: Plan, films: PlanFilms, cell: Cell) -> dict[str, Any]:
+    """Fine-tune from the plan's weights and validate: a function of plan and cell alone, whoever runs it, and when.
+
+    Args:
+        plan: The experiment.
+        films: Its pairs.
+        cell: What is dropped.
+
+    Returns:
+        `loss` of validation, the other validation scores as `metrics`, `units` dropped per pair, and times.
+
+    Raises:
+        ValueError: The loss is no number.
+    """
+    start = time.perf_counter()
+    protocol, training = plan.protocol, plan.training
+    with _like_new(training.threads):
+        seed = protocol.seed + cell.repeat
+        torch.manual_seed(seed)
+        train, val = films.split(protocol.train_share, seed)
+        drop = drop_of(plan, films, cell)
+        data = PlanData(films, train, val, training.batch_size, seed, drop.of, corrupt_val=protocol.corrupt_val)
+        module, stopwatch = build_module(plan), _Stopwatch()
+        trainer = _trainer(training, stopwatch)
+        trainer.fit(module, datamodule=data)
+    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if not math.isfinite(scores["val/loss"]):
+        raise ValueError(f"The validation loss of {cell.id} is {scores['val/loss']}. Lower training.lr.")
+    return {
+        "cell": cell.id,
+        "loss": scores["val/loss"],
+        "metrics": {name: value for name, value in scores.items() if name.startswith("val/") and name != "val/loss"},
+        "train_loss": scores["train/loss"],
+        "units": drop.units,
+        "train_pairs": len(train),
+        "val_pairs": len(val),
+        "steps": trainer.global_step,
+        "seconds": time.perf_counter() - start,
+        "training_seconds": stopwatch.seconds,
+    }
+
+
+def build_module(plan: Plan) -> RoarModule:
+    """The module that a cell trains, with the plan's start weights."""
+    training = plan.training
+    settings = {
+        "lr": training.lr,
+        "weight_decay": training.weight_decay,
+        "warmup_steps": training.warmup_steps,
+        "freeze": {"full": "none", "head": "all-but-head", "lora": "none"}[training.trained],
+    }
+    module = _load(RoarModule, plan.folder / "start.safetensors", settings)
+    module.fill = plan.protocol.fill
+    if training.trained == "lora":
+        add_lora(module.clip.model, training.lora_rank)
+    return module
+
+
+def load_explained(plan: Plan) -> ClipModule:
+    """The module whose maps are taken, in eval mode."""
+    return _load(ClipModule, plan.folder / "explained.safetensors", {}).eval()
+
+
+def write_module(module: ClipModule, path: Path) -> None:
+    """Keep a module's weights and settings, for `build_module` and `load_explained`."""
+    weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    write_tensors(path, weights, {"settings": dict(module.hparams)})
+
+
+def _load(kind: type[Any], path: Path, settings: dict[str, Any]) -> Any:
+    weights, about = read_tensors(path)
+    own = {**about["settings"], **settings}
+    own["betas"] = tuple(own["betas"])
+    module = kind(**own)
+    module.load_state_dict(weights)
+    return module
+
+
+class _Stopwatch(Callback):
+    """Seconds in training steps, from the batch on its device to the updated weights."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop."""
+        self.seconds += time.perf_counter() - self._start
+
+
+def _trainer(training: Training, stopwatch: Callback) -> Trainer:
+    return Trainer(
+        accelerator=training.accelerator,
+        devices=1,
+        precision=training.precision,  # type: ignore[arg-type]
+        max_epochs=training.epochs,
+        check_val_every_n_epoch=training.epochs,
+        gradient_clip_val=training.gradient_clip_val or None,
+        num_sanity_val_steps=0,
+        callbacks=[stopwatch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@contextmanager
+def _like_new(threads: int) -> Iterator[None]:
+    """Random numbers of its own, a number of threads, and no words of the trainer; all as before at the end."""
+    before, said = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
+    level = said.level
+    said.setLevel(logging.ERROR)
+    torch.set_num_threads(threads)
+    try:
+        with isolate_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            yield
+    finally:
+        torch.set_num_threads(before)
+        said.setLevel(level)

@@ -1,0 +1,189 @@
+"""The films and phrases of a plan, decoded once and kept in the model's frame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from matex_pl.attribution.base import progress
+from matex_pl.data.films import ChestXrayDataModule
+from matex_pl.data.record import Sample, Study, StudyBatch, collate
+from matex_pl.data.transforms import FilmTransform
+from matex_pl.files import whole_file, write_text
+from matex_pl.store import pair_keys
+
+_FILMS, _PAIRS = "films.npy", "pairs.json"
+_READ_AT_ONCE = 64
+
+
+class _Films(Dataset[list[Sample]]):
+    """Films with the samples of all their studies, each decoded once."""
+
+    def __init__(self, data: ChestXrayDataModule, films: Sequence[list[Study]], transform: FilmTransform) -> None:
+        self.data = data
+        self.films = films
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.films)
+
+    def __getitem__(self, index: int) -> list[Sample]:
+        studies = self.films[index]
+        pixels = self.data.read_film(studies[0])
+        try:
+            return [Sample(study, *self.transform(pixels, study.boxes)) for study in studies]
+        except ValueError as error:
+            raise ValueError(f"Film {studies[0].film_id!r} ({studies[0].image}): {error}") from error
+
+
+def write_films(data: ChestXrayDataModule, studies: Sequence[Study], folder: Path) -> list[str]:
+    """Decode the films of the studies once, and keep them with the studies in `folder`.
+
+    Args:
+        data: Reads the films; prepared, so that it knows the model's frame.
+        studies: The pairs.
+        folder: Gets `films.npy`, `(F, H, W)` uint8, and `pairs.json`.
+
+    Returns:
+        The keys of the pairs, which tell their pixels and phrases from others; see `pair_keys`.
+    """
+    films: dict[str, list[Study]] = {}
+    for study in studies:
+        films.setdefault(study.film_id, []).append(study)
+    dataset = _Films(data, list(films.values()), data.dataset(studies[0].split).transform)
+    loader = DataLoader(dataset, batch_size=_READ_AT_ONCE, num_workers=data.num_workers, collate_fn=list)
+    pairs: list[dict[str, Any]] = []
+    with whole_file(folder / _FILMS) as part:
+        pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(films), *dataset.transform.size))
+        films_of = (samples for group in progress(loader, "reading films") for samples in group)
+        for row, samples in enumerate(films_of):
+            pixels[row] = samples[0].image[0].numpy()
+            pairs.extend(_pair(sample, row) for sample in samples)
+        pixels.flush()
+    write_text(folder / _PAIRS, json.dumps(pairs))
+    return [pair["key"] for pair in pairs]
+
+
+def _pair(sample: Sample, row: int) -> dict[str, Any]:
+    """A study of the plan as plain types: its boxes in pixels of the stored film, its key, and the film's rectangle."""
+    height, width = sample.image.shape[1:]
+    boxes = (sample.boxes.double().numpy() * [width, height, width, height]).tolist()
+    study = asdict(replace(sample.study, image=row, boxes=boxes))
+    return {"study": study, "film": sample.film.tolist(), "key": pair_keys(collate([sample]))[0]}
+
+
+class PlanFilms:
+    """The pairs of a plan, with their films on disk.
+
+    Args:
+        folder: Of the plan.
+
+    Attributes:
+        studies: The n studies; `image` is the row of the film.
+        keys: Their keys in a map store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        pairs = json.loads((folder / _PAIRS).read_text(encoding="utf-8"))
+        self.studies = [_study(pair["study"]) for pair in pairs]
+        self.keys = [pair["key"] for pair in pairs]
+        self._film = torch.tensor([pair["film"] for pair in pairs])
+        self._pixels = np.load(folder / _FILMS, mmap_mode="r")
+
+    def batch(self, rows: Sequence[int]) -> StudyBatch:
+        """The pairs of these rows, as a loader gives them; boxes in [0, 1] of the frame."""
+        pixels = torch.from_numpy(self._pixels[[int(self.studies[row].image) for row in rows]])
+        images = pixels[:, None].expand(-1, 3, -1, -1)
+        return collate([
+            Sample(self.studies[row], image, self._boxes(row), self._film[row])
+            for row, image in zip(rows, images, strict=True)
+        ])  # fmt: skip
+
+    def _boxes(self, row: int) -> torch.Tensor:
+        height, width = self._pixels.shape[1:]
+        return torch.tensor(self.studies[row].boxes).view(-1, 4) / torch.tensor([width, height, width, height])
+
+    def boxes(self) -> list[torch.Tensor]:
+        """The boxes of all pairs, `(K, 4)` each, in [0, 1] of the frame."""
+        return [self._boxes(row) for row in range(len(self.studies))]
+
+    def split(self, train_share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Rows to train on and to validate on: patients drawn by the seed, the pairs in their order.
+
+        Raises:
+            ValueError: There are too few patients for both.
+        """
+        patients = list(dict.fromkeys(study.patient_id for study in self.studies))
+        number = round(train_share * len(patients))
+        if not 0 < number < len(patients):
+            raise ValueError(f"{len(patients)} patients cannot be split with a share of {train_share:g} to train on.")
+        order = np.random.default_rng(seed).permutation(len(patients))
+        chosen = {patients[index] for index in order[:number]}
+        rows = range(len(self.studies))
+        train = [row for row in rows if self.studies[row].patient_id in chosen]
+        return train, [row for row in rows if self.studies[row].patient_id not in chosen]
+
+
+def _study(record: dict[str, Any]) -> Study:
+    return Study(**{**record, "film_findings": tuple(record["film_findings"])})
+
+
+class PlanData(LightningDataModule):
+    """The films of a plan for one cell: a split, an order of the batches, and what is dropped.
+
+    Args:
+        films: The pairs of the plan.
+        train: Rows to train on.
+        val: Rows to validate on.
+        batch_size: Pairs per batch.
+        seed: Of the order of the training batches.
+        drop: Gives, for the rows of a batch, what is dropped of them; see `Drop.of`.
+        corrupt_val: Drop from validation pairs as well.
+    """
+
+    def __init__(
+        self,
+        films: PlanFilms,
+        train: Sequence[int],
+        val: Sequence[int],
+        batch_size: int,
+        seed: int,
+        drop: Callable[[Sequence[int]], dict[str, torch.Tensor]],
+        *,
+        corrupt_val: bool = False,
+    ) -> None:
+        super().__init__()
+        self.films = films
+        self.rows = {"train": list(train), "val": list(val)}
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop = drop
+        self.corrupt_val = corrupt_val
+        named = {finding for study in films.studies for finding in study.film_findings}
+        self.findings = tuple(sorted(named))
+
+    def train_dataloader(self) -> DataLoader:
+        """Training pairs with what is dropped, shuffled; an incomplete last batch is left out if there are others."""
+        rows = self.rows["train"]
+        order = torch.Generator().manual_seed(self.seed)
+        drop_last = len(rows) >= self.batch_size
+        return self._loader("train", shuffle=True, generator=order, drop_last=drop_last, collate_fn=self._dropped)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation pairs, in order, whole unless `corrupt_val`."""
+        return self._loader("val", collate_fn=self._dropped if self.corrupt_val else self.films.batch)
+
+    def _loader(self, split: str, **settings: Any) -> DataLoader:
+        # The films are on disk as the model takes them: a worker process would cost more than it gives.
+        return DataLoader(self.rows[split], batch_size=self.batch_size, num_workers=0, **settings)  # type: ignore[arg-type]
+
+    def _dropped(self, rows: Sequence[int]) -> StudyBatch:
+        return {**self.films.batch(rows), **self.drop(rows)}  # type: ignore[typeddict-item]

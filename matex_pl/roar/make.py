@@ -1,0 +1,127 @@
+"""Making a plan: its pairs, weights and methods, in a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from matex_pl.attribution import RandomMap
+from matex_pl.attribution.shipped import load_method
+from matex_pl.benchmark.results import PACKAGES
+from matex_pl.benchmark.rows import method_row
+from matex_pl.data import ChestXrayDataModule, Study
+from matex_pl.module import ClipModule
+from matex_pl.pairs import choose_pairs, prepare_data
+from matex_pl.roar.cell import write_module
+from matex_pl.roar.films import write_films
+from matex_pl.roar.plan import Plan, PlanRow, Protocol, Training, check_same, has_plan, read_plan, slug
+from matex_pl.store import describe_method, fingerprint, weight_hash
+
+METHODS = ("matex", "m2ib", "grad_cam", "chefer", "saliency")
+RANDOM, BLURRED, BOXES = "RandomMap", "RandomMap, blurred", "True boxes"
+_BLUR = 1.5
+
+
+def make_plan(
+    folder: Path,
+    data: ChestXrayDataModule,
+    explained: ClipModule,
+    start: ClipModule,
+    methods: Sequence[str],
+    protocol: Protocol,
+    training: Training,
+    about: dict[str, str],
+) -> Plan:
+    """Choose and decode the pairs, and keep them with the weights in `folder`; a plan that is there is taken up again.
+
+    Args:
+        folder: Of the plan.
+        data: The data module.
+        explained: Its maps say what is dropped.
+        start: Where each cell starts from.
+        methods: Names of shipped methods and YAML files.
+        protocol: What is removed, and how often.
+        training: The fine-tuning of each cell.
+        about: Where the weights come from, for the tables.
+
+    Raises:
+        ValueError: The folder holds another plan, a method is unknown or named twice, or there are too few pairs.
+    """
+    clip = explained.clip
+    studies = _pairs(data, clip.image_size, protocol)
+    for module in (explained, start):
+        if module.clip.mean_film.isnan().any():
+            module.clip.mean_film.copy_(data.mean_film())
+    model = about | {
+        "explained": weight_hash(clip),
+        "start": weight_hash(start.clip),
+        "image_size": list(clip.image_size),
+        "grid": list(clip.grid),
+    }
+    described = {
+        "class": type(data).__name__,
+        "pairs": len(studies),
+        "patients": len({study.patient_id for study in studies}),
+        "boxed": sum(bool(study.boxes) for study in studies),
+        "fingerprint": fingerprint([[study.id, study.phrase, study.boxes] for study in studies]),
+    }
+    versions = {name: version(name) for name in PACKAGES}
+    rows = plan_rows(methods, described["boxed"], len(studies))
+    plan = Plan(folder, protocol, training, rows, {"model": model, "data": described, "versions": versions})
+    if has_plan(folder):
+        check_same(read_plan(folder), plan)
+        return plan
+    write_films(data, studies, folder)
+    write_module(explained, folder / "explained.safetensors")
+    write_module(start, folder / "start.safetensors")
+    plan.write()
+    return plan
+
+
+def _pairs(data: ChestXrayDataModule, image_size: tuple[int, int], protocol: Protocol) -> list[Study]:
+    """The pairs of the experiment, from all of its splits."""
+    prepare_data(data, image_size, *protocol.splits)
+    data.studies["roar"] = [study for split in protocol.splits for study in data.studies[split]]
+    studies = choose_pairs(data, "roar", protocol.num_pairs, protocol.seed, boxed=False)
+    del data.studies["roar"]
+    patients = {study.patient_id for study in studies}
+    number = round(protocol.train_share * len(patients))
+    if not 0 < number < len(patients):
+        raise ValueError(
+            f"{len(studies)} pairs of {len(patients)} patients cannot be split by patient with "
+            f"train_share={protocol.train_share:g}. Take more pairs, or another share."
+        )
+    return studies
+
+
+def plan_rows(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanRow]:
+    """The methods that were asked for, noise with and without neighbours alike, and the true boxes where there are any.
+
+    Args:
+        methods: Names of shipped methods and YAML files.
+        boxed: Number of pairs with boxes.
+        pairs: Number of pairs.
+
+    Raises:
+        ValueError: A method is unknown, named twice, or called like a control.
+    """
+    asked = [method_row(name, load_method(name), "quick") for name in methods]
+    rows = [
+        PlanRow(row.name, describe_method(row.method), row.method.serves_text, note=row.note)
+        for row in asked
+        if not isinstance(row.method, RandomMap)
+    ]
+    rows += [
+        PlanRow(RANDOM, describe_method(RandomMap()), True, True, "noise"),
+        PlanRow(BLURRED, describe_method(RandomMap(blur=_BLUR)), True, True, "noise as smooth as maps are"),
+    ]
+    if boxed:
+        rows.append(
+            PlanRow(BOXES, None, False, True, f"what a perfect map would drop; {boxed} of {pairs} pairs have boxes")
+        )
+    names = [slug(row.name) for row in rows]
+    twice = next((row.name for place, row in enumerate(rows) if names[place] in names[:place]), None)
+    if twice:
+        raise ValueError(f"Two methods are called {twice!r}. Name each once; a YAML file is called by its name.")
+    return rows

@@ -1,0 +1,188 @@
+"""What `matex roar` runs: a plan's cells here or on a cluster, how far it is, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+
+from matex_pl.attribution.base import check_choice
+from matex_pl.data import ChestXrayDataModule
+from matex_pl.explain import load_module
+from matex_pl.report_roar import add_to_report, roar_tables, write_roar
+from matex_pl.roar.cluster import RayOptions, work_on_ray
+from matex_pl.roar.collect import collect
+from matex_pl.roar.lease import is_leased
+from matex_pl.roar.make import METHODS, make_plan
+from matex_pl.roar.plan import Cell, Plan, Protocol, Training, read_plan, some_cells
+from matex_pl.roar.work import failure, prepare_maps, result, work_here, work_in_processes
+
+EXECUTORS = ("local", "ray")
+
+
+class CellsFailed(RuntimeError):
+    """Some cells of a plan ended with an error; the others are kept."""
+
+
+def run_roar(
+    protocol: Protocol,
+    training: Training,
+    ray: RayOptions,
+    data: ChestXrayDataModule | None = None,
+    ckpt_path: str | None = None,
+    out: str | None = None,
+    methods: list[str] | str = list(METHODS),
+    start_path: str | None = None,
+    plan: str | None = None,
+    cells: str | None = None,
+    executor: str = "local",
+    processes: int = 1,
+) -> str:
+    """Remove what maps mark, train again, and see what the model lost: ROAR+ for each method, modality and fraction.
+
+    A plan is made in `OUT`: pairs, decoded once, weights and, once per method, maps. Then its cells are run, each a
+    fine-tuning from the same weights; a repeat's cells share split, order of the batches and one clean run. Noise,
+    noise as smooth as maps are and, where films have boxes, these are always among the methods. The same command again
+    goes on where it was stopped; in a second terminal it takes part; when all cells are done the tables are written.
+
+    Args:
+        protocol: What is removed, and how often.
+        training: The fine-tuning of each cell.
+        ray: Of the executor `ray`.
+        data: The data module.
+        ckpt_path: A checkpoint of `matex fit`, whose maps say what is removed.
+        out: Folder of the plan.
+        methods: Names of shipped methods and YAML files, `matex,m2ib,mine.yaml`.
+        start_path: A checkpoint whose weights each cell starts from; those of `ckpt_path` by default.
+        plan: Folder of a plan that is there already, as the callback `RoarPlus` writes it, in place of `data`,
+            `ckpt_path` and `out`.
+        cells: Every n-th cell from the i-th only, as `3::8` in the fourth of eight jobs.
+        executor: `local`, or `ray` for a cluster.
+        processes: Processes of this machine that take cells, with the executor `local`.
+
+    Returns:
+        The table as text, and where the files are; or how many cells are left.
+
+    Raises:
+        ValueError: An argument is out of range, the folder holds another plan, or there are too few pairs.
+        FileNotFoundError: There is no such checkpoint or plan.
+        CellsFailed: Some cells failed.
+    """
+    check_choice("executor", executor, EXECUTORS)
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}.")
+    opened = _open(protocol, training, data, ckpt_path, out, methods, start_path, plan)
+    log = Console(stderr=True)
+    log.print("Making maps, where they are not there yet.", highlight=False)
+    prepare_maps(opened)
+    mine = opened.cells() if cells is None else some_cells(opened.cells(), cells)
+    left = [cell for cell in mine if result(opened, cell) is None]
+    log.print(f"{len(left)} of {len(mine)} cells to run, each {_cell_words(opened)}.", highlight=False)
+    if executor == "ray":
+        work_on_ray(opened, left, ray)
+    elif processes > 1:
+        work_in_processes(opened, left, processes)
+    else:
+        work_here(opened, left)
+    return _ended(opened, mine)
+
+
+def _open(
+    protocol: Protocol,
+    training: Training,
+    data: ChestXrayDataModule | None,
+    ckpt_path: str | None,
+    out: str | None,
+    methods: list[str] | str,
+    start_path: str | None,
+    plan: str | None,
+) -> Plan:
+    """The plan that is there, or the one that the arguments describe."""
+    if plan is not None:
+        return read_plan(Path(plan))
+    if data is None or ckpt_path is None or out is None:
+        raise ValueError("there is no plan. Give data, ckpt_path and out, or plan, the folder of one.")
+    explained = load_module(ckpt_path)
+    start = load_module(start_path) if start_path else explained
+    about = {"checkpoint": ckpt_path, "start_checkpoint": start_path or ckpt_path}
+    names = methods.split(",") if isinstance(methods, str) else methods
+    return make_plan(Path(out), data, explained, start, names, protocol, training, about)
+
+
+def _cell_words(plan: Plan) -> str:
+    training = plan.training
+    return f"{training.epochs} epochs in batches of {training.batch_size}, {training.trained}"
+
+
+def _ended(plan: Plan, cells: Sequence[Cell]) -> str:
+    """The table, if all of the plan is done; else what is left of it."""
+    failed = {cell.id: error for cell in cells if (error := failure(plan, cell))}
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise CellsFailed(
+            f"{len(failed)} of {len(cells)} cells failed, e.g. {name}: {error} The log is "
+            f"{plan.folder}/cells/{name}/error.log. The others are kept; the same command tries these again."
+        )
+    left = sum(result(plan, cell) is None for cell in plan.cells())
+    if left:
+        return f"These cells are done; {left} others of the plan are left. See `matex roar status {plan.folder}`."
+    return collect_roar(str(plan.folder))
+
+
+def roar_status(folder: str) -> str:
+    """Say how far a plan is: cells that are done, running, failed and left, and about how long the rest takes.
+
+    Args:
+        folder: Of the plan.
+
+    Raises:
+        FileNotFoundError: There is no plan.
+    """
+    plan = read_plan(Path(folder))
+    cells = plan.cells()
+    done = [found for cell in cells if (found := result(plan, cell)) is not None]
+    running = [cell.id for cell in cells if result(plan, cell) is None and is_leased(plan.path(cell))]
+    failed = {cell.id: error for cell in cells if cell.id not in running and (error := failure(plan, cell))}
+    left = len(cells) - len(done)
+    lines = [f"{len(done)} of {len(cells)} cells are done, {len(running)} running, {len(failed)} failed."]
+    lines += [f"  running: {name}" for name in running]
+    lines += [f"  failed: {name}: {error} (cells/{name}/error.log)" for name, error in failed.items()]
+    if done and left:
+        seconds = mean(found["seconds"] for found in done) * left / max(len(running), 1)
+        lines.append(f"About {_duration(seconds)} are left with {max(len(running), 1)} at a time.")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{minutes // 60} h {minutes % 60} min"
+        if minutes > 99
+        else f"{minutes} min"
+    )
+
+
+def collect_roar(folder: str, report: str | None = None) -> str:
+    """Write what a plan's cells say: `results.json`, `table.md`, curves as PNG and SVG, and `report.html`.
+
+    Args:
+        folder: Of the plan; what is not done yet is left open in the tables, and named.
+        report: Folder of a `matex benchmark`, whose tables and page get the scores too.
+
+    Returns:
+        The table as text, and where the files are.
+
+    Raises:
+        FileNotFoundError: There is no plan, or no benchmark.
+    """
+    found: dict[str, Any] = collect(read_plan(Path(folder)))
+    write_roar(found, Path(folder))
+    if report is not None:
+        add_to_report(found, Path(report))
+    where = f"{folder}/report.html, table.md and results.json hold all of it."
+    return f"{roar_tables(found)}\n{where}"
