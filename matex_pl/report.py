@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
@@ -626,7 +625,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Stroke:
-    """A curve; `style` counts in `STROKES`, None is a pale one behind the others; `spread` is a band to both sides."""
+    """A curve; `style` counts in `STROKES`, None is a pale one behind the others; `spread` is half of a point's bar."""
 
     x: Sequence[float]
     y: Sequence[float | None]
@@ -674,6 +673,7 @@ def curve_plot(
     alt: str,
     *,
     line: float | None = None,
+    ticks: Sequence[float] = (),
 ) -> Markup:
     """Curves in as many frames side by side as there are (title, strokes).
 
@@ -683,6 +683,7 @@ def curve_plot(
         limits: Of the y axis.
         alt: The alternative text.
         line: Height of a level reference such as 0.
+        ticks: Of the x axis; chosen by matplotlib if there are none.
     """
 
     def drawer(title: str, strokes: Sequence[Stroke]) -> Callable[[Axes], None]:
@@ -692,14 +693,17 @@ def curve_plot(
                 heights = as_floats(stroke.y)
                 axes.plot(stroke.x, heights, dashes, color=colour, linewidth=1 if stroke.style is None else 2)
                 if stroke.spread:
-                    middle, half = np.array(heights), np.array(as_floats(stroke.spread))
-                    axes.fill_between(stroke.x, middle - half, middle + half, color=colour, alpha=0.22, linewidth=0)
+                    bars: Any = {"fmt": "o", "markersize": 4, "capsize": 2, "elinewidth": 1}
+                    axes.errorbar(stroke.x, heights, as_floats(stroke.spread), color=colour, **bars)
             if line is not None:
                 axes.axhline(line, color="#000000", linewidth=1, linestyle=(0, (3, 3)))
             axes.set_title(title, fontsize=FONT_SIZE)
             axes.set_xlabel(across, fontsize=FONT_SIZE, labelpad=2)
             axes.set_ylim(limits)
-            axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for s in strokes for x in s.x))
+            if ticks:
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            else:
+                axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for s in strokes for x in s.x))
             axes.grid(color=GRID)
 
         return draw
@@ -720,6 +724,7 @@ def draw_svg(
     left: float,
     bottom: float,
     top: float,
+    right: float = 0.97,
 ) -> Markup:
     """One figure as inline SVG of the page's colours and fonts; each drawer fills one frame."""
     # Ids are hashes of what they name, but clip paths are numbered per figure: the salt tells figures apart.
@@ -730,7 +735,7 @@ def draw_svg(
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure = Figure(figsize=size)
         frames = figure.subplots(1, len(drawers), squeeze=False, gridspec_kw={"wspace": 0.22})[0]
-        figure.subplots_adjust(left=left, right=0.97, bottom=bottom, top=top)
+        figure.subplots_adjust(left=left, right=right, bottom=bottom, top=top)
         for axes, draw in zip(frames, drawers, strict=True):
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(length=0)

@@ -14,7 +14,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -66,9 +68,14 @@ from matex_pl.report import (
 from matex_pl.report_panels import read_panels
 
 FORMAT = 1
+# How the curves are drawn.
+LEGEND = (
+    "Bars: standard deviation over the repeats. Grey, hollow: controls. Points of one share stand side by side, so "
+    "that bars can be told apart."
+)
 # In the folder of a benchmark.
 BESIDE, PANELS = "roar.json", "panels"
-UNITS = {"image": "patches", "text": "words and word pieces"}
+UNITS = {"image": "patches", "text": "tokens"}
 LEVEL = 0.05
 ROAR = "ROAR+\N{NO-BREAK SPACE}↑"
 _BENCHMARK = "`matex benchmark --config FILE --ckpt_path FILE --out {}`"
@@ -411,7 +418,7 @@ def _words(results: dict[str, Any]) -> dict[str, Any]:
         "sentences": noise_sentences(results),
         "differences": [table for found in tables.values() for table in found],
         "tested": max((test.get("n") or 0 for test in results.get("tests") or []), default=0),
-        "untested": bool(results.get("tests")) and all(verdict(test) == "open" for test in results["tests"]),
+        "untested": all(verdict(test) == "open" for test in results.get("tests") or []),
         "clean": clean_table(results),
         "refused": [row for row in rows if row.get("error")],
         "rows": rows,
@@ -518,19 +525,32 @@ def _label(axes: Axes, ends: Sequence[tuple[str, float, float, str]], height: fl
             textcoords="axes fraction",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
         )
 
 
 def moved_apart(places: Sequence[float], gap: float) -> list[float]:
-    """Rising places in [0, 1] that are at least `gap` apart, or evenly spread where that is too many; else unmoved."""
+    """Rising places in [0, 1], moved as little as possible in squares so that they are `gap` apart, or less if crowded.
+
+    With `i * gap` taken off they only have to rise: what does not is pooled to its mean.
+    """
     gap = min(gap, 1 / max(len(places) - 1, 1))
-    found = list(places)
-    for i in range(1, len(found)):
-        found[i] = max(found[i], found[i - 1] + gap)
-    for i in reversed(range(len(found))):
-        found[i] = min(found[i], 1.0 if i + 1 == len(found) else found[i + 1] - gap)
-    return found
+    pools: list[list[float]] = []
+    for i, place in enumerate(places):
+        pools.append([place - i * gap])
+        while len(pools) > 1 and mean(pools[-2]) > mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    room = 1 - (len(places) - 1) * gap
+    level = [min(max(mean(pool), 0), room) for pool in pools for _ in pool]
+    return [start + i * gap for i, start in enumerate(level)]
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
@@ -563,6 +583,7 @@ def _overview(results: dict[str, Any], modality: str) -> Plot:
         (WIDTH, height),
         f"ROAR+ over the share that is dropped, {caption.lower()}",
         left=0.13,
+        right=0.6,
         bottom=0.5 / height,
         top=1 - 0.1 / height,
     )
@@ -572,33 +593,42 @@ def _overview(results: dict[str, Any], modality: str) -> Plot:
 def _plots(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "overviews": [_overview(results, modality) for modality in _modalities(results)],
-        "curves": [plot for modality in _modalities(results) for plot in _curves(results, modality)],
+        "curves": _curves(results),
+        "legend": LEGEND,
     }
 
 
-def _curves(results: dict[str, Any], modality: str) -> list[Plot]:
-    """A frame per method with its deviation as a band, the controls pale behind it."""
+def _curves(results: dict[str, Any]) -> list[Plot]:
+    """Per method a frame per modality, the controls pale behind it."""
+    frames: dict[str, list[tuple[str, list[Stroke]]]] = defaultdict(list)
+    for modality in _modalities(results):
+        for row, strokes in _strokes(results, modality):
+            frames[row["name"]].append((f"maps of the {MODALITIES[modality]}", strokes))
+    ends = [end for found in frames.values() for _, strokes in found for stroke in strokes for end in _reach(stroke)]
+    ticks = sorted({x for found in frames.values() for _, strokes in found for stroke in strokes for x in stroke.x})
+    style: dict[str, Any] = {"line": 0, "ticks": [round(tick, 6) for tick in ticks]}
+    return [
+        Plot(name, curve_plot(found, "dropped, %", axis_limits([0, *ends]), f"{name}: ROAR+", **style))
+        for name, found in frames.items()
+    ]
+
+
+def _strokes(results: dict[str, Any], modality: str) -> list[tuple[Row, list[Stroke]]]:
+    """Each method that has a value, with its curve and those of the controls."""
     rows = _rows(results, modality)
     fractions = [100 * fraction for fraction in _fractions(results, rows)]
-    strokes = {row["name"]: _heights(row, fractions) for row in rows}
-    reach = [
-        value + sign * spread
-        for sign in (-1, 1)
-        for ends in strokes.values()
-        for value, spread in zip(*ends, strict=True)
+    pale = [Stroke(fractions, _heights(row, fractions)[0], None) for row in rows if row.get("control")]
+    own = [(row, *_heights(row, fractions)) for row in rows if not row.get("control")]
+    return [(row, [*pale, Stroke(fractions, y, 0, spread)]) for row, y, spread in own if np.isfinite(y).any()]
+
+
+def _reach(stroke: Stroke) -> list[float]:
+    """The ends of a curve's bars, its points where it has none."""
+    spread = [
+        0 if value is None or not math.isfinite(value) else value for value in stroke.spread or [0] * len(stroke.y)
     ]
-    limits = axis_limits([0, *(value for value in reach if math.isfinite(value))])
-    pale = [Stroke(fractions, strokes[row["name"]][0], None) for row in rows if row.get("control")]
-    plots = []
-    for row in rows:
-        heights, spreads = strokes[row["name"]]
-        if row.get("control") or not np.isfinite(heights).any():
-            continue
-        title = f"maps of the {MODALITIES[modality]}"
-        frame = (title, [*pale, Stroke(fractions, heights, 0, spreads)])
-        svg = curve_plot([frame], "dropped, %", limits, f"{row['name']}: ROAR+, {title}", line=0)
-        plots.append(Plot(row["name"], svg))
-    return plots
+    pairs = [(y, width) for y, width in zip(stroke.y, spread, strict=True) if y is not None and math.isfinite(y)]
+    return [y + sign * width for y, width in pairs for sign in (-1, 1)]
 
 
 # --- On the benchmark's page
@@ -609,24 +639,46 @@ def _addition(found: dict[str, Any], roar: dict[str, Any]) -> Addition:
     mine, theirs = ((part.get("model") or {}).get(key) for part, key in ((found, "weights"), (roar, "explained")))
     if not mine or mine != theirs:
         sentence = (
-            f"ROAR+ was measured here with other weights ({str(theirs)[:12]}) than those of this page "
-            f"({str(mine)[:12]}), so it is not shown."
+            f"ROAR+ was measured with maps of other weights ({str(theirs or 'unknown')[:12]}) than those of this page "
+            f"({str(mine or 'unknown')[:12]}), so it is not shown."
         )
         return Addition({}, [sentence], [])
     columns = {modality: _measured_column(found, roar, modality) for modality in _modalities(roar)}
     plots = [_overview(roar, modality) for modality in _modalities(roar)]
-    return Addition(columns, _about(roar), plots)
+    return Addition({m: column for m, column in columns.items() if column}, _about(roar), plots, LEGEND)
 
 
-def _measured_column(found: dict[str, Any], roar: dict[str, Any], modality: str) -> tuple[Column, dict[str, Cell]]:
-    """ROAR+ at the smallest fraction, by the names of the rows."""
-    rows = _rows(roar, modality)
-    head, cells = _point_column(rows, _fractions(roar, rows)[0], modality)
-    return head, {row["name"]: cell for row, cell in zip(rows, cells, strict=True)}
+def _measured_column(
+    found: dict[str, Any], roar: dict[str, Any], modality: str
+) -> tuple[Column, dict[str, Cell]] | None:
+    """ROAR+ at the smallest fraction of the rows that the benchmark has too, by their names; None without any."""
+    settings = {row["name"]: row.get("settings") for row in scored(found, modality)}
+    rows = [row for row in _rows(roar, modality) if row["name"] in settings]
+    fractions = _fractions(roar, rows)
+    if not rows or not fractions:
+        return None
+    head, cells = _point_column(rows, fractions[0], modality)
+    # A row of the same name may stand for fewer masks or other weights of the parts.
+    marked = [
+        cell if row.get("settings") == settings[row["name"]] else replace(cell, interval="other settings")
+        for row, cell in zip(rows, cells, strict=True)
+    ]
+    return head, {row["name"]: cell for row, cell in zip(rows, marked, strict=True)}
 
 
 def _about(roar: dict[str, Any]) -> list[str]:
-    return [sentence for sentence in (*noise_sentences(roar), _time_sentence(roar)) if sentence]
+    """What a reader of the benchmark's page must know of the run."""
+    data, settings, failed = roar.get("data") or {}, roar.get("settings") or {}, roar.get("failed") or []
+    sentences = list(noise_sentences(roar))
+    if data.get("train_pairs") is not None and settings.get("epochs") is not None:
+        sentences.append(
+            f"Trained for {_count(settings['epochs'], 'epoch')} on {data['train_pairs']} pairs and measured on "
+            f"{data.get('val_pairs')}, {_count(settings.get('repeats') or 0, 'repeat')}, on splits of its own; the "
+            "table has the smallest share that was dropped, the curves have all."
+        )
+    if failed:
+        sentences.append(f"Failed, and a dash or a gap here: {listed([str(cell.get('cell')) for cell in failed])}.")
+    return [*sentences, *filter(None, [_time_sentence(roar)])]
 
 
 # --- For loggers
