@@ -1,4 +1,4 @@
-"""Pictures to Lightning's loggers: one adapter per kind, and none of their packages is imported here."""
+"""Pictures, texts and scores to Lightning's loggers: one adapter per kind, none of their packages is imported."""
 
 from __future__ import annotations
 
@@ -47,3 +47,48 @@ def log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> boo
 def log_images(loggers: Iterable[Any], tag: str, image: NDArray[np.uint8], step: int) -> int:
     """Hand one picture to each logger, e.g. `trainer.loggers`; how many took it. Arguments as in `log_image`."""
     return sum(log_image(logger, tag, image, step) for logger in loggers)
+
+
+def log_text(logger: Any, tag: str, text: str, step: int) -> bool:
+    """Hand a Markdown text to a logger; True if the logger takes texts.
+
+    Served are TensorBoard, MLflow (an artifact `tag.md`), Comet, and every logger with Lightning's own `log_text(key,
+    columns, data, step)`, such as Weights & Biases.
+
+    Args:
+        logger: A logger of the Trainer.
+        tag: Name of the text; slashes group it.
+        text: Markdown.
+        step: Usually `trainer.global_step`.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(tag, text, step)
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_text(logger.run_id, text, artifact_file=f"{tag}.md")
+    elif isinstance(logger, CometLogger):
+        logger.experiment.log_text(text, step=step, metadata={"name": tag})
+    elif callable(getattr(logger, "log_text", None)):
+        logger.log_text(key=tag, columns=["text"], data=[[text]], step=step)
+    else:
+        return False
+    return True
+
+
+def log_session(logger: Any, name: str, params: dict[str, Any], metrics: dict[str, float]) -> bool:
+    """Hand hyper-parameters with scores to TensorBoard; True if it is one.
+
+    They become a run `name` beneath the logger's own: TensorBoard shows only the first hyper-parameters of a run, and
+    those are what the run itself was made with. They are repeated in the new one, where the logger still knows them.
+
+    Args:
+        logger: A logger of the Trainer.
+        name: Of the run.
+        params: Plain values by name.
+        metrics: Numbers by name.
+    """
+    if not isinstance(logger, TensorBoardLogger):
+        return False
+    session = TensorBoardLogger(logger.log_dir, name="", version=name, default_hp_metric=False)
+    session.log_hyperparams({**getattr(logger, "hparams", {}), **params}, metrics)
+    session.finalize("success")
+    return True

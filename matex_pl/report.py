@@ -6,7 +6,6 @@ text of the results (findings, phrases, studies, names, paths) is material: it i
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -24,10 +23,10 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from matex_pl.files import whole_file
-from matex_pl.render import Picture, single_line
+from matex_pl.render import single_line
+from matex_pl.report_panels import Panel
 
 FORMAT = 1
 MISSING = "\N{EN DASH}"
@@ -66,38 +65,30 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Panel:
-    """A picture of one method on one pair.
+class Addition:
+    """What a run of ROAR+ adds to the page of a benchmark; `report_roar` makes it.
 
     Args:
-        row: Name of the method's row.
-        kind: How the pair was chosen: `best`, `worst` or `random`.
-        study: Its study.
-        caption: One sentence, which is also the picture's alternative text.
-        picture: `(h, w, 3)` uint8.
+        columns: Per modality a measured column of the paper's table, and its cells by the name of the row.
+        sentences: What a reader must know of them, in plain text.
+        plots: The curves, over the share that is dropped.
+        legend: How they are drawn, in plain text.
     """
 
-    row: str
-    kind: str
-    study: str
-    caption: str
-    picture: Picture
-
-    @property
-    def source(self) -> str:
-        """The picture as a data address, so that the page stands alone; as JPEG, a fifth of a PNG."""
-        file = io.BytesIO()
-        Image.fromarray(self.picture).save(file, format="JPEG", quality=85)
-        return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    columns: dict[str, tuple[Column, dict[str, Cell]]]
+    sentences: list[str]
+    plots: list[Plot]
+    legend: str = ""
 
 
-def write_report(results: dict[str, Any], panels: Sequence[Panel], folder: Path) -> None:
+def write_report(results: dict[str, Any], panels: Sequence[Panel], folder: Path, roar: Addition | None = None) -> None:
     """Write `tables.md` and the self-contained `report.html` into `folder`; a reader sees the old files or the new.
 
     Args:
         results: What the benchmark found, as in its `results.json`. Scores may be absent, null or NaN.
         panels: Pictures of methods on pairs; those of one row stand together, in the order given.
         folder: Made if it is not there.
+        roar: ROAR+ of the same weights, where it was measured.
 
     Raises:
         ValueError: The results have another format than this package writes.
@@ -108,13 +99,13 @@ def write_report(results: dict[str, Any], panels: Sequence[Panel], folder: Path)
             "matex_pl that made them, or run the benchmark again."
         )
     results = clean(results)
-    words = _words(results)
+    words = _words(results, roar)
     panels = [
-        Panel(single_line(p.row), single_line(p.kind), single_line(p.study), single_line(p.caption), p.picture)
+        Panel(single_line(p.row), single_line(p.kind), single_line(p.study), single_line(p.caption), p.jpeg)
         for p in panels
     ]
-    page = _environment(autoescape=True).get_template("report.html.jinja")
-    tables = _environment(autoescape=False).get_template("tables.md.jinja")
+    page = environment(autoescape=True).get_template("report.html.jinja")
+    tables = environment(autoescape=False).get_template("tables.md.jinja")
     pictures = [(row, list(group)) for row, group in groupby(sorted(panels, key=_place(panels)), key=lambda p: p.row)]
     html, text = page.render(**words, **_plots(results), panels=pictures), tables.render(**words)
     with whole_file(folder / "report.html") as one, whole_file(folder / "tables.md") as other:
@@ -145,7 +136,8 @@ def markdown(text: Any) -> str:
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", entities)
 
 
-def _environment(*, autoescape: bool) -> Environment:
+def environment(*, autoescape: bool) -> Environment:
+    """The templates of this package, with the filters that they use."""
     environment = Environment(
         loader=PackageLoader("matex_pl"), autoescape=autoescape, trim_blocks=True, lstrip_blocks=True
     )
@@ -193,12 +185,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its controls set apart."""
+    """A table with its controls set apart; `of` heads the names of the rows."""
 
     title: str
     columns: list[Column]
     methods: list[Line]
     controls: list[Line]
+    of: str = "Method"
 
     @property
     def heads(self) -> list[tuple[bool, int]]:
@@ -212,13 +205,15 @@ def scored(results: dict[str, Any], modality: str) -> list[Row]:
     return [row for row in results.get("rows") or [] if row.get("modality") == modality and not row.get("error")]
 
 
-def paper_table(results: dict[str, Any], modality: str) -> Table | None:
-    """Table 1 (`image`) or 2 (`text`) with the published figures beside; None without a row of this modality."""
+def paper_table(results: dict[str, Any], modality: str, roar: Addition | None = None) -> Table | None:
+    """Table 1 (`image`) or 2 (`text`), published figures beside and ROAR+ if given; None without such a row."""
     rows = scored(results, modality)
     keys = [key for key in PAPER_COLUMNS[modality] if key in _metrics(results)]
     title = "Table 1: maps of the film" if modality == "image" else "Table 2: maps of the phrase"
     table = _score_table(results, title, rows, keys)
-    return table and _with_published(table, (results.get("published") or {}).get(modality) or {})
+    if table and roar and modality in roar.columns:
+        table = _with_column(table, *roar.columns[modality])
+    return table and with_published(table, (results.get("published") or {}).get(modality) or {})
 
 
 def group_table(results: dict[str, Any], modality: str, group: str) -> Table | None:
@@ -241,7 +236,7 @@ def finding_tables(results: dict[str, Any], modality: str) -> list[Table]:
             for finding in _findings(results, rows)
         ]
         columns = [(head, cells) for head, cells in columns if any(cell.text != MISSING for cell in cells)]
-        table = _assemble(metric_name(metric) + _arrow(metric), rows, columns)
+        table = assemble(metric_name(metric) + arrow(metric), rows, columns)
         tables += [table] if table else []
     return tables
 
@@ -257,7 +252,7 @@ def difference_tables(results: dict[str, Any]) -> list[Table]:
             _difference_column(metric, against, [found.get((row, against), {}) for row in groups])
             for against in dict.fromkeys(against for _, against in found)
         ]
-        table = _assemble(metric_name(metric) + _arrow(metric), rows, columns)
+        table = assemble(metric_name(metric) + arrow(metric), rows, columns)
         tables += [table] if table else []
     return tables
 
@@ -286,13 +281,13 @@ def cost_table(results: dict[str, Any]) -> Table | None:
         (Column("Seconds per pair"), seconds),
         (Column("Times a plain forward"), times),
     ]
-    return _assemble("Cost", rows, columns)
+    return assemble("Cost", rows, columns)
 
 
 def _score_table(results: dict[str, Any], title: str, rows: Sequence[Row], keys: Sequence[str]) -> Table | None:
     metrics = _metrics(results)
     columns = [_score_column(metrics[key], [_score(row, key) for row in rows], rows) for key in keys]
-    return _assemble(title, rows, columns)
+    return assemble(title, rows, columns)
 
 
 def _score_column(
@@ -300,7 +295,7 @@ def _score_column(
 ) -> tuple[Column, list[Cell]]:
     """A column of scores, the best of the methods marked; `label` instead of the metric's own."""
     digits = _digits(scores, metric)
-    best = _best(metric, [s["value"] for s, row in zip(scores, rows, strict=True) if not row.get("control")])
+    best = best_value(metric, [s["value"] for s, row in zip(scores, rows, strict=True) if not row.get("control")])
     cells = []
     for score, row in zip(scores, rows, strict=True):
         text = number(score["value"], digits)
@@ -308,11 +303,11 @@ def _score_column(
         marked = best is not None and not row.get("control") and text == number(best, digits)
         cells.append(Cell(text, interval(score, digits), marked))
     detail = "" if label else FILLS.get(metric.get("fill") or "", metric.get("fill") or "")
-    head = label or metric.get("label", "") + _arrow(metric)
+    head = label or metric.get("label", "") + arrow(metric)
     return Column(head, detail, _counted(scores)), cells
 
 
-def _assemble(title: str, rows: Sequence[Row], columns: Sequence[tuple[Column, list[Cell]]]) -> Table | None:
+def assemble(title: str, rows: Sequence[Row], columns: Sequence[tuple[Column, list[Cell]]]) -> Table | None:
     """The table of these columns; None without rows or columns."""
     if not rows or not columns:
         return None
@@ -323,7 +318,16 @@ def _assemble(title: str, rows: Sequence[Row], columns: Sequence[tuple[Column, l
     return Table(title, [head for head, _ in columns], parts[False], parts[True])
 
 
-def _with_published(table: Table, published: dict[str, dict[str, Any]]) -> Table:
+def _with_column(table: Table, head: Column, cells: dict[str, Cell]) -> Table:
+    """The table with a column more; rows that it does not name get a dash."""
+
+    def widen(lines: Iterable[Line]) -> list[Line]:
+        return [Line(line.name, line.note, [*line.cells, cells.get(line.name, Cell())]) for line in lines]
+
+    return Table(table.title, [*table.columns, head], widen(table.methods), widen(table.controls))
+
+
+def with_published(table: Table, published: dict[str, dict[str, Any]]) -> Table:
     """The table with the published figures in columns of their own; methods that were only published close it."""
     keys = list(dict.fromkeys(key for figures in published.values() for key in figures))
     heads = [Column(PUBLISHED_COLUMNS.get(key, key), published=True) for key in keys]
@@ -347,7 +351,12 @@ def _published_cell(figure: Sequence[float | None] | None) -> Cell:
     """Mean and standard deviation as the paper prints them."""
     if not figure or figure[0] is None:
         return Cell()
-    return Cell(f"{figure[0]:.2f}" + (f" ± {figure[1]:.2f}" if len(figure) > 1 and figure[1] is not None else ""))
+    return Cell(with_spread(figure[0], figure[1] if len(figure) > 1 else None))
+
+
+def with_spread(value: float, std: float | None) -> str:
+    """Mean and, if there is one, standard deviation, as the paper prints them."""
+    return number(value, 2) + ("" if std is None else f" ± {number(std, 2)}")
 
 
 def _metrics(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -382,13 +391,13 @@ def _group_name(group: str) -> str:
     return GROUPS.get(group, group.replace("_", " ").capitalize())
 
 
-def _arrow(metric: dict[str, Any]) -> str:
+def arrow(metric: dict[str, Any]) -> str:
     """The better direction, tied to the label before it; empty without one."""
     higher = metric.get("higher_is_better")
     return "" if higher is None else "\N{NO-BREAK SPACE}" + ("↑" if higher else "↓")
 
 
-def _best(metric: dict[str, Any], values: Sequence[float | None]) -> float | None:
+def best_value(metric: dict[str, Any], values: Sequence[float | None]) -> float | None:
     """The best of at least two values, None where the metric has no better direction."""
     found, higher = [value for value in values if value is not None], metric.get("higher_is_better")
     if len(found) < 2 or higher is None:
@@ -485,7 +494,7 @@ def _overall_sentence(groups: dict[str, list[dict[str, Any]]], metric: dict[str,
     counts = [f"than {quoted(rival)} {sum(rival in beaten for beaten in won.values())}" for rival in rivals]
     sentence = f"{metric_name(metric)}, how many of {len(groups)} methods are better: {', '.join(counts)}."
     none = [quoted(row) for row, beaten in won.items() if not beaten]
-    return sentence + (f" {_listed(none)} {'are' if len(none) > 1 else 'is'} better than none." if none else "")
+    return sentence + (f" {listed(none)} {'are' if len(none) > 1 else 'is'} better than none." if none else "")
 
 
 def _row_sentence(row: str, comparisons: Sequence[dict[str, Any]], metric: dict[str, Any]) -> str:
@@ -499,7 +508,7 @@ def _row_sentence(row: str, comparisons: Sequence[dict[str, Any]], metric: dict[
             f" ({number(score['value'], digits, signed=True)}; {interval(score, digits)})" if word != "open" else ""
         )
         parts[word].append(against + inside)
-    clauses = [f"{words} {_listed(parts[word])}" for word, words in VERDICTS.items() if word in parts]
+    clauses = [f"{words} {listed(parts[word])}" for word, words in VERDICTS.items() if word in parts]
     counted = f" ({counted})" if counted else ""
     return f"{metric_name(metric)}{counted}: {quoted(row)} {'; it '.join(clauses)}."
 
@@ -522,9 +531,9 @@ def _indifference_sentences(results: dict[str, Any]) -> list[str]:
         methods = [_with_value(row, key) for row in same if not row.get("control")]
         controls = [_with_value(row, key) for row in same if row.get("control")]
         verb = "gives" if len(methods) == 1 else "give"
-        sentence = f"{_listed(methods) or 'No method'} {verb if methods else 'gives'} nearly the same map when {change}"
+        sentence = f"{listed(methods) or 'No method'} {verb if methods else 'gives'} nearly the same map when {change}"
         sentence += f" (correlation of {SAME_MAP} or more)."
-        sentences.append(sentence + (f" Of the controls: {_listed(controls)}." if controls else ""))
+        sentences.append(sentence + (f" Of the controls: {listed(controls)}." if controls else ""))
     return sentences
 
 
@@ -542,7 +551,7 @@ def _prior_sentences(results: dict[str, Any]) -> list[str]:
     if not names:
         return []
     return [
-        f"Read with care: {_listed(names)} {'takes' if len(names) == 1 else 'take'} a prior from the phrase, which "
+        f"Read with care: {listed(names)} {'takes' if len(names) == 1 else 'take'} a prior from the phrase, which "
         "names the place. It knows nothing of the model, so what it adds to localisation says nothing about where the "
         "model looks; compare with the row of the prior alone."
     ]
@@ -553,11 +562,12 @@ def quoted(name: str) -> str:
     return f"“{name}”" if re.search(r"[,;:]| and ", name) else name
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names as `a, b and c`; empty for none."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _words(results: dict[str, Any]) -> dict[str, Any]:
+def _words(results: dict[str, Any], roar: Addition | None) -> dict[str, Any]:
     """What both templates show: the tables and sentences."""
     groups = list(dict.fromkeys(metric.get("group") or "" for metric in _metrics(results).values()))
     others = [
@@ -574,7 +584,7 @@ def _words(results: dict[str, Any]) -> dict[str, Any]:
         "controls": len({row["name"] for row in rows if row.get("control")}),
         "refused": [row for row in rows if row.get("error")],
         "sentences": control_sentences(results),
-        "paper": [table for table in (paper_table(results, modality) for modality in MODALITIES) if table],
+        "paper": [table for table in (paper_table(results, modality, roar) for modality in MODALITIES) if table],
         "localisation": group_table(results, "image", "localisation"),
         "others": [table for table in others if table],
         "differences": difference_tables(results),
@@ -582,6 +592,7 @@ def _words(results: dict[str, Any]) -> dict[str, Any]:
         "metrics": [(metric_name(metric), metric) for metric in _metrics(results).values()],
         "modalities": MODALITIES,
         "published": (results.get("published") or {}).get("source") or "",
+        "roar": roar,
     }
 
 
@@ -614,11 +625,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Stroke:
-    """A curve; `style` counts in `STROKES`, None is a pale one behind the others."""
+    """A curve; `style` counts in `STROKES`, None is a pale one behind the others; `spread` is half of a point's bar."""
 
     x: Sequence[float]
     y: Sequence[float | None]
     style: int | None
+    spread: Sequence[float | None] = ()
 
 
 @dataclass(frozen=True)
@@ -651,32 +663,60 @@ def dot_plot(
         axes.grid(axis="x", color=GRID)
 
     height = (20 * len(points) + 34) / 72
-    return _svg([draw], (WIDTH, height), alt, left=0.4, bottom=26 / 72 / height, top=1 - 4 / 72 / height)
+    return draw_svg([draw], (WIDTH, height), alt, left=0.4, bottom=26 / 72 / height, top=1 - 4 / 72 / height)
 
 
 def curve_plot(
-    plots: Sequence[tuple[str, Sequence[Stroke]]], across: str, limits: tuple[float, float], alt: str
+    plots: Sequence[tuple[str, Sequence[Stroke]]],
+    across: str,
+    limits: tuple[float, float],
+    alt: str,
+    *,
+    line: float | None = None,
+    ticks: Sequence[float] = (),
 ) -> Markup:
-    """Curves in as many frames side by side as there are (title, strokes); `across` names the x axis."""
+    """Curves in as many frames side by side as there are (title, strokes).
+
+    Args:
+        plots: The frames.
+        across: Name of the x axis.
+        limits: Of the y axis.
+        alt: The alternative text.
+        line: Height of a level reference such as 0.
+        ticks: Of the x axis; chosen by matplotlib if there are none.
+    """
 
     def drawer(title: str, strokes: Sequence[Stroke]) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             for stroke in sorted(strokes, key=lambda stroke: stroke.style is not None):
                 colour, dashes = (MUTED, "-") if stroke.style is None else STROKES[stroke.style % len(STROKES)]
-                heights = [math.nan if y is None else y for y in stroke.y]
+                heights = as_floats(stroke.y)
                 axes.plot(stroke.x, heights, dashes, color=colour, linewidth=1 if stroke.style is None else 2)
+                if stroke.spread:
+                    bars: Any = {"fmt": "o", "markersize": 4, "capsize": 2, "elinewidth": 1}
+                    axes.errorbar(stroke.x, heights, as_floats(stroke.spread), color=colour, **bars)
+            if line is not None:
+                axes.axhline(line, color="#000000", linewidth=1, linestyle=(0, (3, 3)))
             axes.set_title(title, fontsize=FONT_SIZE)
             axes.set_xlabel(across, fontsize=FONT_SIZE, labelpad=2)
             axes.set_ylim(limits)
-            axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for s in strokes for x in s.x))
+            if ticks:
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            else:
+                axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for s in strokes for x in s.x))
             axes.grid(color=GRID)
 
         return draw
 
-    return _svg([drawer(*plot) for plot in plots], (WIDTH, 150 / 72), alt, left=0.1, bottom=0.25, top=0.86)
+    return draw_svg([drawer(*plot) for plot in plots], (WIDTH, 150 / 72), alt, left=0.1, bottom=0.25, top=0.86)
 
 
-def _svg(
+def as_floats(values: Iterable[float | None]) -> list[float]:
+    """The values, NaN for none: matplotlib leaves a gap there."""
+    return [math.nan if value is None else value for value in values]
+
+
+def draw_svg(
     drawers: Sequence[Callable[[Axes], None]],
     size: tuple[float, float],
     alt: str,
@@ -684,6 +724,7 @@ def _svg(
     left: float,
     bottom: float,
     top: float,
+    right: float = 0.97,
 ) -> Markup:
     """One figure as inline SVG of the page's colours and fonts; each drawer fills one frame."""
     # Ids are hashes of what they name, but clip paths are numbered per figure: the salt tells figures apart.
@@ -694,7 +735,7 @@ def _svg(
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure = Figure(figsize=size)
         frames = figure.subplots(1, len(drawers), squeeze=False, gridspec_kw={"wspace": 0.22})[0]
-        figure.subplots_adjust(left=left, right=0.97, bottom=bottom, top=top)
+        figure.subplots_adjust(left=left, right=right, bottom=bottom, top=top)
         for axes, draw in zip(frames, drawers, strict=True):
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(length=0)
@@ -776,10 +817,12 @@ def _ranking_plots(results: dict[str, Any]) -> tuple[list[Plot], list[Plot]]:
     findings = {f: entries for f, entries in findings.items() if any(s["value"] is not None for _, s in entries)}
     reach = [s[end] for entries in findings.values() for _, s in entries for end in ("value", "low", "high")]
     plots = [
-        _ranked(entries, metric, ", ".join(filter(None, [finding, _counted([s for _, s in entries])])), _limits(reach))
+        _ranked(
+            entries, metric, ", ".join(filter(None, [finding, _counted([s for _, s in entries])])), axis_limits(reach)
+        )
         for finding, entries in findings.items()
     ]
-    return [_ranked(whole, metric, metric_name(metric) + _arrow(metric))], plots
+    return [_ranked(whole, metric, metric_name(metric) + arrow(metric))], plots
 
 
 def _ranked(
@@ -802,7 +845,7 @@ def _insertion_plots(results: dict[str, Any]) -> tuple[list[Plot], dict[str, int
     rows = [row for modality in MODALITIES for row in scored(results, modality) if _curves(row)]
     keys = list(dict.fromkeys(key for row in rows for key in _curves(row)))
     fills = {fill: i for i, fill in enumerate(dict.fromkeys(key.partition("/")[2] for key in keys))}
-    limits = _limits([0, 1, *(y for row in rows for curve in _curves(row).values() for y in curve["score"])])
+    limits = axis_limits([0, 1, *(y for row in rows for curve in _curves(row).values() for y in curve["score"])])
     plots = []
     for row in rows:
         frames: dict[str, list[Stroke]] = defaultdict(list)
@@ -842,7 +885,7 @@ def _controls_beside(row: Row, rows: Sequence[Row]) -> list[Row]:
 def _sanity_plots(results: dict[str, Any]) -> list[Plot]:
     """Per method, the correlation to its own maps as more and more of the weights are shuffled."""
     rows = [row for modality in MODALITIES for row in scored(results, modality) if _correlation(row)]
-    limits = _limits([0, 1, *(y for row in rows for y in _correlation(row))])
+    limits = axis_limits([0, 1, *(y for row in rows for y in _correlation(row))])
     frames: dict[str, list[tuple[str, list[Stroke]]]] = defaultdict(list)
     for row in rows:
         strokes = [*(_sanity_stroke(other, None) for other in _controls_beside(row, rows)), _sanity_stroke(row, 0)]
@@ -863,10 +906,10 @@ def _stages(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
             stages = tuple((row.get("sanity_curve") or {}).get("stages") or ())
             if stages and words not in found[stages]:
                 found[stages].append(words)
-    return [(_listed(names), list(stages)) for stages, names in found.items()]
+    return [(listed(names), list(stages)) for stages, names in found.items()]
 
 
-def _limits(values: Iterable[float | None]) -> tuple[float, float]:
+def axis_limits(values: Iterable[float | None]) -> tuple[float, float]:
     """Limits that hold all values with a little air; (0, 1) of none."""
     found = [value for value in values if value is not None] or [0.0, 1.0]
     air = 0.04 * (max(found) - min(found)) or 0.04

@@ -26,7 +26,18 @@ ORDER = [
     "cost",
 ]
 ORDER += ["benchmark", "tune", "callbacks", "cli"]
-LEAVES = {"maps", "render", "render_prior", "render_sheet", "loggers", "report", "files"}
+LEAVES = {
+    "maps",
+    "render",
+    "render_prior",
+    "render_sheet",
+    "loggers",
+    "report",
+    "report_panels",
+    "report_roar",
+    "published",
+    "files",
+}
 
 
 def _imports(path: Path) -> set[str]:

@@ -13,7 +13,6 @@ from matex_pl.render import single_line
 from matex_pl.report import (
     MISSING,
     SAME_MAP,
-    Panel,
     clean,
     control_sentences,
     cost_table,
@@ -24,6 +23,7 @@ from matex_pl.report import (
     verdict,
     write_report,
 )
+from matex_pl.report_panels import Panel, encode
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -189,7 +189,7 @@ def fake_results(methods=METHODS, controls=CONTROLS, findings=FINDINGS, refuses=
 
 def fake_panels(folder, rows=METHODS):
     rng = np.random.default_rng(1)
-    picture = rng.integers(0, 255, (60, 110, 3), dtype=np.uint8)
+    picture = encode(rng.integers(0, 255, (60, 110, 3), dtype=np.uint8))
     return [
         Panel(name, kind, f"study-{kind}", f"{name} on {kind}, cosine 0.31", picture)
         for kind in ("best", "worst", "random")
@@ -300,7 +300,7 @@ def report(tmp_path_factory):
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacked")
-    panels = [Panel(p.row, text, text, text, p.picture) for text in HOSTILE for p in fake_panels(folder, HOSTILE[:2])]
+    panels = [Panel(p.row, text, text, text, p.jpeg) for text in HOSTILE for p in fake_panels(folder, HOSTILE[:2])]
     return write(folder, hostile(), panels)
 
 

@@ -16,13 +16,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from matex_pl.benchmark.columns import PUBLISHED, metric_columns
+from matex_pl.benchmark.columns import metric_columns
 from matex_pl.benchmark.intervals import draw_patients, estimate
 from matex_pl.benchmark.score import Bench, Scored
 from matex_pl.benchmark.values import Values
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import draw_panels
-from matex_pl.report import Panel
+from matex_pl.published import PUBLISHED
+from matex_pl.report_panels import Panel, encode
 from matex_pl.store import fingerprint
 
 COMPARED = ("pointing_game", "cnr", "energy_in_box")
@@ -143,7 +144,7 @@ def _panel(bench: Bench, scored: Scored, kind: str, place: int) -> Panel:
     picture = draw_panels(bench.clip, maps, one, tokens, scored.row.name, _PANEL_WIDTH)[0]
     energy = scored.image.sums["energy_in_box"]
     share = f"{float(energy.above[place]):.2f} of the mass in the boxes" if energy.below[place] else "no boxes"
-    return Panel(scored.row.name, kind, one["id"][0], f"{one['phrase'][0]} ({share})", picture)
+    return Panel(scored.row.name, kind, one["id"][0], f"{one['phrase'][0]} ({share})", encode(picture))
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import load_module
 from matex_pl.files import write_text
 from matex_pl.report import write_report
+from matex_pl.report_panels import write_panels
+from matex_pl.report_roar import PANELS, roar_beside
 
 
 def run_benchmark(
@@ -81,5 +83,7 @@ def run_benchmark(
         scored.append(bench.score(row))
     found = results(bench, scored, ckpt_path)
     write_text(Path(out) / "results.json", json.dumps(found, indent=1, allow_nan=False))
-    write_report(found, [panel for row in scored for panel in panels(bench, row)], Path(out))
+    shown = [panel for row in scored for panel in panels(bench, row)]
+    write_panels(shown, Path(out) / PANELS)
+    write_report(found, shown, Path(out), roar_beside(found, Path(out)))
     return f"{summary(found)}\n{out}/report.html, tables.md and results.json hold all of it."
