@@ -23,7 +23,7 @@ from matex_pl.cost import measure_cost
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import explain_film
 from matex_pl.module import ClipModule
-from matex_pl.roar import CellsFailed, collect_roar, roar_status, run_roar
+from matex_pl.roar import CellsFailedError, collect_roar, roar_status, run_roar
 from matex_pl.tune import tune_matex
 
 DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, where it looks.
@@ -67,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and words[0] in COMMANDS:
         try:
             COMMANDS[words[0]](words[1:])
-        except (CellsFailed, ImportError, OSError, NotImplementedError, ValueError) as error:
+        except (CellsFailedError, ImportError, OSError, NotImplementedError, ValueError) as error:
             _stop(f"matex {words[0]}: {error}")
         return
     if args is None:

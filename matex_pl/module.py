@@ -39,8 +39,8 @@ class ClipModule(LightningModule):
         weight_decay: Decay of the weight matrices; biases, norms and the logit scale have none.
         betas: AdamW's two momenta.
         warmup_steps: Steps of linear warm-up, followed by a cosine to zero at the end of training.
-        freeze: What is not trained: `none`, `text`, `image` (towers), `all-but-projections`, or `all-but-head` (projections
-            and final norms). The logit scale always is.
+        freeze: What is not trained: `none`, `text`, `image` (towers), `all-but-projections`, or `all-but-head`
+            (projections and final norms). The logit scale always is.
         max_logit_scale: Upper bound of the factor between cosines and logits (100 in CLIP).
         findings: Findings of the zero-shot scores; the data module's by default.
         prompt: Prompt per finding; `{finding}` stands for its name.

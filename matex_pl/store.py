@@ -146,7 +146,8 @@ class MapStore:
         Raises:
             KeyError: A pair has no map here.
         """
-        return AttributionMaps(**self._read(keys, ("image", *_FIELDS)))
+        fields: dict[str, Any] = self._read(keys, ("image", *_FIELDS))
+        return AttributionMaps(**fields)
 
     def read_units(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """`grid`, `text`, `content` and `score` of the maps of the keys, as `read` gives them; the pixels stay on disk.

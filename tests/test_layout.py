@@ -25,7 +25,7 @@ ORDER = [
     "explain",
     "cost",
 ]
-ORDER += ["benchmark", "tune", "callbacks", "cli"]
+ORDER += ["benchmark", "tune", "roar", "callbacks", "cli"]
 LEAVES = {
     "maps",
     "render",

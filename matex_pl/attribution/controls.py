@@ -87,7 +87,7 @@ class RandomMap(Control):
 
 
 def _blurred(noise: Tensor, sigma: float) -> Tensor:
-    """Noise `(B, ...)` smoothed along each axis by a Gaussian cut off at three sigma, with what is there at the edges."""
+    """Noise `(B, ...)` smoothed along each axis by a Gaussian, cut off at three sigma and at the edges."""
     if not sigma:
         return noise
     for axis in range(1, noise.ndim):

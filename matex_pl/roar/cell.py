@@ -36,7 +36,7 @@ class RoarModule(ClipModule):
     fill: str = "mean_film"
 
     def inputs(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
-        """Normalised images `(B, 3, H, W)` with dropped patches filled, and tokens `(B, T)` with pads for dropped ones."""
+        """Normalised images `(B, 3, H, W)` with dropped patches filled, tokens `(B, T)` with pads for dropped ones."""
         images, tokens = super().inputs(batch)
         patches, words = batch.get("drop_patches"), batch.get("drop_tokens")
         if isinstance(patches, Tensor):
@@ -80,7 +80,7 @@ def run_cell(plan: Plan, films: PlanFilms, cell: Cell) -> dict[str, Any]:
         "loss": scores["val/loss"],
         "metrics": {name: value for name, value in scores.items() if name.startswith("val/") and name != "val/loss"},
         "train_loss": scores["train/loss"],
-        "units": drop.units,
+        "units": drop.units(train),
         "train_pairs": len(train),
         "val_pairs": len(val),
         "steps": trainer.global_step,
@@ -107,7 +107,12 @@ def build_module(plan: Plan) -> RoarModule:
 
 def load_explained(plan: Plan) -> ClipModule:
     """The module whose maps are taken, in eval mode."""
-    return _load(ClipModule, plan.folder / "explained.safetensors", {}).eval()
+    return read_module(plan.folder / "explained.safetensors").eval()
+
+
+def read_module(path: Path) -> ClipModule:
+    """The module that `write_module` kept."""
+    return _load(ClipModule, path, {})
 
 
 def write_module(module: ClipModule, path: Path) -> None:

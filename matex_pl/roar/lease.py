@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from filelock import FileLock
@@ -82,7 +83,7 @@ def _write(folder: Path, owner: str, seconds: float) -> None:
     write_text(folder / _LEASE, json.dumps(lease))
 
 
-def _read(folder: Path) -> dict:  # type: ignore[type-arg]
+def _read(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / _LEASE).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Freeze a model but for low-rank updates of its linear layers (Hu et al. 2022), which are added, and its logit scale.
+    """Freeze a model but for its logit scale and low-rank updates of its linear layers, which it gets (Hu et al. 2022).
 
     Layers inside of torch's own attention, which multiplies with their weights itself, stay as they are.
 

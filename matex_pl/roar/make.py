@@ -18,7 +18,6 @@ from matex_pl.roar.films import write_films
 from matex_pl.roar.plan import Plan, PlanRow, Protocol, Training, check_same, has_plan, read_plan, slug
 from matex_pl.store import describe_method, fingerprint, weight_hash
 
-METHODS = ("matex", "m2ib", "grad_cam", "chefer", "saliency")
 RANDOM, BLURRED, BOXES = "RandomMap", "RandomMap, blurred", "True boxes"
 _BLUR = 1.5
 
@@ -59,15 +58,16 @@ def make_plan(
         "image_size": list(clip.image_size),
         "grid": list(clip.grid),
     }
+    boxed = sum(bool(study.boxes) for study in studies)
     described = {
         "class": type(data).__name__,
         "pairs": len(studies),
         "patients": len({study.patient_id for study in studies}),
-        "boxed": sum(bool(study.boxes) for study in studies),
+        "boxed": boxed,
         "fingerprint": fingerprint([[study.id, study.phrase, study.boxes] for study in studies]),
     }
     versions = {name: version(name) for name in PACKAGES}
-    rows = plan_rows(methods, described["boxed"], len(studies))
+    rows = plan_rows(methods, boxed, len(studies))
     plan = Plan(folder, protocol, training, rows, {"model": model, "data": described, "versions": versions})
     if has_plan(folder):
         check_same(read_plan(folder), plan)

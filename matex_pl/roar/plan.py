@@ -200,6 +200,11 @@ class Plan:
         refused = self.refusals()
         return [row for row in self.rows if row.name not in refused and (modality == "image" or row.serves_text)]
 
+    def steps(self) -> int:
+        """Optimiser steps of a cell."""
+        pairs = round(self.protocol.train_share * self.about["data"]["pairs"])
+        return self.training.epochs * max(pairs // self.training.batch_size, 1)
+
     def row(self, name: str) -> PlanRow:
         """A method by its name."""
         return next(row for row in self.rows if row.name == name)
@@ -226,6 +231,14 @@ class Plan:
     def write(self) -> None:
         """Write `plan.json`, which makes the folder a plan: the last thing to be written."""
         write_text(self.folder / _PLAN, json.dumps(self.described(), indent=1))
+
+
+def duration(seconds: float) -> str:
+    """A time in words that say no more than an estimate can."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def has_plan(folder: Path) -> bool:

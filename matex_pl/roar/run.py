@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,18 +13,19 @@ from rich.console import Console
 from matex_pl.attribution.base import check_choice
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import load_module
+from matex_pl.files import write_text
 from matex_pl.report_roar import add_to_report, roar_tables, write_roar
 from matex_pl.roar.cluster import RayOptions, work_on_ray
 from matex_pl.roar.collect import collect
 from matex_pl.roar.lease import is_leased
-from matex_pl.roar.make import METHODS, make_plan
-from matex_pl.roar.plan import Cell, Plan, Protocol, Training, read_plan, some_cells
+from matex_pl.roar.make import make_plan
+from matex_pl.roar.plan import Cell, Plan, Protocol, Training, duration, read_plan, some_cells
 from matex_pl.roar.work import failure, prepare_maps, result, work_here, work_in_processes
 
 EXECUTORS = ("local", "ray")
 
 
-class CellsFailed(RuntimeError):
+class CellsFailedError(RuntimeError):
     """Some cells of a plan ended with an error; the others are kept."""
 
 
@@ -34,7 +36,7 @@ def run_roar(
     data: ChestXrayDataModule | None = None,
     ckpt_path: str | None = None,
     out: str | None = None,
-    methods: list[str] | str = list(METHODS),
+    methods: list[str] | str = "matex,m2ib,grad_cam,chefer,saliency",
     start_path: str | None = None,
     plan: str | None = None,
     cells: str | None = None,
@@ -69,7 +71,7 @@ def run_roar(
     Raises:
         ValueError: An argument is out of range, the folder holds another plan, or there are too few pairs.
         FileNotFoundError: There is no such checkpoint or plan.
-        CellsFailed: Some cells failed.
+        CellsFailedError: Some cells failed.
     """
     check_choice("executor", executor, EXECUTORS)
     if processes < 1:
@@ -80,7 +82,7 @@ def run_roar(
     prepare_maps(opened)
     mine = opened.cells() if cells is None else some_cells(opened.cells(), cells)
     left = [cell for cell in mine if result(opened, cell) is None]
-    log.print(f"{len(left)} of {len(mine)} cells to run, each {_cell_words(opened)}.", highlight=False)
+    log.print(f"{len(left)} of {len(mine)} cells to run, each of {opened.steps()} steps.", highlight=False)
     if executor == "ray":
         work_on_ray(opened, left, ray)
     elif processes > 1:
@@ -112,17 +114,13 @@ def _open(
     return make_plan(Path(out), data, explained, start, names, protocol, training, about)
 
 
-def _cell_words(plan: Plan) -> str:
-    training = plan.training
-    return f"{training.epochs} epochs in batches of {training.batch_size}, {training.trained}"
-
-
 def _ended(plan: Plan, cells: Sequence[Cell]) -> str:
     """The table, if all of the plan is done; else what is left of it."""
     failed = {cell.id: error for cell in cells if (error := failure(plan, cell))}
     if failed:
         name, error = next(iter(failed.items()))
-        raise CellsFailed(
+        write_results(plan)
+        raise CellsFailedError(
             f"{len(failed)} of {len(cells)} cells failed, e.g. {name}: {error} The log is "
             f"{plan.folder}/cells/{name}/error.log. The others are kept; the same command tries these again."
         )
@@ -152,19 +150,8 @@ def roar_status(folder: str) -> str:
     lines += [f"  failed: {name}: {error} (cells/{name}/error.log)" for name, error in failed.items()]
     if done and left:
         seconds = mean(found["seconds"] for found in done) * left / max(len(running), 1)
-        lines.append(f"About {_duration(seconds)} are left with {max(len(running), 1)} at a time.")
+        lines.append(f"About {duration(seconds)} are left with {max(len(running), 1)} at a time.")
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{minutes // 60} h {minutes % 60} min"
-        if minutes > 99
-        else f"{minutes} min"
-    )
 
 
 def collect_roar(folder: str, report: str | None = None) -> str:
@@ -180,9 +167,15 @@ def collect_roar(folder: str, report: str | None = None) -> str:
     Raises:
         FileNotFoundError: There is no plan, or no benchmark.
     """
-    found: dict[str, Any] = collect(read_plan(Path(folder)))
-    write_roar(found, Path(folder))
+    found = write_results(read_plan(Path(folder)))
     if report is not None:
         add_to_report(found, Path(report))
-    where = f"{folder}/report.html, table.md and results.json hold all of it."
-    return f"{roar_tables(found)}\n{where}"
+    return f"{roar_tables(found)}\n{folder}/report.html, table.md and results.json hold all of it."
+
+
+def write_results(plan: Plan) -> dict[str, Any]:
+    """Write what the cells say into the plan's folder, and give it."""
+    found = collect(plan)
+    write_text(plan.folder / "results.json", json.dumps(found, indent=1, allow_nan=False))
+    write_roar(found, plan.folder)
+    return found

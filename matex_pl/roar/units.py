@@ -73,15 +73,13 @@ class Drop:
         parts = {"drop_patches": self.patches, "drop_tokens": self.tokens}
         return {name: part[list(rows)] for name, part in parts.items() if part is not None}
 
-    @property
-    def units(self) -> float:
-        """Mean number of units dropped of a pair."""
-        part = self.tokens if self.patches is None else self.patches
-        return 0.0 if part is None else float(part.flatten(1).sum(1).double().mean())
+    def units(self, rows: Sequence[int]) -> float:
+        """Mean number of units dropped of these pairs."""
+        return sum(float(part.flatten(1).sum(1).double().mean()) for part in self.of(rows).values())
 
 
 def drop_of(plan: Plan, films: PlanFilms, cell: Cell) -> Drop:
-    """The top fraction of a method's units, floor(fraction * units) of each pair, ties in an order of the repeat's own."""
+    """The top fraction of a method's units, floor(fraction * units) of each pair; ties in an order of the repeat."""
     if not cell.row:
         return Drop()
     values, among = _units(plan, films, plan.row(cell.row), cell.modality)
@@ -106,7 +104,7 @@ def top_units(values: Tensor, among: Tensor, fraction: float, seed: int) -> Tens
 
 
 def _units(plan: Plan, films: PlanFilms, row: PlanRow, modality: str) -> tuple[Tensor, Tensor]:
-    """Values of the units of all n pairs, `(n, U)`, and which of them take part; zeros and none where no map is needed."""
+    """Values of the units of all n pairs `(n, U)`, and which take part; none of a pair that no cell drops from."""
     rows = dropped_rows(plan, films)
     values, among = (
         _boxed_patches(plan, films, rows) if row.method is None else _mapped(plan, films, row, modality, rows)

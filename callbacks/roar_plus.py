@@ -1,0 +1,118 @@
+"""Remove and retrain at the end of a training."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from matex_pl.attribution.base import check_choice
+from matex_pl.data import ChestXrayDataModule
+from matex_pl.module import ClipModule
+from matex_pl.report_roar import log_roar
+from matex_pl.roar.cell import read_module, write_module
+from matex_pl.roar.make import make_plan
+from matex_pl.roar.plan import Plan, Protocol, Training, duration
+from matex_pl.roar.run import write_results
+from matex_pl.roar.work import prepare_maps, work_here
+
+STARTS = ("before", "after")
+
+
+class RoarPlus(Callback):
+    """ROAR+ at the end of `fit`: what does the model lose when what the maps mark is removed and it is trained again?
+
+    The maps are those of the trained weights. It says beforehand how many fine-tunings there will be and about how long
+    they take, runs them one after the other with the trainer's accelerator and precision, and logs to the run's own
+    loggers a curve per method and modality (`roar/<modality>/<method>`, score over percent dropped, with the deviation
+    over repeats as `/std`), their picture, the table as text, and hyper-parameters with the final scores. In a
+    training of several processes it writes the plan and prints the command that runs it.
+
+    Args:
+        methods: Names of shipped methods and YAML files.
+        protocol: What is removed, and how often; pairs come from the data module of the training.
+        training: The fine-tuning of each cell; accelerator and precision are those of the trainer.
+        start: The weights that each cell starts from: those `before` the training, or `after` it.
+        out: Folder of the plan; `roar` in the run's log folder by default. A plan that is there is gone on with.
+    """
+
+    def __init__(
+        self,
+        methods: list[str] | None = None,
+        protocol: Protocol | None = None,
+        training: Training | None = None,
+        start: str = "before",
+        out: str | None = None,
+    ) -> None:
+        check_choice("start", start, STARTS)
+        self.methods = methods or ["matex", "m2ib", "grad_cam", "chefer", "saliency"]
+        self.protocol = protocol or Protocol()
+        self.training = training or Training()
+        self.start = start
+        self.out = out
+        self._seconds, self._pairs, self._begun = 0.0, 0, 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and keep the weights before the training."""
+        if stage != "fit":
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ChestXrayDataModule) or not isinstance(pl_module, ClipModule):
+            raise TypeError(
+                "RoarPlus needs a ClipModule and a data module of matex_pl, got "
+                f"{type(pl_module).__name__} and {type(data).__name__}."
+            )
+        folder = self._folder(trainer)
+        # Before a checkpoint is restored, so that a resumed run has the same as the one that it goes on with.
+        if self.start == "before" and trainer.is_global_zero:
+            write_module(pl_module, folder / "before.safetensors")
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "roar")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Time the training, to say how long the cells will take."""
+        self._begun = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Time the training, to say how long the cells will take."""
+        self._seconds += time.perf_counter() - self._begun
+        self._pairs += len(batch["id"])
+
+    def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Make the plan, run it and log what came out; with several processes, say how to run it."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        plan = self._plan(trainer, pl_module)
+        number, steps = len(plan.cells()), plan.steps()
+        rank_zero_info(
+            f"ROAR+: {number} fine-tunings of {steps} steps"
+            + (f", about {duration(self._estimate(plan) * number)} and the time of the maps." if self._pairs else ".")
+        )
+        if trainer.world_size > 1:
+            rank_zero_info(f"The plan is in {plan.folder}. Run it with: matex roar run --plan {plan.folder}")
+            return
+        prepare_maps(plan)
+        work_here(plan, plan.cells())
+        found = write_results(plan)
+        for failed in found["failed"]:
+            rank_zero_warn(f"The cell {failed['cell']} failed: {failed['error']} See {plan.folder}/{failed['log']}.")
+        log_roar(trainer.loggers, found)
+
+    def _plan(self, trainer: Any, module: Any) -> Plan:
+        folder = self._folder(trainer)
+        device = trainer.strategy.root_device.type
+        training = replace(self.training, accelerator=device, precision=str(trainer.precision))
+        start = read_module(folder / "before.safetensors") if self.start == "before" else module
+        about = {"checkpoint": f"end of epoch {trainer.current_epoch}", "start_checkpoint": f"{self.start} training"}
+        return make_plan(folder, trainer.datamodule, module, start, self.methods, self.protocol, training, about)
+
+    def _estimate(self, plan: Plan) -> float:
+        """Seconds of a cell, by the pace of the training."""
+        return self._seconds / self._pairs * plan.steps() * plan.training.batch_size
