@@ -421,6 +421,9 @@ def test_the_callback_says_beforehand_how_much_it_is(tmp_path, caplog):
 def test_the_callback_needs_this_projects_module_and_data(tmp_path):
     with pytest.raises(ValueError, match="start must be one of before, after, got 'middle'"):
         RoarPlus(start="middle")
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[RoarPlus(out="x")])
-    with pytest.raises(TypeError, match="RoarPlus needs a ClipModule and a data module"):
-        trainer.fit(_module(), train_dataloaders=PatternFilms(20))
+    callback = RoarPlus(out=str(tmp_path))
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback])
+    data = PatternFilms(20)
+    data.setup("fit")
+    with pytest.raises(TypeError, match="RoarPlus needs a ClipModule and a data module of matex_pl, got ClipModule and"):
+        trainer.fit(_module(), data.train_dataloader())
