@@ -660,10 +660,16 @@ def _measured_column(
     head, cells = _point_column(rows, fractions[0], modality)
     # A row of the same name may stand for fewer masks or other weights of the parts.
     marked = [
-        cell if row.get("settings") == settings[row["name"]] else replace(cell, interval="other settings")
+        cell
+        if row.get("settings") == settings[row["name"]]
+        else replace(cell, interval=_joined(cell, "other settings"))
         for row, cell in zip(rows, cells, strict=True)
     ]
     return head, {row["name"]: cell for row, cell in zip(rows, marked, strict=True)}
+
+
+def _joined(cell: Cell, note: str) -> str:
+    return ", ".join(filter(None, [cell.interval, note]))
 
 
 def _about(roar: dict[str, Any]) -> list[str]:

@@ -45,7 +45,8 @@ def run_benchmark(
     Args:
         data: The data module.
         ckpt_path: A checkpoint of `matex fit`.
-        out: Folder for `results.json`, `tables.md`, `report.html`, maps and values.
+        out: Folder for `results.json`, `tables.md`, `report.html`, panels, maps and values. Where it has a `roar.json`
+            of the same weights, the tables and the page show the measured ROAR+ too.
         methods: Names of shipped methods and YAML files, `m2ib,rise,mine.yaml`; all shipped ones but
             `submodular_regions` by default.
         split: `test` or `val`.
