@@ -343,7 +343,7 @@ def _picked(run: dict[str, Any], names: Sequence[str]) -> list[float | None]:
 
 
 def _plain_cell(value: float | None) -> Cell:
-    return Cell() if value is None else Cell(f"{value:.4g}")
+    return Cell() if value is None else Cell(f"{value:#.4g}")
 
 
 def percent(fraction: float) -> str:
@@ -452,7 +452,7 @@ def roar_figure(results: dict[str, Any], modality: str) -> Figure:
     rows = _rows(results, modality)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}):
         figure = Figure(figsize=(7.6, max(4.4, _LABEL_HEIGHT * len(rows) + 1.3)), dpi=150)
-        figure.subplots_adjust(left=0.1, right=0.74, bottom=0.13, top=0.91)
+        figure.subplots_adjust(left=0.1, right=0.72, bottom=0.13, top=0.91)
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)

@@ -261,7 +261,7 @@ def test_failed_trainings_and_refused_methods_are_named(tmp_path):
 
 def test_clean_losses_settings_and_time_are_told():
     text = roar_tables(roar())
-    assert "| repeat-2 | 4.25 | 0.75 |" in text
+    assert "| repeat-2 | 4.250 | 0.7500 |" in text
     assert "- fill: mean\\_film" in text
     assert "- 39 of 40 trainings done, 2 h 3 min in all, 92\N{NO-BREAK SPACE}% of it inside training steps" in text
     assert "explained weights abababababababab, trained from cdcdcdcdcdcdcdcd." in text
@@ -389,6 +389,7 @@ def test_the_folder_has_tables_pictures_and_a_page_of_its_own(tmp_path):
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert not page.all("script")
     assert len(page.all("caption")) == len(page.all("table"))
+    assert {link["href"][1:] for link in page.all("a")} == {section["id"] for section in page.all("section")}
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == roar_tables(roar())
 
 
@@ -526,7 +527,7 @@ def command(tmp_path_factory):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, num_sanity_val_steps=0, **quiet)
+    trainer = Trainer(accelerator="cpu", max_steps=2, limit_val_batches=0, num_sanity_val_steps=0, **quiet)
     trainer.fit(ClipModule(str(Path(__file__).with_name("tiny.json")), warmup_steps=1), data)
     trainer.save_checkpoint(folder / "last.ckpt")
     words = [f"--data.{name}={value}" for name, value in {**FILMS, "root": folder / "films"}.items()]
