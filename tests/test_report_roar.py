@@ -629,6 +629,15 @@ def test_a_folder_without_a_benchmark_is_an_error_with_the_way_out(bench, gone):
     assert not (bench / "roar.json").exists()
 
 
+@pytest.mark.parametrize("content", ["{", '{"kind": "benchmark", "format": 1}'], ids=["damaged", "another kind"])
+def test_a_roar_that_cannot_be_shown_is_named_before_any_work(tmp_path, command, capsys, content):
+    (tmp_path / "roar.json").write_text(content)
+    with pytest.raises(SystemExit):
+        main([*command, "--out", str(tmp_path)])
+    assert re.search(r"matex benchmark: \S+roar.json cannot be shown: .* Remove it", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["roar.json"]
+
+
 def test_hostile_roar_stays_text_on_the_benchmarks_page(bench):
     before = {tag for tag, _ in pages(bench)[0].elements}
     results = hostile() | {"model": roar_of(bench)["model"]}
