@@ -79,6 +79,8 @@ def log_session(logger: Any, name: str, params: dict[str, Any], metrics: dict[st
 
     They become a run `name` beneath the logger's own: TensorBoard shows only the first hyper-parameters of a run, and
     those are what the run itself was made with. They are repeated in the new one, where the logger still knows them.
+    The columns of TensorBoard's page are those of the first run that has any: for the scores to be among them beside
+    a run of the Trainer, its logger needs `default_hp_metric=False`.
 
     Args:
         logger: A logger of the Trainer.

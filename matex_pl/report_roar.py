@@ -131,23 +131,24 @@ def add_to_report(roar_results: dict[str, Any], benchmark_folder: Path | str) ->
                 f"{_BENCHMARK.format(folder)} makes it; maps and scores that are there already are taken from disk."
             )
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    write_report(found, read_panels(folder / PANELS), folder, _addition(clean(found), roar))
+    write_report(found, read_panels(folder / PANELS), folder, benchmark_addition(found, roar))
     write_text(folder / BESIDE, json.dumps(roar, indent=1, allow_nan=False))
     return folder / "report.html"
 
 
-def roar_beside(found: dict[str, Any], folder: Path) -> Addition | None:
-    """What `roar.json` in the folder of a benchmark adds to its page; None where there is none.
-
-    Args:
-        found: What the benchmark found.
-        folder: Where it writes.
+def read_roar(folder: Path) -> dict[str, Any] | None:
+    """The `roar.json` in the folder of a benchmark; None where there is none.
 
     Raises:
-        ValueError: The file is of another kind or format.
+        ValueError: The file is damaged, or of another kind or format.
     """
     path = folder / BESIDE
-    return _addition(clean(found), _checked(json.loads(path.read_text(encoding="utf-8")))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return _checked(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be shown: {error} Remove it, or add the results of ROAR+ again.") from error
 
 
 def log_roar(loggers: Iterable[Any], results: dict[str, Any]) -> None:
@@ -343,7 +344,7 @@ def _picked(run: dict[str, Any], names: Sequence[str]) -> list[float | None]:
 
 
 def _plain_cell(value: float | None) -> Cell:
-    return Cell() if value is None else Cell(f"{value:.4g}")
+    return Cell() if value is None else Cell(f"{value:#.4g}")
 
 
 def percent(fraction: float) -> str:
@@ -452,7 +453,7 @@ def roar_figure(results: dict[str, Any], modality: str) -> Figure:
     rows = _rows(results, modality)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}):
         figure = Figure(figsize=(7.6, max(4.4, _LABEL_HEIGHT * len(rows) + 1.3)), dpi=150)
-        figure.subplots_adjust(left=0.1, right=0.74, bottom=0.13, top=0.91)
+        figure.subplots_adjust(left=0.1, right=0.72, bottom=0.13, top=0.91)
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
@@ -634,8 +635,14 @@ def _reach(stroke: Stroke) -> list[float]:
 # --- On the benchmark's page
 
 
-def _addition(found: dict[str, Any], roar: dict[str, Any]) -> Addition:
-    """ROAR+ for the page of a benchmark, if both explain the same weights."""
+def benchmark_addition(found: dict[str, Any], roar: dict[str, Any]) -> Addition:
+    """ROAR+ for the page of a benchmark; only a sentence if the weights that both explain are not the same.
+
+    Args:
+        found: What the benchmark found.
+        roar: Of ROAR+, as `read_roar` gives it.
+    """
+    found = clean(found)
     mine, theirs = ((part.get("model") or {}).get(key) for part, key in ((found, "weights"), (roar, "explained")))
     if not mine or mine != theirs:
         sentence = (
@@ -660,10 +667,16 @@ def _measured_column(
     head, cells = _point_column(rows, fractions[0], modality)
     # A row of the same name may stand for fewer masks or other weights of the parts.
     marked = [
-        cell if row.get("settings") == settings[row["name"]] else replace(cell, interval="other settings")
+        cell
+        if row.get("settings") == settings[row["name"]]
+        else replace(cell, interval=_joined(cell, "other settings"))
         for row, cell in zip(rows, cells, strict=True)
     ]
     return head, {row["name"]: cell for row, cell in zip(rows, marked, strict=True)}
+
+
+def _joined(cell: Cell, note: str) -> str:
+    return ", ".join(filter(None, [cell.interval, note]))
 
 
 def _about(roar: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, Tens
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from matex_pl.loggers import log_image, log_images
+from matex_pl.loggers import log_image, log_images, log_session, log_text
 
 
 class Recorder:
@@ -16,6 +16,8 @@ class Recorder:
 
     def log_image(self, *args, **kwargs):
         self.calls.append((args, kwargs))
+
+    log_text = log_image
 
 
 class MlflowStandIn(MLFlowLogger):
@@ -84,3 +86,39 @@ def test_log_images_counts_those_that_took_it(tmp_path, image):
 def test_wrong_pictures_are_refused(wrong):
     with pytest.raises(ValueError, match=r"\(h, w, 3\) uint8, got"):
         log_image(Recorder(), "maps", wrong, 1)
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, FabricTensorBoardLogger])
+def test_texts_read_back_from_tensorboard(tmp_path, kind):
+    logger = kind(tmp_path)
+    assert log_text(logger, "roar/table", "| a |", 5)
+    logger.experiment.flush()
+    (event,) = EventAccumulator(logger.log_dir).Reload().Tensors("roar/table/text_summary")
+    assert (event.step, event.tensor_proto.string_val[0]) == (5, b"| a |")
+
+
+def test_texts_to_other_loggers(tmp_path, monkeypatch):
+    for stand_in in (MlflowStandIn, CometStandIn):
+        monkeypatch.setattr(stand_in, "experiment", Recorder())
+        assert log_text(stand_in(), "roar/table", "| a |", 5)
+    assert MlflowStandIn.experiment.calls == [(("run", "| a |"), {"artifact_file": "roar/table.md"})]
+    assert CometStandIn.experiment.calls == [(("| a |",), {"step": 5, "metadata": {"name": "roar/table"}})]
+    logger = Recorder()
+    assert log_text(logger, "roar/table", "| a |", 5)
+    ((args, kwargs),) = logger.calls
+    assert (args, kwargs["data"]) == ((), [["| a |"]])
+    inspect.signature(WandbLogger.log_text).bind(logger, **kwargs)
+    assert log_text(CSVLogger(tmp_path), "roar/table", "| a |", 5) is False
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, FabricTensorBoardLogger])
+def test_a_session_is_a_run_of_its_own(tmp_path, kind):
+    logger = kind(tmp_path)
+    logger.log_hyperparams({"lr": 0.5})
+    logger.experiment.flush()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert log_session(logger, "roar", {"epochs": 3}, {"roar/mean": 2.0})
+    assert {path: path.read_bytes() for path in before} == before
+    events = EventAccumulator(f"{logger.log_dir}/roar").Reload()
+    assert [event.value for event in events.Scalars("roar/mean")] == [2.0]
+    assert log_session(CSVLogger(tmp_path), "roar", {}, {}) is False

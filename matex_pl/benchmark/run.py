@@ -16,7 +16,7 @@ from matex_pl.explain import load_module
 from matex_pl.files import write_text
 from matex_pl.report import write_report
 from matex_pl.report_panels import write_panels
-from matex_pl.report_roar import PANELS, roar_beside
+from matex_pl.report_roar import PANELS, benchmark_addition, read_roar
 
 
 def run_benchmark(
@@ -45,7 +45,8 @@ def run_benchmark(
     Args:
         data: The data module.
         ckpt_path: A checkpoint of `matex fit`.
-        out: Folder for `results.json`, `tables.md`, `report.html`, maps and values.
+        out: Folder for `results.json`, `tables.md`, `report.html`, panels, maps and values. Where it has a `roar.json`
+            of the same weights, the tables and the page show the measured ROAR+ too.
         methods: Names of shipped methods and YAML files, `m2ib,rise,mine.yaml`; all shipped ones but
             `submodular_regions` by default.
         split: `test` or `val`.
@@ -63,7 +64,7 @@ def run_benchmark(
         Pointing game and contrast as text, and where the files are.
 
     Raises:
-        ValueError: An argument is out of range, or the split has too few pairs.
+        ValueError: An argument is out of range, the split has too few pairs, or `roar.json` is damaged.
         FileNotFoundError: There is no such checkpoint.
     """
     settings = Settings(
@@ -71,6 +72,7 @@ def run_benchmark(
     )  # fmt: skip
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device must be auto, cpu or, where torch can use a GPU, cuda; got {device!r}.")
+    roar = read_roar(Path(out))
     rows = compared_rows(methods.split(",") if isinstance(methods, str) else methods, budget)
     module = load_module(ckpt_path)
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -85,5 +87,5 @@ def run_benchmark(
     write_text(Path(out) / "results.json", json.dumps(found, indent=1, allow_nan=False))
     shown = [panel for row in scored for panel in panels(bench, row)]
     write_panels(shown, Path(out) / PANELS)
-    write_report(found, shown, Path(out), roar_beside(found, Path(out)))
+    write_report(found, shown, Path(out), benchmark_addition(found, roar) if roar else None)
     return f"{summary(found)}\n{out}/report.html, tables.md and results.json hold all of it."
