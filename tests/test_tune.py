@@ -20,6 +20,7 @@ from torch import Tensor
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.attribution.shipped import load_method
+from matex_pl.benchmark.intervals import Sums
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule, Study
 from matex_pl.explain import load_module
@@ -146,9 +147,9 @@ def test_on_all_pixels_the_search_is_the_exact_score(fusion: str) -> None:
     method, objective = Matex(fusion=fusion), find_objective("cnr")
     found = search([pairs, pairs], method, grid, objective, clip.image_size)
     for score, setting in zip(found.flatten(), grid.settings(), strict=True):
-        values = score_setting(clip, [pairs], Matex(**method.settings | setting), objective)
-        assert values.isnan().tolist() == [False, False, True, False]
-        assert float(score) == pytest.approx(float(values.nanmean()), rel=1e-3)
+        exact = score_setting(clip, [pairs], Matex(**method.settings | setting), objective)
+        assert exact.count == 3
+        assert float(score) == pytest.approx(float(exact.score()), rel=1e-3)
     assert found.unique().numel() == found.numel()
 
 
@@ -531,8 +532,8 @@ def test_no_file_is_left_half_written(
 def choice(values: Tensor, **found: Any) -> Choice:
     """Four studies under three settings, the last the method's own."""
     grid = Grid([-1], ["parabola"], [2.0, 3.0], [0.2, 0.35], [0.2, 1.0])
-    own = Scored(Matex.measured(lambda_s=3.0), 0.0, values[0])
-    best = Scored(Matex.measured(lambda_s=2.0, lambda_c=0.2, tau=1.0), 1.0, values[1])
+    own = Scored(Matex.measured(lambda_s=3.0), 0.0, Sums.of(values[0]))
+    best = Scored(Matex.measured(lambda_s=2.0, lambda_c=0.2, tau=1.0), 1.0, Sums.of(values[1]))
     scores = torch.arange(8.0, dtype=torch.float64).view(grid.shape)
     fields = {"best": [best, own], "raster": (28, 28), "seconds": {"settings": 0.1, "finalists": 0.2}} | found
     return Choice(
@@ -547,7 +548,7 @@ def studies(patients: Sequence[str]) -> list[Study]:
 def said_of(own: list[float], winner: list[float], patients: Sequence[str], **found: Any) -> dict[str, Any]:
     values = torch.tensor([own, winner], dtype=torch.float64)
     split = studies(patients)
-    return report(choice(values, **found), values.unbind(), {"val": split, "test": split}, 1.0, 0)
+    return report(choice(values, **found), [Sums.of(row) for row in values], {"val": split, "test": split}, 1.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -614,8 +615,8 @@ def test_the_picture_marks_both_settings() -> None:
 
 def test_the_picture_shows_the_best_blocks_and_shape() -> None:
     grid = Grid([1, 2], ["parabola", "gaussian"], [2.0, 3.0], [0.35], [0.2])
-    own = Scored(Matex(grad_layers=1, lambda_s=2.0), 0.0, torch.zeros(1))
-    best = Scored(Matex(grad_layers=2, prior_shape="gaussian", lambda_s=3.0), 3.0, torch.ones(1))
+    own = Scored(Matex(grad_layers=1, lambda_s=2.0), 0.0, Sums.of(torch.zeros(1)))
+    best = Scored(Matex(grad_layers=2, prior_shape="gaussian", lambda_s=3.0), 3.0, Sums.of(torch.ones(1)))
     scores = torch.arange(8.0, dtype=torch.float64).view(grid.shape)
     found = Choice(find_objective("confidence_drop"), grid, scores, None, own, [best, own], {})
     panel, _ = draw_surface(found, 1).axes
