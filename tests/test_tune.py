@@ -21,6 +21,8 @@ from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.benchmark.intervals import Sums
+from matex_pl.benchmark.rows import Row
+from matex_pl.benchmark.score import Bench, Settings
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule, Study
 from matex_pl.explain import load_module
@@ -414,6 +416,70 @@ def test_metrics_on_all_pixels(
     assert setting["score"] == pytest.approx(float(values.nanmean()), abs=1e-5)
 
 
+class Boxed(PhantomDataModule):
+    """Only films with boxes, which the benchmark takes first."""
+
+    def list_studies(self) -> list[Study]:
+        return [study for study in super().list_studies() if study.boxes]
+
+
+class Blind(Boxed):
+    """Does not know where the thorax is."""
+
+    def thorax(self) -> None:  # type: ignore[override]
+        return None
+
+
+SETTING: dict[str, Any] = {"lambda_s": 3.5, "lambda_c": 0.6, "tau": 2.0}
+BESIDE = {"ap50": True, "side_sensitivity": True, "prompt_sensitivity": False, "sanity": False, "text_sanity": False}
+BESIDE |= {"outside_thorax_mass": False, "mean_map_mass": False, "text_mean_map_mass": False}
+
+
+@pytest.fixture(scope="module")
+def benched(films: Path, ckpt_path: str) -> dict[str, Any]:
+    """What `matex benchmark` makes of the validation pairs, under the own setting and another."""
+    settings = Settings("val", -1, 8, 99, 3, "quick", 1, 100, 0)
+    bench = Bench.open(load_module(ckpt_path).clip, phantoms(films, Boxed), films / "bench", settings)
+    methods = {"own": Matex.measured(), "setting": Matex.measured(**SETTING)}
+    return {name: bench.score(Row(name, method)) for name, method in methods.items()}
+
+
+@pytest.mark.parametrize(("name", "higher_is_better"), BESIDE.items())
+def test_objectives_are_the_metrics_of_the_benchmark(
+    films: Path, ckpt_path: str, tmp_path: Path, benched: dict[str, Any], name: str, higher_is_better: bool
+) -> None:
+    objective = f"{name}/{benched['setting'].image.threshold}" if name == "ap50" else name
+    tried = {key: [value] for key, value in SETTING.items()}
+    text = tune_matex(
+        phantoms(films, Boxed), ckpt_path, str(tmp_path), objective=objective, num_pairs=-1, batch_size=4, **tried
+    )
+    said = json.loads((tmp_path / "tune.json").read_text(encoding="utf-8"))
+    (setting,) = said["settings"]
+    assert setting["score"] == pytest.approx(benchmark_score(benched["setting"], name), abs=1e-5)
+    # The benchmark looks for boxes at another threshold here.
+    if name != "ap50":
+        assert said["validation"]["own"] == pytest.approx(benchmark_score(benched["own"], name), abs=1e-5)
+    assert said["validation"]["own"] != setting["score"]
+    better = max if higher_is_better else min
+    assert said["validation"]["winner"] == better(said["validation"]["own"], setting["score"])
+    assert f"{'higher' if higher_is_better else 'lower'} is better" in text
+    gain = said["test"]["difference"]
+    assert gain["value"] == pytest.approx(said["test"]["winner"] - said["test"]["own"], abs=1e-7)
+    assert gain["low"] <= gain["value"] <= gain["high"]
+
+
+def benchmark_score(scored: Any, name: str) -> float:
+    values = scored.text if name.startswith("text_") else scored.image
+    return float((values.detections if name == "ap50" else values.sums[name.removeprefix("text_")]).score())
+
+
+def test_the_thorax_has_to_be_known(films: Path, ckpt_path: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"outside_thorax_mass.*Blind has no `thorax\(\)`.*border_mass"):
+        tune_matex(phantoms(films, Blind), ckpt_path, out, method=NoWork(), objective="outside_thorax_mass")
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def _gain(clip: Clip, images: Tensor, tokens: Tensor, grid: Tensor, fill: str, kind: str) -> Tensor:
     """Area between the curve and its blank end, by the trapezoid rule."""
@@ -477,6 +543,7 @@ class NoWork(Matex):
         ({"objective": "cnr/blur"}, "No objective"),
         ({"objective": "iou"}, "at a threshold, as iou/0.3"),
         ({"objective": "iou/30"}, "No objective"),
+        ({"objective": "ap50"}, "at a threshold, as iou/0.3"),
         ({"objective": "remove/grey"}, "No objective"),
         ({"objective": "text_remove/blur"}, "No objective"),
         ({"tau": []}, "tau names no value"),
