@@ -5,17 +5,17 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MinMetric
 
-from matex_pl.anatomy import named_side, swap_sides
+from matex_pl.anatomy import named_side
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.base import check_choice
-from matex_pl.attribution.fill import FILLS, check_fill, fill_images
+from matex_pl.attribution.fill import FILLS, check_fill
 from matex_pl.attribution.shipped import load_method
+from matex_pl.clip import Clip
 from matex_pl.data.films import ChestXrayDataModule
 from matex_pl.data.record import StudyBatch
 from matex_pl.maps import AttributionMaps
@@ -29,8 +29,9 @@ from matex_pl.metrics import (
     RankCorrelation,
     SideSensitivity,
 )
-from matex_pl.metrics.functional import border_mask, keep_highlighted, keep_relevant_tokens
-from matex_pl.pairs import other_phrases
+from matex_pl.metrics.functional import border_mask
+from matex_pl.metrics.removal import dropped_tokens, image_score, text_score
+from matex_pl.pairs import embed_pairs, other_phrases, swapped_phrases
 
 
 class AttributionMetrics(Callback):
@@ -145,15 +146,15 @@ class AttributionMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
     ) -> None:
         """Explain the batch, if it is among the first."""
-        self._update(trainer, pl_module, outputs, batch, batch_idx)
+        self._update(trainer, pl_module, batch, batch_idx)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
     ) -> None:
         """Explain the batch, if it is among the first."""
-        self._update(trainer, pl_module, outputs, batch, batch_idx)
+        self._update(trainer, pl_module, batch, batch_idx)
 
-    def _update(self, trainer: Trainer, module: Any, outputs: Any, batch: StudyBatch, batch_idx: int) -> None:
+    def _update(self, trainer: Trainer, module: Any, batch: StudyBatch, batch_idx: int) -> None:
         if trainer.sanity_checking or 0 <= self.num_batches <= batch_idx:
             return
         images, tokens = module.inputs(batch)
@@ -162,7 +163,7 @@ class AttributionMetrics(Callback):
         if "consistency" in maps.parts:
             self._metric("consistency_mean", MeanMetric).update(maps.parts["consistency"])
             self._metric("consistency_min", MinMetric).update(maps.parts["consistency"])
-        self._remove(trainer, module, images, tokens, maps, outputs, batch["id"])
+        self._remove(module.clip, images, tokens, maps, batch["id"])
         if self.sensitivity:
             self._change_phrases(module, images, maps, batch)
 
@@ -183,11 +184,9 @@ class AttributionMetrics(Callback):
         rows, other = self._under(module, images, batch, other_phrases(batch["phrase"], batch["finding"]))
         if other is not None:
             self._add("prompt_sensitivity", batch, rows, maps.grid[rows].flatten(1), other.grid.flatten(1))
-        sides = [named_side(phrase) for phrase in batch["phrase"]]
-        swapped = [swap_sides(phrase) if side else None for phrase, side in zip(batch["phrase"], sides, strict=True)]
-        rows, other = self._under(module, images, batch, swapped)
+        rows, other = self._under(module, images, batch, swapped_phrases(batch["phrase"]))
         if other is not None:
-            named = [sides[row] for row in rows]
+            named = [named_side(batch["phrase"][row]) for row in rows]
             self._add("side_sensitivity", batch, rows, maps.image[rows], other.image, named, batch["film"][rows])
 
     def _under(
@@ -226,34 +225,19 @@ class AttributionMetrics(Callback):
             self.metrics[name] = kind().to(self.metrics["cnr"].device)
         return self.metrics[name]
 
-    @torch.no_grad()
-    def _remove(
-        self,
-        trainer: Trainer,
-        module: Any,
-        images: Tensor,
-        tokens: Tensor,
-        maps: AttributionMaps,
-        outputs: dict[str, Tensor],
-        ids: list[str],
-    ) -> None:
-        """Confidence after removal; the embeddings of the whole pair come from the validation step."""
-        fill = fill_images(self.fill, module.clip, images)
-        image, text = outputs["image"], outputs["text"]
+    def _remove(self, clip: Clip, images: Tensor, tokens: Tensor, maps: AttributionMaps, ids: list[str]) -> None:
+        """Confidence after removal."""
+        # Not those of the validation step: under autocast they would differ from what is held against them.
+        image, text = embed_pairs(clip, images, tokens)
         score = (image * text).sum(-1)
-        with trainer.precision_plugin.forward_context():
-            kept = module.clip.encode_image(keep_highlighted(images, maps.image, fill))
-        self._update_confidence("confidence", score, (kept * text).sum(-1), ids)
+        self._update_confidence("confidence", score, image_score(clip, images, maps.image, self.fill, text), ids)
         if self.method.serves_text:
-            with trainer.precision_plugin.forward_context():
-                kept = module.clip.encode_text(
-                    keep_relevant_tokens(tokens, maps.text, maps.content, module.clip.pad_id)
-                )
-            self._update_confidence("text_confidence", score, (image * kept).sum(-1), ids)
+            drop = dropped_tokens(maps.text, maps.content, "map")
+            self._update_confidence("text_confidence", score, text_score(clip, tokens, drop, image), ids)
 
     def _update_confidence(self, name: str, score: Tensor, kept: Tensor, ids: list[str]) -> None:
-        self.metrics[f"{name}_drop"].update(score.float(), kept.float(), ids=ids)
-        self.metrics[f"{name}_increase"].update(score.float(), kept.float(), ids=ids)
+        self.metrics[f"{name}_drop"].update(score, kept, ids=ids)
+        self.metrics[f"{name}_increase"].update(score, kept, ids=ids)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the scalars."""

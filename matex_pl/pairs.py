@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from matex_pl.anatomy import named_side, swap_sides
+from matex_pl.attribution.capture import borrowed
+from matex_pl.clip import Clip
 from matex_pl.data.films import ChestXrayDataModule, FilmDataset
 from matex_pl.data.record import Study, StudyBatch, collate
+from matex_pl.maps import full_precision
 
 STAGE_OF = {"train": "fit", "val": "validate", "test": "test"}
 
@@ -59,6 +65,28 @@ def read_pairs(data: ChestXrayDataModule, split: str, studies: list[Study], batc
     films = FilmDataset(data, studies, data.dataset(split).transform)
     loader = DataLoader(films, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate)
     return list(loader)
+
+
+def model_inputs(clip: Clip, batch: StudyBatch) -> tuple[Tensor, Tensor]:
+    """Normalised images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
+    return clip.normalise(batch["image"].to(clip.std.device)), clip.tokenize(batch["phrase"])
+
+
+def embed_pairs(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings of both sides, `(B, D)` each, as `metrics.removal` makes those that it holds against them."""
+    with borrowed(clip):
+        return full_precision(clip.encode_image(images)), full_precision(clip.encode_text(tokens))
+
+
+def with_phrases(batch: StudyBatch, phrases: Sequence[str | None]) -> StudyBatch:
+    """The films with other phrases; the own one in place of None."""
+    own = batch["phrase"]
+    return cast(StudyBatch, {**batch, "phrase": [new or old for new, old in zip(phrases, own, strict=True)]})
+
+
+def swapped_phrases(phrases: Sequence[str]) -> list[str | None]:
+    """The phrases with right and left exchanged; None where one names no one side."""
+    return [swap_sides(phrase) if named_side(phrase) else None for phrase in phrases]
 
 
 def other_phrases(phrases: Sequence[str], findings: Sequence[str]) -> list[str | None]:

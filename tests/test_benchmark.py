@@ -16,7 +16,7 @@ import torch
 from matex_pl import ClipModule
 from matex_pl.attribution import Chefer, Matex, Rise
 from matex_pl.benchmark import run_benchmark
-from matex_pl.benchmark.intervals import Sums, draw_patients, estimate, interval
+from matex_pl.benchmark.intervals import Detections, Sums, draw_patients, estimate, interval
 from matex_pl.benchmark.rows import compared_rows, mean_boxes
 from matex_pl.benchmark.values import Values
 from matex_pl.cli import main
@@ -392,12 +392,33 @@ def test_a_curve_of_films_that_score_as_their_fill_has_no_score():
     assert scores["insertion/unseen"]["value"] is None
 
 
+def test_detections_of_batches_are_those_of_all_and_some_are_drawn_like_the_rest():
+    generator = torch.Generator().manual_seed(2)
+    maps = torch.nn.functional.avg_pool2d(torch.rand(6, 24, 24, generator=generator)[:, None], 5, 1, 2)[:, 0]
+    corners = torch.rand(6, 2, generator=generator) / 2
+    boxes = [torch.cat([corner, corner + 0.4])[None][: int(row != 4)] for row, corner in enumerate(corners)]
+    maps = maps + 0.3 * F.box_masks(boxes, (24, 24))
+    whole = Detections.of(F.components(maps, 0.55), boxes)
+    parts = [Detections.of(F.components(maps[rows], 0.55), boxes[rows]) for rows in (slice(0, 4), slice(4, 6))]
+    for one, other in zip(vars(Detections.joined(parts)).values(), vars(whole).values(), strict=True):
+        assert torch.equal(one, other)
+    assert whole.hit.any()
+    assert whole.count == 5
+    some = torch.tensor([True, False, True, True, True, False])
+    assert (whole.among(some).count, len(whole.among(some).study)) == (3, int(some[whole.study].sum()))
+    drawn = draw_patients([*"abcdef"], 20, 0)
+    torch.testing.assert_close(whole.among(some).score(drawn), whole.score(drawn * some), equal_nan=True)
+    assert 0 < float(whole.score()) < 1
+    assert whole.among(some).score() != whole.score()
+    assert Detections.of(F.components(maps[4:5], 0.55), boxes[4:5]).score().isnan()
+
+
 def test_values_survive_the_disk():
     values = Values(
         sums={"insertion/blur": Sums(torch.ones(3), torch.zeros(3)), "cnr": Sums.of(torch.tensor([1.0, torch.nan]))},
         curves={"insertion/blur": (torch.linspace(0, 1, 4), torch.rand(4, 3))},
         threshold=0.3,
-        detections={"score": torch.rand(5), "num_boxes": torch.ones(3)},
+        detections=Detections(torch.rand(5), torch.rand(5) > 0.5, torch.tensor([0, 0, 1, 2, 2]), torch.ones(3)),
     )
     values.add_sanity([("head", torch.rand(2)), ("block 1", torch.rand(2))], 3)
     again = Values.unpacked(*values.packed())

@@ -117,6 +117,18 @@ def test_the_scalars_are_those_of_the_explained_batches(tmp_path, data, module):
     assert scores["attribution/mean_map_mass"] == pytest.approx(float(maps.mean()), abs=1e-6)
 
 
+def test_confidence_does_not_depend_on_the_precision_of_training(tmp_path, data, module):
+    """Under autocast both scores are those of the model's own precision."""
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        run = trainer(tmp_path / precision, AttributionMetrics(CenterMap(), num_batches=1), precision=precision)
+        found.append(run.validate(module, data, verbose=False)[0])
+    for name in ("confidence_drop", "confidence_increase"):
+        assert found[1][f"attribution/{name}"] == pytest.approx(found[0][f"attribution/{name}"], abs=1e-5)
+    assert found[0]["attribution/confidence_drop"] > 0
+    assert found[1]["val/loss"] != found[0]["val/loss"]
+
+
 def explained(module, method, batch, phrases=None):
     """Maps of a batch, under other phrases where these are given."""
     module.eval()

@@ -425,5 +425,7 @@ def test_the_callback_needs_this_projects_module_and_data(tmp_path):
     trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback])
     data = PatternFilms(20)
     data.setup("fit")
-    with pytest.raises(TypeError, match="RoarPlus needs a ClipModule and a data module of matex_pl, got ClipModule and"):
+    with pytest.raises(
+        TypeError, match="RoarPlus needs a ClipModule and a data module of matex_pl, got ClipModule and"
+    ):
         trainer.fit(_module(), data.train_dataloader())

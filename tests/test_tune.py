@@ -20,6 +20,9 @@ from torch import Tensor
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.attribution.shipped import load_method
+from matex_pl.benchmark.intervals import Sums
+from matex_pl.benchmark.rows import Row
+from matex_pl.benchmark.score import Bench, Settings
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule, Study
 from matex_pl.explain import load_module
@@ -146,9 +149,9 @@ def test_on_all_pixels_the_search_is_the_exact_score(fusion: str) -> None:
     method, objective = Matex(fusion=fusion), find_objective("cnr")
     found = search([pairs, pairs], method, grid, objective, clip.image_size)
     for score, setting in zip(found.flatten(), grid.settings(), strict=True):
-        values = score_setting(clip, [pairs], Matex(**method.settings | setting), objective)
-        assert values.isnan().tolist() == [False, False, True, False]
-        assert float(score) == pytest.approx(float(values.nanmean()), rel=1e-3)
+        exact = score_setting(clip, [pairs], Matex(**method.settings | setting), objective)
+        assert exact.count == 3
+        assert float(score) == pytest.approx(float(exact.score()), rel=1e-3)
     assert found.unique().numel() == found.numel()
 
 
@@ -413,6 +416,70 @@ def test_metrics_on_all_pixels(
     assert setting["score"] == pytest.approx(float(values.nanmean()), abs=1e-5)
 
 
+class Boxed(PhantomDataModule):
+    """Only films with boxes, which the benchmark takes first."""
+
+    def list_studies(self) -> list[Study]:
+        return [study for study in super().list_studies() if study.boxes]
+
+
+class Blind(Boxed):
+    """Does not know where the thorax is."""
+
+    def thorax(self) -> None:  # type: ignore[override]
+        return None
+
+
+SETTING: dict[str, Any] = {"lambda_s": 3.5, "lambda_c": 0.6, "tau": 2.0}
+BESIDE = {"ap50": True, "side_sensitivity": True, "prompt_sensitivity": False, "sanity": False, "text_sanity": False}
+BESIDE |= {"outside_thorax_mass": False, "mean_map_mass": False, "text_mean_map_mass": False}
+
+
+@pytest.fixture(scope="module")
+def benched(films: Path, ckpt_path: str) -> dict[str, Any]:
+    """What `matex benchmark` makes of the validation pairs, under the own setting and another."""
+    settings = Settings("val", -1, 8, 99, 3, "quick", 1, 100, 0)
+    bench = Bench.open(load_module(ckpt_path).clip, phantoms(films, Boxed), films / "bench", settings)
+    methods = {"own": Matex.measured(), "setting": Matex.measured(**SETTING)}
+    return {name: bench.score(Row(name, method)) for name, method in methods.items()}
+
+
+@pytest.mark.parametrize(("name", "higher_is_better"), BESIDE.items())
+def test_objectives_are_the_metrics_of_the_benchmark(
+    films: Path, ckpt_path: str, tmp_path: Path, benched: dict[str, Any], name: str, higher_is_better: bool
+) -> None:
+    objective = f"{name}/{benched['setting'].image.threshold}" if name == "ap50" else name
+    tried = {key: [value] for key, value in SETTING.items()}
+    text = tune_matex(
+        phantoms(films, Boxed), ckpt_path, str(tmp_path), objective=objective, num_pairs=-1, batch_size=4, **tried
+    )
+    said = json.loads((tmp_path / "tune.json").read_text(encoding="utf-8"))
+    (setting,) = said["settings"]
+    assert setting["score"] == pytest.approx(benchmark_score(benched["setting"], name), abs=1e-5)
+    # The benchmark looks for boxes at another threshold here.
+    if name != "ap50":
+        assert said["validation"]["own"] == pytest.approx(benchmark_score(benched["own"], name), abs=1e-5)
+    assert said["validation"]["own"] != setting["score"]
+    better = max if higher_is_better else min
+    assert said["validation"]["winner"] == better(said["validation"]["own"], setting["score"])
+    assert f"{'higher' if higher_is_better else 'lower'} is better" in text
+    gain = said["test"]["difference"]
+    assert gain["value"] == pytest.approx(said["test"]["winner"] - said["test"]["own"], abs=1e-7)
+    assert gain["low"] <= gain["value"] <= gain["high"]
+
+
+def benchmark_score(scored: Any, name: str) -> float:
+    values = scored.text if name.startswith("text_") else scored.image
+    return float((values.detections if name == "ap50" else values.sums[name.removeprefix("text_")]).score())
+
+
+def test_the_thorax_has_to_be_known(films: Path, ckpt_path: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"outside_thorax_mass.*Blind has no `thorax\(\)`.*border_mass"):
+        tune_matex(phantoms(films, Blind), ckpt_path, out, method=NoWork(), objective="outside_thorax_mass")
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def _gain(clip: Clip, images: Tensor, tokens: Tensor, grid: Tensor, fill: str, kind: str) -> Tensor:
     """Area between the curve and its blank end, by the trapezoid rule."""
@@ -476,6 +543,7 @@ class NoWork(Matex):
         ({"objective": "cnr/blur"}, "No objective"),
         ({"objective": "iou"}, "at a threshold, as iou/0.3"),
         ({"objective": "iou/30"}, "No objective"),
+        ({"objective": "ap50"}, "at a threshold, as iou/0.3"),
         ({"objective": "remove/grey"}, "No objective"),
         ({"objective": "text_remove/blur"}, "No objective"),
         ({"tau": []}, "tau names no value"),
@@ -531,8 +599,8 @@ def test_no_file_is_left_half_written(
 def choice(values: Tensor, **found: Any) -> Choice:
     """Four studies under three settings, the last the method's own."""
     grid = Grid([-1], ["parabola"], [2.0, 3.0], [0.2, 0.35], [0.2, 1.0])
-    own = Scored(Matex.measured(lambda_s=3.0), 0.0, values[0])
-    best = Scored(Matex.measured(lambda_s=2.0, lambda_c=0.2, tau=1.0), 1.0, values[1])
+    own = Scored(Matex.measured(lambda_s=3.0), 0.0, Sums.of(values[0]))
+    best = Scored(Matex.measured(lambda_s=2.0, lambda_c=0.2, tau=1.0), 1.0, Sums.of(values[1]))
     scores = torch.arange(8.0, dtype=torch.float64).view(grid.shape)
     fields = {"best": [best, own], "raster": (28, 28), "seconds": {"settings": 0.1, "finalists": 0.2}} | found
     return Choice(
@@ -547,7 +615,7 @@ def studies(patients: Sequence[str]) -> list[Study]:
 def said_of(own: list[float], winner: list[float], patients: Sequence[str], **found: Any) -> dict[str, Any]:
     values = torch.tensor([own, winner], dtype=torch.float64)
     split = studies(patients)
-    return report(choice(values, **found), values.unbind(), {"val": split, "test": split}, 1.0, 0)
+    return report(choice(values, **found), [Sums.of(row) for row in values], {"val": split, "test": split}, 1.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -614,8 +682,8 @@ def test_the_picture_marks_both_settings() -> None:
 
 def test_the_picture_shows_the_best_blocks_and_shape() -> None:
     grid = Grid([1, 2], ["parabola", "gaussian"], [2.0, 3.0], [0.35], [0.2])
-    own = Scored(Matex(grad_layers=1, lambda_s=2.0), 0.0, torch.zeros(1))
-    best = Scored(Matex(grad_layers=2, prior_shape="gaussian", lambda_s=3.0), 3.0, torch.ones(1))
+    own = Scored(Matex(grad_layers=1, lambda_s=2.0), 0.0, Sums.of(torch.zeros(1)))
+    best = Scored(Matex(grad_layers=2, prior_shape="gaussian", lambda_s=3.0), 3.0, Sums.of(torch.ones(1)))
     scores = torch.arange(8.0, dtype=torch.float64).view(grid.shape)
     found = Choice(find_objective("confidence_drop"), grid, scores, None, own, [best, own], {})
     panel, _ = draw_surface(found, 1).axes

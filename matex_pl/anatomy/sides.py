@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from functools import cache
+from functools import cache, lru_cache
 
 from matex_pl.anatomy.lexicon import Term, shipped_grammar
 from matex_pl.anatomy.parser import parse_phrase, patient_sides
@@ -27,6 +27,8 @@ def swap_sides(phrase: str) -> str:
     return phrase
 
 
+# Two parses of some milliseconds, and the same phrases come with every validation and every setting.
+@lru_cache(maxsize=65536)
 def named_side(phrase: str) -> str:
     """`right` or `left` where the phrase names regions on that side only and `swap_sides` mirrors them, else empty.
 

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod
 from matex_pl.attribution.base import progress
-from matex_pl.benchmark.intervals import Sums
+from matex_pl.benchmark.intervals import Detections, Sums
 from matex_pl.benchmark.pairs import Pairs
 from matex_pl.benchmark.values import Values
 from matex_pl.clip import Clip
 from matex_pl.data.record import StudyBatch
 from matex_pl.maps import AttributionMaps
 from matex_pl.metrics import functional as F
-from matex_pl.metrics.removal import image_score, patch_curve, text_score
+from matex_pl.metrics.removal import (
+    RULES,
+    confidence_values,
+    dropped_tokens,
+    image_score,
+    kept_pixels,
+    patch_curve,
+    text_score,
+)
 from matex_pl.metrics.sanity import randomised
 from matex_pl.store import MapStore
 
 # The published form and the one that is no finding on a radiograph; insertion is published with a blurred film.
 FILLS = ("mean_colour", "mean_film")
 CURVES = (("insertion", "blur"), ("insertion", "mean_film"), ("deletion", "mean_colour"), ("deletion", "mean_film"))
-KEPT, REMOVED = 0.5, 0.2
 
 
 def image_values(
@@ -40,21 +46,21 @@ def image_values(
         thorax: `(H, W)` bool, where lungs and heart usually are, if known.
         steps: Most steps of the insertion and deletion curves.
     """
-    found, curves, parts = [], [], []
+    found, curves, detections = [], [], []
     for batch in progress(pairs, "scoring films"):
         maps = _on(store.read(batch.keys), clip)
-        parts.append(F.components(maps.image, threshold))
-        scored = _locate(maps.image, batch.batch, threshold, parts[-1]) | _mass(maps.image, batch.batch, thorax)
+        components = F.components(maps.image, threshold)
+        detections.append(Detections.of(components, batch.batch["boxes"]))
+        scored = _locate(maps.image, batch.batch, threshold, components) | _mass(maps.image, batch.batch, thorax)
         scored |= _confidence(clip, batch, maps.image) | _sensitivity(store, batch, maps)
         curves.append(_curves(clip, batch, maps.grid, steps))
         found.append(scored)
-    values = Values(_joined_sums(found), threshold=threshold)
-    values.detections = _detections(parts, pairs)
+    values = Values(_joined_sums(found), threshold=threshold, detections=Detections.joined(detections))
     for name in curves[0]:
         shares, scores = curves[0][name][0], torch.cat([curve[name][1] for curve in curves], 1)
         values.curves[name] = shares, scores
-        blank, full = (scores[0], scores[-1]) if name.startswith("insertion") else (scores[-1], scores[0])
-        values.sums[name] = Sums(*(part.double() for part in F.curve_area(scores, blank, full, shares)))
+        areas = F.curve_area(scores, *F.curve_ends(scores, name.partition("/")[0]), shares)
+        values.sums[name] = Sums(*(part.double() for part in areas))
     return values
 
 
@@ -89,23 +95,12 @@ def _mass(maps: Tensor, batch: StudyBatch, thorax: Tensor | None) -> dict[str, T
 def _confidence(clip: Clip, pairs: Pairs, maps: Tensor) -> dict[str, Tensor]:
     """Scores when the map, or half of the pixels, are kept, and when the highest fifth is gone; with either fill."""
     images, _ = pairs.inputs(clip)
-    half = F.top_share(maps.flatten(1), KEPT).view_as(maps)
-    rest = ~F.top_share(maps.flatten(1), REMOVED).view_as(maps)
+    keep = {rule: kept_pixels(maps, rule) for rule in RULES}
     scored: dict[str, Tensor] = {}
     for fill in FILLS:
-        kept, fixed, left = (image_score(clip, images, keep, fill, pairs.text) for keep in (maps, half, rest))
-        scored |= _changes(pairs.score, kept, fixed, left, f"/{fill}")
+        left = {rule: image_score(clip, images, kept, fill, pairs.text) for rule, kept in keep.items()}
+        scored |= {f"{name}/{fill}": values for name, values in confidence_values(pairs.score, left).items()}
     return scored
-
-
-def _changes(score: Tensor, kept: Tensor, fixed: Tensor, left: Tensor, suffix: str = "") -> dict[str, Tensor]:
-    return {
-        f"confidence_drop{suffix}": F.confidence_drop(score, kept),
-        f"confidence_increase{suffix}": F.confidence_increase(score, kept),
-        f"fixed_drop{suffix}": F.confidence_drop(score, fixed),
-        f"fixed_increase{suffix}": F.confidence_increase(score, fixed),
-        f"remove{suffix}": F.confidence_drop(score, left),
-    }
 
 
 def _curves(clip: Clip, pairs: Pairs, grid: Tensor, steps: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -121,9 +116,9 @@ def _curves(clip: Clip, pairs: Pairs, grid: Tensor, steps: int) -> dict[str, tup
 def _sensitivity(store: MapStore, pairs: Pairs, maps: AttributionMaps) -> dict[str, Tensor]:
     """How much the map heeds the phrase: under another study's, and with the sides exchanged."""
     grid = maps.grid
-    other = store.read(pairs.keys_with(pairs.other)).grid.to(grid)
+    other = store.read(pairs.other_keys).grid.to(grid)
     same = torch.tensor([phrase is None for phrase in pairs.other], device=grid.device)
-    swapped = store.read(pairs.keys_with(pairs.swapped)).image.to(grid)
+    swapped = store.read(pairs.swapped_keys).image.to(grid)
     film = pairs.batch["film"].to(grid.device)
     return {
         "prompt_sensitivity": F.spearman(grid.flatten(1), other.flatten(1)).masked_fill(same, torch.nan),
@@ -135,33 +130,15 @@ def _joined_sums(found: Sequence[dict[str, Tensor]]) -> dict[str, Sums]:
     return {name: Sums.of(torch.cat([part[name] for part in found]).cpu()) for name in found[0]}
 
 
-def _detections(parts: Sequence[F.Components], pairs: Sequence[Pairs]) -> dict[str, Tensor]:
-    """Components of all batches as detections of the n studies."""
-    found: dict[str, list[Tensor]] = {"score": [], "hit": [], "study": [], "num_boxes": []}
-    start = 0
-    for part, batch in zip(parts, pairs, strict=True):
-        boxes = batch.batch["boxes"]
-        found["score"].append(part.peak.cpu())
-        found["hit"].append(F.match_components(part, [box.to(part.boxes) for box in boxes]).cpu())
-        found["study"].append(part.study.cpu() + start)
-        found["num_boxes"].append(torch.tensor([len(box) for box in boxes]))
-        start += len(boxes)
-    return {name: torch.cat(column) for name, column in found.items()}
-
-
 def text_values(clip: Clip, store: MapStore, pairs: Sequence[Pairs]) -> Values:
     """All metrics of the text maps but the sanity check."""
     found = []
     for batch in pairs:
         maps = _on(store.read(batch.keys), clip)
         _, tokens = batch.inputs(clip)
-        score = partial(text_score, clip, tokens, image=batch.image)
-        upper = F.keep_relevant_tokens(tokens, maps.text, maps.content, clip.pad_id) == tokens
-        half = F.top_share(maps.text, KEPT, maps.content)
-        top = F.top_share(maps.text, REMOVED, maps.content, at_least=1)
-        kept, fixed, left = (score(drop) for drop in (maps.content & ~upper, maps.content & ~half, top))
-        mass = (maps.text * maps.content).sum(1) / maps.content.sum(1)
-        found.append(_changes(batch.score, kept, fixed, left) | {"mean_map_mass": mass})
+        drop = {rule: dropped_tokens(maps.text, maps.content, rule) for rule in RULES}
+        left = {rule: text_score(clip, tokens, dropped, batch.image) for rule, dropped in drop.items()}
+        found.append(confidence_values(batch.score, left) | {"mean_map_mass": F.text_mass(maps.text, maps.content)})
     return Values(_joined_sums(found))
 
 

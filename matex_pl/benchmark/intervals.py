@@ -1,13 +1,27 @@
-"""Intervals by bootstrap over patients: the studies of a patient are drawn together."""
+"""Scores over studies and their intervals by bootstrap over patients: the studies of a patient are drawn together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from matex_pl.metrics import functional as F
+
+
+class Score(Protocol):
+    """A score over n studies that can be drawn again."""
+
+    def score(self, drawn: Tensor | None = None) -> Tensor:
+        """The score `(1,)`, or `(R,)` when each study is drawn `(R, n)` times; NaN where nothing counts."""
+
+    @property
+    def count(self) -> int:
+        """Number of studies that count."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,54 @@ class Sums:
         return int((self.below != 0).sum())
 
 
+@dataclass(frozen=True)
+class Detections:
+    """The average precision of d components as boxes, over n studies.
+
+    Args:
+        peak: `(d,)` score of each.
+        hit: `(d,)` bool, which of them find a box.
+        study: `(d,)` long, the study of each.
+        num_boxes: `(n,)` number of boxes of each study.
+    """
+
+    peak: Tensor
+    hit: Tensor
+    study: Tensor
+    num_boxes: Tensor
+
+    @classmethod
+    def of(cls, components: F.Components, boxes: Sequence[Tensor]) -> Detections:
+        """Components of B maps, and the boxes of their studies."""
+        hit = F.match_components(components, [box.to(components.boxes) for box in boxes])
+        number = torch.tensor([len(box) for box in boxes])
+        return cls(components.peak.cpu(), hit.cpu(), components.study.cpu(), number)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Detections]) -> Detections:
+        """Those of several batches, whose studies follow each other."""
+        starts = np.cumsum([0, *(len(part.num_boxes) for part in parts[:-1])]).tolist()
+        study = [part.study + start for part, start in zip(parts, starts, strict=True)]
+        columns = zip(*((part.peak, part.hit, part.num_boxes) for part in parts), strict=True)
+        peak, hit, num_boxes = map(torch.cat, map(list, columns))
+        return cls(peak, hit, torch.cat(study), num_boxes)
+
+    def among(self, studies: Tensor) -> Detections:
+        """The same over some of the studies, `(n,)` bool."""
+        kept = studies[self.study]
+        return Detections(self.peak[kept], self.hit[kept], self.study[kept], self.num_boxes * studies)
+
+    def score(self, drawn: Tensor | None = None) -> Tensor:
+        """The average precision `(1,)`, or `(R,)` when each study is drawn `(R, n)` times; NaN without boxes."""
+        drawn = torch.ones(1, len(self.num_boxes)) if drawn is None else drawn
+        return F.average_precision(self.peak, self.hit, self.study, self.num_boxes, drawn)
+
+    @property
+    def count(self) -> int:
+        """Number of studies with boxes."""
+        return int((self.num_boxes > 0).sum())
+
+
 def draw_patients(patients: Sequence[str], resamples: int, seed: int) -> Tensor:
     """How often each study is drawn when as many patients are drawn as there are, with replacement: `(R, n)`."""
     names, place = np.unique(np.asarray(patients), return_inverse=True)
@@ -69,5 +131,14 @@ def interval(scores: Tensor) -> tuple[float, float] | None:
 def estimate(score: Tensor, drawn: Tensor, count: int) -> dict[str, float | int | None]:
     """A score, its 95 % interval and the number of studies behind it, for JSON: NaN becomes None."""
     low, high = interval(drawn) or (None, None)
-    value = float(score)
-    return {"value": None if value != value else value, "low": low, "high": high, "n": count}
+    return {"value": plain(float(score)), "low": low, "high": high, "n": count}
+
+
+def difference(mine: Score, theirs: Score, drawn: Tensor) -> dict[str, float | int | None]:
+    """`estimate` of how much more mine is than theirs, on the same draws of patients `(R, n)`."""
+    return estimate(mine.score()[0] - theirs.score()[0], mine.score(drawn) - theirs.score(drawn), mine.count)
+
+
+def plain(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if value != value else value

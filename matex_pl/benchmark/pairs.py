@@ -9,15 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from matex_pl.anatomy import named_side, swap_sides
+from matex_pl.anatomy import named_side
 from matex_pl.attribution import AttributionMethod
 from matex_pl.attribution.base import progress
 from matex_pl.attribution.fill import FILLS
 from matex_pl.clip import Clip
 from matex_pl.data.record import Study, StudyBatch
-from matex_pl.maps import AttributionMaps, full_precision
+from matex_pl.maps import AttributionMaps
 from matex_pl.metrics.removal import end_scores
-from matex_pl.pairs import other_phrases
+from matex_pl.pairs import embed_pairs, model_inputs, other_phrases, swapped_phrases, with_phrases
 from matex_pl.store import MapStore, pair_keys
 
 
@@ -29,20 +29,24 @@ class Pairs:
         batch: As the loader gave it, on the CPU.
         image: `(B, D)` embeddings.
         text: `(B, D)` embeddings.
-        keys: Of the pairs, in the map store.
-        other: Each film with another study's phrase; None where all phrases are alike.
-        swapped: Each film with its phrase's right and left exchanged; the phrase itself where it names no one side.
+        other: Another study's phrase for each film; None where all phrases are alike.
+        swapped: Each phrase with right and left exchanged; None where it names no one side.
         sides: The one side that each phrase names; empty where none.
+        keys: Of the pairs, in the map store.
+        other_keys: Of the films with the other phrases, or with their own in place of None.
+        swapped_keys: Of the films with the swapped ones, likewise.
         blank: `(B,)` scores of what stands in for the whole film, by fill.
     """
 
     batch: StudyBatch
     image: Tensor
     text: Tensor
-    keys: list[str]
     other: list[str | None]
-    swapped: list[str]
+    swapped: list[str | None]
     sides: list[str]
+    keys: list[str]
+    other_keys: list[str]
+    swapped_keys: list[str]
     blank: dict[str, Tensor]
 
     @property
@@ -52,26 +56,22 @@ class Pairs:
 
     def inputs(self, clip: Clip) -> tuple[Tensor, Tensor]:
         """Normalised images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
-        return clip.normalise(self.batch["image"].to(clip.std.device)), clip.tokenize(self.batch["phrase"])
+        return model_inputs(clip, self.batch)
 
     def head(self, number: int) -> Pairs:
         """The first `number` pairs."""
-        cut: dict[str, Any] = {name: getattr(self, name)[:number] for name in ("image", "text", "keys", "other")}
-        cut |= {"swapped": self.swapped[:number], "sides": self.sides[:number]}
-        cut["batch"] = {name: column[:number] for name, column in self.batch.items()}  # type: ignore[index]
-        return Pairs(**cut, blank={fill: score[:number] for fill, score in self.blank.items()})
+        nested = ("batch", "blank")
+        cut: dict[str, Any] = {name: column[:number] for name, column in vars(self).items() if name not in nested}
+        for name in nested:
+            cut[name] = {key: column[:number] for key, column in getattr(self, name).items()}
+        return Pairs(**cut)
 
-    def keys_with(self, phrases: Sequence[str | None]) -> list[str]:
-        """Keys of the films with other phrases; see `with_phrases`."""
-        return pair_keys(self.with_phrases(phrases))
-
-    def with_phrases(self, phrases: Sequence[str | None]) -> StudyBatch:
-        """The films with other phrases; the own one in place of None."""
-        own = self.batch["phrase"]
-        return cast(StudyBatch, {**self.batch, "phrase": [new or old for new, old in zip(phrases, own, strict=True)]})
+    def variants(self) -> tuple[StudyBatch, list[str]]:
+        """The pairs, the films with other and those with swapped phrases as one batch, and their keys."""
+        batches = [self.batch, with_phrases(self.batch, self.other), with_phrases(self.batch, self.swapped)]
+        return _joined(batches), [*self.keys, *self.other_keys, *self.swapped_keys]
 
 
-@torch.no_grad()
 def prepare_pairs(clip: Clip, batches: Sequence[StudyBatch], studies: Sequence[Study]) -> list[Pairs]:
     """Embed the pairs, and choose the phrases that sensitivity is measured with."""
     phrases = [study.phrase for study in studies]
@@ -80,27 +80,29 @@ def prepare_pairs(clip: Clip, batches: Sequence[StudyBatch], studies: Sequence[S
     )
     prepared = []
     for batch in progress(batches, "embedding"):
-        images, tokens = clip.normalise(batch["image"].to(clip.std.device)), clip.tokenize(batch["phrase"])
-        image, text = (full_precision(part) for part in (clip.encode_image(images), clip.encode_text(tokens)))
-        sides = [named_side(phrase) for phrase in batch["phrase"]]
+        images, tokens = model_inputs(clip, batch)
+        image, text = embed_pairs(clip, images, tokens)
+        other, swapped = [others[study] for study in batch["id"]], swapped_phrases(batch["phrase"])
         prepared.append(
             Pairs(
                 batch=batch,
                 image=image,
                 text=text,
+                other=other,
+                swapped=swapped,
+                sides=[named_side(phrase) for phrase in batch["phrase"]],
                 keys=pair_keys(batch),
-                other=[others[study] for study in batch["id"]],
-                swapped=[
-                    swap_sides(phrase) if side else phrase for phrase, side in zip(batch["phrase"], sides, strict=True)
-                ],
-                sides=sides,
+                other_keys=pair_keys(with_phrases(batch, other)),
+                swapped_keys=pair_keys(with_phrases(batch, swapped)),
                 blank={fill: end_scores(clip, images, fill, text)[0] for fill in FILLS},
             )
         )
     return prepared
 
 
-def fill_store(clip: Clip, method: AttributionMethod, store: MapStore, batch: StudyBatch, size: int) -> None:
+def fill_store(
+    clip: Clip, method: AttributionMethod, store: MapStore, batch: StudyBatch, keys: Sequence[str], size: int
+) -> None:
     """Make the maps of the pairs that the store does not have, and keep them as they come.
 
     Args:
@@ -108,9 +110,9 @@ def fill_store(clip: Clip, method: AttributionMethod, store: MapStore, batch: St
         method: What makes the maps.
         store: Where they are kept.
         batch: The pairs; the same pair may come twice.
+        keys: Of the pairs.
         size: Most pairs of one call; where the method's work is on the film, a call has all pairs of one film instead.
     """
-    keys = pair_keys(batch)
     lacking = set(store.missing(keys))
     rows = list({key: row for row, key in enumerate(keys) if key in lacking}.values())
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -134,7 +136,7 @@ def _attribute(clip: Clip, method: AttributionMethod, batch: StudyBatch, rows: S
     return method.attribute(clip, images, clip.tokenize(phrases), phrases, films)
 
 
-def joined(batches: Sequence[StudyBatch]) -> StudyBatch:
+def _joined(batches: Sequence[StudyBatch]) -> StudyBatch:
     """Several batches as one."""
     parts: dict[str, Any] = {}
     for name in batches[0]:

@@ -17,9 +17,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from matex_pl.benchmark.columns import metric_columns
-from matex_pl.benchmark.intervals import draw_patients, estimate
+from matex_pl.benchmark.intervals import difference, draw_patients
 from matex_pl.benchmark.score import Bench, Scored
 from matex_pl.benchmark.values import Values
+from matex_pl.clip import Clip
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import draw_panels
 from matex_pl.published import PUBLISHED
@@ -36,19 +37,11 @@ def results(bench: Bench, scored: Sequence[Scored], checkpoint: str) -> dict[str
     drawn = draw_patients([study.patient_id for study in bench.studies], bench.settings.resamples, bench.settings.seed)
     rows = [_line(bench, row, "image", row.image, drawn) for row in scored]
     rows += [_line(bench, row, "text", row.text, drawn) for row in scored if row.row.method.serves_text]
-    return {
+    origin = provenance(bench.clip, bench.weights, checkpoint, bench.data, bench.settings.seed)
+    return origin | {
         "format": 1,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": {
-            "checkpoint": checkpoint,
-            "weights": bench.weights,
-            "image_size": list(bench.clip.image_size),
-            "grid": list(bench.clip.grid),
-        },
-        "data": _about_data(bench),
+        "data": origin["data"] | _about_data(bench),
         "settings": asdict(bench.settings),
-        "seed": bench.settings.seed,
-        "versions": {name: version(name) for name in PACKAGES},
         "machine": _machine(bench.clip.std.device),
         "forward_seconds_per_pair": median([row.forward_seconds for row in scored if not row.error] or [0.0]),
         "metrics": metric_columns({name for row in rows for name in row["scores"]}),
@@ -58,10 +51,32 @@ def results(bench: Bench, scored: Sequence[Scored], checkpoint: str) -> dict[str
     }
 
 
+def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataModule, seed: int) -> dict[str, Any]:
+    """What made a result, as plain types: when, the model, the data, the seed and the versions.
+
+    Args:
+        clip: The model.
+        weights: Its `weight_hash`.
+        checkpoint: Where it came from.
+        data: The data module.
+        seed: Of the run.
+    """
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": {
+            "checkpoint": checkpoint,
+            "weights": weights,
+            "image_size": list(clip.image_size),
+            "grid": list(clip.grid),
+        },
+        "data": {"class": type(data).__name__, "settings": _plain_settings(data)},
+        "seed": seed,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
 def _about_data(bench: Bench) -> dict[str, Any]:
     return {
-        "class": type(bench.data).__name__,
-        "settings": _plain_settings(bench.data),
         "split": bench.settings.split,
         "pairs": len(bench.studies),
         "patients": len({study.patient_id for study in bench.studies}),
@@ -116,9 +131,7 @@ def _comparisons(scored: Sequence[Scored], drawn: Tensor) -> list[dict[str, Any]
     for name in (name for name in maps if name not in controls):
         for against in controls:
             for metric in COMPARED:
-                mine, theirs = maps[name][metric], maps[against][metric]
-                spread = mine.score(drawn) - theirs.score(drawn)
-                paired: dict[str, Any] = estimate(mine.score()[0] - theirs.score()[0], spread, mine.count)
+                paired: dict[str, Any] = difference(maps[name][metric], maps[against][metric], drawn)
                 paired["difference"] = paired.pop("value")
                 found.append({"row": name, "against": against, "metric": metric, **paired})
     return found

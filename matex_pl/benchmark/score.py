@@ -14,7 +14,7 @@ from torch import Tensor
 
 from matex_pl import __version__
 from matex_pl.benchmark.evaluate import chosen_threshold, image_values, sanity_check, text_values
-from matex_pl.benchmark.pairs import Pairs, fill_store, joined, prepare_pairs
+from matex_pl.benchmark.pairs import Pairs, fill_store, prepare_pairs
 from matex_pl.benchmark.rows import BUDGETS, Row, mean_box_row
 from matex_pl.benchmark.values import Values
 from matex_pl.clip import Clip
@@ -166,6 +166,7 @@ class Bench:
         everything = [*self.pairs, *self.validation]
         return fingerprint(
             {
+                "format": 2,
                 "maps": store.key,
                 "pairs": [batch.keys for batch in everything],
                 "phrases": [[batch.other, batch.swapped] for batch in self.pairs],
@@ -179,10 +180,9 @@ class Bench:
     def _make_maps(self, scored: Scored) -> None:
         size = self.settings.batch_size
         for batch in self.pairs:
-            variants = [batch.batch, batch.with_phrases(batch.other), batch.with_phrases(batch.swapped)]
-            fill_store(self.clip, scored.row.method, scored.store, joined(variants), size)
+            fill_store(self.clip, scored.row.method, scored.store, *batch.variants(), size)
         for batch in self.validation:
-            fill_store(self.clip, scored.row.method, scored.store, batch.batch, size)
+            fill_store(self.clip, scored.row.method, scored.store, batch.batch, batch.keys, size)
 
     def _computed(self, scored: Scored) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The values of both modalities and the cost, to be kept."""

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matex_pl.benchmark.intervals import Sums, estimate
-from matex_pl.metrics.functional import average_precision
+from matex_pl.benchmark.intervals import Detections, Score, Sums, estimate
 
 NO_SCORE: dict[str, Any] = {"value": None, "low": None, "high": None, "n": 0}
 
@@ -23,7 +22,7 @@ class Values:
         sums: By metric.
         curves: By name as `insertion/blur`: shares `(S + 1,)` and scores `(S + 1, n)`.
         threshold: Of the IoU, chosen on validation.
-        detections: For the average precision: score, hit and study `(d,)` each, and num_boxes `(n,)`.
+        detections: For the average precision, if boxes were looked for.
         stages: Names of the stages of the randomisation.
         correlation: `(stages, m)` of the maps of each with the original ones, over the first m studies.
     """
@@ -31,7 +30,7 @@ class Values:
     sums: dict[str, Sums] = field(default_factory=dict)
     curves: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     threshold: float | None = None
-    detections: dict[str, Tensor] = field(default_factory=dict)
+    detections: Detections | None = None
     stages: list[str] = field(default_factory=list)
     correlation: Tensor | None = None
 
@@ -55,18 +54,12 @@ class Values:
             studies: `(n,)` bool, the studies that count.
             drawn: `(R, n)` of `draw_patients`.
         """
-        some = {name: sums.among(studies) for name, sums in self.sums.items()}
-        scores = {name: estimate(sums.score()[0], sums.score(drawn), sums.count) for name, sums in some.items()}
-        scores |= {name: NO_SCORE for name in self.curves if not some[name].spans(drawn)}
-        if self.detections:
-            boxed = int((self.detections["num_boxes"] > 0)[studies].sum())
-            once = self._average_precision(studies[None].double())
-            scores["ap50"] = estimate(once[0], self._average_precision(drawn * studies), boxed)
-        return scores
-
-    def _average_precision(self, drawn: Tensor) -> Tensor:
-        found = self.detections
-        return average_precision(found["score"], found["hit"], found["study"], found["num_boxes"], drawn)
+        sums = {name: sums.among(studies) for name, sums in self.sums.items()}
+        found: dict[str, Score] = dict(sums)
+        if self.detections is not None:
+            found["ap50"] = self.detections.among(studies)
+        scores = {name: estimate(one.score()[0], one.score(drawn), one.count) for name, one in found.items()}
+        return scores | {name: NO_SCORE for name in self.curves if not sums[name].spans(drawn)}
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything as tensors by name, and the rest as plain types."""
@@ -75,7 +68,8 @@ class Values:
         }
         tensors |= {f"curves/{name}/share": shares for name, (shares, _) in self.curves.items()}
         tensors |= {f"curves/{name}/score": scores for name, (_, scores) in self.curves.items()}
-        tensors |= {f"detections/{name}": column for name, column in self.detections.items()}
+        if self.detections is not None:
+            tensors |= {f"detections/{name}": column for name, column in vars(self.detections).items()}
         if self.correlation is not None:
             tensors["correlation"] = self.correlation
         return tensors, {"threshold": self.threshold, "stages": self.stages}
@@ -84,11 +78,12 @@ class Values:
     def unpacked(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Values:
         """What `packed` was made of."""
         sums, curves = _nested(tensors, "sums/"), _nested(tensors, "curves/")
+        detections = {name[11:]: column for name, column in tensors.items() if name.startswith("detections/")}
         return cls(
             sums={name: Sums(**parts) for name, parts in sums.items()},
             curves={name: (parts["share"], parts["score"]) for name, parts in curves.items()},
             threshold=about["threshold"],
-            detections={name[11:]: column for name, column in tensors.items() if name.startswith("detections/")},
+            detections=Detections(**detections) if detections else None,
             stages=about["stages"],
             correlation=tensors.get("correlation"),
         )

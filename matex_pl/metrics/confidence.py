@@ -69,9 +69,7 @@ class CurveArea(StudyMetric):
     """
 
     columns = 2
-    # Which end of a curve is the film without any patch, and which the whole film.
-    blank: int
-    full: int
+    kind: str
 
     def update(self, curve: Tensor, shares: Tensor | None = None, ids: Sequence[str] | None = None) -> None:
         """Add B curves, as `removal.patch_curve` gives them.
@@ -81,7 +79,7 @@ class CurveArea(StudyMetric):
             shares: `(S + 1,)` the share of patches of each; evenly spread by default.
             ids: Of the B studies.
         """
-        areas = functional.curve_area(curve, curve[self.blank], curve[self.full], shares)
+        areas = functional.curve_area(curve, *functional.curve_ends(curve, self.kind), shares)
         self._add(torch.stack(areas, 1), ids)
 
     def _reduce(self, values: Tensor) -> Tensor:
@@ -100,8 +98,7 @@ class InsertionAUC(CurveArea):
     """
 
     higher_is_better = True
-    blank = 0
-    full = -1
+    kind = "insertion"
 
 
 class DeletionAUC(CurveArea):
@@ -115,5 +112,4 @@ class DeletionAUC(CurveArea):
     """
 
     higher_is_better = False
-    blank = -1
-    full = 0
+    kind = "deletion"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,60 @@ from matex_pl.attribution.capture import borrowed
 from matex_pl.attribution.fill import drop_tokens, fill_images
 from matex_pl.clip import Clip
 from matex_pl.maps import full_precision
-from matex_pl.metrics.functional import keep_highlighted
+from matex_pl.metrics.functional import (
+    confidence_drop,
+    confidence_increase,
+    keep_highlighted,
+    not_above_median,
+    top_share,
+)
 
 KINDS = ("insertion", "deletion")
+KEPT, REMOVED = 0.5, 0.2
+RULES = ("map", "half", "rest")
+CONFIDENCE: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "confidence_drop": ("map", confidence_drop),
+    "confidence_increase": ("map", confidence_increase),
+    "fixed_drop": ("half", confidence_drop),
+    "fixed_increase": ("half", confidence_increase),
+    "remove": ("rest", confidence_drop),
+}
+"""By metric: the rule of what is left, and what is made of the scores before and after."""
+
+
+def kept_pixels(maps: Tensor, rule: str) -> Tensor:
+    """What is left of the films by a rule, `(B, H, W)` as `image_score` takes it.
+
+    Args:
+        maps: `(B, H, W)` in [0, 1].
+        rule: `map`: each pixel by its value; `half`: the higher half of the pixels; `rest`: all but the highest fifth.
+    """
+    if rule == "map":
+        return maps
+    flat = maps.flatten(1)
+    kept = top_share(flat, KEPT) if rule == "half" else ~top_share(flat, REMOVED)
+    return kept.view_as(maps)
+
+
+def dropped_tokens(text_map: Tensor, content: Tensor, rule: str) -> Tensor:
+    """What a rule takes from the phrases, `(B, T)` bool as `text_score` takes it.
+
+    Args:
+        text_map: `(B, T)`.
+        content: `(B, T)` bool.
+        rule: `map`: what is not above the median of the content tokens; `half`: all but the higher half of them;
+            `rest`: the highest fifth, at least one.
+    """
+    if rule == "map":
+        return not_above_median(text_map, content)
+    if rule == "half":
+        return content & ~top_share(text_map, KEPT, content)
+    return top_share(text_map, REMOVED, content, at_least=1)
+
+
+def confidence_values(score: Tensor, left: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All metrics of `CONFIDENCE`, `(B,)` each, from the scores of the pairs and, by rule, of what is left of them."""
+    return {name: change(score, left[rule]) for name, (rule, change) in CONFIDENCE.items()}
 
 
 def image_score(clip: Clip, images: Tensor, keep: Tensor, fill: str, text: Tensor) -> Tensor:

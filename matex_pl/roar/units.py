@@ -43,8 +43,9 @@ def make_maps(plan: Plan, films: PlanFilms, row: PlanRow, clip: Clip) -> None:
     method, store, rows = build_method(row), map_store(plan, row), dropped_rows(plan, films)
     chunks = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
     for chunk in progress(chunks, row.name):
-        if store.missing([films.keys[pair] for pair in chunk]):
-            fill_store(clip, method, store, films.batch(chunk), _AT_ONCE)
+        keys = [films.keys[pair] for pair in chunk]
+        if store.missing(keys):
+            fill_store(clip, method, store, films.batch(chunk), keys, _AT_ONCE)
 
 
 def dropped_rows(plan: Plan, films: PlanFilms) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from matex_pl.attribution import Matex
 from matex_pl.attribution.base import progress
-from matex_pl.benchmark.intervals import Sums
+from matex_pl.benchmark.intervals import Score
 from matex_pl.clip import Clip
 from matex_pl.tune.grid import Grid, search
 from matex_pl.tune.objective import Objective, Pairs, score_setting
@@ -32,17 +32,17 @@ class Scored:
     Args:
         method: MATEX with it.
         distance: From the method's own, see `Grid.distances`.
-        values: Of each study, `(n,)`; NaN does not count.
+        found: What the studies score.
     """
 
     method: Matex
     distance: float
-    values: Tensor
+    found: Score
 
     @property
     def score(self) -> float:
-        """The mean; NaN where no study counts."""
-        return float(Sums.of(self.values).score())
+        """Over all studies; NaN where none counts."""
+        return float(self.found.score())
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def choose_setting(
     own = Scored(method, 0.0, score_setting(clip, pairs, method, objective))
     score = partial(_score_all, clip, pairs, methods, distances, objective, own)
     if objective.coarse is None:
-        _announce(len(methods), len(own.values), objective)
+        _announce(len(methods), sum(len(batch.tokens) for batch in pairs), objective)
         best, seconds = _timed(score, range(len(methods)))
         scores = _scores(best)
         spent, cells = {"settings": seconds}, None
@@ -106,7 +106,7 @@ def choose_setting(
         scores = found.flatten()
         best, again = _timed(score, best_first(scores, distances, objective.sign)[:FINALISTS])
         spent, cells = {"settings": seconds, "finalists": again}, raster
-    best = best if any(scored.values is own.values for scored in best) else [*best, own]
+    best = best if any(scored.found is own.found for scored in best) else [*best, own]
     nearest = torch.tensor([scored.distance for scored in best], dtype=torch.float64)
     ranked = [best[place] for place in best_first(_scores(best), nearest, objective.sign)]
     return Choice(objective, grid, scores.view(grid.shape), cells, own, ranked, spent)
@@ -131,8 +131,8 @@ def _score_all(
     scored = []
     for place in progress(places, "settings on all pixels"):
         same = methods[place].settings == own.method.settings
-        values = own.values if same else score_setting(clip, pairs, methods[place], objective)
-        scored.append(Scored(methods[place], float(distances[place]), values))
+        found = own.found if same else score_setting(clip, pairs, methods[place], objective)
+        scored.append(Scored(methods[place], float(distances[place]), found))
     return scored
 
 

@@ -22,7 +22,7 @@ from matex_pl.tune.objective import Objective, Pairs
 
 AXES = ("grad_layers", "prior_shape", "lambda_s", "lambda_c", "tau")
 # Numbers in one block of fused maps, so that it stays in a core's cache.
-_BLOCK = 2**19
+_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,13 @@ def search(pairs: Sequence[Pairs], method: Matex, grid: Grid, objective: Objecti
     total, count = torch.zeros(grid.shape, dtype=torch.float64), torch.zeros(grid.shape)
     for batch in progress(pairs, "settings"):
         inside = cells_in_boxes(batch.batch["boxes"], raster).flatten(1).to(batch.parts["score"].device)
+        values = torch.full((*grid.shape, len(inside)), torch.nan)
         for place, rows, fused in fused_maps(batch.parts, method, grid, raster):
-            values = objective.coarse(fused.flatten(1, 2), inside[rows])
-            values = values.masked_fill(~inside[rows].any(1, keepdim=True), torch.nan)
-            total[place] += values.nansum(0).view(fused.shape[1:3]).cpu()
-            count[place] += (~values.isnan()).sum(0).view(fused.shape[1:3]).cpu()
+            scored = objective.coarse(fused.flatten(1, 2), inside[rows])
+            values[place][..., rows] = scored.T.unflatten(0, fused.shape[1:3]).cpu()
+        values = values[..., inside.any(1).cpu()].double()
+        total += values.nansum(-1)
+        count += (~values.isnan()).sum(-1)
     return total / torch.where(count > 0, count, torch.nan)
 
 

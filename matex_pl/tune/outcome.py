@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
-from matex_pl import __version__, attribution
+from matex_pl import attribution
 from matex_pl.attribution import Matex
-from matex_pl.benchmark.intervals import Sums, draw_patients, interval
-from matex_pl.clip import Clip
-from matex_pl.data.films import ChestXrayDataModule
+from matex_pl.benchmark.intervals import Score, difference, draw_patients, plain
 from matex_pl.data.record import Study
 from matex_pl.files import whole_file
-from matex_pl.store import weight_hash
 from matex_pl.tune.choose import FINALISTS, Choice
 from matex_pl.tune.grid import AXES, idle_settings
 from matex_pl.tune.surface import draw_surface, number, short
@@ -29,13 +22,13 @@ RESAMPLES = 2000
 
 
 def report(
-    found: Choice, tests: Sequence[Tensor], studies: Mapping[str, Sequence[Study]], seconds: float, seed: int
+    found: Choice, tests: Sequence[Score], studies: Mapping[str, Sequence[Study]], seconds: float, seed: int
 ) -> dict[str, Any]:
     """What was found, as plain types.
 
     Args:
         found: On validation pairs.
-        tests: Values of each test study under the method's own setting and the winner, `(n,)` each.
+        tests: What the test studies score under the method's own setting and the winner.
         studies: The pairs by split.
         seconds: That the components of the validation pairs took.
         seed: Of the bootstrap.
@@ -64,40 +57,16 @@ def report(
     }
 
 
-def _compare(tests: Sequence[Tensor], studies: Sequence[Study], seed: int) -> dict[str, Any]:
+def _compare(tests: Sequence[Score], studies: Sequence[Study], seed: int) -> dict[str, Any]:
     """Both scores on test, and the difference of the winner from the own with its interval over patients."""
-    own, winner = (plain(float(Sums.of(values).score())) for values in tests)
-    difference = Sums.of(tests[1] - tests[0])
+    own, winner = tests
     drawn = draw_patients([study.patient_id for study in studies], RESAMPLES, seed)
-    low, high = interval(difference.score(drawn)) or (None, None)
-    about = {"value": plain(float(difference.score())), "low": low, "high": high, "n": difference.count}
-    return {"own": own, "winner": winner, "difference": about}
+    scores = {"own": plain(float(own.score())), "winner": plain(float(winner.score()))}
+    return scores | {"difference": difference(winner, own, drawn)}
 
 
 def _counts(studies: Sequence[Study]) -> dict[str, Any]:
     return {"pairs": len(studies), "patients": len({study.patient_id for study in studies})}
-
-
-def plain(value: float) -> float | None:
-    """None for NaN, which JSON does not have."""
-    return value if isfinite(value) else None
-
-
-def provenance(clip: Clip, ckpt_path: str, data: ChestXrayDataModule, seed: int) -> dict[str, Any]:
-    """What made the result: model, data, seed and versions, as plain types."""
-    libraries = {name: version(name) for name in ("torch", "open_clip_torch", "numpy")}
-    return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": {
-            "checkpoint": ckpt_path,
-            "weights": weight_hash(clip),
-            "image_size": clip.image_size,
-            "grid": clip.grid,
-        },
-        "data": {"class": type(data).__name__, "geometry": data.geometry, "seed": data.seed},
-        "seed": seed,
-        "versions": {"matex_pl": __version__, **libraries},
-    }
 
 
 def verdict(said: Mapping[str, Any]) -> str:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.base import check_positive
 from matex_pl.attribution.fill import check_fill
 from matex_pl.attribution.shipped import load_method
+from matex_pl.benchmark.results import provenance
 from matex_pl.clip import Clip
 from matex_pl.data.films import ChestXrayDataModule
 from matex_pl.data.record import Study, StudyBatch
 from matex_pl.explain import load_module
-from matex_pl.pairs import choose_pairs, prepare_data, read_pairs
+from matex_pl.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
+from matex_pl.store import weight_hash
 from matex_pl.tune.choose import choose_setting
 from matex_pl.tune.grid import AXES, Grid, depths, make_grid
 from matex_pl.tune.objective import CONFIDENCE, Objective, find_objective, gather_pairs, score_setting
-from matex_pl.tune.outcome import describe, provenance, report, write_files
+from matex_pl.tune.outcome import describe, report, write_files
 
 LAMBDA_S = [1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5]
 LAMBDA_C = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]
@@ -59,10 +64,14 @@ def tune_matex(
         method: A Matex, `Matex.measured()` by default, whose settings stay but for those that are tried: the name of a
             shipped setting, a YAML file, or a class.
         objective: What is best: `pointing_game`, `cnr`, `miou`, `energy_in_box`, `rank_accuracy`, searched on a raster;
-            on all pixels `border_mass`, `iou` and `acc50` at a threshold, as `iou/0.3`; and, with forwards of the model
-            for each setting, `confidence_drop`, `confidence_increase`, `fixed_drop`, `fixed_increase`, `remove`,
-            `insertion` and `deletion` (their gain, which orders settings as the AUC does), filled with the mean film,
-            or with another fill as in `remove/blur`; or one of the first five of these after `text_`, for the words.
+            on all pixels `iou`, `acc50` and `ap50` at a threshold, as `iou/0.3`, `border_mass`, `outside_thorax_mass`
+            where the data module knows the thorax, and `mean_map_mass` (lower: the smaller map); held against the maps
+            under another study's phrase `prompt_sensitivity`, with right and left exchanged `side_sensitivity`, under
+            shuffled weights `sanity`, which takes the components once more for each block of the towers; and, with
+            forwards of the model for each setting, `confidence_drop`, `confidence_increase`, `fixed_drop`,
+            `fixed_increase`, `remove`, `insertion` and `deletion` (their gain, which orders settings as the AUC does),
+            filled with the mean film, or with another fill as in `remove/blur`. For the words `text_` before one of the
+            first five of these, `mean_map_mass` or `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
@@ -91,6 +100,7 @@ def tune_matex(
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")
     studies = {split: _choose(data, split, num_pairs, seed, goal) for split in ("val", "test")}
+    gather = partial(gather_pairs, clip, objective=goal, thorax=_thorax(data, goal), seed=seed)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -98,13 +108,12 @@ def tune_matex(
     depth = _count_blocks(clip, own, batches[0])
     grid = make_grid(own, goal, depth, tried)
     deepest = _deepest(own, grid, depth)
-    embed = goal.forwards > 0
-    pairs, seconds = gather_pairs(clip, deepest, batches, embed=embed)
+    pairs, seconds = gather(deepest, batches)
     size = raster_size(raster, clip, goal)
     found = choose_setting(clip, pairs, own, grid, grid.distances(own, depth), goal, size)
-    pairs, _ = gather_pairs(clip, deepest, read_pairs(data, "test", studies["test"], batch_size), embed=embed)
+    pairs, _ = gather(deepest, read_pairs(data, "test", studies["test"], batch_size))
     tests = [score_setting(clip, pairs, method, goal) for method in (own, found.winner.method)]
-    said = provenance(clip, ckpt_path, data, seed) | report(found, tests, studies, seconds, seed)
+    said = provenance(clip, weight_hash(clip), ckpt_path, data, seed) | report(found, tests, studies, seconds, seed)
     return "\n".join([describe(said), "", *map(str, write_files(folder, said, found))])
 
 
@@ -162,10 +171,25 @@ def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal:
     return studies
 
 
+def _thorax(data: ChestXrayDataModule, goal: Objective) -> Tensor | None:
+    """Where lungs and heart usually are, `(H, W)` bool, if the objective asks for it.
+
+    Raises:
+        ValueError: It does, and the data module does not know.
+    """
+    thorax = data.thorax() if goal.needs_thorax else None
+    if goal.needs_thorax and thorax is None:
+        raise ValueError(
+            f"{goal.name} needs to know where the thorax is, and {type(data).__name__} has no `thorax()`. Take "
+            "border_mass, or give the data module one."
+        )
+    return thorax
+
+
 def _count_blocks(clip: Clip, method: Matex, batch: StudyBatch) -> tuple[int, int]:
     """Blocks of the image and the text tower, by explaining one pair, which encodes references as well."""
-    images, tokens = clip.normalise(batch["image"][:1].to(clip.std.device)), clip.tokenize(batch["phrase"][:1])
-    parts = method.attribute(clip, images, tokens, batch["phrase"][:1]).parts
+    images, tokens = model_inputs(clip, batch)
+    parts = method.attribute(clip, images[:1], tokens[:1], batch["phrase"][:1]).parts
     return parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1]
 
 

@@ -4,8 +4,10 @@ from matex_pl.metrics.functional.confidence import (
     confidence_drop,
     confidence_increase,
     curve_area,
+    curve_ends,
     keep_highlighted,
     keep_relevant_tokens,
+    not_above_median,
 )
 from matex_pl.metrics.functional.detections import (
     Components,
@@ -26,7 +28,7 @@ from matex_pl.metrics.functional.localisation import (
     pointing_game,
     rank_accuracy,
 )
-from matex_pl.metrics.functional.mass import border_mask, half_share, outside_mass, side_sensitivity
+from matex_pl.metrics.functional.mass import border_mask, half_share, outside_mass, side_sensitivity, text_mass
 from matex_pl.metrics.functional.ranking import spearman, top_ranked, top_share
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "confidence_increase",
     "contrast_to_noise",
     "curve_area",
+    "curve_ends",
     "energy_in_box",
     "half_share",
     "iou",
@@ -50,11 +53,13 @@ __all__ = [
     "keep_relevant_tokens",
     "match_components",
     "mean_iou",
+    "not_above_median",
     "outside_mass",
     "pointing_game",
     "rank_accuracy",
     "side_sensitivity",
     "spearman",
+    "text_mass",
     "top_ranked",
     "top_share",
 ]

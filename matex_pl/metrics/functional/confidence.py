@@ -17,8 +17,13 @@ def keep_relevant_tokens(tokens: Tensor, text_map: Tensor, content: Tensor, pad_
 
     Whatever is no content (BOS, EOT, pads) stays where it is.
     """
+    return tokens.masked_fill(not_above_median(text_map, content), pad_id)
+
+
+def not_above_median(text_map: Tensor, content: Tensor) -> Tensor:
+    """Content tokens `(B, T)` that are not strictly above the map's median over content, bool."""
     median = text_map.masked_fill(~content, torch.nan).nanquantile(0.5, dim=1, keepdim=True)
-    return tokens.masked_fill(content & ~(text_map > median), pad_id)
+    return content & ~(text_map > median)
 
 
 def confidence_drop(score: Tensor, kept_score: Tensor) -> Tensor:
@@ -29,6 +34,16 @@ def confidence_drop(score: Tensor, kept_score: Tensor) -> Tensor:
 def confidence_increase(score: Tensor, kept_score: Tensor) -> Tensor:
     """100 where keeping only what is highlighted raises the score, else 0, NaN for NaN; `(B,)`; higher is better."""
     return (100 * (kept_score > score).to(score)).masked_fill((kept_score - score).isnan(), torch.nan)
+
+
+# Which end of a curve is the film without any patch, and which the whole film.
+_ENDS = {"insertion": (0, -1), "deletion": (-1, 0)}
+
+
+def curve_ends(curve: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Scores with no patch of the film and of the whole film, `(B,)` each, of an insertion or deletion curve."""
+    blank, full = _ENDS[kind]
+    return curve[blank], curve[full]
 
 
 def curve_area(curve: Tensor, blank: Tensor, full: Tensor, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:

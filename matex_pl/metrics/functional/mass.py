@@ -21,6 +21,11 @@ def outside_mass(maps: Tensor, inside: Tensor) -> Tensor:
     return (flat * ~inside.to(flat.device).flatten(1)).sum(1) / flat.sum(1)
 
 
+def text_mass(text_map: Tensor, content: Tensor) -> Tensor:
+    """Mean value of a text map `(B, T)` over its content tokens `(B, T)` bool, `(B,)`; NaN without any."""
+    return (text_map * content).sum(1) / content.sum(1)
+
+
 def border_mask(size: tuple[int, int], film: Tensor | None = None, width: float = 0.1) -> Tensor:
     """The border of the film: which pixel centres lie in its outer share `width` on any side, or outside of it.
 
