@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -14,6 +15,7 @@ from matex_pl.data.films import ChestXrayDataModule, FilmDataset
 from matex_pl.data.record import Study
 from matex_pl.explain import explain_batch
 from matex_pl.loggers import log_images
+from matex_pl.render import Picture
 
 
 class AttributionMaps(Callback):
@@ -93,7 +95,7 @@ class AttributionMaps(Callback):
             self._log(trainer, pl_module, trainer.test_dataloaders, "test")
 
     def _log(self, trainer: Trainer, module: Any, loader: Any, split: str) -> None:
-        if not trainer.is_global_zero or not trainer.loggers:
+        if not trainer.loggers:
             return
         data = getattr(loader, "dataset", None)
         if not isinstance(data, FilmDataset):
@@ -102,15 +104,26 @@ class AttributionMaps(Callback):
             )
         if split not in self.chosen:
             self.chosen[split] = self.study_ids or choose_studies(data.studies, self.num_studies)
-        panels = explain_batch(
-            module, self.method, data.batch(self.chosen[split]), f"{self.name} | epoch {trainer.current_epoch}"
-        )
-        for study, picture in zip(self.chosen[split], panels, strict=True):
-            if not log_images(trainer.loggers, f"maps/{self.name}/{study}", picture, trainer.global_step):
+        panels = self._panels(trainer, module, data, self.chosen[split])
+        for study in self.chosen[split] if trainer.is_global_zero else ():
+            if not log_images(trainer.loggers, f"maps/{self.name}/{study}", panels[study], trainer.global_step):
                 rank_zero_warn(
                     "None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger."
                 )
                 return
+
+    def _panels(self, trainer: Trainer, module: Any, data: FilmDataset, studies: list[str]) -> dict[str, Picture]:
+        """The panels by study, on the first process those of all; each process explains its share."""
+        own = studies[trainer.global_rank :: trainer.world_size]
+        panels: dict[str, Picture] = {}
+        if own:
+            subtitle = f"{self.name} | epoch {trainer.current_epoch}"
+            panels.update(zip(own, explain_batch(module, self.method, data.batch(own), subtitle), strict=True))
+        if trainer.world_size == 1:
+            return panels
+        parts: list[Any] = [None] * trainer.world_size
+        dist.gather_object(panels, parts if trainer.is_global_zero else None)
+        return {study: panel for part in parts if part for study, panel in part.items()}
 
 
 def choose_studies(studies: Sequence[Study], number: int) -> list[str]:
