@@ -308,7 +308,8 @@ class ClipModule(LightningModule):
         states = self._rng_state if self.trainer.ckpt_path is not None else None
         self._rng_state = None
         if states is not None and rank < len(states := states.cpu().view(-1, states.shape[-1])):
-            torch.set_rng_state(states[rank])
+            # torch reads the state from the start of the storage, wherever a view begins.
+            torch.set_rng_state(states[rank].clone())
         elif rank:
             # Lightning seeds all processes alike, and each would drop the same patches.
             torch.manual_seed(torch.initial_seed() + rank)

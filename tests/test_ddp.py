@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from matex_pl import ClipModule
 from matex_pl.contrastive import gathered_loss
+from matex_pl.store import read_head, read_tensors
 
 HERE = Path(__file__).parent
 
@@ -82,7 +83,7 @@ def test_scores_count_each_pair_once(found: Path) -> None:
     assert any(name.startswith("attribution/pointing_game/") for name in one)
     assert two == pytest.approx(one, abs=1e-5)
     # Shards of an odd number of pairs are filled up.
-    assert len(_rows(found, 1)) % 2 == 1
+    assert len(_store(found / "maps1")) % 2 == 1
 
 
 def test_findings_that_one_process_sees_are_logged_by_both(found: Path) -> None:
@@ -117,6 +118,62 @@ def test_predictions_are_one_table_in_the_order_of_the_films(found: Path) -> Non
     one, two = _rows(found, 1), _rows(found, 2)
     assert [row["id"] for row in two] == [row["id"] for row in one]
     assert [float(row["cosine"]) for row in two] == pytest.approx([float(row["cosine"]) for row in one], abs=1e-6)
+
+
+def _store(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The maps of a folder by pair, each of which is in one file only."""
+    maps: dict[str, dict[str, torch.Tensor]] = {}
+    for path in (folder / "maps").rglob("*.safetensors"):
+        tensors, about = read_tensors(path)
+        for row, key in enumerate(about["pairs"]):
+            assert key not in maps
+            maps[key] = {name: value[row] for name, value in tensors.items()}
+    return maps
+
+
+def _explained(folder: Path, log: str = "log") -> list[str]:
+    return (folder / log).read_text(encoding="utf-8").splitlines()
+
+
+def _assert_same_maps(found: Path, name: str) -> None:
+    ours, whole = _store(found / name), _store(found / "maps1")
+    assert ours.keys() == whole.keys()
+    for key, fields in whole.items():
+        for field, value in fields.items():
+            torch.testing.assert_close(ours[key][field], value, atol=1e-6, rtol=0)
+
+
+def test_maps_of_two_processes_are_one_store(found: Path) -> None:
+    pairs = len(_explained(found / "maps1"))
+    assert len(_store(found / "maps1")) == pairs
+    # One of them was explained twice, to fill up a shard, and is kept once.
+    assert len(_explained(found / "maps2")) == pairs + 1
+    _assert_same_maps(found, "maps2")
+    batches = -(-pairs // 4)
+    assert len(list((found / "maps2").rglob("*.safetensors"))) in (2 * batches - 1, 2 * batches)
+
+
+def test_killed_while_a_map_is_written(found: Path) -> None:
+    folder = found / "killed"
+    assert "SIGKILL" in (folder / "error").read_text(encoding="utf-8")
+    first = _json(folder / "first")
+    assert len(first) == 1
+    [half] = [path for path in (folder / "maps").rglob("*") if path.suffix == ".part"]
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert read_head(half) is None
+    assert Path(first[0]).is_file()
+    # By two processes then, and only what is missing.
+    assert len(_explained(folder)) + 4 in (len(_store(found / "maps1")), len(_store(found / "maps1")) + 1)
+    _assert_same_maps(found, "killed")
+
+
+def test_a_full_disk_while_maps_are_written(found: Path) -> None:
+    folder = found / "full"
+    assert "File too large" in (folder / "error").read_text(encoding="utf-8")
+    assert _json(folder / "first") == []
+    assert not list((folder / "maps").rglob("*.part"))
+    assert len(_explained(folder, "first_log")) == 4
+    _assert_same_maps(found, "full")
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])

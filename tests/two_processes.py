@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import resource
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,12 +22,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import save_file
+from torch import Tensor
 
-from matex_pl import ClipModule
+from matex_pl import ClipModule, store
 from matex_pl.attribution import CenterMap, Matex
-from matex_pl.callbacks import AttributionMaps, AttributionMetrics, PredictionWriter
+from matex_pl.callbacks import AttributionMaps as LoggedMaps
+from matex_pl.callbacks import AttributionMetrics, MapWriter, PredictionWriter
+from matex_pl.clip import Clip
 from matex_pl.contrastive import contrastive_loss, gather_rows, gathered_loss, same_phrase
 from matex_pl.data import PhantomDataModule
+from matex_pl.maps import AttributionMaps
 
 TINY = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
 PHRASES = ["Left effusion.", "Edema.", "left  effusion.", "Nodule."], ["LEFT EFFUSION.", "Mass.", "Edema.", "Normal."]
@@ -37,9 +45,9 @@ def model(patch_dropout: float = 0.0) -> ClipModule:
 
 
 def films(folder: Path, batch_size: int) -> PhantomDataModule:
-    """7 films each for validation and test, which make odd numbers of pairs."""
+    """Films for validation and for test make 7 pairs each."""
     return PhantomDataModule(
-        str(folder / "films"), 14, 7, 7, 64, image_size=32, batch_size=batch_size, num_workers=0, augment=True
+        str(folder / "films"), 14, 6, 4, 64, image_size=32, batch_size=batch_size, num_workers=0, augment=True
     )
 
 
@@ -97,7 +105,7 @@ def fit(rank: int, folder: Path, processes: int) -> None:
     """Two epochs with maps and their metrics; the first is kept."""
     out = folder / f"fit{processes}"
     callbacks = [
-        AttributionMaps(Matex(), num_studies=3),
+        LoggedMaps(Matex(), num_studies=3),
         AttributionMetrics(Matex(), num_batches=-1, per_finding=True),
         TrainLosses(folder / f"fit{processes}.losses"),
         SaveFirstEpoch(out / "first.ckpt"),
@@ -139,11 +147,63 @@ class ForeignFindings(PhantomDataModule):
 
 def metrics_of_some(rank: int, folder: Path, processes: int) -> None:
     """Findings that only one of the processes sees, of maps that are the same for all."""
-    data = ForeignFindings(str(folder / "films"), 14, 7, 7, 64, image_size=32, batch_size=4 // processes, num_workers=0)
+    data = ForeignFindings(str(folder / "films"), 14, 6, 4, 64, image_size=32, batch_size=4 // processes, num_workers=0)
     metrics = AttributionMetrics(CenterMap(), num_batches=-1, per_finding=True)
     run = trainer(folder, processes, metrics)
     run.validate(model(), data, verbose=False)
     keep(folder / f"some{processes}.pt", model(), run)
+
+
+class Counted(CenterMap):
+    """Notes every pair that it explains."""
+
+    def __init__(self, log: str = "") -> None:
+        self.log = log
+
+    def attribute(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Any, film: Any = None) -> AttributionMaps:
+        with Path(self.log).open("a", encoding="utf-8") as file:
+            file.writelines(f"{phrase}\n" for phrase in phrases)
+        return super().attribute(clip, images, tokens, phrases, film)
+
+
+def maps(rank: int, folder: Path, processes: int, limit: int = 0) -> None:
+    """The maps of the validation films, as far as the process or the disk lets it."""
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run = trainer(folder, processes, MapWriter(Counted(str(folder / "log")), str(folder / "maps")), precision="32-true")
+    run.validate(model(), films(folder.parent, 4 // processes), verbose=False)
+
+
+def maps_killed(rank: int, folder: Path) -> None:
+    """Ends without warning in the middle of the second file."""
+    written = []
+
+    def half(tensors: Any, path: Path, head: Any) -> None:
+        written.append(path)
+        save_file(tensors, path, head)
+        if len(written) == 2:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store.save_file = half
+    maps(rank, folder, 1)
+
+
+def keep_maps(folder: Path) -> None:
+    """By one process and by two; killed, and on a full disk, and then again."""
+    for name in ("maps1", "maps2", "killed", "full"):
+        (folder / name).mkdir()
+    maps(0, folder / "maps1", 1)
+    maps(0, folder / "maps2", 2)
+    for name, function, arguments in (("killed", maps_killed, ()), ("full", maps, (1, 4000))):
+        try:
+            fork(function, folder / name, *arguments)
+        except Exception as error:
+            (folder / name / "error").write_text(str(error), encoding="utf-8")
+        first = [str(path) for path in (folder / name / "maps").rglob("*.safetensors")]
+        (folder / name / "first").write_text(json.dumps(first), encoding="utf-8")
+        (folder / name / "log").rename(folder / name / "first_log")
+        maps(0, folder / name, 2 if name == "killed" else 1)
 
 
 def keep(path: Path, module: ClipModule, run: Trainer) -> None:
@@ -204,6 +264,7 @@ def main(folder: Path) -> None:
         for function in (fit, metrics_of_some):
             # Two are forked by Lightning.
             fork(function, folder, 1) if processes == 1 else function(0, folder, 2)
+    keep_maps(folder)
     fork(resume, folder, 2, 1)
     resume(0, folder, 1, 2)
     dropout(folder)
