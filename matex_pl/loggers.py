@@ -47,3 +47,8 @@ def log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> boo
 def log_images(loggers: Iterable[Any], tag: str, image: NDArray[np.uint8], step: int) -> int:
     """Hand one picture to each logger, e.g. `trainer.loggers`; how many took it. Arguments as in `log_image`."""
     return sum(log_image(logger, tag, image, step) for logger in loggers)
+
+
+def stays_here(logger: Any) -> bool:
+    """Whether a logger keeps what it is given on this machine's disks: TensorBoard, unless its folder is an address."""
+    return isinstance(logger, TensorBoardLogger) and "://" not in str(logger.root_dir)

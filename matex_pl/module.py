@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from matex_pl.checkpoints import WholeCheckpointIO
 from matex_pl.clip import Clip, load_clip
 from matex_pl.contrastive import (
     RetrievalRecall,
@@ -102,6 +105,7 @@ class ClipModule(LightningModule):
         self.findings: tuple[str, ...] = ()
         self._rng_state: Tensor | None = None
         self._scored: set[int] = set()
+        self._step_ids: list[str] = []
         freeze_parameters(self.clip.model, freeze)
         # Lightning keeps the modes it finds, and `load_clip` gives a model in eval mode.
         self.train()
@@ -113,6 +117,9 @@ class ClipModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Learn from the data module what to score, and the mean film."""
         self._refuse_shards()
+        # One that the user chose stays.
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         data: Any = getattr(self.trainer, "datamodule", None)
         self._check_size(getattr(data, "image_size", None))
         self.findings = tuple(self.hparams["findings"] or getattr(data, "findings", ()))
@@ -175,9 +182,50 @@ class ClipModule(LightningModule):
             local_loss=self.hparams["local_loss"],
             gather_with_grad=self.hparams["gather_with_grad"],
         )
+        self._step_ids += batch["id"]
+        if not loss.isfinite():
+            spoilt = ~(image.isfinite().all(1) & text.isfinite().all(1))
+            self._stop(f"The loss is {loss.item()}", [batch["id"][row] for row in spoilt.nonzero()[:, 0].tolist()])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]), sync_dist=True)
         self.log("train/logit_scale", self.clip.logit_scale.exp().mean(), batch_size=len(batch["id"]))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuse a step that would spoil the weights."""
+        # A gradient scaler looks itself, and takes what overflows for a reason to scale less.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
+            if not norm.isfinite():
+                self._stop(f"The norm of the gradient is {float(norm)}", [])
+        self._step_ids = []
+
+    def _stop(self, what: str, spoilt: list[str]) -> NoReturn:
+        """End the training before a step that would spoil the weights, and keep those it has.
+
+        Args:
+            what: What is no number.
+            spoilt: Studies of this process whose embeddings are none.
+
+        Raises:
+            FloatingPointError: With the ids of the studies since the last step, and the path of the checkpoint.
+        """
+        found: list[Any] = [(self._step_ids, spoilt)] * process_count()
+        if process_count() > 1:
+            dist.all_gather_object(found, found[0])
+        ids = [name for part in found for name in part[0]]
+        spoilt = [name for part in found for name in part[1]]
+        message = f"{what} in epoch {self.current_epoch} at step {self.global_step}, with the studies {', '.join(ids)}."
+        if spoilt:
+            message += f" The embeddings of {', '.join(spoilt)} are no numbers."
+        if all(parameter.isfinite().all() for parameter in self.parameters()):
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            path = folder / f"before_nan-epoch={self.current_epoch}-step={self.global_step}.ckpt"
+            self.trainer.save_checkpoint(path)
+            message += f" The weights from before are in {path}."
+        else:
+            message += " The weights are no numbers either: go on from an earlier checkpoint."
+        raise FloatingPointError(f"{message} Look at these films and phrases, or lower the learning rate.")
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
@@ -294,9 +342,15 @@ class ClipModule(LightningModule):
         if len(states) > 1:
             dist.all_gather_object(states, states[0])
         checkpoint["rng_state"] = torch.stack(states)
+        checkpoint["tokenizer"] = self.clip.tokenizer_mark()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the states of the random numbers out of the checkpoint; they are set when this training is resumed."""
+        """Take the states of the random numbers out of the checkpoint; they are set when this training is resumed.
+
+        Raises:
+            ValueError: Its weights hold NaN or Inf, or it was trained with another tokenizer.
+        """
+        self.clip.refuse_checkpoint(checkpoint, "The checkpoint")
         self._rng_state = checkpoint.get("rng_state")
 
     def on_train_start(self) -> None:

@@ -26,7 +26,7 @@ ORDER = [
     "cost",
 ]
 ORDER += ["benchmark", "tune", "callbacks", "cli"]
-LEAVES = {"maps", "render", "render_prior", "render_sheet", "loggers", "report", "files"}
+LEAVES = {"maps", "render", "render_prior", "render_sheet", "loggers", "report", "files", "checkpoints"}
 
 
 def _imports(path: Path) -> set[str]:
