@@ -198,6 +198,15 @@ def test_each_process_goes_on_with_its_own_random_numbers(found: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_film_that_is_no_number_to_one_process_stops_both(found: Path) -> None:
+    message, bad = ((found / "nan" / name).read_text(encoding="utf-8") for name in ("error", "bad"))
+    assert "FloatingPointError: The loss is nan in epoch 0 at step 1" in message
+    assert f"The embeddings of {bad} are no numbers." in message
+    assert message.partition("with the studies ")[2].partition(".")[0].count(",") == 7
+    state = _kept(found / "nan" / "before_nan-epoch=0-step=1.ckpt")["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
 def test_the_way_to_gather_that_is_wrong_is_refused(tiny_json: str) -> None:
     with pytest.raises(ValueError, match=r"local_loss=True with gather_with_grad=False .* Set local_loss=False"):
         ClipModule(tiny_json, gather_with_grad=False)

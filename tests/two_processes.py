@@ -139,6 +139,28 @@ def dropout(folder: Path) -> None:
         keep(folder / f"{name}.pt", module, run)
 
 
+class BadFilm(ClipModule):
+    """Sees no numbers in the second film of the second process, at the second step."""
+
+    def inputs(self, batch: Any) -> tuple[Tensor, Tensor]:
+        images, tokens = super().inputs(batch)
+        if self.trainer.training and self.trainer.global_rank == 1 and self.global_step == 1:
+            images[1] = torch.nan
+            (Path(self.trainer.default_root_dir) / "bad").write_text(batch["id"][1], encoding="utf-8")
+        return images, tokens
+
+
+def nan(folder: Path) -> None:
+    """A film that stops both processes."""
+    out = folder / "nan"
+    out.mkdir()
+    try:
+        module = BadFilm(json.dumps(TINY), warmup_steps=0)
+        trainer(out, 2, max_epochs=1, limit_val_batches=0, precision="32-true").fit(module, films(folder, 4))
+    except Exception as error:
+        (out / "error").write_text(str(error), encoding="utf-8")
+
+
 class ForeignFindings(PhantomDataModule):
     """Does not say which findings it has, so that processes learn of them from their batches."""
 
@@ -265,6 +287,7 @@ def main(folder: Path) -> None:
             # Two are forked by Lightning.
             fork(function, folder, 1) if processes == 1 else function(0, folder, 2)
     keep_maps(folder)
+    nan(folder)
     fork(resume, folder, 2, 1)
     resume(0, folder, 1, 2)
     dropout(folder)
