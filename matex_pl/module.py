@@ -107,6 +107,9 @@ class ClipModule(LightningModule):
         self._scored: set[int] = set()
         self._step_ids: list[str] = []
         freeze_parameters(self.clip.model, freeze)
+        if getattr(self.clip.model, "logit_bias", None) is not None:
+            # SigLIP's, which the softmax has no use for: DDP would wait for its gradient.
+            self.clip.model.logit_bias.requires_grad_(False)
         # Lightning keeps the modes it finds, and `load_clip` gives a model in eval mode.
         self.train()
 

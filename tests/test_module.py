@@ -117,6 +117,22 @@ def test_freeze_trains_the_rest_and_no_more(
     assert changed == _trained(module.clip.model)
 
 
+def test_every_trained_parameter_gets_a_gradient(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+    config = json.loads(tiny_json)
+    config["model_cfg"] |= {"custom_text": True, "init_logit_bias": -10}
+    module = ClipModule(json.dumps(config), warmup_steps=0)
+    lacking = []
+
+    class Gradients(Callback):
+        def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            lacking.extend(name for name, p in module.named_parameters() if p.requires_grad and p.grad is None)
+
+    assert "clip.model.logit_bias" in module.state_dict()
+    _trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[Gradients()]).fit(module, tiny_films)
+    # DDP would wait for it.
+    assert lacking == []
+
+
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize(
     ("freeze", "image", "text"),
