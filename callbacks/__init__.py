@@ -5,7 +5,8 @@ if __name__ != "matex_pl.callbacks":
 
 from matex_pl.callbacks.attribution_maps import AttributionMaps
 from matex_pl.callbacks.attribution_metrics import AttributionMetrics
+from matex_pl.callbacks.map_writer import MapWriter
 from matex_pl.callbacks.prediction_writer import PredictionWriter
 from matex_pl.callbacks.roar_plus import RoarPlus
 
-__all__ = ["AttributionMaps", "AttributionMetrics", "PredictionWriter", "RoarPlus"]
+__all__ = ["AttributionMaps", "AttributionMetrics", "MapWriter", "PredictionWriter", "RoarPlus"]

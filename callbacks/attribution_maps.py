@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -13,7 +14,8 @@ from matex_pl.attribution.shipped import load_method
 from matex_pl.data.films import ChestXrayDataModule, FilmDataset
 from matex_pl.data.record import Study
 from matex_pl.explain import explain_batch
-from matex_pl.loggers import log_images
+from matex_pl.loggers import log_images, stays_here
+from matex_pl.render import Picture
 
 
 class AttributionMaps(Callback):
@@ -30,6 +32,9 @@ class AttributionMaps(Callback):
         num_studies: K, when `study_ids` is left out.
         study_ids: The studies to show, by id; they have to be in the split that is validated or tested.
         every_n_validations: Log at the first validation and then at every n-th; 0 switches it off.
+        log_text: Write the phrases and findings in the panels. With `false` there are bars for the words, with their
+            shades. Left out, words go to TensorBoard's files on the own disks and to no other logger, for those send
+            what they get elsewhere. Patient ids are never in panels; the id of the study always is.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class AttributionMaps(Callback):
         num_studies: int = 8,
         study_ids: list[str] | None = None,
         every_n_validations: int = 1,
+        log_text: bool | None = None,
     ) -> None:
         if num_studies < 1 or every_n_validations < 0:
             raise ValueError(
@@ -50,6 +56,7 @@ class AttributionMaps(Callback):
         self.num_studies = num_studies
         self.study_ids = study_ids
         self.every_n_validations = every_n_validations
+        self.log_text = log_text
         self.validations = 0
         self.chosen: dict[str, list[str]] = {}
 
@@ -93,7 +100,7 @@ class AttributionMaps(Callback):
             self._log(trainer, pl_module, trainer.test_dataloaders, "test")
 
     def _log(self, trainer: Trainer, module: Any, loader: Any, split: str) -> None:
-        if not trainer.is_global_zero or not trainer.loggers:
+        if not trainer.loggers:
             return
         data = getattr(loader, "dataset", None)
         if not isinstance(data, FilmDataset):
@@ -102,15 +109,34 @@ class AttributionMaps(Callback):
             )
         if split not in self.chosen:
             self.chosen[split] = self.study_ids or choose_studies(data.studies, self.num_studies)
-        panels = explain_batch(
-            module, self.method, data.batch(self.chosen[split]), f"{self.name} | epoch {trainer.current_epoch}"
-        )
-        for study, picture in zip(self.chosen[split], panels, strict=True):
-            if not log_images(trainer.loggers, f"maps/{self.name}/{study}", picture, trainer.global_step):
-                rank_zero_warn(
-                    "None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger."
-                )
-                return
+        taken = 0
+        for show_words in (True, False):
+            loggers = [logger for logger in trainer.loggers if self._shows_words(logger) is show_words]
+            if loggers:
+                panels = self._panels(trainer, module, data, self.chosen[split], show_words)
+                for study, panel in panels.items() if trainer.is_global_zero else ():
+                    taken += log_images(loggers, f"maps/{self.name}/{study}", panel, trainer.global_step)
+        if not taken:
+            rank_zero_warn("None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger.")
+
+    def _shows_words(self, logger: Any) -> bool:
+        return stays_here(logger) if self.log_text is None else self.log_text
+
+    def _panels(
+        self, trainer: Trainer, module: Any, data: FilmDataset, studies: list[str], show_words: bool
+    ) -> dict[str, Picture]:
+        """The panels by study, on the first process those of all; each process explains its share."""
+        own = studies[trainer.global_rank :: trainer.world_size]
+        panels: dict[str, Picture] = {}
+        if own:
+            subtitle = f"{self.name} | epoch {trainer.current_epoch}"
+            pictures = explain_batch(module, self.method, data.batch(own), subtitle, show_words=show_words)
+            panels.update(zip(own, pictures, strict=True))
+        if trainer.world_size == 1:
+            return panels
+        parts: list[Any] = [None] * trainer.world_size
+        dist.gather_object(panels, parts if trainer.is_global_zero else None)
+        return {study: panel for part in parts if part for study, panel in part.items()}
 
 
 def choose_studies(studies: Sequence[Study], number: int) -> list[str]:

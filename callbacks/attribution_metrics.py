@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MinMetric
+from torchmetrics import Metric, MinMetric
 
 from matex_pl.anatomy import named_side
 from matex_pl.attribution import AttributionMethod, Matex
@@ -50,7 +51,7 @@ class AttributionMetrics(Callback):
         method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.measured()` by
             default.
         name: Put between `attribution/` and the scalar, to have several methods side by side; empty for none.
-        num_batches: Batches per validation (or test) that are explained; -1 for all.
+        num_batches: Batches per validation (or test), in each process, that are explained; -1 for all.
         fill: What stands in for pixels that are not kept: `mean_film`, `mean_colour` (as published) or `blur`.
         per_finding: Also log the pointing game and the mass outside (and the prompt sensitivity) of each finding, as
             `pointing_game/<finding>`.
@@ -161,7 +162,8 @@ class AttributionMetrics(Callback):
         maps = self.method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
         self._locate(maps.image, batch)
         if "consistency" in maps.parts:
-            self._metric("consistency_mean", MeanMetric).update(maps.parts["consistency"])
+            # The mean of what is one number per patch.
+            self._metric("consistency_mean", MapMass).update(maps.parts["consistency"], ids=batch["id"])
             self._metric("consistency_min", MinMetric).update(maps.parts["consistency"])
         self._remove(module.clip, images, tokens, maps, batch["id"])
         if self.sensitivity:
@@ -251,13 +253,14 @@ class AttributionMetrics(Callback):
         if trainer.sanity_checking:
             return
         prefix = "/".join(part for part in ("attribution", self.name) if part)
+        self._make_those_of_others(trainer)
         for name, metric in self.metrics.items():
             with warnings.catch_warnings():
                 # The warning below names the scalar.
                 warnings.simplefilter("ignore")
                 value = metric.compute()
             if not value.isnan():
-                module.log(f"{prefix}/{name}", value)
+                module.log(f"{prefix}/{name}", value, sync_dist=True)
                 continue
             # A finding that none of the batches has is no reason to worry.
             if "/" not in name:
@@ -265,4 +268,13 @@ class AttributionMetrics(Callback):
                     f"{prefix}/{name} is NaN: none of the studies in the explained batches counts (no boxes, or no "
                     "other phrase?)."
                 )
-                module.log(f"{prefix}/{name}", value)
+                module.log(f"{prefix}/{name}", value, sync_dist=True)
+
+    def _make_those_of_others(self, trainer: Trainer) -> None:
+        """Have the scalars that any process has, in one order: `compute` waits for all of them."""
+        if trainer.world_size == 1:
+            return
+        found: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(found, {name: type(metric) for name, metric in self.metrics.items()})
+        kinds = {name: kind for own in found for name, kind in own.items()}
+        self.metrics = {name: self._metric(name, kind) for name, kind in sorted(kinds.items())}

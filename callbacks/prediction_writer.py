@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
@@ -28,11 +30,28 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write all rows, under a temporary name until they are complete."""
-        rows = [row for batch in predictions for row in batch]
+        """Write all rows, in the order of the films, under a temporary name until they are complete."""
+        rows = self._rows_of_all(trainer, predictions, batch_indices)
+        # All processes have to ask for the log folder.
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
+        if not trainer.is_global_zero:
+            return
         with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
             writer.writeheader()
             writer.writerows(rows)
         rank_zero_info(f"{len(rows)} predictions in {path}")
+
+    @staticmethod
+    def _rows_of_all(
+        trainer: Trainer, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> list[dict[str, Any]]:
+        """The rows of all processes."""
+        rows = [row for batch in predictions for row in batch]
+        if trainer.world_size == 1:
+            return rows
+        places = [place for loader in batch_indices for batch in loader for place in batch]
+        parts: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(parts, list(zip(places, rows, strict=True)))
+        # A place comes once: in prediction Lightning fills up no shard.
+        return [row for _, row in sorted((pair for part in parts for pair in part), key=itemgetter(0))]

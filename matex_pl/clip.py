@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import ssl
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from matex_pl.towers import Reading
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 _KEPT_PHRASES = 65_536
+# What tokenizers are told apart by: cases, numbers, hyphens, and words that are cut into pieces.
+_PROBE = "No Pleural effusion; left lower-lobe opacity, 3 cm. Cardiomegaly?"
 
 
 class Clip(nn.Module):
@@ -119,6 +122,31 @@ class Clip(nn.Module):
         if new:
             self._rows.update(zip(new, self.tokenizer(new), strict=True))
         return torch.stack([self._rows[phrase] for phrase in phrases]).to(self.logit_scale.device)
+
+    def tokenizer_mark(self) -> dict[str, Any]:
+        """The tokenizer's name and what it makes of a sentence, in plain types, so that a checkpoint can carry it."""
+        name = self.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") or "CLIP's"
+        return {"name": name, "tokens": self.tokenize([_PROBE])[0].tolist()}
+
+    def refuse_checkpoint(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Refuse the content of a `ClipModule`'s checkpoint that would load and be wrong.
+
+        Raises:
+            ValueError: Its weights hold NaN or Inf, or its tokenizer gives other tokens; the message names them.
+        """
+        model = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("clip.model.")}
+        refuse_nan(model, source)
+        mark, own = checkpoint.get("tokenizer"), self.tokenizer_mark()
+        if mark is None:
+            return
+        # A phrase that is cut ends otherwise; weights may be loaded into another context length.
+        length = min(len(mark["tokens"]), len(own["tokens"])) - 1
+        if mark["tokens"][:length] != own["tokens"][:length]:
+            raise ValueError(
+                f"{_short(source)} was trained with the tokenizer {mark['name']}, this model has {own['name']}, which "
+                f"gives other tokens ({own['tokens'][:4]}..., not {mark['tokens'][:4]}...). Take the model's name, or "
+                "its JSON, that the checkpoint was trained with."
+            )
 
     def count_tokens(self, phrase: str) -> int:
         """Number of tokens of the whole phrase with its special tokens, before it is cut to the context length."""
@@ -210,11 +238,14 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     else:
         model, tokenizer, config = _from_open_clip(name, pretrained, size)
     _check_patches(model, name)
-    if pretrained and _is_file(pretrained):
-        _load_weights(model, pretrained, name)
-    _refuse_nan(model, pretrained or name)
+    is_ours = pretrained is not None and _is_file(pretrained) and _load_weights(model, pretrained, name)
+    refuse_nan(dict(model.named_parameters()), pretrained or name)
     preprocess = open_clip.get_model_preprocess_cfg(model)
-    return Clip(model, tokenizer, _plain({"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess})).eval()
+    clip = Clip(model, tokenizer, _plain({"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess})).eval()
+    if is_ours and pretrained:
+        # Mapped, so that its weights are not read again.
+        clip.refuse_checkpoint(torch.load(pretrained, "cpu", weights_only=True, mmap=True), pretrained)
+    return clip
 
 
 def find_config(path: str) -> Path | None:
@@ -443,15 +474,19 @@ def _silent_open_clip() -> Iterator[None]:
             root.removeHandler(stand_in)
 
 
-def _load_weights(model: nn.Module, path: str, name: str) -> None:
-    """Load a checkpoint file into the model, never running code from it, and refuse weights that do not fit."""
+def _load_weights(model: nn.Module, path: str, name: str) -> bool:
+    """Load a checkpoint file into the model, never running code from it, and refuse weights that do not fit.
+
+    Returns:
+        Whether it is a checkpoint of `ClipModule`.
+    """
     try:
         state = load_state_dict(path, weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds more than tensors")
     except Exception as error:
         raise ValueError(
-            f"{path} is no plain state dict ({_first_line(error)}). Only .safetensors and files that "
+            f"{path} is no plain state dict ({why_unreadable(error)}). Only .safetensors and files that "
             "`torch.load(..., weights_only=True)` accepts are read, because any other could run code."
         ) from error
     # `ClipModule` keeps the model under this name, and more beside it.
@@ -466,6 +501,7 @@ def _load_weights(model: nn.Module, path: str, name: str) -> None:
             open_clip.load_checkpoint(model, str(plain))
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"The weights in {path} do not fit the model {_short(name)}: {error}") from error
+    return bool(ours)
 
 
 def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -488,12 +524,26 @@ def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return state | {key: resample_abs_pos_embed(old, list(towers.patch_grid(visual)), num_prefix_tokens=prefix)}
 
 
-def _refuse_nan(model: nn.Module, source: str) -> None:
-    bad = [key for key, value in model.named_parameters() if not value.isfinite().all()]
+def refuse_nan(weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        ValueError: One holds NaN or Inf; the message names it.
+    """
+    bad = [key for key, value in weights.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
             f"{_short(source)} holds NaN or Inf in {', '.join(bad[:3])} ({len(bad)} tensors). Take earlier weights."
         )
+
+
+def why_unreadable(error: BaseException) -> str:
+    """One line on why a file was not read: the code that it would have run, or the weights that do not fit, by name."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code:
+        return f"it would run {code[1]}"
+    weights = re.search(r"(size mismatch|Missing key|Unexpected key)[^\n]*", str(error))
+    return weights[0] if weights else _first_line(error)
 
 
 def _is_file(path: str | None) -> bool:

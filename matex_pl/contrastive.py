@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.loss import gather_features
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -14,8 +16,13 @@ from torchmetrics.utilities import dim_zero_cat
 
 def same_phrase(phrases: Sequence[str]) -> Tensor:
     """Which pairs have the same phrase, but for case and spaces: `(B, B)` bool. They are no negatives of each other."""
-    keys = fingerprints([_plain(phrase) for phrase in phrases])
+    keys = phrase_keys(phrases)
     return keys[:, None] == keys[None]
+
+
+def phrase_keys(phrases: Sequence[str]) -> Tensor:
+    """One int64 per phrase, equal where they differ by case and spaces only: `(B,)`."""
+    return fingerprints([_plain(phrase) for phrase in phrases])
 
 
 def _plain(phrase: str) -> str:
@@ -39,9 +46,84 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, positives
         logit_scale: Scalar factor, not its logarithm.
         positives: `(B, B)` bool, symmetric, true on the diagonal.
     """
-    logits = logit_scale * image @ text.T
-    target = positives.to(logits) / positives.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return _cross_entropy(image, text, (image, text), logit_scale, positives)
+
+
+def _cross_entropy(
+    image: Tensor, text: Tensor, keys: tuple[Tensor, Tensor], logit_scale: Tensor, positives: Tensor
+) -> Tensor:
+    """Mean over B pairs of the loss against N keys, images and texts `(N, D)`; positives `(B, N)`."""
+    target = positives.to(image) / positives.sum(1, keepdim=True)
+    images, texts = keys
+    to_text = F.cross_entropy(logit_scale * image @ texts.T, target)
+    return (to_text + F.cross_entropy(logit_scale * text @ images.T, target)) / 2
+
+
+def gathered_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    phrases: Sequence[str],
+    *,
+    local_loss: bool = True,
+    gather_with_grad: bool = True,
+) -> Tensor:
+    """`contrastive_loss` of the pairs of all processes; the own ones alone outside of a process group.
+
+    With `gather_with_grad` the mean of its gradients over the processes, which DDP takes, is the gradient that one
+    process has on the whole batch.
+
+    Args:
+        image: `(B, D)` L2-normalised, of this process; every process has the same B.
+        text: `(B, D)` L2-normalised.
+        logit_scale: Scalar factor, not its logarithm.
+        phrases: What the B films are said to show: equal ones, in other processes too, are no negatives.
+        local_loss: The loss of the own pairs against all, whose mean over the processes is the loss of the batch;
+            otherwise every process computes the whole.
+        gather_with_grad: Let gradients pass to the process that an embedding came from. Without it, gradients are
+            those of the own embeddings alone, smaller by the number of processes, and `local_loss` is not possible.
+
+    Raises:
+        ValueError: The processes have batches of different size.
+    """
+    keys = phrase_keys(phrases).to(image.device)
+    if process_count() == 1:
+        return contrastive_loss(image, text, logit_scale, keys[:, None] == keys)
+    all_keys, rank = gather_rows(keys), dist.get_rank()
+    # Without a graph there is nothing to pass back, as in validation.
+    with_grad = gather_with_grad and torch.is_grad_enabled()
+    images, texts = gather_features(image, text, local_loss, with_grad, rank, process_count())
+    if local_loss:
+        return _cross_entropy(image, text, (images, texts), logit_scale, keys[:, None] == all_keys)
+    return contrastive_loss(images, texts, logit_scale, all_keys[:, None] == all_keys)
+
+
+def process_count() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows `(B, ...)` of all W processes, in their order: `(W * B, ...)`, without a graph.
+
+    Raises:
+        ValueError: The processes have different numbers of rows.
+    """
+    if process_count() == 1:
+        return rows
+    rows = rows.detach().contiguous()
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(process_count())]
+    dist.all_gather(sizes, torch.full_like(sizes[0], len(rows)))
+    counts = torch.cat(sizes).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"The processes have batches of {', '.join(map(str, counts))} pairs; a step needs as many in each. Take "
+            "the loaders of a matex_pl data module, or a DistributedSampler with drop_last."
+        )
+    parts = [torch.empty_like(rows) for _ in counts]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
 
 
 def best_positive_rank(scores: Tensor, positives: Tensor) -> Tensor:
@@ -94,7 +176,7 @@ class RetrievalRecall(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Shares in [0, 1] of the queries whose best positive is among the first k."""
         ranks: dict[str, list[Tensor]] = {"image_to_text": [], "text_to_image": []}
-        if not self.keys:
+        if not len(self.keys):
             return {f"{way}_recall@{k}": torch.tensor(torch.nan) for way in ranks for k in self.ks}
         keys = dim_zero_cat(self.keys)
         first = first_of_each(keys[:, 0])
@@ -143,7 +225,7 @@ class ZeroShot(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Both scores in [0, 1]."""
-        if not self.films:
+        if not len(self.films):
             return {"zero_shot_top1": torch.tensor(torch.nan), "zero_shot_auroc": torch.tensor(torch.nan)}
         first = first_of_each(dim_zero_cat(self.films))
         scores, labels = dim_zero_cat(self.scores)[first], dim_zero_cat(self.labels)[first].bool()

@@ -13,7 +13,7 @@ from torch import Tensor
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.base import progress
 from matex_pl.attribution.shipped import load_method, shipped_methods
-from matex_pl.clip import Clip
+from matex_pl.clip import Clip, why_unreadable
 from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
 from matex_pl.maps import AttributionMaps
@@ -22,7 +22,9 @@ from matex_pl.render import DESIGN_WIDTH, Picture, panel, save_png
 from matex_pl.render_sheet import Entry, contact_sheet
 
 
-def explain_batch(module: Any, method: AttributionMethod, batch: StudyBatch, subtitle: str) -> list[Picture]:
+def explain_batch(
+    module: Any, method: AttributionMethod, batch: StudyBatch, subtitle: str, *, show_words: bool = True
+) -> list[Picture]:
     """One panel per study of the batch, `(h, w, 3)` uint8 each.
 
     Args:
@@ -30,13 +32,21 @@ def explain_batch(module: Any, method: AttributionMethod, batch: StudyBatch, sub
         method: What makes the maps.
         batch: Studies, on any device.
         subtitle: Second line of the panels.
+        show_words: Write what the report says; otherwise a panel has bars for the words and no finding.
     """
     maps, tokens = _attribute(module, method, batch)
-    return draw_panels(module.clip, maps, batch, tokens, subtitle)
+    return draw_panels(module.clip, maps, batch, tokens, subtitle, show_words=show_words)
 
 
 def draw_panels(
-    clip: Clip, maps: AttributionMaps, batch: StudyBatch, tokens: Tensor, subtitle: str, width: int = DESIGN_WIDTH
+    clip: Clip,
+    maps: AttributionMaps,
+    batch: StudyBatch,
+    tokens: Tensor,
+    subtitle: str,
+    width: int = DESIGN_WIDTH,
+    *,
+    show_words: bool = True,
 ) -> list[Picture]:
     """One panel per study of the batch, `(h, width, 3)` uint8 each, of maps that are there; see `explain_batch`."""
     return [
@@ -46,7 +56,8 @@ def draw_panels(
             score=float(maps.score[row]),
             subtitle=subtitle,
             width=width,
-            **_study(clip, batch, tokens[row], maps.content[row], row),
+            show_words=show_words,
+            **_study(clip, batch, tokens[row], maps.content[row], row, show_finding=show_words),
         )
         for row in range(len(batch["id"]))
     ]
@@ -80,14 +91,17 @@ def _attribute(module: Any, method: AttributionMethod, batch: StudyBatch) -> tup
     return method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"].to(module.device)), tokens
 
 
-def _study(clip: Clip, batch: StudyBatch, tokens: Tensor, content: Tensor, row: int) -> dict[str, Any]:
+def _study(
+    clip: Clip, batch: StudyBatch, tokens: Tensor, content: Tensor, row: int, *, show_finding: bool = True
+) -> dict[str, Any]:
     """What every picture of a study shows, whatever the method."""
+    finding = batch["finding"][row] if show_finding else ""
     return {
         "film": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),
         "boxes": batch["boxes"][row].cpu().numpy(),
         "phrase": batch["phrase"][row],
         "tokens": clip.pieces(tokens[content]),
-        "title": " | ".join(part for part in (batch["finding"][row], batch["id"][row]) if part),
+        "title": " | ".join(part for part in (finding, batch["id"][row]) if part),
     }
 
 
@@ -137,7 +151,7 @@ def load_module(ckpt_path: str) -> ClipModule:
     try:
         return ClipModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
     except Exception as error:
-        raise ValueError(f"{ckpt_path} is no checkpoint of `matex fit`: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{ckpt_path} is no checkpoint of `matex fit`: {why_unreadable(error)}") from error
 
 
 def _read_film(path: Path) -> np.ndarray:

@@ -94,3 +94,8 @@ def log_session(logger: Any, name: str, params: dict[str, Any], metrics: dict[st
     session.log_hyperparams({**getattr(logger, "hparams", {}), **params}, metrics)
     session.finalize("success")
     return True
+
+
+def stays_here(logger: Any) -> bool:
+    """Whether a logger keeps what it is given on this machine's disks: TensorBoard, unless its folder is an address."""
+    return isinstance(logger, TensorBoardLogger) and "://" not in str(logger.root_dir)

@@ -5,22 +5,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from matex_pl.checkpoints import WholeCheckpointIO
 from matex_pl.clip import Clip, load_clip
-from matex_pl.contrastive import RetrievalRecall, ZeroShot, contrastive_loss, same_phrase
+from matex_pl.contrastive import (
+    RetrievalRecall,
+    ZeroShot,
+    contrastive_loss,
+    fingerprints,
+    gather_rows,
+    gathered_loss,
+    phrase_keys,
+    process_count,
+)
 from matex_pl.data.films import STAGES
 from matex_pl.data.record import Study, StudyBatch
 
 FREEZE = ("none", "text", "image", "all-but-projections", "all-but-head")
+# They keep a part of each weight in each process.
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _PROJECTIONS = ("visual.proj", "visual.head.", "text_projection", "text.text_projection", "text.proj")
 _FINAL_NORMS = ("visual.ln_post.", "visual.trunk.norm.", "visual.trunk.fc_norm.", "ln_final.", "text.ln_final.")
 
@@ -46,6 +62,10 @@ class ClipModule(LightningModule):
         prompt: Prompt per finding; `{finding}` stands for its name.
         image_size: Side of the square input in pixels, or height and width, where it is not the model's own; position
             embeddings are interpolated to it.
+        local_loss: With several processes, each computes the loss of its own pairs against those of all; otherwise
+            each computes the whole.
+        gather_with_grad: With several processes, gradients pass to the process that an embedding came from, so that
+            they are those of one process on the whole batch. See `contrastive.gathered_loss`.
     """
 
     clip: Clip
@@ -67,9 +87,16 @@ class ClipModule(LightningModule):
         findings: list[str] | None = None,
         prompt: str = "{finding}",
         image_size: int | tuple[int, int] | None = None,
+        local_loss: bool = True,
+        gather_with_grad: bool = True,
     ) -> None:
         super().__init__()
         _check_arguments(lr, warmup_steps, freeze, max_logit_scale, prompt)
+        if local_loss and not gather_with_grad:
+            raise ValueError(
+                "local_loss=True with gather_with_grad=False would give wrong gradients: a process never hears of the "
+                "pairs of the others that its embeddings are negatives of. Set local_loss=False as well."
+            )
         self.save_hyperparameters()
         self.clip = load_clip(name, pretrained, image_size)
         # A checkpoint rebuilds the model from these, without the files that this run was started from.
@@ -78,7 +105,12 @@ class ClipModule(LightningModule):
         self.zero_shot = None
         self.findings: tuple[str, ...] = ()
         self._rng_state: Tensor | None = None
+        self._scored: set[int] = set()
+        self._step_ids: list[str] = []
         freeze_parameters(self.clip.model, freeze)
+        if getattr(self.clip.model, "logit_bias", None) is not None:
+            # SigLIP's, which the softmax has no use for: DDP would wait for its gradient.
+            self.clip.model.logit_bias.requires_grad_(False)
         # Lightning keeps the modes it finds, and `load_clip` gives a model in eval mode.
         self.train()
 
@@ -88,11 +120,10 @@ class ClipModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Learn from the data module what to score, and the mean film."""
-        if self.trainer.world_size > 1:
-            raise NotImplementedError(
-                f"The contrastive loss is computed in one process so far, got {self.trainer.world_size}. "
-                "Set trainer.devices=1."
-            )
+        self._refuse_shards()
+        # One that the user chose stays.
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         data: Any = getattr(self.trainer, "datamodule", None)
         self._check_size(getattr(data, "image_size", None))
         self.findings = tuple(self.hparams["findings"] or getattr(data, "findings", ()))
@@ -100,9 +131,19 @@ class ClipModule(LightningModule):
             scores = {split: ZeroShot(self.findings) for split in ("val", "test")}
             self.zero_shot = nn.ModuleDict(scores).to(self.device)
         if self.clip.mean_film.isnan().any() and hasattr(data, "mean_film"):
-            self.clip.mean_film.copy_(data.mean_film())
-        for split in STAGES[stage] if hasattr(data, "studies") else ():
+            # Read once, not by every process.
+            film: Any = data.mean_film() if self.trainer.is_global_zero else None
+            self.clip.mean_film.copy_(self.trainer.strategy.broadcast(film))
+        for split in STAGES[stage] if hasattr(data, "studies") and self.trainer.is_global_zero else ():
             self._report_cut_phrases(split, data.studies[split])
+
+    def _refuse_shards(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, _SHARDED):
+            raise NotImplementedError(
+                f"{type(strategy).__name__} keeps a part of each weight in each process, but maps swap the attention "
+                "of whole towers and differentiate through it outside of the strategy. Set trainer.strategy=ddp."
+            )
 
     def _check_size(self, size: tuple[int, int] | None) -> None:
         if size not in (None, self.clip.image_size):
@@ -138,14 +179,58 @@ class ClipModule(LightningModule):
     def training_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
         """Contrastive loss of a batch."""
         image, text = self(batch)
-        loss = self._loss(image, text, batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]))
+        loss = gathered_loss(
+            image,
+            text,
+            self.clip.logit_scale.exp(),
+            batch["phrase"],
+            local_loss=self.hparams["local_loss"],
+            gather_with_grad=self.hparams["gather_with_grad"],
+        )
+        self._step_ids += batch["id"]
+        if not loss.isfinite():
+            spoilt = ~(image.isfinite().all(1) & text.isfinite().all(1))
+            self._stop(f"The loss is {loss.item()}", [batch["id"][row] for row in spoilt.nonzero()[:, 0].tolist()])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]), sync_dist=True)
         self.log("train/logit_scale", self.clip.logit_scale.exp().mean(), batch_size=len(batch["id"]))
         return loss
 
-    def _loss(self, image: Tensor, text: Tensor, batch: StudyBatch) -> Tensor:
-        positives = same_phrase(batch["phrase"]).to(image.device)
-        return contrastive_loss(image, text, self.clip.logit_scale.exp(), positives)
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuse a step that would spoil the weights."""
+        # A gradient scaler looks itself, and takes what overflows for a reason to scale less.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
+            if not norm.isfinite():
+                self._stop(f"The norm of the gradient is {float(norm)}", [])
+        self._step_ids = []
+
+    def _stop(self, what: str, spoilt: list[str]) -> NoReturn:
+        """End the training before a step that would spoil the weights, and keep those it has.
+
+        Args:
+            what: What is no number.
+            spoilt: Studies of this process whose embeddings are none.
+
+        Raises:
+            FloatingPointError: With the ids of the studies since the last step, and the path of the checkpoint.
+        """
+        found: list[Any] = [(self._step_ids, spoilt)] * process_count()
+        if process_count() > 1:
+            dist.all_gather_object(found, found[0])
+        ids = [name for part in found for name in part[0]]
+        spoilt = [name for part in found for name in part[1]]
+        message = f"{what} in epoch {self.current_epoch} at step {self.global_step}, with the studies {', '.join(ids)}."
+        if spoilt:
+            message += f" The embeddings of {', '.join(spoilt)} are no numbers."
+        if all(parameter.isfinite().all() for parameter in self.parameters()):
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            path = folder / f"before_nan-epoch={self.current_epoch}-step={self.global_step}.ckpt"
+            self.trainer.save_checkpoint(path)
+            message += f" The weights from before are in {path}."
+        else:
+            message += " The weights are no numbers either: go on from an earlier checkpoint."
+        raise FloatingPointError(f"{message} Look at these films and phrases, or lower the learning rate.")
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
@@ -154,10 +239,12 @@ class ClipModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Encode the prompts with the weights of now."""
+        self._scored = set()
         self._encode_prompts()
 
     def on_test_epoch_start(self) -> None:
         """Encode the prompts with the weights of now."""
+        self._scored = set()
         self._encode_prompts()
 
     def on_predict_epoch_start(self) -> None:
@@ -179,11 +266,27 @@ class ClipModule(LightningModule):
 
     def _score(self, batch: StudyBatch, split: str) -> dict[str, Tensor]:
         image, text = self(batch)
-        self.log(f"{split}/loss", self._loss(image, text, batch), prog_bar=True, batch_size=len(batch["id"]))
+        self._log_loss(split, image, text, batch)
         self.retrieval[split].update(image, text, batch["id"], batch["film_id"], batch["phrase"])
         if self.zero_shot is not None:
             self.zero_shot[split].update(image @ self._prompts.T, batch["film_findings"], batch["film_id"])
         return {"image": image, "text": text}
+
+    def _log_loss(self, split: str, image: Tensor, text: Tensor, batch: StudyBatch) -> None:
+        """The loss of a batch of all processes, without the pairs that came before: samplers fill up shards with them.
+
+        So it is that of one process with a batch as large as theirs together.
+        """
+        keys = torch.stack([fingerprints(batch["id"]), phrase_keys(batch["phrase"])], 1).to(image.device)
+        images, texts, keys = gather_rows(image), gather_rows(text), gather_rows(keys)
+        rows = {key: row for row, key in reversed(list(enumerate(keys[:, 0].tolist())))}
+        new = sorted(row for key, row in rows.items() if key not in self._scored)
+        self._scored.update(rows)
+        if new:
+            phrases = keys[new, 1]
+            scale, positives = self.clip.logit_scale.exp(), phrases[:, None] == phrases
+            loss = contrastive_loss(images[new], texts[new], scale, positives)
+            self.log(f"{split}/loss", loss, prog_bar=True, batch_size=len(new), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole split."""
@@ -196,7 +299,8 @@ class ClipModule(LightningModule):
     def _log_scores(self, split: str) -> None:
         for metric in (self.retrieval[split], *([self.zero_shot[split]] if self.zero_shot is not None else [])):
             for name, value in metric.compute().items():
-                self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "zero_shot_top1")
+                # The same in every process.
+                self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "zero_shot_top1", sync_dist=True)
             metric.reset()
 
     def predict_step(self, batch: StudyBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -237,19 +341,37 @@ class ClipModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers, so that a resumed run goes on as if never stopped."""
+        """Keep the state of each process's random numbers, so that a resumed run goes on as if never stopped."""
         # Patch dropout draws them on the CPU, wherever the model is.
-        checkpoint["rng_state"] = torch.get_rng_state()
+        states = [torch.get_rng_state()] * process_count()
+        if len(states) > 1:
+            dist.all_gather_object(states, states[0])
+        checkpoint["rng_state"] = torch.stack(states)
+        checkpoint["tokenizer"] = self.clip.tokenizer_mark()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the state of the random numbers out of the checkpoint; it is set when this training is resumed."""
+        """Take the states of the random numbers out of the checkpoint; they are set when this training is resumed.
+
+        Raises:
+            ValueError: Its weights hold NaN or Inf, or it was trained with another tokenizer.
+        """
+        self.clip.refuse_checkpoint(checkpoint, "The checkpoint")
         self._rng_state = checkpoint.get("rng_state")
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the checkpoint, if this run resumes one."""
-        if self._rng_state is not None and self.trainer.ckpt_path is not None:
-            torch.set_rng_state(self._rng_state.cpu())
+        """Go on with the random numbers of the checkpoint, if this run resumes one; else each process gets its own.
+
+        A process that the checkpoint's run did not have begins with numbers of its own, too.
+        """
+        rank = self.trainer.global_rank
+        states = self._rng_state if self.trainer.ckpt_path is not None else None
         self._rng_state = None
+        if states is not None and rank < len(states := states.cpu().view(-1, states.shape[-1])):
+            # torch reads the state from the start of the storage, wherever a view begins.
+            torch.set_rng_state(states[rank].clone())
+        elif rank:
+            # Lightning seeds all processes alike, and each would drop the same patches.
+            torch.manual_seed(torch.initial_seed() + rank)
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:

@@ -27,6 +27,8 @@ Colour = tuple[int, int, int]
 
 DESIGN_WIDTH = 880
 TEXT_LINES = 3
+# What stands for a word piece that is not shown; the dashes are seen where its shade is that of the background.
+_BAR = "----"
 
 # Perceptually uniform, without green or cyan (the boxes), and its dark end fades into the film instead of tinting it.
 COLORMAP = cv2.COLORMAP_INFERNO
@@ -56,6 +58,7 @@ def panel(
     width: int = DESIGN_WIDTH,
     text_lines: int = TEXT_LINES,
     side_markers: bool = True,
+    show_words: bool = True,
 ) -> Picture:
     """One study as a picture `(h, width, 3)` uint8; h depends on `width`, `text_lines` and the film's aspect alone.
 
@@ -76,6 +79,7 @@ def panel(
         width: Of the panel in pixels.
         text_lines: Lines kept for the phrase; a longer one ends in an ellipsis.
         side_markers: Draw R and L; not for lateral films.
+        show_words: Write the word pieces on their shades; otherwise these are bars of one length.
 
     Raises:
         ValueError: A shape, range or length does not fit; the message names it.
@@ -84,6 +88,8 @@ def panel(
     heat = check_heat(heat, film.shape[:2])
     boxes = visible_boxes(boxes)
     pieces = phrase_pieces(phrase, tokens, check_relevance(relevance, len(tokens)))
+    if not show_words:
+        pieces = [replace(piece, text=_BAR) for piece in pieces]
     layout = _Layout.of(width, film.shape[0] / film.shape[1], text_lines)
 
     large_film, large_heat = resize(film, layout.picture), resize(heat, layout.picture)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,50 @@ class MapStore:
         self.folder = root / f"{type(method).__name__}-{self.key}"
         self._about = about
         self._files: dict[str, Path] = {}
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Number of pairs with a map."""
+        return len(self._files)
+
+    def refresh(self) -> None:
+        """Find what is on disk, that of other processes included."""
+        self._files = {key: path for path, pairs in self._shards() for key in pairs}
+
+    def _shards(self) -> Iterator[tuple[Path, list[str]]]:
+        """Each file that is whole, and its pairs."""
         for path in sorted(self.folder.glob("*.safetensors")):
             head = read_head(path)
             if head is not None:
-                self._files.update(dict.fromkeys(head["pairs"], path))
+                yield path, head["pairs"]
+
+    def drop_repeats(self) -> int:
+        """Leave each pair in one file only, and say how many were in more.
+
+        Processes that work on shards of a split, filled up to the same length, write some pairs twice. For one process,
+        when the others are done.
+        """
+        seen: set[str] = set()
+        repeats = 0
+        for path, pairs in list(self._shards()):
+            new = [row for row, key in enumerate(pairs) if key not in seen]
+            if len(new) < len(pairs):
+                self._keep_rows(path, new)
+            seen.update(pairs)
+            repeats += len(pairs) - len(new)
+        self.refresh()
+        return repeats
+
+    def _keep_rows(self, path: Path, rows: list[int]) -> None:
+        """Put some rows of a file in its place."""
+        tensors, about = read_tensors(path)
+        pairs = [about["pairs"][row] for row in rows]
+        if rows:
+            write_tensors(self._path(pairs), {name: t[rows] for name, t in tensors.items()}, {**about, "pairs": pairs})
+        path.unlink()
+
+    def _path(self, keys: Sequence[str]) -> Path:
+        return self.folder / f"{fingerprint(list(keys))}.safetensors"
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """Those of the keys that have no map yet."""
@@ -135,7 +175,7 @@ class MapStore:
         tensors = {name: getattr(maps, name) for name in _FIELDS}
         if not torch.equal(_enlarged(maps.grid, maps.image.shape[-2:]), maps.image):
             tensors["image"] = maps.image
-        path = self.folder / f"{fingerprint(list(keys))}.safetensors"
+        path = self._path(keys)
         size = list(maps.image.shape[-2:])
         write_tensors(path, tensors, {**self._about, "pairs": list(keys), "size": size})
         self._files.update(dict.fromkeys(keys, path))

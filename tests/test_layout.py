@@ -37,6 +37,7 @@ LEAVES = {
     "report_roar",
     "published",
     "files",
+    "checkpoints",
 }
 
 

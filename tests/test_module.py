@@ -117,6 +117,22 @@ def test_freeze_trains_the_rest_and_no_more(
     assert changed == _trained(module.clip.model)
 
 
+def test_every_trained_parameter_gets_a_gradient(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+    config = json.loads(tiny_json)
+    config["model_cfg"] |= {"custom_text": True, "init_logit_bias": -10}
+    module = ClipModule(json.dumps(config), warmup_steps=0)
+    lacking = []
+
+    class Gradients(Callback):
+        def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            lacking.extend(name for name, p in module.named_parameters() if p.requires_grad and p.grad is None)
+
+    assert "clip.model.logit_bias" in module.state_dict()
+    _trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[Gradients()]).fit(module, tiny_films)
+    # DDP would wait for it.
+    assert lacking == []
+
+
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize(
     ("freeze", "image", "text"),
@@ -332,7 +348,7 @@ def test_no_validation_at_all(tiny_json: str, tiny_films: PhantomDataModule, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"freeze": "vision"}, "freeze must be one of none, text, image, all-but-projections, got 'vision'"),
+        ({"freeze": "vision"}, "freeze must be one of none, text, image, all-but-projections, all-but-head, got 'vision'"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": -1e-3}, "lr must be positive"),
         ({"warmup_steps": -1}, "warmup_steps not negative"),

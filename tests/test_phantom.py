@@ -6,7 +6,10 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -369,3 +372,51 @@ def test_processes_draw_the_same_as_one(tmp_path: Path, monkeypatch: pytest.Monk
     assert studies == same
     records = json.loads(next((tmp_path / "two").iterdir()).joinpath("studies.json").read_text())
     assert [record["id"] for record in records] == [study.id for study in studies]
+
+
+def test_a_killed_run_leaves_no_processes_and_no_films(tmp_path: Path) -> None:
+    code = "from matex_pl.data.phantom import film_cache; import sys; "
+    code += "film_cache(sys.argv[1], splits={'train': 20000}, size=192, num_workers=3)"
+    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
+    try:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        assert _comes_true(lambda: len(children.read_text().split()) == 3 and any(tmp_path.glob(".*/lock")))
+        workers = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
+        assert _comes_true(lambda: np.load(next(tmp_path.glob(".*/films.npy")), mmap_mode="r")[0].any())
+    finally:
+        run.kill()
+        run.wait()
+    assert _comes_true(lambda: not any(_runs(worker) for worker in workers))
+    assert _comes_true(lambda: not list(tmp_path.iterdir()))
+
+
+def _comes_true(condition: Callable[[], bool], seconds: float = 40) -> bool:
+    """Whether a condition holds before the time is over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(OSError, StopIteration, ValueError):
+            if condition():
+                return True
+        time.sleep(0.05)
+    return False
+
+
+def _runs(process: Path) -> bool:
+    """Whether a process is there, and not only its entry in the table."""
+    try:
+        return "State:\tZ" not in (process / "status").read_text()
+    except OSError:
+        return False
+
+
+def test_what_a_killed_run_left_is_removed_and_what_is_in_work_is_not(tmp_path: Path) -> None:
+    gone, working, foreign = (tmp_path / f".{name}" for name in ("gone", "working", "foreign"))
+    for folder in (gone, working, foreign):
+        folder.mkdir()
+        (folder / "films.npy").write_bytes(b"half")
+    (gone / "lock").touch()
+    with cache._locked(working):
+        folder = Path(film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)[0].filename).parent
+        assert set(tmp_path.iterdir()) == {folder, working, foreign}
+        assert {path.name for path in working.iterdir()} == {"films.npy", "lock"}
+    assert {path.name for path in folder.iterdir()} == {"films.npy", "studies.json"}

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
@@ -67,24 +69,26 @@ class FilmDataset(Dataset[Sample]):
         return collate([self[place[name]] for name in ids])
 
 
-class EpochSampler(RandomSampler):
+class EpochSampler(DistributedSampler):
     """A shuffle that is a function of seed and epoch alone, and hands the epoch on to the dataset as (epoch, index).
 
-    So a resumed run sees what an uninterrupted one does, with any number of workers. Lightning calls `set_epoch`.
+    So a resumed run sees what an uninterrupted one does, with any number of workers. Lightning calls `set_epoch`. Of W
+    processes each takes every W-th of the same order (a rest that does not divide is left out), so that a step of
+    theirs has the pairs of one process with a batch W times as large.
     """
 
     def __init__(self, dataset: FilmDataset, seed: int) -> None:
-        super().__init__(dataset, generator=torch.Generator())
-        self.seed = seed
-        self.epoch = 0
+        together = dist.is_available() and dist.is_initialized()
+        count, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+        if len(dataset) < count:
+            raise ValueError(f"There are {len(dataset)} training pairs for {count} processes. Take fewer processes.")
+        super().__init__(dataset, num_replicas=count, rank=rank, seed=seed, drop_last=True)
+        self.size = len(dataset)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
-        self.generator.manual_seed(self.seed * 1_000_003 + self.epoch)
-        return ((self.epoch, index) for index in super().__iter__())
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.size, generator=generator)[: self.total_size]
+        return ((self.epoch, index) for index in order[self.rank :: self.num_replicas].tolist())
 
 
 class EpochLoader(DataLoader):
@@ -105,7 +109,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
 
     Args:
         image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
-        batch_size: Pairs per batch.
+        batch_size: Pairs per batch and process.
         num_workers: Processes that read and augment films.
         geometry: How a film gets into the model's frame: `pad` or `squash`.
         augment: Mild geometric and intensity changes in training. Never a horizontal flip.
@@ -209,7 +213,8 @@ class ChestXrayDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         """Training pairs, shuffled by seed and epoch; an incomplete last batch is left out if there are others."""
         data = self.dataset("train", augment=self.augment)
-        return self._loader(data, EpochSampler(data, self.seed), drop_last=len(data) >= self.batch_size)
+        sampler = EpochSampler(data, self.seed)
+        return self._loader(data, sampler, drop_last=len(sampler) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         """Validation pairs, in order."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -27,7 +29,7 @@ from matex_pl.data.record import Study
 GENERATOR_VERSION = 7
 
 _CHUNK = 64
-_FILMS, _STUDIES = "films.npy", "studies.json"
+_FILMS, _STUDIES, _LOCK = "films.npy", "studies.json", "lock"
 DEFAULT_SPLITS = {"train": 10_000, "val": 1_000, "test": 1_000}
 
 
@@ -44,7 +46,8 @@ def film_cache(
     """Films `(N, size, size)` uint8, opened read-only from disk, and their studies; drawn at the first call.
 
     The folder `root/<key>` appears in one step when all is drawn, so an interrupted run leaves nothing behind that a
-    later call could take for a cache, and two runs at once do not disturb each other.
+    later call could take for a cache, and two runs at once do not disturb each other. What a killed run had drawn is
+    removed by the processes that drew for it, or else by the next call.
 
     Args:
         root: Folder of all caches.
@@ -102,9 +105,11 @@ def _worker_count(wanted: int | None, num_films: int) -> int:
 def _appears_when_done(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name at the end, or is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        yield unfinished
+        with _locked(unfinished):
+            yield unfinished
         try:
             unfinished.rename(folder)
         except OSError:
@@ -113,6 +118,42 @@ def _appears_when_done(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _locked(unfinished: Path) -> Iterator[None]:
+    """Show by a locked file that somebody works here; the system frees it once that process and its workers are gone.
+
+    Where there are no such locks nothing is shown, and the folder of a killed run stays.
+    """
+    making, lock = unfinished / "making", unfinished / _LOCK
+    with making.open("w") as file:
+        if _lock_now(file):
+            # Under this name only once it is locked.
+            making.rename(lock)
+        yield
+        making.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+
+
+def _lock_now(file: IO[str]) -> bool:
+    """Whether the file could be locked; not where another process has it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove the temporary folders of processes that are gone."""
+    for lock in root.glob(f".*/{_LOCK}"):
+        with suppress(OSError), lock.open("r+") as file:
+            # Who is done removes the file before the lock.
+            if _lock_now(file) and lock.exists():
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _write_films(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any], num_workers: int) -> None:
@@ -137,13 +178,27 @@ def _drawn(
         return
     # The platform's way to start a process, as a DataLoader uses it: fork needs no `__main__` guard in a user's script,
     # and the workers never call torch, whose threads would not survive it.
-    with ProcessPoolExecutor(num_workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+    with ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(path.parent,)) as pool:
         jobs = [pool.submit(_draw_chunk, path, c, [names[index] for index in c], dict(look)) for c in chunks]
         try:
             for job in as_completed(jobs):
                 yield job.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(unfinished: Path) -> None:
+    """Draw on one core, and end with the process that asked for the films, even if that was killed."""
+    cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, args=(unfinished,), daemon=True).start()
+
+
+def _end_with_parent(unfinished: Path) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os._exit(1)
 
 
 def _draw_chunk(path: Path, indices: range, splits: list[str], look: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,123 @@
+"""Maps of a whole split on disk, from any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+
+from matex_pl.attribution import AttributionMethod, Matex
+from matex_pl.attribution.shipped import load_method
+from matex_pl.data.record import StudyBatch
+from matex_pl.files import check_folder
+from matex_pl.store import MapStore, pair_keys, weight_hash
+
+
+class MapWriter(Callback):
+    """Keeps the maps of all pairs that `validate`, `test` or `predict` go over, in a `MapStore`.
+
+    Each process writes a file per batch; at the end all of them are one store, in which each pair is once. Pairs whose
+    maps are there already, with these weights, settings, pixels and words, are not explained again, so a run that was
+    stopped goes on where it was, with any number of processes. The store is read with
+
+        MapStore(Path("maps"), weight_hash(module.clip), method).read(pair_keys(batch))
+
+    Does nothing within `fit`, where every validation has other weights.
+
+    Args:
+        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.measured()` by
+            default.
+        root: Folder of the stores; this one's is named after the method and a hash of its settings and the weights.
+    """
+
+    def __init__(self, method: AttributionMethod | str | None = None, root: str = "maps") -> None:
+        self.method = load_method(method or Matex.measured())
+        self.root = Path(root)
+        self.store: MapStore | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a folder that cannot be written before there is anything to write."""
+        self.store = None
+        if trainer.state.fn != TrainerFn.FITTING:
+            check_folder(self.root)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See what the store has."""
+        self._open(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See what the store has."""
+        self._open(trainer, pl_module)
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See what the store has."""
+        self._open(trainer, pl_module)
+
+    def _open(self, trainer: Trainer, module: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        weights = [weight_hash(module.clip)] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(weights, weights[0])
+        if len(set(weights)) > 1:
+            raise ValueError(
+                f"The {len(weights)} processes have different weights, so their maps do not belong together. Give "
+                "--ckpt_path, or seed_everything for random weights."
+            )
+        self.store = MapStore(self.root, weights[0], self.method)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
+    ) -> None:
+        """Keep the maps of a batch."""
+        self._write(pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
+    ) -> None:
+        """Keep the maps of a batch."""
+        self._write(pl_module, batch)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
+    ) -> None:
+        """Keep the maps of a batch."""
+        self._write(pl_module, batch)
+
+    def _write(self, module: Any, batch: StudyBatch) -> None:
+        if self.store is None:
+            return
+        rows = {key: row for row, key in enumerate(pair_keys(batch))}
+        missing = self.store.missing(list(rows))
+        if missing:
+            chosen = [rows[key] for key in missing]
+            images, tokens = module.inputs(batch)
+            phrases = [batch["phrase"][row] for row in chosen]
+            maps = self.method.attribute(module.clip, images[chosen], tokens[chosen], phrases, batch["film"][chosen])
+            self.store.write(missing, maps)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make one store of what the processes wrote."""
+        self._merge(trainer)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make one store of what the processes wrote."""
+        self._merge(trainer)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make one store of what the processes wrote."""
+        self._merge(trainer)
+
+    def _merge(self, trainer: Trainer) -> None:
+        if self.store is None:
+            return
+        trainer.strategy.barrier("maps are written")
+        if trainer.is_global_zero:
+            self.store.drop_repeats()
+        trainer.strategy.barrier("maps are merged")
+        self.store.refresh()
+        rank_zero_info(f"{len(self.store)} maps in {self.store.folder}")

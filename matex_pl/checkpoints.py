@@ -1,0 +1,39 @@
+"""Checkpoints that are there whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from matex_pl.files import whole_file
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it.
+
+    Lightning writes to the system's temporary folder and moves the file: where that is another disk, a process that is
+    killed during the move has lost the old checkpoint and leaves half of the new one under its name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write to a path; addresses are left to Lightning.
+
+        Raises:
+            OSError: It could not be written; what was there before is as it was.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            with whole_file(Path(path)) as part:
+                torch.save(checkpoint, part)
+        # Of a full disk torch says that a position is unexpected.
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"The checkpoint {path} could not be written ({reason}): is the disk full, or read-only? Checkpoints "
+                "from before are as they were."
+            ) from error
