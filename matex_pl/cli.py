@@ -87,7 +87,7 @@ def explain(words: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="matex explain", description="Write one panel: where the model looks on a film, and which words matter."
     )
-    parser.add_argument("image", help="The film, PNG or JPEG.")
+    parser.add_argument("image", help="The film: PNG, JPEG, DICOM.")
     parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
     parser.add_function_arguments(explain_film, skip={"image", "phrase"}, sub_configs=True)
     print(explain_film(**vars(parser.instantiate(parser.parse_args(find_methods(words))))))

@@ -221,8 +221,8 @@ def test_an_unknown_config_lists_the_shipped_ones(here):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": "none.png"}, "No film at 'none.png'"),
-        ({"image": "tiny.json"}, "no readable PNG or JPEG"),
+        ({"image": "none.png"}, "There is no film at 'none.png'"),
+        ({"image": "tiny.json"}, "no readable image at 'tiny.json'"),
         ({"phrase": " "}, "The phrase is empty"),
         ({"ckpt_path": "none.ckpt"}, "No checkpoint at 'none.ckpt'"),
         ({"ckpt_path": "tiny.json"}, "no checkpoint of `matex fit`"),

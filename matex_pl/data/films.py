@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from matex_pl.data.pixels import Film, FilmCache, read_film
 from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
 
@@ -47,8 +49,9 @@ class FilmDataset(Dataset[Sample]):
         study = self.studies[index]
         seed = int(np.random.SeedSequence((self.data.seed, epoch, index)).generate_state(1)[0])
         try:
-            return Sample(study, *self.transform(self.data.read_film(study), study.boxes, seed=seed))
-        except ValueError as error:
+            film = self.data.open_film(study, self.transform)
+            return Sample(study, *self.transform(film.pixels, study.boxes, size=film.size, seed=seed))
+        except (OSError, ValueError) as error:
             raise ValueError(f"Study {study.id!r} ({study.image}): {error}") from error
 
     def batch(self, ids: Sequence[str]) -> StudyBatch:
@@ -107,7 +110,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
         batch_size: Pairs per batch.
         num_workers: Processes that read and augment films.
-        geometry: How a film gets into the model's frame: `pad` or `squash`.
+        geometry: How a film gets into the model's frame: `pad`, `crop` or `squash`.
         augment: Mild geometric and intensity changes in training. Never a horizontal flip.
         seed: Of shuffling, augmentation and splits.
     """
@@ -146,6 +149,11 @@ class ChestXrayDataModule(LightningDataModule, ABC):
     @abstractmethod
     def read_film(self, study: Study) -> np.ndarray:
         """Pixels of a study's film, `(h, w)` uint8."""
+
+    def open_film(self, study: Study, transform: FilmTransform) -> Film:
+        """A study's film for a transform, perhaps at the size that it needs already."""
+        pixels = self.read_film(study)
+        return Film(pixels, (pixels.shape[0], pixels.shape[1]))
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -240,6 +248,46 @@ class ChestXrayDataModule(LightningDataModule, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process needs: where processes are spawned, the trainer cannot go along."""
         return {**self.__dict__, "trainer": None}
+
+
+class FilmFilesDataModule(ChestXrayDataModule):
+    """Base of the data modules whose films are files: `Study.image` is a path. A subclass lists its studies.
+
+    Args:
+        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
+        image_size: See `ChestXrayDataModule`, like all that follow.
+        batch_size: Pairs per batch.
+        num_workers: Processes that read and augment films.
+        geometry: `pad`, `crop` or `squash`.
+        augment: Mild geometric and intensity changes in training.
+        seed: Of shuffling, augmentation and splits.
+    """
+
+    upright = True
+    """Whether films are turned as the EXIF orientation of their files says; boxes are in pixels of what that gives."""
+
+    def __init__(
+        self,
+        cache_dir: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(image_size, batch_size, num_workers, geometry, augment, seed)
+        self.cache = FilmCache(Path(cache_dir)) if cache_dir else None
+
+    def read_film(self, study: Study) -> np.ndarray:
+        """Pixels of a film, `(h, w)` uint8, at the size of its file."""
+        return read_film(str(study.image), upright=self.upright).pixels
+
+    def open_film(self, study: Study, transform: FilmTransform) -> Film:
+        """A study's film at the size that the transform needs, from the cache if there is one."""
+        if self.cache is None:
+            return read_film(str(study.image), transform.fit, upright=self.upright)
+        return self.cache.read(str(study.image), transform.fit, transform.settings, upright=self.upright)
 
 
 def _by_split(studies: Sequence[Study]) -> dict[str, list[Study]]:
