@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
@@ -279,6 +280,26 @@ class FilmFilesDataModule(ChestXrayDataModule):
         super().__init__(image_size, batch_size, num_workers, geometry, augment, seed)
         self.cache = FilmCache(Path(cache_dir)) if cache_dir else None
 
+    def setup(self, stage: str) -> None:
+        """List the studies, once, and say how many boxes a crop cuts.
+
+        Raises:
+            ValueError: As in `ChestXrayDataModule.setup`; or a box covers nothing of its film.
+        """
+        super().setup(stage)
+        if self.geometry == "crop":
+            self._report_cut_boxes([study for split in STAGES[stage] for study in self.studies[split]])
+
+    def _report_cut_boxes(self, studies: Sequence[Study]) -> None:
+        transform = FilmTransform(self._frame(), self.geometry)
+        counts = [transform.count_cut(study.boxes, study.size) for study in studies if study.boxes and study.size]
+        cut, lost = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+        if cut:
+            total = sum(len(study.boxes) for study in studies if study.size)
+            rank_zero_warn(
+                f"geometry: crop cuts {cut} of {total} boxes, {lost} of them wholly. geometry: pad keeps them all."
+            )
+
     def read_film(self, study: Study) -> np.ndarray:
         """Pixels of a film, `(h, w)` uint8, at the size of its file."""
         return read_film(str(study.image), upright=self.upright).pixels
@@ -298,3 +319,21 @@ def _by_split(studies: Sequence[Study]) -> dict[str, list[Study]]:
     if lost is not None:
         raise ValueError(f"Study {lost.id!r} is in the split {lost.split!r}; splits are {', '.join(SPLITS)}.")
     return {split: [study for study in studies if study.split == split] for split in SPLITS}
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Refuse what is no three shares of a whole.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions must be three shares that sum to 1, got {list(fractions)}.")
+
+
+def split_patients(patients: Iterable[str], fractions: tuple[float, float, float], seed: int) -> dict[str, str]:
+    """Split of each patient: a seeded shuffle of the names, cut at the fractions."""
+    names = sorted(set(patients))
+    order = np.random.default_rng(seed).permutation(len(names))
+    bounds = np.round(np.cumsum(fractions) * len(names))
+    return {names[index]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, index in enumerate(order)}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from matex_pl.data.films import SPLITS, FilmFilesDataModule
+from matex_pl.data.films import FilmFilesDataModule, check_fractions, split_patients
 from matex_pl.data.pixels import film_size
 from matex_pl.data.record import Study
 
@@ -85,8 +85,7 @@ class NihDataModule(FilmFilesDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(cache_dir, image_size, batch_size, num_workers, geometry, augment, seed)
-        if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must be three shares that sum to 1, got {list(fractions)}.")
+        check_fractions(fractions)
         self.root = Path(root)
         self.boxed_only = boxed_only
         self.name_side = name_side
@@ -124,7 +123,7 @@ class NihDataModule(FilmFilesDataModule):
         film = row["film"]
         named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
         told = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
-        size = film_size(path, upright=False) if boxes else (BOX_FRAME, BOX_FRAME)
+        size = film_size(path, upright=False) if boxes else None
         for finding in told:
             drawn = boxes.get(finding, [])
             yield Study(
@@ -133,10 +132,11 @@ class NihDataModule(FilmFilesDataModule):
                 film_id=film,
                 image=str(path),
                 phrase=self._phrase(film, finding, drawn),
-                boxes=[_scale_box(box, size) for box in drawn],
+                boxes=[_scale_box(box, size) for box in drawn] if size else (),
                 finding=finding,
                 film_findings=tuple(named),
                 split=split,
+                size=size,
             )
 
     def _phrase(self, film: str, finding: str, boxes: list[Box]) -> str:
@@ -204,14 +204,6 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]
         for cells in reader:
             if cells:
                 yield reader.line_num, [cells[place].strip() if place < len(cells) else "" for place in places]
-
-
-def split_patients(patients: Iterable[str], fractions: tuple[float, float, float], seed: int) -> dict[str, str]:
-    """Split of each patient: a seeded shuffle of the names, cut at the fractions."""
-    names = sorted(set(patients))
-    order = np.random.default_rng(seed).permutation(len(names))
-    bounds = np.round(np.cumsum(fractions) * len(names))
-    return {names[index]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, index in enumerate(order)}
 
 
 def side_word(boxes: list[Box]) -> str:
