@@ -264,6 +264,9 @@ def _deep_jpeg(path: Path) -> np.ndarray:
 
 
 def _orientation(image: Image.Image, *, upright: bool) -> int:
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        # Pillow would decode all pixels to look behind them.
+        return 1
     orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
     if image.format == "TIFF" and orientation != 1:
         # Pillow 13 turns such pixels while it loads them, and keeps the size of before.
