@@ -45,10 +45,12 @@ class FilmDataset(Dataset[Sample]):
         return len(self.studies)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """A sample by index, or by (epoch, index), from which augmentation takes its draws."""
+        """A sample by index, or by (epoch, index), from which augmentation and `draw_study` take their draws."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         study = self.studies[index]
         seed = int(np.random.SeedSequence((self.data.seed, epoch, index)).generate_state(1)[0])
+        if isinstance(key, tuple):
+            study = self.data.draw_study(study, seed)
         try:
             film = self.data.open_film(study, self.transform)
             return Sample(study, *self.transform(film.pixels, study.boxes, size=film.size, seed=seed))
@@ -150,6 +152,15 @@ class ChestXrayDataModule(LightningDataModule, ABC):
     @abstractmethod
     def read_film(self, study: Study) -> np.ndarray:
         """Pixels of a study's film, `(h, w)` uint8."""
+
+    def draw_study(self, study: Study, seed: int) -> Study:
+        """The study as one epoch of training sees it, say with another sentence of its report; itself by default.
+
+        Args:
+            study: One of the listed studies.
+            seed: Of the epoch and the study.
+        """
+        return study
 
     def open_film(self, study: Study, transform: FilmTransform) -> Film:
         """A study's film for a transform, perhaps at the size that it needs already."""

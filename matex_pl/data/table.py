@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,7 +249,7 @@ def _several(bad: Sequence[BadRow]) -> str:
     return "\n  ".join([*lines, f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else lines)
 
 
-def sort_rows(rows: Sequence[Row], study_of: Callable[[Row], Study]) -> tuple[list[Study], list[BadRow]]:
+def sort_rows(rows: Iterable[Row], study_of: Callable[[Row], Study]) -> tuple[list[Study], list[BadRow]]:
     """The studies of the rows that are right, and the others."""
     studies, bad = [], []
     for row in rows:
