@@ -49,7 +49,11 @@ def read_dicom(path: Path) -> np.ndarray:
     try:
         pixels = pixel_array(header, index=0)
     except RuntimeError as error:
-        raise ImportError(f"{path} cannot be decoded: {error} Try: pip install 'matex_pl[dicom]'.") from error
+        if "missing dependencies" not in str(error):
+            raise
+        raise ImportError(
+            f"{path} cannot be decoded ({' '.join(str(error).split())}). Try: pip install 'matex_pl[dicom]'."
+        ) from error
     kind = header.PhotometricInterpretation
     if kind == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, header)
