@@ -9,11 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from matex_pl.data import NihDataModule
 from matex_pl.data.pixels import FilmCache, film_size, read_film, resize_film
-from matex_pl.data.transforms import FilmTransform
+from matex_pl.data.transforms import GEOMETRIES, FilmTransform
 
 HEIGHT, WIDTH = 120, 90
 
@@ -184,6 +186,55 @@ def test_truncated_files_are_refused(tmp_path: Path, kind: str) -> None:
         read_film(path)
     with pytest.raises(ValueError, match="no readable image"):
         read_film(path, lambda size: (12, 9))
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.data(), kind=st.sampled_from(["png", "png_16_rgb", "png_palette", "jpeg", "jpeg_cmyk", "tiff_16", "bmp"])
+)
+def test_damaged_files_are_read_or_refused(tmp_path: Path, data: st.DataObject, kind: str) -> None:
+    """Any other kind of error than the one that names the file is a bug; so is a film of another form."""
+    path = KINDS[kind](tmp_path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        if not content:
+            content = bytearray(b"x")
+    path.write_bytes(content)
+    for fit in (None, lambda size: (7, 5)):
+        try:
+            film = read_film(path, fit)
+        except ValueError as error:
+            if str(path) not in str(error):
+                raise
+            continue
+        assert film.pixels.dtype == np.uint8
+        assert film.pixels.shape == (film.size if fit is None else (7, 5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    size=st.tuples(st.integers(4, 64), st.integers(4, 64)),
+    geometry=st.sampled_from(GEOMETRIES),
+    inner=st.tuples(*[st.floats(0, 1)] * 4),
+)
+def test_boxes_and_film_go_the_same_way(
+    shape: tuple[int, int], size: tuple[int, int], geometry: str, inner: tuple[float, ...]
+) -> None:
+    """A box has the same place in the film's rectangle as it had in the film, but for what the frame cuts off."""
+    (x0, x1), (y0, y1) = sorted(inner[:2]), sorted(inner[2:])
+    assume(x1 - x0 > 0.01 and y1 - y0 > 0.01)
+    box = np.array([x0, y0, x1, y1]) * np.tile(shape[::-1], 2)
+    transform = FilmTransform(size, geometry)
+    _, boxes, film = transform(np.zeros(shape, dtype=np.uint8), [box.tolist()])
+    expected = film[:2].repeat(2) + torch.tensor([x0, y0, x1, y1]) * (film[2:] - film[:2]).repeat(2)
+    cut, lost = transform.count_cut([box.tolist()], shape)
+    assert len(boxes) == 1 - lost
+    if not lost:
+        torch.testing.assert_close(boxes[0], expected.clamp(0, 1).float(), atol=1e-4, rtol=0)
+        assert geometry == "crop" or not cut
 
 
 def test_cache_keeps_films_and_sees_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
