@@ -33,6 +33,7 @@ SMALL_PHANTOM = [
         "num_workers": 0,
     }.items()
 ]
+MANIFEST_CHECKPOINT = "runs/manifest/checkpoints/last.ckpt"
 SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--model.warmup_steps=1"]
 
 
@@ -193,6 +194,20 @@ def test_configs_of_other_towers_run_on_small_ones(here, config, name):
     film = next(Path(root).rglob("*.png"))
     main(["explain", str(film), "Left effusion.", "--ckpt_path", checkpoint, "--out", "map.png"])
     assert Path("map.png").is_file()
+
+
+def test_manifest_config_needs_an_image_and_a_phrase_only(here, capsys):
+    root = nih_folder(here / "nih")
+    rows = [f"images/{path.name};Film {place}." for place, path in enumerate(sorted(root.rglob("*.png")))]
+    Path("films.csv").write_text("\n".join(["image;caption", *rows]), encoding="utf-8")
+    data = ["--config", "manifest.yaml", "--data.manifest=films.csv", "--data.columns={phrase: caption}"]
+    data.append(f"--data.root={root}")
+    main(["check-data", *data])
+    assert "No bad rows." in capsys.readouterr().out
+    few = ["--data.batch_size=8", "--data.num_workers=0", *SHORT]
+    main(["fit", *data, "--model.name=tiny.json", "--model.pretrained=null", *few])
+    main(["explain", str(root / "images" / "00000003_000.png"), "Film 3.", "--ckpt_path", MANIFEST_CHECKPOINT])
+    assert Path("panel.png").is_file()
 
 
 def fit_ms_cxr(here: Path, config: str, model: str) -> list[str]:

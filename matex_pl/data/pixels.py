@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
@@ -41,6 +43,8 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda pixels: np.rot90(pixels, 2).T,
     8: np.rot90,
 }
+# Averages of averages blur: the more, the nearer the two sizes are to each other.
+_MARGIN = 1.5
 _TURNED = (5, 6, 7, 8)
 # Goes into the names of cached films: raise it when the same file gives other pixels than before.
 _CACHE_VERSION = 1
@@ -194,9 +198,9 @@ def _decode_image(image: Image.Image, path: Path, fit: Fit | None, orientation: 
 
 
 def _decode_reduced(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
-    """A JPEG at a width and height, decoded at the smallest scale that is not below them."""
+    """A JPEG at a width and height, decoded at the smallest scale that is `_MARGIN` times as large."""
     width, height = image.size
-    image.draft("L", target)
+    image.draft("L", (math.ceil(target[0] * _MARGIN), math.ceil(target[1] * _MARGIN)))
     scale = max(round(width / image.size[0]), 1)
     if scale == 1 or image.mode != "L":
         return resize_film(np.asarray(image.convert("L")), target[::-1])
@@ -205,6 +209,7 @@ def _decode_reduced(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
     return np.rint(down @ np.asarray(image, dtype=np.float32) @ across.T).astype(np.uint8)
 
 
+@lru_cache(256)
 def _shares(cells: int, pixels: int, extent: float) -> np.ndarray:
     """Which share each pixel has in the mean of each of `cells` equal parts of [0, extent], `(cells, pixels)`."""
     ends = np.linspace(0, extent, cells + 1)[:, None]

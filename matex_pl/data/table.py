@@ -71,7 +71,7 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
         raise ValueError(f"`columns` names {unknown}, which {path} does not have; it has {header}.")
     # A column that is mapped to another is not itself any more.
     hidden = {our for our, theirs in columns.items() if our != theirs} - ours.keys()
-    return [_renamed(row, ours, hidden) for row in rows], bad
+    return [_renamed(row, ours, hidden) for row in rows] if ours else rows, bad
 
 
 def read_text(path: Path) -> str:
