@@ -14,7 +14,7 @@ from tqdm import tqdm
 from matex_pl.anatomy import parse_phrase
 from matex_pl.clip import cut_text, load_tokenizer
 from matex_pl.data import ChestXrayDataModule, Study
-from matex_pl.data.films import SPLITS
+from matex_pl.data.films import SPLITS, count_cut_boxes
 from matex_pl.data.rows import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, place_of
 from matex_pl.data.table import TableDataModule, write_bad_rows
 from matex_pl.data.transforms import FilmTransform
@@ -69,7 +69,7 @@ def check_data(
     parts = [_counts(studies), _findings(studies), _sides(studies), _cut_boxes(data, studies)]
     if tokenizer is not None:
         parts.append(_cut_phrases(studies, tokenizer, str(model)))
-    parts.append("\n".join([f"{len(bad)} bad rows", *(f"  {row}" for row in bad)]) if bad else "No bad rows.")
+    parts.append("\n".join([f"Bad rows: {len(bad)}", *(f"  {row}" for row in bad)]) if bad else "No bad rows.")
     return Report("\n\n".join(part for part in parts if part), bad)
 
 
@@ -139,8 +139,7 @@ def _cut_boxes(data: ChestXrayDataModule, studies: Sequence[Study]) -> str:
     if data.geometry != "crop":
         return ""
     transform = FilmTransform(data.image_size or _FRAME, "crop")
-    counts = [transform.count_cut(study.boxes, study.size) for study in studies if study.boxes and study.size]
-    cut, lost = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    cut, lost = count_cut_boxes(transform, studies)
     frame = " x ".join(map(str, transform.size[::-1]))
     return f"geometry: crop to {frame} cuts {cut} of {sum(len(s.boxes) for s in studies)} boxes, {lost} of them wholly."
 
@@ -152,7 +151,7 @@ def _cut_phrases(studies: Sequence[Study], tokenizer: object, model: str) -> str
     if not long:
         return f"All phrases fit into the {limit} tokens of {model}."
     lines = [f"  {place_of(study.source)}, {study.id}: cut off: {cut[study.phrase]!r}" for study in long]
-    return "\n".join([f"{len(long)} phrases are longer than the {limit} tokens of {model}", *lines])
+    return "\n".join([f"Phrases longer than the {limit} tokens of {model}: {len(long)}", *lines])
 
 
 def _cross_table(title: str, names: Iterable[str], counts: Counter[tuple[str, str]]) -> str:

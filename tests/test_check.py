@@ -101,9 +101,9 @@ def test_every_fault_is_in_the_report(here: Path, capsys: pytest.CaptureFixture[
         10: r"no readable image at '.*films/8\.jpg'",
     }.items():
         assert re.search(rf"  t\.csv, line {line}: .*{rule}", text), rule
-    assert "1 phrases are longer than the 16 tokens of tiny.json" in text
+    assert "Phrases longer than the 16 tokens of tiny.json: 1" in text
     assert re.search(r"t\.csv, line 11, films/9\.jpg: cut off: '.*the very end \.'", text)
-    assert "7 bad rows" in text
+    assert "Bad rows: 7" in text
     with Path("bad/rows.csv").open(newline="", encoding="utf-8") as file:
         assert [int(row["line"]) for row in csv.DictReader(file)] == [2, 3, 4, 6, 7, 8, 10]
 
@@ -131,7 +131,7 @@ def test_other_data_modules_are_checked(here: Path, capsys: pytest.CaptureFixtur
         main(words)
     assert end.value.code == 1
     text = capsys.readouterr().out
-    assert re.search(r"1 bad rows\n  .*00000004_000\.png: no readable image", text)
+    assert re.search(r"Bad rows: 1\n  .*00000004_000\.png: no readable image", text)
     assert _table(text, "finding")["pleural effusion"]
     assert "tokens of models/phantom_vit.json" in text
 

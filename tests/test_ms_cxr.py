@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from matex_pl.data import MsCxrDataModule, Study
 from matex_pl.data.ms_cxr import COLUMNS
@@ -220,3 +222,35 @@ def test_annotation_files_are_found(root: Path, tmp_path_factory: pytest.TempPat
     (root / "x.csv").write_text("path,label_text\na,b\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"x\.csv lacks the columns \['category_name', 'x'"):
         _module(root, annotations=str(root / "x.csv")).checked_rows()
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ["image_id", "category_id", "bbox", "label_text", "split", "path", "width", "height", "id", "name"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_json_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    """One value of a right file exchanged for another: an error of the file, a bad row, or a study with right boxes."""
+    rows = annotation_rows(1)
+    write_films(tmp_path, [row["path"] for row in rows], (30, 25))
+    write_coco(tmp_path, rows)
+    path = tmp_path / "MS_CXR_Local_Alignment_v1.1.0.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    part = data.draw(st.sampled_from(["images", "annotations", "categories"]))
+    content[part][0][data.draw(st.sampled_from(FIELDS))] = data.draw(ANY)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        studies, bad = _module(tmp_path).checked_rows()
+    except ValueError as error:
+        if "no COCO-style JSON" not in str(error):
+            raise
+        return
+    assert len(studies) + len(bad) >= 3
+    assert all(row.rule for row in bad)
+    for study in studies:
+        assert all(-0.1 <= x0 < x1 <= 25.1 and -0.1 <= y0 < y1 <= 30.1 for x0, y0, x1, y1 in study.boxes)

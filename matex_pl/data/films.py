@@ -298,18 +298,15 @@ class FilmFilesDataModule(ChestXrayDataModule):
             ValueError: As in `ChestXrayDataModule.setup`; or a box covers nothing of its film.
         """
         super().setup(stage)
-        if self.geometry == "crop":
-            self._report_cut_boxes([study for split in STAGES[stage] for study in self.studies[split]])
-
-    def _report_cut_boxes(self, studies: Sequence[Study]) -> None:
-        transform = FilmTransform(self._frame(), self.geometry)
-        counts = [transform.count_cut(study.boxes, study.size) for study in studies if study.boxes and study.size]
-        cut, lost = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
-        if cut:
-            total = sum(len(study.boxes) for study in studies if study.size)
-            rank_zero_warn(
-                f"geometry: crop cuts {cut} of {total} boxes, {lost} of them wholly. geometry: pad keeps them all."
-            )
+        # Without a model and a size there is no frame yet.
+        if self.geometry == "crop" and (self.image_size is not None or self.trainer is not None):
+            boxed = [study for split in STAGES[stage] for study in self.studies[split] if study.boxes and study.size]
+            cut, lost = count_cut_boxes(FilmTransform(self._frame(), self.geometry), boxed)
+            if cut:
+                total = sum(len(study.boxes) for study in boxed)
+                rank_zero_warn(
+                    f"geometry: crop cuts {cut} of {total} boxes, {lost} of them wholly; pad keeps them all."
+                )
 
     def read_film(self, study: Study) -> np.ndarray:
         """Pixels of a film, `(h, w)` uint8, at the size of its file."""
@@ -320,6 +317,12 @@ class FilmFilesDataModule(ChestXrayDataModule):
         if self.cache is None:
             return read_film(str(study.image), transform.fit, upright=self.upright)
         return self.cache.read(str(study.image), transform.fit, transform.settings, upright=self.upright)
+
+
+def count_cut_boxes(transform: FilmTransform, studies: Iterable[Study]) -> tuple[int, int]:
+    """How many boxes of the studies whose size is known lose a part to a crop, and how many of them all."""
+    counts = [transform.count_cut(study.boxes, study.size) for study in studies if study.size]
+    return sum(cut for cut, _ in counts), sum(lost for _, lost in counts)
 
 
 def _by_split(studies: Sequence[Study]) -> dict[str, list[Study]]:

@@ -163,7 +163,7 @@ def read_coco(path: Path) -> tuple[list[Row], list[BadRow]]:
         categories = {record["id"]: str(record["name"]) for record in content["categories"]}
         images = {record["id"]: record for record in content["images"]}
         annotations = list(content["annotations"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is no COCO-style JSON with `categories`, `images` and `annotations`: {error!r}."
         ) from error

@@ -202,11 +202,15 @@ def _decode_reduced(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
     width, height = image.size
     image.draft("L", (math.ceil(target[0] * _MARGIN), math.ceil(target[1] * _MARGIN)))
     scale = max(round(width / image.size[0]), 1)
-    if scale == 1 or image.mode != "L":
-        return resize_film(np.asarray(image.convert("L")), target[::-1])
+    levels = np.asarray(image.convert("L"))
+    if scale == 1:
+        return resize_film(levels, target[::-1])
     # The last column and row may reach beyond the film by a part of a pixel, which OpenCV would count in.
-    down, across = _shares(target[1], image.size[1], height / scale), _shares(target[0], image.size[0], width / scale)
-    return np.rint(down @ np.asarray(image, dtype=np.float32) @ across.T).astype(np.uint8)
+    down, across = (
+        _shares(target[1], levels.shape[0], height / scale),
+        _shares(target[0], levels.shape[1], width / scale),
+    )
+    return np.rint(down @ levels.astype(np.float32) @ across.T).astype(np.uint8)
 
 
 @lru_cache(256)
