@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from families import CONFIGS as FAMILY_CONFIGS
 from test_cli import nih_folder
 
 from matex_pl.cli import main
@@ -142,3 +144,11 @@ def test_what_is_cut_is_what_the_model_does_not_read(tiny_json: str) -> None:
         phrase = " ".join(["lung"] * length)
         expected = max(clip.count_tokens(phrase) - clip.context_length, 0)
         assert cut_text(tokenizer, phrase).split() == ["lung"] * expected
+
+
+@pytest.mark.parametrize("family", ["biomedclip", "siglip"])
+def test_what_hugging_face_tokenizers_cut(family: str) -> None:
+    config = json.dumps(FAMILY_CONFIGS[family]() | {"embed_dim": 32})
+    tokenizer, clip = load_tokenizer(config), load_clip(config)
+    for phrase in ("Mild edema", "Small right apical pneumothorax", "a " * 30):
+        assert len(cut_text(tokenizer, phrase).split()) == max(clip.count_tokens(phrase) - clip.context_length, 0)
