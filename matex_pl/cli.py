@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from matex_pl import __version__
 from matex_pl.anatomy.show import show_prior
 from matex_pl.attribution.shipped import method_names, method_path
 from matex_pl.benchmark import run_benchmark
+from matex_pl.check import check_data
 from matex_pl.clip import find_config, shipped_configs
 from matex_pl.cost import measure_cost
 from matex_pl.data import ChestXrayDataModule
@@ -42,6 +44,7 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, 
                                                           MATEX's weights, found on the validation films
   matex roar run --config roar_phantom.yaml               remove what maps mark, train again, see what the model lost;
                                                           `matex roar status FOLDER` and `collect FOLDER` say how far
+  matex check-data --config mine.yaml                     read every film and row once, and say what is wrong
   matex cost --model ViT-B-32 --batch_size 16             what each kind of map costs on this machine
 
 `matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
@@ -90,7 +93,7 @@ def explain(words: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="matex explain", description="Write one panel: where the model looks on a film, and which words matter."
     )
-    parser.add_argument("image", help="The film, PNG or JPEG.")
+    parser.add_argument("image", help="The film: PNG, JPEG, DICOM.")
     parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
     parser.add_function_arguments(explain_film, skip={"image", "phrase"}, sub_configs=True)
     print(explain_film(**vars(parser.instantiate(parser.parse_args(find_methods(words))))))
@@ -154,16 +157,42 @@ def _run_on_data(name: str, run: Callable[..., str], words: Sequence[str], *, su
     parser = ArgumentParser(prog=f"matex {name}")
     parser.add_argument("--config", help="A YAML of `matex fit`: its `data` is the data module, the rest is not read.")
     parser.add_function_arguments(run, sub_configs=sub_configs)
+    print(run(**_data_settings(parser, find_methods(words))))
+
+
+def _data_settings(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a function on a data module, which `--config` or `--data` describes."""
     if not any(word.startswith(("--config", "-c", "--data", "-h", "--help")) for word in words):
         raise ValueError("there are no films. Give --config, a YAML of `matex fit`, or --data, a data module.")
-    settings = vars(parser.instantiate(parser.parse_args(find_data(find_methods(words)))))
+    settings = vars(parser.instantiate(parser.parse_args(find_data(words))))
     # `find_data` has made `--data` of it.
     del settings["config"]
-    print(run(**settings))
+    return settings
+
+
+def check(words: Sequence[str]) -> None:
+    """`matex check-data --config FILE`: print what the data hold and every bad row; status 1 if there are any."""
+    parser = ArgumentParser(prog="matex check-data")
+    parser.add_argument(
+        "--config", help="A YAML of `matex fit`: its `data` is checked, with the tokenizer of its `model.name`."
+    )
+    parser.add_function_arguments(check_data)
+    report = check_data(**_data_settings(parser, [*_model_of(words), *words]))
+    print(report.text)
+    if report.bad:
+        raise SystemExit(1)
 
 
 # Commands that need no Trainer, by name; each takes the words after it.
-COMMANDS = {"explain": explain, "prior": prior, "cost": cost, "benchmark": benchmark, "tune": tune, "roar": roar}
+COMMANDS = {
+    "explain": explain,
+    "prior": prior,
+    "cost": cost,
+    "benchmark": benchmark,
+    "tune": tune,
+    "roar": roar,
+    "check-data": check,
+}
 ROAR_COMMANDS: dict[str, Callable[..., str]] = {"run": run_roar, "status": roar_status, "collect": collect_roar}
 
 
@@ -228,6 +257,19 @@ def _data_of(path: str) -> str:
     if not isinstance(data, dict) or "class_path" not in data:
         raise ValueError(f"{path} describes no data module: it needs `data:` with `class_path` and `init_args`.")
     return json.dumps(data)
+
+
+def _model_of(words: Sequence[str]) -> list[str]:
+    """`--model NAME` of the config in a command line, so that an option after it can change it."""
+    for option, value in pairwise(words):
+        if option in ("--config", "-c"):
+            return _model_of([f"--config={value}"])
+    for word in words:
+        if word.startswith(("--config=", "-c=")):
+            described = yaml.safe_load(Path(word.partition("=")[2]).read_text(encoding="utf-8"))
+            model = described.get("model") if isinstance(described, dict) else None
+            return ["--model", str(model["name"])] if isinstance(model, dict) and model.get("name") else []
+    return []
 
 
 def find_methods(words: Sequence[str]) -> list[str]:

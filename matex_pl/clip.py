@@ -248,6 +248,30 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     return clip
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, without the model; see `load_clip` for the names and the errors."""
+    config = _json_config(name)
+    if config is not None:
+        text = config["model_cfg"]["text_cfg"]
+        with _reading_files(name, None, text):
+            return _config_tokenizer(text)
+    named = {} if name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)) else _check_name(name, None)
+    with _reading_files(name, None, named.get("text_cfg")):
+        return open_clip.get_tokenizer(name)
+
+
+def cut_text(tokenizer: Any, phrase: str) -> str:
+    """What of a phrase lies beyond the tokenizer's context length and is cut off; empty where all of it fits."""
+    limit = int(tokenizer.context_length)
+    if isinstance(tokenizer, SimpleTokenizer):
+        return tokenizer.decode(tokenizer.encode(phrase)[limit - 2 :]).strip()
+    words = tokenizer.tokenizer
+    if isinstance(tokenizer, HFTokenizer):
+        phrase = tokenizer.clean_fn(phrase)
+    ids = words(phrase, truncation=False, verbose=False, add_special_tokens=False).input_ids
+    return words.decode(ids[limit - words.num_special_tokens_to_add() :]).strip()
+
+
 def find_config(path: str) -> Path | None:
     """A config file by path, or else by its name among the shipped ones (with or without `configs/` in front)."""
     candidate = Path(path)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.base import progress
 from matex_pl.attribution.shipped import load_method, shipped_methods
 from matex_pl.clip import Clip, why_unreadable
+from matex_pl.data.pixels import film_size, read_film
 from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
 from matex_pl.maps import AttributionMaps
@@ -116,13 +116,13 @@ def explain_film(
     """Write one panel: where the model looks on a film for a phrase, and which words matter.
 
     Args:
-        image: The film, PNG or JPEG.
+        image: The film: PNG, JPEG, DICOM and more; see `read_film`.
         phrase: A sentence as a report words it, e.g. "Left lower lobe consolidation."
         ckpt_path: A checkpoint of `matex fit`.
         out: The picture to write.
         method: What makes the map, `Matex.measured()` by default: the name of a shipped setting (`m2ib`), a YAML file
             with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of every shipped one.
-        geometry: How the film gets into the model's frame: `pad` or `squash`, as in training.
+        geometry: How the film gets into the model's frame: `pad`, `crop` or `squash`, as in training.
 
     Returns:
         The path of the picture.
@@ -130,10 +130,13 @@ def explain_film(
     if not phrase.strip():
         raise ValueError("The phrase is empty. Give a sentence as a report words it, in quotes.")
     single = None if method == "all" else load_method(method or Matex.measured())
-    film = _read_film(Path(image))
+    # A wrong path should be said before a model is loaded.
+    film_size(image)
     module = load_module(ckpt_path)
+    transform = FilmTransform(module.clip.image_size, geometry)
+    film = read_film(image, transform.fit)
     study = Study(id=Path(image).name, patient_id="", film_id=Path(image).name, image=image, phrase=phrase)
-    batch = collate([Sample(study, *FilmTransform(module.clip.image_size, geometry)(film))])
+    batch = collate([Sample(study, *transform(film.pixels, size=film.size))])
     if single is None:
         return save_png(out, compare_methods(module, shipped_methods(), batch))
     return save_png(out, explain_batch(module, single, batch, type(single).__name__)[0])
@@ -152,12 +155,3 @@ def load_module(ckpt_path: str) -> ClipModule:
         return ClipModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
     except Exception as error:
         raise ValueError(f"{ckpt_path} is no checkpoint of `matex fit`: {why_unreadable(error)}") from error
-
-
-def _read_film(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise FileNotFoundError(f"No film at {str(path)!r}.")
-    film = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if film is None:
-        raise ValueError(f"{path} is no readable PNG or JPEG image.")
-    return film

@@ -15,6 +15,7 @@ import torch
 from families import CONFIGS as FAMILY_CONFIGS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_ms_cxr import annotation_rows, write_annotations, write_films
 
 from matex_pl import attribution
 from matex_pl.attribution.shipped import method_names, shipped_methods
@@ -32,6 +33,7 @@ SMALL_PHANTOM = [
         "num_workers": 0,
     }.items()
 ]
+MANIFEST_CHECKPOINT = "runs/manifest/checkpoints/last.ckpt"
 SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--model.warmup_steps=1"]
 
 
@@ -194,6 +196,50 @@ def test_configs_of_other_towers_run_on_small_ones(here, config, name):
     assert Path("map.png").is_file()
 
 
+def test_manifest_config_needs_an_image_and_a_phrase_only(here, capsys):
+    root = nih_folder(here / "nih")
+    rows = [f"images/{path.name};Film {place}." for place, path in enumerate(sorted(root.rglob("*.png")))]
+    Path("films.csv").write_text("\n".join(["image;caption", *rows]), encoding="utf-8")
+    data = ["--config", "manifest.yaml", "--data.manifest=films.csv", "--data.columns={phrase: caption}"]
+    data.append(f"--data.root={root}")
+    main(["check-data", *data])
+    assert "No bad rows." in capsys.readouterr().out
+    few = ["--data.batch_size=8", "--data.num_workers=0", *SHORT]
+    main(["fit", *data, "--model.name=tiny.json", "--model.pretrained=null", *few])
+    main(["explain", str(root / "images" / "00000003_000.png"), "Film 3.", "--ckpt_path", MANIFEST_CHECKPOINT])
+    assert Path("panel.png").is_file()
+
+
+def fit_ms_cxr(here: Path, config: str, model: str) -> list[str]:
+    """What a holder of MS-CXR runs, on a made-up copy of its layout and a small model; the options of the data."""
+    rows = annotation_rows(20)
+    write_annotations(here, rows)
+    write_films(here, [row["path"] for row in rows])
+    data = ["--config", config, "--data.root=.", "--data.cache_dir=kept"]
+    main(["check-data", *data, "--model", model])
+    words = [*data, f"--model.name={model}", "--model.pretrained=null", "--data.batch_size=8", "--data.num_workers=0"]
+    main(["fit", *words, *SHORT])
+    assert len(list(Path("kept").rglob("*.npz"))) >= 16
+    return data
+
+
+def test_ms_cxr_biomedclip_config_runs_on_a_small_one(here, capsys):
+    Path("small.json").write_text(json.dumps(FAMILY_CONFIGS["biomedclip"]() | {"embed_dim": 32}), encoding="utf-8")
+    fit_ms_cxr(here, "ms_cxr_biomedclip.yaml", "small.json")
+    assert "No bad rows." in capsys.readouterr().out
+    assert Path("runs/ms_cxr_biomedclip/checkpoints/last.ckpt").is_file()
+
+
+def test_ms_cxr_vit_b_32_config_from_check_to_tables(here):
+    data = fit_ms_cxr(here, "ms_cxr_vit_b_32.yaml", "tiny.json")
+    checkpoint = "runs/ms_cxr_vit_b_32/checkpoints/last.ckpt"
+    few = ["--methods=matex,grad_cam", "--validation_pairs=2", "--sanity_pairs=2", "--steps=2", "--resamples=100"]
+    main(["benchmark", *data, "--ckpt_path", checkpoint, "--num_pairs=-1", "--budget=full", "--out=results", *few])
+    results = json.loads(Path("results/results.json").read_text(encoding="utf-8"))
+    assert results["data"]["settings"]["root"] == "."
+    assert Path("results/tables.md").is_file()
+
+
 def test_every_shipped_config_has_a_test():
     source = Path(__file__).read_text(encoding="utf-8")
     assert all(f'"{config}"' in source for config in shipped_configs())
@@ -221,8 +267,8 @@ def test_an_unknown_config_lists_the_shipped_ones(here):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": "none.png"}, "No film at 'none.png'"),
-        ({"image": "tiny.json"}, "no readable PNG or JPEG"),
+        ({"image": "none.png"}, "There is no film at 'none.png'"),
+        ({"image": "tiny.json"}, "no readable image at 'tiny.json'"),
         ({"phrase": " "}, "The phrase is empty"),
         ({"ckpt_path": "none.ckpt"}, "No checkpoint at 'none.ckpt'"),
         ({"ckpt_path": "tiny.json"}, "no checkpoint of `matex fit`"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -81,6 +82,46 @@ def test_exact_halving() -> None:
     assert (image[:, :, :8] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(300, 240), (240, 300), (250, 250), (100, 310)])
+@pytest.mark.parametrize("size", [(224, 224), (112, 96), (96, 200)])
+def test_boxes_follow_a_crop(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    """The middle of the film fills the frame; a box in it follows, one that is cut ends at the frame's edge."""
+    height, width = shape
+    transform, frame = FilmTransform(size, "crop"), torch.tensor([size[1], size[0]] * 2)
+    inner = (width * 9 // 20, height * 9 // 20, width * 12 // 20, height * 11 // 20)
+    whole = (0, 0, width, height)
+    image, boxes, film = transform(_painted(shape, inner), [inner, whole])
+    assert (image > 0).all()
+    torch.testing.assert_close(boxes[0] * frame, _bright_box(image), atol=0.75, rtol=0)
+    torch.testing.assert_close(boxes[1], torch.tensor([0.0, 0, 1, 1]))
+    assert (film[:2] <= 0).all()
+    assert (film[2:] >= 1).all()
+    # The film keeps its shape, but for the rounding to whole pixels.
+    sides = (film[2:] - film[:2]) * frame[:2]
+    assert abs(float(sides[0] / sides[1]) / (width / height) - 1) < 0.01
+    assert transform.count_cut([inner, whole], shape) == (int(bool((sides > frame[:2] + 1).any())), 0)
+
+
+def test_boxes_beside_a_crop_are_dropped_and_counted() -> None:
+    transform, film = FilmTransform((40, 40), "crop"), np.full((100, 300), TISSUE, dtype=np.uint8)
+    boxes = [(0, 0, 90, 50), (150, 20, 200, 60), (180, 20, 260, 60)]
+    assert transform.count_cut(boxes, (100, 300)) == (2, 1)
+    found = transform(film, boxes)[1]
+    torch.testing.assert_close(found, torch.tensor([[0.5, 0.2, 1, 0.6], [0.8, 0.2, 1, 0.6]]), atol=0.02, rtol=0)
+    assert FilmTransform((40, 40), "pad").count_cut(boxes, (100, 300)) == (0, 0)
+
+
+def test_a_film_that_is_resized_already_goes_the_same_way() -> None:
+    film, boxes = _painted((300, 240), (60, 90, 120, 150)), [(60, 90, 120, 150)]
+    for geometry in ("pad", "crop", "squash"):
+        transform = FilmTransform((64, 48), geometry, augment=True)
+        whole = transform(film, boxes, seed=3)
+        height, width = transform.fit((300, 240))
+        small = cv2.resize(film, (width, height), interpolation=cv2.INTER_AREA)
+        for one, other in zip(whole, transform(small, boxes, size=(300, 240), seed=3), strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("geometry", ["pad", "squash"])
 def test_boxes_follow_the_pixels_under_augmentation(geometry: str) -> None:
     box, size = (60, 90, 120, 150), 160
@@ -126,8 +167,8 @@ def test_wrong_films_and_settings_are_refused() -> None:
         FilmTransform((32, 32))(np.zeros((8, 8, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="uint16"):
         FilmTransform((32, 32))(np.zeros((8, 8), dtype=np.uint16))
-    with pytest.raises(ValueError, match="pad, squash, got 'crop'"):
-        FilmTransform((32, 32), "crop")
+    with pytest.raises(ValueError, match="pad, crop, squash, got 'stretch'"):
+        FilmTransform((32, 32), "stretch")
     with pytest.raises(ValueError, match="positive height and width"):
         DrawnFilms([], image_size=0)
     with pytest.raises(ValueError, match="at least 2"):

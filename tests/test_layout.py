@@ -21,6 +21,7 @@ ORDER = [
     "attribution",
     "metrics",
     "pairs",
+    "check",
     "store",
     "explain",
     "cost",

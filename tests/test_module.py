@@ -348,7 +348,10 @@ def test_no_validation_at_all(tiny_json: str, tiny_films: PhantomDataModule, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"freeze": "vision"}, "freeze must be one of none, text, image, all-but-projections, all-but-head, got 'vision'"),
+        (
+            {"freeze": "vision"},
+            "freeze must be one of none, text, image, .* got 'vision'",
+        ),
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": -1e-3}, "lr must be positive"),
         ({"warmup_steps": -1}, "warmup_steps not negative"),

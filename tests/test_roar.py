@@ -181,7 +181,7 @@ def test_a_repeat_has_the_same_batches_for_every_method(tmp_path):
 
 def test_a_fraction_of_nothing_gives_exactly_the_clean_loss(tmp_path):
     found = _run(_plan(tmp_path, fractions=[0.0], repeats=1))
-    assert len(found["rows"]) == 7
+    assert len(found["rows"]) == 8
     assert all(row["points"][0]["value"] == 0 for row in found["rows"])
 
 
@@ -257,7 +257,7 @@ def test_scores_are_what_the_definition_says(tmp_path):
     both = [sum(point["repeats"][repeat] for point in row["points"]) / 2 for repeat in range(2)]
     assert row["mean"]["repeats"] == pytest.approx(both)
     assert [clean["loss"] for clean in found["clean"]] == [losses[Cell(0)], losses[Cell(1)]]
-    assert found["time"]["done"] == found["time"]["cells"] == len(plan.cells()) == 2 * (1 + 2 * (4 + 3))
+    assert found["time"]["done"] == found["time"]["cells"] == len(plan.cells()) == 2 * (1 + 2 * (5 + 3))
 
 
 def test_what_is_missing_is_named_and_never_averaged_over(tmp_path):
@@ -323,8 +323,8 @@ def test_bad_protocols_are_refused(settings, message):
 
 def test_methods_are_named_once_and_controls_are_always_there():
     names = [row.name for row in plan_rows(["matex", "random_map"], 3, 4)]
-    assert names == ["MATEX", RANDOM, BLURRED, BOXES]
-    assert [row.name for row in plan_rows(["matex"], 0, 4)] == ["MATEX", RANDOM, BLURRED]
+    assert names == ["MATEX", "MATEX, delta = 0", "PriorOnly", RANDOM, BLURRED, "CenterMap", BOXES]
+    assert [row.name for row in plan_rows(["chefer"], 0, 4)] == ["Chefer", RANDOM, BLURRED, "CenterMap"]
     with pytest.raises(ValueError, match="Two methods are called 'MATEX'"):
         plan_rows(["matex", "matex"], 0, 4)
     with pytest.raises(ValueError, match="No method 'mattex'"):
@@ -370,7 +370,7 @@ def test_the_command_with_the_shipped_config(tmp_path, film_root, capsys):
     for name in ("results.json", "table.md", "curves_image.png", "curves_text.svg", "report.html"):
         assert (tmp_path / "roar" / name).stat().st_size > 500
     main(["roar", "status", str(tmp_path / "roar")])
-    assert capsys.readouterr().out.startswith("8 of 8 cells are done, 0 running, 0 failed.")
+    assert capsys.readouterr().out.startswith("9 of 9 cells are done, 0 running, 0 failed.")
     with pytest.raises(SystemExit):
         main([*words, "--training.lr=1.0"])
     assert "training.lr is 0.0001 there, 1.0 here" in capsys.readouterr().err
@@ -415,7 +415,7 @@ def test_the_callback_says_beforehand_how_much_it_is(tmp_path, caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         _fit(tmp_path, "run", [RoarPlus(["chefer"], Protocol(modalities=["image"], fractions=[0.5], repeats=1), QUICK)])
     said = next(record.message for record in caplog.records if record.message.startswith("ROAR+"))
-    assert said.startswith("ROAR+: 5 fine-tunings of 1 steps, about ")
+    assert said.startswith("ROAR+: 6 fine-tunings of 1 steps, about ")
 
 
 def test_the_callback_needs_this_projects_module_and_data(tmp_path):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from matex_pl.data.pixels import Film, FilmCache, read_film
 from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
 
@@ -44,13 +47,16 @@ class FilmDataset(Dataset[Sample]):
         return len(self.studies)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """A sample by index, or by (epoch, index), from which augmentation takes its draws."""
+        """A sample by index, or by (epoch, index), from which augmentation and `draw_study` take their draws."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         study = self.studies[index]
         seed = int(np.random.SeedSequence((self.data.seed, epoch, index)).generate_state(1)[0])
+        if isinstance(key, tuple):
+            study = self.data.draw_study(study, seed)
         try:
-            return Sample(study, *self.transform(self.data.read_film(study), study.boxes, seed=seed))
-        except ValueError as error:
+            film = self.data.open_film(study, self.transform)
+            return Sample(study, *self.transform(film.pixels, study.boxes, size=film.size, seed=seed))
+        except (OSError, ValueError) as error:
             raise ValueError(f"Study {study.id!r} ({study.image}): {error}") from error
 
     def batch(self, ids: Sequence[str]) -> StudyBatch:
@@ -111,7 +117,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
         batch_size: Pairs per batch and process.
         num_workers: Processes that read and augment films.
-        geometry: How a film gets into the model's frame: `pad` or `squash`.
+        geometry: How a film gets into the model's frame: `pad`, `crop` or `squash`.
         augment: Mild geometric and intensity changes in training. Never a horizontal flip.
         seed: Of shuffling, augmentation and splits.
     """
@@ -150,6 +156,20 @@ class ChestXrayDataModule(LightningDataModule, ABC):
     @abstractmethod
     def read_film(self, study: Study) -> np.ndarray:
         """Pixels of a study's film, `(h, w)` uint8."""
+
+    def draw_study(self, study: Study, seed: int) -> Study:
+        """The study as one epoch of training sees it, say with another sentence of its report; itself by default.
+
+        Args:
+            study: One of the listed studies.
+            seed: Of the epoch and the study.
+        """
+        return study
+
+    def open_film(self, study: Study, transform: FilmTransform) -> Film:
+        """A study's film for a transform, perhaps at the size that it needs already."""
+        pixels = self.read_film(study)
+        return Film(pixels, (pixels.shape[0], pixels.shape[1]))
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -247,6 +267,69 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return {**self.__dict__, "trainer": None}
 
 
+class FilmFilesDataModule(ChestXrayDataModule):
+    """Base of the data modules whose films are files: `Study.image` is a path. A subclass lists its studies.
+
+    Args:
+        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
+        image_size: See `ChestXrayDataModule`, like all that follow.
+        batch_size: Pairs per batch.
+        num_workers: Processes that read and augment films.
+        geometry: `pad`, `crop` or `squash`.
+        augment: Mild geometric and intensity changes in training.
+        seed: Of shuffling, augmentation and splits.
+    """
+
+    upright = True
+    """Whether films are turned as the EXIF orientation of their files says; boxes are in pixels of what that gives."""
+
+    def __init__(
+        self,
+        cache_dir: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(image_size, batch_size, num_workers, geometry, augment, seed)
+        self.cache = FilmCache(Path(cache_dir)) if cache_dir else None
+
+    def setup(self, stage: str) -> None:
+        """List the studies, once, and say how many boxes a crop cuts.
+
+        Raises:
+            ValueError: As in `ChestXrayDataModule.setup`; or a box covers nothing of its film.
+        """
+        super().setup(stage)
+        # Without a model and a size there is no frame yet.
+        if self.geometry == "crop" and (self.image_size is not None or self.trainer is not None):
+            boxed = [study for split in STAGES[stage] for study in self.studies[split] if study.boxes and study.size]
+            cut, lost = count_cut_boxes(FilmTransform(self._frame(), self.geometry), boxed)
+            if cut:
+                total = sum(len(study.boxes) for study in boxed)
+                rank_zero_warn(
+                    f"geometry: crop cuts {cut} of {total} boxes, {lost} of them wholly; pad keeps them all."
+                )
+
+    def read_film(self, study: Study) -> np.ndarray:
+        """Pixels of a film, `(h, w)` uint8, at the size of its file."""
+        return read_film(str(study.image), upright=self.upright).pixels
+
+    def open_film(self, study: Study, transform: FilmTransform) -> Film:
+        """A study's film at the size that the transform needs, from the cache if there is one."""
+        if self.cache is None:
+            return read_film(str(study.image), transform.fit, upright=self.upright)
+        return self.cache.read(str(study.image), transform.fit, transform.settings, upright=self.upright)
+
+
+def count_cut_boxes(transform: FilmTransform, studies: Iterable[Study]) -> tuple[int, int]:
+    """How many boxes of the studies whose size is known lose a part to a crop, and how many of them all."""
+    counts = [transform.count_cut(study.boxes, study.size) for study in studies if study.size]
+    return sum(cut for cut, _ in counts), sum(lost for _, lost in counts)
+
+
 def _by_split(studies: Sequence[Study]) -> dict[str, list[Study]]:
     twice = [name for name, count in Counter(study.id for study in studies).items() if count > 1]
     if twice:
@@ -255,3 +338,21 @@ def _by_split(studies: Sequence[Study]) -> dict[str, list[Study]]:
     if lost is not None:
         raise ValueError(f"Study {lost.id!r} is in the split {lost.split!r}; splits are {', '.join(SPLITS)}.")
     return {split: [study for study in studies if study.split == split] for split in SPLITS}
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Refuse what is no three shares of a whole.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions must be three shares that sum to 1, got {list(fractions)}.")
+
+
+def split_patients(patients: Iterable[str], fractions: tuple[float, float, float], seed: int) -> dict[str, str]:
+    """Split of each patient: a seeded shuffle of the names, cut at the fractions."""
+    names = sorted(set(patients))
+    order = np.random.default_rng(seed).permutation(len(names))
+    bounds = np.round(np.cumsum(fractions) * len(names))
+    return {names[index]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, index in enumerate(order)}

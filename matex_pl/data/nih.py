@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 
-from matex_pl.data.films import SPLITS, ChestXrayDataModule
+from matex_pl.data.films import FilmFilesDataModule, check_fractions, split_patients
+from matex_pl.data.pixels import film_size
 from matex_pl.data.record import Study
 
 BOX_FILE, LABEL_FILE = "BBox_List_2017.csv", "Data_Entry_2017_v2020.csv"
@@ -46,7 +45,7 @@ _NORMAL = ("No acute cardiopulmonary abnormality.", "Normal chest radiograph.", 
 Box = tuple[float, float, float, float]
 
 
-class NihDataModule(ChestXrayDataModule):
+class NihDataModule(FilmFilesDataModule):
     """The NIH films: one study per film and label, with a box where a radiologist drew one.
 
     There are no reports; phrases come from templates over the label. `root` holds `BBox_List_2017.csv`,
@@ -59,13 +58,17 @@ class NihDataModule(ChestXrayDataModule):
         name_side: Put the side of the box into the phrase. It then tells a map where to look: report results with and
             without.
         fractions: Shares of the patients in train, val and test.
+        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
         image_size: See `ChestXrayDataModule`, like all that follow.
         batch_size: Pairs per batch.
         num_workers: Processes that read and augment films.
-        geometry: `pad` or `squash`.
+        geometry: `pad`, `crop` or `squash`.
         augment: Mild geometric and intensity changes in training.
         seed: Of shuffling, augmentation, splits and templates.
     """
+
+    # Boxes are in the pixels as they are stored.
+    upright = False
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class NihDataModule(ChestXrayDataModule):
         boxed_only: bool = False,
         name_side: bool = False,
         fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
+        cache_dir: str | None = None,
         image_size: int | tuple[int, int] | None = None,
         batch_size: int = 64,
         num_workers: int = 1,
@@ -80,9 +84,8 @@ class NihDataModule(ChestXrayDataModule):
         augment: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(image_size, batch_size, num_workers, geometry, augment, seed)
-        if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must be three shares that sum to 1, got {list(fractions)}.")
+        super().__init__(cache_dir, image_size, batch_size, num_workers, geometry, augment, seed)
+        check_fractions(fractions)
         self.root = Path(root)
         self.boxed_only = boxed_only
         self.name_side = name_side
@@ -120,7 +123,7 @@ class NihDataModule(ChestXrayDataModule):
         film = row["film"]
         named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
         told = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
-        size = _image_size(path) if boxes else (BOX_FRAME, BOX_FRAME)
+        size = film_size(path, upright=False) if boxes else None
         for finding in told:
             drawn = boxes.get(finding, [])
             yield Study(
@@ -129,10 +132,11 @@ class NihDataModule(ChestXrayDataModule):
                 film_id=film,
                 image=str(path),
                 phrase=self._phrase(film, finding, drawn),
-                boxes=[_scale_box(box, size) for box in drawn],
+                boxes=[_scale_box(box, size) for box in drawn] if size else (),
                 finding=finding,
                 film_findings=tuple(named),
                 split=split,
+                size=size,
             )
 
     def _phrase(self, film: str, finding: str, boxes: list[Box]) -> str:
@@ -143,14 +147,6 @@ class NihDataModule(ChestXrayDataModule):
         side = side_word(boxes) if self.name_side and finding not in _WITHOUT_SIDE else ""
         text = str(rng.choice(_TEMPLATES)).format(f"{side} {finding}".strip())
         return text[0].upper() + text[1:]
-
-    def read_film(self, study: Study) -> np.ndarray:
-        """Pixels of a film, `(h, w)` uint8."""
-        # Without the orientation that a file may carry: boxes are in the pixels as they are stored.
-        film = cv2.imread(str(study.image), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
-        if film is None:
-            raise ValueError("no readable image. Copy the file anew or take its row out.")
-        return film
 
 
 def finding_name(label: str) -> str:
@@ -210,30 +206,13 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]
                 yield reader.line_num, [cells[place].strip() if place < len(cells) else "" for place in places]
 
 
-def split_patients(patients: Iterable[str], fractions: tuple[float, float, float], seed: int) -> dict[str, str]:
-    """Split of each patient: a seeded shuffle of the names, cut at the fractions."""
-    names = sorted(set(patients))
-    order = np.random.default_rng(seed).permutation(len(names))
-    bounds = np.round(np.cumsum(fractions) * len(names))
-    return {names[index]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, index in enumerate(order)}
-
-
 def side_word(boxes: list[Box]) -> str:
     """The patient's side of boxes in the 1024 x 1024 frame: the patient's right is on the left of the film."""
     sides = {"right" if (x0 + x1) / 2 < BOX_FRAME / 2 else "left" for x0, _, x1, _ in boxes}
     return "bilateral" if len(sides) == 2 else "".join(sides)
 
 
-def _image_size(path: Path) -> tuple[int, int]:
-    """Width and height of a stored film, from its header."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
-        raise ValueError(f"{path} is no readable image. Copy the file anew or take its row out.") from error
-
-
 def _scale_box(box: Box, size: tuple[int, int]) -> Box:
-    """A box of the 1024 x 1024 frame in pixels of a film of that width and height."""
-    x, y = size[0] / BOX_FRAME, size[1] / BOX_FRAME
+    """A box of the 1024 x 1024 frame in pixels of a film of that height and width."""
+    y, x = size[0] / BOX_FRAME, size[1] / BOX_FRAME
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y

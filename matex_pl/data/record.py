@@ -28,6 +28,8 @@ class Study:
         finding: The finding that the phrase is about; empty when unknown.
         film_findings: All findings known to be on the film; zero-shot metrics count any of them as right.
         split: `train`, `val` or `test`.
+        size: Height and width of the film as it is stored, where they are known without reading it.
+        source: File and line that the record was read from, for messages; line 0 where there is none.
     """
 
     id: str
@@ -39,6 +41,8 @@ class Study:
     finding: str = ""
     film_findings: tuple[str, ...] = ()
     split: str = "train"
+    size: tuple[int, int] | None = None
+    source: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True)

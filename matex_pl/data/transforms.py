@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GEOMETRIES = ("pad", "squash")
+from matex_pl.data.pixels import Size, resize_film
+
+GEOMETRIES = ("pad", "crop", "squash")
 
 # A loader's worker is one process of many: OpenCV's own threads would only get in their way.
 cv2.setNumThreads(0)
@@ -24,7 +26,8 @@ class FilmTransform:
 
     Args:
         size: Height and width of the model's input.
-        geometry: `pad` keeps the film's shape and fills up with black, `squash` stretches it.
+        geometry: `pad` keeps the film's shape and fills up with black, `crop` keeps it and takes the middle, `squash`
+            stretches it.
         augment: Mild rotation, shift and scale, brightness, contrast and gamma, for training; the draws come from
             `seed` alone.
     """
@@ -38,16 +41,30 @@ class FilmTransform:
         self.geometry = geometry
         self.augmentation = _augmentation() if augment else None
 
+    @property
+    def settings(self) -> str:
+        """What `fit` depends on, for the names of cached films."""
+        return f"{self.size[0]}x{self.size[1]} {self.geometry}"
+
+    def fit(self, size: Size) -> Size:
+        """Height and width at which a film of that height and width is laid into the frame, in whole pixels."""
+        if self.geometry == "squash":
+            return self.size
+        ratios = [frame / side for frame, side in zip(self.size, size, strict=True)]
+        scale = min(ratios) if self.geometry == "pad" else max(ratios)
+        return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
     def __call__(
-        self, film: np.ndarray, boxes: Sequence[Sequence[float]] = (), *, seed: int = 0
+        self, film: np.ndarray, boxes: Sequence[Sequence[float]] = (), *, size: Size | None = None, seed: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Image `(3, H, W)` uint8, boxes `(K, 4)` and the film's rectangle `(4,)` in [0, 1] of the model's frame.
 
-        Boxes that augmentation moves out of the frame are dropped; the film's rectangle may reach outside.
+        Boxes that a crop or augmentation moves out of the frame are dropped; the film's rectangle may reach outside.
 
         Args:
             film: `(h, w)` uint8.
-            boxes: `x0, y0, x1, y1` each, in pixels of `film`.
+            boxes: `x0, y0, x1, y1` each, in pixels of the film as it is stored.
+            size: Height and width of the film as it is stored, where `film` is at another size; `film`'s by default.
             seed: Of the augmentation's draws.
 
         Raises:
@@ -55,7 +72,8 @@ class FilmTransform:
         """
         if film.ndim != 2 or film.dtype != np.uint8 or not film.size:
             raise ValueError(f"a film is (h, w) uint8, got {film.shape} {film.dtype}.")
-        framed, drawn, corners = self._frame(film, _clipped(boxes, film.shape))
+        stored = size or (film.shape[0], film.shape[1])
+        framed, drawn, corners = self._frame(film, _clipped(boxes, stored), stored)
         if self.augmentation is not None:
             self.augmentation.set_random_seed(seed)
             out = self.augmentation(image=framed, bboxes=drawn, keypoints=corners)
@@ -64,28 +82,47 @@ class FilmTransform:
         image = torch.from_numpy(np.ascontiguousarray(framed)).expand(3, -1, -1)
         return image, _tensor(drawn / scale), _tensor(_rectangle(corners) / scale)
 
-    def _frame(self, film: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def count_cut(self, boxes: Sequence[Sequence[float]], size: Size) -> tuple[int, int]:
+        """How many boxes of a film lose a part to the crop, and how many of them all.
+
+        Args:
+            boxes: `x0, y0, x1, y1` each, in pixels of the film.
+            size: Height and width of the film.
+        """
+        laid, _ = self._laid(_clipped(boxes, size), size)
+        inside = self._inside(laid)
+        # By less than a pixel of the frame a box is not said to be cut.
+        is_cut = (np.abs(laid - np.clip(laid, 0, np.array([self.size[1], self.size[0]] * 2))) >= 1).any(1)
+        return int((is_cut | ~inside).sum()), int((~inside).sum())
+
+    def _frame(self, film: np.ndarray, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Film, boxes and the film's corners, clockwise from the upper left, in pixels of the model's frame."""
-        left, top, width, height = self._place(film.shape)
-        interpolation = cv2.INTER_AREA if width <= film.shape[1] else cv2.INTER_LINEAR
+        drawn, (left, top, width, height) = self._laid(boxes, stored)
+        pixels = resize_film(film, (height, width))
         framed = np.zeros(self.size, dtype=np.uint8)
-        framed[top : top + height, left : left + width] = cv2.resize(film, (width, height), interpolation=interpolation)
-        # From the whole pixels that the film got, so that boxes follow them exactly.
-        scale = np.array([width / film.shape[1], height / film.shape[0]], dtype=np.float32)
+        part = pixels[max(-top, 0) : self.size[0] - top, max(-left, 0) : self.size[1] - left]
+        framed[max(top, 0) : max(top, 0) + part.shape[0], max(left, 0) : max(left, 0) + part.shape[1]] = part
         origin = np.array([left, top], dtype=np.float32)
         corners = origin + np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=np.float32)
-        return framed, boxes * np.tile(scale, 2) + np.tile(origin, 2), corners
+        kept = drawn[self._inside(drawn)]
+        return framed, np.clip(kept, 0, np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)), corners
 
-    def _place(self, film_size: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """Left, top, width and height of a film in the model's frame, in whole pixels."""
-        if self.geometry == "squash":
-            return 0, 0, self.size[1], self.size[0]
-        scale = min(self.size[0] / film_size[0], self.size[1] / film_size[1])
-        height, width = (max(1, round(side * scale)) for side in film_size)
-        return (self.size[1] - width) // 2, (self.size[0] - height) // 2, width, height
+    def _laid(self, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+        """Boxes in pixels of the model's frame, and left, top, width and height of the film in it."""
+        height, width = self.fit(stored)
+        left, top = (self.size[1] - width) // 2, (self.size[0] - height) // 2
+        # From the whole pixels that the film got, so that boxes follow them exactly.
+        scale = np.array([width / stored[1], height / stored[0]], dtype=np.float32)
+        origin = np.array([left, top], dtype=np.float32)
+        return boxes * np.tile(scale, 2) + np.tile(origin, 2), (left, top, width, height)
+
+    def _inside(self, drawn: np.ndarray) -> np.ndarray:
+        """Which boxes `(K, 4)` have a part in the model's frame, `(K,)` bool."""
+        height, width = self.size
+        return (drawn[:, 2] > 0) & (drawn[:, 3] > 0) & (drawn[:, 0] < width) & (drawn[:, 1] < height)
 
 
-def _clipped(boxes: Sequence[Sequence[float]], film_size: tuple[int, ...]) -> np.ndarray:
+def _clipped(boxes: Sequence[Sequence[float]], film_size: Size) -> np.ndarray:
     """The boxes `(K, 4)` without what lies outside of the film."""
     height, width = film_size
     drawn = np.array(boxes, dtype=np.float32).reshape(-1, 4)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from matex_pl.attribution import RandomMap
+from matex_pl.attribution import CenterMap, Matex, PriorOnly, RandomMap
 from matex_pl.attribution.shipped import load_method
 from matex_pl.benchmark.results import PACKAGES
 from matex_pl.benchmark.rows import method_row
@@ -96,7 +96,10 @@ def _pairs(data: ChestXrayDataModule, image_size: tuple[int, int], protocol: Pro
 
 
 def plan_rows(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanRow]:
-    """The methods that were asked for, noise with and without neighbours alike, and the true boxes where there are any.
+    """The methods that were asked for, and the controls, which always are.
+
+    These are noise with and without neighbours alike, the film's centre, the true boxes where there are any and, beside
+    MATEX, MATEX without its prior and the prior alone.
 
     Args:
         methods: Names of shipped methods and YAML files.
@@ -110,18 +113,30 @@ def plan_rows(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanRow]:
     rows = [
         PlanRow(row.name, describe_method(row.method), row.method.serves_text, note=row.note)
         for row in asked
-        if not isinstance(row.method, RandomMap)
+        if not isinstance(row.method, (RandomMap, CenterMap, PriorOnly))
     ]
+    matex = next((row.method for row in asked if isinstance(row.method, Matex)), None)
+    rows += _prior_controls(matex) if matex else []
     rows += [
         PlanRow(RANDOM, describe_method(RandomMap()), True, True, "noise"),
         PlanRow(BLURRED, describe_method(RandomMap(blur=_BLUR)), True, True, "noise as smooth as maps are"),
+        PlanRow("CenterMap", describe_method(CenterMap()), False, True, "the middle of the frame"),
     ]
     if boxed:
-        rows.append(
-            PlanRow(BOXES, None, False, True, f"what a perfect map would drop; {boxed} of {pairs} pairs have boxes")
-        )
+        note = f"what a perfect map would drop; {boxed} of {pairs} pairs have boxes"
+        rows.append(PlanRow(BOXES, None, False, True, note))
     names = [slug(row.name) for row in rows]
     twice = next((row.name for place, row in enumerate(rows) if names[place] in names[:place]), None)
     if twice:
         raise ValueError(f"Two methods are called {twice!r}. Name each once; a YAML file is called by its name.")
     return rows
+
+
+def _prior_controls(matex: Matex) -> list[PlanRow]:
+    """What tells whether MATEX is good for its prior alone, which knows the phrase and no film; the words have none."""
+    without = Matex(**matex.settings | {"delta": 0.0})
+    prior = PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior)
+    return [
+        PlanRow("MATEX, delta = 0", describe_method(without), False, True, "without its prior"),
+        PlanRow("PriorOnly", describe_method(prior), False, True, "the regions that the phrase names, no model"),
+    ]

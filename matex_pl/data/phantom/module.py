@@ -39,7 +39,7 @@ class PhantomDataModule(ChestXrayDataModule):
         image_size: See `ChestXrayDataModule`, like all that follow.
         batch_size: Pairs per batch.
         num_workers: Processes that read and augment films.
-        geometry: `pad` or `squash`.
+        geometry: `pad`, `crop` or `squash`.
         augment: Mild geometric and intensity changes in training.
         seed: Of films, shuffling and augmentation.
     """

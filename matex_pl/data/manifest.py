@@ -1,0 +1,193 @@
+"""Films of one's own: any table with an image and a phrase in each row."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from matex_pl.data.pixels import film_size, read_film
+from matex_pl.data.record import Study
+from matex_pl.data.rows import (
+    BadRow,
+    Box,
+    RuleError,
+    box_of_cells,
+    boxes_of_json,
+    check_inside,
+    check_phrase,
+    film_name,
+    find_image,
+    split_name,
+    text,
+)
+from matex_pl.data.table import Row, TableDataModule, read_table, sort_rows
+
+REQUIRED = ("image", "phrase")
+OPTIONAL = ("id", "patient_id", "boxes", "finding", "split", "mask", "x", "y", "w", "h")
+_BOX = ("x", "y", "w", "h")
+
+
+class ManifestDataModule(TableDataModule):
+    """Films of one's own, from a CSV file or JSON lines with a row per phrase.
+
+    Columns: `image` (a path below `root`) and `phrase`; as far as there are any, `id`, `patient_id` (splits are made by
+    patient; each film its own without), `finding`, `split` (train, val or validation, test), and the ground truth in
+    pixels of the film as a viewer shows it, upright: `boxes` as JSON `[[x0, y0, x1, y1], ...]`; or `x, y, w, h`, where
+    rows of one phrase on one film (of one id, if there are ids) make one study of several boxes; or `mask`, an image
+    of the film's size whose connected parts give the boxes.
+
+    Args:
+        manifest: CSV with commas, semicolons or tabs, or JSON lines (`.jsonl`), UTF-8, also gzipped.
+        root: Folder that paths start from and none leads out of; the manifest's own by default.
+        columns: The file's names of columns, by ours: `{phrase: caption}`.
+        fractions: Shares of the patients in train, val and test, where there is no column `split`.
+        on_bad_row: `error` or `skip`; see `TableDataModule`.
+        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
+        image_size: See `ChestXrayDataModule`, like all that follow.
+        batch_size: Pairs per batch.
+        num_workers: Processes that read and augment films.
+        geometry: `pad`, `crop` or `squash`.
+        augment: Mild geometric and intensity changes in training.
+        seed: Of shuffling, augmentation and splits.
+    """
+
+    def __init__(
+        self,
+        manifest: str,
+        root: str | None = None,
+        columns: dict[str, str] | None = None,
+        fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
+        on_bad_row: str = "error",
+        cache_dir: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            fractions, on_bad_row, cache_dir, image_size, batch_size, num_workers, geometry, augment, seed
+        )  # fmt: skip
+        unknown = [name for name in columns or {} if name not in REQUIRED + OPTIONAL]
+        if unknown:
+            raise ValueError(f"columns maps {unknown}; names here are {', '.join(REQUIRED + OPTIONAL)}.")
+        self.manifest = Path(manifest)
+        self.root = Path(root) if root is not None else self.manifest.parent
+        self.columns = dict(columns or {})
+
+    def read_rows(self) -> tuple[list[Study], list[BadRow]]:
+        """One study per row, or per group of rows with a box each."""
+        rows, bad = read_table(self.manifest, self.columns, REQUIRED)
+        present = {name for row in rows for name in row.cells}
+        one_box = _one_box_per_row(present, self.manifest)
+        studies, wrong = sort_rows(rows, lambda row: self._study(row, present))
+        if one_box:
+            studies = merge_boxes(studies)
+        if "id" not in present:
+            studies = number_ids(studies)
+        return with_film_findings(studies), bad + wrong
+
+    def _study(self, row: Row, present: set[str]) -> Study:
+        """The study of a row; its id is empty without a column for it.
+
+        Raises:
+            RuleError: The row breaks a rule.
+            ValueError: The film is no readable image.
+        """
+        cells = row.cells
+        path = find_image(self.root, text(cells, "image"))
+        film = film_name(self.root, path)
+        boxes, size = self._boxes(cells, path)
+        return Study(
+            id=_needed(cells, "id", present),
+            patient_id=_needed(cells, "patient_id", present) or film,
+            film_id=film,
+            image=str(path),
+            phrase=check_phrase(text(cells, "phrase")),
+            boxes=boxes,
+            finding=text(cells, "finding"),
+            split=split_name(text(cells, "split")) if "split" in present else "",
+            size=size,
+            source=row.source,
+        )
+
+    def _boxes(self, cells: dict[str, Any], path: Path) -> tuple[list[Box], tuple[int, int] | None]:
+        """Boxes in pixels of the film, and its size if it has some."""
+        boxes = boxes_of_json(cells.get("boxes")) + box_of_cells([cells.get(name) for name in _BOX])
+        mask = text(cells, "mask")
+        if not boxes and not mask:
+            return [], None
+        size = film_size(path)
+        if mask:
+            boxes += _mask_boxes(find_image(self.root, mask), mask, size)
+        check_inside(boxes, size)
+        return boxes, size
+
+
+def merge_boxes(studies: Sequence[Study]) -> list[Study]:
+    """Studies of one phrase on one film, and of one id, as one with all their boxes, in the place of the first."""
+    groups: dict[tuple[str, ...], list[Study]] = defaultdict(list)
+    for study in studies:
+        groups[study.id, study.film_id, study.phrase, study.finding, study.split, study.patient_id].append(study)
+    return [
+        replace(
+            group[0],
+            boxes=list(dict.fromkeys(box for study in group for box in study.boxes)),
+            size=next((study.size for study in group if study.size), None),
+        )
+        for group in groups.values()
+    ]
+
+
+def number_ids(studies: Sequence[Study]) -> list[Study]:
+    """The studies with ids: that of the film, and a number where a film has several, in the order of the rows."""
+    count: dict[str, int] = defaultdict(int)
+    numbered = []
+    for study in studies:
+        count[study.film_id] += 1
+        number = count[study.film_id]
+        numbered.append(replace(study, id=study.film_id if number == 1 else f"{study.film_id}-{number}"))
+    return numbered
+
+
+def with_film_findings(studies: Sequence[Study]) -> list[Study]:
+    """The studies, each knowing all findings of its film."""
+    findings: dict[str, set[str]] = defaultdict(set)
+    for study in studies:
+        findings[study.film_id] |= {study.finding} - {""}
+    return [replace(study, film_findings=tuple(sorted(findings[study.film_id]))) for study in studies]
+
+
+def _one_box_per_row(present: set[str], manifest: Path) -> bool:
+    """Whether boxes stand in the columns `x, y, w, h`.
+
+    Raises:
+        ValueError: Some of these are missing.
+    """
+    missing = [name for name in _BOX if name not in present]
+    if 0 < len(missing) < len(_BOX):
+        raise ValueError(f"{manifest} has some of the columns x, y, w, h, but not {missing}; it has {sorted(present)}.")
+    return not missing
+
+
+def _needed(cells: dict[str, Any], name: str, present: set[str]) -> str:
+    """A cell that may not be empty if there is a column for it."""
+    cell = text(cells, name)
+    if name in present and not cell:
+        raise RuleError("", f"the {name} is missing")
+    return cell
+
+
+def _mask_boxes(path: Path, name: str, size: tuple[int, int]) -> list[Box]:
+    """The box of each connected part of a mask; none of a black one."""
+    mask = read_film(path).pixels
+    if mask.shape != size:
+        raise RuleError(name, f"the mask is {mask.shape[1]} x {mask.shape[0]} and its film {size[1]} x {size[0]}")
+    _, _, parts, _ = cv2.connectedComponentsWithStats((mask > 127).astype("uint8"))
+    return [(float(x), float(y), float(x + width), float(y + height)) for x, y, width, height, _ in parts[1:].tolist()]

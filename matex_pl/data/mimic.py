@@ -1,0 +1,167 @@
+"""MIMIC-CXR for fine-tuning: frontal films with a sentence of their report, another one in each epoch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from tqdm import tqdm
+
+from matex_pl.data.ms_cxr import find_film
+from matex_pl.data.record import Study
+from matex_pl.data.rows import BadRow, RuleError, split_name, text
+from matex_pl.data.table import Row, TableDataModule, read_table, read_text, sort_rows
+
+SPLIT_FILE, METADATA_FILE = "mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-metadata.csv"
+SECTIONS = ("findings", "impression")
+_SPLIT_COLUMNS = ("dicom_id", "study_id", "subject_id", "split")
+# A line that begins with a title in capitals and a colon begins a section.
+_TITLE = re.compile(r"^[ \t]*([A-Z][A-Z /&,()-]+):", re.MULTILINE)
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9_])")
+_NUMBER = re.compile(r"^(?:\d+[.)]\s*)+")
+_WORD = re.compile(r"[A-Za-z]{2,}")
+_FEWEST_WORDS = 3
+
+
+class MimicCxrDataModule(TableDataModule):
+    """MIMIC-CXR-JPG with the reports of MIMIC-CXR: one study per film, whose phrase is a sentence of its report.
+
+    Both need a credentialed account and are not part of this package. In training each epoch draws another sentence,
+    by the seed; validation and test keep one. Reports without the sections are left out and counted. There are no
+    boxes: `MsCxrDataModule` has them for some of these films.
+
+    Args:
+        root: Folder of MIMIC-CXR-JPG: `files/p10/p10000032/s50414267/....jpg`, `mimic-cxr-2.0.0-split.csv` and
+            `mimic-cxr-2.0.0-metadata.csv`, both also gzipped (`.csv.gz`).
+        reports: Folder of the reports, `files/p10/p10000032/s50414267.txt`; `root` by default.
+        views: Positions of the films to take, of the metadata; all films, and no metadata, when empty.
+        sections: Of the reports to take sentences from: `findings`, `impression`.
+        on_bad_row: `error` or `skip`, as for films that are not there; see `TableDataModule`.
+        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
+        image_size: See `ChestXrayDataModule`, like all that follow.
+        batch_size: Pairs per batch.
+        num_workers: Processes that read and augment films.
+        geometry: `pad`, `crop` or `squash`.
+        augment: Mild geometric and intensity changes in training.
+        seed: Of shuffling, augmentation and sentences.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        reports: str | None = None,
+        views: Sequence[str] = ("PA", "AP"),
+        sections: Sequence[str] = SECTIONS,
+        on_bad_row: str = "error",
+        cache_dir: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            on_bad_row=on_bad_row,
+            cache_dir=cache_dir,
+            image_size=image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            geometry=geometry,
+            augment=augment,
+            seed=seed,
+        )
+        if not sections or not set(sections) <= set(SECTIONS):
+            raise ValueError(f"sections must be some of {', '.join(SECTIONS)}, got {list(sections)}.")
+        self.root = Path(root)
+        self.reports = Path(reports) if reports is not None else self.root
+        self.views = list(views)
+        self.sections = list(sections)
+        self._sentences: dict[str, list[str]] = {}
+
+    def read_rows(self) -> tuple[list[Study], list[BadRow]]:
+        """One study per film of the views whose report has a sentence."""
+        rows, bad = read_table(_plain_or_gzipped(self.root / SPLIT_FILE), {}, _SPLIT_COLUMNS)
+        if self.views:
+            frontal = self._films_of_views()
+            rows = [row for row in rows if text(row.cells, "dicom_id") in frontal]
+        sentences: dict[str, list[str]] = {}
+        studies, wrong = sort_rows(
+            tqdm(rows, "reports", delay=2, disable=None), lambda row: self._study(row, sentences)
+        )
+        told = [study for study in studies if study.phrase]
+        if len(told) < len(studies):
+            rank_zero_warn(
+                f"{len(studies) - len(told)} of {len(studies)} films have no sentence in {' or '.join(self.sections)} "
+                "of their reports; left out."
+            )
+        return told, bad + wrong
+
+    def _films_of_views(self) -> set[str]:
+        path = _plain_or_gzipped(self.root / METADATA_FILE)
+        rows, _ = read_table(path, {}, ("dicom_id", "ViewPosition"))
+        found = {text(row.cells, "dicom_id") for row in rows if text(row.cells, "ViewPosition") in self.views}
+        if not found:
+            known = sorted({text(row.cells, "ViewPosition") for row in rows} - {""})
+            raise ValueError(f"No film of {path} has one of the views {self.views}; there are {known}.")
+        return found
+
+    def _study(self, row: Row, sentences: dict[str, list[str]]) -> Study:
+        """The study of a film; its phrase is empty if its report has no sentence.
+
+        Args:
+            row: Of the split file.
+            sentences: Of the reports that are read already, by study; that of this film is added.
+        """
+        film, study, patient = (text(row.cells, name) for name in ("dicom_id", "study_id", "subject_id"))
+        folder = f"files/p{patient[:2]}/p{patient}"
+        path = find_film(self.root, f"{folder}/s{study}/{film}.jpg")
+        if study not in sentences:
+            sentences[study] = self._read_report(f"{folder}/s{study}.txt")
+        self._sentences[film] = sentences[study]
+        found = Study(
+            id=film,
+            patient_id=patient,
+            film_id=film,
+            image=str(path),
+            phrase="",
+            split=split_name(text(row.cells, "split")),
+            source=row.source,
+        )
+        return self.draw_study(found, self.seed) if sentences[study] else found
+
+    def _read_report(self, name: str) -> list[str]:
+        place = next(
+            (p for p in (self.reports / name, self.reports / name.removeprefix("files/")) if p.is_file()), None
+        )
+        if place is None:
+            raise RuleError(name, f"there is no such report below {str(self.reports)!r}")
+        return sentences_of(read_text(place), self.sections)
+
+    def draw_study(self, study: Study, seed: int) -> Study:
+        """The study with a sentence of its report that the seed draws."""
+        sentences = self._sentences[study.id]
+        rng = np.random.default_rng([seed, *study.id.encode()])
+        return replace(study, phrase=sentences[rng.integers(len(sentences))])
+
+
+def sentences_of(report: str, sections: Sequence[str]) -> list[str]:
+    """Sentences of at least three words from the named sections of a report, in order, each once."""
+    titles = [*_TITLE.finditer(report)]
+    ends = [title.start() for title in titles[1:]] + [len(report)]
+    parts = [
+        report[title.end() : end]
+        for title, end in zip(titles, ends, strict=False)
+        if any(section.upper() in title[1] for section in sections)
+    ]
+    sentences = [_NUMBER.sub("", sentence) for part in parts for sentence in _END.split(" ".join(part.split()))]
+    return list(dict.fromkeys(sentence for sentence in sentences if len(_WORD.findall(sentence)) >= _FEWEST_WORDS))
+
+
+def _plain_or_gzipped(path: Path) -> Path:
+    gzipped = path.with_name(f"{path.name}.gz")
+    return gzipped if gzipped.is_file() and not path.is_file() else path

@@ -1,0 +1,273 @@
+"""MS-CXR on MIMIC-CXR-JPG: phrases of reports with radiologists' boxes, in the layout of the public distributions."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from matex_pl.data.manifest import merge_boxes, number_ids, with_film_findings
+from matex_pl.data.pixels import film_size
+from matex_pl.data.record import Study
+from matex_pl.data.rows import (
+    SPLIT_NAMES,
+    BadRow,
+    Box,
+    RuleError,
+    box_of_cells,
+    check_inside,
+    check_phrase,
+    find_image,
+    split_name,
+    text,
+)
+from matex_pl.data.table import Row, TableDataModule, read_table, read_text, sort_rows
+
+ANNOTATIONS = "MS_CXR_Local_Alignment_*"
+SPLITS_FROM = ("file", "patients")
+COLUMNS = ("category_name", "label_text", "path", "x", "y", "w", "h", "dicom_id", "image_width", "image_height")
+_PATIENT = re.compile(r"(?:^|/)p(\d+)/s\d+/")
+# Down-sized copies may be of another kind.
+_SUFFIXES = (".jpg", ".png", ".jpeg", ".dcm")
+
+
+class MsCxrDataModule(TableDataModule):
+    """MS-CXR 1.0 and 1.1: one study per phrase and category on a film, with all of its boxes.
+
+    Both need a credentialed account and are not part of this package. `root` is the folder of MIMIC-CXR-JPG, which
+    holds `files/p10/p10000032/s50414267/....jpg` (or starts at `p10/`); down-sized copies do, as boxes are scaled by
+    the file's size over `image_width` and `image_height`. The patient is read from the path.
+
+    Args:
+        root: Folder of the films.
+        annotations: The CSV or the COCO-style JSON of MS-CXR; by default the one `MS_CXR_Local_Alignment_*` in `root`.
+        split_file: MIMIC's `mimic-cxr-2.0.0-split.csv`, also gzipped. Its splits come before those of MS-CXR; how many
+            phrases the two put elsewhere is reported.
+        splits: `file` takes the splits of the files, and draws them by patient where these have none; `patients`
+            always draws.
+        fractions: Shares of the patients in train, val and test, where splits are drawn.
+        on_bad_row: `error` or `skip`; see `TableDataModule`.
+        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
+        image_size: See `ChestXrayDataModule`, like all that follow.
+        batch_size: Pairs per batch.
+        num_workers: Processes that read and augment films.
+        geometry: `pad`, `crop` or `squash`.
+        augment: Mild geometric and intensity changes in training.
+        seed: Of shuffling, augmentation and splits.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        annotations: str | None = None,
+        split_file: str | None = None,
+        splits: str = "file",
+        fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
+        on_bad_row: str = "error",
+        cache_dir: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            fractions, on_bad_row, cache_dir, image_size, batch_size, num_workers, geometry, augment, seed
+        )  # fmt: skip
+        if splits not in SPLITS_FROM:
+            raise ValueError(f"splits must be one of {', '.join(SPLITS_FROM)}, got {splits!r}.")
+        if splits == "patients" and split_file is not None:
+            raise ValueError("splits: patients draws the splits; leave split_file out, or set splits: file.")
+        self.root = Path(root)
+        self.annotations = annotations
+        self.split_file = split_file
+        self.splits = splits
+
+    def read_rows(self) -> tuple[list[Study], list[BadRow]]:
+        """One study per phrase and category on a film."""
+        path = find_annotations(self.root, self.annotations)
+        rows, bad = read_coco(path) if path.suffix == ".json" else read_table(path, {}, COLUMNS)
+        official = read_splits(Path(self.split_file)) if self.split_file else None
+        studies, wrong = sort_rows(rows, lambda row: self._study(row, official))
+        studies = number_ids(merge_boxes(studies))
+        if official is not None:
+            _report_disagreement(studies, {text(row.cells, "dicom_id"): text(row.cells, "split") for row in rows})
+        return with_film_findings(studies), bad + wrong
+
+    def _study(self, row: Row, official: Mapping[str, str] | None) -> Study:
+        cells = row.cells
+        path, film = find_film(self.root, text(cells, "path")), text(cells, "dicom_id")
+        size = film_size(path)
+        boxes = scale_boxes(
+            box_of_cells([cells.get(name) for name in "xywh"]),
+            (cells.get("image_height"), cells.get("image_width")),
+            size,
+        )
+        if not film:
+            raise RuleError("", "the dicom_id is missing")
+        if official is not None and film not in official:
+            raise RuleError(film, f"the film is not in {self.split_file}")
+        own = text(cells, "split") if self.splits == "file" else ""
+        split = official[film] if official is not None else own
+        return Study(
+            id="",
+            patient_id=patient_of(text(cells, "path")),
+            film_id=film,
+            image=str(path),
+            phrase=check_phrase(text(cells, "label_text")),
+            boxes=boxes,
+            finding=text(cells, "category_name").lower(),
+            split=split_name(split) if split else "",
+            size=size,
+            source=row.source,
+        )
+
+
+def find_annotations(root: Path, given: str | None) -> Path:
+    """The annotation file: the given one, or else the only one in `root`, where CSV comes before JSON.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: There are several.
+    """
+    if given is not None:
+        return Path(given)
+    for suffix in (".csv", ".json"):
+        found = sorted(root.glob(ANNOTATIONS + suffix))
+        if len(found) > 1:
+            raise ValueError(f"{root} has several: {[path.name for path in found]}. Choose one by data.annotations.")
+        if found:
+            return found[0]
+    raise FileNotFoundError(
+        f"There is no {ANNOTATIONS} (.csv or .json) in {str(root)!r}. Copy MS-CXR's there, or give data.annotations."
+    )
+
+
+def read_coco(path: Path) -> tuple[list[Row], list[BadRow]]:
+    """Rows of the COCO-style JSON, under the names of the CSV's columns; the source names the annotation.
+
+    The file holds more image records than films; they are found by their ids, and told apart by their paths.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no JSON, or not of that style.
+    """
+    try:
+        content = json.loads(read_text(path))
+        categories = {record["id"]: str(record["name"]) for record in content["categories"]}
+        images = {record["id"]: record for record in content["images"]}
+        annotations = list(content["annotations"])
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is no COCO-style JSON with `categories`, `images` and `annotations`: {error!r}."
+        ) from error
+    return _sorted_annotations(path, annotations, images, categories)
+
+
+def _sorted_annotations(
+    path: Path, annotations: Sequence[Any], images: Mapping[Any, Any], categories: Mapping[Any, str]
+) -> tuple[list[Row], list[BadRow]]:
+    rows, bad = [], []
+    for place, annotation in enumerate(annotations):
+        source = (f"{path}, annotation {place}", 0)
+        try:
+            rows.append(Row(source, _annotation_cells(annotation, images[annotation["image_id"]], categories)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            bad.append(BadRow(*source, str(annotation)[:200], f"the annotation has no {error}"))
+    return rows, bad
+
+
+def _annotation_cells(annotation: Any, image: Any, categories: Mapping[Any, str]) -> dict[str, Any]:
+    x, y, width, height = annotation["bbox"]
+    return {
+        "category_name": categories[annotation["category_id"]],
+        "label_text": annotation["label_text"],
+        "path": image["path"],
+        "x": x,
+        "y": y,
+        "w": width,
+        "h": height,
+        "dicom_id": Path(image["path"]).stem,
+        "image_width": image["width"],
+        "image_height": image["height"],
+        "split": annotation.get("split") or image.get("split"),
+    }
+
+
+def read_splits(path: Path) -> dict[str, str]:
+    """Splits by `dicom_id`, from MIMIC's file of them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read, or lacks a column.
+    """
+    rows, bad = read_table(path, {}, ("dicom_id", "split"))
+    if bad:
+        raise ValueError(str(bad[0]))
+    return {text(row.cells, "dicom_id"): text(row.cells, "split") for row in rows}
+
+
+def find_film(root: Path, path: str) -> Path:
+    """The file of MIMIC's path below `root`: with or without `files/`, as another kind of image too.
+
+    Raises:
+        RuleError: There is none; see `find_image`.
+    """
+    for name in dict.fromkeys((path, path.removeprefix("files/"))):
+        for suffix in dict.fromkeys((Path(name).suffix, *_SUFFIXES)):
+            try:
+                return find_image(root, str(Path(name).with_suffix(suffix)) if name else "")
+            except RuleError as error:
+                if "no such file" not in error.rule:
+                    raise
+    return find_image(root, path)
+
+
+def patient_of(path: str) -> str:
+    """The patient of MIMIC's path, `.../p10000032/s50414267/...`.
+
+    Raises:
+        RuleError: The path names none.
+    """
+    found = _PATIENT.search(path)
+    if found is None:
+        raise RuleError(path, "the path names no patient and study as in files/p10/p10000032/s50414267/")
+    return found[1]
+
+
+def scale_boxes(boxes: Sequence[Box], annotated: Sequence[Any], size: tuple[int, int]) -> list[Box]:
+    """Boxes of a film of the annotated size, in pixels of its file.
+
+    Args:
+        boxes: `(x0, y0, x1, y1)` in pixels of the film as it was annotated.
+        annotated: Height and width of that film, as they are written.
+        size: Height and width of the file.
+
+    Raises:
+        RuleError: The annotated size is none, or a box reaches outside of it.
+    """
+    try:
+        height, width = (float(side) for side in annotated)
+    except (TypeError, ValueError):
+        height = width = 0.0
+    if not (0 < height < math.inf and 0 < width < math.inf):
+        raise RuleError(list(annotated), "image_height and image_width are not two positive numbers")
+    check_inside(boxes, (int(height), int(width)))
+    y, x = size[0] / height, size[1] / width
+    return [(x0 * x, y0 * y, x1 * x, y1 * y) for x0, y0, x1, y1 in boxes]
+
+
+def _report_disagreement(studies: Sequence[Study], own: Mapping[str, str]) -> None:
+    known = [study for study in studies if own.get(study.film_id)]
+    other = [study for study in known if SPLIT_NAMES.get(own[study.film_id].lower()) != study.split]
+    if other:
+        rank_zero_warn(
+            f"{len(other)} of {len(known)} phrases are in another split in MS-CXR than in MIMIC's split file, which is "
+            f"taken: {', '.join(study.id for study in other[:3])}{', ...' if len(other) > 3 else ''}"
+        )

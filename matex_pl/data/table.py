@@ -1,0 +1,262 @@
+"""Tables on disk, CSV and JSON lines, and the base of the data modules that read one."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from matex_pl.data.films import FilmFilesDataModule, check_fractions, split_patients
+from matex_pl.data.record import Study
+from matex_pl.data.rows import BadRow, RuleError, drop_leaks, drop_repeats
+from matex_pl.files import whole_file
+
+ON_BAD_ROW = ("error", "skip")
+SKIPPED = "skipped_rows.csv"
+"""Name of the list of rows that were left out."""
+
+_SEPARATORS = (",", ";", "\t")
+_JSON_LINES = {".jsonl", ".ndjson"}
+_SHOWN = 5
+# Reports are long cells, longer than what the csv module takes by default.
+csv.field_size_limit(2**24)
+
+
+class Row(NamedTuple):
+    """A row of a table: its file and line, from 1, and its cells by column."""
+
+    source: tuple[str, int]
+    cells: dict[str, Any]
+
+
+def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> tuple[list[Row], list[BadRow]]:
+    """Rows of a table, with the columns under our names, and rows that do not fit.
+
+    CSV with commas, semicolons or tabs and a header, or JSON lines (`.jsonl`, `.ndjson`), UTF-8 with or without a
+    byte-order mark; also gzipped (`.gz`).
+
+    Args:
+        path: The table.
+        columns: The file's name of a column, by ours, where they differ.
+        required: Our names of the columns that have to be there.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not UTF-8, has no rows, or lacks a column; the message lists those it has.
+    """
+    content = read_text(path)
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    read = _json_rows if suffixes & _JSON_LINES else _csv_rows
+    wanted = [columns.get(name, name) for name in required]
+    header, rows, bad = read(path, content, wanted)
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the columns {missing}; it has {header}. Map names by `columns`; CSV takes a comma, a "
+            "semicolon or a tab between cells."
+        )
+    if not rows and not bad:
+        raise ValueError(f"{path} has a header and no rows.")
+    ours = {theirs: our for our, theirs in columns.items()}
+    unknown = [theirs for theirs in ours if theirs not in header]
+    if unknown:
+        raise ValueError(f"`columns` names {unknown}, which {path} does not have; it has {header}.")
+    # A column that is mapped to another is not itself any more.
+    hidden = {our for our, theirs in columns.items() if our != theirs} - ours.keys()
+    return [_renamed(row, ours, hidden) for row in rows] if ours else rows, bad
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, perhaps gzipped, without its byte-order mark.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not UTF-8, with the line; or no gzip file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no table at {str(path)!r}.")
+    content = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is no whole gzip file: {error}.") from error
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} is UTF-16, which is not read. Save it as UTF-8.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}: the byte {content[error.start]:#04x} is not UTF-8. Save the file as UTF-8."
+        ) from None
+
+
+def _renamed(row: Row, ours: Mapping[str, str], hidden: set[str]) -> Row:
+    return Row(row.source, {ours.get(name, name): cell for name, cell in row.cells.items() if name not in hidden})
+
+
+def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[Row], list[BadRow]]:
+    first = io.StringIO(content, newline="").readline()
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=_separator(first, wanted))
+    rows, bad, line = [], [], 1
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        twice = sorted({name for name in header if name and header.count(name) > 1})
+        if twice:
+            raise ValueError(f"{path} has several columns of the name {twice[0]!r}; it has {header}.")
+        line = reader.line_num + 1
+        for cells in reader:
+            if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
+                rule = f"the row has {len(cells)} cells and the header {len(header)}; quote cells that hold a separator"
+                bad.append(BadRow(str(path), line, "", rule))
+            elif any(cell.strip() for cell in cells):
+                rows.append(Row((str(path), line), dict(zip(header, cells, strict=False))))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: {error}.") from error
+    return header, rows, bad
+
+
+def _separator(first: str, wanted: Sequence[str]) -> str:
+    """The separator under which the header has most of the wanted columns, then most columns."""
+
+    def fit(separator: str) -> tuple[int, int]:
+        names = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
+        return sum(name in names for name in wanted), len(names)
+
+    return max(_SEPARATORS, key=fit)
+
+
+def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[Row], list[BadRow]]:
+    header: dict[str, None] = {}
+    rows, bad = [], []
+    for line, text in enumerate(content.split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            cells = json.loads(text)
+        except (ValueError, RecursionError):
+            cells = None
+        if isinstance(cells, dict):
+            header.update(dict.fromkeys(cells))
+            rows.append(Row((str(path), line), cells))
+        else:
+            bad.append(BadRow(str(path), line, text[:200], "the line is no JSON object"))
+    # Rows may leave out what they do not have; if all lines are broken, that is what to say.
+    return list(header) if rows else list(wanted), rows, bad
+
+
+class TableDataModule(FilmFilesDataModule):
+    """Base of the data modules that read a table of films: what happens to bad rows, and splits by patient.
+
+    A subclass reads its rows and says which of them are bad; repeated ids and patients in two splits are found here.
+
+    Args:
+        fractions: Shares of the patients in train, val and test, where the table names no splits.
+        on_bad_row: `error` stops with a list of the bad rows; `skip` leaves them out, counts them, and lists them in
+            `skipped_rows.csv` in the log folder, or in the current one without a trainer.
+        cache_dir: See `FilmFilesDataModule`, like all that follow.
+        image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
+        batch_size: Pairs per batch.
+        num_workers: Processes that read and augment films.
+        geometry: `pad`, `crop` or `squash`.
+        augment: Mild geometric and intensity changes in training.
+        seed: Of shuffling, augmentation and splits.
+    """
+
+    def __init__(
+        self,
+        fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
+        on_bad_row: str = "error",
+        cache_dir: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(cache_dir, image_size, batch_size, num_workers, geometry, augment, seed)
+        check_fractions(fractions)
+        if on_bad_row not in ON_BAD_ROW:
+            raise ValueError(f"on_bad_row must be one of {', '.join(ON_BAD_ROW)}, got {on_bad_row!r}.")
+        self.fractions = fractions
+        self.on_bad_row = on_bad_row
+
+    @abstractmethod
+    def read_rows(self) -> tuple[list[Study], list[BadRow]]:
+        """Studies of the rows that are right, without a split where the table names none, and the other rows."""
+
+    def checked_rows(self) -> tuple[list[Study], list[BadRow]]:
+        """All studies that can be used, with their splits, and all bad rows, without reading pixels.
+
+        Raises:
+            FileNotFoundError: A table is missing.
+            ValueError: A table cannot be read at all.
+        """
+        studies, bad = self.read_rows()
+        studies, repeats = drop_repeats(studies)
+        if any(not study.split for study in studies):
+            splits = split_patients((study.patient_id for study in studies), self.fractions, self.seed)
+            studies = [replace(study, split=study.split or splits[study.patient_id]) for study in studies]
+        studies, leaks = drop_leaks(studies)
+        return studies, sorted([*bad, *repeats, *leaks], key=lambda row: (row.file, row.line))
+
+    def list_studies(self) -> list[Study]:
+        """All studies whose rows are right.
+
+        Raises:
+            FileNotFoundError: A table is missing.
+            ValueError: A table cannot be read, or has bad rows and `on_bad_row` is `error`; the message names them.
+        """
+        studies, bad = self.checked_rows()
+        if bad and self.on_bad_row == "error":
+            raise ValueError(
+                f"{_several(bad)}\nCorrect them, or leave them out by on_bad_row: skip. `matex check-data` lists all."
+            )
+        if bad:
+            place = self._skipped_path()
+            write_bad_rows(place, bad)
+            rank_zero_warn(f"Left out, listed in {place}: {_several(bad)}")
+        return studies
+
+    def _skipped_path(self) -> Path:
+        if self.trainer is None:
+            return Path(SKIPPED)
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir) / SKIPPED
+
+
+@rank_zero_only
+def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
+    """Write bad rows as CSV: `file, line, value, rule`."""
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(BadRow.__dataclass_fields__)
+        writer.writerows((row.file, row.line, row.value, row.rule) for row in bad)
+
+
+def _several(bad: Sequence[BadRow]) -> str:
+    lines = [f"{len(bad)} bad row{'s' * (len(bad) > 1)}:", *map(str, bad[:_SHOWN])]
+    return "\n  ".join([*lines, f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else lines)
+
+
+def sort_rows(rows: Iterable[Row], study_of: Callable[[Row], Study]) -> tuple[list[Study], list[BadRow]]:
+    """The studies of the rows that are right, and the others."""
+    studies, bad = [], []
+    for row in rows:
+        try:
+            studies.append(study_of(row))
+        except RuleError as error:
+            bad.append(error.at(row.source))
+        except (OSError, ValueError) as error:
+            bad.append(BadRow(*row.source, "", str(error)))
+    return studies, bad

@@ -1,0 +1,184 @@
+"""DICOM films, and JPEGs of more than 8 bits: what a viewer would show, from files made here and pydicom's own."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from matex_pl.data.pixels import film_size, read_film
+
+pydicom = pytest.importorskip("pydicom")
+from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from pydicom.encaps import generate_frames  # noqa: E402
+from pydicom.pixels import set_pixel_data  # noqa: E402
+from pydicom.uid import (  # noqa: E402
+    DigitalXRayImageStorageForPresentation,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+    generate_uid,
+)
+
+HEIGHT, WIDTH = 60, 40
+
+
+def _ramp() -> np.ndarray:
+    """Values from 0 to 4095, brighter to the right and downwards: `(60, 40)` uint16."""
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    return np.rint((2 * columns / (WIDTH - 1) + rows / (HEIGHT - 1)) / 3 * 4095).astype(np.uint16)
+
+
+def write_dicom(path: Path, pixels: np.ndarray, kind: str = "MONOCHROME2", syntax: Any = None, **tags: Any) -> Path:
+    header = Dataset()
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.SOPClassUID = DigitalXRayImageStorageForPresentation
+    header.SOPInstanceUID = generate_uid()
+    set_pixel_data(header, pixels, kind, 8 if pixels.dtype == np.uint8 else 12)
+    for name, value in tags.items():
+        setattr(header, name, value)
+    if syntax is not None:
+        header.compress(syntax)
+    header.save_as(path, enforce_file_format=True)
+    return path
+
+
+def _values(path: Path) -> np.ndarray:
+    film = read_film(path)
+    assert film.size == film_size(path) == film.pixels.shape == (HEIGHT, WIDTH)
+    return film.pixels.astype(float)
+
+
+EXPECTED = _ramp() / 4095 * 255
+
+
+@pytest.mark.parametrize("name", ["film.dcm", "film"])
+def test_values_run_from_dark_to_bright(tmp_path: Path, name: str) -> None:
+    np.testing.assert_allclose(_values(write_dicom(tmp_path / name, _ramp())), EXPECTED, atol=0.51)
+
+
+def test_low_values_are_bright_in_monochrome_1(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), "MONOCHROME1")
+    np.testing.assert_allclose(_values(path), 255 - EXPECTED, atol=0.51)
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME2", "MONOCHROME1"])
+def test_window_over_rescaled_values(tmp_path: Path, kind: str) -> None:
+    """Values 2 v - 1000, of which the window shows 1000 to 3000."""
+    tags = {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": [2000, 1], "WindowWidth": [2000, 1]}
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), kind, **tags)
+    expected = ((2.0 * _ramp() - 1000 - 1000) / 2000).clip(0, 1) * 255
+    np.testing.assert_allclose(_values(path), expected if kind == "MONOCHROME2" else 255 - expected, atol=0.7)
+
+
+def test_window_wider_than_the_values_is_kept(tmp_path: Path) -> None:
+    """A film that uses a quarter of its window stays dark: it is not stretched."""
+    path = write_dicom(tmp_path / "film.dcm", _ramp() // 4, WindowCenter=2048, WindowWidth=4096)
+    assert _values(path).max() == pytest.approx(64, abs=1)
+
+
+def test_table_of_the_values_of_interest(tmp_path: Path) -> None:
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [4096, 0, 12])
+    table.add_new("LUTData", "US", [(value * value) // 4096 for value in range(4096)])
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), VOILUTSequence=[table])
+    np.testing.assert_allclose(_values(path), (_ramp() / 4096) ** 2 * 255, atol=0.7)
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless], ids=["rle", "jpeg_2000"])
+def test_compressed_films(tmp_path: Path, syntax: Any) -> None:
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), syntax=syntax)
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+
+
+@pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEGLSNearLossless_16.dcm", "JPEG2000.dcm"])
+def test_compressed_films_of_others(name: str) -> None:
+    """Files that come with pydicom, whose levels keep the order of what pydicom decodes."""
+    path = pydicom.data.get_testdata_file(name, download=False)
+    if path is None:
+        pytest.skip(f"this pydicom comes without {name}")
+    film = read_film(path)
+    stored = pydicom.dcmread(path).pixel_array.astype(float)
+    assert film.size == film_size(path) == stored.shape[:2]
+    if stored.ndim == 2 and film.pixels.std() > 0:
+        assert np.corrcoef(film.pixels.ravel(), stored.ravel())[0, 1] > 0.6
+
+
+def test_twelve_bit_jpeg_by_itself(tmp_path: Path) -> None:
+    source = pydicom.data.get_testdata_file("JPGExtended.dcm", download=False)
+    if source is None:
+        pytest.skip("this pydicom comes without JPGExtended.dcm")
+    header = pydicom.dcmread(source)
+    path = tmp_path / "film.jpg"
+    path.write_bytes(next(generate_frames(header.PixelData, number_of_frames=1)))
+    stored = header.pixel_array.astype(float)
+    film = read_film(path)
+    assert film.size == film_size(path) == stored.shape
+    expected = (stored - stored.min()) / (stored.max() - stored.min()) * 255
+    np.testing.assert_allclose(film.pixels, expected, atol=0.51)
+
+
+def test_first_of_several_frames_with_a_warning(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "film.dcm", np.stack([_ramp(), _ramp() // 2, _ramp() // 3]))
+    with pytest.warns(UserWarning, match=r"film\.dcm has 3 frames; the first one is taken"):
+        np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+
+
+def test_colours_become_luminance(tmp_path: Path) -> None:
+    grey = np.rint(EXPECTED).astype(np.uint8)
+    path = write_dicom(tmp_path / "film.dcm", np.stack([grey] * 3, -1), "RGB")
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=1.1)
+
+
+def test_resized_before_it_becomes_8_bits(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "film.dcm", _ramp())
+    small = read_film(path, lambda size: (size[0] // 10, size[1] // 10)).pixels
+    np.testing.assert_allclose(small, EXPECTED.reshape(6, 10, 4, 10).mean((1, 3)), atol=0.51)
+
+
+def test_a_codec_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), syntax=JPEG2000Lossless)
+    decoder = pydicom.pixels.get_decoder(JPEG2000Lossless)
+    for plugin in list(decoder.available_plugins):
+        monkeypatch.setitem(decoder._unavailable, plugin, ("a codec",))
+        monkeypatch.delitem(decoder._available, plugin)
+    with pytest.raises(ImportError, match=r"film\.dcm cannot be decoded .*pip install 'matex_pl\[dicom\]'"):
+        read_film(path)
+
+
+def test_a_broken_stream_is_a_broken_film(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), syntax=JPEG2000Lossless)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\xff\x4f\xff\x51", b"\xff\x4f\x00\x00"))
+    with pytest.raises(ValueError, match=r"no readable image at '.*film\.dcm' \(Unable to decode"):
+        read_film(path)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    whole = write_dicom(tmp_path / "film.dcm", _ramp()).read_bytes()
+    for content in (b"", b"no dicom", whole[:200], whole[: len(whole) // 2]):
+        (tmp_path / "film.dcm").write_bytes(content)
+        with pytest.raises(ValueError, match=r"no readable image at '.*film\.dcm'"):
+            read_film(tmp_path / "film.dcm")
+
+
+def test_without_pydicom_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, actual = write_dicom(tmp_path / "film.dcm", _ramp()), builtins.__import__
+
+    def refuse(name: str, *args: Any, **settings: Any) -> Any:
+        if name.partition(".")[0] == "pydicom":
+            raise ImportError(name)
+        return actual(name, *args, **settings)
+
+    monkeypatch.delitem(sys.modules, "pydicom")
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    for read in (read_film, film_size):
+        with pytest.raises(
+            ImportError, match=r"film\.dcm is DICOM, which needs pydicom: pip install 'matex_pl\[dicom\]'"
+        ):
+            read(path)

@@ -1,0 +1,305 @@
+"""Films of one's own by a table: what is read, and what is refused with file, line, value and rule."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from matex_pl.cli import main
+from matex_pl.data import ManifestDataModule
+from matex_pl.data.rows import BadRow, RuleError, box_of_cells, boxes_of_json, check_inside, find_image, split_name
+
+HEIGHT, WIDTH = 60, 80
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Twelve films of 80 x 60 pixels, each of its own grey."""
+    (tmp_path / "films").mkdir()
+    for number in range(12):
+        cv2.imwrite(str(tmp_path / "films" / f"{number}.png"), np.full((HEIGHT, WIDTH), 20 * number, dtype=np.uint8))
+    return tmp_path
+
+
+def _write(path: Path, rows: list[dict[str, Any]], separator: str = ",", encoding: str = "utf-8") -> Path:
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=separator)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _rows(number: int = 3, **cells: Any) -> list[dict[str, Any]]:
+    return [{"image": f"films/{n}.png", "phrase": f"Film {n}, größer.", **cells} for n in range(number)]
+
+
+def _module(manifest: Path, **settings: Any) -> ManifestDataModule:
+    defaults: dict[str, Any] = {"image_size": 32, "batch_size": 2, "num_workers": 0, "fractions": (0.5, 0.25, 0.25)}
+    return ManifestDataModule(str(manifest), **{**defaults, **settings})
+
+
+def _bad(manifest: Path, **settings: Any) -> list[BadRow]:
+    return _module(manifest, **settings).checked_rows()[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
+def test_tables_of_every_form_say_the_same(root: Path, separator: str, encoding: str) -> None:
+    rows = _rows(boxes="[[8, 6, 40, 30], [0, 0, 80, 60]]", finding="nodule", patient_id="p")
+    path = _write(root / "films.csv", rows, separator, encoding)
+    lines = [json.dumps({**row, "boxes": json.loads(row["boxes"])}) for row in rows]
+    (root / "films.jsonl").write_text("\n".join(lines), encoding=encoding)
+    (root / "films.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    studies, bad = _module(path).checked_rows()
+    assert not bad
+    assert [study.phrase for study in studies] == [row["phrase"] for row in rows]
+    assert studies[1].boxes == [(8, 6, 40, 30), (0, 0, 80, 60)]
+    assert (studies[1].id, studies[1].patient_id, studies[1].finding) == ("films/1.png", "p", "nodule")
+    assert studies[1].size == (HEIGHT, WIDTH)
+    assert studies[1].source == (str(path), 3)
+    for name in ("films.jsonl", "films.csv.gz"):
+        again = _module(root / name).checked_rows()[0]
+        assert [(s.id, s.phrase, s.boxes, s.split) for s in again] == [
+            (s.id, s.phrase, s.boxes, s.split) for s in studies
+        ]
+
+
+def test_columns_are_mapped_and_root_is_set(root: Path) -> None:
+    rows = [
+        {"file": "0.png", "caption": "Clear.", "phrase": "not this", "who": 7, "fold": "Valid"},
+        {"file": "1.png", "caption": "Mass.", "phrase": "nor this", "who": 8, "fold": "training"},
+    ]
+    path = _write(root / "table.csv", rows)
+    columns = {"image": "file", "phrase": "caption", "patient_id": "who", "split": "fold"}
+    studies, bad = _module(path, root=str(root / "films"), columns=columns).checked_rows()
+    assert not bad
+    assert [(s.phrase, s.patient_id, s.split) for s in studies] == [("Clear.", "7", "val"), ("Mass.", "8", "train")]
+    with pytest.raises(ValueError, match=r"lacks the columns \['image'\]; it has \['file', 'caption'"):
+        _module(path, columns={"phrase": "caption"}).checked_rows()
+    with pytest.raises(ValueError, match=r"`columns` names \['fund'\], which .* does not have"):
+        _module(path, columns={**columns, "finding": "fund"}).checked_rows()
+    with pytest.raises(ValueError, match=r"columns maps \['pictures'\]; names here are image, phrase, id"):
+        _module(path, columns={"pictures": "file"})
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_rows_of_one_phrase_make_one_study(root: Path, with_ids: bool) -> None:
+    rows = _rows(1) * 3 + _rows(2)[1:]
+    rows = [dict(row, x=x, y=6, w=10, h=12) for row, x in zip(rows, (1, 20, 1, 5), strict=True)]
+    rows.append({**rows[0], "phrase": "Another.", "x": "", "y": "", "w": "", "h": ""})
+    if with_ids:
+        rows = [{"id": f"{row['image']} {row['phrase']}", **row} for row in rows]
+    studies, bad = _module(_write(root / "t.csv", rows)).checked_rows()
+    assert not bad
+    assert [study.boxes for study in studies] == [[(1, 6, 11, 18), (20, 6, 30, 18)], [(5, 6, 15, 18)], []]
+    assert len({study.id for study in studies}) == 3
+    if not with_ids:
+        assert [study.id for study in studies] == ["films/0.png", "films/1.png", "films/0.png-2"]
+    with pytest.raises(ValueError, match=r"some of the columns x, y, w, h, but not \['h'\]"):
+        _module(_write(root / "t.csv", _rows(x=1, y=1, w=1))).checked_rows()
+
+
+def test_masks_give_boxes(root: Path) -> None:
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[10:20, 30:50], mask[40:60, 0:5] = 255, 255
+    cv2.imwrite(str(root / "mask.png"), mask)
+    cv2.imwrite(str(root / "small.png"), mask[:30])
+    studies, bad = _module(_write(root / "t.csv", _rows(mask="mask.png"))).checked_rows()
+    assert not bad
+    assert sorted(studies[0].boxes) == [(0, 40, 5, 60), (30, 10, 50, 20)]
+    bad = _bad(_write(root / "t.csv", _rows(1, mask="small.png")))
+    assert bad[0].rule == "the mask is 80 x 30 and its film 80 x 60"
+
+
+@pytest.mark.parametrize(
+    ("cells", "value", "rule"),
+    [
+        ({"image": "films/none.png"}, "films/none.png", "no such file"),
+        ({"image": ""}, "", "image is missing"),
+        ({"image": "../secret.png"}, "../secret.png", "leads out of the root"),
+        ({"image": "/etc/hostname"}, "/etc/hostname", "leads out of the root"),
+        ({"phrase": "  "}, "", "phrase is empty"),
+        ({"phrase": "a \ufffd b"}, "a \ufffd b", "wrong encoding"),
+        ({"boxes": "8 6 40 30"}, "8 6 40 30", "no JSON"),
+        ({"boxes": "[8, 6, 40, 30]"}, "[8, 6, 40, 30]", "no list of"),
+        ({"boxes": "[[8, 6, 40]]"}, "[[8, 6, 40]]", "no list of"),
+        ({"boxes": '[[8, 6, 40, "x"]]'}, "[8, 6, 40, 'x']", "not four numbers"),
+        ({"boxes": "[[8, 6, NaN, 30]]"}, "[8.0, 6.0, nan, 30.0]", "not finite"),
+        ({"boxes": "[[40, 6, 8, 30]]"}, "[40.0, 6.0, 8.0, 30.0]", "inverted"),
+        ({"boxes": "[[8, 6, 8, 30]]"}, "[8.0, 6.0, 8.0, 30.0]", "empty"),
+        ({"boxes": "[[8, 6, 82, 30]]"}, "[8.0, 6.0, 82.0, 30.0]", "outside of its film of 80 x 60"),
+        ({"boxes": "[[-2, 6, 40, 30]]"}, "[-2.0, 6.0, 40.0, 30.0]", "outside"),
+        ({"split": "left"}, "left", "split is none of train"),
+        ({"split": ""}, "", "split is none of"),
+        ({"patient_id": ""}, "", "patient_id is missing"),
+        ({"id": "0"}, "0", "taken already by .*t.csv, line 2"),
+        ({"patient_id": "0", "split": "test"}, "0", "two splits: test here, train in .*t.csv, line 2"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(f"{name}={cell}" for name, cell in value.items()),
+)
+def test_bad_rows_are_named(root: Path, cells: dict[str, str], value: str, rule: str) -> None:
+    rows = [{**row, "boxes": "", "split": "train", "patient_id": str(n), "id": str(n)} for n, row in enumerate(_rows())]
+    rows[1] |= cells
+    path = _write(root / "t.csv", rows)
+    (found,) = _bad(path)
+    assert (found.file, found.line, found.value) == (str(path), 3, value)
+    assert re.search(rule, found.rule)
+    with pytest.raises(ValueError, match=r"^1 bad row:\n  .*t\.csv, line 3: (?s:.*)on_bad_row: skip"):
+        _module(path).setup("fit")
+
+
+def test_unreadable_film_with_boxes_is_a_bad_row(root: Path) -> None:
+    (root / "films" / "1.png").write_bytes(b"no image")
+    (bad,) = _bad(_write(root / "t.csv", _rows(boxes="[[8, 6, 40, 30]]")))
+    assert bad.line == 3
+    assert "no readable image" in bad.rule
+
+
+def test_broken_tables_are_named(root: Path) -> None:
+    path = root / "t.csv"
+    for content, message in [
+        (b"image|phrase\nfilms/0.png|Clear.\n", r"lacks the columns \['image', 'phrase'\]; it has \['image\|ph"),
+        ("image,phrase\nfilms/0.png,gr\xf6\xdfer\n".encode("latin-1"), r"t\.csv, line 2: the byte 0xf6 is not UTF-8"),
+        ("image,phrase\n".encode("utf-16"), "UTF-16"),
+        (b"", r"lacks the columns \['image', 'phrase'\]; it has \[\]"),
+        (b"image,phrase\n", "a header and no rows"),
+        (b"image,phrase,image\n1,2,3\n", "several columns of the name 'image'"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            _module(path).checked_rows()
+    with pytest.raises(FileNotFoundError, match=r"There is no table at '.*none\.csv'"):
+        _module(root / "none.csv").checked_rows()
+    (root / "t.csv.gz").write_bytes(b"image,phrase\n")
+    with pytest.raises(ValueError, match="no whole gzip"):
+        _module(root / "t.csv.gz").checked_rows()
+    # An unquoted comma in a phrase; and lines that are no JSON.
+    path.write_text("image,phrase\nfilms/0.png,Clear, dry.\nfilms/1.png,Mass.\n", encoding="utf-8")
+    (bad,) = _bad(path)
+    assert (bad.line, bad.rule) == (2, "the row has 3 cells and the header 2; quote cells that hold a separator")
+    (root / "t.jsonl").write_text('{"image": "films/0.png", "phrase": "x"}\n[1]\n{"image": 1\n', encoding="utf-8")
+    assert [(row.line, row.rule) for row in _bad(root / "t.jsonl")] == [
+        (2, "the line is no JSON object"),
+        (3, "the line is no JSON object"),
+    ]
+
+
+def test_skipped_rows_are_counted_and_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _rows(12)
+    rows[3]["phrase"], rows[7]["image"] = "", "films/none.png"
+    path = _write(root / "t.csv", rows)
+    monkeypatch.chdir(root)
+    data = _module(path, on_bad_row="skip")
+    with pytest.warns(UserWarning, match=r"listed in skipped_rows.csv: 2 bad rows:\n  .*line 5: the phrase is empty"):
+        data.setup("fit")
+    assert sum(map(len, data.studies.values())) == 10
+    with Path("skipped_rows.csv").open(newline="", encoding="utf-8") as file:
+        listed = list(csv.DictReader(file))
+    assert [(row["line"], row["value"]) for row in listed] == [("5", ""), ("9", "films/none.png")]
+    with pytest.raises(ValueError, match="on_bad_row must be one of error, skip, got 'ignore'"):
+        _module(path, on_bad_row="ignore")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_names_the_film_that_broke(root: Path, workers: int) -> None:
+    data = _module(_write(root / "t.csv", _rows(12)), num_workers=workers, batch_size=6)
+    data.setup("fit")
+    Path(data.studies["train"][0].image).unlink()
+    Path(data.studies["train"][3].image).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"Study 'films/\d+\.png' \(.*films/\d+\.png\): (There is|no readable)"):
+        list(data.train_dataloader())
+
+
+def test_crop_says_what_it_cuts(root: Path) -> None:
+    rows = _rows(12, boxes="[[0, 0, 5, 30], [2, 0, 40, 30], [30, 10, 50, 30]]")
+    data = _module(_write(root / "t.csv", rows), geometry="crop")
+    with pytest.warns(UserWarning, match=r"crop cuts 18 of 27 boxes, 9 of them wholly"):
+        data.setup("fit")
+    boxes = data.dataset("train")[0].boxes
+    torch.testing.assert_close(boxes, torch.tensor([[0.0, 0, 0.5, 0.5], [1 / 3, 1 / 6, 2 / 3, 0.5]]), atol=0.02, rtol=0)
+
+
+def test_fit_from_the_command_line(root: Path, monkeypatch: pytest.MonkeyPatch, tiny_json: str) -> None:
+    monkeypatch.chdir(root)
+    Path("tiny.json").write_text(tiny_json, encoding="utf-8")
+    rows = [dict(row, legend=row.pop("phrase"), boxes="[[8, 6, 40, 30]]", finding="nodule") for row in _rows(12)]
+    rows[5]["legend"] = ""
+    path = _write(root / "t.csv", rows, ";")
+    words = ["fit", "--model.name=tiny.json", "--model.warmup_steps=1", "--data=ManifestDataModule"]
+    words += [f"--data.manifest={path}", "--data.columns.phrase=legend", "--data.batch_size=2", "--data.num_workers=0"]
+    words += ["--data.fractions=[0.5,0.25,0.25]", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    words += ["--data.cache_dir=kept", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    with pytest.raises(ValueError, match=r"t\.csv, line 7: the phrase is empty"):
+        main(words)
+    with pytest.warns(UserWarning, match="Left out, listed in .*skipped_rows.csv"):
+        main([*words, "--data.on_bad_row=skip"])
+    assert len(list(Path("kept").rglob("*.npz"))) >= 8
+
+
+NUMBERS = st.floats() | st.integers() | st.text(max_size=4) | st.none() | st.booleans()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(NUMBERS, max_size=5) | NUMBERS, max_size=3))
+def test_any_boxes_are_read_or_refused(cells: list[Any]) -> None:
+    for cell in (cells, json.dumps(cells)):
+        try:
+            boxes = boxes_of_json(cell)
+            check_inside(boxes, (100, 100))
+        except RuleError:
+            continue
+        for x0, y0, x1, y1 in boxes:
+            assert -1 <= x0 < x1 <= 101
+            assert -1 <= y0 < y1 <= 101
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(NUMBERS, min_size=4, max_size=4))
+def test_any_box_cells_are_read_or_refused(cells: list[Any]) -> None:
+    try:
+        boxes = box_of_cells(cells)
+    except RuleError:
+        return
+    assert all(math.isfinite(side) for box in boxes for side in box)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=30) | st.sampled_from(["a/../../b", "a//b", "./a", "..", "~", "a\\..\\..\\b", "."]))
+def test_no_path_leads_out_of_the_root(name: str) -> None:
+    with pytest.raises(RuleError):
+        find_image(Path("/nowhere/at/all"), name)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200) | st.text(alphabet='image,phrs;\t"\n\r{}:[]\0é ', max_size=120).map(str.encode))
+def test_any_bytes_are_a_table_or_a_clear_error(tmp_path: Path, content: bytes) -> None:
+    for name in ("t.csv", "t.jsonl", "t.csv.gz"):
+        (tmp_path / name).write_bytes(content)
+        # Any other kind of error is a bug.
+        with contextlib.suppress(ValueError):
+            studies, bad = _module(tmp_path / name).checked_rows()
+            assert not studies
+            assert all(row.rule and row.line for row in bad)
+
+
+@given(st.text(max_size=8))
+def test_split_names(name: str) -> None:
+    known = {"train", "training", "val", "valid", "validate", "validation", "dev", "test", "testing"}
+    if name.lower() in known:
+        assert split_name(name) in ("train", "val", "test")
+    else:
+        with pytest.raises(RuleError, match="none of train"):
+            split_name(name)

@@ -1,0 +1,282 @@
+"""Film files of every kind, the sizes at which they are decoded, and the cache of resized ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from matex_pl.data import NihDataModule
+from matex_pl.data.pixels import FilmCache, film_size, read_film, resize_film
+from matex_pl.data.transforms import GEOMETRIES, FilmTransform
+
+HEIGHT, WIDTH = 120, 90
+
+
+def _ramp() -> np.ndarray:
+    """A film that is brighter to the right and, more slowly, downwards: `(120, 90)` in [0, 1]; no two corners alike."""
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    return (2 * columns / (WIDTH - 1) + rows / (HEIGHT - 1)) / 3
+
+
+def _bytes() -> np.ndarray:
+    return np.rint(_ramp() * 255).astype(np.uint8)
+
+
+def _grey() -> Image.Image:
+    return Image.fromarray(_bytes())
+
+
+def _save(image: Image.Image, path: Path, **settings: object) -> Path:
+    image.save(path, **settings)
+    return path
+
+
+def _palette(path: Path) -> Path:
+    return _save(_grey().convert("P"), path / "film.png")
+
+
+def _see_through(path: Path) -> Path:
+    image = _grey().convert("RGBA")
+    image.putalpha(Image.fromarray(np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)))
+    return _save(image, path / "film.png")
+
+
+def _deep(path: Path) -> Path:
+    cv2.imwrite(str(path / "film.png"), np.rint(_ramp() * 4095).astype(np.uint16))
+    return path / "film.png"
+
+
+def _deep_colour(path: Path) -> Path:
+    cv2.imwrite(str(path / "film.png"), np.rint(np.stack([_ramp()] * 3, -1) * 65535).astype(np.uint16))
+    return path / "film.png"
+
+
+KINDS = {
+    "png": lambda path: _save(_grey(), path / "film.png"),
+    "png_rgb": lambda path: _save(_grey().convert("RGB"), path / "film.png"),
+    "png_palette": _palette,
+    "png_rgba": _see_through,
+    "png_grey_alpha": lambda path: _save(_grey().convert("LA"), path / "film.png"),
+    "png_16": _deep,
+    "png_16_rgb": _deep_colour,
+    "tiff_16": lambda path: _save(Image.fromarray(np.rint(_ramp() * 65535).astype(np.uint16)), path / "film.tif"),
+    "tiff_float": lambda path: _save(Image.fromarray(_ramp().astype(np.float32)), path / "film.tif"),
+    "jpeg": lambda path: _save(_grey(), path / "film.jpg", quality=95),
+    "jpeg_rgb": lambda path: _save(_grey().convert("RGB"), path / "film.jpg", quality=95),
+    "jpeg_cmyk": lambda path: _save(_grey().convert("RGB").convert("CMYK"), path / "film.jpg", quality=95),
+    "jpeg_progressive": lambda path: _save(_grey(), path / "film.jpg", quality=95, progressive=True),
+    "bmp": lambda path: _save(_grey(), path / "film.bmp"),
+    "webp": lambda path: _save(_grey().convert("RGB"), path / "film.webp", lossless=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_film(tmp_path: Path, kind: str) -> None:
+    path = KINDS[kind](tmp_path)
+    film = read_film(path)
+    assert film.pixels.dtype == np.uint8
+    assert film.size == film_size(path) == film.pixels.shape == (HEIGHT, WIDTH)
+    np.testing.assert_allclose(film.pixels, _ramp() * 255, atol=6)
+    small = read_film(path, lambda size: (size[0] // 3, size[1] // 3))
+    assert small.size == (HEIGHT, WIDTH)
+    np.testing.assert_allclose(small.pixels, cv2.resize(_ramp(), (30, 40), interpolation=cv2.INTER_AREA) * 255, atol=6)
+
+
+def test_what_is_see_through_is_black(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (8, 8), (255, 255, 255, 255))
+    image.paste((255, 255, 255, 0), (0, 0, 4, 8))
+    pixels = read_film(_save(image, tmp_path / "film.png")).pixels
+    assert (pixels[:, :4] == 0).all()
+    assert (pixels[:, 4:] == 255).all()
+
+
+def test_sixteen_bits_are_kept_until_after_resizing(tmp_path: Path) -> None:
+    """Steps far below one of the 256 levels of 16 bits."""
+    deep = (np.repeat(np.arange(8), 16) * 12 + 30000)[None].repeat(128, 0).astype(np.uint16)
+    deep[0, 0], deep[0, 1] = 29000, 31000
+    cv2.imwrite(str(tmp_path / "film.png"), deep)
+    pixels = read_film(tmp_path / "film.png", lambda size: (8, 8)).pixels
+    expected = cv2.resize((deep - 29000) / 2000.0, (8, 8), interpolation=cv2.INTER_AREA) * 255
+    np.testing.assert_allclose(pixels, expected, atol=0.51)
+    assert len(np.unique(pixels[4])) == 8
+
+
+def test_film_of_one_deep_level_is_black(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "film.png"), np.full((9, 9), 4000, dtype=np.uint16))
+    assert not read_film(tmp_path / "film.png").pixels.any()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_films_are_turned_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = _save(_grey(), tmp_path / f"film.{suffix}", exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    film = read_film(path)
+    assert film.size == film_size(path) == expected.shape
+    np.testing.assert_allclose(film.pixels, expected, atol=6 if suffix == "jpg" else 0)
+    small = read_film(path, lambda size: (size[0] // 2, size[1] // 2)).pixels
+    np.testing.assert_allclose(small, resize_film(expected, small.shape), atol=4)
+    stored = read_film(path, upright=False)
+    assert stored.size == film_size(path, upright=False) == (HEIGHT, WIDTH)
+
+
+def test_turned_tiff_is_refused(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = _save(_grey(), tmp_path / "film.tif", exif=exif)
+    with pytest.raises(ValueError, match="TIFF with the orientation 6"):
+        read_film(path)
+
+
+@pytest.mark.parametrize("size", [(2500, 3000), (1537, 1111), (801, 803)])
+@pytest.mark.parametrize("target", [224, 96])
+def test_reduced_decoding_is_the_film(tmp_path: Path, size: tuple[int, int], target: int) -> None:
+    """A JPEG decoded at a part of its scale beside the whole film averaged: the same to a grey level or two."""
+    rng = np.random.default_rng(0)
+    rough = rng.normal(size=(size[0] // 40 + 2, size[1] // 40 + 2)).astype(np.float32)
+    film = cv2.resize(rough, size[::-1], interpolation=cv2.INTER_CUBIC)
+    film = np.clip(128 + 50 * film, 0, 255).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "film.jpg"), film, [cv2.IMWRITE_JPEG_QUALITY, 95])
+    fit = FilmTransform((target, target)).fit
+    pixels = read_film(tmp_path / "film.jpg", fit).pixels.astype(float)
+    whole = resize_film(cv2.imread(str(tmp_path / "film.jpg"), cv2.IMREAD_GRAYSCALE), fit(size)).astype(float)
+    # Of steps of up to 50 levels from one of its pixels to the next.
+    assert np.abs(pixels - whole).mean() < 1.2
+    assert np.abs(pixels - whole).max() <= 10
+    assert abs((pixels - whole).mean()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("film.png", b"not an image"),
+        ("film.png", b""),
+        ("film.jpg", b"\xff\xd8\xff\xe0 no more"),
+        ("film.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    ],
+    ids=["text", "empty", "jpeg_start", "postscript"],
+)
+def test_what_is_no_image_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    for read in (read_film, film_size):
+        with pytest.raises(ValueError, match=rf"no readable image at '.*{name}' \(.+\)\. Copy the file anew"):
+            read(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"There is no film at '.*none\.png'"):
+        read_film(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("kind", ["png", "png_16", "png_16_rgb", "jpeg", "jpeg_progressive", "tiff_16"])
+def test_truncated_files_are_refused(tmp_path: Path, kind: str) -> None:
+    path = KINDS[kind](tmp_path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(ValueError, match="no readable image"):
+        read_film(path)
+    with pytest.raises(ValueError, match="no readable image"):
+        read_film(path, lambda size: (12, 9))
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.data(), kind=st.sampled_from(["png", "png_16_rgb", "png_palette", "jpeg", "jpeg_cmyk", "tiff_16", "bmp"])
+)
+def test_damaged_files_are_read_or_refused(tmp_path: Path, data: st.DataObject, kind: str) -> None:
+    """Any other kind of error than the one that names the file is a bug; so is a film of another form."""
+    path = KINDS[kind](tmp_path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        if not content:
+            content = bytearray(b"x")
+    path.write_bytes(content)
+    for fit in (None, lambda size: (7, 5)):
+        try:
+            film = read_film(path, fit)
+        except ValueError as error:
+            if str(path) not in str(error):
+                raise
+            continue
+        assert film.pixels.dtype == np.uint8
+        assert film.pixels.shape == (film.size if fit is None else (7, 5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    size=st.tuples(st.integers(4, 64), st.integers(4, 64)),
+    geometry=st.sampled_from(GEOMETRIES),
+    inner=st.tuples(*[st.floats(0, 1)] * 4),
+)
+def test_boxes_and_film_go_the_same_way(
+    shape: tuple[int, int], size: tuple[int, int], geometry: str, inner: tuple[float, ...]
+) -> None:
+    """A box has the same place in the film's rectangle as it had in the film, but for what the frame cuts off."""
+    (x0, x1), (y0, y1) = sorted(inner[:2]), sorted(inner[2:])
+    assume(x1 - x0 > 0.01 and y1 - y0 > 0.01)
+    box = np.array([x0, y0, x1, y1]) * np.tile(shape[::-1], 2)
+    transform = FilmTransform(size, geometry)
+    _, boxes, film = transform(np.zeros(shape, dtype=np.uint8), [box.tolist()])
+    expected = film[:2].repeat(2) + torch.tensor([x0, y0, x1, y1]) * (film[2:] - film[:2]).repeat(2)
+    cut, lost = transform.count_cut([box.tolist()], shape)
+    assert len(boxes) == 1 - lost
+    if not lost:
+        torch.testing.assert_close(boxes[0], expected.clamp(0, 1).float(), atol=1e-4, rtol=0)
+        assert geometry == "crop" or not cut
+
+
+def test_cache_keeps_films_and_sees_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = KINDS["jpeg"](tmp_path), FilmCache(tmp_path / "kept")
+    pad, crop = FilmTransform((32, 32)), FilmTransform((32, 32), "crop")
+    first = cache.read(path, pad.fit, pad.settings)
+    assert first.size == (HEIGHT, WIDTH)
+    np.testing.assert_array_equal(first.pixels, read_film(path, pad.fit).pixels)
+    assert cache.read(path, crop.fit, crop.settings).pixels.shape == (43, 32)
+    kept = sorted((tmp_path / "kept").rglob("*.npz"))
+    assert len(kept) == 2
+    assert sorted((tmp_path / "kept").rglob("*.part")) == []
+
+    with monkeypatch.context() as context:
+        context.setattr("matex_pl.data.pixels.read_film", lambda *_, **__: pytest.fail("decoded again"))
+        again = cache.read(path, pad.fit, pad.settings)
+    np.testing.assert_array_equal(again.pixels, first.pixels)
+    assert again.size == first.size
+
+    for broken in kept:
+        broken.write_bytes(b"half a fi")
+    np.testing.assert_array_equal(cache.read(path, pad.fit, pad.settings).pixels, first.pixels)
+
+    _save(Image.fromarray(255 - _bytes()), path)
+    os.utime(path, ns=(1, 1))
+    np.testing.assert_allclose(cache.read(path, pad.fit, pad.settings).pixels, 255 - first.pixels.astype(int), atol=9)
+    with pytest.raises(FileNotFoundError, match="There is no film"):
+        cache.read(tmp_path / "none.png", pad.fit, pad.settings)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("geometry", ["pad", "crop", "squash"])
+def test_data_module_reads_through_the_cache(tmp_path: Path, geometry: str, cached: bool) -> None:
+    from test_cli import nih_folder
+
+    root = nih_folder(tmp_path / "nih")
+    cache_dir = str(tmp_path / "kept") if cached else None
+    data = NihDataModule(str(root), cache_dir=cache_dir, image_size=32, num_workers=0, batch_size=4, geometry=geometry)
+    data.setup("fit")
+    first, again = next(iter(data.val_dataloader())), next(iter(data.val_dataloader()))
+    assert torch.equal(first["image"], again["image"])
+    assert len(list((tmp_path / "kept").rglob("*.npz"))) == (len(set(first["film_id"])) if cached else 0)
+    study = data.studies["val"][0]
+    transform = FilmTransform((32, 32), geometry)
+    torch.testing.assert_close(transform(data.read_film(study), study.boxes)[0], first["image"][0])
