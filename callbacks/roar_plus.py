@@ -54,6 +54,7 @@ class RoarPlus(Callback):
         self.training = training or Training()
         self.start = start
         self.out = out
+        self._folder = Path()
         self._seconds, self._pairs, self._begun = 0.0, 0, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -66,13 +67,11 @@ class RoarPlus(Callback):
                 "RoarPlus needs a ClipModule and a data module of matex_pl, got "
                 f"{type(pl_module).__name__} and {type(data).__name__}."
             )
-        folder = self._folder(trainer)
+        # Processes agree on the log folder, so all of them ask for it, and here, where all of them are.
+        self._folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "roar")
         # Before a checkpoint is restored, so that a resumed run has the same as the one that it goes on with.
         if self.start == "before" and trainer.is_global_zero:
-            write_module(pl_module, folder / "before.safetensors")
-
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "roar")
+            write_module(pl_module, self._folder / "before.safetensors")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Time the training, to say how long the cells will take."""
@@ -106,7 +105,7 @@ class RoarPlus(Callback):
         log_roar(trainer.loggers, found)
 
     def _plan(self, trainer: Any, module: Any) -> Plan:
-        folder = self._folder(trainer)
+        folder = self._folder
         device = trainer.strategy.root_device.type
         training = replace(self.training, accelerator=device, precision=str(trainer.precision))
         start = read_module(folder / "before.safetensors") if self.start == "before" else module

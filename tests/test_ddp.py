@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from matex_pl import ClipModule
+from matex_pl.cli import main
 from matex_pl.contrastive import gathered_loss
 from matex_pl.store import read_head, read_tensors
 
@@ -205,6 +206,12 @@ def test_a_film_that_is_no_number_to_one_process_stops_both(found: Path) -> None
     assert message.partition("with the studies ")[2].partition(".")[0].count(",") == 7
     state = _kept(found / "nan" / "before_nan-epoch=0-step=1.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_remove_and_retrain_is_planned_and_left_to_its_command(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not (found / "roar" / "cells").exists()
+    main(["roar", "run", "--plan", str(found / "roar"), "--cells", "0::6"])
+    assert "These cells are done; 5 others of the plan are left." in capsys.readouterr().out
 
 
 def test_the_way_to_gather_that_is_wrong_is_refused(tiny_json: str) -> None:

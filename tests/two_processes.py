@@ -28,11 +28,12 @@ from torch import Tensor
 from matex_pl import ClipModule, store
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.callbacks import AttributionMaps as LoggedMaps
-from matex_pl.callbacks import AttributionMetrics, MapWriter, PredictionWriter
+from matex_pl.callbacks import AttributionMetrics, MapWriter, PredictionWriter, RoarPlus
 from matex_pl.clip import Clip
 from matex_pl.contrastive import contrastive_loss, gather_rows, gathered_loss, same_phrase
 from matex_pl.data import PhantomDataModule
 from matex_pl.maps import AttributionMaps
+from matex_pl.roar.plan import Protocol, Training
 
 TINY = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
 PHRASES = ["Left effusion.", "Edema.", "left  effusion.", "Nodule."], ["LEFT EFFUSION.", "Mass.", "Edema.", "Normal."]
@@ -228,6 +229,15 @@ def keep_maps(folder: Path) -> None:
         maps(0, folder / name, 2 if name == "killed" else 1)
 
 
+def roar(folder: Path) -> None:
+    """A training of two processes with ROAR+ at its end."""
+    callback = RoarPlus(
+        ["chefer"], Protocol(fractions=[0.5], repeats=1), Training(epochs=1, batch_size=4), out=str(folder / "roar")
+    )
+    run = trainer(folder, 2, callback, max_epochs=1, num_sanity_val_steps=0, enable_checkpointing=False)
+    run.fit(model(), datamodule=films(folder, 4))
+
+
 def keep(path: Path, module: ClipModule, run: Trainer) -> None:
     scores = {name: float(value) for name, value in run.callback_metrics.items()}
     torch.save({"scores": scores, "weights": module.state_dict()}, path)
@@ -291,6 +301,7 @@ def main(folder: Path) -> None:
     fork(resume, folder, 2, 1)
     resume(0, folder, 1, 2)
     dropout(folder)
+    roar(folder)
     fork(whole_loss, folder)
 
 

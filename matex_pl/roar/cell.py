@@ -70,7 +70,7 @@ def run_cell(plan: Plan, films: PlanFilms, cell: Cell) -> dict[str, Any]:
         drop = drop_of(plan, films, cell)
         data = PlanData(films, train, val, training.batch_size, seed, drop.of, corrupt_val=protocol.corrupt_val)
         module, stopwatch = build_module(plan), _Stopwatch()
-        trainer = _trainer(training, stopwatch)
+        trainer = _trainer(training, stopwatch, plan.path(cell))
         trainer.fit(module, datamodule=data)
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not math.isfinite(scores["val/loss"]):
@@ -146,8 +146,10 @@ class _Stopwatch(Callback):
         self.seconds += time.perf_counter() - self._start
 
 
-def _trainer(training: Training, stopwatch: Callback) -> Trainer:
+def _trainer(training: Training, stopwatch: Callback, folder: Path) -> Trainer:
     return Trainer(
+        # For the weights from before a loss that is no number.
+        default_root_dir=folder,
         accelerator=training.accelerator,
         devices=1,
         precision=training.precision,  # type: ignore[arg-type]
