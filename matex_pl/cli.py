@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -69,6 +70,9 @@ def main(args: Sequence[str] | None = None) -> None:
             COMMANDS[words[0]](words[1:])
         except (CellsFailedError, ImportError, OSError, NotImplementedError, ValueError) as error:
             _stop(f"matex {words[0]}: {error}")
+        except KeyboardInterrupt:
+            # As a shell says it of a process that the signal ended.
+            sys.exit(128 + signal.SIGINT)
         return
     if args is None:
         # LightningCLI warns of `args` beside a command line.
