@@ -139,14 +139,15 @@ def roar(words: Sequence[str]) -> None:
     )
     commands = parser.add_subcommands()
     for name, function in ROAR_COMMANDS.items():
-        command = ArgumentParser()
+        about = str(function.__doc__).split("\n", 1)[0]
+        command = ArgumentParser(description=about)
         if name == "run":
             command.add_argument("--config", action="config", help="A YAML of these settings, as roar_phantom.yaml.")
             command.add_function_arguments(function)
         else:
             command.add_argument("folder", help="Folder of the plan.")
             command.add_function_arguments(function, skip={"folder"})
-        commands.add_subcommand(name, command, help=str(function.__doc__).split("\n", 1)[0])
+        commands.add_subcommand(name, command, help=about)
     settings = parser.instantiate(parser.parse_args(list(words)))
     chosen = vars(settings[settings.subcommand])
     chosen.pop("config", None)
