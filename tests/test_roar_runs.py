@@ -1,4 +1,4 @@
-"""Runs of `matex roar` that are killed, shared, stopped, or fail in parts: what is finished stays, and nothing is lost."""
+"""Runs of `matex roar` that are killed, shared, stopped, or fail in parts: what is finished stays."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_killed_it_goes_on_with_what_is_finished(config, whole, tmp_path, elsewh
 # 2. Shared.
 
 
-def run_and_log(words, log):
+def run_and_log(words, log, failing):
     """Run with a line in `log` for each attempt; before its first end, the other process must have begun as well."""
     run = roar_work.run_cell
 
@@ -232,6 +232,8 @@ def run_and_log(words, log):
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{os.getpid()} {cell.id}\n")
         wait_for(lambda: len({line.split()[0] for line in log.read_text(encoding="utf-8").splitlines()}) == 2)
+        if cell.id == failing:
+            raise RuntimeError("boom")
         return run(plan, films, cell)
 
     roar_work.run_cell = logged
@@ -243,19 +245,20 @@ def attempts(log):
     return tuple(zip(*(line.split() for line in log.read_text(encoding="utf-8").splitlines()), strict=True))
 
 
-def test_two_processes_run_each_cell_once(config, whole, tmp_path, elsewhere):
+@pytest.mark.parametrize("failing", [None, CELLS[2]], ids=["all well", "one fails"])
+def test_two_processes_run_each_cell_once(config, whole, tmp_path, elsewhere, failing):
     out, log = tmp_path / "plan", tmp_path / "log"
     log.touch()
-    both = [elsewhere.Process(target=run_and_log, args=(command(config, out), log)) for _ in range(2)]
+    both = [elsewhere.Process(target=run_and_log, args=(command(config, out), log, failing)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(WAIT)
-    assert [process.exitcode for process in both] == [0, 0]
+    assert [process.exitcode for process in both] == [2 if failing else 0] * 2
     pids, cells = attempts(log)
     assert sorted(cells) == sorted(CELLS)
     assert set(pids) == {str(process.pid) for process in both}
-    assert numbers(out) == numbers(whole)
+    assert numbers(out) == {name: cell for name, cell in numbers(whole).items() if name != failing}
     assert not rests(out)
 
 
@@ -344,6 +347,13 @@ def test_a_lease_is_renewed_until_its_end_and_taken_once(tmp_path):
     assert (cell / "note").read_text(encoding="utf-8") == ""
 
 
+def test_a_lease_of_which_nothing_is_left_is_none(tmp_path):
+    (tmp_path / "lease.json").touch()
+    assert not is_leased(tmp_path)
+    with leased(tmp_path, tmp_path) as lease:
+        assert lease is not None
+
+
 def test_a_cell_with_a_result_is_not_leased(tmp_path):
     cell = tmp_path / "cell"
     with leased(tmp_path, cell) as lease:
@@ -354,7 +364,7 @@ def test_a_cell_with_a_result_is_not_leased(tmp_path):
 
 # 3. Processes that are started: what they do is told to them by the environment.
 
-HOOK = '''"""In processes that run cells: a line per attempt, and an end or a long wait where the environment says so."""
+HOOK = '''"""In processes that run cells: a line per attempt, and an end or a wait where the environment says so."""
 import os, sys, time
 if any("spawn_main" in word or "default_worker" in word for word in sys.orig_argv):
     from matex_pl.roar import work
@@ -430,7 +440,7 @@ def test_processes_end_with_the_one_that_started_them(made, log, tmp_path, elsew
     parent.join(WAIT)
     if sent == signal.SIGINT:
         assert parent.exitcode == 130
-        assert "Stopped; 0 cells are done and kept." in said.read_text(encoding="utf-8")
+        assert "Stopped; 0 of 5 cells are done" in said.read_text(encoding="utf-8")
         assert not rests(made)
     assert "Traceback" not in said.read_text(encoding="utf-8")
     for pid in attempts(log)[0]:
@@ -459,6 +469,13 @@ def test_the_address_of_a_cluster(made, monkeypatch, capsys):
     assert given == init_settings("ray://head:10001")
     assert "include_dashboard" not in given
     assert init_settings(None)["include_dashboard"] is False
+
+
+def test_cells_on_gpus_that_ray_does_not_give(made, capsys):
+    path = made / "plan.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"accelerator": "cpu"', '"accelerator": "gpu"'))
+    said = refused(capsys, ["roar", "run", "--plan", made, "--executor", "ray"])
+    assert "training.accelerator is 'gpu', but ray.num_gpus is 0." in said
 
 
 def test_without_ray(made, monkeypatch, capsys):
@@ -625,6 +642,14 @@ def test_status_before_the_maps_and_at_the_end(made, whole, capsys):
     assert f"`matex roar collect {whole}` writes the tables." in capsys.readouterr().out
 
 
+def test_a_damaged_result_is_named(made, capsys):
+    path = made / "cells" / CELLS[0] / "result.json"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    for words in (["run", "--plan"], ["status"], ["collect"]):
+        assert f"{path} is damaged" in refused(capsys, ["roar", *words, made])
+
+
 @pytest.mark.parametrize("verb", ["run", "status", "collect"])
 def test_help(capsys, verb):
     with pytest.raises(SystemExit) as end:
@@ -658,28 +683,28 @@ def test_from_python(config, whole, tmp_path):
     assert numbers(tmp_path / "plan") == numbers(whole)
 
 
-def test_an_interrupt_ends_it_quietly_and_leaves_no_lease(made, whole, capsys, monkeypatch):
-    step, seen, handler = RoarModule.training_step, [], signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "ended"])
+def test_an_interrupt_ends_it_quietly_and_leaves_no_lease(made, whole, capsys, monkeypatch, sent, status):
+    step, seen, handler = RoarModule.training_step, [], signal.getsignal(sent)
 
     def interrupted(self, *args):
         seen.append(self)
-        if len(seen) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+        if len(seen) == 6:
+            os.kill(os.getpid(), sent)
         return step(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(RoarModule, "training_step", interrupted)
         with pytest.raises(SystemExit) as end:
             main(["roar", "run", "--plan", str(made)])
-    assert end.value.code == 130
+    assert end.value.code == status
     said = capsys.readouterr().err
-    assert "Stopped; " in said
-    assert "are done and kept. The same command goes on." in said
+    assert "Stopped; 1 of 5 cells are done, the same command goes on." in said
     assert "Traceback" not in said
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(sent) is handler
     assert not rests(made)
     assert not list(made.rglob("error.log"))
-    assert 0 < len(identities(made)) < len(CELLS)
+    assert len(identities(made)) == 1
     main(["roar", "run", "--plan", str(made)])
     assert numbers(made) == numbers(whole)
 

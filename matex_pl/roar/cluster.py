@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from matex_pl.roar.plan import Cell, Plan
+from matex_pl.roar.plan import Cell, Plan, Training
 from matex_pl.roar.work import POLL_SECONDS, Progress, Stamp, note_death, work_alone
 
 # Nothing is sent to Ray's makers, and `uv run` does not make Ray copy the working directory to the machines.
@@ -52,6 +52,19 @@ def check_ray() -> None:
     """
     if find_spec("ray") is None:
         raise ImportError("executor='ray' needs Ray: pip install 'matex_pl[ray]'.")
+
+
+def check_gpus(training: Training, options: RayOptions) -> None:
+    """Refuse cells that train on a GPU which Ray does not give them.
+
+    Raises:
+        ValueError: They do.
+    """
+    if training.accelerator in ("gpu", "cuda") and not options.num_gpus:
+        raise ValueError(
+            f"training.accelerator is {training.accelerator!r}, but ray.num_gpus is 0. Give the GPUs of a cell, as "
+            "ray.num_gpus=1, or 0.5 for two cells on each."
+        )
 
 
 def work_on_ray(plan: Plan, cells: Sequence[Cell], options: RayOptions) -> None:

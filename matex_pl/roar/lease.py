@@ -145,7 +145,8 @@ def _write(folder: Path, owner: str, seconds: float) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / LEASE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):
+        # A machine that loses power may leave an empty file.
         return {}
 
 

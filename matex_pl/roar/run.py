@@ -15,7 +15,7 @@ from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import load_module
 from matex_pl.files import write_text
 from matex_pl.report_roar import add_to_report, roar_tables, write_roar
-from matex_pl.roar.cluster import RayOptions, check_ray, work_on_ray
+from matex_pl.roar.cluster import RayOptions, check_gpus, check_ray, work_on_ray
 from matex_pl.roar.collect import collect
 from matex_pl.roar.lease import is_leased, sweep
 from matex_pl.roar.make import make_plan
@@ -76,6 +76,7 @@ def run_roar(
         ImportError: Ray is not installed.
         CellsFailedError: Some cells failed.
         KeyboardInterrupt: Somebody pressed Ctrl-C; what is done is kept.
+        SystemExit: The process was told to end, by SIGTERM.
     """
     check_choice("executor", executor, EXECUTORS)
     if processes < 1:
@@ -86,6 +87,8 @@ def run_roar(
         # Before the plan is made: it takes a while.
         some_cells([], cells)
     opened = _open(protocol, training, data, ckpt_path, out, methods, start_path, plan)
+    if executor == "ray":
+        check_gpus(opened.training, ray)
     log = Console(stderr=True, highlight=False)
     try:
         _make_maps(opened, log)
@@ -98,9 +101,9 @@ def run_roar(
             work_in_processes(opened, left, processes)
         else:
             work_here(opened, left)
-    except KeyboardInterrupt:
-        done = sum(result(opened, cell) is not None for cell in opened.cells())
-        log.print(f"Stopped; {done} cells are done and kept. The same command goes on.", soft_wrap=True)
+    except (KeyboardInterrupt, SystemExit):
+        done = [result(opened, cell) is not None for cell in opened.cells()]
+        log.print(f"Stopped; {sum(done)} of {len(done)} cells are done, the same command goes on.", soft_wrap=True)
         raise
     finally:
         sweep(opened.folder, [opened.path(cell) for cell in opened.cells()])

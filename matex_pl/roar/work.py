@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from matex_pl.files import write_text
@@ -72,9 +73,16 @@ def _broken(plan: Plan) -> Path:
 
 
 def result(plan: Plan, cell: Cell) -> dict[str, Any] | None:
-    """What a cell found; None while it has no end."""
+    """What a cell found; None while it has no end.
+
+    Raises:
+        ValueError: The file is damaged, as by a disk that was full or a machine that lost power.
+    """
     path = plan.path(cell) / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete it, and run the plan again.") from error
 
 
 def failure(plan: Plan, cell: Cell) -> str | None:
@@ -95,13 +103,16 @@ class Progress:
         plan: The experiment.
         cells: Those of its cells that are counted.
         before: The failures of an earlier run, which do not count; those of now by default.
+        has_bar: There is a bar, on a terminal.
     """
 
-    def __init__(self, plan: Plan, cells: Sequence[Cell], before: Mapping[Cell, Stamp] | None = None) -> None:
+    def __init__(
+        self, plan: Plan, cells: Sequence[Cell], before: Mapping[Cell, Stamp] | None = None, *, has_bar: bool = True
+    ) -> None:
         self.plan = plan
         self.cells = cells
         self.before = {cell: _stamp(plan, cell) for cell in cells} if before is None else before
-        self._bar = tqdm(total=len(cells), desc="cells", unit="cell", disable=None)
+        self._bar = tqdm(total=len(cells), desc="cells", unit="cell", disable=None if has_bar else True)
         self._ended, self._start, self._next_line = 0, time.monotonic(), 0.0
 
     def pending(self) -> list[Cell]:
@@ -178,6 +189,9 @@ def attempt(plan: Plan, films: PlanFilms, cell: Cell, lease: Lease) -> None:
     except Exception:
         # One broken cell must not take the others with it; it is named at the end, and never averaged over.
         lease.write(_ERROR, traceback.format_exc())
+    except SIGTERMException:
+        # A Trainer that a scheduler ends exits with status 0, as if all was done.
+        raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as end:
         # What the Trainer makes of Ctrl-C, which it has the process ignore from then on.
         if isinstance(end.__context__, KeyboardInterrupt):
@@ -204,4 +218,4 @@ def work_alone(folder: Path, cells: Sequence[Cell], before: Mapping[Cell, Stamp]
         cells: Those to run.
         before: The failures of an earlier run, of `Progress.before`.
     """
-    _work(Progress(read_plan(folder), cells, before), is_shown=False)
+    _work(Progress(read_plan(folder), cells, before, has_bar=False), is_shown=False)
