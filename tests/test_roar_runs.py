@@ -404,12 +404,14 @@ def test_other_executors_give_the_same_and_survive_what_dies(
     if "ray" in options:
         pytest.importorskip("ray")
         monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("ROAR_DIE", CELLS[1])
     said = refused(capsys, ["roar", "run", "--plan", made, *options])
     assert f"1 of 5 cells failed:\n  {CELLS[1]}: " in said
     assert f"{made}/cells/{CELLS[1]}/error.log" in said
     assert numbers(made) == {name: cell for name, cell in numbers(whole).items() if name != CELLS[1]}
     assert not rests(made)
+    assert signal.getsignal(signal.SIGTERM) is handler
     pids, cells = attempts(log)
     assert sorted(cells) == sorted([*CELLS, *[CELLS[1]] * (tries - 1)])
     assert len(set(pids)) > 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -81,7 +83,7 @@ def work_on_ray(plan: Plan, cells: Sequence[Cell], options: RayOptions) -> None:
         os.environ.setdefault(name, value)
     import ray
 
-    started = not ray.is_initialized()
+    started, on_end = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     if started:
         ray.init(**init_settings(options.address))
     progress = Progress(plan, cells)
@@ -109,6 +111,9 @@ def work_on_ray(plan: Plan, cells: Sequence[Cell], options: RayOptions) -> None:
             ray.cancel(one, force=True)
         if started:
             ray.shutdown()
+            if threading.current_thread() is threading.main_thread():
+                # Ray takes this signal and does not give it back.
+                signal.signal(signal.SIGTERM, on_end)
         progress.close()
 
 
