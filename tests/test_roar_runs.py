@@ -30,7 +30,7 @@ from matex_pl.roar.plan import read_plan
 FILMS = {"num_train": 14, "num_val": 2, "num_test": 2, "film_size": 64, "batch_size": 4, "num_workers": 0}
 CELLS = ["clean", "image/chefer/0.5", "image/randommap/0.5", "image/randommap-blurred/0.5", "image/true-boxes/0.5"]
 CELLS = [f"repeat-0/{name}" for name in CELLS]
-WAIT = 100
+WAIT = 300
 
 
 class Broken(Chefer):
