@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -72,6 +73,9 @@ def main(args: Sequence[str] | None = None) -> None:
             COMMANDS[words[0]](words[1:])
         except (CellsFailedError, ImportError, OSError, NotImplementedError, ValueError) as error:
             _stop(f"matex {words[0]}: {error}")
+        except KeyboardInterrupt:
+            # As a shell says it of a process that the signal ended.
+            sys.exit(128 + signal.SIGINT)
         return
     if args is None:
         # LightningCLI warns of `args` beside a command line.
@@ -138,14 +142,15 @@ def roar(words: Sequence[str]) -> None:
     )
     commands = parser.add_subcommands()
     for name, function in ROAR_COMMANDS.items():
-        command = ArgumentParser()
+        about = str(function.__doc__).split("\n", 1)[0]
+        command = ArgumentParser(description=about)
         if name == "run":
             command.add_argument("--config", action="config", help="A YAML of these settings, as roar_phantom.yaml.")
             command.add_function_arguments(function)
         else:
             command.add_argument("folder", help="Folder of the plan.")
             command.add_function_arguments(function, skip={"folder"})
-        commands.add_subcommand(name, command, help=str(function.__doc__).split("\n", 1)[0])
+        commands.add_subcommand(name, command, help=about)
     settings = parser.instantiate(parser.parse_args(list(words)))
     chosen = vars(settings[settings.subcommand])
     chosen.pop("config", None)

@@ -15,14 +15,16 @@ from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import load_module
 from matex_pl.files import write_text
 from matex_pl.report_roar import add_to_report, roar_tables, write_roar
-from matex_pl.roar.cluster import RayOptions, work_on_ray
+from matex_pl.roar.cluster import RayOptions, check_gpus, check_ray, work_on_ray
 from matex_pl.roar.collect import collect
-from matex_pl.roar.lease import is_leased
+from matex_pl.roar.lease import is_leased, sweep
 from matex_pl.roar.make import make_plan
 from matex_pl.roar.plan import Cell, Plan, Protocol, Training, duration, read_plan, some_cells
-from matex_pl.roar.work import failure, prepare_maps, result, work_here, work_in_processes
+from matex_pl.roar.processes import work_in_processes
+from matex_pl.roar.work import broken_maps, failure, has_maps, prepare_maps, result, work_here
 
 EXECUTORS = ("local", "ray")
+_FAILURES_NAMED = 5
 
 
 class CellsFailedError(RuntimeError):
@@ -71,24 +73,40 @@ def run_roar(
     Raises:
         ValueError: An argument is out of range, the folder holds another plan, or there are too few pairs.
         FileNotFoundError: There is no such checkpoint or plan.
+        ImportError: Ray is not installed.
         CellsFailedError: Some cells failed.
+        KeyboardInterrupt: Somebody pressed Ctrl-C; what is done is kept.
+        SystemExit: The process was told to end, by SIGTERM.
     """
     check_choice("executor", executor, EXECUTORS)
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}.")
-    opened = _open(protocol, training, data, ckpt_path, out, methods, start_path, plan)
-    log = Console(stderr=True)
-    log.print("Making maps, where they are not there yet.", highlight=False)
-    prepare_maps(opened)
-    mine = opened.cells() if cells is None else some_cells(opened.cells(), cells)
-    left = [cell for cell in mine if result(opened, cell) is None]
-    log.print(f"{len(left)} of {len(mine)} cells to run, each of {opened.steps()} steps.", highlight=False)
     if executor == "ray":
-        work_on_ray(opened, left, ray)
-    elif processes > 1:
-        work_in_processes(opened, left, processes)
-    else:
-        work_here(opened, left)
+        check_ray()
+    if cells is not None:
+        # Before the plan is made: it takes a while.
+        some_cells([], cells)
+    opened = _open(protocol, training, data, ckpt_path, out, methods, start_path, plan)
+    if executor == "ray":
+        check_gpus(opened.training, ray)
+    log = Console(stderr=True, highlight=False)
+    try:
+        _make_maps(opened, log)
+        mine = opened.cells() if cells is None else some_cells(opened.cells(), cells)
+        left = [cell for cell in mine if result(opened, cell) is None]
+        log.print(f"{len(left)} of {len(mine)} cells to run, each of {opened.steps()} steps.", soft_wrap=True)
+        if executor == "ray" and left:
+            work_on_ray(opened, left, ray)
+        elif processes > 1 and left:
+            work_in_processes(opened, left, processes)
+        else:
+            work_here(opened, left)
+    except (KeyboardInterrupt, SystemExit):
+        done = [result(opened, cell) is not None for cell in opened.cells()]
+        log.print(f"Stopped; {sum(done)} of {len(done)} cells are done, the same command goes on.", soft_wrap=True)
+        raise
+    finally:
+        sweep(opened.folder, [opened.path(cell) for cell in opened.cells()])
     return _ended(opened, mine)
 
 
@@ -104,7 +122,7 @@ def _open(
 ) -> Plan:
     """The plan that is there, or the one that the arguments describe."""
     if plan is not None:
-        return read_plan(Path(plan))
+        return _there(Path(plan), protocol, training, {"data": data, "ckpt_path": ckpt_path, "out": out})
     if data is None or ckpt_path is None or out is None:
         raise ValueError("there is no plan. Give data, ckpt_path and out, or plan, the folder of one.")
     explained = load_module(ckpt_path)
@@ -114,20 +132,49 @@ def _open(
     return make_plan(Path(out), data, explained, start, names, protocol, training, about)
 
 
+def _there(folder: Path, protocol: Protocol, training: Training, others: dict[str, Any]) -> Plan:
+    """The plan of a folder, whose settings are its own: others beside it are an error, not passed over."""
+    found = read_plan(folder)
+    given = [name for name, value in others.items() if value is not None]
+    given += ["protocol"] if protocol not in (Protocol(), found.protocol) else []
+    given += ["training"] if training not in (Training(), found.training) else []
+    if given:
+        raise ValueError(f"the plan in {folder} has its own settings. Leave out {', '.join(given)}, or leave out plan.")
+    return found
+
+
+def _make_maps(plan: Plan, log: Console) -> None:
+    if has_maps(plan):
+        return
+    log.print("Making maps, where they are not there yet.", soft_wrap=True)
+    prepare_maps(plan)
+    for name, why in plan.refusals().items():
+        log.print(f"{name} refuses the model and is left out: {why}", soft_wrap=True, markup=False)
+    for name, why in broken_maps(plan).items():
+        last = why.strip().splitlines()[-1]
+        log.print(f"The maps of {name} failed, and so do its cells: {last}", soft_wrap=True, markup=False)
+
+
 def _ended(plan: Plan, cells: Sequence[Cell]) -> str:
     """The table, if all of the plan is done; else what is left of it."""
     failed = {cell.id: error for cell in cells if (error := failure(plan, cell))}
     if failed:
-        name, error = next(iter(failed.items()))
         write_results(plan)
         raise CellsFailedError(
-            f"{len(failed)} of {len(cells)} cells failed, e.g. {name}: {error} The log is "
-            f"{plan.folder}/cells/{name}/error.log. The others are kept; the same command tries these again."
+            f"{len(failed)} of {len(cells)} cells failed:\n{_named(plan, failed)}\n"
+            f"The others are kept, and {plan.folder}/report.html shows them. The same command tries these again."
         )
     left = sum(result(plan, cell) is None for cell in plan.cells())
     if left:
         return f"These cells are done; {left} others of the plan are left. See `matex roar status {plan.folder}`."
     return collect_roar(str(plan.folder))
+
+
+def _named(plan: Plan, failed: dict[str, str]) -> str:
+    """A line for each of the first failures, with its log."""
+    lines = [f"  {name}: {error}\n    {plan.folder}/cells/{name}/error.log" for name, error in failed.items()]
+    more = len(lines) - _FAILURES_NAMED
+    return "\n".join(lines[:_FAILURES_NAMED] + ([f"  and {more} more, see `matex roar status`"] if more > 0 else []))
 
 
 def roar_status(folder: str) -> str:
@@ -144,14 +191,23 @@ def roar_status(folder: str) -> str:
     done = [found for cell in cells if (found := result(plan, cell)) is not None]
     running = [cell.id for cell in cells if result(plan, cell) is None and is_leased(plan.path(cell))]
     failed = {cell.id: error for cell in cells if cell.id not in running and (error := failure(plan, cell))}
-    left = len(cells) - len(done)
     lines = [f"{len(done)} of {len(cells)} cells are done, {len(running)} running, {len(failed)} failed."]
+    if not has_maps(plan):
+        lines.append("The maps are not all made yet.")
     lines += [f"  running: {name}" for name in running]
     lines += [f"  failed: {name}: {error} (cells/{name}/error.log)" for name, error in failed.items()]
-    if done and left:
-        seconds = mean(found["seconds"] for found in done) * left / max(len(running), 1)
-        lines.append(f"About {duration(seconds)} are left with {max(len(running), 1)} at a time.")
-    return "\n".join(lines)
+    return "\n".join([*lines, _outlook(plan, done, len(cells) - len(done), len(running))])
+
+
+def _outlook(plan: Plan, done: Sequence[dict[str, Any]], left: int, running: int) -> str:
+    """What is still to come: the time, if there is something to tell it by."""
+    if not left:
+        return f"`matex roar collect {plan.folder}` writes the tables."
+    at_once = f"with {running} at a time" if running else "one at a time; no cell is running now"
+    if not done:
+        return f"How long the {left} left take is known after the first."
+    seconds = mean(found["seconds"] for found in done) * left / max(running, 1)
+    return f"About {duration(seconds)} for the {left} left, {at_once}."
 
 
 def collect_roar(folder: str, report: str | None = None) -> str:
