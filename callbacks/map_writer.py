@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.data.record import StudyBatch
-from matex_pl.files import check_folder
+from matex_pl.files import check_folder, remove_abandoned_parts
 from matex_pl.store import MapStore, pair_keys, weight_hash
 
 
@@ -118,6 +118,7 @@ class MapWriter(Callback):
         trainer.strategy.barrier("maps are written")
         if trainer.is_global_zero:
             self.store.drop_repeats()
+            remove_abandoned_parts(self.store.folder)
         trainer.strategy.barrier("maps are merged")
         self.store.refresh()
         rank_zero_info(f"{len(self.store)} maps in {self.store.folder}")

@@ -353,7 +353,8 @@ class ClipModule(LightningModule):
         Raises:
             ValueError: Its weights hold NaN or Inf, or it was trained with another tokenizer.
         """
-        self.clip.refuse_checkpoint(checkpoint, "The checkpoint")
+        path = self.trainer.ckpt_path if self._trainer is not None else None
+        self.clip.refuse_checkpoint(checkpoint, str(path or "The checkpoint"))
         self._rng_state = checkpoint.get("rng_state")
 
     def on_train_start(self) -> None:
