@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.data.record import StudyBatch
-from matex_pl.files import check_folder
+from matex_pl.files import check_folder, remove_abandoned_parts
 from matex_pl.store import MapStore, pair_keys, weight_hash
 
 
@@ -58,17 +57,9 @@ class MapWriter(Callback):
         self._open(trainer, pl_module)
 
     def _open(self, trainer: Trainer, module: Any) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            return
-        weights = [weight_hash(module.clip)] * trainer.world_size
-        if trainer.world_size > 1:
-            dist.all_gather_object(weights, weights[0])
-        if len(set(weights)) > 1:
-            raise ValueError(
-                f"The {len(weights)} processes have different weights, so their maps do not belong together. Give "
-                "--ckpt_path, or seed_everything for random weights."
-            )
-        self.store = MapStore(self.root, weights[0], self.method)
+        if trainer.state.fn != TrainerFn.FITTING:
+            # All processes have the weights of the first: Lightning sees to that.
+            self.store = MapStore(self.root, weight_hash(module.clip), self.method)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
@@ -118,6 +109,7 @@ class MapWriter(Callback):
         trainer.strategy.barrier("maps are written")
         if trainer.is_global_zero:
             self.store.drop_repeats()
+            remove_abandoned_parts(self.store.folder)
         trainer.strategy.barrier("maps are merged")
         self.store.refresh()
         rank_zero_info(f"{len(self.store)} maps in {self.store.folder}")

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from matex_pl.files import whole_file
+from matex_pl.files import check_folder, whole_file
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -27,13 +27,22 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="epoch")
         self.path = path
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a folder that cannot be written before there is anything to write."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict":
+            check_folder(self._file(trainer).parent)
+
+    def _file(self, trainer: Trainer) -> Path:
+        """Where the table goes; all processes have to ask for it together."""
+        return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
+
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write all rows, in the order of the films, under a temporary name until they are complete."""
         rows = self._rows_of_all(trainer, predictions, batch_indices)
-        # All processes have to ask for the log folder.
-        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
+        path = self._file(trainer)
         if not trainer.is_global_zero:
             return
         with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:

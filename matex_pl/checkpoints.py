@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from matex_pl.files import whole_file
+from matex_pl.files import remove_abandoned_parts, whole_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -27,6 +27,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        remove_abandoned_parts(Path(path).parent)
         try:
             with whole_file(Path(path)) as part:
                 torch.save(checkpoint, part)

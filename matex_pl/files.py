@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from uuid import uuid4
+
+_ABANDONED_AFTER = 3600
 
 
 @contextmanager
@@ -22,6 +25,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_abandoned_parts(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder: parts that nobody has written to for an hour."""
+    for part in folder.glob(".*.part"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > _ABANDONED_AFTER:
+                part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

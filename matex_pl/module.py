@@ -37,6 +37,8 @@ from matex_pl.data.record import Study, StudyBatch
 FREEZE = ("none", "text", "image", "all-but-projections", "all-but-head")
 # They keep a part of each weight in each process.
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+# SigLIP's bias and CoCa's decoder have no part in this loss; DDP would wait for their gradients.
+_UNREACHED = ("logit_bias", "text_decoder.")
 _PROJECTIONS = ("visual.proj", "visual.head.", "text_projection", "text.text_projection", "text.proj")
 _FINAL_NORMS = ("visual.ln_post.", "visual.trunk.norm.", "visual.trunk.fc_norm.", "ln_final.", "text.ln_final.")
 
@@ -108,9 +110,9 @@ class ClipModule(LightningModule):
         self._scored: set[int] = set()
         self._step_ids: list[str] = []
         freeze_parameters(self.clip.model, freeze)
-        if getattr(self.clip.model, "logit_bias", None) is not None:
-            # SigLIP's, which the softmax has no use for: DDP would wait for its gradient.
-            self.clip.model.logit_bias.requires_grad_(False)
+        for part, parameter in self.clip.model.named_parameters():
+            if part.startswith(_UNREACHED):
+                parameter.requires_grad_(False)
         # Lightning keeps the modes it finds, and `load_clip` gives a model in eval mode.
         self.train()
 
@@ -355,7 +357,8 @@ class ClipModule(LightningModule):
         Raises:
             ValueError: Its weights hold NaN or Inf, or it was trained with another tokenizer.
         """
-        self.clip.refuse_checkpoint(checkpoint, "The checkpoint")
+        path = self.trainer.ckpt_path if self._trainer is not None else None
+        self.clip.refuse_checkpoint(checkpoint, str(path or "The checkpoint"))
         self._rng_state = checkpoint.get("rng_state")
 
     def on_train_start(self) -> None:

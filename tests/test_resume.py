@@ -39,7 +39,8 @@ def _fit(folder: Path, films: Path, *more: str) -> int:
         "--data.batch_size=8",
     ]
     words += ["--trainer.max_epochs=3", "--trainer.deterministic=true", *more]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    # The package that is tested here, wherever another one is installed.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     return subprocess.run(
         [sys.executable, "-m", "matex_pl.cli", *words], cwd=folder, env=environment, capture_output=True, check=False
     ).returncode

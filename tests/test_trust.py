@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap
 from matex_pl.callbacks import AttributionMaps, PredictionWriter
+from matex_pl.checkpoints import WholeCheckpointIO
 from matex_pl.cli import main
 from matex_pl.clip import load_clip
 from matex_pl.data import PhantomDataModule
@@ -110,7 +112,7 @@ def test_weights_that_are_no_numbers_are_named(
     tiny_json: str, tiny_films: PhantomDataModule, checkpoint: Path, way: str, bad: float
 ) -> None:
     spoilt = _changed(checkpoint, "bad.ckpt", lambda content: _weight(content, "ln_final.weight")[3].fill_(bad))
-    with pytest.raises(ValueError, match=r"holds NaN or Inf in .*ln_final\.weight \(1 tensors\)"):
+    with pytest.raises(ValueError, match=r"bad\.ckpt.* holds NaN or Inf in .*ln_final\.weight \(1 tensors\)"):
         _uses(spoilt, tiny_films, tiny_json)[way]()
 
 
@@ -136,7 +138,9 @@ def _other_tokenizer(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_another_tokenizer_is_named(tiny_json: str, tiny_films: PhantomDataModule, checkpoint: Path, way: str) -> None:
     spoilt = _changed(checkpoint, "other.ckpt", _other_tokenizer)
-    with pytest.raises(ValueError, match="was trained with the tokenizer a/tokenizer, this model has CLIP's"):
+    with pytest.raises(
+        ValueError, match=r"other\.ckpt.* was trained with the tokenizer a/tokenizer, this model has CLIP's"
+    ):
         _uses(spoilt, tiny_films, tiny_json)[way]()
 
 
@@ -329,6 +333,33 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path: Path) -> None:
         check_folder(tmp_path / "file" / "maps")
     check_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_predictions_that_cannot_be_written_are_not_made(
+    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    class Never(ClipModule):
+        def predict_step(self, *_: Any) -> Any:
+            pytest.fail("predicted in vain")
+
+    run = _trainer(tmp_path, PredictionWriter(str(tmp_path / "file" / "rows.csv")))
+    with pytest.raises(OSError, match=r"Nothing can be written in .*file"):
+        run.predict(Never(tiny_json), tiny_films)
+
+
+def test_what_a_killed_process_left_half_written_goes_after_an_hour(checkpoint: Path) -> None:
+    old, new, other = (checkpoint.with_name(name) for name in (".a.ckpt.1.part", ".a.ckpt.2.part", "a.part"))
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 4000, time.time() - 4000))
+    WholeCheckpointIO().save_checkpoint({"a": 1}, checkpoint.with_name("a.ckpt"))
+    assert not old.exists()
+    assert new.exists()
+    assert other.exists()
+    assert torch.load(checkpoint.with_name("a.ckpt"), weights_only=True) == {"a": 1}
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
