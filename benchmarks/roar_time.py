@@ -1,6 +1,6 @@
 """What a finished plan of `matex roar` cost: seconds per cell, whether more cells cost the same, and what is not training.
 
-    python benchmarks/roar_time.py roar/phantom
+python benchmarks/roar_time.py roar/phantom
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from matex_pl.roar.lease import RESULT
 from matex_pl.roar.plan import Plan, read_plan
-from matex_pl.roar.work import RESULT, result
+from matex_pl.roar.work import result
 
 
 def main() -> None:

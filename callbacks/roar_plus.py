@@ -15,6 +15,7 @@ from matex_pl.data import ChestXrayDataModule
 from matex_pl.module import ClipModule
 from matex_pl.report_roar import log_roar
 from matex_pl.roar.cell import read_module, write_module
+from matex_pl.roar.lease import sweep
 from matex_pl.roar.make import make_plan
 from matex_pl.roar.plan import Plan, Protocol, Training, duration
 from matex_pl.roar.run import write_results
@@ -99,6 +100,7 @@ class RoarPlus(Callback):
             return
         prepare_maps(plan)
         work_here(plan, plan.cells())
+        sweep(plan.folder, [plan.path(cell) for cell in plan.cells()])
         found = write_results(plan)
         for failed in found["failed"]:
             rank_zero_warn(f"The cell {failed['cell']} failed: {failed['error']} See {plan.folder}/{failed['log']}.")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 from matex_pl.attribution import CenterMap, Matex, PriorOnly, RandomMap
 from matex_pl.attribution.shipped import load_method
 from matex_pl.benchmark.results import PACKAGES
 from matex_pl.benchmark.rows import method_row
+from matex_pl.clip import Clip
 from matex_pl.data import ChestXrayDataModule, Study
 from matex_pl.module import ClipModule
 from matex_pl.pairs import choose_pairs, prepare_data
@@ -19,6 +23,7 @@ from matex_pl.roar.plan import Plan, PlanRow, Protocol, Training, check_same, ha
 from matex_pl.store import describe_method, fingerprint, weight_hash
 
 RANDOM, BLURRED, BOXES = "RandomMap", "RandomMap, blurred", "True boxes"
+CENTER, PRIOR = "CenterMap", "PriorOnly"
 _BLUR = 1.5
 
 
@@ -47,36 +52,49 @@ def make_plan(
     Raises:
         ValueError: The folder holds another plan, a method is unknown or named twice, or there are too few pairs.
     """
-    clip = explained.clip
-    studies = _pairs(data, clip.image_size, protocol)
+    studies = _pairs(data, explained.clip.image_size, protocol)
     for module in (explained, start):
         if module.clip.mean_film.isnan().any():
             module.clip.mean_film.copy_(data.mean_film())
-    model = about | {
-        "explained": weight_hash(clip),
-        "start": weight_hash(start.clip),
-        "image_size": list(clip.image_size),
-        "grid": list(clip.grid),
-    }
-    boxed = sum(bool(study.boxes) for study in studies)
     described = {
+        "model": about | _about_model(explained.clip, start.clip),
+        "data": _about_data(data, studies),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    rows = plan_rows(methods, sum(bool(study.boxes) for study in studies), len(studies))
+    plan = Plan(folder, protocol, training, rows, described)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two that start at once decode the films once.
+    with FileLock(folder / ".lock"):
+        if has_plan(folder):
+            check_same(read_plan(folder), plan)
+            return plan
+        for part in folder.glob(".*.part"):
+            part.unlink()
+        write_films(data, studies, folder)
+        write_module(explained, folder / "explained.safetensors")
+        write_module(start, folder / "start.safetensors")
+        plan.write()
+    return plan
+
+
+def _about_model(explained: Clip, start: Clip) -> dict[str, Any]:
+    return {
+        "explained": weight_hash(explained),
+        "start": weight_hash(start),
+        "image_size": list(explained.image_size),
+        "grid": list(explained.grid),
+    }
+
+
+def _about_data(data: ChestXrayDataModule, studies: Sequence[Study]) -> dict[str, Any]:
+    return {
         "class": type(data).__name__,
         "pairs": len(studies),
         "patients": len({study.patient_id for study in studies}),
-        "boxed": boxed,
+        "boxed": sum(bool(study.boxes) for study in studies),
         "fingerprint": fingerprint([[study.id, study.phrase, study.boxes] for study in studies]),
     }
-    versions = {name: version(name) for name in PACKAGES}
-    rows = plan_rows(methods, boxed, len(studies))
-    plan = Plan(folder, protocol, training, rows, {"model": model, "data": described, "versions": versions})
-    if has_plan(folder):
-        check_same(read_plan(folder), plan)
-        return plan
-    write_films(data, studies, folder)
-    write_module(explained, folder / "explained.safetensors")
-    write_module(start, folder / "start.safetensors")
-    plan.write()
-    return plan
 
 
 def _pairs(data: ChestXrayDataModule, image_size: tuple[int, int], protocol: Protocol) -> list[Study]:
@@ -113,14 +131,14 @@ def plan_rows(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanRow]:
     rows = [
         PlanRow(row.name, describe_method(row.method), row.method.serves_text, note=row.note)
         for row in asked
-        if not isinstance(row.method, (RandomMap, CenterMap, PriorOnly))
+        if row.name not in (RANDOM, CENTER, PRIOR)
     ]
     matex = next((row.method for row in asked if isinstance(row.method, Matex)), None)
     rows += _prior_controls(matex) if matex else []
     rows += [
         PlanRow(RANDOM, describe_method(RandomMap()), True, True, "noise"),
         PlanRow(BLURRED, describe_method(RandomMap(blur=_BLUR)), True, True, "noise as smooth as maps are"),
-        PlanRow("CenterMap", describe_method(CenterMap()), False, True, "the middle of the frame"),
+        PlanRow(CENTER, describe_method(CenterMap()), False, True, "the middle of the frame"),
     ]
     if boxed:
         note = f"what a perfect map would drop; {boxed} of {pairs} pairs have boxes"
@@ -138,5 +156,5 @@ def _prior_controls(matex: Matex) -> list[PlanRow]:
     prior = PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior)
     return [
         PlanRow("MATEX, delta = 0", describe_method(without), False, True, "without its prior"),
-        PlanRow("PriorOnly", describe_method(prior), False, True, "the regions that the phrase names, no model"),
+        PlanRow(PRIOR, describe_method(prior), False, True, "the regions that the phrase names, no model"),
     ]

@@ -271,12 +271,16 @@ def read_plan(folder: Path) -> Plan:
 
 
 def check_same(plan: Plan, wanted: Plan) -> None:
-    """Refuse to go on with a plan in a folder that holds another one.
+    """Refuse to go on with a plan in a folder that holds another one. The same weights may come from another path.
 
     Raises:
         ValueError: They differ; the message names the first settings that do.
     """
-    differing = list(_differences(plan.described(), wanted.described()))
+    differing = [
+        difference
+        for difference in _differences(plan.described(), wanted.described())
+        if not difference.startswith(("about.model.checkpoint ", "about.model.start_checkpoint "))
+    ]
     if differing:
         raise ValueError(
             f"{plan.folder} holds a plan with other settings: {'; '.join(differing[:3])}. Give another folder, or "
