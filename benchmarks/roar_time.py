@@ -1,4 +1,4 @@
-"""What a finished plan of `matex roar` cost: seconds per cell, whether more cells cost the same, and what is not training.
+"""What a plan of `matex roar` cost: seconds per cell, whether more cells cost the same, and what is not training.
 
 python benchmarks/roar_time.py roar/phantom
 """
