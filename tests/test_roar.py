@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,6 +196,18 @@ def test_a_cell_is_a_function_of_its_description(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     assert first["loss"] == again["loss"]
     assert first["loss"] != run_cell(plan, films, Cell(0, BOXES, "image", 0.25))["loss"]
+
+
+def test_cells_leave_nothing_in_memory(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        "matex_pl.roar.cell.build_module",
+        lambda plan: kept.append(weakref.ref(module := build_module(plan))) or module,
+    )
+    plan = _plan(tmp_path, modalities=["image"], repeats=1)
+    _run(plan)
+    assert len(kept) == len(plan.cells())
+    assert all(module() is None for module in kept)
 
 
 @pytest.mark.parametrize("trained", ["full", "head", "lora"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import sys
@@ -198,6 +199,9 @@ def attempt(plan: Plan, films: PlanFilms, cell: Cell, lease: Lease) -> None:
             signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from None
         raise
+    finally:
+        # A Trainer and its module hold each other, and the weights: Python would let many of them pile up.
+        gc.collect()
 
 
 def note_death(plan: Plan, cell: Cell, why: str) -> None:
