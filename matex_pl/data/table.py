@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -87,7 +88,7 @@ def read_text(path: Path) -> str:
     if path.suffix.lower() == ".gz":
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise ValueError(f"{path} is no whole gzip file: {error}.") from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is UTF-16, which is not read. Save it as UTF-8.")
