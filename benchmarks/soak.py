@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py
 
-Prints a Markdown table of the memory of the process and its loader, the median over each 100 steps, and a verdict; the
-status is 1 where a median after the warm-up is more than 2 % above or below the first one after it. `psutil` is needed,
-which `pip install -e '.[dev]'` brings. Two to four minutes on two cores, nothing is downloaded.
+Prints a Markdown table of the memory of the process and its loaders, the median over each 100 steps, and a verdict; the
+status is 1 where a median after the warm-up is more than 2 % above or below the first one after it. Linux, and
+`psutil`, which `pip install -e '.[dev]'` brings. Two to four minutes on two cores, nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ COLUMNS = ("all processes, MiB", "this process, MiB", "its largest so far, MiB",
 
 
 class Gauge(Callback):
-    """Notes the memory every tenth step, between validations.
+    """Notes the memory every tenth step, between validations, and prints the medians of each `every` steps.
 
-    `rows` are lists of the step and the values of `COLUMNS`: PSS of the process and its children, which counts pages
-    that they share once, RSS of the process, the largest it ever was, what torch holds on a GPU, and open files.
+    `rows` are lists of the step and the values of `COLUMNS`: what the process and its children hold beside files, where
+    pages that they share count once (other programs that have mapped the same libraries do not count), RSS of the
+    process, the largest it ever was, what torch holds on a GPU, and open files.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.rows: list[list[float]] = []
         self.process = psutil.Process()
 
@@ -58,18 +60,27 @@ class Gauge(Callback):
         """Note it."""
         if trainer.global_step % _EVERY == 0:
             self.rows.append([trainer.global_step, *self._read()])
+        if trainer.global_step % self.every == 0:
+            step, *values = windows(self.rows, self.every)[-1]
+            print(f"| {step} | {' | '.join(f'{value:.1f}' for value in values)} |", flush=True)
 
     def _read(self) -> list[float]:
-        seen = [process.memory_full_info() for process in (self.process, *self.process.children(recursive=True))]
+        held = sum(_held(process.pid) for process in (self.process, *self.process.children(recursive=True)))
         gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        used = [sum(one.pss for one in seen), seen[0].rss, _largest(), gpu]
+        used = [held, self.process.memory_info().rss, _bytes(Path("/proc/self/status"), "VmHWM"), gpu]
         return [*(number / 2**20 for number in used), self.process.num_fds()]
 
 
-def _largest() -> int:
-    """Largest RSS of this process so far, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+def _held(pid: int) -> int:
+    """Bytes that a process holds beside files; of a page that n processes share an n-th part."""
+    path = Path(f"/proc/{pid}/smaps_rollup")
+    return _bytes(path, "Pss_Anon") + _bytes(path, "Pss_Shmem")
+
+
+def _bytes(path: Path, name: str) -> int:
+    """A number of Linux' tables of a process, in bytes."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def soak(folder: Path, steps: int, every: int, workers: int, accelerator: str) -> list[list[float]]:
@@ -77,7 +88,7 @@ def soak(folder: Path, steps: int, every: int, workers: int, accelerator: str) -
     data = PhantomDataModule(
         str(folder / "films"), num_train=300, num_val=60, num_test=2, film_size=96, batch_size=16, num_workers=workers
     )
-    gauge = Gauge()
+    gauge = Gauge(every)
     run = Trainer(
         default_root_dir=folder,
         accelerator=accelerator,
@@ -130,12 +141,9 @@ def main(steps: int = 2000, every: int = 100, warm_up: int = 400, workers: int =
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     start = time.perf_counter()
+    print(f"| step | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     with tempfile.TemporaryDirectory() as folder:
         medians = windows(soak(Path(folder), steps, every, workers, accelerator), every)
-    print(f"| step | {' | '.join(COLUMNS)} |")
-    print(f"|---|{'---|' * len(COLUMNS)}")
-    for step, *values in medians:
-        print(f"| {step} | {' | '.join(f'{value:.1f}' for value in values)} |")
     found = {name: spread(medians, place, warm_up) for place, name in enumerate(COLUMNS, start=1)}
     worst = max(value for name, value in found.items() if "largest" not in name)
     print(f"\n{steps} steps in {time.perf_counter() - start:.0f} s, {os.cpu_count()} cores.")
