@@ -192,17 +192,18 @@ def _checked(results: dict[str, Any]) -> dict[str, Any]:
 # --- Tables and sentences
 
 
-def roar_tables(results: dict[str, Any]) -> str:
+def roar_tables(results: dict[str, Any], *, is_short: bool = False) -> str:
     """All tables as Markdown: scores beside the published ones, what is more than noise, what failed, clean losses.
 
     Args:
         results: Of ROAR+, as in its `results.json`.
+        is_short: The scores, what is more than noise and what failed alone, for a terminal.
 
     Raises:
         ValueError: The results are of another kind or format.
     """
     template = environment(autoescape=False).get_template("roar.md.jinja")
-    return template.render(**_words(_checked(results)))
+    return template.render(**_words(_checked(results)), is_short=is_short)
 
 
 def score_table(results: dict[str, Any], modality: str) -> Table | None:

@@ -12,15 +12,20 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from families import CONFIGS as FAMILY_CONFIGS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_ms_cxr import annotation_rows, write_annotations, write_films
+from test_report import plain, tables_of
 
 from matex_pl import attribution
-from matex_pl.attribution.shipped import method_names, shipped_methods
+from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
 from matex_pl.cli import find_configs, find_data, main
-from matex_pl.clip import shipped_configs
+from matex_pl.clip import find_config, shipped_configs
+from matex_pl.published import PUBLISHED
+from matex_pl.roar.make import plan_rows
+from matex_pl.roar.plan import Protocol, Training
 
 SMALL_PHANTOM = [
     f"--data.{name}={value}"
@@ -230,18 +235,60 @@ def test_ms_cxr_biomedclip_config_runs_on_a_small_one(here, capsys):
     assert Path("runs/ms_cxr_biomedclip/checkpoints/last.ckpt").is_file()
 
 
-def test_ms_cxr_vit_b_32_config_from_check_to_tables(here):
+@pytest.mark.slow
+def test_ms_cxr_vit_b_32_configs_from_check_to_the_papers_tables(here, capsys):
+    """What a holder of the data runs for the paper's tables, each command as the configs document it."""
     data = fit_ms_cxr(here, "ms_cxr_vit_b_32.yaml", "tiny.json")
-    checkpoint = "runs/ms_cxr_vit_b_32/checkpoints/last.ckpt"
+    assert "No bad rows." in capsys.readouterr().out
     few = ["--methods=matex,grad_cam", "--validation_pairs=2", "--sanity_pairs=2", "--steps=2", "--resamples=100"]
+    checkpoint = "runs/ms_cxr_vit_b_32/checkpoints/last.ckpt"
     main(["benchmark", *data, "--ckpt_path", checkpoint, "--num_pairs=-1", "--budget=full", "--out=results", *few])
     results = json.loads(Path("results/results.json").read_text(encoding="utf-8"))
     assert results["data"]["settings"]["root"] == "."
-    assert Path("results/tables.md").is_file()
+    # 20 patients, two of ten in the test split, three phrases each.
+    assert results["data"]["pairs"] == 12
+    assert "ROAR+ is published only" in Path("results/tables.md").read_text(encoding="utf-8")
+
+    small = ["--start_name=tiny.json", "--start_pretrained=null"]
+    small += ["--data.num_workers=0", "--training.epochs=1", "--training.batch_size=8", "--training.accelerator=cpu"]
+    small += ["--protocol.repeats=2", "--protocol.fractions=[0.5]", "--data.root=.", "--data.cache_dir=kept"]
+    small += ["--methods=[matex, paper/matex, grad_cam]"]
+    main(["roar", "run", "--config", "roar_ms_cxr.yaml", *small])
+    main(["roar", "collect", "roar/ms_cxr", "--report", "results"])
+    assert "True boxes" in capsys.readouterr().out
+    plan = json.loads(Path("roar/ms_cxr/plan.json").read_text(encoding="utf-8"))
+    assert plan["about"]["data"]["pairs"] == 60
+    assert plan["about"]["model"]["start"] != plan["about"]["model"]["explained"]
+    measured = json.loads(Path("roar/ms_cxr/results.json").read_text(encoding="utf-8"))
+    assert not measured["failed"]
+    text = Path("results/tables.md").read_text(encoding="utf-8")
+    assert "ROAR+ is published only" not in text
+    tables = [table for table in tables_of(text) if "Published" in plain(table[0][-1])]
+    for modality, table in zip(("image", "text"), tables, strict=True):
+        assert plain(table[0][-4]).startswith("ROAR+")
+        lines = {plain(cells[0]).partition(" (")[0]: [plain(cell) for cell in cells] for cells in table[1:]}
+        scores = {row["name"]: row["points"][0] for row in measured["rows"] if row["modality"] == modality}
+        for name in ("MATEX", "MATEX, as printed", "GradCam"):
+            assert lines[name][-4] == f"{scores[name]['value']:.2f} ± {scores[name]['std']:.2f}"
+        assert lines["Control: RandomMap"][-4] != lines["MATEX"][-4]
+
+
+def test_roar_on_ms_cxr_has_the_papers_methods_and_protocol():
+    shipped = yaml.safe_load(find_config("roar_ms_cxr.yaml").read_text(encoding="utf-8"))
+    rows = {row.name for row in plan_rows(shipped["methods"], 1, 1)}
+    for modality in ("image", "text"):
+        assert PUBLISHED[modality].keys() <= rows
+    protocol, training = Protocol(**shipped["protocol"]), Training(**shipped["training"])
+    assert (protocol.repeats, protocol.fractions[0], protocol.train_share) == (5, 0.1, 0.8)
+    assert (training.epochs, training.batch_size, training.lr) == (10, 32, 1e-4)
+
+
+def test_the_printed_matex_is_shipped_for_roar():
+    assert load_method("paper/matex").settings == attribution.Matex.paper().settings
 
 
 def test_every_shipped_config_has_a_test():
-    source = Path(__file__).read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     assert all(f'"{config}"' in source for config in shipped_configs())
 
 

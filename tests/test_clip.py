@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import open_clip
 import pytest
 import torch
 from families import CONFIGS, family
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
 from matex_pl import clip as clip_file
 from matex_pl import towers
 from matex_pl.attribution import Matex
-from matex_pl.clip import Clip, find_config, load_clip, shipped_configs
+from matex_pl.clip import Clip, cut_text, find_config, load_clip, shipped_configs
 from matex_pl.module import ClipModule
 
 BOS, EOT = 49406, 49407
@@ -302,6 +305,38 @@ def test_tokenize_repeats_itself_and_does_not_grow_for_ever(tiny_clip: Clip, mon
     for words in ("abca", "de", "fgab", "abcdefg", "a"):
         assert torch.equal(tiny_clip.tokenize(list(words)), torch.stack([alone[word] for word in words]))
         assert len(tiny_clip._rows) <= max(4, len(words))
+
+
+MARKED = st.text(max_size=60) | st.sampled_from(
+    ["<end_of_text>", "a <start_of_text> b", "&amp;", "!" * 99, "<b>", "\0"]
+)
+
+
+@pytest.mark.parametrize("kind", ["clip", "biomedclip", "siglip"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(phrases=st.lists(MARKED, min_size=1, max_size=4))
+def test_any_phrase_is_tokens(tiny_clip: Clip, kind: str, phrases: list[str]) -> None:
+    """Whatever it holds, a phrase has tokens of the model's length, in any company, and it is said if it is cut."""
+    model = tiny_clip if kind == "clip" else _shared(kind)
+    tokens = model.tokenize(phrases)
+    content = model.content(tokens)
+    assert tokens.shape == content.shape == (len(phrases), model.context_length)
+    assert int(tokens.min()) >= 0
+    assert int(tokens.max()) < model.config["model_cfg"]["text_cfg"].get("vocab_size", 2**31)
+    for row, phrase in zip(tokens, phrases, strict=True):
+        assert torch.equal(row, model.tokenize([phrase])[0])
+        if model.count_tokens(phrase) <= model.context_length:
+            assert not cut_text(model.tokenizer, phrase)
+    position = model.text_reading(tokens).position
+    assert ((position >= 0) & (position < model.context_length)).all()
+    assert all(
+        isinstance(piece, str) for row, kept in zip(tokens, content, strict=True) for piece in model.pieces(row[kept])
+    )
+
+
+@cache
+def _shared(kind: str) -> Clip:
+    return family(kind)
 
 
 def test_hugging_face_text_tower() -> None:

@@ -295,6 +295,55 @@ def test_any_bytes_are_a_table_or_a_clear_error(tmp_path: Path, content: bytes) 
             assert all(row.rule and row.line for row in bad)
 
 
+# Half characters, the sign of a wrong encoding, and NUL are refused.
+PHRASE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufffd"), min_size=1, max_size=30)
+BOX = st.tuples(*[st.floats(0, 1)] * 4).map(lambda ends: [*sorted(ends[::2]), *sorted(ends[1::2])])
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    phrases=st.lists(PHRASE.filter(str.strip), min_size=3, max_size=8),
+    box=BOX.filter(lambda box: box[1] - box[0] > 0.01 and box[3] - box[2] > 0.01),
+    form=st.sampled_from([",", ";", "\t", "jsonl"]),
+    geometry=st.sampled_from(["pad", "crop", "squash"]),
+)
+def test_what_is_written_is_read(root: Path, phrases: list[str], box: list[float], form: str, geometry: str) -> None:
+    """Any phrases, by CSV and JSON lines, come out as they went in, but for white space; and boxes of every film."""
+    corners = [box[0] * WIDTH, box[2] * HEIGHT, box[1] * WIDTH, box[3] * HEIGHT]
+    rows = [{"image": f"films/{n}.png", "phrase": phrase, "boxes": [corners]} for n, phrase in enumerate(phrases)]
+    path = root / ("t.jsonl" if form == "jsonl" else "t.csv")
+    if form == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        _write(path, rows, form)
+    data = _module(path, geometry=geometry, fractions=(1.0, 0.0, 0.0))
+    studies, bad = data.checked_rows()
+    assert not bad
+    assert [study.phrase for study in studies] == [" ".join(phrase.split()) for phrase in phrases]
+    assert all(study.boxes == [tuple(corners)] for study in studies)
+    data.studies = {"train": studies, "val": [], "test": []}
+    batch = data.dataset("train").batch([studies[0].id])
+    assert batch["image"].shape == (1, 3, 32, 32)
+    assert all(((boxes >= 0) & (boxes <= 1)).all() for boxes in batch["boxes"])
+
+
+def test_half_characters_and_boxes_of_nothing_are_bad_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file cannot hold, or the transform would refuse in the midst of an epoch, is refused with its row."""
+    monkeypatch.chdir(root)
+    lines = [json.dumps(row) for row in _rows(4, boxes=[[0, 0, 9, 9]])]
+    lines[0] = lines[0].replace("Film", "\\ud800")
+    lines[1] = lines[1].replace("[0, 0, 9, 9]", "[-1, 5, -0.5, 9]")
+    lines[2] = lines[2].replace("[0, 0, 9, 9]", "[5, 5, 5.000001, 9]")
+    (root / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = _module(root / "t.jsonl", on_bad_row="skip", fractions=(1.0, 0.0, 0.0))
+    rules = ["characters of a wrong encoding", *["covers nothing of its film of 80 x 60"] * 2]
+    for bad, rule in zip(data.checked_rows()[1], rules, strict=True):
+        assert rule in bad.rule
+    with pytest.warns(UserWarning, match="3 bad rows"):
+        assert len(data.list_studies()) == 1
+    assert "ud800" in Path("skipped_rows.csv").read_text(encoding="utf-8")
+
+
 @given(st.text(max_size=8))
 def test_split_names(name: str) -> None:
     known = {"train", "training", "val", "valid", "validate", "validation", "dev", "test", "testing"}

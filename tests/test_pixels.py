@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from matex_pl.data import NihDataModule
@@ -235,6 +236,48 @@ def test_boxes_and_film_go_the_same_way(
     if not lost:
         torch.testing.assert_close(boxes[0], expected.clamp(0, 1).float(), atol=1e-4, rtol=0)
         assert geometry == "crop" or not cut
+
+
+SIDES = st.integers(1, 24)
+# What files hold, and in which of them: grey, colours, colours with opacity; of 8, 16 and 32 bits.
+STORED = {
+    "png": (np.uint8, st.tuples(SIDES, SIDES) | st.tuples(SIDES, SIDES, st.sampled_from([3, 4]))),
+    "deep.png": (np.uint16, st.tuples(SIDES, SIDES) | st.tuples(SIDES, SIDES, st.sampled_from([3, 4]))),
+    "tif": (np.float32, st.tuples(SIDES, SIDES)),
+    "int.tif": (np.int32, st.tuples(SIDES, SIDES)),
+    "bool.png": (np.bool_, st.tuples(SIDES, SIDES)),
+}
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), kind=st.sampled_from(list(STORED)), geometry=st.sampled_from(GEOMETRIES), augment=st.booleans())
+def test_any_pixels_become_a_film(tmp_path: Path, data: st.DataObject, kind: str, geometry: str, augment: bool) -> None:
+    """Pixels of every type, shape and value: a film whose greys are in their order, or, of NaN and Inf, an error."""
+    dtype, shapes = STORED[kind]
+    pixels = data.draw(arrays(dtype, shapes))
+    path = tmp_path / f"film.{kind}"
+    if dtype == np.uint16:
+        cv2.imwrite(str(path), pixels)
+    else:
+        Image.fromarray(pixels).save(path)
+    if dtype == np.float32 and not np.isfinite(pixels).all():
+        with pytest.raises(ValueError, match="a pixel is not finite"):
+            read_film(path)
+        return
+    film = read_film(path).pixels
+    assert (film.shape, film.dtype) == (pixels.shape[:2], np.uint8)
+    if pixels.ndim == 2:
+        order = np.argsort(pixels, axis=None)
+        assert (np.diff(film.ravel()[order].astype(int)) >= 0).all()
+        # Eight bits stay as they are; others run over all levels.
+        expected = {0, 255} if dtype != np.uint8 and np.ptp(pixels.astype(float)) else {film.min(), film.max()}
+        assert {film.min(), film.max()} == (expected if dtype != np.bool_ else {255 * x for x in np.unique(pixels)})
+    transform = FilmTransform((16, 12), geometry, augment=augment)
+    image, boxes, rectangle = transform(film, [(0, 0, *film.shape[::-1])], seed=data.draw(st.integers(0, 2**31)))
+    assert (image.shape, image.dtype) == ((3, 16, 12), torch.uint8)
+    assert rectangle.isfinite().all()
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
 def test_cache_keeps_films_and_sees_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
     matex = next((row.method for row in rows if row.name == "MATEX"), Matex.measured())
     assert isinstance(matex, Matex)
     if any(row.name == "MATEX" for row in rows):
-        rows.insert(1, Row("MATEX, as printed", Matex.paper(), note="equations and numbers of the paper"))
+        rows.insert(1, Row(PRINTED, Matex.paper(), note="equations and numbers of the paper"))
     rows += _controls(matex) + [row for row in asked if isinstance(row.method, Control) and row.name not in CONTROLS]
     twice = [row.name for place, row in enumerate(rows) if row.name in {other.name for other in rows[:place]}]
     if twice:
@@ -118,6 +118,7 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
     return rows
 
 
+PRINTED = "MATEX, as printed"
 CONTROLS = ("PriorOnly", "RandomMap", "CenterMap")
 
 
@@ -152,7 +153,9 @@ def method_row(name: str, method: AttributionMethod, budget: str) -> Row:
         budget: `quick` or `full`.
     """
     kind = type(method).__name__
-    if name in method_names():
+    if isinstance(method, Matex) and method.settings == Matex.paper().settings:
+        title = PRINTED
+    elif name in method_names():
         quick = QUICK.get(kind, {}) if budget == "quick" else {}
         method = type(method)(**method.settings | quick) if quick else method
         title = "MATEX" if kind == "Matex" else kind

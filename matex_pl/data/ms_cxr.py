@@ -26,7 +26,7 @@ from matex_pl.data.rows import (
     split_name,
     text,
 )
-from matex_pl.data.table import Row, TableDataModule, read_table, read_text, sort_rows
+from matex_pl.data.table import Row, TableDataModule, read_json, read_table, read_text, sort_rows
 
 ANNOTATIONS = "MS_CXR_Local_Alignment_*"
 SPLITS_FROM = ("file", "patients")
@@ -159,11 +159,11 @@ def read_coco(path: Path) -> tuple[list[Row], list[BadRow]]:
         ValueError: It is no JSON, or not of that style.
     """
     try:
-        content = json.loads(read_text(path))
+        content = read_json(read_text(path))
         categories = {record["id"]: str(record["name"]) for record in content["categories"]}
         images = {record["id"]: record for record in content["images"]}
         annotations = list(content["annotations"])
-    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeEncodeError) as error:
         raise ValueError(
             f"{path} is no COCO-style JSON with `categories`, `images` and `annotations`: {error!r}."
         ) from error

@@ -24,6 +24,9 @@ SPLIT_NAMES = {
 _TOLERANCE = 1.0
 """By how many pixels a box may reach outside of its film: a scaled and rounded one does."""
 
+_LEAST = 0.01
+"""Pixels that a box has to have in its film on each side: in single precision less may be nothing."""
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -165,19 +168,22 @@ def check_box(box: Box) -> Box:
 
 
 def check_inside(boxes: Iterable[Box], size: tuple[int, int]) -> None:
-    """Refuse boxes that reach outside of a film by more than a pixel.
+    """Refuse boxes that reach outside of a film by more than a pixel, or have no part in it.
 
     Args:
         boxes: In pixels of the film.
         size: Height and width of the film.
 
     Raises:
-        RuleError: One does.
+        RuleError: One does, or has none.
     """
     height, width = size
     for box in boxes:
         if min(box[:2]) < -_TOLERANCE or box[2] > width + _TOLERANCE or box[3] > height + _TOLERANCE:
             raise RuleError(list(box), f"a box (x0, y0, x1, y1) reaches outside of its film of {width} x {height}")
+        inside = min(box[2], width) - max(box[0], 0), min(box[3], height) - max(box[1], 0)
+        if min(inside) < _LEAST:
+            raise RuleError(list(box), f"a box (x0, y0, x1, y1) covers nothing of its film of {width} x {height}")
 
 
 def drop_repeats(studies: Sequence[Study]) -> tuple[list[Study], list[BadRow]]:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -87,7 +88,7 @@ def read_text(path: Path) -> str:
     if path.suffix.lower() == ".gz":
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise ValueError(f"{path} is no whole gzip file: {error}.") from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is UTF-16, which is not read. Save it as UTF-8.")
@@ -100,15 +101,29 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def read_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        UnicodeEncodeError: It holds half of a surrogate pair, which JSON can write and no file can hold.
+        ValueError: It is no JSON.
+        RecursionError: It is nested too deeply.
+    """
+    found = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
 def _renamed(row: Row, ours: Mapping[str, str], hidden: set[str]) -> Row:
     return Row(row.source, {ours.get(name, name): cell for name, cell in row.cells.items() if name not in hidden})
 
 
 def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[Row], list[BadRow]]:
     first = io.StringIO(content, newline="").readline()
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=_separator(first, wanted))
     rows, bad, line = [], [], 1
     try:
+        reader = csv.reader(io.StringIO(content, newline=""), delimiter=_separator(first, wanted))
         header = [name.strip() for name in next(reader, [])]
         twice = sorted({name for name in header if name and header.count(name) > 1})
         if twice:
@@ -142,15 +157,18 @@ def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[st
     for line, text in enumerate(content.split("\n"), start=1):
         if not text.strip():
             continue
+        cells, rule = None, "the line is no JSON object"
         try:
-            cells = json.loads(text)
+            cells = read_json(text)
+        except UnicodeEncodeError:
+            rule = "the line holds characters of a wrong encoding"
         except (ValueError, RecursionError):
-            cells = None
+            pass
         if isinstance(cells, dict):
             header.update(dict.fromkeys(cells))
             rows.append(Row((str(path), line), cells))
         else:
-            bad.append(BadRow(str(path), line, text[:200], "the line is no JSON object"))
+            bad.append(BadRow(str(path), line, text[:200], rule))
     # Rows may leave out what they do not have; if all lines are broken, that is what to say.
     return list(header) if rows else list(wanted), rows, bad
 
@@ -238,7 +256,8 @@ class TableDataModule(FilmFilesDataModule):
 @rank_zero_only
 def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
     """Write bad rows as CSV: `file, line, value, rule`."""
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    # What is wrong may be that a value cannot be written.
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(BadRow.__dataclass_fields__)
         writer.writerows((row.file, row.line, row.value, row.rule) for row in bad)

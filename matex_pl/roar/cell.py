@@ -75,10 +75,12 @@ def run_cell(plan: Plan, films: PlanFilms, cell: Cell) -> dict[str, Any]:
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not math.isfinite(scores["val/loss"]):
         raise ValueError(f"The validation loss of {cell.id} is {scores['val/loss']}. Lower training.lr.")
+    # A score may be none on few films, as an AUROC is where all have the finding.
+    known = {name: value for name, value in scores.items() if name.startswith("val/") and math.isfinite(value)}
     return {
         "cell": cell.id,
-        "loss": scores["val/loss"],
-        "metrics": {name: value for name, value in scores.items() if name.startswith("val/") and name != "val/loss"},
+        "loss": known.pop("val/loss"),
+        "metrics": known,
         "train_loss": scores["train/loss"],
         "units": drop.units(train),
         "train_pairs": len(train),

@@ -50,12 +50,14 @@ def make_plan(
         about: Where the weights come from, for the tables.
 
     Raises:
-        ValueError: The folder holds another plan, a method is unknown or named twice, or there are too few pairs.
+        ValueError: The folder holds another plan, a method is unknown or named twice, there are too few pairs, or the
+            two models do not fit each other.
     """
     studies = _pairs(data, explained.clip.image_size, protocol)
-    for module in (explained, start):
-        if module.clip.mean_film.isnan().any():
-            module.clip.mean_film.copy_(data.mean_film())
+    if explained.clip.mean_film.isnan().any():
+        explained.clip.mean_film.copy_(data.mean_film())
+    _check_start(explained.clip, start.clip)
+    start.clip.mean_film.copy_(explained.clip.mean_film)
     described = {
         "model": about | _about_model(explained.clip, start.clip),
         "data": _about_data(data, studies),
@@ -76,6 +78,20 @@ def make_plan(
         write_module(start, folder / "start.safetensors")
         plan.write()
     return plan
+
+
+def _check_start(explained: Clip, start: Clip) -> None:
+    """Refuse weights to start from that the explained model's maps do not fit.
+
+    Raises:
+        ValueError: They are of another input size, raster or context length.
+    """
+    ours, theirs = ((clip.image_size, clip.grid, clip.context_length) for clip in (explained, start))
+    if ours != theirs:
+        raise ValueError(
+            f"The model to start from has the input size, raster and context length {theirs}, the one whose maps are "
+            f"taken {ours}. Start from weights of the same model."
+        )
 
 
 def _about_model(explained: Clip, start: Clip) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from matex_pl.attribution.base import check_choice
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.explain import load_module
 from matex_pl.files import write_text
+from matex_pl.module import ClipModule
 from matex_pl.report_roar import add_to_report, roar_tables, write_roar
 from matex_pl.roar.cluster import RayOptions, check_gpus, check_ray, work_on_ray
 from matex_pl.roar.collect import collect
@@ -39,7 +40,8 @@ def run_roar(
     ckpt_path: str | None = None,
     out: str | None = None,
     methods: list[str] | str = "matex,m2ib,grad_cam,chefer,saliency",
-    start_path: str | None = None,
+    start_name: str | None = None,
+    start_pretrained: str | None = None,
     plan: str | None = None,
     cells: str | None = None,
     executor: str = "local",
@@ -60,7 +62,9 @@ def run_roar(
         ckpt_path: A checkpoint of `matex fit`, whose maps say what is removed.
         out: Folder of the plan.
         methods: Names of shipped methods and YAML files, `matex,m2ib,mine.yaml`.
-        start_path: A checkpoint whose weights each cell starts from; those of `ckpt_path` by default.
+        start_name: Model that each cell starts from, as `model.name` of a training; that of `ckpt_path` by default.
+        start_pretrained: Weights that each cell starts from, as `model.pretrained` of a training: a file, or a tag of
+            open_clip beside `start_name`. Those of `ckpt_path` when neither is given.
         plan: Folder of a plan that is there already, as the callback `RoarPlus` writes it, in place of `data`,
             `ckpt_path` and `out`.
         cells: Every n-th cell from the i-th only, as `3::8` in the fourth of eight jobs.
@@ -86,7 +90,7 @@ def run_roar(
     if cells is not None:
         # Before the plan is made: it takes a while.
         some_cells([], cells)
-    opened = _open(protocol, training, data, ckpt_path, out, methods, start_path, plan)
+    opened = _open(protocol, training, data, ckpt_path, out, methods, start_name, start_pretrained, plan)
     if executor == "ray":
         check_gpus(opened.training, ray)
     log = Console(stderr=True, highlight=False)
@@ -117,7 +121,8 @@ def _open(
     ckpt_path: str | None,
     out: str | None,
     methods: list[str] | str,
-    start_path: str | None,
+    start_name: str | None,
+    start_pretrained: str | None,
     plan: str | None,
 ) -> Plan:
     """The plan that is there, or the one that the arguments describe."""
@@ -126,8 +131,13 @@ def _open(
     if data is None or ckpt_path is None or out is None:
         raise ValueError("there is no plan. Give data, ckpt_path and out, or plan, the folder of one.")
     explained = load_module(ckpt_path)
-    start = load_module(start_path) if start_path else explained
-    about = {"checkpoint": ckpt_path, "start_checkpoint": start_path or ckpt_path}
+    start, origin = explained, ckpt_path
+    if start_name or start_pretrained:
+        start = ClipModule(
+            start_name or explained.hparams["name"], start_pretrained, image_size=explained.clip.image_size
+        )
+        origin = " ".join(part for part in (start_name, start_pretrained) if part)
+    about = {"checkpoint": ckpt_path, "start_checkpoint": origin}
     names = methods.split(",") if isinstance(methods, str) else methods
     return make_plan(Path(out), data, explained, start, names, protocol, training, about)
 
@@ -226,7 +236,7 @@ def collect_roar(folder: str, report: str | None = None) -> str:
     found = write_results(read_plan(Path(folder)))
     if report is not None:
         add_to_report(found, Path(report))
-    return f"{roar_tables(found)}\n{folder}/report.html, table.md and results.json hold all of it."
+    return f"{roar_tables(found, is_short=True)}\n{folder}/report.html, table.md and results.json hold all of it."
 
 
 def write_results(plan: Plan) -> dict[str, Any]:
