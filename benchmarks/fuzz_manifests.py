@@ -39,7 +39,8 @@ from matex_pl.data import ManifestDataModule
 
 HEIGHT, WIDTH = 30, 40
 COLUMNS = ("image", "phrase", "id", "patient_id", "boxes", "finding", "split", "mask", "x", "y", "w", "h")
-SLOW_SECONDS = 30
+# Of a core.
+SLOW_SECONDS = 10
 # The clear errors, beside the list of bad rows; {} is the table.
 CLEAR = {
     "bad rows": r"^\d+ bad rows?:\n  {}, line \d+: .+",
@@ -319,7 +320,7 @@ def main(number: int = 10_000, first: int = 0) -> None:
         films(root)
         os.chdir(folder)
         for seed in tqdm(range(first, first + number), disable=None):
-            since = time.perf_counter()
+            since = time.process_time()
             try:
                 counts.update(
                     f"{name}: {what}" for name, what in zip(("fit", "check-data"), run(seed, root), strict=True)
@@ -327,8 +328,8 @@ def main(number: int = 10_000, first: int = 0) -> None:
             except Exception:
                 broken.append(seed)
                 print(f"seed {seed}:\n{traceback.format_exc()}", flush=True)
-            if time.perf_counter() - since > SLOW_SECONDS:
-                print(f"seed {seed} took {time.perf_counter() - since:.0f} s", flush=True)
+            if time.process_time() - since > SLOW_SECONDS:
+                print(f"seed {seed} took {time.process_time() - since:.0f} s", flush=True)
                 broken.append(seed)
         os.chdir(here)
     print("| outcome | tables |\n|---|---|")

@@ -269,8 +269,9 @@ def test_ms_cxr_vit_b_32_configs_from_check_to_the_papers_tables(here, capsys):
         lines = {plain(cells[0]).partition(" (")[0]: [plain(cell) for cell in cells] for cells in table[1:]}
         scores = {row["name"]: row["points"][0] for row in measured["rows"] if row["modality"] == modality}
         for name in ("MATEX", "MATEX, as printed", "GradCam"):
-            assert lines[name][-4] == f"{scores[name]['value']:.2f} ± {scores[name]['std']:.2f}"
-        assert lines["Control: RandomMap"][-4] != lines["MATEX"][-4]
+            shown = [float(part.replace("\N{MINUS SIGN}", "-")) for part in lines[name][-4].split(" ± ")]
+            assert shown == pytest.approx([scores[name]["value"], scores[name]["std"]], abs=0.0051)
+        assert len({point["value"] for point in scores.values()}) > 1
 
 
 def test_roar_on_ms_cxr_has_the_papers_methods_and_protocol():
