@@ -575,7 +575,8 @@ def _is_file(path: str | None) -> bool:
 
 
 def _short(name: str) -> str:
-    return repr(name if len(name) <= 80 else name[:77] + "...")
+    """A name or a path in quotes; the text of a config is cut."""
+    return repr(f"{name[:77]}..." if name.lstrip().startswith("{") and len(name) > 80 else name)
 
 
 def _plain(value: Any) -> Any:

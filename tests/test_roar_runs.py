@@ -28,8 +28,8 @@ from matex_pl.roar.lease import is_leased, leased, sweep
 from matex_pl.roar.plan import read_plan
 
 FILMS = {"num_train": 14, "num_val": 2, "num_test": 2, "film_size": 64, "batch_size": 4, "num_workers": 0}
-CELLS = ["clean", "image/chefer/0.5", "image/randommap/0.5", "image/randommap-blurred/0.5", "image/true-boxes/0.5"]
-CELLS = [f"repeat-0/{name}" for name in CELLS]
+ROWS = ("chefer", "randommap", "randommap-blurred", "centermap", "true-boxes")
+CELLS = ["repeat-0/clean", *(f"repeat-0/image/{row}/0.5" for row in ROWS)]
 WAIT = 300
 
 
@@ -42,7 +42,7 @@ class Broken(Chefer):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A YAML of `matex roar run`: five cells of four steps."""
+    """A YAML of `matex roar run`: six cells of four steps."""
     from lightning.pytorch import Trainer
 
     from matex_pl import ClipModule
@@ -407,7 +407,7 @@ def test_other_executors_give_the_same_and_survive_what_dies(
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("ROAR_DIE", CELLS[1])
     said = refused(capsys, ["roar", "run", "--plan", made, *options])
-    assert f"1 of 5 cells failed:\n  {CELLS[1]}: " in said
+    assert f"1 of 6 cells failed:\n  {CELLS[1]}: " in said
     assert f"{made}/cells/{CELLS[1]}/error.log" in said
     assert numbers(made) == {name: cell for name, cell in numbers(whole).items() if name != CELLS[1]}
     assert not rests(made)
@@ -442,7 +442,7 @@ def test_processes_end_with_the_one_that_started_them(made, log, tmp_path, elsew
     parent.join(WAIT)
     if sent == signal.SIGINT:
         assert parent.exitcode == 130
-        assert "Stopped; 0 of 5 cells are done" in said.read_text(encoding="utf-8")
+        assert "Stopped; 0 of 6 cells are done" in said.read_text(encoding="utf-8")
         assert not rests(made)
     assert "Traceback" not in said.read_text(encoding="utf-8")
     for pid in attempts(log)[0]:
@@ -505,12 +505,12 @@ def test_a_cell_that_fails_is_named_and_tried_again(made, whole, capsys, monkeyp
         fail_in(patch, CELLS[1], RuntimeError("boom"))
         said = refused(capsys, ["roar", "run", "--plan", made])
     log = made / "cells" / CELLS[1] / "error.log"
-    assert f"matex roar: 1 of 5 cells failed:\n  {CELLS[1]}: RuntimeError: boom\n    {log}\n" in said
+    assert f"matex roar: 1 of 6 cells failed:\n  {CELLS[1]}: RuntimeError: boom\n    {log}\n" in said
     assert "Traceback" in log.read_text(encoding="utf-8")
     assert set(numbers(made)) == set(CELLS) - {CELLS[1]}
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
-    assert "4 of 5 cells are done, 0 running, 1 failed." in said
+    assert "5 of 6 cells are done, 0 running, 1 failed." in said
     assert f"failed: {CELLS[1]}: RuntimeError: boom" in said
     found = json.loads((made / "results.json").read_text(encoding="utf-8"))
     assert [cell["cell"] for cell in found["failed"]] == [CELLS[1]]
@@ -525,7 +525,7 @@ def test_a_cell_that_fails_is_named_and_tried_again(made, whole, capsys, monkeyp
     assert found["failed"] == []
     capsys.readouterr()
     main(["roar", "status", str(made)])
-    assert "5 of 5 cells are done, 0 running, 0 failed." in capsys.readouterr().out
+    assert "6 of 6 cells are done, 0 running, 0 failed." in capsys.readouterr().out
 
 
 def test_a_clean_cell_that_fails_leaves_its_repeat_open(made, capsys, monkeypatch):
@@ -542,7 +542,7 @@ def test_a_method_that_makes_no_maps_takes_no_other_with_it(config, whole, tmp_p
     words = command(config, out, f"--methods=[{own},chefer]")
     said = refused(capsys, words)
     assert "The maps of own failed, and so do its cells: RuntimeError: no map today" in said
-    assert "1 of 6 cells failed:\n  repeat-0/image/own/0.5: RuntimeError: no map today" in said
+    assert "1 of 7 cells failed:\n  repeat-0/image/own/0.5: RuntimeError: no map today" in said
     log = (out / "cells/repeat-0/image/own/0.5/error.log").read_text(encoding="utf-8")
     assert "in make_maps" in log
     assert numbers(out) == numbers(whole)
@@ -556,11 +556,11 @@ def test_a_method_that_makes_no_maps_takes_no_other_with_it(config, whole, tmp_p
 
 def test_two_halves_are_the_whole(made, whole, capsys):
     main(["roar", "run", "--plan", str(made), "--cells", "0::2"])
-    assert "These cells are done; 2 others of the plan are left." in capsys.readouterr().out
+    assert "These cells are done; 3 others of the plan are left." in capsys.readouterr().out
     assert set(numbers(made)) == set(CELLS[0::2])
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
-    assert "3 of 5 cells are done" in said
+    assert "3 of 6 cells are done" in said
     assert "for the 2 left, one at a time; no cell is running now." in said
     main(["roar", "run", "--plan", str(made), "--cells", "1::2"])
     assert numbers(made) == numbers(whole)
@@ -611,16 +611,16 @@ def test_errors_of_use(config, whole, tmp_path, capsys):
 def test_what_a_run_says_without_a_terminal(made, capsys):
     main(["roar", "run", "--plan", str(made)])
     said = capsys.readouterr().err
-    assert "5 of 5 cells to run, each of 4 steps." in said
-    assert "1 of 5 cells have ended, about " in said
+    assert "6 of 6 cells to run, each of 4 steps." in said
+    assert "1 of 6 cells have ended, about " in said
     assert "Making maps" not in said
     main(["roar", "run", "--plan", str(made)])
-    assert "0 of 5 cells to run" in capsys.readouterr().err
+    assert "0 of 6 cells to run" in capsys.readouterr().err
 
 
 def test_status_in_the_middle(made, whole, capsys):
     main(["roar", "status", str(made)])
-    assert "0 of 5 cells are done, 0 running" in capsys.readouterr().out
+    assert "0 of 6 cells are done, 0 running" in capsys.readouterr().out
     for name in CELLS[:2]:
         shutil.copytree(whole / "cells" / name, made / "cells" / name)
         path = made / "cells" / name / "result.json"
@@ -631,9 +631,9 @@ def test_status_in_the_middle(made, whole, capsys):
         write_lease(made / "cells" / name, host="elsewhere")
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
-    assert "2 of 5 cells are done, 2 running, 0 failed." in said
+    assert "2 of 6 cells are done, 2 running, 0 failed." in said
     assert f"  running: {CELLS[2]}\n  running: {CELLS[3]}\n" in said
-    assert "About 90 s for the 3 left, with 2 at a time." in said
+    assert "About 2 min for the 4 left, with 2 at a time." in said
 
 
 def test_status_before_the_maps_and_at_the_end(made, whole, capsys):
@@ -701,7 +701,7 @@ def test_an_interrupt_ends_it_quietly_and_leaves_no_lease(made, whole, capsys, m
             main(["roar", "run", "--plan", str(made)])
     assert end.value.code == status
     said = capsys.readouterr().err
-    assert "Stopped; 1 of 5 cells are done, the same command goes on." in said
+    assert "Stopped; 1 of 6 cells are done, the same command goes on." in said
     assert "Traceback" not in said
     assert signal.getsignal(sent) is handler
     assert not rests(made)
