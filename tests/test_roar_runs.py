@@ -561,7 +561,7 @@ def test_two_halves_are_the_whole(made, whole, capsys):
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
     assert "3 of 6 cells are done" in said
-    assert "for the 2 left, one at a time; no cell is running now." in said
+    assert "for the 3 left, one at a time; no cell is running now." in said
     main(["roar", "run", "--plan", str(made), "--cells", "1::2"])
     assert numbers(made) == numbers(whole)
     assert "report.html" in capsys.readouterr().out
