@@ -148,13 +148,24 @@ def roar(words: Sequence[str]) -> None:
             command.add_argument("--config", action="config", help="A YAML of these settings, as roar_phantom.yaml.")
             command.add_function_arguments(function)
         else:
-            command.add_argument("folder", help="Folder of the plan.")
+            command.add_argument("folder", nargs="?", help="Folder of the plan; the `out` of --config by default.")
+            command.add_argument("--config", help="The YAML of `matex roar run`.")
             command.add_function_arguments(function, skip={"folder"})
         commands.add_subcommand(name, command, help=about)
     settings = parser.instantiate(parser.parse_args(list(words)))
     chosen = vars(settings[settings.subcommand])
-    chosen.pop("config", None)
+    config = chosen.pop("config", None)
+    if "folder" in chosen:
+        chosen["folder"] = chosen["folder"] or _out_of(config)
     print(ROAR_COMMANDS[settings.subcommand](**chosen))
+
+
+def _out_of(config: str | None) -> str:
+    """The folder that the YAML of `matex roar run` names."""
+    described = yaml.safe_load(Path(config).read_text(encoding="utf-8")) if config else None
+    if not isinstance(described, dict) or not described.get("out"):
+        raise ValueError("there is no plan. Give its folder, or --config, the YAML of `matex roar run`, with `out`.")
+    return str(described["out"])
 
 
 def _run_on_data(name: str, run: Callable[..., str], words: Sequence[str], *, sub_configs: bool = False) -> None:

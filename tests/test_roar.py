@@ -387,8 +387,12 @@ def test_the_command_with_the_shipped_config(tmp_path, film_root, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--training.lr=1.0"])
     assert "training.lr is 0.0001 there, 1.0 here" in capsys.readouterr().err
-    main(["roar", "collect", str(tmp_path / "roar")])
+    (tmp_path / "mine.yaml").write_text(f"out: {tmp_path / 'roar'}\n", encoding="utf-8")
+    main(["roar", "collect", "--config", str(tmp_path / "mine.yaml")])
     assert "Chefer" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["roar", "status"])
+    assert "matex roar: there is no plan. Give its folder, or --config" in capsys.readouterr().err
 
 
 def _fit(tmp_path, name, callbacks, **settings):
