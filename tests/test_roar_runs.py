@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -424,6 +425,8 @@ def test_other_executors_give_the_same_and_survive_what_dies(
 def run_with(environment, words, said):
     """Run in an environment, with what is printed for people in a file."""
     os.environ.update(environment)
+    # Ignored where the tests run in the background of a shell script.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with said.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
     main(words)
@@ -686,7 +689,11 @@ def test_from_python(config, whole, tmp_path):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "ended"])
-def test_an_interrupt_ends_it_quietly_and_leaves_no_lease(made, whole, capsys, monkeypatch, sent, status):
+def test_an_interrupt_ends_it_quietly_and_leaves_no_lease(made, whole, capsys, monkeypatch, request, sent, status):
+    request.addfinalizer(partial(signal.signal, sent, signal.getsignal(sent)))
+    if sent == signal.SIGINT:
+        # Ignored where the tests run in the background of a shell script.
+        signal.signal(sent, signal.default_int_handler)
     step, seen, handler = RoarModule.training_step, [], signal.getsignal(sent)
 
     def interrupted(self, *args):
