@@ -37,14 +37,14 @@ class _Films(Dataset[list[Sample]]):
 
     def __getitem__(self, index: int) -> list[Sample]:
         studies = self.films[index]
-        pixels = self.data.read_film(studies[0])
         try:
-            return [Sample(study, *self.transform(pixels, study.boxes)) for study in studies]
-        except ValueError as error:
+            film = self.data.open_film(studies[0], self.transform)
+            return [Sample(study, *self.transform(film.pixels, study.boxes, size=film.size)) for study in studies]
+        except (OSError, ValueError) as error:
             raise ValueError(f"Film {studies[0].film_id!r} ({studies[0].image}): {error}") from error
 
 
-def write_films(data: ChestXrayDataModule, studies: Sequence[Study], folder: Path) -> list[str]:
+def write_films(data: ChestXrayDataModule, studies: Sequence[Study], folder: Path) -> None:
     """Decode the films of the studies once, and keep them with the studies in `folder`.
 
     Args:
@@ -52,8 +52,8 @@ def write_films(data: ChestXrayDataModule, studies: Sequence[Study], folder: Pat
         studies: The pairs.
         folder: Gets `films.npy`, `(F, H, W)` uint8, and `pairs.json`.
 
-    Returns:
-        The keys of the pairs, which tell their pixels and phrases from others; see `pair_keys`.
+    Raises:
+        ValueError: A film cannot be read, or a box covers nothing of it; the message names it.
     """
     films: dict[str, list[Study]] = {}
     for study in studies:
@@ -69,7 +69,6 @@ def write_films(data: ChestXrayDataModule, studies: Sequence[Study], folder: Pat
             pairs.extend(_pair(sample, row) for sample in samples)
         pixels.flush()
     write_text(folder / _PAIRS, json.dumps(pairs))
-    return [pair["key"] for pair in pairs]
 
 
 def _pair(sample: Sample, row: int) -> dict[str, Any]:
