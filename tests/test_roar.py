@@ -20,6 +20,7 @@ from matex_pl import ClipModule
 from matex_pl.attribution import RandomMap
 from matex_pl.callbacks import RoarPlus
 from matex_pl.cli import main
+from matex_pl.data.pixels import Film
 from matex_pl.roar.cell import RoarModule, build_module, run_cell
 from matex_pl.roar.collect import _holm, _paired, collect
 from matex_pl.roar.films import PlanData, PlanFilms
@@ -154,6 +155,20 @@ def test_films_are_decoded_once_and_stay_as_the_data_module_gives_them(tmp_path)
     for one, other in zip(batch["boxes"], wanted["boxes"], strict=True):
         torch.testing.assert_close(one, other)
     assert batch["phrase"] == wanted["phrase"]
+
+
+def test_films_are_opened_as_a_training_opens_them(tmp_path, monkeypatch):
+    def half(self, study, transform):
+        return Film(self.read_film(study)[::2, ::2], (32, 32))
+
+    monkeypatch.setattr(PatternFilms, "open_film", half)
+    data = PatternFilms(20)
+    _plan(tmp_path, data=data)
+    wanted = data.dataset("train").batch([f"film-{index}" for index in range(20)])
+    batch = PlanFilms(tmp_path).batch(range(20))
+    assert torch.equal(batch["image"], wanted["image"])
+    for one, other in zip(batch["boxes"], wanted["boxes"], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_repeat_splits_by_patient_and_the_next_one_otherwise(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -43,6 +43,12 @@ class Study:
     split: str = "train"
     size: tuple[int, int] | None = None
     source: tuple[str, int] = ("", 0)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Study:
+        """The study that `dataclasses.asdict` and JSON made a record of."""
+        boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in record["boxes"])
+        return cls(**{**record, "boxes": boxes, "film_findings": tuple(record["film_findings"])})
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class PlanFilms:
 
     def __init__(self, folder: Path) -> None:
         pairs = json.loads((folder / _PAIRS).read_text(encoding="utf-8"))
-        self.studies = [_study(pair["study"]) for pair in pairs]
+        self.studies = [Study.from_record(pair["study"]) for pair in pairs]
         self.keys = [pair["key"] for pair in pairs]
         self._film = torch.tensor([pair["film"] for pair in pairs])
         self._pixels = np.load(folder / _FILMS, mmap_mode="r")
@@ -129,10 +129,6 @@ class PlanFilms:
         rows = range(len(self.studies))
         train = [row for row in rows if self.studies[row].patient_id in chosen]
         return train, [row for row in rows if self.studies[row].patient_id not in chosen]
-
-
-def _study(record: dict[str, Any]) -> Study:
-    return Study(**{**record, "film_findings": tuple(record["film_findings"])})
 
 
 class PlanData(LightningDataModule):

@@ -213,9 +213,4 @@ def _draw_chunk(path: Path, indices: range, splits: list[str], look: dict[str, A
 
 
 def _read_studies(path: Path) -> list[Study]:
-    return [_study(record) for record in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def _study(record: dict[str, Any]) -> Study:
-    boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in record["boxes"])
-    return Study(**{**record, "boxes": boxes, "film_findings": tuple(record["film_findings"])})
+    return [Study.from_record(record) for record in json.loads(path.read_text(encoding="utf-8"))]
