@@ -94,5 +94,6 @@ def upsample(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def patch_mean(image: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean of each patch: `(B, H, W)` to `(B, Gh, Gw)`."""
-    return F.adaptive_avg_pool2d(image[:, None], grid)[:, 0]
+    """Mean of each patch: `(B, H, W)` to `(B, Gh, Gw)`, or C maps each `(B, C, H, W)`."""
+    maps = image if image.ndim == 4 else image[:, None]
+    return F.adaptive_avg_pool2d(maps, grid).view(*image.shape[:-2], *grid)

@@ -53,10 +53,10 @@ class Choice:
         objective: What was chosen by.
         grid: What was tried.
         scores: Of every setting, in the grid's shape.
-        raster: Height and width of what they were scored on; None for all pixels.
+        raster: Height and width of what they were scored on; None for all pixels or words.
         own: The method as it was.
-        best: Settings that were scored on all pixels, the best first; the method's own is one of them.
-        seconds: Of the settings, and of the finalists where there was a raster.
+        best: Settings that were scored by `score_setting`, the best first; the method's own is one of them.
+        seconds: Of the settings, and of the finalists where all settings were scored at once.
     """
 
     objective: Objective
@@ -82,7 +82,7 @@ def choose_setting(
     objective: Objective,
     raster: tuple[int, int],
 ) -> Choice:
-    """Score all settings, on a raster if the objective can, and the best of them on all pixels.
+    """Score all settings, at once if the objective can (on a raster, or over all words), and the best of them exactly.
 
     Args:
         clip: The model.
@@ -105,7 +105,7 @@ def choose_setting(
         found, seconds = _timed(search, pairs, method, grid, objective, raster)
         scores = found.flatten()
         best, again = _timed(score, best_first(scores, distances, objective.sign)[:FINALISTS])
-        spent, cells = {"settings": seconds, "finalists": again}, raster
+        spent, cells = {"settings": seconds, "finalists": again}, raster if objective.side == "image" else None
     best = best if any(scored.found is own.found for scored in best) else [*best, own]
     nearest = torch.tensor([scored.distance for scored in best], dtype=torch.float64)
     ranked = [best[place] for place in best_first(_scores(best), nearest, objective.sign)]

@@ -16,8 +16,7 @@ from matex_pl.anatomy import prior_maps
 from matex_pl.attribution import Matex
 from matex_pl.attribution.base import progress
 from matex_pl.attribution.matex import attention_flow, last_blocks
-from matex_pl.maps import min_max, upsample
-from matex_pl.metrics.functional import box_masks
+from matex_pl.maps import min_max, patch_mean, token_map, upsample
 from matex_pl.tune.objective import Objective, Pairs
 
 AXES = ("grad_layers", "prior_shape", "lambda_s", "lambda_c", "tau")
@@ -140,44 +139,36 @@ def depths(grad_layers: int, method: Matex, depth: tuple[int, int]) -> tuple[int
 
 
 def search(pairs: Sequence[Pairs], method: Matex, grid: Grid, objective: Objective, raster: tuple[int, int]) -> Tensor:
-    """Score of every setting of the grid on a raster, in the grid's shape; NaN where no study counts."""
+    """Score of every setting of the grid, on a raster or over words, in its shape; NaN where no study counts."""
     assert objective.coarse is not None
     total, count = torch.zeros(grid.shape, dtype=torch.float64), torch.zeros(grid.shape)
     for batch in progress(pairs, "settings"):
-        inside = cells_in_boxes(batch.batch["boxes"], raster).flatten(1).to(batch.parts["score"].device)
-        values = torch.full((*grid.shape, len(inside)), torch.nan)
-        for place, rows, fused in fused_maps(batch.parts, method, grid, raster):
-            scored = objective.coarse(fused.flatten(1, 2), inside[rows])
-            values[place][..., rows] = scored.T.unflatten(0, fused.shape[1:3]).cpu()
-        values = values[..., inside.any(1).cpu()].double()
+        values = torch.full((*grid.shape, len(batch.tokens)), torch.nan)
+        score = objective.coarse(batch, raster)
+        steps = [_fused(parts, method, grid, objective, raster) for parts in (batch.parts, *batch.others)]
+        for step in zip(*steps, strict=True):
+            place, rows, own = step[0]
+            scored = score(rows, *(fused.flatten(1, 2) for *_, fused in step))
+            values[place][..., rows] = scored.T.unflatten(0, own.shape[1:3]).cpu()
+        values = values.double()
         total += values.nansum(-1)
         count += (~values.isnan()).sum(-1)
     return total / torch.where(count > 0, count, torch.nan)
 
 
-def cells_in_boxes(boxes: Sequence[Tensor], raster: tuple[int, int]) -> Tensor:
-    """Which cells of a raster have their centre in a box; a box smaller than a cell has the one that it lies in.
+Fused = Iterator[tuple[tuple[int, int, int], slice, Tensor]]
 
-    Args:
-        boxes: B tensors `(K, 4)` of `x0, y0, x1, y1` in [0, 1].
-        raster: Height and width.
 
-    Returns:
-        `(B, *raster)` bool.
-    """
-    # A hair more than a cell: by rounding, a box of exactly one could hold no centre.
-    least = 1.0001 / torch.tensor([raster[1], raster[0]])
-    grown = []
-    for box in boxes:
-        box = box.cpu().view(-1, 4).clamp(0, 1)
-        middle, half = (box[:, :2] + box[:, 2:]) / 2, torch.maximum(box[:, 2:] - box[:, :2], least) / 2
-        grown.append(torch.cat([middle - half, middle + half], 1))
-    return box_masks(grown, raster)
+def _fused(parts: Mapping[str, Any], method: Matex, grid: Grid, objective: Objective, raster: tuple[int, int]) -> Fused:
+    """The maps that the objective is a metric of, under every setting."""
+    if objective.side == "text":
+        return fused_words(parts, method, grid)
+    return fused_maps(parts, method, grid, raster, patches=objective.patches)
 
 
 def fused_maps(
-    parts: Mapping[str, Any], method: Matex, grid: Grid, raster: tuple[int, int]
-) -> Iterator[tuple[tuple[int, int, int], slice, Tensor]]:
+    parts: Mapping[str, Any], method: Matex, grid: Grid, raster: tuple[int, int], *, patches: bool = False
+) -> Fused:
     """Eq. (6), or the product, before its norm, for every setting of a grid and every cell of a raster.
 
     Either fusion is a map of K, the prior and lambda_c, and one of the prior and tau, added: each is made once per
@@ -188,18 +179,24 @@ def fused_maps(
         method: Says all that the grid does not.
         grid: The C values of lambda_c and T of tau, for each of the others.
         raster: Height and width; the maps are sampled at its centres, the prior is drawn there.
+        patches: Up to the norm they are `maps.grid` instead, the means of patches over the raster, P = N; of maps that
+            are fused on the patches those, without a raster.
 
     Yields:
         Places on the grid of K, shape and lambda_s, rows of the B pairs, and their maps `(b, C, T, P)`.
     """
-    dtype, patches = parts["dtype"], tuple(parts["grad_blocks"].shape[-2:])
+    dtype, own = parts["dtype"], tuple(parts["grad_blocks"].shape[-2:])
     pixelwise = method.fuse_at == "pixel"
-    enlarge = partial(upsample, size=raster)
-    before, after = (enlarge, _as_it_is) if pixelwise else (_as_it_is, enlarge)
+    # Means and enlarging are sums: they may come before the addition.
+    enlarge, shrink = partial(upsample, size=raster), partial(patch_mean, grid=own)
+    if pixelwise:
+        before, after = enlarge, shrink if patches else _as_it_is
+    else:
+        before, after = _as_it_is, _as_it_is if patches else enlarge
     flow, stable = before(method.beta * _flows(parts, method, grid.tau)), before(parts["consistency"])
-    rises = [_rise(parts, method, shape, raster if pixelwise else patches) for shape in grid.prior_shape]
+    rises = [_rise(parts, method, shape, raster if pixelwise else own) for shape in grid.prior_shape]
     lambda_c = torch.tensor(grid.lambda_c, device=flow.device)[:, None, None]
-    rows = max(1, _BLOCK // (len(grid.lambda_c) * len(grid.tau) * prod(raster)))
+    rows = max(1, _BLOCK // (len(grid.lambda_c) * len(grid.tau) * prod(own if patches else raster)))
     blocks = [slice(start, start + rows) for start in range(0, len(flow), rows)]
     for k, grad_layers in enumerate(grid.grad_layers):
         last = last_blocks(grad_layers, parts["attention_layers"].shape[1])
@@ -215,6 +212,37 @@ def fused_maps(
             for block in blocks:
                 by_gradient = plain[block, None] + lambda_c * steady[block, None]
                 yield (k, shape, place), block, (by_gradient[:, :, None] + added[block, None]).flatten(3)
+
+
+def fused_words(parts: Mapping[str, Any], method: Matex, grid: Grid) -> Fused:
+    """Finished text maps for every setting of a grid, `(B, C, T, tokens)`, as `fused_maps` yields those of cells.
+
+    Words have no place: the grid has one shape and one lambda_s.
+    """
+    content, dtype, stable = parts["content"], parts["dtype"], parts["text_consistency"]
+    flow = torch.stack([_scaled(flow, parts) for flow in _text_flows(parts, method, grid.tau)], 1)
+    lambda_c = torch.tensor(grid.lambda_c, device=flow.device)[:, None]
+    weight = method.alpha + lambda_c * stable[:, None] + method.delta
+    keep = content[:, None, None].expand(-1, len(grid.lambda_c), len(grid.tau), -1)
+    for k, grad_layers in enumerate(grid.grad_layers):
+        wanted = grad_layers if method.text_grad_layers is None else method.text_grad_layers
+        last = last_blocks(wanted, parts["text_attention_layers"].shape[1])
+        grad = _scaled(parts["text_grad_blocks"][:, -last:].mean(1).relu() * content, parts)
+        fused = (grad[:, None] * weight)[:, :, None] + method.beta * flow[:, None]
+        whole = token_map(fused.flatten(0, 2), keep.flatten(0, 2), dtype=dtype)
+        yield (k, 0, 0), slice(None), whole.view_as(fused)
+
+
+def _scaled(values: Tensor, parts: Mapping[str, Any]) -> Tensor:
+    """Raw relevance of the tokens, min-maxed over content."""
+    return min_max(values, keep=parts["content"], dtype=parts["dtype"])
+
+
+def _text_flows(parts: Mapping[str, Any], method: Matex, tau: Sequence[float]) -> list[Tensor]:
+    """The flow to the words of each temperature, raw."""
+    if method.flow == "rollout":
+        return [parts["text_rollout"]]
+    return [attention_flow(parts["text_attention_layers"], value) for value in tau]
 
 
 def _as_it_is(maps: Tensor) -> Tensor:

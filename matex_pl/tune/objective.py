@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -20,7 +19,7 @@ from matex_pl.attribution.fill import FILLS
 from matex_pl.benchmark.intervals import Detections, Score, Sums
 from matex_pl.clip import Clip
 from matex_pl.data.record import StudyBatch
-from matex_pl.maps import AttributionMaps
+from matex_pl.maps import AttributionMaps, min_max, patch_mean
 from matex_pl.metrics import (
     AveragePrecision50,
     BoxAccuracy,
@@ -44,6 +43,7 @@ from matex_pl.metrics import (
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.sanity import randomised
 from matex_pl.pairs import embed_pairs, model_inputs, other_phrases, swapped_phrases, with_phrases
+from matex_pl.tune import coarse
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,12 @@ def mean_of(values: Sequence[Tensor]) -> Sums:
     return Sums.of(torch.cat(list(values)).cpu())
 
 
+Scorer = Callable[..., Tensor]
+"""Of rows of the pairs, a slice, and their fused maps under S settings `(b, S, P)`, then those beside them, the value
+of each study `(b, S)`, where NaN does not count. Maps of cells or patches have any scale, maps of words are finished.
+"""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What the settings are chosen by: a metric of the benchmark.
@@ -155,9 +161,10 @@ class Objective:
         metric: Its class, which knows the direction.
         value: Of a model, pairs, their finished maps and those beside them: what `over` makes a score of, by default
             the value of each study `(B,)`, where NaN does not count.
-        coarse: The same on a raster: fused maps `(B, S, P)`, in any scale, of S settings and P cells, and which cells
-            lie in boxes `(B, P)` bool, to `(B, S)`. None where each setting is scored on all pixels.
+        coarse: The same on a raster, of pairs and its height and width: what scores many settings at once. None where
+            each setting is scored on all pixels or words.
         peaks: Only the maximum of a map counts.
+        patches: Only the means of patches count, `maps.grid`.
         side: `image` or `text`: whose map is scored.
         fill: What stands in for pixels that are taken away, if any are.
         boxed: Only studies with boxes count.
@@ -170,8 +177,9 @@ class Objective:
     name: str
     metric: type[Metric]
     value: Callable[..., Any]
-    coarse: Callable[[Tensor, Tensor], Tensor] | None = None
+    coarse: Callable[[Pairs, tuple[int, int]], Scorer] | None = None
     peaks: bool = False
+    patches: bool = False
     side: str = "image"
     fill: str = ""
     boxed: bool = False
@@ -192,59 +200,13 @@ class Objective:
         return f"{words}, {'higher' if self.sign > 0 else 'lower'} is better"
 
 
-def _hits(fused: Tensor, inside: Tensor) -> Tensor:
-    """Pointing game."""
-    # NumPy finds the maximum several times faster than torch does on a CPU.
-    peaks = torch.from_numpy(fused.cpu().numpy().argmax(-1)).to(inside.device)
-    return inside.gather(1, peaks).float()
-
-
-def _contrast(fused: Tensor, inside: Tensor) -> Tensor:
-    """Contrast-to-noise ratio, which no scale changes."""
-    halves = torch.stack([inside, ~inside], 2).float()
-    weights = halves / halves.sum(1, keepdim=True)
-    mean = fused @ weights
-    noise = ((fused.square() @ weights) - mean.square()).clamp(min=0).sum(-1).sqrt()
-    return (mean[..., 0] - mean[..., 1]) / torch.where(noise > 0, noise, 1)
-
-
-def _energy(fused: Tensor, inside: Tensor) -> Tensor:
-    """Energy in box."""
-    halves = torch.stack([inside, torch.ones_like(inside)], 2).float()
-    common, mass = ((fused @ halves) - fused.amin(-1, keepdim=True) * halves.sum(1, keepdim=True)).unbind(-1)
-    return common / torch.where(mass > 0, mass, 1)
-
-
-def _overlap(fused: Tensor, inside: Tensor) -> Tensor:
-    """Mean IoU over the thresholds of the metric."""
-    halves = torch.stack([inside, torch.ones_like(inside)], 2).float()
-    low, high = fused.amin(-1, keepdim=True), fused.amax(-1, keepdim=True)
-    above, size, total = torch.empty_like(fused), inside.sum(1, keepdim=True), torch.zeros_like(low[..., 0])
-    for threshold in F.MEAN_THRESHOLDS:
-        # Into numbers at once: sums over bool are slow.
-        common, area = (torch.gt(fused, low + threshold * (high - low), out=above) @ halves).unbind(-1)
-        total += common / (area + size - common)
-    return total / len(F.MEAN_THRESHOLDS)
-
-
-def _ranked(fused: Tensor, inside: Tensor) -> Tensor:
-    """Relevance rank accuracy; of equal values at the border none count."""
-    # NumPy sorts many times faster than torch does on a CPU.
-    ordered = torch.from_numpy(np.sort(fused.cpu().numpy(), -1)).to(fused.device)
-    size = inside.sum(1)
-    place = (fused.shape[-1] - 1 - size).clamp(min=0)[:, None, None].expand(*fused.shape[:2], 1)
-    # What was sorted is needed no more.
-    common = torch.gt(fused, ordered.gather(2, place), out=ordered) @ inside.float()[..., None]
-    return common[..., 0] / size[:, None]
-
-
 Located = Callable[[Tensor, Tensor], Tensor]
 LOCATED: dict[str, tuple[type[Metric], Located, Located]] = {
-    "pointing_game": (PointingGame, F.pointing_game, _hits),
-    "cnr": (ContrastToNoise, F.contrast_to_noise, _contrast),
-    "miou": (MeanIoU, F.mean_iou, _overlap),
-    "energy_in_box": (EnergyInBox, F.energy_in_box, _energy),
-    "rank_accuracy": (RankAccuracy, F.rank_accuracy, _ranked),
+    "pointing_game": (PointingGame, F.pointing_game, coarse.hits),
+    "cnr": (ContrastToNoise, F.contrast_to_noise, coarse.contrast),
+    "miou": (MeanIoU, F.mean_iou, coarse.overlap),
+    "energy_in_box": (EnergyInBox, F.energy_in_box, coarse.energy),
+    "rank_accuracy": (RankAccuracy, F.rank_accuracy, coarse.ranked),
 }
 AT_THRESHOLD: dict[str, type[Metric]] = {"iou": ThresholdedIoU, "acc50": BoxAccuracy, "ap50": AveragePrecision50}
 CURVES: dict[str, type[Metric]] = {"insertion": InsertionAUC, "deletion": DeletionAUC}
@@ -267,11 +229,11 @@ def find_objective(name: str) -> Objective:
     kind, _, fill = name.partition("/")
     words = name.removeprefix("text_")
     if name in LOCATED:
-        metric, exact, coarse = LOCATED[name]
-        return Objective(name, metric, partial(_located, exact), coarse, peaks=coarse is _hits, boxed=True)
+        metric, exact, rough = LOCATED[name]
+        peaks = rough is coarse.hits
+        return Objective(name, metric, partial(_located, exact), partial(_in_boxes, rough), peaks=peaks, boxed=True)
     if kind in AT_THRESHOLD and is_share(fill):
-        over = Detections.joined if kind == "ap50" else mean_of
-        return Objective(name, AT_THRESHOLD[kind], partial(_at_threshold, kind, float(fill)), boxed=True, over=over)
+        return _find_at_threshold(name, kind, float(fill))
     if name in PLAIN:
         return PLAIN[name]
     known = name in (kind, *(f"{kind}/{known}" for known in FILLS))
@@ -297,6 +259,17 @@ def is_share(text: str) -> bool:
         return False
 
 
+def _find_at_threshold(name: str, kind: str, threshold: float) -> Objective:
+    """The objective at a threshold; the average precision, which is no mean over studies, on all pixels."""
+    rough = {
+        "iou": partial(_in_boxes, partial(coarse.overlap, thresholds=(threshold,))),
+        "acc50": partial(_box_accuracy, threshold),
+    }
+    over = Detections.joined if kind == "ap50" else mean_of
+    exact = partial(_at_threshold, kind, threshold)
+    return Objective(name, AT_THRESHOLD[kind], exact, rough.get(kind), boxed=True, over=over)
+
+
 def _at_threshold(kind: str, threshold: float, clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor | Detections:
     """IoU, Acc@0.5, or what the average precision is made of, at one threshold."""
     boxes = [box.to(maps.image.device) for box in pairs.batch["boxes"]]
@@ -307,34 +280,100 @@ def _at_threshold(kind: str, threshold: float, clip: Clip, pairs: Pairs, maps: A
     return _located(lambda image, inside: F.iou(image, inside, torch.tensor([threshold]))[:, 0], clip, pairs, maps)
 
 
-def _border_mass(clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor:
-    film = pairs.batch["film"].to(maps.image.device)
-    return F.outside_mass(maps.image, ~F.border_mask((maps.image.shape[1], maps.image.shape[2]), film))
+def _in_boxes(metric: Located, pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    """What a metric of maps and cells in boxes scores, of studies with boxes."""
+    inside = coarse.cells_in_boxes(pairs.batch["boxes"], raster).flatten(1).to(_device(pairs))
+    without = ~inside.any(1, keepdim=True)
+    return lambda rows, fused: metric(fused, inside[rows]).masked_fill(without[rows], torch.nan)
 
 
-def _outside_thorax_mass(clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor:
+def _box_accuracy(threshold: float, pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    """Acc@0.5 at a threshold, by the metric itself."""
+    boxes = [box.to(_device(pairs)) for box in pairs.batch["boxes"]]
+
+    def score(rows: slice, fused: Tensor) -> Tensor:
+        maps = min_max(fused.flatten(0, 1)).unflatten(-1, raster)
+        each = [box for box in boxes[rows] for _ in range(fused.shape[1])]
+        return F.box_accuracy(F.components(maps, threshold), each, len(each)).view(fused.shape[:2])
+
+    return score
+
+
+def _device(pairs: Pairs) -> torch.device:
+    return pairs.parts["score"].device
+
+
+def _border(pairs: Pairs) -> Tensor:
+    """The border of the films, `(B, H, W)` bool."""
+    return F.border_mask(pairs.parts["size"], pairs.batch["film"])
+
+
+def _around_thorax(pairs: Pairs) -> Tensor:
+    """Where usually no lung and no heart is, `(1, H, W)` bool."""
     assert pairs.thorax is not None
-    return F.outside_mass(maps.image, pairs.thorax[None])
+    return ~pairs.thorax[None]
+
+
+Zone = Callable[[Pairs], Tensor]
+
+
+def _zone_mass(zone: Zone, clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor:
+    return F.outside_mass(maps.image, ~zone(pairs))
+
+
+def _coarse_zone_mass(zone: Zone, pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    """Share of the mass in a zone; a cell on its edge counts by its share in it."""
+    weight = patch_mean(zone(pairs).float(), raster).flatten(1).to(_device(pairs)).expand(len(pairs.tokens), -1)
+    return lambda rows, fused: coarse.mass_share(fused, weight[rows])
 
 
 def _map_mass(clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor:
     return maps.image.flatten(1).mean(1)
 
 
+def _coarse_map_mass(pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    return lambda rows, fused: coarse.mean_mass(fused)
+
+
 def _text_map_mass(clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor:
     return F.text_mass(maps.text, maps.content)
 
 
+def _text_map_masses(pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    """The metric itself, over all settings at once."""
+    return lambda rows, fused: F.text_mass(*_as_rows(pairs, rows, fused)).view(fused.shape[:2])
+
+
 def _prompt_sensitivity(clip: Clip, pairs: Pairs, maps: AttributionMaps, other: AttributionMaps) -> Tensor:
     """Rank correlation of the maps under both phrases; NaN where there is only one."""
-    phrases = zip(pairs.parts["phrases"], other.parts["phrases"], strict=True)
-    same = torch.tensor([one == another for one, another in phrases], device=maps.grid.device)
-    return F.spearman(maps.grid.flatten(1), other.grid.flatten(1)).masked_fill(same, torch.nan)
+    return F.spearman(maps.grid.flatten(1), other.grid.flatten(1)).masked_fill(_says_the_same(pairs), torch.nan)
+
+
+def _coarse_prompt_sensitivity(pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    same = _says_the_same(pairs)[:, None]
+    return lambda rows, *fused: _mean_correlation(*fused).masked_fill(same[rows], torch.nan)
+
+
+def _says_the_same(pairs: Pairs) -> Tensor:
+    """Which studies have only one phrase, `(B,)` bool."""
+    (other,) = pairs.others
+    phrases = zip(pairs.parts["phrases"], other["phrases"], strict=True)
+    return torch.tensor([one == another for one, another in phrases], device=_device(pairs))
 
 
 def _side_sensitivity(clip: Clip, pairs: Pairs, maps: AttributionMaps, swapped: AttributionMaps) -> Tensor:
-    sides = [named_side(phrase) for phrase in pairs.batch["phrase"]]
-    return F.side_sensitivity(maps.image, swapped.image, sides, pairs.batch["film"].to(maps.image.device))
+    return F.side_sensitivity(maps.image, swapped.image, _sides(pairs), pairs.batch["film"].to(maps.image.device))
+
+
+def _coarse_side_sensitivity(pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    sides = [F.OTHER_SIDE[side] for side in _sides(pairs)]
+    half = F.side_half(raster, sides, pairs.batch["film"]).flatten(1).to(_device(pairs))
+    return lambda rows, own, swapped: coarse.mass_share(swapped, half[rows]) - coarse.mass_share(own, half[rows])
+
+
+def _sides(pairs: Pairs) -> list[str]:
+    """The side that each phrase names."""
+    return [named_side(phrase) for phrase in pairs.batch["phrase"]]
 
 
 def _sanity(clip: Clip, pairs: Pairs, maps: AttributionMaps, *broken: AttributionMaps) -> Tensor:
@@ -342,21 +381,66 @@ def _sanity(clip: Clip, pairs: Pairs, maps: AttributionMaps, *broken: Attributio
     return torch.stack([F.spearman(after.grid.flatten(1), maps.grid.flatten(1)) for after in broken]).nanmean(0)
 
 
+def _coarse_sanity(pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    return lambda rows, *fused: _mean_correlation(*fused)
+
+
+def _mean_correlation(fused: Tensor, *others: Tensor) -> Tensor:
+    return coarse.correlations(fused, others).nanmean(0)
+
+
 def _text_sanity(clip: Clip, pairs: Pairs, maps: AttributionMaps, *broken: AttributionMaps) -> Tensor:
     return torch.stack([F.spearman(after.text, maps.text, maps.content) for after in broken]).nanmean(0)
+
+
+def _text_sanities(pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    """The metric itself, over all settings at once."""
+
+    def score(rows: slice, own: Tensor, *broken: Tensor) -> Tensor:
+        maps, content = _as_rows(pairs, rows, own)
+        found = torch.stack([F.spearman(after.flatten(0, 1), maps, content) for after in broken])
+        return found.nanmean(0).view(own.shape[:2])
+
+    return score
+
+
+def _as_rows(pairs: Pairs, rows: slice, fused: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps of words `(b, S, T)` as `(b * S, T)`, and likewise which tokens are content."""
+    return fused.flatten(0, 1), pairs.parts["content"][rows].repeat_interleave(fused.shape[1], 0)
 
 
 PLAIN = {
     objective.name: objective
     for objective in (
-        Objective("border_mass", OutsideMass, _border_mass),
-        Objective("outside_thorax_mass", OutsideMass, _outside_thorax_mass, needs_thorax=True),
-        Objective("mean_map_mass", MapMass, _map_mass),
-        Objective("text_mean_map_mass", MapMass, _text_map_mass, side="text"),
-        Objective("prompt_sensitivity", RankCorrelation, _prompt_sensitivity, beside=_other_phrases),
-        Objective("side_sensitivity", SideSensitivity, _side_sensitivity, beside=_swapped_phrases),
-        Objective("sanity", RankCorrelation, _sanity, beside=_broken_models),
-        Objective("text_sanity", RankCorrelation, _text_sanity, side="text", beside=_broken_models),
+        Objective("border_mass", OutsideMass, partial(_zone_mass, _border), coarse=partial(_coarse_zone_mass, _border)),
+        Objective(
+            "outside_thorax_mass",
+            OutsideMass,
+            partial(_zone_mass, _around_thorax),
+            coarse=partial(_coarse_zone_mass, _around_thorax),
+            needs_thorax=True,
+        ),
+        Objective("mean_map_mass", MapMass, _map_mass, coarse=_coarse_map_mass),
+        Objective("text_mean_map_mass", MapMass, _text_map_mass, coarse=_text_map_masses, side="text"),
+        Objective(
+            "prompt_sensitivity",
+            RankCorrelation,
+            _prompt_sensitivity,
+            coarse=_coarse_prompt_sensitivity,
+            patches=True,
+            beside=_other_phrases,
+        ),
+        Objective(
+            "side_sensitivity",
+            SideSensitivity,
+            _side_sensitivity,
+            coarse=_coarse_side_sensitivity,
+            beside=_swapped_phrases,
+        ),
+        Objective("sanity", RankCorrelation, _sanity, coarse=_coarse_sanity, patches=True, beside=_broken_models),
+        Objective(
+            "text_sanity", RankCorrelation, _text_sanity, coarse=_text_sanities, side="text", beside=_broken_models
+        ),
     )
 }
 

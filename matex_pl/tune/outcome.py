@@ -111,10 +111,11 @@ def describe(said: Mapping[str, Any]) -> str:
 def _timing(said: Mapping[str, Any]) -> str:
     seconds = said["seconds"]
     where = f" on a raster of {' x '.join(map(str, said['raster']))}" if said["raster"] else ""
-    again = f"; the best {len(said['on_all_pixels'])} again on all pixels, {seconds.get('finalists', 0):.2f} s"
+    again = f"; the best {len(said['on_all_pixels'])} again{' on all pixels' * bool(said['raster'])}"
+    again = f"{again}, {seconds['finalists']:.2f} s" if "finalists" in seconds else ""
     return (
         f"{len(said['settings'])} settings{where} took {seconds['settings']:.2f} s, {said['ratio']:.1%} of the "
-        f"{seconds['components']:.2f} s of the components{again * bool(said['raster'])}."
+        f"{seconds['components']:.2f} s of the components{again}."
     )
 
 

@@ -51,8 +51,8 @@ def tune_matex(
     The components are computed once, and every setting is fused from them on a raster; the ten best are scored again on
     all pixels, and the winner is the best of those and of the method's own setting. Of equal ones it is the nearest to
     the method's own: by the sum over the settings of the difference as a share of the range of what was tried, where
-    another shape of the prior counts 1. An objective that asks the model (confidence) needs a forward per pair and
-    setting, on all pixels.
+    another shape of the prior counts 1. For words, settings are scored at once without a raster. An objective that asks
+    the model (confidence) needs a forward per pair and setting, on all pixels; `ap50` is scored there too.
 
     Writes `tuned.yaml`, which `--method` and the callbacks take, `surface.png` and `surface.svg`, the scores over
     lambda_s, lambda_c and tau, and `tune.json`, all scores with what made them.
@@ -63,15 +63,15 @@ def tune_matex(
         out: The folder to write to.
         method: A Matex, `Matex.measured()` by default, whose settings stay but for those that are tried: the name of a
             shipped setting, a YAML file, or a class.
-        objective: What is best: `pointing_game`, `cnr`, `miou`, `energy_in_box`, `rank_accuracy`, searched on a raster;
-            on all pixels `iou`, `acc50` and `ap50` at a threshold, as `iou/0.3`, `border_mass`, `outside_thorax_mass`
-            where the data module knows the thorax, and `mean_map_mass` (lower: the smaller map); held against the maps
-            under another study's phrase `prompt_sensitivity`, with right and left exchanged `side_sensitivity`, under
-            shuffled weights `sanity`, which takes the components once more for each block of the towers; and, with
-            forwards of the model for each setting, `confidence_drop`, `confidence_increase`, `fixed_drop`,
-            `fixed_increase`, `remove`, `insertion` and `deletion` (their gain, which orders settings as the AUC does),
-            filled with the mean film, or with another fill as in `remove/blur`. For the words `text_` before one of the
-            first five of these, `mean_map_mass` or `sanity`.
+        objective: What is best: searched on a raster `pointing_game`, `cnr`, `miou`, `energy_in_box`, `rank_accuracy`,
+            at a threshold `iou` and `acc50`, as `iou/0.3`, `border_mass`, `outside_thorax_mass` where the data module
+            knows the thorax, and `mean_map_mass` (lower: the smaller map); there too, held against the maps under
+            another study's phrase `prompt_sensitivity`, with right and left exchanged `side_sensitivity`, under
+            shuffled weights `sanity`, which takes the components once more for each block of the towers; on all pixels
+            `ap50/0.3`; and, with forwards of the model for each setting, `confidence_drop`, `confidence_increase`,
+            `fixed_drop`, `fixed_increase`, `remove`, `insertion` and `deletion` (their gain, which orders settings as
+            the AUC does), filled with the mean film, or with another fill as in `remove/blur`. For the words `text_`
+            before one of the first five of these, `mean_map_mass` or `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
@@ -80,7 +80,8 @@ def tune_matex(
         num_pairs: Pairs of either split, those with boxes if the objective needs them; -1 for all.
         batch_size: Pairs per batch.
         raster: Cells on the longer side of the raster that the settings are compared on; for the pointing game the
-            nearest number that puts a cell on the centre of each patch.
+            nearest number that puts a cell on the centre of each patch. Correlations, of means of patches, take two per
+            patch.
         seed: Of the choice of pairs, and of the bootstrap.
 
     Returns:
@@ -203,8 +204,11 @@ def raster_size(cells: int, clip: Clip, objective: Objective) -> tuple[int, int]
     """Height and width of the raster: about so many cells on the longer side, at most one per pixel.
 
     Enlarged bilinearly, a map of patches has its maxima at their centres, of which only rasters with an odd number of
-    cells per patch have a sample: an objective of peaks takes the nearest of those, of two the coarser.
+    cells per patch have a sample: an objective of peaks takes the nearest of those, of two the coarser. Such a map is
+    linear on each half of a patch, so that two cells per patch hold its means: an objective of patches takes those.
     """
+    if objective.patches:
+        return min(2 * clip.grid[0], clip.image_size[0]), min(2 * clip.grid[1], clip.image_size[1])
     longer, patches = max(clip.image_size), max(clip.grid)
     if not objective.peaks:
         share = min(1, cells / longer)

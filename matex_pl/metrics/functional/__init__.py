@@ -28,11 +28,20 @@ from matex_pl.metrics.functional.localisation import (
     pointing_game,
     rank_accuracy,
 )
-from matex_pl.metrics.functional.mass import border_mask, half_share, outside_mass, side_sensitivity, text_mass
+from matex_pl.metrics.functional.mass import (
+    OTHER_SIDE,
+    border_mask,
+    half_share,
+    outside_mass,
+    side_half,
+    side_sensitivity,
+    text_mass,
+)
 from matex_pl.metrics.functional.ranking import spearman, top_ranked, top_share
 
 __all__ = [
     "MEAN_THRESHOLDS",
+    "OTHER_SIDE",
     "THRESHOLDS",
     "Components",
     "average_precision",
@@ -57,6 +66,7 @@ __all__ = [
     "outside_mass",
     "pointing_game",
     "rank_accuracy",
+    "side_half",
     "side_sensitivity",
     "spearman",
     "text_mass",

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from matex_pl.metrics.functional.localisation import box_masks
 
+OTHER_SIDE = {"right": "left", "left": "right", "": ""}
+"""The other side of the patient; none of none."""
+
 
 def outside_mass(maps: Tensor, inside: Tensor) -> Tensor:
     """Share of the map's mass outside of a zone, `(B,)` in [0, 1]; NaN for a map of zeros.
@@ -51,8 +54,7 @@ def border_mask(size: tuple[int, int], film: Tensor | None = None, width: float 
 def half_share(maps: Tensor, sides: Sequence[str], film: Tensor | None = None) -> Tensor:
     """Share of the map's mass in the half of the film on a side of the patient, `(B,)` in [0, 1].
 
-    The patient's right is on the left of the image. Pixels on an edge of the half count by their share in it. NaN
-    without a side, and for a map of zeros.
+    Pixels count by their share in `side_half`. NaN without a side, and for a map of zeros.
 
     Args:
         maps: `(B, H, W)` in [0, 1].
@@ -62,16 +64,34 @@ def half_share(maps: Tensor, sides: Sequence[str], film: Tensor | None = None) -
     Raises:
         ValueError: There is no such side, or not one for each map.
     """
-    named = _named_right(maps, sides)
-    film = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if film is None else film
-    x0, y0, x1, y1 = film.to(maps.device).float().expand(len(maps), 4).unbind(1)
+    if len(sides) != len(maps):
+        raise ValueError(f"sides must be one for each of {len(maps)} maps; got {len(sides)}.")
+    film = None if film is None else film.to(maps.device)
+    heat, half = maps.float(), side_half((maps.shape[1], maps.shape[2]), sides, film).to(maps.device)
+    return (heat * half).sum((1, 2)) / heat.sum((1, 2))
+
+
+def side_half(size: tuple[int, int], sides: Sequence[str], film: Tensor | None = None) -> Tensor:
+    """Share of each pixel in the half of the film on a side of the patient, `(B, H, W)` in [0, 1]; NaN without a side.
+
+    The patient's right is on the left of the image.
+
+    Args:
+        size: Height and width of the frame in pixels.
+        sides: B times `right`, `left` or an empty text.
+        film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
+
+    Raises:
+        ValueError: There is no such side.
+    """
+    film = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if film is None else film.float()
+    named = _named_right(sides).to(film.device)
+    x0, y0, x1, y1 = film.expand(len(sides), 4).unbind(1)
     middle = (x0 + x1) / 2
     is_right = named == 1
-    columns = _covered(torch.where(is_right, x0, middle), torch.where(is_right, middle, x1), maps.shape[2])
-    rows = _covered(y0, y1, maps.shape[1])
-    heat = maps.float()
-    share = torch.einsum("bhw,bh,bw->b", heat, rows, columns) / heat.sum((1, 2))
-    return share.masked_fill(named.isnan(), torch.nan)
+    columns = _covered(torch.where(is_right, x0, middle), torch.where(is_right, middle, x1), size[1])
+    half = _covered(y0, y1, size[0])[:, :, None] * columns[:, None]
+    return half.masked_fill(named.isnan()[:, None, None], torch.nan)
 
 
 def side_sensitivity(maps: Tensor, swapped: Tensor, sides: Sequence[str], film: Tensor | None = None) -> Tensor:
@@ -89,20 +109,17 @@ def side_sensitivity(maps: Tensor, swapped: Tensor, sides: Sequence[str], film: 
     Raises:
         ValueError: As in `half_share`.
     """
-    named = [{"right": "left", "left": "right"}.get(side, side) for side in sides]
+    named = [OTHER_SIDE.get(side, side) for side in sides]
     return half_share(swapped, named, film) - half_share(maps, named, film)
 
 
-def _named_right(maps: Tensor, sides: Sequence[str]) -> Tensor:
+def _named_right(sides: Sequence[str]) -> Tensor:
     """1 for right, 0 for left, NaN for no side, `(B,)`."""
     value = {"right": 1.0, "left": 0.0, "": torch.nan}
     unknown = sorted(set(sides) - set(value))
-    if unknown or len(sides) != len(maps):
-        raise ValueError(
-            f"sides must be `right`, `left` or empty, one for each of {len(maps)} maps; got {len(sides)}"
-            + (f" with {unknown[0]!r}." if unknown else ".")
-        )
-    return torch.tensor([value[side] for side in sides], device=maps.device)
+    if unknown:
+        raise ValueError(f"sides must be `right`, `left` or empty; got {unknown[0]!r}.")
+    return torch.tensor([value[side] for side in sides])
 
 
 def _covered(low: Tensor, high: Tensor, number: int) -> Tensor:

@@ -1,0 +1,121 @@
+"""Metrics of finished maps on a raster: of fused maps in any scale, of many settings at once.
+
+Fused maps are `(B, S, P)`, of B studies, S settings and P cells; what is found of them is `(B, S)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matex_pl.maps import rounding
+from matex_pl.metrics import functional as F
+
+
+def cells_in_boxes(boxes: Sequence[Tensor], raster: tuple[int, int]) -> Tensor:
+    """Which cells of a raster have their centre in a box; a box smaller than a cell has the one that it lies in.
+
+    Args:
+        boxes: B tensors `(K, 4)` of `x0, y0, x1, y1` in [0, 1].
+        raster: Height and width.
+
+    Returns:
+        `(B, *raster)` bool.
+    """
+    # A hair more than a cell: by rounding, a box of exactly one could hold no centre.
+    least = 1.0001 / torch.tensor([raster[1], raster[0]])
+    grown = []
+    for box in boxes:
+        box = box.cpu().view(-1, 4).clamp(0, 1)
+        middle, half = (box[:, :2] + box[:, 2:]) / 2, torch.maximum(box[:, 2:] - box[:, :2], least) / 2
+        grown.append(torch.cat([middle - half, middle + half], 1))
+    return F.box_masks(grown, raster)
+
+
+def hits(fused: Tensor, inside: Tensor) -> Tensor:
+    """Pointing game, with which cells `(B, P)` bool lie in boxes."""
+    # NumPy finds the maximum several times faster than torch does on a CPU.
+    peaks = torch.from_numpy(fused.cpu().numpy().argmax(-1)).to(inside.device)
+    return inside.gather(1, peaks).float()
+
+
+def contrast(fused: Tensor, inside: Tensor) -> Tensor:
+    """Contrast-to-noise ratio, which no scale changes."""
+    halves = torch.stack([inside, ~inside], 2).float()
+    weights = halves / halves.sum(1, keepdim=True)
+    mean = fused @ weights
+    noise = ((fused.square() @ weights) - mean.square()).clamp(min=0).sum(-1).sqrt()
+    return (mean[..., 0] - mean[..., 1]) / torch.where(noise > 0, noise, 1)
+
+
+def mass_share(fused: Tensor, weight: Tensor) -> Tensor:
+    """Share of the mass in a zone, of which each cell is a part `weight` `(B, P)` in [0, 1]; NaN for a flat map."""
+    halves = torch.stack([weight, torch.ones_like(weight)], 2)
+    common, mass = ((fused @ halves) - fused.amin(-1, keepdim=True) * halves.sum(1, keepdim=True)).unbind(-1)
+    return common / torch.where(mass > 0, mass, torch.nan)
+
+
+def energy(fused: Tensor, inside: Tensor) -> Tensor:
+    """Energy in box, 0 for a flat map."""
+    return mass_share(fused, inside.float()).nan_to_num(0)
+
+
+def mean_mass(fused: Tensor) -> Tensor:
+    """Mean of the finished map, 0 for a flat one by the rule of `min_max`."""
+    low, high = fused.amin(-1), fused.amax(-1)
+    varies = high - low > rounding(fused.dtype) * torch.maximum(low.abs(), high.abs())
+    return (fused.mean(-1) - low) / torch.where(varies, high - low, torch.inf)
+
+
+def overlap(fused: Tensor, inside: Tensor, thresholds: Sequence[float] = F.MEAN_THRESHOLDS) -> Tensor:
+    """Mean IoU over thresholds, by default those of the metric."""
+    halves = torch.stack([inside, torch.ones_like(inside)], 2).float()
+    low, high = fused.amin(-1, keepdim=True), fused.amax(-1, keepdim=True)
+    above, size, total = torch.empty_like(fused), inside.sum(1, keepdim=True), torch.zeros_like(low[..., 0])
+    for threshold in thresholds:
+        # Into numbers at once: sums over bool are slow.
+        common, area = (torch.gt(fused, low + threshold * (high - low), out=above) @ halves).unbind(-1)
+        total += common / (area + size - common)
+    return total / len(thresholds)
+
+
+def ranked(fused: Tensor, inside: Tensor) -> Tensor:
+    """Relevance rank accuracy; of equal values at the border none count."""
+    # NumPy sorts many times faster than torch does on a CPU.
+    ordered = torch.from_numpy(np.sort(fused.cpu().numpy(), -1)).to(fused.device)
+    size = inside.sum(1)
+    place = (fused.shape[-1] - 1 - size).clamp(min=0)[:, None, None].expand(*fused.shape[:2], 1)
+    # What was sorted is needed no more.
+    common = torch.gt(fused, ordered.gather(2, place), out=ordered) @ inside.float()[..., None]
+    return common[..., 0] / size[:, None]
+
+
+def correlations(fused: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Rank correlation of maps with each of N others, `(N, B, S)`; NaN where one of both is flat."""
+    own, own_ties = _centred_ranks(fused)
+    number = fused.shape[-1]
+    found = []
+    for other in others:
+        ranks, ties = _centred_ranks(other)
+        # Without ties, the squares of either side's ranks sum to a twelfth of this.
+        alike = 12 * torch.einsum("bsp,bsp->bs", own, ranks) / (number * (number**2 - 1))
+        ties |= own_ties
+        if ties.any():
+            alike[ties] = F.spearman(fused[ties], other[ties])
+        found.append(alike)
+    return torch.stack(found)
+
+
+def _centred_ranks(fused: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks of the cells less their mean `(B, S, P)`, and which maps have equal cells, `(B, S)`: their ranks differ."""
+    # As of sorting, see `ranked`.
+    maps = fused.cpu().numpy()
+    order = maps.argsort(-1)
+    ordered = np.take_along_axis(maps, order, -1)
+    ranks = np.empty_like(maps)
+    np.put_along_axis(ranks, order, np.arange(maps.shape[-1], dtype=maps.dtype) - (maps.shape[-1] - 1) / 2, -1)
+    ties = (ordered[..., 1:] == ordered[..., :-1]).any(-1)
+    return torch.from_numpy(ranks).to(fused.device), torch.from_numpy(ties).to(fused.device)
