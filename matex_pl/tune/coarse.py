@@ -6,6 +6,7 @@ Fused maps are `(B, S, P)`, of B studies, S settings and P cells; what is found 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -95,13 +96,14 @@ def ranked(fused: Tensor, inside: Tensor) -> Tensor:
 
 def correlations(fused: Tensor, others: Sequence[Tensor]) -> Tensor:
     """Rank correlation of maps with each of N others, `(N, B, S)`; NaN where one of both is flat."""
-    own, own_ties = _centred_ranks(fused)
+    # NumPy lets go of the interpreter while it sorts.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        (own, own_ties), *ranked_others = pool.map(_centred_ranks, (fused, *others))
     number = fused.shape[-1]
     found = []
-    for other in others:
-        ranks, ties = _centred_ranks(other)
+    for other, (ranks, ties) in zip(others, ranked_others, strict=True):
         # Without ties, the squares of either side's ranks sum to a twelfth of this.
-        alike = 12 * torch.einsum("bsp,bsp->bs", own, ranks) / (number * (number**2 - 1))
+        alike = 12 * (own * ranks).sum(-1) / (number * (number**2 - 1))
         ties |= own_ties
         if ties.any():
             alike[ties] = F.spearman(fused[ties], other[ties])
@@ -110,12 +112,20 @@ def correlations(fused: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 
 def _centred_ranks(fused: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks of the cells less their mean `(B, S, P)`, and which maps have equal cells, `(B, S)`: their ranks differ."""
-    # As of sorting, see `ranked`.
-    maps = fused.cpu().numpy()
-    order = maps.argsort(-1)
-    ordered = np.take_along_axis(maps, order, -1)
-    ranks = np.empty_like(maps)
-    np.put_along_axis(ranks, order, np.arange(maps.shape[-1], dtype=maps.dtype) - (maps.shape[-1] - 1) / 2, -1)
-    ties = (ordered[..., 1:] == ordered[..., :-1]).any(-1)
+    """Ranks of the cells less their mean `(B, S, P)`, and which maps have equal cells, `(B, S)`: their ranks differ.
+
+    A cell's value and place are sorted as one whole number: NumPy does that twice as fast as it finds the order.
+    """
+    # Zero has one sign, so that both are equal.
+    bits = (fused.float() + 0.0).cpu().numpy().view(np.int32)
+    # The greater the less, of negative floats: as whole numbers they are to rise as well.
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(keys.size).reshape(keys.shape)
+    keys.sort(-1)
+    ranks = np.empty(keys.shape, np.float32)
+    centred = np.arange(keys.shape[-1], dtype=np.float32) - (keys.shape[-1] - 1) / 2
+    ranks.reshape(-1)[keys & 0xFFFFFFFF] = centred
+    keys >>= 32
+    ties = (keys[..., 1:] == keys[..., :-1]).any(-1)
     return torch.from_numpy(ranks).to(fused.device), torch.from_numpy(ties).to(fused.device)
