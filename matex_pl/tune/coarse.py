@@ -6,7 +6,6 @@ Fused maps are `(B, S, P)`, of B studies, S settings and P cells; what is found 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -96,12 +95,11 @@ def ranked(fused: Tensor, inside: Tensor) -> Tensor:
 
 def correlations(fused: Tensor, others: Sequence[Tensor]) -> Tensor:
     """Rank correlation of maps with each of N others, `(N, B, S)`; NaN where one of both is flat."""
-    # NumPy lets go of the interpreter while it sorts.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        (own, own_ties), *ranked_others = pool.map(_centred_ranks, (fused, *others))
+    own, own_ties = _centred_ranks(fused)
     number = fused.shape[-1]
     found = []
-    for other, (ranks, ties) in zip(others, ranked_others, strict=True):
+    for other in others:
+        ranks, ties = _centred_ranks(other)
         # Without ties, the squares of either side's ranks sum to a twelfth of this.
         alike = 12 * (own * ranks).sum(-1) / (number * (number**2 - 1))
         ties |= own_ties
@@ -112,20 +110,19 @@ def correlations(fused: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 
 def _centred_ranks(fused: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks of the cells less their mean `(B, S, P)`, and which maps have equal cells, `(B, S)`: their ranks differ.
+    """Ranks of the cells less their mean `(B, S, P)`, and which maps may have equal cells `(B, S)`: their ranks differ.
 
-    A cell's value and place are sorted as one whole number: NumPy does that twice as fast as it finds the order.
+    A cell's value, in fine steps of the map's range, and its place are sorted as one whole number: NumPy does that
+    several times faster than it finds the order of floats.
     """
-    # Zero has one sign, so that both are equal.
-    bits = (fused.float() + 0.0).cpu().numpy().view(np.int32)
-    # The greater the less, of negative floats: as whole numbers they are to rise as well.
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
-    keys <<= 32
-    keys |= np.arange(keys.size).reshape(keys.shape)
-    keys.sort(-1)
-    ranks = np.empty(keys.shape, np.float32)
-    centred = np.arange(keys.shape[-1], dtype=np.float32) - (keys.shape[-1] - 1) / 2
-    ranks.reshape(-1)[keys & 0xFFFFFFFF] = centred
-    keys >>= 32
-    ties = (keys[..., 1:] == keys[..., :-1]).any(-1)
-    return torch.from_numpy(ranks).to(fused.device), torch.from_numpy(ties).to(fused.device)
+    number = fused.shape[-1]
+    bits = (number - 1).bit_length()
+    low, high = fused.amin(-1, keepdim=True), fused.amax(-1, keepdim=True)
+    # One bit is the sign, one is left free for rounding.
+    steps = (fused - low).mul_(2 ** (30 - bits) / torch.where(high > low, high - low, torch.inf))
+    place = torch.arange(number, dtype=torch.int32, device=fused.device)
+    keys = np.sort((steps.int() << bits | place).cpu().numpy(), -1)
+    order = torch.from_numpy(keys & (2**bits - 1)).to(fused.device).long()
+    ranks = torch.empty_like(fused).scatter_(-1, order, (place - (number - 1) / 2).to(fused).expand_as(fused))
+    ties = np.diff(keys >> bits, axis=-1).min(-1, initial=1) == 0
+    return ranks, torch.from_numpy(ties).to(fused.device)
