@@ -110,10 +110,10 @@ def correlations(fused: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 
 def _centred_ranks(fused: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks of the cells less their mean `(B, S, P)`, and which maps may have equal cells `(B, S)`: their ranks differ.
+    """Ranks of the cells less their mean `(B, S, P)`, and which maps have equal cells, `(B, S)`: their ranks differ.
 
     A cell's value, in fine steps of the map's range, and its place are sorted as one whole number: NumPy does that
-    several times faster than it finds the order of floats.
+    several times faster than it finds the order of floats. Cells of one step stand in raster order.
     """
     number = fused.shape[-1]
     bits = (number - 1).bit_length()
@@ -124,5 +124,6 @@ def _centred_ranks(fused: Tensor) -> tuple[Tensor, Tensor]:
     keys = np.sort((steps.int() << bits | place).cpu().numpy(), -1)
     order = torch.from_numpy(keys & (2**bits - 1)).to(fused.device).long()
     ranks = torch.empty_like(fused).scatter_(-1, order, (place - (number - 1) / 2).to(fused).expand_as(fused))
-    ties = np.diff(keys >> bits, axis=-1).min(-1, initial=1) == 0
+    ordered = fused.gather(-1, order).cpu().numpy()
+    ties = np.abs(np.diff(ordered, axis=-1)).min(-1, initial=1) == 0
     return ranks, torch.from_numpy(ties).to(fused.device)
