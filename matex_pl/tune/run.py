@@ -81,7 +81,7 @@ def tune_matex(
         batch_size: Pairs per batch.
         raster: Cells on the longer side of the raster that the settings are compared on; for the pointing game the
             nearest number that puts a cell on the centre of each patch. Correlations, of means of patches, take two per
-            patch.
+            patch. On the phantom model, of 12, 16 and 20, only 20 had the best setting for `cnr` among its ten.
         seed: Of the choice of pairs, and of the bootstrap.
 
     Returns:
