@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -189,6 +189,8 @@ def fused_maps(
     pixelwise = method.fuse_at == "pixel"
     # Means and enlarging are sums: they may come before the addition.
     enlarge, shrink = partial(upsample, size=raster), partial(patch_mean, grid=own)
+    before: Callable[[Tensor], Tensor]
+    after: Callable[[Tensor], Tensor]
     if pixelwise:
         before, after = enlarge, shrink if patches else _as_it_is
     else:
