@@ -3,12 +3,14 @@
     python benchmarks/soak.py
 
 Prints a Markdown table of the memory of the process and its loaders, the median over each 100 steps, and a verdict; the
-status is 1 where a median after the warm-up is more than 2 % above or below the first one after it. Linux, and
-`psutil`, which `pip install -e '.[dev]'` brings. Two to four minutes on two cores, nothing is downloaded.
+status is 1 where a median after the warm-up is more than 2 % above or below the first one after it. Linux with
+glibc 2.33 or later, and `psutil`, which `pip install -e '.[dev]'` brings. Two to four minutes on two cores, nothing is
+downloaded.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -40,7 +42,16 @@ MODEL = {
 LIMIT = 2.0
 """By how many percent memory may differ after the warm-up."""
 _EVERY = 10
-COLUMNS = ("all processes, MiB", "this process, MiB", "its largest so far, MiB", "GPU, MiB", "open files")
+_HEAP = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+COLUMNS = (
+    "all processes, MiB",
+    "this process, MiB",
+    "its largest so far, MiB",
+    "its heap in use, MiB",
+    "GPU, MiB",
+    "Python blocks, thousands",
+    "open files",
+)
 
 
 class Gauge(Callback):
@@ -48,7 +59,8 @@ class Gauge(Callback):
 
     `rows` are lists of the step and the values of `COLUMNS`: what the process and its children hold beside files, where
     pages that they share count once (other programs that have mapped the same libraries do not count), RSS of the
-    process, the largest it ever was, what torch holds on a GPU, and open files.
+    process, the largest it ever was, what of its heap is in use, which a leak raises and holes between live pieces do
+    not, what torch holds on a GPU, blocks of Python's own allocator, and open files.
     """
 
     def __init__(self, every: int) -> None:
@@ -67,14 +79,29 @@ class Gauge(Callback):
     def _read(self) -> list[float]:
         held = sum(_held(process.pid) for process in (self.process, *self.process.children(recursive=True)))
         gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        used = [held, self.process.memory_info().rss, _bytes(Path("/proc/self/status"), "VmHWM"), gpu]
-        return [*(number / 2**20 for number in used), self.process.num_fds()]
+        largest = _bytes(Path("/proc/self/status"), "VmHWM")
+        used = [held, self.process.memory_info().rss, largest, _heap_in_use(), gpu]
+        return [*(number / 2**20 for number in used), sys.getallocatedblocks() / 1000, self.process.num_fds()]
 
 
 def _held(pid: int) -> int:
     """Bytes that a process holds beside files; of a page that n processes share an n-th part."""
     path = Path(f"/proc/{pid}/smaps_rollup")
     return _bytes(path, "Pss_Anon") + _bytes(path, "Pss_Shmem")
+
+
+class _Heap(ctypes.Structure):
+    """`struct mallinfo2` of the C library."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in _HEAP]
+
+
+def _heap_in_use() -> int:
+    """Bytes that the C library's main heap, and its mappings of large pieces, have given out."""
+    ask = ctypes.CDLL("libc.so.6").mallinfo2
+    ask.restype = _Heap
+    found = ask()
+    return found.uordblks + found.hblkhd
 
 
 def _bytes(path: Path, name: str) -> int:
