@@ -82,12 +82,79 @@ def test_window_wider_than_the_values_is_kept(tmp_path: Path) -> None:
     assert _values(path).max() == pytest.approx(64, abs=1)
 
 
-def test_table_of_the_values_of_interest(tmp_path: Path) -> None:
+def test_window_over_values_whose_order_is_turned_around(tmp_path: Path) -> None:
+    tags = {"RescaleSlope": -1, "RescaleIntercept": 4095, "WindowCenter": 2048, "WindowWidth": 4096}
+    np.testing.assert_allclose(_values(write_dicom(tmp_path / "film.dcm", _ramp(), **tags)), 255 - EXPECTED, atol=0.51)
+
+
+NO_WINDOW = {
+    "empty": {"WindowCenter": "", "WindowWidth": ""},
+    "no_width": {"WindowCenter": 9},
+    "width_0": {"WindowCenter": 9, "WindowWidth": 0},
+    "exact_width_0": {"WindowCenter": 9, "WindowWidth": 0, "VOILUTFunction": "LINEAR_EXACT"},
+    "empty_first": {"WindowCenter": ["", 9], "WindowWidth": ["", 9]},
+    "no_table": {"VOILUTSequence": []},
+    "empty_table": {"VOILUTSequence": [Dataset()]},
+    "empty_modality_table": {"ModalityLUTSequence": [Dataset()]},
+    "empty_slope": {"RescaleSlope": "", "RescaleIntercept": 0},
+    "slope_0": {"RescaleSlope": 0, "RescaleIntercept": 7},
+    "empty_rescale": {"RescaleSlope": "", "RescaleIntercept": ""},
+}
+
+
+@pytest.mark.parametrize("tags", NO_WINDOW.values(), ids=NO_WINDOW)
+def test_empty_tags_say_nothing(tmp_path: Path, tags: dict[str, Any]) -> None:
+    """From the lowest value to the highest, as without them."""
+    path = write_dicom(tmp_path / "film.dcm", _ramp() // 4, **tags)
+    np.testing.assert_allclose(_values(path), (_ramp() // 4) / 1023 * 255, atol=0.51)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"VOILUTFunction": "", "WindowCenter": 2000, "WindowWidth": 2000, "VOILUTSequence": []},
+        {"RescaleSlope": "", "RescaleIntercept": -1000, "WindowCenter": 1000, "WindowWidth": 2000},
+    ],
+    ids=["function", "slope"],
+)
+def test_window_beside_empty_tags(tmp_path: Path, tags: dict[str, Any]) -> None:
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), **tags)
+    np.testing.assert_allclose(_values(path), ((_ramp() - 1000.0) / 2000).clip(0, 1) * 255, atol=0.7)
+
+
+def _table(entries: np.ndarray, bits: int, first: int = 0, kind: str = "US") -> Dataset:
     table = Dataset()
-    table.add_new("LUTDescriptor", "US", [4096, 0, 12])
-    table.add_new("LUTData", "US", [(value * value) // 4096 for value in range(4096)])
-    path = write_dicom(tmp_path / "film.dcm", _ramp(), VOILUTSequence=[table])
-    np.testing.assert_allclose(_values(path), (_ramp() / 4096) ** 2 * 255, atol=0.7)
+    table.add_new("LUTDescriptor", "US", [len(entries), first, bits])
+    table.add_new("LUTData", kind, entries.tolist() if kind == "US" else entries.astype("<u2").tobytes())
+    return table
+
+
+@pytest.mark.parametrize("kind", ["US", "OW"])
+@pytest.mark.parametrize(
+    ("declared", "used"), [(12, 12), (16, 12), (16, 16), (8, 8), (10, 12)], ids=lambda bits: str(bits)
+)
+def test_table_of_the_values_of_interest(tmp_path: Path, declared: int, used: int, kind: str) -> None:
+    """A table is over the bits that its entries need, whatever it declares; so do viewers."""
+    entries = np.rint((np.arange(4096) / 4095) ** 2 * (2**used - 1)).astype(int)
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), VOILUTSequence=[_table(entries, declared, kind=kind)])
+    np.testing.assert_allclose(_values(path), (_ramp() / 4095) ** 2 * 255, atol=0.7 if used > 8 else 1.1)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_table_over_rescaled_values(tmp_path: Path) -> None:
+    """A table for 1000 to 3047; what is below or above takes its first or last entry."""
+    tags = {"RescaleSlope": 1, "RescaleIntercept": 0, "VOILUTSequence": [_table(np.arange(2048), 16, first=1000)]}
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), **tags)
+    np.testing.assert_allclose(_values(path), ((_ramp() - 1000.0) / 2047).clip(0, 1) * 255, atol=0.51)
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_modality_table(tmp_path: Path, bits: int) -> None:
+    """The order of the values is turned around, and the window is over what comes out."""
+    entries = np.arange(4095, -1, -1) >> max(12 - bits, 0)
+    tags = {"ModalityLUTSequence": [_table(entries, bits)], "WindowCenter": entries[0] / 2, "WindowWidth": entries[0]}
+    path = write_dicom(tmp_path / "film.dcm", _ramp(), **tags)
+    np.testing.assert_allclose(_values(path), 255 - EXPECTED, atol=2.1 if bits == 8 else 0.7)
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless], ids=["rle", "jpeg_2000"])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import MutableSequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
 _PREAMBLE = 128
-_LARGE = 1e12
+_LARGE, _SMALL = 1e12, 1e-12
 
 
 def is_dicom(path: Path) -> bool:
@@ -33,8 +39,9 @@ def read_dicom_size(path: Path) -> tuple[int, int]:
 def read_dicom(path: Path) -> np.ndarray:
     """Levels of the first frame, `(h, w)` float32 in [0, 1], bright where the film is.
 
-    Rescale or modality table, then the first VOI table or window, over whose range the levels go; without either from
-    the darkest to the brightest pixel. MONOCHROME1, whose low values are bright, is inverted.
+    Rescale or modality table, then the first VOI table or window, over whose range the levels go; without a usable one
+    from the darkest to the brightest pixel. An empty tag says nothing. MONOCHROME1, whose low values are bright, is
+    inverted.
 
     Raises:
         ImportError: pydicom, or the codec of a compressed file, is not installed.
@@ -59,26 +66,71 @@ def read_dicom(path: Path) -> np.ndarray:
         pixels = apply_color_lut(pixels, header)
     if pixels.ndim == 3:
         return _stretch(pixels @ np.array([0.299, 0.587, 0.114]), 0, float(np.iinfo(pixels.dtype).max))
-    levels = _windowed(apply_modality_lut(pixels, header), header)
+    levels = _windowed(apply_modality_lut(pixels, _with_modality(header)), header)
     return 1 - levels if kind == "MONOCHROME1" else levels
 
 
-def _windowed(values: np.ndarray, header: object) -> np.ndarray:
+def _with_modality(header: Dataset) -> Dataset:
+    """The header, in which an empty slope is 1, an empty intercept 0, and an empty modality table is none."""
+    if "RescaleSlope" in header or "RescaleIntercept" in header:
+        header.RescaleSlope = _first(header, "RescaleSlope") or 1
+        header.RescaleIntercept = _first(header, "RescaleIntercept") or 0
+    if "ModalityLUTSequence" in header and _table(header, "ModalityLUTSequence") is None:
+        del header.ModalityLUTSequence
+    return header
+
+
+def _windowed(values: np.ndarray, header: Dataset) -> np.ndarray:
     """Values after the VOI table or window of the file, in [0, 1] of its range."""
     from pydicom.pixels import apply_voi, apply_windowing
 
-    if "VOILUTSequence" in header:  # type: ignore[operator]
-        bits = header.VOILUTSequence[0].LUTDescriptor[2]  # type: ignore[attr-defined]
-        return _stretch(apply_voi(values, header), 0, 2.0**bits - 1)  # type: ignore[arg-type]
-    if "WindowCenter" in header and "WindowWidth" in header:  # type: ignore[operator]
+    table = _table(header, "VOILUTSequence")
+    if table is not None:
+        count, first = table.LUTDescriptor[0] or 2**16, table.LUTDescriptor[1]
+        entries = apply_voi(np.arange(first, first + count), header)
+        levels = entries[np.rint(values).clip(first, first + count - 1).astype(np.int64) - first]
+        # Over the bits that the entries need: those that a table declares are often wrong, and viewers distrust them.
+        return _stretch(levels, 0, 2.0 ** int(entries.max()).bit_length() - 1)
+    if _has_window(header):
         # What the window makes of values far outside of it is the range it maps to.
-        low, high = apply_windowing(np.array([-_LARGE, _LARGE]), header)  # type: ignore[arg-type]
-        return _stretch(apply_windowing(values, header), low, high)  # type: ignore[arg-type]
+        with np.errstate(over="ignore"):
+            low, high = apply_windowing(np.array([-_LARGE, _LARGE]), header)
+            return _stretch(apply_windowing(values, header), low, high)
     return _stretch(values, float(values.min()), float(values.max()))
 
 
+def _has_window(header: Dataset) -> bool:
+    """Whether there is a window that shows anything; it may then be applied."""
+    center, width = _first(header, "WindowCenter"), _first(header, "WindowWidth")
+    if center is None or width is None:
+        return False
+    header.VOILUTFunction = _first(header, "VOILUTFunction") or "LINEAR"
+    least = 1 if header.VOILUTFunction == "LINEAR" else _SMALL
+    return math.isfinite(center) and least <= width < math.inf
+
+
+def _table(header: Dataset, name: str) -> Dataset | None:
+    """First table of a sequence; None where there is none, or an empty one."""
+    table = _first(header, name)
+    if table is None or not table.get("LUTDescriptor") or not table.get("LUTData"):
+        return None
+    # Only the type in which pydicom (3.0) holds the entries: of 8 bits it is too small for the places in the table,
+    # and of 12 it knows none.
+    table.LUTDescriptor[2] = 16
+    return table
+
+
+def _first(header: Dataset, name: str) -> Any:
+    """Value of a tag, the first of several; None where it is missing or empty."""
+    value = header.get(name)
+    if isinstance(value, MutableSequence):
+        value = value[0] if value else None
+    return None if value == "" else value
+
+
 def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    if high <= low:
+    # A falling slope makes a window's range run downwards.
+    if high == low:
         return np.zeros(values.shape, dtype=np.float32)
     return ((values - low) / (high - low)).clip(0, 1).astype(np.float32)
 
