@@ -190,7 +190,9 @@ def test_twelve_bit_jpeg_by_itself(tmp_path: Path) -> None:
     np.testing.assert_allclose(film.pixels, expected, atol=0.51)
 
 
-def test_first_of_several_frames_with_a_warning(tmp_path: Path) -> None:
+def test_first_of_several_frames_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By any process: each of several reads films of its own."""
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero.rank_zero_only.rank", 1)
     path = write_dicom(tmp_path / "film.dcm", np.stack([_ramp(), _ramp() // 2, _ramp() // 3]))
     with pytest.warns(UserWarning, match=r"film\.dcm has 3 frames; the first one is taken"):
         np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)

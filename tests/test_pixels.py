@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import cv2
@@ -60,6 +61,16 @@ def _deep_colour(path: Path) -> Path:
     return path / "film.png"
 
 
+def _white_is_zero(path: Path, dtype: type) -> Path:
+    levels = np.rint((1 - _ramp()) * 65535).astype(dtype)
+    path = _save(Image.fromarray(levels), path / "film.tif")
+    # PhotometricInterpretation, a short, from 1 to 0: Pillow does not write it.
+    one, zero = (struct.pack("<HHIHH", 262, 3, 1, value, 0) for value in (1, 0))
+    assert path.read_bytes().count(one) == 1
+    path.write_bytes(path.read_bytes().replace(one, zero))
+    return path
+
+
 KINDS = {
     "png": lambda path: _save(_grey(), path / "film.png"),
     "png_rgb": lambda path: _save(_grey().convert("RGB"), path / "film.png"),
@@ -69,6 +80,8 @@ KINDS = {
     "png_16": _deep,
     "png_16_rgb": _deep_colour,
     "tiff_16": lambda path: _save(Image.fromarray(np.rint(_ramp() * 65535).astype(np.uint16)), path / "film.tif"),
+    "tiff_16_white_is_0": lambda path: _white_is_zero(path, np.uint16),
+    "tiff_float_white_is_0": lambda path: _white_is_zero(path, np.float32),
     "tiff_float": lambda path: _save(Image.fromarray(_ramp().astype(np.float32)), path / "film.tif"),
     "jpeg": lambda path: _save(_grey(), path / "film.jpg", quality=95),
     "jpeg_rgb": lambda path: _save(_grey().convert("RGB"), path / "film.jpg", quality=95),
@@ -89,6 +102,15 @@ def test_every_kind_gives_the_same_film(tmp_path: Path, kind: str) -> None:
     small = read_film(path, lambda size: (size[0] // 3, size[1] // 3))
     assert small.size == (HEIGHT, WIDTH)
     np.testing.assert_allclose(small.pixels, cv2.resize(_ramp(), (30, 40), interpolation=cv2.INTER_AREA) * 255, atol=6)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "webp"])
+def test_first_of_several_pages_with_a_warning(tmp_path: Path, suffix: str) -> None:
+    pages = [Image.fromarray(np.full((HEIGHT, WIDTH), level, dtype=np.uint8)) for level in (90, 20, 200)]
+    path = _save(pages[0], tmp_path / f"film.{suffix}", save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning, match=rf"film\.{suffix} has 3 pages; the first one is taken"):
+        film = read_film(path)
+    np.testing.assert_allclose(film.pixels, 90, atol=2)
 
 
 def test_what_is_see_through_is_black(tmp_path: Path) -> None:

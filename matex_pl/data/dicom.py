@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import MutableSequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -52,7 +52,8 @@ def read_dicom(path: Path) -> np.ndarray:
     header = pydicom.dcmread(path)
     frames = int(header.get("NumberOfFrames") or 1)
     if frames > 1:
-        rank_zero_warn(f"{path} has {frames} frames; the first one is taken.")
+        # Not only in the first process: each of several reads its own films.
+        warnings.warn(f"{path} has {frames} frames; the first one is taken.", stacklevel=2)
     try:
         pixels = pixel_array(header, index=0)
     except RuntimeError as error:

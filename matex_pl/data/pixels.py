@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,8 +47,9 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 # Averages of averages blur: the more, the nearer the two sizes are to each other.
 _MARGIN = 1.5
 _TURNED = (5, 6, 7, 8)
+_POLARITY_TAG, _WHITE_IS_ZERO = 0x0106, 0
 # Goes into the names of cached films: raise it when the same file gives other pixels than before.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,9 @@ def _decode(path: Path, fit: Fit | None, *, upright: bool) -> Film:
 
 def _decode_image(image: Image.Image, path: Path, fit: Fit | None, orientation: int) -> Film:
     """The film of an image that is open, but not decoded yet."""
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        warnings.warn(f"{path} has {pages} pages; the first one is taken.", stacklevel=2)
     size = _stored_size(image, orientation)
     if image.format == "JPEG" and fit is not None:
         # `draft` takes width and height as they are stored.
@@ -225,7 +230,10 @@ def _shares(cells: int, pixels: int, extent: float) -> np.ndarray:
 def _levels(image: Image.Image, path: Path) -> np.ndarray:
     """Grey levels `(h, w)`: uint8, or float32 in [0, 1] where there are more than 8 bits."""
     if image.mode.startswith(("I", "F")):
-        return _stretched(np.asarray(image))
+        pixels = np.asarray(image)
+        # Pillow turns such pixels around in 8 bits and fewer only.
+        dark_is_high = getattr(image, "tag_v2", {}).get(_POLARITY_TAG) == _WHITE_IS_ZERO
+        return _stretched(-pixels.astype(np.float32) if dark_is_high else pixels)
     if image.format == "PNG" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         # Pillow keeps 8 bits of colours. It is asked first, because OpenCV does not mind a file that ends early.
         image.load()
