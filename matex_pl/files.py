@@ -13,13 +13,17 @@ _ABANDONED_AFTER = 3600
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name at the end: a reader sees the old file or the new one.
+def whole_file(path: Path, parts: Path | None = None) -> Iterator[Path]:
+    """A temporary file that takes the name `path` at the end: a reader sees the old file or the new one.
 
     Folders on the way are made. After an exception nothing is left of it.
+
+    Args:
+        path: The file.
+        parts: Folder of the temporary file, above or beside `path` on the same disk; that of `path` by default.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    part = (parts or path.parent) / f".{path.name}.{uuid4().hex}.part"
     try:
         yield part
         part.replace(path)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import multiprocessing
 import os
+import resource
+import signal
 import struct
+import time
+import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -16,7 +24,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from matex_pl.data import NihDataModule
-from matex_pl.data.pixels import FilmCache, film_size, read_film, resize_film
+from matex_pl.data.pixels import FilmCache, _kept_film, film_size, read_film, resize_film
 from matex_pl.data.transforms import GEOMETRIES, FilmTransform
 
 HEIGHT, WIDTH = 120, 90
@@ -328,6 +336,93 @@ def test_cache_keeps_films_and_sees_changes(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_allclose(cache.read(path, pad.fit, pad.settings).pixels, 255 - first.pixels.astype(int), atol=9)
     with pytest.raises(FileNotFoundError, match="There is no film"):
         cache.read(tmp_path / "none.png", pad.fit, pad.settings)
+
+
+def test_a_damaged_film_of_the_cache_is_decoded_anew(tmp_path: Path) -> None:
+    """Any byte of it, those of the archive's own headers too."""
+    path, cache = KINDS["png"](tmp_path), FilmCache(tmp_path / "kept")
+    film = cache.read(path, lambda size: (4, 3), "")
+    (kept,) = (tmp_path / "kept").rglob("*.npz")
+    content = kept.read_bytes()
+    for place, change in itertools.product(range(len(content)), (0x01, 0xFF)):
+        kept.write_bytes(content[:place] + bytes([content[place] ^ change]) + content[place + 1 :])
+        found = _kept_film(kept)
+        if found is not None:
+            np.testing.assert_array_equal(found.pixels, film.pixels)
+            assert found.size == film.size
+
+
+def _cached(root: Path, folder: Path) -> NihDataModule:
+    from test_cli import nih_folder
+
+    root = root if root.exists() else nih_folder(root)
+    return NihDataModule(str(root), cache_dir=str(folder), image_size=32, num_workers=0, batch_size=4)
+
+
+def _killed_in_half(file: BinaryIO, **arrays: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    file.write(content.getvalue()[: len(content.getvalue()) // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _keep_one_and_a_half(data: NihDataModule) -> None:
+    films = data.dataset("val")
+    films[0]
+    np.savez = _killed_in_half
+    films[len(films) - 1]
+
+
+def test_killed_while_a_film_is_kept(tmp_path: Path) -> None:
+    root, folder = tmp_path / "nih", tmp_path / "kept"
+    data = _cached(root, folder)
+    data.setup("fit")
+    process = multiprocessing.get_context("fork").Process(target=_keep_one_and_a_half, args=(data,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    (part,) = folder.rglob("*.part")
+    assert part.stat().st_size > 0
+    assert len(list(folder.rglob("*.npz"))) == 1
+
+    for hours in (0, 2):
+        os.utime(part, (time.time() - hours * 3600,) * 2)
+        data = _cached(root, folder)
+        data.setup("fit")
+        assert part.exists() == (hours == 0)
+        for study, sample in zip(data.studies["val"], data.dataset("val"), strict=False):
+            whole = FilmTransform((32, 32))(data.read_film(study), study.boxes)[0]
+            torch.testing.assert_close(sample.image, whole, atol=1, rtol=0)
+    assert len(list(folder.rglob("*.npz"))) == len({study.image for study in data.studies["val"]})
+
+
+def test_a_cache_that_takes_no_films_is_named_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Nothing can be written in .*file/kept: Not a directory\. Give another folder"):
+        _cached(tmp_path / "nih", tmp_path / "file" / "kept").setup("fit")
+
+
+def test_a_cache_without_room_is_done_without(tmp_path: Path) -> None:
+    data = _cached(tmp_path / "nih", tmp_path / "kept")
+    data.setup("fit")
+    films, limits = data.dataset("val"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            found = [films[index].image for index in range(len(films))]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(found) > 1
+    assert [str(warning.message) for warning in caught] == [
+        f"Films cannot be kept in cache_dir {tmp_path / 'kept'} (File too large); they are read anew each time."
+    ]
+    assert [path for path in (tmp_path / "kept").rglob("*") if path.is_file()] == []
+    # As soon as there is room again, films are kept.
+    for index, image in enumerate(found):
+        assert torch.equal(films[index].image, image)
+    assert list((tmp_path / "kept").rglob("*.npz"))
 
 
 @pytest.mark.parametrize("cached", [False, True])

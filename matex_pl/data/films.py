@@ -300,8 +300,11 @@ class FilmFilesDataModule(ChestXrayDataModule):
         """List the studies, once, and say how many boxes a crop cuts.
 
         Raises:
+            OSError: Nothing can be written in `cache_dir`.
             ValueError: As in `ChestXrayDataModule.setup`; or a box covers nothing of its film.
         """
+        if self.cache is not None:
+            self.cache.prepare()
         super().setup(stage)
         # Without a model and a size there is no frame yet.
         if self.geometry == "crop" and (self.image_size is not None or self.trainer is not None):

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
-from zipfile import BadZipFile
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from matex_pl.data.dicom import is_dicom, read_dicom, read_dicom_size
-from matex_pl.files import whole_file
+from matex_pl.files import check_folder, remove_abandoned_parts, whole_file
 
 T = TypeVar("T")
 
@@ -112,8 +111,19 @@ class FilmCache:
 
     folder: Path
 
+    def prepare(self) -> None:
+        """Make the folder and remove what killed processes left half-written there.
+
+        Raises:
+            OSError: Nothing can be written there.
+        """
+        check_folder(self.folder)
+        remove_abandoned_parts(self.folder)
+
     def read(self, path: str | Path, fit: Fit, settings: str, *, upright: bool = True) -> Film:
         """A film from the cache, or else from its file; see `read_film`.
+
+        Where it cannot be kept, say on a full disk, it is only read, with a warning at the first of them.
 
         Args:
             path: The file.
@@ -125,9 +135,16 @@ class FilmCache:
         film = _kept_film(kept)
         if film is None:
             film = read_film(path, fit, upright=upright)
-            with whole_file(kept) as part, part.open("wb") as file:
-                np.savez(file, pixels=film.pixels, size=np.array(film.size))
+            self._keep(film, kept)
         return film
+
+    def _keep(self, film: Film, place: Path) -> None:
+        try:
+            # Parts lie above the films: to find those of killed processes takes no look through all films.
+            with whole_file(place, self.folder) as part, part.open("wb") as file:
+                np.savez(file, pixels=film.pixels, size=np.array(film.size))
+        except OSError as error:
+            _warn_uncached(self.folder, error.strerror or str(error))
 
     def _place(self, path: str | Path, settings: str) -> Path:
         try:
@@ -146,8 +163,15 @@ def _kept_film(path: Path) -> Film | None:
         with np.load(path, allow_pickle=False) as kept:
             height, width = (int(side) for side in kept["size"])
             return Film(kept["pixels"], (height, width))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    # Broken bytes raise all kinds of errors here too.
+    except Exception:
         return None
+
+
+@lru_cache
+def _warn_uncached(folder: Path, reason: str) -> None:
+    """Warn once in a process that films are not kept."""
+    warnings.warn(f"Films cannot be kept in cache_dir {folder} ({reason}); they are read anew each time.", stacklevel=2)
 
 
 def _opened(path: str | Path, read: Callable[[Path], T]) -> T:
