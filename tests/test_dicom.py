@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import builtins
+import io
+import struct
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from matex_pl.data.pixels import film_size, read_film
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
-from pydicom.encaps import generate_frames  # noqa: E402
+from pydicom.encaps import encapsulate, generate_frames  # noqa: E402
 from pydicom.pixels import set_pixel_data  # noqa: E402
 from pydicom.uid import (  # noqa: E402
     DigitalXRayImageStorageForPresentation,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
     RLELossless,
     generate_uid,
 )
@@ -161,6 +167,65 @@ def test_modality_table(tmp_path: Path, bits: int) -> None:
 def test_compressed_films(tmp_path: Path, syntax: Any) -> None:
     path = write_dicom(tmp_path / "film.dcm", _ramp(), syntax=syntax)
     np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+
+
+def _lossless_jpeg(pixels: np.ndarray, bits: int) -> bytes:
+    """A JPEG of process 14, each pixel told from the one on its left: ITU T.81, annex H; `pixels` `(h, w)`."""
+    values = pixels.astype(int)
+    expected = np.roll(values, 1, 1)
+    expected[1:, 0], expected[0, 0] = values[:-1, 0], 2 ** (bits - 1)
+    stream = ""
+    for step in ((values - expected + 2**15) % 2**16 - 2**15).ravel().tolist():
+        size = abs(step).bit_length()
+        # All sizes have codes of five bits; what follows says which step of that size, but for the one of 16 bits.
+        extra = format(step if step > 0 else step + 2**size - 1, f"0{size}b") if 0 < size < 16 else ""
+        stream += format(size, "05b") + extra
+    stream += "1" * (-len(stream) % 8)
+    coded = int(stream, 2).to_bytes(len(stream) // 8, "big").replace(b"\xff", b"\xff\x00")
+    segments = [
+        (0xC3, struct.pack(">BHHBBBB", bits, *pixels.shape, 1, 1, 0x11, 0)),
+        (0xC4, bytes([0, 0, 0, 0, 0, 17, *[0] * 11, *range(17)])),
+        (0xDA, bytes([1, 1, 0, 1, 0, 0])),
+    ]
+    head = b"".join(struct.pack(">BBH", 0xFF, mark, len(body) + 2) + body for mark, body in segments)
+    return b"\xff\xd8" + head + coded + b"\xff\xd9"
+
+
+def _baseline_jpeg(pixels: np.ndarray, bits: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray((pixels >> (bits - 8)).astype(np.uint8)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode", "bits", "atol"),
+    [
+        (JPEGLosslessSV1, _lossless_jpeg, 12, 0.51),
+        (JPEGLosslessSV1, _lossless_jpeg, 16, 0.51),
+        (JPEGLossless, _lossless_jpeg, 16, 0.51),
+        (JPEGBaseline8Bit, _baseline_jpeg, 8, 3),
+    ],
+    ids=["lossless_sv1_12", "lossless_sv1_16", "lossless_16", "baseline"],
+)
+def test_films_in_a_jpeg(tmp_path: Path, syntax: Any, encode: Any, bits: int, atol: float) -> None:
+    pixels = np.rint(_ramp() / 4095 * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
+    path = write_dicom(tmp_path / "film.dcm", np.zeros_like(pixels), BitsStored=bits, HighBit=bits - 1)
+    header = pydicom.dcmread(path)
+    header.PixelData = encapsulate([encode(pixels, bits)])
+    header["PixelData"].VR = "OB"
+    header.file_meta.TransferSyntaxUID = syntax
+    header.save_as(path, enforce_file_format=True)
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=atol)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_deep_jpeg_by_itself(tmp_path: Path, bits: int) -> None:
+    """Of noise, too, whose steps need all sizes of code."""
+    for pixels in (_ramp(), np.random.default_rng(0).integers(2**bits, size=(HEIGHT, WIDTH))):
+        path = tmp_path / "film.jpg"
+        path.write_bytes(_lossless_jpeg(pixels, bits))
+        expected = (pixels - pixels.min()) / np.ptp(pixels.astype(int)) * 255
+        np.testing.assert_allclose(_values(path), expected, atol=0.51)
 
 
 @pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEGLSNearLossless_16.dcm", "JPEG2000.dcm"])
