@@ -117,6 +117,32 @@ def test_phantom_config_from_fit_to_explain(here, films, capsys):
     assert Path("center.png").is_file()
 
 
+def test_the_last_checkpoint_of_a_second_run_is_its_own(here, films):
+    """Every documented `--ckpt_path .../last.ckpt` is of the run before it."""
+    Path("none.yaml").write_text("trainer: {limit_val_batches: 0}", encoding="utf-8")
+    steps = []
+    for epochs in (2, 1):
+        fit_phantom(films, "--config", "none.yaml", f"--trainer.max_epochs={epochs}")
+        checkpoint = torch.load("runs/phantom/checkpoints/last.ckpt", weights_only=True)
+        steps.append(checkpoint["global_step"])
+    assert steps[1] == steps[0] // 2
+    assert [path.name for path in Path("runs/phantom/checkpoints").glob("last*")] == ["last.ckpt"]
+    # And it is what a training goes on from.
+    fit_phantom(films, "--config", "none.yaml", "--trainer.max_epochs=3", "--ckpt_path=last")
+    checkpoint = torch.load("runs/phantom/checkpoints/last.ckpt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (2, 3 * steps[1])
+    assert len(list(Path("runs/phantom/checkpoints").glob("last*"))) == 1
+
+
+@pytest.mark.parametrize("config", shipped_configs())
+def test_no_shipped_config_puts_a_number_behind_last(config):
+    trainer = yaml.safe_load(find_config(config).read_text(encoding="utf-8")).get("trainer", {})
+    for callback in trainer.get("callbacks", []):
+        settings = callback.get("init_args", {})
+        if settings.get("filename") == "last" and "dirpath" in settings:
+            assert settings["enable_version_counter"] is False
+
+
 def test_methods_by_name_and_all_of_them(here, films, capsys):
     fit_phantom(films)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("film.png")
