@@ -1,7 +1,8 @@
-"""Checkpoints that are there whole or not at all."""
+"""Checkpoints that are there whole or not at all, and say by name why they are not read."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,31 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 f"The checkpoint {path} could not be written ({reason}): is the disk full, or read-only? Checkpoints "
                 "from before are as they were."
             ) from error
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **settings: Any) -> dict[str, Any]:
+        """Read a checkpoint as Lightning does, by default without running code.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It cannot be read, or would run code; the message names the file, and the code.
+        """
+        try:
+            return super().load_checkpoint(path, *args, **settings)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}") from error
+
+
+def why_unreadable(error: BaseException) -> str:
+    """One line on why a file was not read: the code that it would have run, or the weights that do not fit, by name."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code:
+        return f"it would run {code[1]}"
+    weights = re.search(r"(size mismatch|Missing key|Unexpected key)[^\n]*", str(error))
+    return weights[0] if weights else first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none; at most 200 letters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -9,6 +9,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import yaml
@@ -21,6 +22,7 @@ from matex_pl.anatomy.show import show_prior
 from matex_pl.attribution.shipped import method_names, method_path
 from matex_pl.benchmark import run_benchmark
 from matex_pl.check import check_data
+from matex_pl.checkpoints import why_unreadable
 from matex_pl.clip import find_config, shipped_configs
 from matex_pl.cost import measure_cost
 from matex_pl.data import ChestXrayDataModule
@@ -63,6 +65,18 @@ class MatexCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Seed by default, because results should repeat."""
         parser.set_defaults({"seed_everything": 0})
+
+    def _parse_ckpt_path(self) -> None:
+        """Read the model's settings from a checkpoint, which Lightning does before anything is there to load it.
+
+        Raises:
+            ValueError: It cannot be read, or would run code; the message names the file.
+        """
+        try:
+            super()._parse_ckpt_path()
+        except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
+            path = self.config[self.config.subcommand].ckpt_path
+            raise ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}") from error
 
 
 def main(args: Sequence[str] | None = None) -> None:

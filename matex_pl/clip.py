@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import ssl
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from matex_pl import towers
+from matex_pl.checkpoints import first_line, why_unreadable
 from matex_pl.towers import Reading
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -455,7 +455,7 @@ def _downloading(what: str) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         state = "are not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set"
         if not constants.HF_HUB_OFFLINE:
-            state = f"could not be had: {_first_line(error)}"
+            state = f"could not be had: {first_line(error)}"
         raise ConnectionError(
             f"The files of {what} {state}. Connect once, or pass a checkpoint file as `pretrained`, or a folder "
             "that holds the model as local-dir:folder."
@@ -561,15 +561,6 @@ def refuse_nan(weights: Mapping[str, Tensor], source: str) -> None:
         )
 
 
-def why_unreadable(error: BaseException) -> str:
-    """One line on why a file was not read: the code that it would have run, or the weights that do not fit, by name."""
-    code = re.search(r"GLOBAL (\S+)", str(error))
-    if code:
-        return f"it would run {code[1]}"
-    weights = re.search(r"(size mismatch|Missing key|Unexpected key)[^\n]*", str(error))
-    return weights[0] if weights else _first_line(error)
-
-
 def _is_file(path: str | None) -> bool:
     return path is not None and Path(path).is_file()
 
@@ -582,7 +573,3 @@ def _short(name: str) -> str:
 def _plain(value: Any) -> Any:
     """The value in types that JSON has, so that a checkpoint with it loads without running code."""
     return json.loads(json.dumps(value, default=asdict))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

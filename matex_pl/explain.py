@@ -12,7 +12,8 @@ from torch import Tensor
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.base import progress
 from matex_pl.attribution.shipped import load_method, shipped_methods
-from matex_pl.clip import Clip, why_unreadable
+from matex_pl.checkpoints import why_unreadable
+from matex_pl.clip import Clip
 from matex_pl.data.pixels import film_size, read_film
 from matex_pl.data.record import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
