@@ -33,6 +33,7 @@ from matex_pl.contrastive import (
 )
 from matex_pl.data.films import STAGES
 from matex_pl.data.record import Study, StudyBatch
+from matex_pl.files import check_folder
 
 FREEZE = ("none", "text", "image", "all-but-projections", "all-but-head")
 # They keep a part of each weight in each process.
@@ -121,11 +122,19 @@ class ClipModule(LightningModule):
         return self.clip.normalise(batch["image"]), self.clip.tokenize(batch["phrase"])
 
     def setup(self, stage: str) -> None:
-        """Learn from the data module what to score, and the mean film."""
+        """Learn from the data module what to score, and the mean film.
+
+        Raises:
+            NotImplementedError: The strategy keeps a part of each weight in each process.
+            OSError: A folder for checkpoints takes no files.
+            ValueError: The data module's frame is not the model's.
+        """
         self._refuse_shards()
         # One that the user chose stays.
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if stage == "fit" and self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
+            self._check_checkpoint_folders()
         data: Any = getattr(self.trainer, "datamodule", None)
         self._check_size(getattr(data, "image_size", None))
         self.findings = tuple(self.hparams["findings"] or getattr(data, "findings", ()))
@@ -146,6 +155,13 @@ class ClipModule(LightningModule):
                 f"{type(strategy).__name__} keeps a part of each weight in each process, but maps swap the attention "
                 "of whole towers and differentiate through it outside of the strategy. Set trainer.strategy=ddp."
             )
+
+    def _check_checkpoint_folders(self) -> None:
+        """Before the first step, not at the end of the first epoch; callbacks know their folders by now."""
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if folder and "://" not in str(folder):
+                check_folder(Path(folder))
 
     def _check_size(self, size: tuple[int, int] | None) -> None:
         if size not in (None, self.clip.image_size):

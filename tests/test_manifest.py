@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from matex_pl.cli import main
 from matex_pl.data import ManifestDataModule
@@ -211,6 +213,19 @@ def test_skipped_rows_are_counted_and_listed(root: Path, monkeypatch: pytest.Mon
     assert [(row["line"], row["value"]) for row in listed] == [("5", ""), ("9", "films/none.png")]
     with pytest.raises(ValueError, match="on_bad_row must be one of error, skip, got 'ignore'"):
         _module(path, on_bad_row="ignore")
+
+
+def test_skipped_rows_are_listed_beside_the_runs_log(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    rows = _rows(12)
+    rows[3]["phrase"] = ""
+    data = _module(_write(root / "t.csv", rows), on_bad_row="skip")
+    data.trainer = Trainer(logger=TensorBoardLogger("logs", name="mine", version=7), accelerator="cpu")
+    with pytest.warns(UserWarning, match=r"listed in logs/mine/version_7/skipped_rows\.csv: 1 bad row:"):
+        data.setup("fit")
+    assert [path.parent for path in root.rglob("skipped_rows.csv")] == [root / "logs" / "mine" / "version_7"]
+    text = Path("logs/mine/version_7/skipped_rows.csv").read_text(encoding="utf-8")
+    assert "t.csv,5,,the phrase is empty" in text
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from matex_pl import ClipModule
@@ -393,6 +394,22 @@ def test_a_log_folder_that_is_a_file_stops_before_training(
     with pytest.raises(OSError, match="runs"):
         run.fit(ClipModule(tiny_json), tiny_films)
     assert not steps
+
+
+def test_a_checkpoint_folder_that_takes_no_files_stops_before_training(
+    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    class Never(ClipModule):
+        def training_step(self, *_: Any) -> Any:
+            pytest.fail("trained in vain")
+
+    for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "kept", "Not a directory")):
+        last = ModelCheckpoint(folder, filename="last")
+        run = _trainer(tmp_path, last, logger=TensorBoardLogger(tmp_path / "logs"))
+        with pytest.raises(OSError, match=rf"Nothing can be written in {folder}: {reason}\. Give another folder"):
+            run.fit(Never(tiny_json), tiny_films)
 
 
 def test_a_second_run_in_one_log_folder_keeps_the_first(
