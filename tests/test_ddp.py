@@ -236,20 +236,52 @@ def test_strategies_that_cut_weights_up_are_refused(tiny_json: str, kind: type) 
         module.setup("fit")
 
 
-@pytest.mark.slow
-def test_the_command_line_trains_on_two_processes(tmp_path: Path) -> None:
+def _launched(folder: Path, *launcher: str) -> dict[str, Any]:
+    """The checkpoint of a training of the command line on two processes."""
     words = [
         *("fit", f"--model.name={HERE / 'tiny.json'}", "--model.warmup_steps=1"),
         *("--data=matex_pl.data.PhantomDataModule", "--data.num_train=12", "--data.num_val=5", "--data.num_test=2"),
-        *("--data.film_size=64", "--data.batch_size=4", "--data.num_workers=0", "--data.root=films"),
+        *(
+            "--data.film_size=64",
+            "--data.batch_size=4",
+            "--data.num_workers=0",
+            f"--data.root={folder.parent / 'films'}",
+        ),
         *("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
     ]
+    folder.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "matex_pl.cli", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, *launcher, "-m", "matex_pl.cli", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    [path] = tmp_path.rglob("*.ckpt")
-    checkpoint = _kept(path)
+    [path] = folder.rglob("*.ckpt")
+    return _kept(path)
+
+
+@pytest.fixture(scope="module")
+def launched_by_lightning(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What the command line trains when it starts the second process itself, and the folder of its films' folder."""
+    folder = tmp_path_factory.mktemp("launched")
+    return _launched(folder / "lightning"), folder
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_on_two_processes(launched_by_lightning: tuple[dict[str, Any], Path]) -> None:
+    checkpoint, folder = launched_by_lightning
     assert checkpoint["rng_state"].shape[0] == 2
     assert not torch.equal(*checkpoint["rng_state"])
-    assert len(list((tmp_path / "films").iterdir())) == 1
+    assert len(list((folder / "films").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_same(launched_by_lightning: tuple[dict[str, Any], Path]) -> None:
+    expected, folder = launched_by_lightning
+    found = _launched(folder / "torchrun", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert found["global_step"] == expected["global_step"] == 2
+    assert torch.equal(found["rng_state"], expected["rng_state"])
+    for name, value in expected["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][name], value, atol=1e-6, rtol=0, equal_nan=True)
