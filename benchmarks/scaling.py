@@ -3,7 +3,7 @@
     python benchmarks/scaling.py
 
 Prints a Markdown table. Steps are those of `configs/phantom.yaml`'s model, on one process and on two (gloo), 64 pairs
-per step in both; everything else is counted on made-up pairs. Takes two minutes. Seconds are those of one core in one
+per step in both; everything else is counted on made-up pairs. Takes three minutes. Seconds are those of one core in one
 process (`time.process_time`), so that what else the machine does counts less; those of disks are of the clock.
 """
 
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from PIL import Image
 
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap
@@ -32,6 +33,8 @@ from matex_pl.clip import load_clip
 from matex_pl.contrastive import RetrievalRecall, gathered_loss
 from matex_pl.data import PhantomDataModule, Study
 from matex_pl.data.films import EpochSampler
+from matex_pl.data.mimic import sentences_of
+from matex_pl.data.pixels import FilmCache
 from matex_pl.maps import AttributionMaps, min_max, upsample
 from matex_pl.store import MapStore, weight_hash
 
@@ -183,6 +186,50 @@ def of_the_weights(folder: Path) -> Iterator[tuple[str, str]]:
     yield "writing it, seconds", f"{seconds:.1f}"
 
 
+def of_a_real_step(pairs: int = 32) -> Iterator[tuple[str, str]]:
+    """A training step of ViT-B/32 with random weights on all cores, or on a GPU where there is one; by the clock."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    torch.set_num_threads(cores)
+    clip = load_clip("ViT-B-32").to(device).train()
+    optimizer = torch.optim.AdamW(clip.model.parameters(), lr=1e-5)
+    phrases = [study.phrase for study in studies(pairs)]
+    images, tokens = torch.randn(pairs, 3, 224, 224, device=device), clip.tokenize(phrases).to(device)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        loss = gathered_loss(clip.encode_image(images), clip.encode_text(tokens), clip.logit_scale.exp(), phrases)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        # Waits for the device.
+        loss.item()
+        next(clip.model.parameters()).sum().item()
+        seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    step = median(seconds[2:])
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores} cores"
+    yield f"training step of ViT-B/32, {pairs} pairs, float32, {where}, seconds by the clock", f"{step:.2f}"
+    yield "r, pairs per second", f"{pairs / step:.1f}"
+
+
+def of_the_films(folder: Path) -> Iterator[tuple[str, str]]:
+    """What the cache keeps of a film, and what reading MIMIC's reports takes before the first step."""
+    source = folder / "film.png"
+    Image.fromarray(torch.randint(256, (600, 500), dtype=torch.uint8).numpy()).save(source)
+    FilmCache(folder / "kept").read(source, lambda size: (224, 224), "224 x 224")
+    [kept] = (folder / "kept").rglob("*.npz")
+    yield "film of the cache, 224 x 224, bytes", f"{kept.stat().st_size:,}"
+    report = "FINDINGS: " + "The lungs are clear of consolidation. " * 12 + "\nIMPRESSION: No acute process is seen."
+    for number in range(2_000):
+        (folder / f"s{number}.txt").write_text(report, encoding="utf-8")
+    sections = ("findings", "impression")
+    seconds = timed(
+        lambda: [sentences_of((folder / f"s{n}.txt").read_text(encoding="utf-8"), sections) for n in range(2_000)]
+    )
+    yield "reading a report of MIMIC's, microseconds", f"{1e6 * seconds / 2_000:.0f}"
+
+
 def main() -> None:
     """Print the table."""
     warnings.simplefilter("ignore")
@@ -203,6 +250,7 @@ def main() -> None:
             seconds = json.loads((folder / f"loss{batch}").read_text(encoding="utf-8"))
             rows.append((f"loss and backward, 2 x {batch} pairs, milliseconds in each", f"{1e3 * seconds:.1f}"))
         rows += [*of_the_list(), *of_the_scores(), *of_the_store(folder), *of_the_weights(folder)]
+        rows += [*of_a_real_step(), *of_the_films(folder)]
     print("| what | measured |\n|---|---|")
     print("\n".join(f"| {what} | {value} |" for what, value in rows))
 
