@@ -97,6 +97,82 @@ def test_columns_are_mapped_and_root_is_set(root: Path) -> None:
         _module(path, columns={"pictures": "file"})
 
 
+def test_one_column_may_be_several_of_ours(root: Path) -> None:
+    path = _write(root / "t.csv", [{"file": row["image"], "phrase": row["phrase"]} for row in _rows()])
+    studies, bad = _module(path, columns={"image": "file", "id": "file", "patient_id": "file"}).checked_rows()
+    assert not bad
+    assert [(study.id, study.patient_id) for study in studies] == [(f"films/{n}.png",) * 2 for n in range(3)]
+
+
+def test_made_ids_are_no_films_and_do_not_hang_on_bad_rows(root: Path) -> None:
+    for name in ("a", "a-2"):
+        (root / name).write_bytes((root / "films" / "0.png").read_bytes())
+    rows = [{"image": name, "phrase": f"Phrase {place}."} for place, name in enumerate(("a", "a", "a", "a-2"))]
+    path = _write(root / "t.csv", rows)
+    studies, bad = _module(path).checked_rows()
+    assert not bad
+    assert [study.id for study in studies] == ["a", "a-3", "a-4", "a-2"]
+    rows[0]["phrase"] = rows[1]["phrase"] = ""
+    studies, bad = _module(_write(path, rows)).checked_rows()
+    assert len(bad) == 2
+    assert [study.id for study in studies] == ["a-4", "a-2"]
+
+
+@pytest.mark.parametrize(
+    ("film", "patient", "shows"),
+    [
+        ("p10000032/s5/x.png", "10000032", False),
+        ("00000007_001.png", "7", False),
+        ("00000007_001.png", "07", False),
+        ("smith_jane/1.png", "Smith", False),
+        ("films/17.png", "7", True),
+        ("films/x.png", "10000032", True),
+    ],
+)
+def test_made_ids_hold_no_patient(root: Path, film: str, patient: str, shows: bool) -> None:
+    (root / film).parent.mkdir(parents=True, exist_ok=True)
+    (root / film).write_bytes((root / "films" / "0.png").read_bytes())
+    rows = [{"image": film, "phrase": phrase, "patient_id": patient} for phrase in ("Clear.", "Mass.")]
+    studies, bad = _module(_write(root / "t.csv", rows)).checked_rows()
+    assert not bad
+    if shows:
+        assert [study.id for study in studies] == [film, f"{film}-2"]
+    else:
+        assert re.fullmatch("[0-9a-f]{12}", studies[0].id)
+        assert studies[1].id == f"{studies[0].id}-2"
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_a_bad_row_takes_its_study_with_it(root: Path, with_ids: bool) -> None:
+    rows = [dict(_rows(1)[0], x=x, y=6, w=10, h=12) for x in (1, 75, 30)] + [dict(_rows(2)[1], x=5, y=6, w=10, h=12)]
+    if with_ids:
+        rows = [{"id": row["image"], **row} for row in rows]
+    studies, bad = _module(path := _write(root / "t.csv", rows)).checked_rows()
+    assert [study.film_id for study in studies] == ["films/1.png"]
+    rule = f"another row of the same study is bad: {path}, line 3"
+    assert [(row.line, row.rule) for row in bad if row.line != 3] == [(2, rule), (4, rule)]
+    assert "outside of its film" in bad[1].rule
+
+
+def test_phrases_are_one_but_for_case_and_space(root: Path) -> None:
+    rows = [
+        dict(_rows(1)[0], phrase=phrase, x=x, y=6, w=10, h=12)
+        for x, phrase in enumerate(("Small effusion", "small  Effusion"))
+    ]
+    (study,), bad = _module(_write(root / "t.csv", rows)).checked_rows()
+    assert not bad
+    assert (study.phrase, len(study.boxes)) == ("Small effusion", 2)
+
+
+@pytest.mark.parametrize("cell", ['["a", "b"]', "true", '{"a": 1}', "NaN", "-Infinity"])
+@pytest.mark.parametrize("name", ["phrase", "image", "finding", "id"])
+def test_json_cells_that_are_no_text_are_bad(root: Path, name: str, cell: str) -> None:
+    row = json.dumps({"id": "0", "finding": "mass", **_rows(1)[0], name: "CELL"}).replace('"CELL"', cell)
+    (root / "t.jsonl").write_text(f"{row}\n", encoding="utf-8")
+    (bad,) = _bad(root / "t.jsonl")
+    assert (bad.line, bad.value, bad.rule) == (1, str(json.loads(cell)), f"the {name} is neither text nor a number")
+
+
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_rows_of_one_phrase_make_one_study(root: Path, with_ids: bool) -> None:
     rows = _rows(1) * 3 + _rows(2)[1:]
@@ -124,6 +200,33 @@ def test_masks_give_boxes(root: Path) -> None:
     assert sorted(studies[0].boxes) == [(0, 40, 5, 60), (30, 10, 50, 20)]
     bad = _bad(_write(root / "t.csv", _rows(1, mask="small.png")))
     assert bad[0].rule == "the mask is 80 x 30 and its film 80 x 60"
+    cv2.imwrite(str(root / "faint.jpg"), (mask > 0).astype(np.uint8) * 40)
+    bad = _bad(_write(root / "t.csv", _rows(1, mask="faint.jpg")))
+    assert bad[0].rule == "the mask is a JPEG without a pixel above 127: save it as PNG"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "values", "boxes"),
+    [
+        ("one.png", np.uint8, (0, 1), [(10, 20, 30, 50)]),
+        ("labels.png", np.uint8, (0, 2), [(10, 20, 30, 50)]),
+        ("grey.jpg", np.uint8, (0, 255), [(10, 20, 30, 50)]),
+        ("deep.png", np.uint16, (0, 1), [(10, 20, 30, 50)]),
+        ("full.png", np.uint16, (65535, 65535), [(0, 0, WIDTH, HEIGHT)]),
+        ("both.tif", np.uint16, (1, 65535), [(0, 0, WIDTH, HEIGHT)]),
+        ("black.png", np.uint8, (0, 0), []),
+        ("black.png", np.uint16, (0, 0), []),
+    ],
+)
+def test_masks_mark_what_is_not_black(
+    root: Path, name: str, kind: type, values: tuple[int, int], boxes: list[tuple[int, ...]]
+) -> None:
+    mask = np.full((HEIGHT, WIDTH), values[0], dtype=kind)
+    mask[20:50, 10:30] = values[1]
+    cv2.imwrite(str(root / name), mask)
+    (study,), bad = _module(_write(root / "t.csv", _rows(1, mask=name))).checked_rows()
+    assert not bad
+    assert list(study.boxes) == boxes
 
 
 @pytest.mark.parametrize(
@@ -140,6 +243,7 @@ def test_masks_give_boxes(root: Path) -> None:
         ({"boxes": "[[8, 6, 40]]"}, "[[8, 6, 40]]", "no list of"),
         ({"boxes": '[[8, 6, 40, "x"]]'}, "[8, 6, 40, 'x']", "not four numbers"),
         ({"boxes": "[[8, 6, NaN, 30]]"}, "[8.0, 6.0, nan, 30.0]", "not finite"),
+        ({"boxes": '[["1_0", 6, 40, 30]]'}, "['1_0', 6, 40, 30]", "not four numbers"),
         ({"boxes": "[[40, 6, 8, 30]]"}, "[40.0, 6.0, 8.0, 30.0]", "inverted"),
         ({"boxes": "[[8, 6, 8, 30]]"}, "[8.0, 6.0, 8.0, 30.0]", "empty"),
         ({"boxes": "[[8, 6, 82, 30]]"}, "[8.0, 6.0, 82.0, 30.0]", "outside of its film of 80 x 60"),
@@ -148,7 +252,7 @@ def test_masks_give_boxes(root: Path) -> None:
         ({"split": ""}, "", "split is none of"),
         ({"patient_id": ""}, "", "patient_id is missing"),
         ({"id": "0"}, "0", "taken already by .*t.csv, line 2"),
-        ({"patient_id": "0", "split": "test"}, "0", "two splits: test here, train in .*t.csv, line 2"),
+        ({"patient_id": "0", "split": "test"}, "", "two splits: test here, train in .*t.csv, line 2"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(f"{name}={cell}" for name, cell in value.items()),
 )
@@ -166,7 +270,7 @@ def test_bad_rows_are_named(root: Path, cells: dict[str, str], value: str, rule:
 def test_unreadable_film_with_boxes_is_a_bad_row(root: Path) -> None:
     (root / "films" / "1.png").write_bytes(b"no image")
     (bad,) = _bad(_write(root / "t.csv", _rows(boxes="[[8, 6, 40, 30]]")))
-    assert bad.line == 3
+    assert (bad.line, bad.value) == (3, "films/1.png")
     assert "no readable image" in bad.rule
 
 
@@ -175,10 +279,16 @@ def test_broken_tables_are_named(root: Path) -> None:
     for content, message in [
         (b"image|phrase\nfilms/0.png|Clear.\n", r"lacks the columns \['image', 'phrase'\]; it has \['image\|ph"),
         ("image,phrase\nfilms/0.png,gr\xf6\xdfer\n".encode("latin-1"), r"t\.csv, line 2: the byte 0xf6 is not UTF-8"),
+        (b"\xef\xbb\xbfimage,phrase\nx,a\n\xf6\n", r"t\.csv, line 3: the byte 0xf6 is not UTF-8"),
         ("image,phrase\n".encode("utf-16"), "UTF-16"),
         (b"", r"lacks the columns \['image', 'phrase'\]; it has \[\]"),
         (b"image,phrase\n", "a header and no rows"),
         (b"image,phrase,image\n1,2,3\n", "several columns of the name 'image'"),
+        (b'image,phrase\nfilms/0.png,"A\nB"\nfilms/1.png,"Open\nfilms/2.png,Clear\n', r"t\.csv, line 4: a quote opens"),
+        (
+            b'image,phrase\nfilms/0.png,Clear\nfilms/1.png,"A "lung" nodule"\n',
+            r"t\.csv, line 3: text follows the quote",
+        ),
     ]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -188,6 +298,9 @@ def test_broken_tables_are_named(root: Path) -> None:
     (root / "t.csv.gz").write_bytes(b"image,phrase\n")
     with pytest.raises(ValueError, match="no whole gzip"):
         _module(root / "t.csv.gz").checked_rows()
+    # A line break within quotes is part of a phrase, and so is a quote within one that does not begin with it.
+    path.write_text('image,phrase\nfilms/0.png,"Clear,\ndry."\nfilms/1.png,A 3" mass.\n', encoding="utf-8")
+    assert [study.phrase for study in _module(path).checked_rows()[0]] == ["Clear, dry.", 'A 3" mass.']
     # An unquoted comma in a phrase; and lines that are no JSON.
     path.write_text("image,phrase\nfilms/0.png,Clear, dry.\nfilms/1.png,Mass.\n", encoding="utf-8")
     (bad,) = _bad(path)

@@ -179,6 +179,8 @@ def test_bad_rows_are_named(root: Path) -> None:
     (root / "files" / "p10").mkdir(exist_ok=True, parents=True)
     cv2.imwrite(str(root / "files" / "p10" / "scan.jpg"), np.zeros((30, 25), dtype=np.uint8))
     bad = _module(root).checked_rows()[1]
+    assert "line 2" in next(row.rule for row in bad if row.line == 4)
+    bad = [row for row in bad if "another row" not in row.rule]
     assert [row.line for row in bad] == [2, 6, 10, 14, 18]
     rules = ["not two positive numbers", "no patient and study", "outside of its film of 2500 x 3000", "is empty"]
     for row, rule in zip(bad, [*rules, "no such file"], strict=True):
@@ -191,6 +193,7 @@ def test_bad_rows_are_named(root: Path) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
     bad = _module(root, annotations=str(path)).checked_rows()[1]
     assert [str(row).partition(",")[2].partition(":")[0] for row in bad] == [" annotation 2", " annotation 5"]
+    assert "a box is not four numbers" in bad[1].rule
 
 
 def test_films_that_the_split_file_lacks_are_bad(root: Path) -> None:
@@ -205,8 +208,29 @@ def test_a_patient_in_two_splits_is_bad(root: Path) -> None:
     write_films(root, [rows[-1]["path"]])
     write_annotations(root, [{"split": "train", **row} for row in rows])
     (bad,) = _module(root).checked_rows()[1]
-    assert bad.value == "10000000"
+    assert not bad.value
     assert "two splits: test here, train in" in bad.rule
+
+
+def test_rows_without_a_split_are_in_their_patients(root: Path) -> None:
+    rows = [dict(row, split=["", "test"][place % 2]) for place, row in enumerate(annotation_rows())]
+    rows[0]["label_text"] = rows[0]["label_text"].upper()
+    write_annotations(root, rows)
+    studies, bad = _module(root).checked_rows()
+    assert not bad
+    assert {study.split for study in studies} == {"test"}
+    assert (len(studies), len(studies[0].boxes)) == (30, 2)
+
+
+def test_a_bad_row_takes_its_study_with_it(root: Path) -> None:
+    rows = annotation_rows()
+    rows[2]["w"] = 2400
+    write_annotations(root, rows)
+    studies, bad = _module(root).checked_rows()
+    assert [row.line for row in bad] == [2, 4]
+    assert bad[0].rule == f"another row of the same study is bad: {root / 'MS_CXR_Local_Alignment_v1.1.0.csv'}, line 4"
+    assert len(studies) == 29
+    assert studies[0].id == "aaaa-0000-2"
 
 
 def test_annotation_files_are_found(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

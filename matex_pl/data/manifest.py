@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +27,11 @@ from matex_pl.data.rows import (
     check_phrase,
     film_name,
     find_image,
+    fold,
     split_name,
     text,
 )
-from matex_pl.data.table import Row, TableDataModule, read_table, sort_rows
+from matex_pl.data.table import Row, TableDataModule, drop_broken, read_table, sort_rows
 
 REQUIRED = ("image", "phrase")
 OPTIONAL = ("id", "patient_id", "boxes", "finding", "split", "mask", "x", "y", "w", "h")
@@ -39,11 +45,14 @@ class ManifestDataModule(TableDataModule):
     patient; each film its own without), `finding`, `split` (train, val or validation, test), and the ground truth in
     pixels of the film as a viewer shows it, upright: `boxes` as JSON `[[x0, y0, x1, y1], ...]`; or `x, y, w, h`, where
     rows of one phrase on one film (of one id, if there are ids) make one study of several boxes; or `mask`, an image
-    of the film's size whose connected parts give the boxes.
+    of the film's size whose connected parts, all that is not black (in JPEGs: above 127), give the boxes.
+
+    Without the column `id`, ids are the films' paths, or digests of these where the patient's id is a part of them.
 
     Args:
         manifest: CSV with commas, semicolons or tabs, or JSON lines (`.jsonl`), UTF-8, also gzipped.
-        root: Folder that paths start from and none leads out of; the manifest's own by default.
+        root: Folder that paths start from and none leads out of, but by symbolic links that you put there; the
+            manifest's own by default.
         columns: The file's names of columns, by ours: `{phrase: caption}`.
         fractions: Shares of the patients in train, val and test, where there is no column `split`.
         on_bad_row: `error` or `skip`; see `TableDataModule`.
@@ -87,11 +96,30 @@ class ManifestDataModule(TableDataModule):
         present = {name for row in rows for name in row.cells}
         one_box = _one_box_per_row(present, self.manifest)
         studies, wrong = sort_rows(rows, lambda row: self._study(row, present))
-        if one_box:
-            studies = merge_boxes(studies)
+        key_of = partial(self._key, present=present) if one_box else _own_key
+        studies, wrong = drop_broken(studies, wrong, rows, key_of)
         if "id" not in present:
-            studies = number_ids(studies)
-        return with_film_findings(studies), bad + wrong
+            studies = with_ids(studies, rows, self._name, key_of)
+        return with_film_findings(merge_boxes(studies) if one_box else studies), bad + wrong
+
+    def _key(self, row: Row, present: set[str]) -> tuple[str, ...]:
+        """What rows share whose boxes make one study."""
+        cells = row.cells
+        if "id" in present:
+            return (str(cells.get("id") or row.source),)
+        return self._film(cells), fold(cells.get("phrase")), str(cells.get("finding") or "")
+
+    def _film(self, cells: Mapping[str, Any]) -> str:
+        """The path of a row's film from the root on, also where there is no such film."""
+        path = Path(os.path.normpath(self.root / str(cells.get("image") or "").strip().replace("\\", "/")))
+        return film_name(self.root, path)
+
+    def _name(self, row: Row) -> str:
+        """What ids of a row's film begin with: its path, or a digest of it where the patient's id is a part."""
+        film = self._film(row.cells)
+        if not _names_patient(film, str(row.cells.get("patient_id") or "").strip()):
+            return film
+        return hashlib.sha256(film.encode(errors="replace")).hexdigest()[:12]
 
     def _study(self, row: Row, present: set[str]) -> Study:
         """The study of a row; its id is empty without a column for it.
@@ -131,10 +159,13 @@ class ManifestDataModule(TableDataModule):
 
 
 def merge_boxes(studies: Sequence[Study]) -> list[Study]:
-    """Studies of one phrase on one film, and of one id, as one with all their boxes, in the place of the first."""
+    """Studies of one phrase on one film, and of one id, as one with all their boxes, in the place of the first.
+
+    Phrases that differ by case and white space are one, spelt as in the first row.
+    """
     groups: dict[tuple[str, ...], list[Study]] = defaultdict(list)
     for study in studies:
-        groups[study.id, study.film_id, study.phrase, study.finding, study.split, study.patient_id].append(study)
+        groups[study.id, study.film_id, fold(study.phrase), study.finding, study.split, study.patient_id].append(study)
     return [
         replace(
             group[0],
@@ -145,15 +176,37 @@ def merge_boxes(studies: Sequence[Study]) -> list[Study]:
     ]
 
 
-def number_ids(studies: Sequence[Study]) -> list[Study]:
-    """The studies with ids: that of the film, and a number where a film has several, in the order of the rows."""
-    count: dict[str, int] = defaultdict(int)
-    numbered = []
-    for study in studies:
-        count[study.film_id] += 1
-        number = count[study.film_id]
-        numbered.append(replace(study, id=study.film_id if number == 1 else f"{study.film_id}-{number}"))
-    return numbered
+def with_ids(
+    studies: Sequence[Study], rows: Sequence[Row], name_of: Callable[[Row], str], key_of: Callable[[Row], Sequence[str]]
+) -> list[Study]:
+    """The studies with ids: the name of the film, and a number where a film has several, in the order of the rows.
+
+    Bad rows count: when they are corrected, no other study gets another id.
+
+    Args:
+        studies: One per row that is right.
+        rows: All rows.
+        name_of: The name of a row's film.
+        key_of: What rows of one study share.
+    """
+    names = {row.source: name_of(row) for row in rows}
+    films = set(names.values())
+    last: dict[str, int] = {}
+    ids: dict[tuple[str, ...], str] = {}
+    places = {}
+    for row in rows:
+        name = names[row.source]
+        key = (name, *key_of(row))
+        if key not in ids:
+            last[name] = _next_number(name, last.get(name, 0), films)
+            ids[key] = f"{name}-{last[name]}" if last[name] > 1 else name
+        places[row.source] = ids[key]
+    return [replace(study, id=places[study.source]) for study in studies]
+
+
+def _next_number(name: str, last: int, films: set[str]) -> int:
+    """The next number of a film's studies with which its id is not the name of another film."""
+    return next(number for number in count(last + 1) if number == 1 or f"{name}-{number}" not in films)
 
 
 def with_film_findings(studies: Sequence[Study]) -> list[Study]:
@@ -184,10 +237,38 @@ def _needed(cells: dict[str, Any], name: str, present: set[str]) -> str:
     return cell
 
 
+def _own_key(row: Row) -> tuple[str, ...]:
+    """A key that no other row has."""
+    return tuple(map(str, row.source))
+
+
+def _names_patient(film: str, patient: str) -> bool:
+    """Whether the path of a film has its patient's id in it; one of a few characters only as a whole word or number."""
+    film, patient = film.lower(), patient.lower().lstrip("0") or patient
+    words = {word.lstrip("0") or word for word in re.findall(r"\d+|[^\W\d_]+", film)}
+    return patient in film if len(patient) > 3 else patient in words
+
+
 def _mask_boxes(path: Path, name: str, size: tuple[int, int]) -> list[Box]:
-    """The box of each connected part of a mask; none of a black one."""
+    """The box of each connected part of a mask, which is what is not black; none of a black one.
+
+    In JPEGs what is darker than half is noise.
+
+    Raises:
+        RuleError: The mask is of another size than its film, or a JPEG that has noise alone.
+    """
     mask = read_film(path).pixels
     if mask.shape != size:
         raise RuleError(name, f"the mask is {mask.shape[1]} x {mask.shape[0]} and its film {size[1]} x {size[0]}")
-    _, _, parts, _ = cv2.connectedComponentsWithStats((mask > 127).astype("uint8"))
+    with path.open("rb") as file:
+        is_jpeg = file.read(2) == b"\xff\xd8"
+    if is_jpeg:
+        marked = mask > 127
+        if mask.any() and not marked.any():
+            raise RuleError(name, "the mask is a JPEG without a pixel above 127: save it as PNG")
+    else:
+        # Films of more than 8 bits are stretched when they are read, and lose what is not much above black.
+        deep = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH)
+        marked = (mask if deep is None or deep.dtype == "uint8" or deep.shape != size else deep) > 0
+    _, _, parts, _ = cv2.connectedComponentsWithStats(marked.astype("uint8"))
     return [(float(x), float(y), float(x + width), float(y + height)) for x, y, width, height, _ in parts[1:].tolist()]

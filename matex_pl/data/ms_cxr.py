@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from matex_pl.data.manifest import merge_boxes, number_ids, with_film_findings
+from matex_pl.data.manifest import merge_boxes, with_film_findings, with_ids
 from matex_pl.data.pixels import film_size
 from matex_pl.data.record import Study
 from matex_pl.data.rows import (
@@ -22,11 +22,13 @@ from matex_pl.data.rows import (
     box_of_cells,
     check_inside,
     check_phrase,
+    fill_splits,
     find_image,
+    fold,
     split_name,
     text,
 )
-from matex_pl.data.table import Row, TableDataModule, read_json, read_table, read_text, sort_rows
+from matex_pl.data.table import Row, TableDataModule, drop_broken, read_json, read_table, read_text, sort_rows
 
 ANNOTATIONS = "MS_CXR_Local_Alignment_*"
 SPLITS_FROM = ("file", "patients")
@@ -95,9 +97,11 @@ class MsCxrDataModule(TableDataModule):
         rows, bad = read_coco(path) if path.suffix == ".json" else read_table(path, {}, COLUMNS)
         official = read_splits(Path(self.split_file)) if self.split_file else None
         studies, wrong = sort_rows(rows, lambda row: self._study(row, official))
-        studies = number_ids(merge_boxes(studies))
+        studies, wrong = drop_broken(fill_splits(studies), wrong, rows, _key)
+        studies = merge_boxes(with_ids(studies, rows, lambda row: str(row.cells.get("dicom_id")).strip(), _key))
         if official is not None:
-            _report_disagreement(studies, {text(row.cells, "dicom_id"): text(row.cells, "split") for row in rows})
+            own = {str(row.cells.get("dicom_id")).strip(): str(row.cells.get("split") or "").strip() for row in rows}
+            _report_disagreement(studies, own)
         return with_film_findings(studies), bad + wrong
 
     def _study(self, row: Row, official: Mapping[str, str] | None) -> Study:
@@ -127,6 +131,12 @@ class MsCxrDataModule(TableDataModule):
             size=size,
             source=row.source,
         )
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    """What rows of one phrase and category on a film share."""
+    film, phrase, category = (row.cells.get(name) for name in ("dicom_id", "label_text", "category_name"))
+    return str(film).strip(), fold(phrase), fold(category)
 
 
 def find_annotations(root: Path, given: str | None) -> Path:
@@ -184,7 +194,9 @@ def _sorted_annotations(
 
 
 def _annotation_cells(annotation: Any, image: Any, categories: Mapping[Any, str]) -> dict[str, Any]:
-    x, y, width, height = annotation["bbox"]
+    box = annotation.get("bbox")
+    # Whatever else there is, is refused with the row's other faults.
+    x, y, width, height = box if isinstance(box, list) and len(box) == 4 else ([box], None, None, None)
     return {
         "category_name": categories[annotation["category_id"]],
         "label_text": annotation["label_text"],

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,22 @@ def find_image(root: Path, name: str) -> Path:
     """
     if not name:
         raise RuleError(name, "the image is missing")
+    path = path_below(root, name)
+    if not os.path.isfile(path):  # noqa: PTH113 - half the time of pathlib, which counts over many rows
+        raise RuleError(name, f"there is no such file below {str(root)!r}")
+    return path
+
+
+def path_below(root: Path, name: str) -> Path:
+    """A path below `root`, whether or not something is there; symbolic links stay as they are.
+
+    Raises:
+        RuleError: The name leads out of the root.
+    """
     base = os.path.abspath(root)  # noqa: PTH100 - links stay as they are: data sets are often linked into a folder
     path = os.path.normpath(os.path.join(base, name.replace("\\", "/")))  # noqa: PTH118
     if "\0" in path or os.path.commonpath([base, path]) != base:
         raise RuleError(name, f"the path leads out of the root {str(root)!r}")
-    if not os.path.isfile(path):  # noqa: PTH113 - half the time of pathlib, which counts over many rows
-        raise RuleError(name, f"there is no such file below {str(root)!r}")
     return Path(path)
 
 
@@ -144,7 +154,8 @@ def numbers(cells: Sequence[Any]) -> Box:
         RuleError: One of them is none.
     """
     try:
-        if any(isinstance(cell, bool) for cell in cells):
+        # Python reads `1_0` as ten.
+        if any(isinstance(cell, bool) or "_" in str(cell) for cell in cells):
             raise TypeError
         one, two, three, four = (float(cell) for cell in cells)
     except (TypeError, ValueError, OverflowError):
@@ -197,6 +208,12 @@ def drop_repeats(studies: Sequence[Study]) -> tuple[list[Study], list[BadRow]]:
     return list(seen.values()), bad
 
 
+def fill_splits(studies: Sequence[Study]) -> list[Study]:
+    """The studies, those without a split in the one that other rows name for their patient."""
+    known = {study.patient_id: study.split for study in reversed(studies) if study.split}
+    return [replace(study, split=study.split or known.get(study.patient_id, "")) for study in studies]
+
+
 def drop_leaks(studies: Sequence[Study]) -> tuple[list[Study], list[BadRow]]:
     """The studies without those whose patient came before in another split, and those."""
     first: dict[str, Study] = {}
@@ -207,7 +224,8 @@ def drop_leaks(studies: Sequence[Study]) -> tuple[list[Study], list[BadRow]]:
             kept.append(study)
             continue
         rule = f"the patient is in two splits: {study.split} here, {known.split} in {place_of(known.source)}"
-        bad.append(BadRow(*study.source, study.patient_id, rule))
+        # Ids of patients reach no log; file and line say who it is.
+        bad.append(BadRow(*study.source, "", rule))
     return kept, bad
 
 
@@ -222,10 +240,24 @@ def film_name(root: Path, path: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
+def fold(phrase: Any) -> str:
+    """A phrase as it is compared with others: without its case, its white space single."""
+    return " ".join(str(phrase).split()).casefold()
+
+
 def text(cells: Mapping[str, Any], name: str) -> str:
-    """A cell as text without white space around it; empty where there is none."""
+    """A cell as text without white space around it; empty where there is none.
+
+    Raises:
+        RuleError: It is no text and no finite number, which JSON can hold.
+    """
     cell = cells.get(name)
-    return "" if cell is None else str(cell).strip()
+    if cell is None:
+        return ""
+    endless = isinstance(cell, float) and not math.isfinite(cell)
+    if isinstance(cell, bool) or not isinstance(cell, (str, int, float)) or endless:
+        raise RuleError(cell, f"the {name} is neither text nor a number")
+    return str(cell).strip()
 
 
 def _shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from matex_pl.data.films import FilmFilesDataModule, check_fractions, split_patients
 from matex_pl.data.record import Study
-from matex_pl.data.rows import BadRow, RuleError, drop_leaks, drop_repeats
+from matex_pl.data.rows import BadRow, RuleError, drop_leaks, drop_repeats, place_of
 from matex_pl.files import whole_file
 
 ON_BAD_ROW = ("error", "skip")
@@ -66,13 +66,10 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
         )
     if not rows and not bad:
         raise ValueError(f"{path} has a header and no rows.")
-    ours = {theirs: our for our, theirs in columns.items()}
-    unknown = [theirs for theirs in ours if theirs not in header]
+    unknown = [theirs for theirs in columns.values() if theirs not in header]
     if unknown:
         raise ValueError(f"`columns` names {unknown}, which {path} does not have; it has {header}.")
-    # A column that is mapped to another is not itself any more.
-    hidden = {our for our, theirs in columns.items() if our != theirs} - ours.keys()
-    return [_renamed(row, ours, hidden) for row in rows] if ours else rows, bad
+    return [_renamed(row, columns) for row in rows] if columns else rows, bad
 
 
 def read_text(path: Path) -> str:
@@ -95,9 +92,10 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        # The error counts from behind a byte-order mark.
+        line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(
-            f"{path}, line {line}: the byte {content[error.start]:#04x} is not UTF-8. Save the file as UTF-8."
+            f"{path}, line {line}: the byte {error.object[error.start]:#04x} is not UTF-8. Save the file as UTF-8."
         ) from None
 
 
@@ -115,15 +113,20 @@ def read_json(text: str) -> Any:
     return found
 
 
-def _renamed(row: Row, ours: Mapping[str, str], hidden: set[str]) -> Row:
-    return Row(row.source, {ours.get(name, name): cell for name, cell in row.cells.items() if name not in hidden})
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    # A column that is mapped to another is not itself any more.
+    taken = {*columns, *columns.values()}
+    kept = {name: cell for name, cell in row.cells.items() if name not in taken}
+    ours = {our: row.cells[theirs] for our, theirs in columns.items() if theirs in row.cells}
+    return Row(row.source, kept | ours)
 
 
 def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[Row], list[BadRow]]:
     first = io.StringIO(content, newline="").readline()
     rows, bad, line = [], [], 1
     try:
-        reader = csv.reader(io.StringIO(content, newline=""), delimiter=_separator(first, wanted))
+        # Otherwise a quote that nothing closes takes all rows after it into its cell.
+        reader = csv.reader(io.StringIO(content, newline=""), delimiter=_separator(first, wanted), strict=True)
         header = [name.strip() for name in next(reader, [])]
         twice = sorted({name for name in header if name and header.count(name) > 1})
         if twice:
@@ -137,8 +140,17 @@ def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str
                 rows.append(Row((str(path), line), dict(zip(header, cells, strict=False))))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {error}.") from error
+        raise ValueError(f"{path}, line {line}: {_csv_fault(error)}.") from error
     return header, rows, bad
+
+
+def _csv_fault(error: csv.Error) -> str:
+    """What is wrong with a row, in words."""
+    if "unexpected end of data" in str(error):
+        return "a quote opens in this row that nothing closes. Close it, or write a quote within a quoted cell twice"
+    if "expected after" in str(error):
+        return "text follows the quote that closes a cell. Write a quote within a quoted cell twice"
+    return str(error)
 
 
 def _separator(first: str, wanted: Sequence[str]) -> str:
@@ -214,6 +226,10 @@ class TableDataModule(FilmFilesDataModule):
     def read_rows(self) -> tuple[list[Study], list[BadRow]]:
         """Studies of the rows that are right, without a split where the table names none, and the other rows."""
 
+    def phrases_of(self, study: Study) -> list[str]:
+        """All phrases that a study may have, where each epoch draws one."""
+        return [study.phrase]
+
     def checked_rows(self) -> tuple[list[Study], list[BadRow]]:
         """All studies that can be used, with their splits, and all bad rows, without reading pixels.
 
@@ -268,6 +284,27 @@ def _several(bad: Sequence[BadRow]) -> str:
     return "\n  ".join([*lines, f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else lines)
 
 
+def drop_broken(
+    studies: Sequence[Study], bad: Sequence[BadRow], rows: Sequence[Row], key_of: Callable[[Row], tuple[str, ...]]
+) -> tuple[list[Study], list[BadRow]]:
+    """The studies without those of which another row is bad, and all bad rows: a part of the boxes is no truth.
+
+    Args:
+        studies: One per row that is right.
+        bad: The other rows.
+        rows: All of them.
+        key_of: What rows of one study share.
+    """
+    keys = {row.source: key_of(row) for row in rows}
+    broken = {keys[row.file, row.line]: place_of((row.file, row.line)) for row in reversed(bad)}
+    lost = [
+        BadRow(*study.source, "", f"another row of the same study is bad: {broken[keys[study.source]]}")
+        for study in studies
+        if keys[study.source] in broken
+    ]
+    return [study for study in studies if keys[study.source] not in broken], [*bad, *lost]
+
+
 def sort_rows(rows: Iterable[Row], study_of: Callable[[Row], Study]) -> tuple[list[Study], list[BadRow]]:
     """The studies of the rows that are right, and the others."""
     studies, bad = [], []
@@ -277,5 +314,6 @@ def sort_rows(rows: Iterable[Row], study_of: Callable[[Row], Study]) -> tuple[li
         except RuleError as error:
             bad.append(error.at(row.source))
         except (OSError, ValueError) as error:
-            bad.append(BadRow(*row.source, "", str(error)))
+            name = next((str(row.cells[name]) for name in ("image", "path") if row.cells.get(name)), "")
+            bad.append(BadRow(*row.source, name, str(error)))
     return studies, bad
