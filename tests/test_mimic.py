@@ -130,6 +130,10 @@ def test_what_is_missing_is_said(root: Path) -> None:
     assert [row.line for row in bad] == [6, 12]
     assert "there is no such report below" in bad[0].rule
     assert bad[1].value == _path(5, "f5")
+    views = (root / METADATA_FILE).read_text(encoding="utf-8")
+    (root / METADATA_FILE).write_text(f"{views}\nf1,1,1,PA,3000,one,more\n", encoding="utf-8")
+    named = _module(root).checked_rows()[1]
+    assert any(row.file.endswith(METADATA_FILE) and "7 cells and the header 5" in row.rule for row in named)
     with pytest.raises(ValueError, match=r"has one of the views \['AP axial'\]; there are \['AP', 'LATERAL', 'PA'\]"):
         _module(root, views=["AP axial"]).checked_rows()
     with pytest.raises(ValueError, match=r"sections must be some of findings, impression, got \['history'\]"):
@@ -137,6 +141,28 @@ def test_what_is_missing_is_said(root: Path) -> None:
     (root / f"{SPLIT_FILE}.gz").unlink()
     with pytest.raises(FileNotFoundError, match=SPLIT_FILE):
         _module(root).checked_rows()
+
+
+def test_ids_lead_to_no_report_outside(root: Path) -> None:
+    (root / "secret").mkdir()
+    (root / "secret" / "f0.jpg").write_bytes((root / _path(0, "f0")).read_bytes())
+    (root / "secret.txt").write_text(REPORT, encoding="utf-8")
+    lines = gzip.decompress((root / f"{SPLIT_FILE}.gz").read_bytes()).decode()
+    lines = lines.replace("f0,50000000,10000000", "f0,/../../../../secret,10000000")
+    (root / SPLIT_FILE).write_text(lines, encoding="utf-8")
+    assert any("leads out of the root" in row.rule for row in _module(root).checked_rows()[1])
+
+
+def test_check_data_measures_all_sentences(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tiny_json: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    Path("tiny.json").write_text(tiny_json, encoding="utf-8")
+    report = root / "reports" / Path(_path(2, "x")).parent.with_suffix(".txt")
+    long = " ".join(["lung"] * 30)
+    report.write_text(f" FINDINGS: A {long} one. A {long} two. A {long} three.\n", encoding="utf-8")
+    main(["check-data", "--data=MimicCxrDataModule", "--data.root=.", "--data.reports=reports", "--model=tiny.json"])
+    assert "Phrases longer than the 16 tokens of tiny.json: 3" in capsys.readouterr().out
 
 
 def test_fit_from_the_command_line(root: Path, monkeypatch: pytest.MonkeyPatch, tiny_json: str) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from matex_pl.data.ms_cxr import find_film
 from matex_pl.data.record import Study
-from matex_pl.data.rows import BadRow, RuleError, split_name, text
+from matex_pl.data.rows import BadRow, RuleError, path_below, split_name, text
 from matex_pl.data.table import Row, TableDataModule, read_table, read_text, sort_rows
 
 SPLIT_FILE, METADATA_FILE = "mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-metadata.csv"
@@ -87,7 +87,8 @@ class MimicCxrDataModule(TableDataModule):
         """One study per film of the views whose report has a sentence."""
         rows, bad = read_table(_plain_or_gzipped(self.root / SPLIT_FILE), {}, _SPLIT_COLUMNS)
         if self.views:
-            frontal = self._films_of_views()
+            frontal, unread = self._films_of_views()
+            bad += unread
             rows = [row for row in rows if text(row.cells, "dicom_id") in frontal]
         sentences: dict[str, list[str]] = {}
         studies, wrong = sort_rows(
@@ -101,14 +102,15 @@ class MimicCxrDataModule(TableDataModule):
             )
         return told, bad + wrong
 
-    def _films_of_views(self) -> set[str]:
+    def _films_of_views(self) -> tuple[set[str], list[BadRow]]:
+        """Films of the views, and bad rows of the metadata."""
         path = _plain_or_gzipped(self.root / METADATA_FILE)
-        rows, _ = read_table(path, {}, ("dicom_id", "ViewPosition"))
+        rows, bad = read_table(path, {}, ("dicom_id", "ViewPosition"))
         found = {text(row.cells, "dicom_id") for row in rows if text(row.cells, "ViewPosition") in self.views}
         if not found:
             known = sorted({text(row.cells, "ViewPosition") for row in rows} - {""})
             raise ValueError(f"No film of {path} has one of the views {self.views}; there are {known}.")
-        return found
+        return found, bad
 
     def _study(self, row: Row, sentences: dict[str, list[str]]) -> Study:
         """The study of a film; its phrase is empty if its report has no sentence.
@@ -135,12 +137,15 @@ class MimicCxrDataModule(TableDataModule):
         return self.draw_study(found, self.seed) if sentences[study] else found
 
     def _read_report(self, name: str) -> list[str]:
-        place = next(
-            (p for p in (self.reports / name, self.reports / name.removeprefix("files/")) if p.is_file()), None
-        )
-        if place is None:
-            raise RuleError(name, f"there is no such report below {str(self.reports)!r}")
-        return sentences_of(read_text(place), self.sections)
+        for path in (name, name.removeprefix("files/")):
+            place = path_below(self.reports, path)
+            if place.is_file():
+                return sentences_of(read_text(place), self.sections)
+        raise RuleError(name, f"there is no such report below {str(self.reports)!r}")
+
+    def phrases_of(self, study: Study) -> list[str]:
+        """All sentences of the report: any may be drawn."""
+        return self._sentences[study.id]
 
     def draw_study(self, study: Study, seed: int) -> Study:
         """The study with a sentence of its report that the seed draws."""
