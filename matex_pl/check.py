@@ -15,7 +15,7 @@ from matex_pl.anatomy import parse_phrase
 from matex_pl.clip import cut_text, load_tokenizer
 from matex_pl.data import ChestXrayDataModule, Study
 from matex_pl.data.films import SPLITS, count_cut_boxes
-from matex_pl.data.rows import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, place_of
+from matex_pl.data.rows import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, film_name, place_of
 from matex_pl.data.table import TableDataModule, write_bad_rows
 from matex_pl.data.transforms import FilmTransform
 
@@ -50,7 +50,7 @@ def check_data(
         model: Whose tokenizer measures the phrases: a name as `model.name` of a training; they are not measured
             without.
         workers: Threads that read films; one per core by default.
-        out: A CSV file to write the bad rows to as well.
+        out: A CSV file to write the bad rows to as well, and after them the phrases that are too long.
 
     Raises:
         FileNotFoundError: A table is missing.
@@ -64,11 +64,16 @@ def check_data(
     bad = sorted(
         [*bad, *check_films(data, studies, workers or os.cpu_count() or 1)], key=lambda row: (row.file, row.line)
     )
+    limit = f"the {getattr(tokenizer, 'context_length', 0)} tokens of {model}"
+    long = [] if tokenizer is None else _cut_phrases(data, studies, tokenizer)
     if out is not None:
-        write_bad_rows(Path(out), bad)
+        rule = f"the phrase is longer than {limit}: this is cut off"
+        write_bad_rows(Path(out), [*bad, *(BadRow(*study.source, cut, rule) for study, cut in long)])
     parts = [_counts(studies), _findings(studies), _sides(studies), _cut_boxes(data, studies)]
     if tokenizer is not None:
-        parts.append(_cut_phrases(studies, tokenizer, str(model)))
+        lines = [f"  {place_of(study.source)}, {study.id}: cut off: {cut!r}" for study, cut in long]
+        told = "\n".join([f"Phrases longer than {limit}: {len(long)}", *lines])
+        parts.append(told if long else f"All phrases fit into {limit}.")
     parts.append("\n".join([f"Bad rows: {len(bad)}", *(f"  {row}" for row in bad)]) if bad else "No bad rows.")
     return Report("\n\n".join(part for part in parts if part), bad)
 
@@ -87,7 +92,7 @@ def _check_film(data: ChestXrayDataModule, studies: Sequence[Study]) -> list[Bad
     try:
         height, width = data.read_film(studies[0]).shape
     except (OSError, ValueError, ImportError) as error:
-        return [BadRow(*study.source, "", str(error)) for study in studies]
+        return [BadRow(*study.source, _image_cell(data, study), str(error)) for study in studies]
     bad = []
     for study in studies:
         try:
@@ -95,6 +100,12 @@ def _check_film(data: ChestXrayDataModule, studies: Sequence[Study]) -> list[Bad
         except RuleError as error:
             bad.append(error.at(study.source))
     return bad
+
+
+def _image_cell(data: ChestXrayDataModule, study: Study) -> str:
+    """The film as a table names it: its path below the root."""
+    root = getattr(data, "root", None)
+    return str(study.image) if root is None else film_name(root, Path(str(study.image)))
 
 
 def _listed(data: ChestXrayDataModule) -> tuple[list[Study], list[BadRow]]:
@@ -144,14 +155,17 @@ def _cut_boxes(data: ChestXrayDataModule, studies: Sequence[Study]) -> str:
     return f"geometry: crop to {frame} cuts {cut} of {sum(len(s.boxes) for s in studies)} boxes, {lost} of them wholly."
 
 
-def _cut_phrases(studies: Sequence[Study], tokenizer: object, model: str) -> str:
-    limit = int(getattr(tokenizer, "context_length", 0))
-    cut = {phrase: cut_text(tokenizer, phrase) for phrase in dict.fromkeys(study.phrase for study in studies)}
-    long = [study for study in studies if cut[study.phrase]]
-    if not long:
-        return f"All phrases fit into the {limit} tokens of {model}."
-    lines = [f"  {place_of(study.source)}, {study.id}: cut off: {cut[study.phrase]!r}" for study in long]
-    return "\n".join([f"Phrases longer than the {limit} tokens of {model}: {len(long)}", *lines])
+def _cut_phrases(data: ChestXrayDataModule, studies: Sequence[Study], tokenizer: object) -> list[tuple[Study, str]]:
+    """The studies with a phrase that is too long, and what the model does not read of it; their rows are not bad."""
+    cut: dict[str, str] = {}
+    long = []
+    for study in studies:
+        for phrase in data.phrases_of(study) if isinstance(data, TableDataModule) else [study.phrase]:
+            if phrase not in cut:
+                cut[phrase] = cut_text(tokenizer, phrase)
+            if cut[phrase]:
+                long.append((study, cut[phrase]))
+    return long
 
 
 def _cross_table(title: str, names: Iterable[str], counts: Counter[tuple[str, str]]) -> str:

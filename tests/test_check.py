@@ -97,17 +97,21 @@ def test_every_fault_is_in_the_report(here: Path, capsys: pytest.CaptureFixture[
         2: "the phrase is empty",
         3: r"a box .* reaches outside of its film of 80 x 60, got '\[0\.0, 10\.0, 90\.0, 40\.0\]'",
         4: r"the path leads out of the root '\.', got '\.\./films/2\.jpg'",
-        6: "the patient is in two splits: val here, train in t.csv, line 5, got '2'",
-        7: "the patient is in two splits: val here, train in t.csv, line 5, got '2'",
-        8: r"no readable image at '.*films/6\.jpg' \(image file is truncated",
-        10: r"no readable image at '.*films/8\.jpg'",
+        6: "the patient is in two splits: val here, train in t.csv, line 5\n",
+        7: "the patient is in two splits: val here, train in t.csv, line 5\n",
+        8: r"no readable image at '.*films/6\.jpg' \(image file is truncated.*, got 'films/6\.jpg'",
+        10: r"no readable image at '.*films/8\.jpg'.*, got 'films/8\.jpg'",
     }.items():
         assert re.search(rf"  t\.csv, line {line}: .*{rule}", text), rule
     assert "Phrases longer than the 16 tokens of tiny.json: 1" in text
     assert re.search(r"t\.csv, line 11, films/9\.jpg: cut off: '.*the very end \.'", text)
     assert "Bad rows: 7" in text
     with Path("bad/rows.csv").open(newline="", encoding="utf-8") as file:
-        assert [int(row["line"]) for row in csv.DictReader(file)] == [2, 3, 4, 6, 7, 8, 10]
+        listed = list(csv.DictReader(file))
+    assert [int(row["line"]) for row in listed] == [2, 3, 4, 6, 7, 8, 10, 11]
+    assert [row["value"] for row in listed[-3:-1]] == ["films/6.jpg", "films/8.jpg"]
+    assert listed[-1]["rule"] == "the phrase is longer than the 16 tokens of tiny.json: this is cut off"
+    assert listed[-1]["value"].endswith("the very end .")
 
 
 def test_a_table_that_cannot_be_read_ends_with_status_2(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +120,11 @@ def test_a_table_that_cannot_be_read_ends_with_status_2(here: Path, capsys: pyte
         main(["check-data", "--config", "mine.yaml"])
     assert end.value.code == 2
     assert "matex check-data: t.csv lacks the columns ['image', 'phrase']; it has" in capsys.readouterr().err
+    Path("t.csv").write_bytes(b"\xef\xbb\xbfimage,phrase\nfilms/0.jpg,gr\xf6\xdfer\n")
+    with pytest.raises(SystemExit) as end:
+        main(["check-data", "--config", "mine.yaml"])
+    assert end.value.code == 2
+    assert "t.csv, line 2: the byte 0xf6 is not UTF-8. Save the file as UTF-8." in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"no films\. Give --config"):
         main(["check-data"])
     _write(_rows())
