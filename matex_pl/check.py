@@ -12,12 +12,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from matex_pl.anatomy import parse_phrase
-from matex_pl.clip import cut_text, load_tokenizer
+from matex_pl.clip import cut_text, input_size, load_tokenizer
 from matex_pl.data import ChestXrayDataModule, Study
 from matex_pl.data.films import SPLITS, count_cut_boxes
 from matex_pl.data.rows import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, film_name, place_of
 from matex_pl.data.table import TableDataModule, write_bad_rows
 from matex_pl.data.transforms import FilmTransform
+from matex_pl.towers import pair
 
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
 # Where a model is not there to say: almost all take squares, and a crop cuts the same of any.
@@ -38,7 +39,11 @@ class Report:
 
 
 def check_data(
-    data: ChestXrayDataModule, model: str | None = None, workers: int | None = None, out: str | None = None
+    data: ChestXrayDataModule,
+    model: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    workers: int | None = None,
+    out: str | None = None,
 ) -> Report:
     """Read every row and every film of a data module once, and report.
 
@@ -49,6 +54,8 @@ def check_data(
         data: The data module; its `on_bad_row` does not matter here.
         model: Whose tokenizer measures the phrases: a name as `model.name` of a training; they are not measured
             without.
+        image_size: Side, or height and width, of the frame that a crop cuts films to, as `model.image_size` of a
+            training; that of the data module comes before it, and the model's own after it.
         workers: Threads that read films; one per core by default.
         out: A CSV file to write the bad rows to as well, and after them the phrases that are too long.
 
@@ -69,7 +76,8 @@ def check_data(
     if out is not None:
         rule = f"the phrase is longer than {limit}: this is cut off"
         write_bad_rows(Path(out), [*bad, *(BadRow(*study.source, cut, rule) for study, cut in long)])
-    parts = [_counts(studies), _findings(studies), _sides(studies), _cut_boxes(data, studies)]
+    frame = data.image_size or (pair(image_size) if image_size else input_size(model) if model else _FRAME)
+    parts = [_counts(studies), _findings(studies), _sides(studies), _cut_boxes(data.geometry, frame, studies)]
     if tokenizer is not None:
         lines = [f"  {place_of(study.source)}, {study.id}: cut off: {cut!r}" for study, cut in long]
         told = "\n".join([f"Phrases longer than {limit}: {len(long)}", *lines])
@@ -146,13 +154,12 @@ def _side(phrase: str) -> str:
     return next((side for side in ("right", "left") if side in sides), "midline only" if sides else "no place")
 
 
-def _cut_boxes(data: ChestXrayDataModule, studies: Sequence[Study]) -> str:
-    if data.geometry != "crop":
+def _cut_boxes(geometry: str, frame: tuple[int, int], studies: Sequence[Study]) -> str:
+    if geometry != "crop":
         return ""
-    transform = FilmTransform(data.image_size or _FRAME, "crop")
-    cut, lost = count_cut_boxes(transform, studies)
-    frame = " x ".join(map(str, transform.size[::-1]))
-    return f"geometry: crop to {frame} cuts {cut} of {sum(len(s.boxes) for s in studies)} boxes, {lost} of them wholly."
+    cut, lost = count_cut_boxes(FilmTransform(frame, geometry), studies)
+    total = sum(len(study.boxes) for study in studies)
+    return f"geometry: crop to {frame[1]} x {frame[0]} cuts {cut} of {total} boxes, {lost} of them wholly."
 
 
 def _cut_phrases(data: ChestXrayDataModule, studies: Sequence[Study], tokenizer: object) -> list[tuple[Study, str]]:

@@ -290,7 +290,7 @@ def _data_of(path: str) -> str:
 
 
 def _model_of(words: Sequence[str]) -> list[str]:
-    """`--model NAME` of the config in a command line, so that an option after it can change it."""
+    """`--model NAME`, and `--image_size` if set, of the config in a command line, so that options after it count."""
     for option, value in pairwise(words):
         if option in ("--config", "-c"):
             return _model_of([f"--config={value}"])
@@ -298,7 +298,10 @@ def _model_of(words: Sequence[str]) -> list[str]:
         if word.startswith(("--config=", "-c=")):
             described = yaml.safe_load(Path(word.partition("=")[2]).read_text(encoding="utf-8"))
             model = described.get("model") if isinstance(described, dict) else None
-            return ["--model", str(model["name"])] if isinstance(model, dict) and model.get("name") else []
+            if not isinstance(model, dict) or not model.get("name"):
+                return []
+            size = [f"--image_size={model['image_size']}"] if model.get("image_size") else []
+            return ["--model", str(model["name"]), *size]
     return []
 
 

@@ -260,6 +260,13 @@ def load_tokenizer(name: str) -> Any:
         return open_clip.get_tokenizer(name)
 
 
+def input_size(name: str) -> tuple[int, int]:
+    """Height and width in pixels of what a model takes, without the model; see `load_clip` for the names."""
+    config = _json_config(name)
+    described = open_clip.get_model_config(name) if config is None else config["model_cfg"]
+    return towers.pair(described["vision_cfg"].get("image_size", 224))
+
+
 def cut_text(tokenizer: Any, phrase: str) -> str:
     """What of a phrase lies beyond the tokenizer's context length and is cut off; empty where all of it fits."""
     limit = int(tokenizer.context_length)
