@@ -267,6 +267,22 @@ def test_bad_rows_are_named(root: Path, cells: dict[str, str], value: str, rule:
         _module(path).setup("fit")
 
 
+def test_a_bad_row_is_told_to_be_in_two_splits_too(root: Path) -> None:
+    rows = [{**row, "patient_id": "0", "split": "train"} for row in _rows(4)]
+    rows[1] |= {"split": "test", "image": "films/none.png"}
+    rows[2] |= {"phrase": ""}
+    rows[3] |= {"split": "test"}
+    path = _write(root / "t.csv", rows)
+    studies, bad = _module(path).checked_rows()
+    leak = f"the patient is in two splits: test here, train in {path}, line 2"
+    assert [(row.line, row.rule) for row in bad] == [
+        (3, f"{leak}; and there is no such file below {str(root)!r}"),
+        (4, "the phrase is empty"),
+        (5, leak),
+    ]
+    assert [study.film_id for study in studies] == ["films/0.png"]
+
+
 def test_unreadable_film_with_boxes_is_a_bad_row(root: Path) -> None:
     (root / "films" / "1.png").write_bytes(b"no image")
     (bad,) = _bad(_write(root / "t.csv", _rows(boxes="[[8, 6, 40, 30]]")))

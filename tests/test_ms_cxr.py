@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,10 @@ def test_a_patient_in_two_splits_is_bad(root: Path) -> None:
     (bad,) = _module(root).checked_rows()[1]
     assert not bad.value
     assert "two splits: test here, train in" in bad.rule
+    rows[-1]["w"] = 9000
+    write_annotations(root, [{"split": "train", **row} for row in rows])
+    (bad,) = _module(root).checked_rows()[1]
+    assert re.match(r"the patient is in two splits: test here, .*; and a box .* reaches outside", bad.rule)
 
 
 def test_rows_without_a_split_are_in_their_patients(root: Path) -> None:

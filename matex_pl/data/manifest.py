@@ -31,7 +31,7 @@ from matex_pl.data.rows import (
     split_name,
     text,
 )
-from matex_pl.data.table import Row, TableDataModule, drop_broken, read_table, sort_rows
+from matex_pl.data.table import Row, TableDataModule, drop_broken, read_table, sort_rows, tell_leaks
 
 REQUIRED = ("image", "phrase")
 OPTIONAL = ("id", "patient_id", "boxes", "finding", "split", "mask", "x", "y", "w", "h")
@@ -100,6 +100,7 @@ class ManifestDataModule(TableDataModule):
         studies, wrong = drop_broken(studies, wrong, rows, key_of)
         if "id" not in present:
             studies = with_ids(studies, rows, self._name, key_of)
+        wrong = tell_leaks(studies, wrong, rows, _owner)
         return with_film_findings(merge_boxes(studies) if one_box else studies), bad + wrong
 
     def _key(self, row: Row, present: set[str]) -> tuple[str, ...]:
@@ -235,6 +236,12 @@ def _needed(cells: dict[str, Any], name: str, present: set[str]) -> str:
     if name in present and not cell:
         raise RuleError("", f"the {name} is missing")
     return cell
+
+
+def _owner(row: Row) -> tuple[str, str]:
+    """Patient and split of a row, empty where it names none."""
+    split = text(row.cells, "split")
+    return text(row.cells, "patient_id"), split_name(split) if split else ""
 
 
 def _own_key(row: Row) -> tuple[str, ...]:

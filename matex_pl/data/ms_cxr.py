@@ -28,7 +28,16 @@ from matex_pl.data.rows import (
     split_name,
     text,
 )
-from matex_pl.data.table import Row, TableDataModule, drop_broken, read_json, read_table, read_text, sort_rows
+from matex_pl.data.table import (
+    Row,
+    TableDataModule,
+    drop_broken,
+    read_json,
+    read_table,
+    read_text,
+    sort_rows,
+    tell_leaks,
+)
 
 ANNOTATIONS = "MS_CXR_Local_Alignment_*"
 SPLITS_FROM = ("file", "patients")
@@ -98,6 +107,7 @@ class MsCxrDataModule(TableDataModule):
         official = read_splits(Path(self.split_file)) if self.split_file else None
         studies, wrong = sort_rows(rows, lambda row: self._study(row, official))
         studies, wrong = drop_broken(fill_splits(studies), wrong, rows, _key)
+        wrong = tell_leaks(studies, wrong, rows, lambda row: self._owner(row.cells, official))
         studies = merge_boxes(with_ids(studies, rows, lambda row: str(row.cells.get("dicom_id")).strip(), _key))
         if official is not None:
             own = {str(row.cells.get("dicom_id")).strip(): str(row.cells.get("split") or "").strip() for row in rows}
@@ -115,22 +125,32 @@ class MsCxrDataModule(TableDataModule):
         )
         if not film:
             raise RuleError("", "the dicom_id is missing")
-        if official is not None and film not in official:
-            raise RuleError(film, f"the film is not in {self.split_file}")
-        own = text(cells, "split") if self.splits == "file" else ""
-        split = official[film] if official is not None else own
+        patient, split = self._owner(cells, official)
         return Study(
             id="",
-            patient_id=patient_of(text(cells, "path")),
+            patient_id=patient,
             film_id=film,
             image=str(path),
             phrase=check_phrase(text(cells, "label_text")),
             boxes=boxes,
             finding=text(cells, "category_name").lower(),
-            split=split_name(split) if split else "",
+            split=split,
             size=size,
             source=row.source,
         )
+
+    def _owner(self, cells: Mapping[str, Any], official: Mapping[str, str] | None) -> tuple[str, str]:
+        """Patient and split of a row; no split where the files name none, or are not asked.
+
+        Raises:
+            RuleError: The path names no patient, the split file lacks the film, or the split is none.
+        """
+        film, patient = text(cells, "dicom_id"), patient_of(text(cells, "path"))
+        if official is not None and film not in official:
+            raise RuleError(film, f"the film is not in {self.split_file}")
+        own = text(cells, "split") if self.splits == "file" else ""
+        split = official[film] if official is not None else own
+        return patient, split_name(split) if split else ""
 
 
 def _key(row: Row) -> tuple[str, ...]:

@@ -305,6 +305,31 @@ def drop_broken(
     return [study for study in studies if keys[study.source] not in broken], [*bad, *lost]
 
 
+def tell_leaks(
+    studies: Sequence[Study], bad: Sequence[BadRow], rows: Iterable[Row], owner_of: Callable[[Row], tuple[str, str]]
+) -> list[BadRow]:
+    """The bad rows, those of a patient who is in another split elsewhere with that rule too.
+
+    Args:
+        studies: Those that are right.
+        bad: The other rows.
+        rows: All of them.
+        owner_of: Patient and split of a row, empty where it names none.
+    """
+    cells = {row.source: row for row in rows}
+    owners = []
+    for row in bad:
+        try:
+            patient, split = owner_of(cells[row.file, row.line])
+        except RuleError:
+            continue
+        owners.append(Study("", patient, "", "", "", split=split, source=(row.file, row.line)))
+    _, leaks = drop_leaks([study for study in (*studies, *owners) if study.patient_id and study.split])
+    rules = {(leak.file, leak.line): leak.rule for leak in leaks}
+    told = ((row, rules.get((row.file, row.line))) for row in bad)
+    return [replace(row, rule=f"{leak}; and {row.rule}") if leak else row for row, leak in told]
+
+
 def sort_rows(rows: Iterable[Row], study_of: Callable[[Row], Study]) -> tuple[list[Study], list[BadRow]]:
     """The studies of the rows that are right, and the others."""
     studies, bad = [], []
