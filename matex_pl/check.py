@@ -167,7 +167,7 @@ def _cut_phrases(data: ChestXrayDataModule, studies: Sequence[Study], tokenizer:
     cut: dict[str, str] = {}
     long = []
     for study in studies:
-        for phrase in data.phrases_of(study) if isinstance(data, TableDataModule) else [study.phrase]:
+        for phrase in data.phrases_of(study):
             if phrase not in cut:
                 cut[phrase] = cut_text(tokenizer, phrase)
             if cut[phrase]:

@@ -52,7 +52,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}") from error
+            raise no_checkpoint(path, error) from error
+
+
+def no_checkpoint(path: str | Path, error: BaseException) -> ValueError:
+    """What to raise of a checkpoint that could not be read: names the file, and the code or weights at fault."""
+    return ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}")
 
 
 def why_unreadable(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from matex_pl.anatomy.show import show_prior
 from matex_pl.attribution.shipped import method_names, method_path
 from matex_pl.benchmark import run_benchmark
 from matex_pl.check import check_data
-from matex_pl.checkpoints import why_unreadable
+from matex_pl.checkpoints import no_checkpoint
 from matex_pl.clip import find_config, shipped_configs
 from matex_pl.cost import measure_cost
 from matex_pl.data import ChestXrayDataModule
@@ -75,8 +75,7 @@ class MatexCLI(LightningCLI):
         try:
             super()._parse_ckpt_path()
         except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
-            path = self.config[self.config.subcommand].ckpt_path
-            raise ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}") from error
+            raise no_checkpoint(self.config[self.config.subcommand].ckpt_path, error) from error
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -176,10 +175,16 @@ def roar(words: Sequence[str]) -> None:
 
 def _out_of(config: str | None) -> str:
     """The folder that the YAML of `matex roar run` names."""
-    described = yaml.safe_load(Path(config).read_text(encoding="utf-8")) if config else None
-    if not isinstance(described, dict) or not described.get("out"):
+    out = _described(config).get("out") if config else None
+    if not out:
         raise ValueError("there is no plan. Give its folder, or --config, the YAML of `matex roar run`, with `out`.")
-    return str(described["out"])
+    return str(out)
+
+
+def _described(path: str) -> dict[str, Any]:
+    """What a YAML holds; nothing where that is no mapping."""
+    described = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return described if isinstance(described, dict) else {}
 
 
 def _run_on_data(name: str, run: Callable[..., str], words: Sequence[str], *, sub_configs: bool = False) -> None:
@@ -282,8 +287,7 @@ def find_data(words: Sequence[str]) -> list[str]:
 
 def _data_of(path: str) -> str:
     """The `data` of a training's YAML, as JSON."""
-    described = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    data = described.get("data") if isinstance(described, dict) else None
+    data = _described(path).get("data")
     if not isinstance(data, dict) or "class_path" not in data:
         raise ValueError(f"{path} describes no data module: it needs `data:` with `class_path` and `init_args`.")
     return json.dumps(data)
@@ -296,8 +300,7 @@ def _model_of(words: Sequence[str]) -> list[str]:
             return _model_of([f"--config={value}"])
     for word in words:
         if word.startswith(("--config=", "-c=")):
-            described = yaml.safe_load(Path(word.partition("=")[2]).read_text(encoding="utf-8"))
-            model = described.get("model") if isinstance(described, dict) else None
+            model = _described(word.partition("=")[2]).get("model")
             if not isinstance(model, dict) or not model.get("name"):
                 return []
             size = [f"--image_size={model['image_size']}"] if model.get("image_size") else []

@@ -12,7 +12,7 @@ from torch import Tensor
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.base import progress
 from matex_pl.attribution.shipped import load_method, shipped_methods
-from matex_pl.checkpoints import why_unreadable
+from matex_pl.checkpoints import no_checkpoint
 from matex_pl.clip import Clip
 from matex_pl.data.pixels import film_size, read_film
 from matex_pl.data.record import Sample, Study, StudyBatch, collate
@@ -155,4 +155,4 @@ def load_module(ckpt_path: str) -> ClipModule:
     try:
         return ClipModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
     except Exception as error:
-        raise ValueError(f"{ckpt_path} is no checkpoint of `matex fit`: {why_unreadable(error)}") from error
+        raise no_checkpoint(ckpt_path, error) from error

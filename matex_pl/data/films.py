@@ -166,6 +166,10 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         """
         return study
 
+    def phrases_of(self, study: Study) -> list[str]:
+        """All phrases that `draw_study` may give a study."""
+        return [study.phrase]
+
     def open_film(self, study: Study, transform: FilmTransform) -> Film:
         """A study's film for a transform, perhaps at the size that it needs already."""
         pixels = self.read_film(study)

@@ -15,7 +15,7 @@ from typing import Any
 
 import cv2
 
-from matex_pl.data.pixels import film_size, read_film
+from matex_pl.data.pixels import film_size, is_jpeg, read_film
 from matex_pl.data.record import Study
 from matex_pl.data.rows import (
     BadRow,
@@ -267,9 +267,7 @@ def _mask_boxes(path: Path, name: str, size: tuple[int, int]) -> list[Box]:
     mask = read_film(path).pixels
     if mask.shape != size:
         raise RuleError(name, f"the mask is {mask.shape[1]} x {mask.shape[0]} and its film {size[1]} x {size[0]}")
-    with path.open("rb") as file:
-        is_jpeg = file.read(2) == b"\xff\xd8"
-    if is_jpeg:
+    if is_jpeg(path):
         marked = mask > 127
         if mask.any() and not marked.any():
             raise RuleError(name, "the mask is a JPEG without a pixel above 127: save it as PNG")

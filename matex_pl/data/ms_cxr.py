@@ -108,9 +108,9 @@ class MsCxrDataModule(TableDataModule):
         studies, wrong = sort_rows(rows, lambda row: self._study(row, official))
         studies, wrong = drop_broken(fill_splits(studies), wrong, rows, _key)
         wrong = tell_leaks(studies, wrong, rows, lambda row: self._owner(row.cells, official))
-        studies = merge_boxes(with_ids(studies, rows, lambda row: str(row.cells.get("dicom_id")).strip(), _key))
+        studies = merge_boxes(with_ids(studies, rows, _film, _key))
         if official is not None:
-            own = {str(row.cells.get("dicom_id")).strip(): str(row.cells.get("split") or "").strip() for row in rows}
+            own = {_film(row): str(row.cells.get("split") or "").strip() for row in rows}
             _report_disagreement(studies, own)
         return with_film_findings(studies), bad + wrong
 
@@ -155,8 +155,12 @@ class MsCxrDataModule(TableDataModule):
 
 def _key(row: Row) -> tuple[str, ...]:
     """What rows of one phrase and category on a film share."""
-    film, phrase, category = (row.cells.get(name) for name in ("dicom_id", "label_text", "category_name"))
-    return str(film).strip(), fold(phrase), fold(category)
+    return _film(row), fold(row.cells.get("label_text")), fold(row.cells.get("category_name"))
+
+
+def _film(row: Row) -> str:
+    """The film that a row names, whatever stands there."""
+    return str(row.cells.get("dicom_id")).strip()
 
 
 def find_annotations(root: Path, given: str | None) -> Path:

@@ -90,6 +90,12 @@ def film_size(path: str | Path, *, upright: bool = True) -> Size:
     return _opened(path, lambda file: _header_size(file, upright=upright))
 
 
+def is_jpeg(path: Path) -> bool:
+    """The file begins as JPEGs do."""
+    with path.open("rb") as file:
+        return file.read(len(_JPEG_START)) == _JPEG_START
+
+
 def resize_film(pixels: np.ndarray, size: Size) -> np.ndarray:
     """Pixels `(h, w)` at another size: averaged where it is smaller, interpolated where it is larger."""
     if pixels.shape == size:
@@ -293,9 +299,8 @@ def _finished(levels: np.ndarray, fit: Fit | None) -> Film:
 
 def _deep_jpeg(path: Path) -> np.ndarray:
     """Pixels of a JPEG of 12 or 16 bits, which Pillow refuses."""
-    with path.open("rb") as file:
-        if file.read(2) != _JPEG_START:
-            raise ValueError("it is none of PNG, JPEG, TIFF, BMP, WebP and DICOM")
+    if not is_jpeg(path):
+        raise ValueError("it is none of PNG, JPEG, TIFF, BMP, WebP and DICOM")
     try:
         from libjpeg import decode
     except ImportError as error:

@@ -226,10 +226,6 @@ class TableDataModule(FilmFilesDataModule):
     def read_rows(self) -> tuple[list[Study], list[BadRow]]:
         """Studies of the rows that are right, without a split where the table names none, and the other rows."""
 
-    def phrases_of(self, study: Study) -> list[str]:
-        """All phrases that a study may have, where each epoch draws one."""
-        return [study.phrase]
-
     def checked_rows(self) -> tuple[list[Study], list[BadRow]]:
         """All studies that can be used, with their splits, and all bad rows, without reading pixels.
 

@@ -222,13 +222,13 @@ def fused_words(parts: Mapping[str, Any], method: Matex, grid: Grid) -> Fused:
     Words have no place: the grid has one shape and one lambda_s.
     """
     content, dtype, stable = parts["content"], parts["dtype"], parts["text_consistency"]
-    flow = torch.stack([_scaled(flow, parts) for flow in _text_flows(parts, method, grid.tau)], 1)
+    flow = torch.stack([_scaled(flow, parts) for flow in _raw_flows(parts, method, grid.tau, "text_")], 1)
     lambda_c = torch.tensor(grid.lambda_c, device=flow.device)[:, None]
     weight = method.alpha + lambda_c * stable[:, None] + method.delta
     keep = content[:, None, None].expand(-1, len(grid.lambda_c), len(grid.tau), -1)
+    depth = (parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1])
     for k, grad_layers in enumerate(grid.grad_layers):
-        wanted = grad_layers if method.text_grad_layers is None else method.text_grad_layers
-        last = last_blocks(wanted, parts["text_attention_layers"].shape[1])
+        _, last = depths(grad_layers, method, depth)
         grad = _scaled(parts["text_grad_blocks"][:, -last:].mean(1).relu() * content, parts)
         fused = (grad[:, None] * weight)[:, :, None] + method.beta * flow[:, None]
         whole = token_map(fused.flatten(0, 2), keep.flatten(0, 2), dtype=dtype)
@@ -240,11 +240,11 @@ def _scaled(values: Tensor, parts: Mapping[str, Any]) -> Tensor:
     return min_max(values, keep=parts["content"], dtype=parts["dtype"])
 
 
-def _text_flows(parts: Mapping[str, Any], method: Matex, tau: Sequence[float]) -> list[Tensor]:
-    """The flow to the words of each temperature, raw."""
+def _raw_flows(parts: Mapping[str, Any], method: Matex, tau: Sequence[float], side: str = "") -> list[Tensor]:
+    """The flow of each temperature, raw, to patches, or to words where the side is `text_`."""
     if method.flow == "rollout":
-        return [parts["text_rollout"]]
-    return [attention_flow(parts["text_attention_layers"], value) for value in tau]
+        return [parts[f"{side}rollout"]]
+    return [attention_flow(parts[f"{side}attention_layers"], value) for value in tau]
 
 
 def _as_it_is(maps: Tensor) -> Tensor:
@@ -253,11 +253,7 @@ def _as_it_is(maps: Tensor) -> Tensor:
 
 def _flows(parts: Mapping[str, Any], method: Matex, tau: Sequence[float]) -> Tensor:
     """The flow of each temperature, min-maxed, `(B, T, Gh, Gw)`."""
-    if method.flow == "rollout":
-        flows = [parts["rollout"]]
-    else:
-        flows = [attention_flow(parts["attention_layers"], value) for value in tau]
-    return torch.stack([min_max(flow, dtype=parts["dtype"]) for flow in flows], 1)
+    return torch.stack([min_max(flow, dtype=parts["dtype"]) for flow in _raw_flows(parts, method, tau)], 1)
 
 
 def _rise(parts: Mapping[str, Any], method: Matex, shape: str, size: tuple[int, ...]) -> Tensor:
