@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -83,6 +84,7 @@ class AttributionMetrics(Callback):
         self.sensitivity = sensitivity
         self.thorax: Tensor | None = None
         self.metrics: dict[str, Metric] = {}
+        self._kept: dict[str, Metric] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before training starts, and ask the data module for the thorax."""
@@ -113,26 +115,28 @@ class AttributionMetrics(Callback):
 
     def _start(self, module: Any) -> None:
         self._check_fill(module)
-        metrics: dict[str, Metric] = {
-            "pointing_game": PointingGame(),
-            "cnr": ContrastToNoise(),
-            "mean_map_mass": MapMass(),
-            self._outside: OutsideMass(),
-            "confidence_drop": ConfidenceDrop(),
-            "confidence_increase": ConfidenceIncrease(),
+        self.metrics = {}
+        kinds: dict[str, type[Metric]] = {
+            "pointing_game": PointingGame,
+            "cnr": ContrastToNoise,
+            "mean_map_mass": MapMass,
+            self._outside: OutsideMass,
+            "confidence_drop": ConfidenceDrop,
+            "confidence_increase": ConfidenceIncrease,
         }
         if self.method.serves_text:
-            metrics |= {"text_confidence_drop": ConfidenceDrop(), "text_confidence_increase": ConfidenceIncrease()}
+            kinds |= {"text_confidence_drop": ConfidenceDrop, "text_confidence_increase": ConfidenceIncrease}
         if self.sensitivity:
-            metrics |= {"prompt_sensitivity": RankCorrelation(), "side_sensitivity": SideSensitivity()}
+            kinds |= {"prompt_sensitivity": RankCorrelation, "side_sensitivity": SideSensitivity}
         # Made on every process, whatever findings its batches have: `compute` waits for all of them.
-        metrics |= {
-            f"{name}/{finding}": metrics[name].clone()
+        kinds |= {
+            f"{name}/{finding}": kinds[name]
             for finding in (getattr(module, "findings", ()) if self.per_finding else ())
             for name in self._of_findings
-            if name in metrics
+            if name in kinds
         }
-        self.metrics = {name: metric.to(module.device) for name, metric in metrics.items()}
+        for name, kind in kinds.items():
+            self._metric(name, kind, module.device)
 
     @property
     def _outside(self) -> str:
@@ -221,10 +225,14 @@ class AttributionMetrics(Callback):
             picked = [value[own] if isinstance(value, Tensor) else [value[k] for k in own] for value in values]
             self._metric(f"{name}/{finding}", type(self.metrics[name])).update(*picked, ids=[ids[k] for k in own])
 
-    def _metric(self, name: str, kind: type[Metric]) -> Metric:
-        """A scalar that only some batches have, made when it first comes."""
+    def _metric(self, name: str, kind: type[Metric], device: torch.device | None = None) -> Metric:
+        """The scalar of this epoch, made when it first comes; some come with some batches only."""
         if name not in self.metrics:
-            self.metrics[name] = kind().to(self.metrics["cnr"].device)
+            # Kept from epoch to epoch: torchmetrics' objects hold themselves, so that Python frees them late.
+            if name not in self._kept:
+                self._kept[name] = kind()
+            self.metrics[name] = self._kept[name].to(device or self.metrics["cnr"].device)
+            self.metrics[name].reset()
         return self.metrics[name]
 
     def _remove(self, clip: Clip, images: Tensor, tokens: Tensor, maps: AttributionMaps, ids: list[str]) -> None:

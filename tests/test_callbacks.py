@@ -1,5 +1,6 @@
 """The callbacks inside `trainer.fit`, `validate` and `test`."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.callbacks.attribution_maps import choose_studies
 from matex_pl.data import PhantomDataModule, Study, collate
 from matex_pl.metrics.functional import border_mask, outside_mass, side_sensitivity, spearman
+from matex_pl.metrics.study import StudyMetric
 from matex_pl.pairs import other_phrases
 
 TINY = str(Path(__file__).with_name("tiny.json"))
@@ -242,6 +244,25 @@ def test_a_study_that_comes_twice_counts_once(tmp_path, data, module):
     once, thrice = ({name: value for name, value in found.items() if "attribution" in name} for found in scores)
     assert len(once) > 10
     assert once == pytest.approx(thrice, abs=1e-6, nan_ok=True)
+
+
+def test_each_epoch_counts_anew_and_leaves_nothing_to_python_s_collector(tmp_path, data, module):
+    metrics = AttributionMetrics(PriorOnly(), num_batches=-1, sensitivity=True, per_finding=True, fill="blur")
+    run = trainer(tmp_path, metrics)
+    first = run.validate(module, data, verbose=False)[0]
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(thing, StudyMetric) for thing in gc.get_objects())
+        tested = run.test(module, data, verbose=False)[0]
+        again = run.validate(module, data, verbose=False)[0]
+        after = sum(isinstance(thing, StudyMetric) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert again == pytest.approx(first, nan_ok=True)
+    assert tested["attribution/mean_map_mass"] != first["attribution/mean_map_mass"]
+    # Pieces that are freed late keep the heap from shrinking: the memory of long runs grew by holes.
+    assert after == before
 
 
 def test_maps_come_at_every_nth_validation_and_cost_nothing_between(tmp_path, data, module):
