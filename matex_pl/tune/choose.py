@@ -153,9 +153,6 @@ def best_first(scores: Tensor, distances: Tensor, sign: int) -> list[int]:
 
 
 def _announce(settings: int, pairs: int, objective: Objective) -> None:
-    if not objective.forwards:
-        print(f"{objective.name} is scored on all pixels of {settings} settings of {pairs} pairs.", file=sys.stderr)
-        return
     print(
         f"{objective.name} asks the model: {settings} settings of {pairs} pairs take "
         f"{settings * pairs * objective.forwards} forwards of the {objective.side} tower.",

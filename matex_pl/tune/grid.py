@@ -141,19 +141,16 @@ def depths(grad_layers: int, method: Matex, depth: tuple[int, int]) -> tuple[int
 def search(pairs: Sequence[Pairs], method: Matex, grid: Grid, objective: Objective, raster: tuple[int, int]) -> Tensor:
     """Score of every setting of the grid, on a raster or over words, in its shape; NaN where no study counts."""
     assert objective.coarse is not None
-    total, count = torch.zeros(grid.shape, dtype=torch.float64), torch.zeros(grid.shape)
+    sums: dict[tuple[int, int, int], Tensor] = {}
     for batch in progress(pairs, "settings"):
-        values = torch.full((*grid.shape, len(batch.tokens)), torch.nan)
         score = objective.coarse(batch, raster)
         steps = [_fused(parts, method, grid, objective, raster) for parts in (batch.parts, *batch.others)]
         for step in zip(*steps, strict=True):
-            place, rows, own = step[0]
-            scored = score(rows, *(fused.flatten(1, 2) for *_, fused in step))
-            values[place][..., rows] = scored.T.unflatten(0, own.shape[1:3]).cpu()
-        values = values.double()
-        total += values.nansum(-1)
-        count += (~values.isnan()).sum(-1)
-    return total / torch.where(count > 0, count, torch.nan)
+            place, rows, _ = step[0]
+            scored = objective.tally(score(rows, *(fused.flatten(1, 2) for *_, fused in step)))
+            sums[place] = sums.get(place, 0) + scored.cpu()
+    # The places come in the order of the grid.
+    return objective.settle(torch.stack(list(sums.values()))).view(grid.shape)
 
 
 Fused = Iterator[tuple[tuple[int, int, int], slice, Tensor]]

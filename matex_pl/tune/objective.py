@@ -19,7 +19,7 @@ from matex_pl.attribution.fill import FILLS
 from matex_pl.benchmark.intervals import Detections, Score, Sums
 from matex_pl.clip import Clip
 from matex_pl.data.record import StudyBatch
-from matex_pl.maps import AttributionMaps, min_max, patch_mean
+from matex_pl.maps import AttributionMaps, patch_mean
 from matex_pl.metrics import (
     AveragePrecision50,
     BoxAccuracy,
@@ -147,8 +147,9 @@ def mean_of(values: Sequence[Tensor]) -> Sums:
 
 
 Scorer = Callable[..., Tensor]
-"""Of rows of the pairs, a slice, and their fused maps under S settings `(b, S, P)`, then those beside them, the value
-of each study `(b, S)`, where NaN does not count. Maps of cells or patches have any scale, maps of words are finished.
+"""Of rows of the pairs, a slice, and their fused maps under S settings `(b, S, P)`, then those beside them, what
+`tally` takes, by default the value of each study `(b, S)`, where NaN does not count. Maps of cells or patches have any
+scale, maps of words are finished.
 """
 
 
@@ -161,6 +162,8 @@ class Objective:
         metric: Its class, which knows the direction.
         value: Of a model, pairs, their finished maps and those beside them: what `over` makes a score of, by default
             the value of each study `(B,)`, where NaN does not count.
+        tally: Of what `coarse` finds, C numbers of each setting `(S, C)` that add up over studies.
+        settle: The score of such sums `(..., C)`.
         coarse: The same on a raster, of pairs and its height and width: what scores many settings at once. None where
             each setting is scored on all pixels or words.
         peaks: Only the maximum of a map counts.
@@ -177,6 +180,8 @@ class Objective:
     name: str
     metric: type[Metric]
     value: Callable[..., Any]
+    tally: Callable[[Tensor], Tensor] = coarse.sum_and_count
+    settle: Callable[[Tensor], Tensor] = coarse.mean
     coarse: Callable[[Pairs, tuple[int, int]], Scorer] | None = None
     peaks: bool = False
     patches: bool = False
@@ -231,7 +236,8 @@ def find_objective(name: str) -> Objective:
     if name in LOCATED:
         metric, exact, rough = LOCATED[name]
         peaks = rough is coarse.hits
-        return Objective(name, metric, partial(_located, exact), partial(_in_boxes, rough), peaks=peaks, boxed=True)
+        found, sought = partial(_located, exact), partial(_in_boxes, rough)
+        return Objective(name, metric, found, coarse=sought, peaks=peaks, boxed=True)
     if kind in AT_THRESHOLD and is_share(fill):
         return _find_at_threshold(name, kind, float(fill))
     if name in PLAIN:
@@ -260,14 +266,14 @@ def is_share(text: str) -> bool:
 
 
 def _find_at_threshold(name: str, kind: str, threshold: float) -> Objective:
-    """The objective at a threshold; the average precision, which is no mean over studies, on all pixels."""
-    rough = {
-        "iou": partial(_in_boxes, partial(coarse.overlap, thresholds=(threshold,))),
-        "acc50": partial(_box_accuracy, threshold),
-    }
-    over = Detections.joined if kind == "ap50" else mean_of
-    exact = partial(_at_threshold, kind, threshold)
-    return Objective(name, AT_THRESHOLD[kind], exact, rough.get(kind), boxed=True, over=over)
+    """The objective at a threshold."""
+    metric, exact = AT_THRESHOLD[kind], partial(_at_threshold, kind, threshold)
+    if kind == "ap50":
+        rough, settle, over = partial(_detections, threshold), coarse.precision, Detections.joined
+        return Objective(name, metric, exact, tally=Tensor.double, settle=settle, coarse=rough, boxed=True, over=over)
+    overlap = partial(_in_boxes, partial(coarse.overlap, thresholds=(threshold,)))
+    rough = overlap if kind == "iou" else partial(_box_accuracy, threshold)
+    return Objective(name, metric, exact, coarse=rough, boxed=True)
 
 
 def _at_threshold(kind: str, threshold: float, clip: Clip, pairs: Pairs, maps: AttributionMaps) -> Tensor | Detections:
@@ -288,15 +294,25 @@ def _in_boxes(metric: Located, pairs: Pairs, raster: tuple[int, int]) -> Scorer:
 
 
 def _box_accuracy(threshold: float, pairs: Pairs, raster: tuple[int, int]) -> Scorer:
-    """Acc@0.5 at a threshold, by the metric itself."""
-    boxes = [box.to(_device(pairs)) for box in pairs.batch["boxes"]]
+    """Acc@0.5 at a threshold, of studies with boxes."""
+    boxes = F.pad_boxes(pairs.batch["boxes"], pairs.parts["score"])
+    without = torch.tensor([not len(box) for box in pairs.batch["boxes"]], device=boxes.device)[:, None]
 
     def score(rows: slice, fused: Tensor) -> Tensor:
-        maps = min_max(fused.flatten(0, 1)).unflatten(-1, raster)
-        each = [box for box in boxes[rows] for _ in range(fused.shape[1])]
-        return F.box_accuracy(F.components(maps, threshold), each, len(each)).view(fused.shape[:2])
+        found = coarse.box_accuracy(fused, boxes[rows], raster, threshold)
+        return found.masked_fill(without[rows], torch.nan)
 
     return score
+
+
+def _detections(threshold: float, pairs: Pairs, raster: tuple[int, int]) -> Scorer:
+    """What the average precision at a threshold is made of."""
+    boxes = [box.to(_device(pairs)) for box in pairs.batch["boxes"]]
+
+    def count(rows: slice, fused: Tensor) -> Tensor:
+        return coarse.detections(fused, boxes[rows], raster, threshold)
+
+    return count
 
 
 def _device(pairs: Pairs) -> torch.device:

@@ -52,7 +52,7 @@ def tune_matex(
     all pixels, and the winner is the best of those and of the method's own setting. Of equal ones it is the nearest to
     the method's own: by the sum over the settings of the difference as a share of the range of what was tried, where
     another shape of the prior counts 1. For words, settings are scored at once without a raster. An objective that asks
-    the model (confidence) needs a forward per pair and setting, on all pixels; `ap50` is scored there too.
+    the model (confidence) needs a forward per pair and setting, on all pixels.
 
     Writes `tuned.yaml`, which `--method` and the callbacks take, `surface.png` and `surface.svg`, the scores over
     lambda_s, lambda_c and tau, and `tune.json`, all scores with what made them.
@@ -64,14 +64,14 @@ def tune_matex(
         method: A Matex, `Matex.measured()` by default, whose settings stay but for those that are tried: the name of a
             shipped setting, a YAML file, or a class.
         objective: What is best: searched on a raster `pointing_game`, `cnr`, `miou`, `energy_in_box`, `rank_accuracy`,
-            at a threshold `iou` and `acc50`, as `iou/0.3`, `border_mass`, `outside_thorax_mass` where the data module
-            knows the thorax, and `mean_map_mass` (lower: the smaller map); there too, held against the maps under
-            another study's phrase `prompt_sensitivity`, with right and left exchanged `side_sensitivity`, under
-            shuffled weights `sanity`, which takes the components once more for each block of the towers; on all pixels
-            `ap50/0.3`; and, with forwards of the model for each setting, `confidence_drop`, `confidence_increase`,
-            `fixed_drop`, `fixed_increase`, `remove`, `insertion` and `deletion` (their gain, which orders settings as
-            the AUC does), filled with the mean film, or with another fill as in `remove/blur`. For the words `text_`
-            before one of the first five of these, `mean_map_mass` or `sanity`.
+            at a threshold `iou`, `acc50` and `ap50`, as `iou/0.3`, `border_mass`, `outside_thorax_mass` where the data
+            module knows the thorax, and `mean_map_mass` (lower: the smaller map); there too, held against the maps
+            under another study's phrase `prompt_sensitivity`, with right and left exchanged `side_sensitivity`, under
+            shuffled weights `sanity`, which takes the components once more for each block of the towers; and, with
+            forwards of the model for each setting, `confidence_drop`, `confidence_increase`, `fixed_drop`,
+            `fixed_increase`, `remove`, `insertion` and `deletion` (their gain, which orders settings as the AUC does),
+            filled with the mean film, or with another fill as in `remove/blur`. For the words `text_` before one of the
+            first five of these, `mean_map_mass` or `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.

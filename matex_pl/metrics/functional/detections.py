@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,28 +32,36 @@ class Components:
 
 def components(maps: Tensor, threshold: float) -> Components:
     """The 8-connected components of `map > threshold`, of maps `(B, H, W)`."""
-    number, height, width = maps.shape
-    # One image of all maps, with an empty row between; to OpenCV on the CPU.
-    stacked = torch.nn.functional.pad(maps > threshold, (0, 0, 0, 1)).flatten(0, 1).to(torch.uint8)
-    if not stacked.numel():
-        return Components(maps.new_zeros(0, dtype=torch.long), maps.new_zeros(0, 4), maps.new_zeros(0))
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(stacked.cpu().numpy(), connectivity=8, ltype=cv2.CV_32S)
-    label = torch.from_numpy(labels).to(maps.device).view(number, height + 1, width)[:, :-1].flatten().long()
-    place = torch.arange(len(label), device=maps.device)
-    first = torch.full((count,), len(label), device=maps.device).scatter_reduce(0, label, place, "amin")[1:]
-    peak = maps.new_zeros(count).scatter_reduce(0, label, maps.flatten(), "amax", include_self=False)[1:]
+    label, study, boxes = label_components(maps > threshold)
+    label, place = label.flatten(), torch.arange(label.numel(), device=maps.device)
+    first = place.new_full((len(study) + 1,), label.numel()).scatter_reduce(0, label, place, "amin")[1:]
+    peak = maps.new_zeros(len(study) + 1).scatter_reduce(0, label, maps.flatten(), "amax", include_self=False)[1:]
     order = first.argsort()
-    study = first // (height * width)
-    boxes = _boxes(stats[1:], study, (height, width))
     return Components(study[order], boxes.to(maps.dtype)[order], peak[order])
 
 
-def _boxes(stats: np.ndarray, study: Tensor, size: tuple[int, int]) -> Tensor:
-    """OpenCV's left, top, width, height in the stack of maps as corners in [0, 1] of each map, `(n, 4)`."""
-    left, top, width, height = torch.from_numpy(stats[:, :4].copy()).to(study).T
-    top = top - study * (size[0] + 1)
-    corners = torch.stack([left, top, left + width, top + height], 1)
-    return corners / torch.tensor([size[1], size[0], size[1], size[0]], device=study.device)
+def label_components(above: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The 8-connected components of masks.
+
+    Args:
+        above: `(B, H, W)` bool.
+
+    Returns:
+        Of each cell the number of its component, from 1, or 0 `(B, H, W)`; of each of the n components the index of its
+        mask `(n,)`, and its box `(n, 4)` `x0, y0, x1, y1` in [0, 1].
+    """
+    number, height, width = above.shape
+    if not above.numel():
+        return above.long(), above.new_zeros(0, dtype=torch.long), torch.zeros(0, 4, device=above.device)
+    # One image of all masks, with an empty row between; to OpenCV on the CPU.
+    stacked = torch.nn.functional.pad(above.to(torch.uint8), (0, 0, 0, 1)).flatten(0, 1)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(stacked.cpu().numpy(), connectivity=8, ltype=cv2.CV_32S)
+    label = torch.from_numpy(labels).to(above.device).view(number, height + 1, width)[:, :-1].long()
+    left, top, across, down = torch.from_numpy(stats[1:, :4]).to(above.device).long().T
+    study = top // (height + 1)
+    top = top - study * (height + 1)
+    corners = torch.stack([left, top, left + across, top + down], 1)
+    return label, study, corners / torch.tensor([width, height, width, height], device=above.device)
 
 
 def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -> Tensor:
@@ -157,9 +164,17 @@ def _by_peak(components: Components) -> Tensor:
 
 def _overlaps(components: Components, boxes: Sequence[Tensor]) -> Tensor:
     """IoU of each component's box with each box of its study, `(n, K)`; 0 where a study has fewer, K at least 1."""
-    padded = torch.nn.utils.rnn.pad_sequence([box.to(components.boxes).view(-1, 4) for box in boxes], batch_first=True)
-    padded = torch.nn.functional.pad(padded, (0, 0, 0, 1))
-    ours, theirs = components.boxes[:, None], padded[components.study]
+    return box_iou(components.boxes[:, None], pad_boxes(boxes, components.boxes)[components.study])
+
+
+def pad_boxes(boxes: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The boxes of B studies `(B, K, 4)`, filled up with empty ones, at least one each."""
+    padded = torch.nn.utils.rnn.pad_sequence([box.to(like).view(-1, 4) for box in boxes], batch_first=True)
+    return torch.nn.functional.pad(padded, (0, 0, 0, 1))
+
+
+def box_iou(ours: Tensor, theirs: Tensor) -> Tensor:
+    """IoU of boxes `(..., 4)` with others, by the rules of broadcasting; NaN of two empty ones."""
     sides = (torch.minimum(ours[..., 2:], theirs[..., 2:]) - torch.maximum(ours[..., :2], theirs[..., :2])).clamp(min=0)
     common = sides.prod(-1)
     return common / (_area(ours) + _area(theirs) - common)
