@@ -21,7 +21,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from matex_pl.cli import main
-from matex_pl.data import ManifestDataModule
+from matex_pl.data import ManifestDataModule, pixels
+from matex_pl.data.pixels import _levels
 from matex_pl.data.rows import BadRow, RuleError, box_of_cells, boxes_of_json, check_inside, find_image, split_name
 
 HEIGHT, WIDTH = 60, 80
@@ -219,14 +220,32 @@ def test_masks_give_boxes(root: Path) -> None:
     ],
 )
 def test_masks_mark_what_is_not_black(
-    root: Path, name: str, kind: type, values: tuple[int, int], boxes: list[tuple[int, ...]]
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kind: type,
+    values: tuple[int, int],
+    boxes: list[tuple[int, ...]],
 ) -> None:
+    """Each is decoded once."""
     mask = np.full((HEIGHT, WIDTH), values[0], dtype=kind)
     mask[20:50, 10:30] = values[1]
     cv2.imwrite(str(root / name), mask)
+    decoded = []
+    monkeypatch.setattr(pixels, "_levels", lambda image, path: decoded.append(path) or _levels(image, path))
+    monkeypatch.setattr(cv2, "imread", None)
     (study,), bad = _module(_write(root / "t.csv", _rows(1, mask=name))).checked_rows()
     assert not bad
     assert list(study.boxes) == boxes
+    assert decoded == [root / name]
+
+
+def test_many_rows_stay_in_their_order(root: Path) -> None:
+    """They are read side by side."""
+    rows = [{**_rows()[n % 3], "phrase": f"Film {n}." if n % 7 else "", "id": str(n)} for n in range(300)]
+    studies, bad = _module(_write(root / "t.csv", rows)).checked_rows()
+    assert [study.id for study in studies] == [str(n) for n in range(300) if n % 7]
+    assert [row.line for row in bad] == [n + 2 for n in range(0, 300, 7)]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from matex_pl.data import NihDataModule
-from matex_pl.data.pixels import FilmCache, _kept_film, film_size, read_film, resize_film
+from matex_pl.data.pixels import FilmCache, _kept_film, film_size, read_film, read_levels, resize_film
 from matex_pl.data.transforms import GEOMETRIES, FilmTransform
 
 HEIGHT, WIDTH = 120, 90
@@ -119,6 +119,17 @@ def test_first_of_several_pages_with_a_warning(tmp_path: Path, suffix: str) -> N
     with pytest.warns(UserWarning, match=rf"film\.{suffix} has 3 pages; the first one is taken"):
         film = read_film(path)
     np.testing.assert_allclose(film.pixels, 90, atol=2)
+
+
+def test_levels_keep_what_is_hardly_above_black(tmp_path: Path) -> None:
+    """A film is stretched to 8 bits, in which 1 of 65,535 is nothing."""
+    levels = np.array([[0, 1], [65535, 0]], dtype=np.uint16)
+    path = _save(Image.fromarray(levels), tmp_path / "film.png")
+    assert read_film(path).pixels.tolist() == [[0, 0], [255, 0]]
+    assert read_levels(path).tolist() == levels.tolist()
+    dark = read_levels(_white_is_zero(tmp_path, np.uint16))
+    assert dark.min() == 0
+    np.testing.assert_allclose(dark / dark.max(), _ramp(), atol=1e-4)
 
 
 def test_what_is_see_through_is_black(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import cv2
 
-from matex_pl.data.pixels import film_size, is_jpeg, read_film
+from matex_pl.data.pixels import film_size, is_jpeg, read_film, read_levels
 from matex_pl.data.record import Study
 from matex_pl.data.rows import (
     BadRow,
@@ -264,16 +264,12 @@ def _mask_boxes(path: Path, name: str, size: tuple[int, int]) -> list[Box]:
     Raises:
         RuleError: The mask is of another size than its film, or a JPEG that has noise alone.
     """
-    mask = read_film(path).pixels
-    if mask.shape != size:
-        raise RuleError(name, f"the mask is {mask.shape[1]} x {mask.shape[0]} and its film {size[1]} x {size[0]}")
-    if is_jpeg(path):
-        marked = mask > 127
-        if mask.any() and not marked.any():
-            raise RuleError(name, "the mask is a JPEG without a pixel above 127: save it as PNG")
-    else:
-        # Films of more than 8 bits are stretched when they are read, and lose what is not much above black.
-        deep = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH)
-        marked = (mask if deep is None or deep.dtype == "uint8" or deep.shape != size else deep) > 0
+    noisy = is_jpeg(path)
+    levels = read_film(path).pixels if noisy else read_levels(path)
+    if levels.shape != size:
+        raise RuleError(name, f"the mask is {levels.shape[1]} x {levels.shape[0]} and its film {size[1]} x {size[0]}")
+    marked = levels > (127 if noisy else 0)
+    if noisy and levels.any() and not marked.any():
+        raise RuleError(name, "the mask is a JPEG without a pixel above 127: save it as PNG")
     _, _, parts, _ = cv2.connectedComponentsWithStats(marked.astype("uint8"))
     return [(float(x), float(y), float(x + width), float(y + height)) for x, y, width, height, _ in parts[1:].tolist()]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
-from tqdm import tqdm
 
 from matex_pl.data.ms_cxr import find_film
 from matex_pl.data.record import Study
@@ -91,9 +90,7 @@ class MimicCxrDataModule(TableDataModule):
             bad += unread
             rows = [row for row in rows if text(row.cells, "dicom_id") in frontal]
         sentences: dict[str, list[str]] = {}
-        studies, wrong = sort_rows(
-            tqdm(rows, "reports", delay=2, disable=None), lambda row: self._study(row, sentences)
-        )
+        studies, wrong = sort_rows(rows, lambda row: self._study(row, sentences))
         told = [study for study in studies if study.phrase]
         if len(told) < len(studies):
             rank_zero_warn(

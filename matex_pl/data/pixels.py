@@ -85,6 +85,14 @@ def read_film(path: str | Path, fit: Fit | None = None, *, upright: bool = True)
     return _opened(path, lambda file: _decode(file, fit, upright=upright))
 
 
+def read_levels(path: str | Path) -> np.ndarray:
+    """Grey levels of an image's file as they are stored, upright, `(h, w)`: 1 of 65,535 is more than black.
+
+    uint8, or numbers of more bits, of DICOM those of its window; errors as of `read_film`.
+    """
+    return _opened(path, _stored_levels)
+
+
 def film_size(path: str | Path, *, upright: bool = True) -> Size:
     """Height and width of a film's file, from its header; see `read_film` for the arguments and errors."""
     return _opened(path, lambda file: _header_size(file, upright=upright))
@@ -228,8 +236,19 @@ def _decode_image(image: Image.Image, path: Path, fit: Fit | None, orientation: 
         # `draft` takes width and height as they are stored.
         target = fit(size) if orientation in _TURNED else fit(size)[::-1]
         return Film(_turned(_decode_reduced(image, target), orientation), size)
-    film = _finished(_turned(_levels(image, path), orientation), fit)
+    levels = _turned(_levels(image, path), orientation)
+    film = _finished(levels if levels.dtype == np.uint8 else _stretched(levels), fit)
     return Film(film.pixels, size)
+
+
+def _stored_levels(path: Path) -> np.ndarray:
+    if is_dicom(path):
+        return read_dicom(path)
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return _turned(_levels(image, path), _orientation(image, upright=True))
+    except UnidentifiedImageError:
+        return _deep_jpeg(path)
 
 
 def _decode_reduced(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
@@ -258,16 +277,16 @@ def _shares(cells: int, pixels: int, extent: float) -> np.ndarray:
 
 
 def _levels(image: Image.Image, path: Path) -> np.ndarray:
-    """Grey levels `(h, w)`: uint8, or float32 in [0, 1] where there are more than 8 bits."""
+    """Grey levels `(h, w)` as they are stored, from black: uint8, or numbers of more bits."""
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image)
         # Pillow turns such pixels around in 8 bits and fewer only.
         dark_is_high = getattr(image, "tag_v2", {}).get(_POLARITY_TAG) == _WHITE_IS_ZERO
-        return _stretched(-pixels.astype(np.float32) if dark_is_high else pixels)
+        return pixels.max() - pixels if dark_is_high else pixels
     if image.format == "PNG" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         # Pillow keeps 8 bits of colours. It is asked first, because OpenCV does not mind a file that ends early.
         image.load()
-        return _stretched(_luminance(np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED))))
+        return _luminance(np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     return np.asarray(image.convert("L"))
