@@ -414,6 +414,28 @@ def test_a_cache_that_takes_no_films_is_named_before_the_first_step(tmp_path: Pa
         _cached(tmp_path / "nih", tmp_path / "file" / "kept").setup("fit")
 
 
+def test_a_full_cache_that_takes_no_more_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an administrator may share it, read-only."""
+
+    def refuse(folder: Path) -> None:
+        raise OSError(f"Nothing can be written in {folder}")
+
+    monkeypatch.setattr("matex_pl.data.pixels.check_folder", refuse)
+    with pytest.raises(OSError, match="Nothing can be written"):
+        _cached(tmp_path / "nih", tmp_path / "kept").setup("fit")
+    monkeypatch.undo()
+    data = _cached(tmp_path / "nih", tmp_path / "kept")
+    data.setup("fit")
+    films = data.dataset("val")
+    wanted = [films[index].image for index in range(len(films))]
+    monkeypatch.setattr("matex_pl.data.pixels.check_folder", refuse)
+    monkeypatch.setattr("matex_pl.data.pixels.read_film", None)
+    data = _cached(tmp_path / "nih", tmp_path / "kept")
+    data.setup("fit")
+    for index, image in enumerate(wanted):
+        assert torch.equal(data.dataset("val")[index].image, image)
+
+
 def test_a_cache_without_room_is_done_without(tmp_path: Path) -> None:
     data = _cached(tmp_path / "nih", tmp_path / "kept")
     data.setup("fit")

@@ -129,9 +129,15 @@ class FilmCache:
         """Make the folder and remove what killed processes left half-written there.
 
         Raises:
-            OSError: Nothing can be written there.
+            OSError: Nothing can be written there, and no film is kept there.
         """
-        check_folder(self.folder)
+        try:
+            check_folder(self.folder)
+        except OSError:
+            # One that was filled before may be read all the same.
+            if not any(self.folder.glob("??/*.npz")):
+                raise
+            return
         remove_abandoned_parts(self.folder)
 
     def read(self, path: str | Path, fit: Fit, settings: str, *, upright: bool = True) -> Film:
@@ -280,6 +286,8 @@ def _levels(image: Image.Image, path: Path) -> np.ndarray:
     """Grey levels `(h, w)` as they are stored, from black: uint8, or numbers of more bits."""
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image)
+        if not np.isfinite(pixels).all():
+            raise ValueError("a pixel is not finite")
         # Pillow turns such pixels around in 8 bits and fewer only.
         dark_is_high = getattr(image, "tag_v2", {}).get(_POLARITY_TAG) == _WHITE_IS_ZERO
         return pixels.max() - pixels if dark_is_high else pixels
@@ -301,8 +309,6 @@ def _luminance(pixels: np.ndarray) -> np.ndarray:
 def _stretched(pixels: np.ndarray) -> np.ndarray:
     """Pixels from their darkest to their brightest as float32 in [0, 1]; 0 where all are equal."""
     values = pixels.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError("a pixel is not finite")
     low, high = float(values.min()), float(values.max())
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 

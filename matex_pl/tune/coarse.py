@@ -205,7 +205,7 @@ def _sorted_with(numbers: Tensor, fused: Tensor) -> tuple[Tensor, Tensor]:
     # One bit is the sign, one is left free for rounding.
     steps = (fused - low).mul_(2 ** (30 - bits) / torch.where(high > low, high - low, torch.inf))
     keys = _sorted((steps.int() << bits).bitwise_or_(numbers))
-    ties = (keys[..., 1:] ^ keys[..., :-1]).amin(-1) < 2**bits
+    ties = ((keys[..., 1:] ^ keys[..., :-1]) < 2**bits).any(-1)
     # Most of these are near each other, not equal.
     ties[ties.clone()] = (_sorted(fused[ties]).diff() == 0).any(-1)
     return keys.bitwise_and_(2**bits - 1), ties
