@@ -116,6 +116,8 @@ class AttributionMetrics(Callback):
     def _start(self, module: Any) -> None:
         self._check_fill(module)
         self.metrics = {}
+        for metric in self._kept.values():
+            metric.reset()
         kinds: dict[str, type[Metric]] = {
             "pointing_game": PointingGame,
             "cnr": ContrastToNoise,
@@ -232,7 +234,6 @@ class AttributionMetrics(Callback):
             if name not in self._kept:
                 self._kept[name] = kind()
             self.metrics[name] = self._kept[name].to(device or self.metrics["cnr"].device)
-            self.metrics[name].reset()
         return self.metrics[name]
 
     def _remove(self, clip: Clip, images: Tensor, tokens: Tensor, maps: AttributionMaps, ids: list[str]) -> None:

@@ -474,9 +474,11 @@ def _comparison_sentences(results: dict[str, Any]) -> list[str]:
 
 
 def _comparisons(results: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The comparisons of each metric and row."""
+    """The comparisons of each metric and row, of the metrics by which anything could be compared."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for comparison in results.get("comparisons") or []:
+    found = results.get("comparisons") or []
+    told = {comparison["metric"] for comparison in found if verdict(comparison, {}) != "open"}
+    for comparison in (comparison for comparison in found if comparison["metric"] in told):
         groups[comparison["metric"]][comparison["row"]].append(comparison)
     return groups
 

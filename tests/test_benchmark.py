@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from matex_pl.explain import load_module
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.removal import image_score
 from matex_pl.pairs import choose_pairs, prepare_data, read_pairs
+from matex_pl.store import read_tensors
 
 FILMS = {"num_train": 12, "num_val": 6, "num_test": 10, "film_size": 64, "batch_size": 4, "num_workers": 0}
 SMALL = {"num_pairs": 7, "validation_pairs": 3, "sanity_pairs": 3, "batch_size": 3, "steps": 4, "resamples": 100}
@@ -95,7 +97,7 @@ def test_every_shipped_method_from_the_command_line(tmp_path, films, checkpoint,
     assert {"MATEX", "MATEX, as printed", "Rise", "KernelShap", "M2ib", "GradCam", "LeGrad"} <= shown
     assert "SubmodularRegions" not in shown
     assert {"PatchSimilarity", "CenterMap", "PriorOnly"}.isdisjoint(row["name"] for row in text)
-    assert next(row["note"] for row in image if row["name"] == "Rise") == "6 masks"
+    assert next(row["note"] for row in image if row["name"] == "Rise") == "6 masks, fill: mean film"
     wanted = {"pointing_game", "cnr", "miou", "iou", "acc50", "ap50", "energy_in_box", "rank_accuracy", "sanity"}
     wanted |= {"prompt_sensitivity", "side_sensitivity", "outside_thorax_mass", "mean_map_mass"}
     wanted |= {"insertion/blur", "insertion/mean_film", "deletion/mean_colour", "deletion/mean_film"}
@@ -111,6 +113,21 @@ def test_every_shipped_method_from_the_command_line(tmp_path, films, checkpoint,
         assert "Chefer" in (tmp_path / name).read_text(encoding="utf-8")
     assert "MATEX, delta = 0" in printed
     assert "report.html" in printed
+
+
+def curves(clip, images, grid, fill, text, kind):
+    """Of each film: scores in steps of four patches `(5,)`, the area above the fill, and what the curve spans."""
+    height, width = (side // cells for side, cells in zip(clip.image_size, clip.grid, strict=True))
+    for image, cells, phrase in zip(images, grid, text, strict=True):
+        order = sorted(np.ndindex(*cells.shape), key=lambda cell: (-float(cells[cell]), cell))
+        scores = []
+        for count in (0, 4, 8, 12, 16):
+            keep = torch.full(clip.image_size, kind == "deletion")
+            for row, column in order[:count]:
+                keep[row * height : (row + 1) * height, column * width : (column + 1) * width] = kind == "insertion"
+            scores.append(float(image_score(clip, image[None], keep[None], fill, phrase[None])))
+        blank, full = (scores[0], scores[-1]) if kind == "insertion" else (scores[-1], scores[0])
+        yield scores, (sum(scores) - (blank + full) / 2) / 4 - blank, full - blank
 
 
 def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
@@ -131,6 +148,9 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     with torch.no_grad():
         text, score = clip.encode_text(tokens), clip.similarity(images, tokens)
     rest = ~F.top_share(maps.image.flatten(1), 0.2).view_as(maps.image)
+    order = maps.image.flatten(1).argsort(descending=True, stable=True)
+    half = torch.zeros_like(order).scatter(1, order[:, : order.shape[1] // 2], 1).view_as(maps.image)
+    half_score = {fill: image_score(clip, images, half, fill, text) for fill in ("mean_colour", "mean_film")}
     threshold = row["threshold"]
     found = F.components(maps.image, threshold)
     by_hand = {
@@ -147,10 +167,23 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
             score, image_score(clip, images, maps.image, "mean_colour", text)
         ),
         "remove/mean_film": F.confidence_drop(score, image_score(clip, images, rest, "mean_film", text)),
+        "fixed_drop/mean_colour": 100 * (score - half_score["mean_colour"]).clamp(min=0),
+        "fixed_increase/mean_film": 100.0 * (half_score["mean_film"] > score),
     }
     for name, values in by_hand.items():
         assert row["scores"][name]["value"] == pytest.approx(float(values.nanmean()), abs=2e-4), name
         assert row["scores"][name]["n"] == int((~values.isnan()).sum())
+    everything = [read_tensors(path)[0] for path in (tmp_path / "values").iterdir()]
+    for name in ("insertion/mean_film", "deletion/mean_colour"):
+        kind, _, fill = name.partition("/")
+        by_film = list(curves(clip, images, maps.grid, fill, text, kind))
+        scores, gain, span = (np.array(column) for column in zip(*by_film, strict=True))
+        assert row["curves"][name]["score"] == pytest.approx(scores.mean(0), abs=1e-5), name
+        # Where films score less than their fill there is no value, but there are its parts.
+        own = next(kept for kept in everything if np.allclose(kept[f"image/curves/{name}/score"].T, scores, atol=1e-5))
+        np.testing.assert_allclose(own[f"image/sums/{name}/above"], gain, atol=1e-5)
+        np.testing.assert_allclose(own[f"image/sums/{name}/below"], span, atol=1e-5)
+    assert row["scores"]["deletion/mean_colour"]["value"] == pytest.approx(gain.sum() / span.sum(), abs=1e-4)
     hits = F.match_components(found, batch["boxes"])
     boxes = torch.tensor([len(box) for box in batch["boxes"]])
     precision = F.average_precision(found.peak, hits, found.study, boxes)
@@ -158,6 +191,34 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     about = torch.tensor([study.finding == studies[0].finding for study in studies])
     own = row["per_finding"][studies[0].finding]["cnr"]
     assert own["value"] == pytest.approx(float(by_hand["cnr"][about].nanmean()), abs=2e-4)
+
+
+def test_text_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
+    """Phrase by phrase, with pads for what is taken."""
+    results = run(data, checkpoint, tmp_path, methods=["chefer"])
+    clip = load_module(str(checkpoint)).clip
+    prepare_data(data, clip.image_size, "test")
+    studies = choose_pairs(data, "test", SMALL["num_pairs"], 0)
+    [batch] = read_pairs(data, "test", studies, 100)
+    images, tokens = clip.normalise(batch["image"]), clip.tokenize(batch["phrase"])
+    maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["film"])
+    drops = {"confidence_drop": [], "fixed_drop": [], "remove": []}
+    for image, ids, values, content in zip(images, tokens, maps.text, clip.content(tokens), strict=True):
+        places = sorted(content.nonzero().flatten().tolist(), key=lambda place, values=values: -float(values[place]))
+        middle = np.median([float(values[place]) for place in places])
+        dropped = {
+            "confidence_drop": [place for place in places if float(values[place]) <= middle],
+            "fixed_drop": places[len(places) // 2 :],
+            "remove": places[: max(1, len(places) // 5)],
+        }
+        with torch.no_grad():
+            whole = float(clip.similarity(image[None], ids[None]))
+            for name, gone in dropped.items():
+                left = torch.tensor([clip.pad_id if place in gone else int(one) for place, one in enumerate(ids)])
+                drops[name].append(100 * max(0.0, whole - float(clip.similarity(image[None], left[None]))))
+    row = next(row for row in results["rows"] if row["name"] == "Chefer" and row["modality"] == "text")
+    for name, values in drops.items():
+        assert row["scores"][name]["value"] == pytest.approx(np.mean(values), abs=2e-4), name
 
 
 def test_the_threshold_is_chosen_on_validation(tmp_path, data, checkpoint):
@@ -218,7 +279,6 @@ def test_a_second_run_computes_nothing_and_says_the_same(tmp_path, data, checkpo
 def test_other_weights_are_explained_anew(tmp_path, data, checkpoint, monkeypatch):
     first = run(data, checkpoint, tmp_path / "out")
     changed = torch.load(checkpoint, weights_only=True)
-    changed["state_dict"]["clip.model.visual.conv1.weight"].flip(0)
     changed["state_dict"]["clip.model.visual.conv1.weight"][0, 0, 0, 0] += 0.5
     torch.save(changed, tmp_path / "other.ckpt")
     count = Counting(monkeypatch)
@@ -229,17 +289,44 @@ def test_other_weights_are_explained_anew(tmp_path, data, checkpoint, monkeypatc
 
 
 def test_interrupted_anywhere_the_numbers_are_the_same(tmp_path, data, checkpoint, monkeypatch):
-    whole = run(data, checkpoint, tmp_path / "whole")
-    for stop_after in (0, 1, 4, 7, 12):
+    with monkeypatch.context() as patch:
+        count = Counting(patch)
+        whole = run(data, checkpoint, tmp_path / "whole")
+    stops = (0, 1, 4, 7, 12)
+    for stop_after in stops:
         with monkeypatch.context() as patch:
             Counting(patch, stop_after)
             with pytest.raises(KeyboardInterrupt):
                 run(data, checkpoint, tmp_path / "parts")
         assert not (tmp_path / "parts" / "results.json").exists()
-    count = Counting(monkeypatch)
+    left = Counting(monkeypatch)
     assert without_times(run(data, checkpoint, tmp_path / "parts")) == without_times(whole)
-    Counting(monkeypatch)
-    assert count.calls > 0
+    assert left.calls == count.calls - sum(stops)
+
+
+def test_interrupted_under_shuffled_weights_it_makes_only_what_is_missing(tmp_path, data, checkpoint, monkeypatch):
+    with monkeypatch.context() as patch:
+        count = Counting(patch)
+        whole = run(data, checkpoint, tmp_path / "whole", methods=["chefer"])
+    maps = len(list((tmp_path / "whole" / "maps").glob("Chefer-*/*.safetensors")))
+    values = tmp_path / "parts" / "values"
+    # All maps and one stage, then another stage.
+    for stop_after, stages in ((maps + 1, 1), (1, 2)):
+        with monkeypatch.context() as patch:
+            Counting(patch, stop_after)
+            with pytest.raises(KeyboardInterrupt):
+                run(data, checkpoint, tmp_path / "parts", methods=["chefer"])
+        [kept] = values.iterdir()
+        assert len(read_tensors(kept)[0]) == 2 * stages
+    left = Counting(monkeypatch)
+    results = run(data, checkpoint, tmp_path / "parts", methods=["chefer"])
+    assert without_times(results) == without_times(whole)
+    assert left.calls == count.calls - maps - 2
+    # Beneath the key of the row, and gone when that is written.
+    names = {path.name for path in values.iterdir()}
+    assert names == {path.name for path in (tmp_path / "whole" / "values").iterdir()}
+    assert kept.name.replace(".stages", "") in names
+    assert not any(".stages" in name for name in names)
 
 
 @pytest.mark.slow
@@ -325,6 +412,51 @@ def test_quick_takes_fewer_masks_and_full_the_methods_own():
     assert (quick["Rise"].masks, full["Rise"].masks) == (500, Rise().masks)
     assert (quick["KernelShap"].samples, full["KernelShap"].samples) == (300, 512)
     assert quick["Rise"].settings == {**full["Rise"].settings, "masks": 500}
+
+
+def saved(path, name, **settings):
+    path.write_text(f"class_path: matex_pl.attribution.{name}\ninit_args: {json.dumps(settings)}\n", encoding="utf-8")
+    return str(path)
+
+
+def test_controls_are_those_of_each_matex_that_is_asked_for(tmp_path):
+    tuned = saved(tmp_path / "tuned.yaml", "Matex", lambda_s=3.5, fusion="sum")
+    rows = {row.name: row for row in compared_rows(["matex", tuned, "paper/matex", "center_map"], "quick")}
+    assert list(rows) == [
+        *("MATEX", "tuned", "MATEX, as printed"),
+        *("MATEX, delta = 0", "tuned, delta = 0", "MATEX, usual places", "PriorOnly", "RandomMap", "CenterMap"),
+    ]
+    for name in ("MATEX", "tuned"):
+        left = rows[f"{name}, delta = 0"]
+        assert left.control
+        assert left.method.settings == rows[name].method.settings | {"delta": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "settings"), [("RandomMap", "RandomMap", {"seed": 3}), ("Mean box", "Chefer", {})]
+)
+def test_nothing_else_has_the_name_of_a_control(tmp_path, name, method, settings):
+    path = saved(tmp_path / f"{name}.yaml", method, **settings)
+    with pytest.raises(ValueError, match=f"Two methods are called '{name}'"):
+        compared_rows([path], "quick")
+
+
+class Boxless(PhantomDataModule):
+    """The same films, of which nobody has drawn where the finding is."""
+
+    def list_studies(self):
+        return [replace(study, boxes=()) for study in super().list_studies()]
+
+
+def test_without_boxes_the_controls_are_compared_by_what_the_model_says(tmp_path, films, data, checkpoint):
+    found = run(Boxless(root=str(films), **FILMS), checkpoint, tmp_path / "boxless")
+    compared = {comparison["metric"] for comparison in found["comparisons"]}
+    assert compared == {"remove/mean_film", "insertion/mean_film", "deletion/mean_film"}
+    page = (tmp_path / "boxless" / "report.html").read_text(encoding="utf-8")
+    assert "Drop, top fifth removed (mean film), how many of 3 methods are better" in page
+    assert "Pointing game, how many" not in page
+    boxed = run(data, checkpoint, tmp_path / "boxed")
+    assert boxed["data"]["fingerprint"] != found["data"]["fingerprint"]
 
 
 def test_mean_boxes_against_a_loop(data):

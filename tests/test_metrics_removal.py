@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,15 @@ from torch import Tensor, nn
 from matex_pl.attribution.fill import FILLS, fill_images
 from matex_pl.clip import Clip
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease
-from matex_pl.metrics.removal import end_scores, image_score, patch_counts, patch_curve, text_score
+from matex_pl.metrics.removal import (
+    dropped_tokens,
+    end_scores,
+    image_score,
+    kept_pixels,
+    patch_counts,
+    patch_curve,
+    text_score,
+)
 
 PHRASES = ["left lower lobe nodule", "small right effusion", "mass of the upper lung"]
 # A frame that is not square, an image tower whose cells no patch embedding makes, and one that averages.
@@ -43,6 +53,40 @@ def _slow_score(clip: Clip, image: Tensor, keep: Tensor, filled: Tensor, text: T
     """One image, one channel at a time."""
     kept = torch.stack([keep * plane + (1 - keep) * blank for plane, blank in zip(image, filled, strict=True)])
     return float(clip.encode_image(kept[None])[0] @ text)
+
+
+def _highest(values: Sequence[float], places: Iterable[int], count: int) -> list[int]:
+    """The places of the `count` highest values, of equal ones the first."""
+    return sorted(places, key=lambda place: (-values[place], place))[:count]
+
+
+def test_kept_pixels_against_a_loop() -> None:
+    # So few values that ties are cut.
+    maps = torch.randint(0, 4, (6, 5, 7), generator=torch.Generator().manual_seed(3)) / 4
+    found = {rule: kept_pixels(maps, rule).flatten(1).tolist() for rule in ("map", "half", "rest")}
+    for row, values in enumerate(maps.flatten(1).tolist()):
+        places = range(35)
+        half, fifth = _highest(values, places, 17), _highest(values, places, 7)
+        assert found["map"][row] == values
+        assert found["half"][row] == [place in half for place in places]
+        assert found["rest"][row] == [place not in fifth for place in places]
+
+
+def test_dropped_tokens_against_a_loop() -> None:
+    draw = torch.Generator().manual_seed(4)
+    text_map, content = torch.randint(0, 4, (80, 14), generator=draw) / 4, torch.zeros(80, 14, dtype=torch.bool)
+    for row in range(80):
+        content[row, 1 : 1 + row % 12] = True
+    found = {rule: dropped_tokens(text_map, content, rule).tolist() for rule in ("map", "half", "rest")}
+    for row, values in enumerate(text_map.tolist()):
+        # After BOS; EOT and pads follow.
+        places = range(1, 1 + row % 12)
+        middle = median([values[place] for place in places]) if places else 0
+        half = _highest(values, places, len(places) // 2)
+        fifth = _highest(values, places, max(1, len(places) // 5))
+        assert found["map"][row] == [place in places and values[place] <= middle for place in range(14)]
+        assert found["half"][row] == [place in places and place not in half for place in range(14)]
+        assert found["rest"][row] == [place in fifth for place in range(14)]
 
 
 @every_model

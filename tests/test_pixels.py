@@ -127,9 +127,12 @@ def test_levels_keep_what_is_hardly_above_black(tmp_path: Path) -> None:
     path = _save(Image.fromarray(levels), tmp_path / "film.png")
     assert read_film(path).pixels.tolist() == [[0, 0], [255, 0]]
     assert read_levels(path).tolist() == levels.tolist()
-    dark = read_levels(_white_is_zero(tmp_path, np.uint16))
-    assert dark.min() == 0
-    np.testing.assert_allclose(dark / dark.max(), _ramp(), atol=1e-4)
+    turned = read_levels(_white_is_zero(tmp_path, np.uint16))
+    np.testing.assert_allclose(turned / 65535, _ramp(), atol=1e-4)
+    several = tmp_path / "several.tif"
+    Image.fromarray(levels).save(several, save_all=True, append_images=[Image.fromarray(levels)])
+    with pytest.warns(UserWarning, match=r"several\.tif has 2 pages; the first one is taken"):
+        assert read_levels(several).tolist() == levels.tolist()
 
 
 def test_what_is_see_through_is_black(tmp_path: Path) -> None:
@@ -431,7 +434,8 @@ def test_a_full_cache_that_takes_no_more_is_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("matex_pl.data.pixels.check_folder", refuse)
     monkeypatch.setattr("matex_pl.data.pixels.read_film", None)
     data = _cached(tmp_path / "nih", tmp_path / "kept")
-    data.setup("fit")
+    with pytest.warns(UserWarning, match="No more films can be kept in cache_dir .*Nothing can be written"):
+        data.setup("fit")
     for index, image in enumerate(wanted):
         assert torch.equal(data.dataset("val")[index].image, image)
 
@@ -449,7 +453,7 @@ def test_a_cache_without_room_is_done_without(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(found) > 1
     assert [str(warning.message) for warning in caught] == [
-        f"Films cannot be kept in cache_dir {tmp_path / 'kept'} (File too large); they are read anew each time."
+        f"No more films can be kept in cache_dir {tmp_path / 'kept'} (File too large); they are read anew each time."
     ]
     assert [path for path in (tmp_path / "kept").rglob("*") if path.is_file()] == []
     # As soon as there is room again, films are kept.

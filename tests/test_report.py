@@ -609,8 +609,12 @@ def test_without_boxes_the_rest_is_there(tmp_path):
         for key in ("pointing_game", "cnr", "miou", "energy_in_box"):
             if key in row["scores"]:
                 row["scores"][key] = {"value": None, "low": None, "high": None, "n": 0}
+    for comparison in results["comparisons"]:
+        comparison.update(difference=None, low=None, high=None, n=0)
     html, tables = write(tmp_path, results)
     words = Page(html).words()
+    assert "better than none" not in words
+    assert "could not be compared" not in words
     assert "No pair has a box, so pointing is not measured." in words
     assert "Nothing was localised" in words
     assert "## Insertion and deletion, maps of the film" in tables

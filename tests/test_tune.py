@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import yaml
 from families import family
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
@@ -21,8 +23,9 @@ from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.benchmark.intervals import Detections, Sums
-from matex_pl.benchmark.rows import Row
+from matex_pl.benchmark.rows import Row, compared_rows
 from matex_pl.benchmark.score import Bench, Settings
+from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.cli import main
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule, Study
@@ -155,6 +158,10 @@ def test_boxes_found_on_the_raster_are_those_of_finished_maps() -> None:
         assert float(precision(counts.double())[setting]) == pytest.approx(wanted, abs=1e-4)
     assert 0 < accuracy.mean() < 1
     assert accuracy[1, 2] == 0
+    # Flat but for rounding.
+    hair = torch.ones(1, 1, 108)
+    hair[..., 40:60] += 2e-7
+    assert box_accuracy(hair, torch.tensor([[[0, 4 / 12, 1, 7 / 12]]]), (12, 9), 0.3) == 0
     assert precision(counts.double()).unique().numel() == 2
 
 
@@ -205,7 +212,7 @@ def test_on_all_pixels_the_search_is_the_exact_score(name: str, settings: dict[s
     strengths = {"lambda_s": 1 + 3 * drawn[0], "lambda_c": drawn[1], "tau": 2 * drawn[2]}
     axes = tried(grad_layers=[1, 3], prior_shape=["parabola", "plateau"])
     axes |= {key: values.tolist() for key, values in strengths.items()}
-    grid = make_grid(method, objective, (4, 4), axes)
+    grid = make_grid(method, objective, (4, 4), axes, PHRASES)
     found = search(pairs, method, grid, objective, clip.image_size)
     for score, setting in zip(found.flatten(), grid.settings(), strict=True):
         exact = score_setting(clip, pairs, Matex(**method.settings | setting), objective)
@@ -234,6 +241,15 @@ def test_correlations_of_equal_cells() -> None:
     expected = [F.spearman(maps.flatten(0, 1), other.flatten(0, 1)).view(2, 4) for other in others]
     torch.testing.assert_close(found, torch.stack(expected), equal_nan=True)
     assert found.isnan().nonzero().tolist() == [[0, 0, 0], [0, 1, 2], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("skew", [1, 3, 5])
+def test_correlations_of_maps_with_a_few_high_cells(skew: int) -> None:
+    """Where many cells share a step of the range, their order is not that of the other map."""
+    generator = torch.Generator().manual_seed(2)
+    maps, other = (skew * torch.randn(2, 3, 8, 400, generator=generator)).softmax(-1)
+    expected = F.spearman(maps.flatten(0, 1).double(), other.flatten(0, 1).double()).view(3, 8).float()
+    torch.testing.assert_close(correlations(maps, [other])[0], expected, atol=1e-3, rtol=0)
 
 
 def test_a_raster_for_peaks_has_the_centres_of_the_patches() -> None:
@@ -265,7 +281,9 @@ def planted(peak: float) -> Pairs:
 
 def test_the_search_finds_the_strength_that_a_peak_asks_for() -> None:
     method = Matex(fusion="product", lambda_s=1.5, tau=0.2)
-    grid = make_grid(method, find_objective("pointing_game"), (4, 4), tried(lambda_s=[1.5, 2.0, 2.5, 3.0, 3.5]))
+    grid = make_grid(
+        method, find_objective("pointing_game"), (4, 4), tried(lambda_s=[1.5, 2.0, 2.5, 3.0, 3.5]), PHRASES
+    )
     # The prior counts squared: 2.5 lifts by 6.25.
     pairs = [planted(5.0)]
     distances = grid.distances(method, (4, 4))
@@ -285,7 +303,7 @@ def test_the_search_finds_the_strength_that_a_peak_asks_for() -> None:
 
 def test_a_setting_off_the_grid_may_stay_the_best() -> None:
     method = Matex(fusion="product", lambda_s=3.1)
-    grid = make_grid(method, find_objective("pointing_game"), (4, 4), tried(lambda_s=[1.5, 2.0]))
+    grid = make_grid(method, find_objective("pointing_game"), (4, 4), tried(lambda_s=[1.5, 2.0]), PHRASES)
     found = choose_setting(
         family("native"),
         [planted(5.0)],
@@ -318,6 +336,7 @@ def test_a_grid_tries_each_value_once() -> None:
         objective,
         (3, 4),
         tried(grad_layers=[99, 2, 3, 1], lambda_s=[3, 2, 2.0], tau=[1.0], prior_shape=["gaussian"]),
+        PHRASES,
     )
     # All but the first of three blocks are two: the own word for it stays.
     assert grid.grad_layers == [1, -1, 99]
@@ -330,11 +349,15 @@ def test_a_grid_tries_each_value_once() -> None:
 
 def test_what_has_no_part_is_not_tried() -> None:
     axes = tried(grad_layers=[1, 2], lambda_s=[2.0, 3.0], tau=[0.0, 1.0], prior_shape=["gaussian", "plateau"])
-    text = make_grid(Matex(text_grad_layers=2), find_objective("text_remove"), (4, 4), axes)
+    text = make_grid(Matex(text_grad_layers=2), find_objective("text_remove"), (4, 4), axes, PHRASES)
     assert text.shape == (1, 1, 1, 1, 2)
-    assert make_grid(Matex(), find_objective("text_remove"), (4, 4), axes).shape == (2, 1, 1, 1, 2)
-    assert make_grid(Matex(flow="rollout"), find_objective("cnr"), (4, 4), axes).shape == (2, 2, 2, 1, 1)
-    assert make_grid(Matex(beta=0.0), find_objective("cnr"), (4, 4), axes).tau == [0.2]
+    assert make_grid(Matex(), find_objective("text_remove"), (4, 4), axes, PHRASES).shape == (2, 1, 1, 1, 2)
+    assert make_grid(Matex(flow="rollout"), find_objective("cnr"), (4, 4), axes, PHRASES).shape == (2, 2, 2, 1, 1)
+    assert make_grid(Matex(beta=0.0), find_objective("cnr"), (4, 4), axes, PHRASES).tau == [0.2]
+    placeless = ["consolidation", "nodule"]
+    assert make_grid(Matex(), find_objective("cnr"), (4, 4), axes, placeless).shape == (2, 1, 1, 1, 2)
+    usual = Matex(knowledge_prior=True)
+    assert make_grid(usual, find_objective("cnr"), (4, 4), axes, ["edema"]).shape == (2, 2, 2, 1, 2)
 
 
 def test_distances() -> None:
@@ -421,6 +444,34 @@ def test_the_command_writes_what_it_found(films: Path, ckpt_path: str, tmp_path:
     assert "tau 2" in (out / "surface.svg").read_text(encoding="utf-8")
 
 
+def test_tuned_yaml_goes_wherever_a_method_does(films: Path, ckpt_path: str, tmp_path: Path) -> None:
+    # With a kappa that no shipped method has.
+    tune_matex(phantoms(films), ckpt_path, str(tmp_path), method=Matex(kappa=3.0), **SMALL)
+    winner = json.loads((tmp_path / "tune.json").read_text(encoding="utf-8"))["winner"]
+    path = str(tmp_path / "tuned.yaml")
+    maps, metrics = AttributionMaps(path, num_studies=1), AttributionMetrics(path, num_batches=1)
+    run = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        limit_train_batches=1,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        callbacks=[maps, metrics],
+        logger=TensorBoardLogger(tmp_path),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    run.fit(ClipModule(TINY, lr=1e-3, warmup_steps=0), phantoms(films))
+    assert "attribution/pointing_game" in run.callback_metrics
+    assert maps.validations == 1
+    row = next(row for row in compared_rows([path], "quick") if row.name == "tuned")
+    for method in (maps.method, metrics.method, row.method):
+        assert isinstance(method, Matex)
+        assert method.settings == winner
+
+
 def test_it_repeats(films: Path, ckpt_path: str, tmp_path: Path) -> None:
     timed = {"created", "seconds", "ratio"}
     for name in ("a", "b"):
@@ -469,8 +520,8 @@ def test_confidence_is_asked_of_the_model(
         ("acc50/0.2", "on a raster of 32 x 32"),
         ("border_mass", "on a raster of 32 x 32"),
         ("ap50/0.2", "on a raster of 32 x 32"),
-        ("insertion", "insertion asks the model: 8 settings of 6 pairs take 816 forwards of the image tower"),
-        ("deletion/mean_colour", "816 forwards"),
+        ("insertion", "insertion asks the model: 8 settings of 6 pairs take 720 forwards of the image tower"),
+        ("deletion/mean_colour", "720 forwards"),
     ],
 )
 def test_metrics_on_all_pixels(
@@ -500,6 +551,24 @@ def test_metrics_on_all_pixels(
         "deletion/mean_colour": lambda: _gain(clip, images, tokens, maps.grid, "mean_colour", "deletion"),
     }[name]()
     assert setting["score"] == pytest.approx(float(values.nanmean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["insertion", "deletion"])
+def test_the_ends_of_curves_are_computed_once(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    objective = find_objective(f"{kind}/mean_colour")
+    clip, pairs = gathered(objective, Matex())
+    sizes, encode = [], clip.encode_image
+
+    def count(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(clip, "encode_image", count)
+    score = score_setting(clip, pairs, Matex(), objective).score()
+    assert sum(sizes) == objective.forwards * len(PHRASES)
+    anew = [replace(batch, ends=None) for batch in pairs]
+    torch.testing.assert_close(score_setting(clip, anew, Matex(), objective).score(), score, rtol=0, atol=0)
+    assert sum(sizes) > 2 * objective.forwards * len(PHRASES)
 
 
 class Boxed(PhantomDataModule):
@@ -599,6 +668,36 @@ def test_words_are_tuned_without_the_prior(
     assert len({setting["score"] for setting in said["settings"]}) > 1
 
 
+@pytest.mark.parametrize("setting", [{"lambda_s": 1.0}, {"delta": 0.0}], ids=str)
+def test_words_are_tuned_with_the_prior_off(
+    films: Path, ckpt_path: str, tmp_path: Path, setting: dict[str, float]
+) -> None:
+    tune_matex(
+        phantoms(films), ckpt_path, str(tmp_path), method=Matex(**setting), objective="text_mean_map_mass", **SMALL
+    )
+    said = json.loads((tmp_path / "tune.json").read_text(encoding="utf-8"))
+    assert said["own"] == Matex(**setting).settings
+    assert len({found["score"] for found in said["settings"]}) == 4
+
+
+class Placeless(Boxed):
+    """Says what it is, not where."""
+
+    def list_studies(self) -> list[Study]:
+        return [replace(study, phrase="nodule") for study in super().list_studies()]
+
+
+def test_a_prior_without_a_place_is_not_tuned(films: Path, ckpt_path: str, tmp_path: Path) -> None:
+    """And the text says why."""
+    shapes = {"prior_shape": ["gaussian", "parabola"]}
+    text = tune_matex(phantoms(films, Placeless), ckpt_path, str(tmp_path), objective="cnr", **shapes, **SMALL)
+    reason = "no phrase of the validation pairs names a place"
+    assert f"lambda_s: {reason}; prior_shape: {reason}" in text
+    said = json.loads((tmp_path / "tune.json").read_text(encoding="utf-8"))
+    assert {(setting["lambda_s"], setting["prior_shape"]) for setting in said["settings"]} == {(2.5, "parabola")}
+    assert len(said["settings"]) == 4
+
+
 @pytest.mark.parametrize("name", [*CONFIDENCE, "remove/blur", *(f"text_{name}" for name in CONFIDENCE)])
 def test_every_objective_that_asks_the_model(films: Path, ckpt_path: str, name: str) -> None:
     """Each is a number per study, and the directions are those of the metrics."""
@@ -669,12 +768,19 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_boxes_only_the_model_can_be_asked(films: Path, ckpt_path: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pointing_game needs boxes, and no val study of Boxless has any.*remove"):
+def test_without_boxes_some_objectives_are_left(films: Path, ckpt_path: str, tmp_path: Path) -> None:
+    message = r"pointing_game needs boxes, and no val study of Boxless has any\. Take .* needs none: "
+    with pytest.raises(ValueError, match=message) as refused:
         tune_matex(phantoms(films, Boxless), ckpt_path, str(tmp_path / "out"), method=NoWork())
     assert not (tmp_path / "out").exists()
-    text = tune_matex(phantoms(films, Boxless), ckpt_path, str(tmp_path), objective="remove/mean_colour", **SMALL)
-    assert "remove (mean colour), higher is better" in text
+    left = str(refused.value).partition("needs none: ")[2].removesuffix(".").split(", ")
+    needless = {"border_mass", "mean_map_mass", "prompt_sensitivity", "side_sensitivity", "sanity", "text_sanity"}
+    assert needless | {"remove", "text_remove", "insertion"} <= set(left)
+    assert not {*LOCATED, *AT_THRESHOLD} & set(left)
+    titles = {"remove/mean_colour": "remove (mean colour), higher", "border_mass": "border mass, lower"}
+    for name, title in titles.items():
+        text = tune_matex(phantoms(films, Boxless), ckpt_path, str(tmp_path), objective=name, **SMALL)
+        assert f"{title} is better" in text
 
 
 def test_no_file_is_left_half_written(
@@ -693,6 +799,21 @@ def test_no_file_is_left_half_written(
 
 
 # --- what it says
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("iou/0.3", "iou above 0.3, higher is better"),
+        ("acc50/0.35", "acc50 above 0.35, higher is better"),
+        ("ap50/0.35", "ap50 above 0.35, higher is better"),
+        ("insertion", "insertion gain (mean film), higher is better"),
+        ("deletion/mean_colour", "deletion area above the fill alone (mean colour), lower is better"),
+        ("text_sanity", "text sanity, lower is better"),
+    ],
+)
+def test_titles(name: str, title: str) -> None:
+    assert find_objective(name).title == title
 
 
 def choice(values: Tensor, **found: Any) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from matex_pl.metrics.removal import (
     text_score,
 )
 from matex_pl.metrics.sanity import randomised
-from matex_pl.store import MapStore
+from matex_pl.store import MapStore, read_head, read_tensors, write_tensors
 
 # The published form and the one that is no finding on a radiograph; insertion is published with a blurred film.
 FILLS = ("mean_colour", "mean_film")
@@ -153,20 +154,40 @@ def chosen_threshold(store: MapStore, pairs: Sequence[Pairs], size: tuple[int, i
 
 
 def sanity_check(
-    clip: Clip, method: AttributionMethod, store: MapStore, pairs: Sequence[Pairs], seed: int
+    clip: Clip, method: AttributionMethod, store: MapStore, pairs: Sequence[Pairs], seed: int, path: Path
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Rank correlation of the maps under shuffled weights with those of the model, stage by stage.
+
+    Args:
+        clip: The model.
+        method: What makes the maps.
+        store: Holds the maps of the pairs under the weights of the model.
+        pairs: The m pairs.
+        seed: Of the shuffling.
+        path: A file of these pairs, method and weights, where the stages are kept as they come. What it has is taken.
 
     Yields:
         Name of the stage, and of the m pairs `(m,)` over patches as `image` and over content tokens as `text`.
     """
+    kept = {} if read_head(path) is None else read_tensors(path)[0]
     original = [_on(store.read(batch.keys), clip) for batch in pairs]
     for name, broken in progress(randomised(clip, seed), "randomising"):
-        image, text = [], []
-        for batch, before in zip(pairs, original, strict=True):
-            images, tokens = batch.inputs(broken)
-            film = batch.batch["film"].to(images.device)
-            after = method.attribute(broken, images, tokens, batch.batch["phrase"], film)
-            image.append(F.spearman(after.grid.flatten(1), before.grid.flatten(1)))
-            text.append(F.spearman(after.text, before.text, before.content))
-        yield name, {"image": torch.cat(image).cpu(), "text": torch.cat(text).cpu()}
+        if f"{name}/image" not in kept:
+            for modality, correlation in _correlations(broken, method, pairs, original).items():
+                kept[f"{name}/{modality}"] = correlation
+            write_tensors(path, kept, {})
+        yield name, {modality: kept[f"{name}/{modality}"] for modality in ("image", "text")}
+
+
+def _correlations(
+    clip: Clip, method: AttributionMethod, pairs: Sequence[Pairs], original: Sequence[AttributionMaps]
+) -> dict[str, Tensor]:
+    """Rank correlation of the model's maps of each batch with the original ones, `(m,)` by modality, on the CPU."""
+    image, text = [], []
+    for batch, before in zip(pairs, original, strict=True):
+        images, tokens = batch.inputs(clip)
+        film = batch.batch["film"].to(images.device)
+        after = method.attribute(clip, images, tokens, batch.batch["phrase"], film)
+        image.append(F.spearman(after.grid.flatten(1), before.grid.flatten(1)))
+        text.append(F.spearman(after.text, before.text, before.content))
+    return {"image": torch.cat(image).cpu(), "text": torch.cat(text).cpu()}

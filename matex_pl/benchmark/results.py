@@ -28,6 +28,8 @@ from matex_pl.report_panels import Panel, encode
 from matex_pl.store import fingerprint
 
 COMPARED = ("pointing_game", "cnr", "energy_in_box")
+# Where there are no boxes.
+_COMPARED_WITHOUT = ("remove/mean_film", "insertion/mean_film", "deletion/mean_film")
 PACKAGES = ("matex_pl", "torch", "lightning", "open_clip_torch")
 _PANEL_WIDTH, _RANDOM_PANELS = 600, 2
 
@@ -46,7 +48,7 @@ def results(bench: Bench, scored: Sequence[Scored], checkpoint: str) -> dict[str
         "forward_seconds_per_pair": median([row.forward_seconds for row in scored if not row.error] or [0.0]),
         "metrics": metric_columns({name for row in rows for name in row["scores"]}),
         "rows": rows,
-        "comparisons": _comparisons(scored, drawn),
+        "comparisons": _comparisons(bench, scored, drawn),
         "published": PUBLISHED,
     }
 
@@ -82,10 +84,22 @@ def _about_data(bench: Bench) -> dict[str, Any]:
         "patients": len({study.patient_id for study in bench.studies}),
         "boxed": sum(bool(study.boxes) for study in bench.studies),
         "findings": dict(sorted(Counter(study.finding for study in bench.studies if study.finding).items())),
-        "fingerprint": fingerprint(bench.keys),
+        "fingerprint": _fingerprint(bench),
         "validation_pairs": sum(len(batch.keys) for batch in bench.validation),
         "sanity_pairs": min(bench.settings.sanity_pairs, len(bench.studies)),
     }
+
+
+def _fingerprint(bench: Bench) -> str:
+    """Hash of films, phrases, boxes, findings and patients, and of the pairs that choose thresholds."""
+    return fingerprint(
+        {
+            "pairs": bench.keys,
+            "validation": [batch.keys for batch in bench.validation],
+            "boxes": [box.tolist() for batch in [*bench.pairs, *bench.validation] for box in batch.batch["boxes"]],
+            "studies": [[study.finding, study.patient_id] for study in bench.studies],
+        }
+    )
 
 
 def _line(bench: Bench, scored: Scored, modality: str, values: Values | None, drawn: Tensor) -> dict[str, Any]:
@@ -123,14 +137,15 @@ def _line(bench: Bench, scored: Scored, modality: str, values: Values | None, dr
     return line
 
 
-def _comparisons(scored: Sequence[Scored], drawn: Tensor) -> list[dict[str, Any]]:
+def _comparisons(bench: Bench, scored: Sequence[Scored], drawn: Tensor) -> list[dict[str, Any]]:
     """Differences of each method to each control, on the same draws of patients."""
     maps = {row.row.name: row.image.sums for row in scored if row.image is not None}
     controls = [row.row.name for row in scored if row.row.control and row.image is not None]
+    compared = COMPARED if any(study.boxes for study in bench.studies) else _COMPARED_WITHOUT
     found = []
     for name in (name for name in maps if name not in controls):
         for against in controls:
-            for metric in COMPARED:
+            for metric in compared:
                 paired: dict[str, Any] = difference(maps[name][metric], maps[against][metric], drawn)
                 paired["difference"] = paired.pop("value")
                 found.append({"row": name, "against": against, "metric": metric, **paired})

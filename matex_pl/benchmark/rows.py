@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def mean_box_row(train: Sequence[StudyBatch], compared: Sequence[StudyBatch], si
     pairs = [pair for batch in compared for pair in zip(batch["phrase"], batch["finding"], strict=True)]
     count = sum(bool(len(boxes)) for batch in train for boxes in batch["boxes"])
     note = f"of the finding, which it is told, over {count} training pairs; no model"
-    return [Row("Mean box", _MeanBox(dict(pairs), means), True, note)] if means else []
+    return [Row(MEAN_BOX, _MeanBox(dict(pairs), means), True, note)] if means else []
 
 
 def mean_boxes(batches: Sequence[StudyBatch], size: tuple[int, int]) -> dict[str, Tensor]:
@@ -106,27 +106,35 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
     names = [name for name in method_names() if name not in SLOW] if methods is None else list(methods)
     asked = [method_row(name, load_method(name), budget) for name in names]
     rows = [row for row in asked if not isinstance(row.method, Control)]
-    rows.sort(key=lambda row: not isinstance(row.method, Matex))
-    matex = next((row.method for row in rows if row.name == "MATEX"), Matex.measured())
-    assert isinstance(matex, Matex)
-    if any(row.name == "MATEX" for row in rows):
-        rows.insert(1, Row(PRINTED, Matex.paper(), note="equations and numbers of the paper"))
-    rows += _controls(matex) + [row for row in asked if isinstance(row.method, Control) and row.name not in CONTROLS]
-    twice = [row.name for place, row in enumerate(rows) if row.name in {other.name for other in rows[:place]}]
+    versions = {row.name: row.method for row in rows if isinstance(row.method, Matex)}
+    rows.sort(key=lambda row: row.name not in versions)
+    if MATEX in versions and PRINTED not in versions:
+        rows.insert(1, Row(PRINTED, Matex.paper(), note=_AS_PRINTED))
+    controls = _controls(versions.get(MATEX, Matex.measured()))
+    controls[1:1] = [_without_prior(name, matex) for name, matex in versions.items() if name not in (MATEX, PRINTED)]
+    always = {row.name: row.method.settings for row in controls}
+    rows += controls
+    rows += [row for row in asked if isinstance(row.method, Control) and always.get(row.name) != row.method.settings]
+    counts = Counter([*(row.name for row in rows), MEAN_BOX])
+    twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise ValueError(f"Two methods are called {twice[0]!r}. Name each once; a YAML file is called by its name.")
     return rows
 
 
-PRINTED = "MATEX, as printed"
-CONTROLS = ("PriorOnly", "RandomMap", "CenterMap")
+MATEX, PRINTED, MEAN_BOX = "MATEX", "MATEX, as printed", "Mean box"
+_AS_PRINTED = "equations and numbers of the paper"
+
+
+def _without_prior(name: str, matex: Matex) -> Row:
+    return Row(f"{name}, delta = 0", Matex(**matex.settings | {"delta": 0.0}), True, "without its prior")
 
 
 def _controls(matex: Matex) -> list[Row]:
     """MATEX without its prior and with more of it, and what asks no model; they cannot be left out."""
     settings = matex.settings
     return [
-        Row("MATEX, delta = 0", Matex(**settings | {"delta": 0.0}), True, "without its prior"),
+        _without_prior(MATEX, matex),
         Row(
             "MATEX, usual places",
             Matex(**settings | {"knowledge_prior": True}),
@@ -158,8 +166,9 @@ def method_row(name: str, method: AttributionMethod, budget: str) -> Row:
     elif name in method_names():
         quick = QUICK.get(kind, {}) if budget == "quick" else {}
         method = type(method)(**method.settings | quick) if quick else method
-        title = "MATEX" if kind == "Matex" else kind
+        title = MATEX if kind == "Matex" else kind
     else:
         title = Path(name).stem
-    note = f"{getattr(method, REPEATED[kind])} {REPEATED[kind]}" if kind in REPEATED else ""
-    return Row(title, method, note=note)
+    repeated = [f"{getattr(method, REPEATED[kind])} {REPEATED[kind]}"] if kind in REPEATED else []
+    fill = [f"fill: {method.fill.replace('_', ' ')}"] if hasattr(method, "fill") else []
+    return Row(title, method, note=", ".join(repeated + fill))

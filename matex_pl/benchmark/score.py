@@ -151,13 +151,15 @@ class Bench:
         """What the row's maps score; computed once."""
         scored = Scored(row, MapStore(self.folder / "maps", self.weights, row.method))
         path = self.folder / "values" / f"{self._key(scored.store)}.safetensors"
+        stages = path.with_suffix(".stages.safetensors")
         try:
             self._make_maps(scored)
             if read_head(path) is None:
-                write_tensors(path, *self._computed(scored))
+                write_tensors(path, *self._computed(scored, stages))
         except NotImplementedError as error:
             scored.error = str(error)
             return scored
+        stages.unlink(missing_ok=True)
         _unpack(scored, *read_tensors(path))
         return scored
 
@@ -184,15 +186,15 @@ class Bench:
         for batch in self.validation:
             fill_store(self.clip, scored.row.method, scored.store, batch.batch, batch.keys, size)
 
-    def _computed(self, scored: Scored) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The values of both modalities and the cost, to be kept."""
+    def _computed(self, scored: Scored, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The values of both modalities and the cost, to be kept; until then, `path` keeps the sanity check."""
         clip, method, store = self.clip, scored.row.method, scored.store
         threshold = chosen_threshold(store, self.validation, clip.image_size)
         found = {"image": image_values(clip, store, self.pairs, threshold, self.thorax, self.settings.steps)}
         if method.serves_text:
             found["text"] = text_values(clip, store, self.pairs)
         few = _first(self.pairs, self.settings.sanity_pairs)
-        stages = list(sanity_check(clip, method, store, few, self.settings.seed))
+        stages = list(sanity_check(clip, method, store, few, self.settings.seed, path))
         for modality, values in found.items():
             values.add_sanity([(name, correlation[modality]) for name, correlation in stages], len(self.studies))
         packed = {modality: values.packed() for modality, values in found.items()}

@@ -86,7 +86,7 @@ def read_film(path: str | Path, fit: Fit | None = None, *, upright: bool = True)
 
 
 def read_levels(path: str | Path) -> np.ndarray:
-    """Grey levels of an image's file as they are stored, upright, `(h, w)`: 1 of 65,535 is more than black.
+    """Grey levels of an image's file, upright, `(h, w)`, as many as it has: 1 of 65,535 is more than black, which is 0.
 
     uint8, or numbers of more bits, of DICOM those of its window; errors as of `read_film`.
     """
@@ -133,10 +133,11 @@ class FilmCache:
         """
         try:
             check_folder(self.folder)
-        except OSError:
+        except OSError as error:
             # One that was filled before may be read all the same.
             if not any(self.folder.glob("??/*.npz")):
                 raise
+            _warn_uncached(self.folder, error.strerror or str(error))
             return
         remove_abandoned_parts(self.folder)
 
@@ -191,7 +192,9 @@ def _kept_film(path: Path) -> Film | None:
 @lru_cache
 def _warn_uncached(folder: Path, reason: str) -> None:
     """Warn once in a process that films are not kept."""
-    warnings.warn(f"Films cannot be kept in cache_dir {folder} ({reason}); they are read anew each time.", stacklevel=2)
+    warnings.warn(
+        f"No more films can be kept in cache_dir {folder} ({reason}); they are read anew each time.", stacklevel=2
+    )
 
 
 def _opened(path: str | Path, read: Callable[[Path], T]) -> T:
@@ -234,9 +237,7 @@ def _decode(path: Path, fit: Fit | None, *, upright: bool) -> Film:
 
 def _decode_image(image: Image.Image, path: Path, fit: Fit | None, orientation: int) -> Film:
     """The film of an image that is open, but not decoded yet."""
-    pages = getattr(image, "n_frames", 1)
-    if pages > 1:
-        warnings.warn(f"{path} has {pages} pages; the first one is taken.", stacklevel=2)
+    _warn_of_pages(image, path)
     size = _stored_size(image, orientation)
     if image.format == "JPEG" and fit is not None:
         # `draft` takes width and height as they are stored.
@@ -247,11 +248,18 @@ def _decode_image(image: Image.Image, path: Path, fit: Fit | None, orientation: 
     return Film(film.pixels, size)
 
 
+def _warn_of_pages(image: Image.Image, path: Path) -> None:
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        warnings.warn(f"{path} has {pages} pages; the first one is taken.", stacklevel=2)
+
+
 def _stored_levels(path: Path) -> np.ndarray:
     if is_dicom(path):
         return read_dicom(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
+            _warn_of_pages(image, path)
             return _turned(_levels(image, path), _orientation(image, upright=True))
     except UnidentifiedImageError:
         return _deep_jpeg(path)
@@ -283,14 +291,15 @@ def _shares(cells: int, pixels: int, extent: float) -> np.ndarray:
 
 
 def _levels(image: Image.Image, path: Path) -> np.ndarray:
-    """Grey levels `(h, w)` as they are stored, from black: uint8, or numbers of more bits."""
+    """Grey levels `(h, w)`, the darker the lower: uint8, or numbers of more bits."""
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image)
         if not np.isfinite(pixels).all():
             raise ValueError("a pixel is not finite")
         # Pillow turns such pixels around in 8 bits and fewer only.
         dark_is_high = getattr(image, "tag_v2", {}).get(_POLARITY_TAG) == _WHITE_IS_ZERO
-        return pixels.max() - pixels if dark_is_high else pixels
+        highest = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else pixels.max()
+        return highest - pixels if dark_is_high else pixels
     if image.format == "PNG" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         # Pillow keeps 8 bits of colours. It is asked first, because OpenCV does not mind a file that ends early.
         image.load()

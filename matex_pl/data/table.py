@@ -30,8 +30,8 @@ SKIPPED = "skipped_rows.csv"
 _SEPARATORS = (",", ";", "\t")
 _JSON_LINES = {".jsonl", ".ndjson"}
 _SHOWN = 5
-# So many are read by a thread at a time.
-_ROWS = 64
+# So many are read by a thread at a time: few, so that an interruption is not waited for.
+_ROWS = 16
 # Reports are long cells, longer than what the csv module takes by default.
 csv.field_size_limit(2**24)
 
@@ -337,7 +337,7 @@ def sort_rows(rows: Sequence[Row], study_of: Callable[[Row], Study]) -> tuple[li
     bad: list[BadRow] = []
     parts = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
     bar = tqdm(total=len(rows), desc="rows", delay=2, leave=False, disable=None)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with bar, ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool:
         for found in pool.map(lambda part: [_study_or_bad(row, study_of) for row in part], parts):
             bar.update(len(found))
             studies += [made for made in found if isinstance(made, Study)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matex_pl.anatomy import prior_maps
+from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.attribution import Matex
 from matex_pl.attribution.base import progress
 from matex_pl.attribution.matex import attention_flow, last_blocks
@@ -93,7 +93,11 @@ class Grid:
 
 
 def make_grid(
-    method: Matex, objective: Objective, depth: tuple[int, int], tried: Mapping[str, Sequence[Any] | None]
+    method: Matex,
+    objective: Objective,
+    depth: tuple[int, int],
+    tried: Mapping[str, Sequence[Any] | None],
+    phrases: Sequence[str],
 ) -> Grid:
     """What is tried, each value once and in order; of a setting that has no part in the objective the method's own.
 
@@ -103,8 +107,9 @@ def make_grid(
         depth: Blocks of the image and the text tower; of numbers of blocks that mean the same one is tried, the
             method's own if it is one of them.
         tried: Values by the setting's name, None for the method's own.
+        phrases: Of the pairs.
     """
-    idle = idle_settings(method, objective)
+    idle = idle_settings(method, objective, phrases)
     axes = {
         name: [getattr(method, name)] if values is None or name in idle else values for name, values in tried.items()
     }
@@ -118,13 +123,15 @@ def make_grid(
     )
 
 
-def idle_settings(method: Matex, objective: Objective) -> dict[str, str]:
-    """Settings that change nothing about what is scored, and why."""
+def idle_settings(method: Matex, objective: Objective, phrases: Sequence[str]) -> dict[str, str]:
+    """Settings that change nothing about what is scored on pairs with these phrases, and why."""
     idle = {}
     if objective.side == "text":
         idle = dict.fromkeys(("lambda_s", "prior_shape"), "words have no place")
         if method.text_grad_layers is not None:
             idle["grad_layers"] = "the text side has its own number of blocks"
+    elif not any(parse_phrase(phrase, knowledge_prior=method.knowledge_prior).regions for phrase in phrases):
+        idle = dict.fromkeys(("lambda_s", "prior_shape"), "no phrase of the validation pairs names a place")
     if method.flow == "rollout":
         idle["tau"] = "a rollout has no temperature"
     elif method.beta == 0:
@@ -147,8 +154,9 @@ def search(pairs: Sequence[Pairs], method: Matex, grid: Grid, objective: Objecti
         steps = [_fused(parts, method, grid, objective, raster) for parts in (batch.parts, *batch.others)]
         for step in zip(*steps, strict=True):
             place, rows, _ = step[0]
-            scored = objective.tally(score(rows, *(fused.flatten(1, 2) for *_, fused in step)))
-            sums[place] = sums.get(place, 0) + scored.cpu()
+            scored = score(rows, *(fused.flatten(1, 2) for *_, fused in step))
+            # Not every device has the doubles of a tally.
+            sums[place] = sums.get(place, 0) + objective.tally(scored.cpu())
     # The places come in the order of the grid.
     return objective.settle(torch.stack(list(sums.values()))).view(grid.shape)
 

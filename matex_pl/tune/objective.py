@@ -58,6 +58,7 @@ class Pairs:
         text: `(B, D)` embeddings, likewise.
         others: Parts of the same films under what the objective holds beside them: another phrase, other weights.
         thorax: `(H, W)` bool, where lungs and heart usually are, if the data module knows.
+        ends: The two ends of every curve, as `removal.end_scores` gives them, where the objective draws one.
     """
 
     batch: StudyBatch
@@ -67,6 +68,7 @@ class Pairs:
     text: Tensor | None = None
     others: list[dict[str, Any]] = field(default_factory=list)
     thorax: Tensor | None = None
+    ends: tuple[Tensor, Tensor] | None = None
 
 
 def gather_pairs(
@@ -97,8 +99,10 @@ def gather_pairs(
     pairs = []
     for place, batch in enumerate(batches):
         images, tokens = model_inputs(clip, batch)
+        beside = [found[place] for found in others]
         image, text = embed_pairs(clip, images, tokens) if objective.forwards else (None, None)
-        pairs.append(Pairs(batch, parts[place], tokens, image, text, [found[place] for found in others], thorax))
+        ends = removal.end_scores(clip, images, objective.fill, text) if objective.curve and text is not None else None
+        pairs.append(Pairs(batch, parts[place], tokens, image, text, beside, thorax, ends))
     return pairs, seconds
 
 
@@ -164,7 +168,7 @@ class Objective:
             the value of each study `(B,)`, where NaN does not count.
         tally: Of what `coarse` finds, C numbers of each setting `(S, C)` that add up over studies.
         settle: The score of such sums `(..., C)`.
-        coarse: The same on a raster, of pairs and its height and width: what scores many settings at once. None where
+        coarse: `value` on a raster, of pairs and its height and width: what scores many settings at once. None where
             each setting is scored on all pixels or words.
         peaks: Only the maximum of a map counts.
         patches: Only the means of patches count, `maps.grid`.
@@ -172,6 +176,7 @@ class Objective:
         fill: What stands in for pixels that are taken away, if any are.
         boxed: Only studies with boxes count.
         forwards: Of the model, per pair and setting.
+        curve: It is the area of a curve, whose ends no setting changes.
         needs_thorax: The data module has to know where the thorax is.
         beside: Of a model, batches and a seed: models and batches whose maps the pairs' own are held against.
         over: Of the values of all batches, the score.
@@ -189,6 +194,7 @@ class Objective:
     fill: str = ""
     boxed: bool = False
     forwards: int = 0
+    curve: bool = False
     needs_thorax: bool = False
     beside: Callable[[Clip, Sequence[StudyBatch], int], Beside] = _nothing
     over: Callable[[Sequence[Any]], Score] = mean_of
@@ -201,7 +207,9 @@ class Objective:
     @property
     def title(self) -> str:
         """The name in words, with the direction."""
-        words = self.name.partition("/")[0].replace("_", " ") + f" ({self.fill.replace('_', ' ')})" * bool(self.fill)
+        kind, _, detail = self.name.partition("/")
+        words = CURVE_TITLES.get(kind, kind.replace("_", " "))
+        words += f" above {detail}" * (kind in AT_THRESHOLD) + f" ({self.fill.replace('_', ' ')})" * bool(self.fill)
         return f"{words}, {'higher' if self.sign > 0 else 'lower'} is better"
 
 
@@ -215,6 +223,8 @@ LOCATED: dict[str, tuple[type[Metric], Located, Located]] = {
 }
 AT_THRESHOLD: dict[str, type[Metric]] = {"iou": ThresholdedIoU, "acc50": BoxAccuracy, "ap50": AveragePrecision50}
 CURVES: dict[str, type[Metric]] = {"insertion": InsertionAUC, "deletion": DeletionAUC}
+# Areas of a study between the curve and the score of the fill alone, not divided by what they could span.
+CURVE_TITLES = {"insertion": "insertion gain", "deletion": "deletion area above the fill alone"}
 STEPS = 16
 CONFIDENCE: dict[str, type[Metric]] = {
     "confidence_drop": ConfidenceDrop,
@@ -247,7 +257,9 @@ def find_objective(name: str) -> Objective:
     if kind in CONFIDENCE and known:
         return Objective(name, CONFIDENCE[kind], partial(_image_confidence, kind, fill), fill=fill, forwards=1)
     if kind in CURVES and known:
-        return Objective(name, CURVES[kind], partial(_curve_gain, kind, fill), fill=fill, forwards=STEPS + 1)
+        return Objective(
+            name, CURVES[kind], partial(_curve_gain, kind, fill), fill=fill, forwards=STEPS - 1, curve=True
+        )
     if name.startswith("text_") and words in CONFIDENCE:
         return Objective(name, CONFIDENCE[words], partial(_text_confidence, words), side="text", forwards=1)
     raise ValueError(
@@ -255,6 +267,12 @@ def find_objective(name: str) -> Objective:
         f"threshold, as iou/0.3; one of {', '.join([*CONFIDENCE, *CURVES])}, which may name a fill, as remove/blur "
         f"({', '.join(FILLS)}); or, for the words, one of {', '.join(CONFIDENCE)} after text_."
     )
+
+
+def boxless_objectives() -> list[str]:
+    """Names of the objectives that need no boxes, with the fill that they have by default."""
+    names = [*LOCATED, *PLAIN, *CONFIDENCE, *CURVES, *(f"text_{name}" for name in CONFIDENCE)]
+    return [name for name in names if not find_objective(name).boxed]
 
 
 def is_share(text: str) -> bool:
@@ -465,7 +483,7 @@ def _curve_gain(kind: str, fill: str, clip: Clip, pairs: Pairs, maps: Attributio
     """What a study adds above the line of the AUC; what is below it, S_full - S_blank, no setting changes."""
     images, _ = model_inputs(clip, pairs.batch)
     assert pairs.text is not None
-    shares, scores = removal.patch_curve(clip, images, maps.grid, fill, pairs.text, kind, steps=STEPS)
+    shares, scores = removal.patch_curve(clip, images, maps.grid, fill, pairs.text, kind, STEPS, ends=pairs.ends)
     return F.curve_area(scores, *F.curve_ends(scores, kind), shares)[0]
 
 

@@ -42,7 +42,7 @@ def report(
         "objective": {"name": goal.name, "title": goal.title, "higher_is_better": goal.sign > 0},
         "tried": found.grid.axes,
         "varied": found.grid.varied,
-        "without_effect": idle_settings(found.own.method, goal),
+        "without_effect": idle_settings(found.own.method, goal, [study.phrase for study in studies["val"]]),
         "raster": found.raster,
         "settings": [
             setting | {"score": plain(score)} for setting, score in zip(found.grid.settings(), scores, strict=True)

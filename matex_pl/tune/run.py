@@ -22,7 +22,7 @@ from matex_pl.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
 from matex_pl.store import weight_hash
 from matex_pl.tune.choose import choose_setting
 from matex_pl.tune.grid import AXES, Grid, depths, make_grid
-from matex_pl.tune.objective import CONFIDENCE, Objective, find_objective, gather_pairs, score_setting
+from matex_pl.tune.objective import Objective, boxless_objectives, find_objective, gather_pairs, score_setting
 from matex_pl.tune.outcome import describe, report, write_files
 
 LAMBDA_S = [1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5]
@@ -52,7 +52,8 @@ def tune_matex(
     all pixels, and the winner is the best of those and of the method's own setting. Of equal ones it is the nearest to
     the method's own: by the sum over the settings of the difference as a share of the range of what was tried, where
     another shape of the prior counts 1. For words, settings are scored at once without a raster. An objective that asks
-    the model (confidence) needs a forward per pair and setting, on all pixels.
+    the model (confidence) needs a forward per pair and setting, on all pixels. A setting that changes nothing here is
+    left as it is, and the text says why: lambda_s where no phrase of the validation pairs names a place.
 
     Writes `tuned.yaml`, which `--method` and the callbacks take, `surface.png` and `surface.svg`, the scores over
     lambda_s, lambda_c and tau, and `tune.json`, all scores with what made them.
@@ -89,10 +90,11 @@ def tune_matex(
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: An argument is out of range, the method is no Matex or has its prior off, or the objective needs
-            boxes or a mean film that are not there.
+        ValueError: An argument is out of range, the method is no Matex, or has its prior off where a map of the image
+            is scored, or the objective needs boxes or a mean film that are not there.
     """
-    goal, own = find_objective(objective), _checked_method(method)
+    goal = find_objective(objective)
+    own = _checked_method(method, goal)
     tried = dict(zip(AXES, (grad_layers, prior_shape, lambda_s, lambda_c, tau), strict=True))
     _check_tried(own, tried)
     _check_numbers(num_pairs, batch_size, raster)
@@ -107,7 +109,7 @@ def tune_matex(
 
     batches = read_pairs(data, "val", studies["val"], batch_size)
     depth = _count_blocks(clip, own, batches[0])
-    grid = make_grid(own, goal, depth, tried)
+    grid = make_grid(own, goal, depth, tried, [study.phrase for study in studies["val"]])
     deepest = _deepest(own, grid, depth)
     pairs, seconds = gather(deepest, batches)
     size = raster_size(raster, clip, goal)
@@ -118,11 +120,11 @@ def tune_matex(
     return "\n".join([describe(said), "", *map(str, write_files(folder, said, found))])
 
 
-def _checked_method(method: AttributionMethod | str | None) -> Matex:
+def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> Matex:
     """The Matex that is tuned.
 
     Raises:
-        ValueError: It is another method, or its prior is off.
+        ValueError: It is another method, or its prior is off, which only words do without.
     """
     matex = load_method(method or Matex.measured())
     if not isinstance(matex, Matex):
@@ -130,7 +132,7 @@ def _checked_method(method: AttributionMethod | str | None) -> Matex:
             f"Only MATEX has these settings, got {type(matex).__name__}. Leave method out, or give a Matex."
         )
     for name, off in (("delta", 0), ("lambda_s", 1)):
-        if getattr(matex, name) == off:
+        if goal.side == "image" and getattr(matex, name) == off:
             raise ValueError(
                 f"The method has {name}={off}, which takes the prior out, so that there is no lambda_s to tune. "
                 f"Give {name} another value."
@@ -167,7 +169,7 @@ def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal:
     if goal.boxed and not any(len(study.boxes) for study in studies):
         raise ValueError(
             f"{goal.name} needs boxes, and no {split} study of {type(data).__name__} has any. Take an objective that "
-            f"asks the model instead: {', '.join(CONFIDENCE)}."
+            f"needs none: {', '.join(boxless_objectives())}."
         )
     return studies
 
