@@ -38,8 +38,8 @@ def run_benchmark(
     """Compare attribution methods on a checkpoint: every metric, with intervals, in tables and on a page.
 
     Maps are computed once and kept in `OUT/maps`, scores in `OUT/values`: a second run takes them from there, another
-    weight or setting makes new ones, and a run that was stopped goes on where it was. MATEX without its prior, MATEX
-    with the usual places of findings, the phrase's prior alone, noise, the film's centre and, where training films have
+    weight or setting makes new ones, and a run that was stopped goes on where it was. MATEX without its prior, as each
+    Matex from a YAML file, MATEX with the usual places of findings, the phrase's prior alone, noise, the film's centre and, where training films have
     boxes, the mean box of the finding are always among the rows.
 
     Args:
@@ -49,7 +49,7 @@ def run_benchmark(
             of the same weights, the tables and the page show the measured ROAR+ too.
         methods: Names of shipped methods and YAML files, `m2ib,rise,mine.yaml`; all shipped ones but
             `submodular_regions` by default.
-        split: `test` or `val`.
+        split: `test` or `val`, where the thresholds of IoU, Acc@0.5 and AP50 are chosen on pairs that are scored too.
         num_pairs: Pairs to compare on, drawn by the seed from those with boxes if there are any; -1 for all.
         validation_pairs: Pairs of the validation split that choose each method's threshold of the IoU.
         sanity_pairs: Pairs of the check with shuffled weights, which takes a map per block of the towers.
