@@ -96,7 +96,7 @@ def _fingerprint(bench: Bench) -> str:
         {
             "pairs": bench.keys,
             "validation": [batch.keys for batch in bench.validation],
-            "boxes": [box.tolist() for batch in [*bench.pairs, *bench.validation] for box in batch.batch["boxes"]],
+            "boxes": bench.boxes,
             "studies": [[study.finding, study.patient_id] for study in bench.studies],
         }
     )

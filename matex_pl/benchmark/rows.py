@@ -109,7 +109,7 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
     versions = {row.name: row.method for row in rows if isinstance(row.method, Matex)}
     rows.sort(key=lambda row: row.name not in versions)
     if MATEX in versions and PRINTED not in versions:
-        rows.insert(1, Row(PRINTED, Matex.paper(), note=_AS_PRINTED))
+        rows.insert(1, Row(PRINTED, Matex.paper(), note="equations and numbers of the paper"))
     controls = _controls(versions.get(MATEX, Matex.measured()))
     controls[1:1] = [_without_prior(name, matex) for name, matex in versions.items() if name not in (MATEX, PRINTED)]
     always = {row.name: row.method.settings for row in controls}
@@ -123,7 +123,6 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
 
 
 MATEX, PRINTED, MEAN_BOX = "MATEX", "MATEX, as printed", "Mean box"
-_AS_PRINTED = "equations and numbers of the paper"
 
 
 def _without_prior(name: str, matex: Matex) -> Row:

@@ -135,6 +135,11 @@ class Bench:
         """Of the n pairs."""
         return [key for batch in self.pairs for key in batch.keys]
 
+    @property
+    def boxes(self) -> list[list[list[float]]]:
+        """Of the n pairs, and of those that choose thresholds."""
+        return [box.tolist() for batch in [*self.pairs, *self.validation] for box in batch.batch["boxes"]]
+
     def at(self, place: int) -> tuple[Pairs, int]:
         """The batch of a study, and its row there."""
         return self.pairs[place // self.settings.batch_size], place % self.settings.batch_size
@@ -172,7 +177,7 @@ class Bench:
                 "maps": store.key,
                 "pairs": [batch.keys for batch in everything],
                 "phrases": [[batch.other, batch.swapped] for batch in self.pairs],
-                "boxes": [box.tolist() for batch in everything for box in batch.batch["boxes"]],
+                "boxes": self.boxes,
                 "thorax": None if self.thorax is None else self.thorax.int().flatten().tolist(),
                 "settings": [self.settings.steps, self.settings.sanity_pairs, self.settings.seed],
                 "version": __version__,

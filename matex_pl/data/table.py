@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -337,7 +336,7 @@ def sort_rows(rows: Sequence[Row], study_of: Callable[[Row], Study]) -> tuple[li
     bad: list[BadRow] = []
     parts = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
     bar = tqdm(total=len(rows), desc="rows", delay=2, leave=False, disable=None)
-    with bar, ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool:
+    with bar, ThreadPoolExecutor() as pool:
         for found in pool.map(lambda part: [_study_or_bad(row, study_of) for row in part], parts):
             bar.update(len(found))
             studies += [made for made in found if isinstance(made, Study)]

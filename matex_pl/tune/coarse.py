@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matex_pl.maps import min_max, rounding
+from matex_pl.maps import min_max, varies
 from matex_pl.metrics import functional as F
 
 # Detections are counted by their score, in so many steps from 0 to 1; those of one step come together.
@@ -60,7 +60,7 @@ def box_accuracy(fused: Tensor, boxes: Tensor, raster: tuple[int, int], threshol
         threshold: In [0, 1).
     """
     low, high = fused.amin(-1, keepdim=True), fused.amax(-1, keepdim=True)
-    above = (fused > low + threshold * (high - low)) & _varies(low, high)
+    above = (fused > low + threshold * (high - low)) & varies(low, high, fused.dtype)
     label, _, found = F.label_components(above.flatten(0, 1).unflatten(-1, raster))
     own = label.flatten(1).gather(1, _peaks(fused).view(-1, 1)) - 1
     # A flat map has none, number -1: an empty one.
@@ -140,12 +140,7 @@ def energy(fused: Tensor, inside: Tensor) -> Tensor:
 def mean_mass(fused: Tensor) -> Tensor:
     """Mean of the finished map, 0 for a flat one by the rule of `min_max`."""
     low, high = fused.amin(-1), fused.amax(-1)
-    return (fused.mean(-1) - low) / torch.where(_varies(low, high), high - low, torch.inf)
-
-
-def _varies(low: Tensor, high: Tensor) -> Tensor:
-    """Which maps of this range are not flat by the rule of `min_max`."""
-    return high - low > rounding(low.dtype) * torch.maximum(low.abs(), high.abs())
+    return (fused.mean(-1) - low) / torch.where(varies(low, high, fused.dtype), high - low, torch.inf)
 
 
 def overlap(fused: Tensor, inside: Tensor, thresholds: Sequence[float] = F.MEAN_THRESHOLDS) -> Tensor:

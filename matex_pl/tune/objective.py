@@ -176,7 +176,6 @@ class Objective:
         fill: What stands in for pixels that are taken away, if any are.
         boxed: Only studies with boxes count.
         forwards: Of the model, per pair and setting.
-        curve: It is the area of a curve, whose ends no setting changes.
         needs_thorax: The data module has to know where the thorax is.
         beside: Of a model, batches and a seed: models and batches whose maps the pairs' own are held against.
         over: Of the values of all batches, the score.
@@ -194,7 +193,6 @@ class Objective:
     fill: str = ""
     boxed: bool = False
     forwards: int = 0
-    curve: bool = False
     needs_thorax: bool = False
     beside: Callable[[Clip, Sequence[StudyBatch], int], Beside] = _nothing
     over: Callable[[Sequence[Any]], Score] = mean_of
@@ -203,6 +201,11 @@ class Objective:
     def sign(self) -> int:
         """1 if higher is better, else -1: of two masses that of the smaller map."""
         return 1 if self.metric.higher_is_better else -1
+
+    @property
+    def curve(self) -> bool:
+        """It is the area of a curve, whose ends no setting changes."""
+        return self.metric in CURVES.values()
 
     @property
     def title(self) -> str:
@@ -257,9 +260,7 @@ def find_objective(name: str) -> Objective:
     if kind in CONFIDENCE and known:
         return Objective(name, CONFIDENCE[kind], partial(_image_confidence, kind, fill), fill=fill, forwards=1)
     if kind in CURVES and known:
-        return Objective(
-            name, CURVES[kind], partial(_curve_gain, kind, fill), fill=fill, forwards=STEPS - 1, curve=True
-        )
+        return Objective(name, CURVES[kind], partial(_curve_gain, kind, fill), fill=fill, forwards=STEPS - 1)
     if name.startswith("text_") and words in CONFIDENCE:
         return Objective(name, CONFIDENCE[words], partial(_text_confidence, words), side="text", forwards=1)
     raise ValueError(
