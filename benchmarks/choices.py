@@ -35,13 +35,12 @@ from matex_pl.attribution import (
     Rollout,
     Saliency,
 )
-from matex_pl.attribution.fill import fill_images
-from matex_pl.attribution.target import TARGETS
+from matex_pl.attribution.core.fill import fill_images
+from matex_pl.attribution.core.target import TARGETS
 from matex_pl.data import PhantomDataModule, StudyBatch, collate
-from matex_pl.explain import load_module
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, PointingGame
 from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
-from matex_pl.module import ClipModule
+from matex_pl.training import ClipModule, load_module
 
 # `Matex.measured()` in a tower of three blocks: every setting is varied alone around it, with and without the prior.
 BASE: dict[str, Any] = {"grad_layers": 2, "explain": "margin", "fusion": "product"}

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from matex_pl.attribution import Matex
 from matex_pl.data import PhantomDataModule
-from matex_pl.explain import load_module
 from matex_pl.maps import min_max, upsample
-from matex_pl.render import Picture, overlay, picture_grid, resize, save_png
+from matex_pl.training import load_module
+from matex_pl.visualization.draw import Picture, overlay, picture_grid, resize, save_png
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lambda_s=1, no prior": {"lambda_s": 1.0},

@@ -21,8 +21,9 @@ import numpy as np
 from jsonargparse import auto_cli
 from PIL import Image
 
+from matex_pl.data.cache import FilmCache
+from matex_pl.data.images import read_film
 from matex_pl.data.phantom.film import draw_film
-from matex_pl.data.pixels import FilmCache, read_film
 from matex_pl.data.transforms import FilmTransform
 
 WIDTH, HEIGHT = 2500, 3000

@@ -34,7 +34,7 @@ import numpy as np
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
-from matex_pl.check import check_data
+from matex_pl.commands.check_data import check_data
 from matex_pl.data import ManifestDataModule
 
 HEIGHT, WIDTH = 30, 40

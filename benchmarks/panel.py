@@ -12,8 +12,9 @@ from PIL import Image
 
 from matex_pl.attribution.shipped import load_method, shipped_methods
 from matex_pl.data import PhantomDataModule
-from matex_pl.explain import compare_methods, explain_batch, load_module
-from matex_pl.render import save_png
+from matex_pl.explain import compare_methods, explain_batch
+from matex_pl.training import load_module
+from matex_pl.visualization.draw import save_png
 
 
 def main(ckpt_path: str, study: str, out: str, width: int = 704, method: str = "matex") -> None:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly
 from matex_pl.data import ChestXrayDataModule, StudyBatch, collate
-from matex_pl.explain import load_module
 from matex_pl.metrics.functional import box_masks, pointing_game
-from matex_pl.module import ClipModule
+from matex_pl.training import ClipModule, load_module
 
 
 def methods() -> dict[str, AttributionMethod]:

@@ -30,13 +30,14 @@ from PIL import Image
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap
 from matex_pl.clip import load_clip
-from matex_pl.contrastive import RetrievalRecall, gathered_loss
 from matex_pl.data import PhantomDataModule, Study
-from matex_pl.data.films import EpochSampler
+from matex_pl.data.cache import FilmCache
+from matex_pl.data.datamodule import EpochSampler
 from matex_pl.data.mimic import sentences_of
-from matex_pl.data.pixels import FilmCache
+from matex_pl.evaluation.store import MapStore, weight_hash
 from matex_pl.maps import AttributionMaps, min_max, upsample
-from matex_pl.store import MapStore, weight_hash
+from matex_pl.training.loss import gathered_loss
+from matex_pl.training.scores import RetrievalRecall
 
 _PAIRS, _WIDTH = 100_000, 512
 

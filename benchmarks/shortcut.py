@@ -24,14 +24,13 @@ from torch.utils.data import DataLoader
 
 from matex_pl.attribution import AttributionMethod, GradCam, Matex
 from matex_pl.data import PhantomDataModule, Study, StudyBatch, collate
-from matex_pl.data.films import FilmDataset
+from matex_pl.data.datamodule import FilmDataset
 from matex_pl.data.phantom.devices import draw_token
 from matex_pl.data.transforms import FilmTransform
-from matex_pl.explain import load_module
 from matex_pl.metrics.functional import box_masks, outside_mass, pointing_game
-from matex_pl.module import ClipModule
-from matex_pl.render import Picture, save_png
-from matex_pl.render_sheet import Entry, contact_sheet
+from matex_pl.training import ClipModule, load_module
+from matex_pl.visualization.draw import Picture, save_png
+from matex_pl.visualization.sheet import Entry, contact_sheet
 
 METHODS: dict[str, AttributionMethod] = {
     "MATEX, no prior": Matex.measured(lambda_s=1.0),

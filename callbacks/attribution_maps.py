@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
-from matex_pl.data.films import ChestXrayDataModule, FilmDataset
-from matex_pl.data.record import Study
+from matex_pl.callbacks.loggers import log_images, stays_here
+from matex_pl.data.datamodule import ChestXrayDataModule, FilmDataset
+from matex_pl.data.study import Study
 from matex_pl.explain import explain_batch
-from matex_pl.loggers import log_images, stays_here
-from matex_pl.render import Picture
+from matex_pl.visualization.draw import Picture
 
 
 class AttributionMaps(Callback):

@@ -13,13 +13,14 @@ from torch import Tensor
 from torchmetrics import Metric, MinMetric
 
 from matex_pl.anatomy import named_side
+from matex_pl.arguments import check_choice
 from matex_pl.attribution import AttributionMethod, Matex
-from matex_pl.attribution.base import check_choice
-from matex_pl.attribution.fill import FILLS, check_fill
+from matex_pl.attribution.core.fill import FILLS, check_fill
 from matex_pl.attribution.shipped import load_method
-from matex_pl.clip import Clip
-from matex_pl.data.films import ChestXrayDataModule
-from matex_pl.data.record import StudyBatch
+from matex_pl.clip.model import Clip
+from matex_pl.data.datamodule import ChestXrayDataModule
+from matex_pl.data.study import StudyBatch
+from matex_pl.evaluation.pairs import embed_pairs, other_phrases, swapped_phrases
 from matex_pl.maps import AttributionMaps
 from matex_pl.metrics import (
     ConfidenceDrop,
@@ -33,7 +34,6 @@ from matex_pl.metrics import (
 )
 from matex_pl.metrics.functional import border_mask
 from matex_pl.metrics.removal import dropped_tokens, image_score, text_score
-from matex_pl.pairs import embed_pairs, other_phrases, swapped_phrases
 
 
 class AttributionMetrics(Callback):

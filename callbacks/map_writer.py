@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
-from matex_pl.data.record import StudyBatch
+from matex_pl.data.study import StudyBatch
+from matex_pl.evaluation.store import MapStore, pair_keys, weight_hash
 from matex_pl.files import check_folder, remove_abandoned_parts
-from matex_pl.store import MapStore, pair_keys, weight_hash
 
 
 class MapWriter(Callback):

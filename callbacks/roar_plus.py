@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from matex_pl.attribution.base import check_choice
+from matex_pl.arguments import check_choice
+from matex_pl.callbacks.loggers import log_images, log_session, log_text
 from matex_pl.data import ChestXrayDataModule
-from matex_pl.module import ClipModule
-from matex_pl.report_roar import log_roar
+from matex_pl.report.roar import _checked, _modalities, _rows, roar_figure, roar_tables
+from matex_pl.report.tables import Row
 from matex_pl.roar.cell import read_module, write_module
 from matex_pl.roar.lease import sweep
 from matex_pl.roar.make import make_plan
 from matex_pl.roar.plan import Plan, Protocol, Training, duration
 from matex_pl.roar.run import write_results
 from matex_pl.roar.work import prepare_maps, work_here
+from matex_pl.training.module import ClipModule
 
 STARTS = ("before", "after")
 
@@ -117,3 +128,77 @@ class RoarPlus(Callback):
     def _estimate(self, plan: Plan) -> float:
         """Seconds of a cell, by the pace of the training."""
         return self._seconds / self._pairs * plan.steps() * plan.training.batch_size
+
+
+def log_roar(loggers: Iterable[Any], results: dict[str, Any]) -> None:
+    """Scores, curves, tables and hyper-parameters of ROAR+ to Lightning's loggers, each as far as it takes them.
+
+    Scalars are `roar/<modality>/<method>` and `roar/<modality>/<method>/std` with the percent dropped as the step,
+    pictures `roar/<modality>`, the text `roar/table`. TensorBoard gets the settings with the means over the fractions
+    as a session of its own, `roar` beneath the run, so that the hyper-parameters of the run stay as they are.
+
+    Args:
+        loggers: E.g. `trainer.loggers`.
+        results: Of ROAR+, as in its `results.json`.
+
+    Raises:
+        ValueError: The results are of another kind or format.
+    """
+    found, loggers = _checked(results), list(loggers)
+    for modality in _modalities(found):
+        for step, scores in _steps(found, modality).items():
+            for logger in loggers:
+                logger.log_metrics(scores, step=step)
+        log_images(loggers, f"roar/{modality}", _pixels(roar_figure(found, modality)), 0)
+    text = roar_tables(found)
+    for logger in loggers:
+        log_text(logger, "roar/table", text, 0)
+        log_session(logger, "roar", _settings(found), _final_scores(found))
+        logger.save()
+
+
+def _pixels(figure: Figure) -> NDArray[np.uint8]:
+    """A figure as `(h, w, 3)` uint8."""
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _steps(results: dict[str, Any], modality: str) -> dict[int, dict[str, float]]:
+    """Scalars by step, the percent dropped."""
+    steps: dict[int, dict[str, float]] = defaultdict(dict)
+    for row, tag in _tagged(results, modality):
+        for point in row.get("points") or []:
+            named = {tag: point.get("value"), f"{tag}/std": point.get("std")}
+            steps[round(100 * point["fraction"])] |= {
+                name: value for name, value in named.items() if value is not None and point.get("value") is not None
+            }
+    return steps
+
+
+def _tagged(results: dict[str, Any], modality: str) -> list[tuple[Row, str]]:
+    """Rows with tags of letters, digits, `_`, `.` and `-`, which every logger takes; each row has its own."""
+    found: dict[str, Row] = {}
+    for row in _rows(results, modality):
+        tag = f"roar/{modality}/" + (re.sub(r"[^A-Za-z0-9.-]+", "_", row["name"]).strip("_") or "method")
+        found[tag if tag not in found else f"{tag}-{len(found)}"] = row
+    return [(row, tag) for tag, row in found.items()]
+
+
+def _settings(results: dict[str, Any]) -> dict[str, Any]:
+    """The settings as flat texts and numbers."""
+    plain = (results.get("settings") or {}) | {"explained": ((results.get("model") or {}).get("explained") or "")[:12]}
+    return {
+        f"roar/{name}": value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+        for name, value in plain.items()
+        if value is not None
+    }
+
+
+def _final_scores(results: dict[str, Any]) -> dict[str, float]:
+    """The means over the fractions."""
+    tagged = [entry for modality in _modalities(results) for entry in _tagged(results, modality)]
+    means = {f"{tag}/mean": (row.get("mean") or {}).get("value") for row, tag in tagged}
+    return {tag: value for tag, value in means.items() if value is not None}

@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-from matex_pl.clip import load_clip
-from matex_pl.module import ClipModule
+from matex_pl.clip.load import load_clip
+from matex_pl.training.module import ClipModule
 
 __version__ = version("matex_pl")
 

@@ -18,17 +18,16 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from matex_pl import __version__
-from matex_pl.anatomy.show import show_prior
 from matex_pl.attribution.shipped import method_names, method_path
 from matex_pl.benchmark import run_benchmark
-from matex_pl.check import check_data
-from matex_pl.checkpoints import no_checkpoint
-from matex_pl.clip import find_config, shipped_configs
-from matex_pl.cost import measure_cost
+from matex_pl.commands.check_data import check_data
+from matex_pl.commands.explain import explain_film
+from matex_pl.commands.prior import show_prior
 from matex_pl.data import ChestXrayDataModule
-from matex_pl.explain import explain_film
-from matex_pl.module import ClipModule
+from matex_pl.files import find_config, shipped_configs
 from matex_pl.roar import CellsFailedError, collect_roar, roar_status, run_roar
+from matex_pl.training.checkpoints import no_checkpoint
+from matex_pl.training.module import ClipModule
 from matex_pl.tune import tune_matex
 
 DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, where it looks.
@@ -48,7 +47,6 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, 
   matex roar run --config roar_phantom.yaml               remove what maps mark, train again, see what the model lost;
                                                           `matex roar status FOLDER` and `collect FOLDER` say how far
   matex check-data --config mine.yaml                     read every film and row once, and say what is wrong
-  matex cost --model ViT-B-32 --batch_size 16             what each kind of map costs on this machine
 
 `matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
 `matex explain --help` and `matex prior --help` those of a picture, `matex benchmark --help` those of a comparison.
@@ -127,15 +125,6 @@ def prior(words: Sequence[str]) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     # A phrase may hold letters that the terminal does not have.
     print(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def cost(words: Sequence[str]) -> None:
-    """`matex cost --model NAME`: print the time and the memory of every method."""
-    parser = ArgumentParser(
-        prog="matex cost", description="Measure what every method costs on this machine, beside a plain forward."
-    )
-    parser.add_function_arguments(measure_cost)
-    print(measure_cost(**vars(parser.instantiate(parser.parse_args(list(words))))))
 
 
 def benchmark(words: Sequence[str]) -> None:
@@ -222,7 +211,6 @@ def check(words: Sequence[str]) -> None:
 COMMANDS = {
     "explain": explain,
     "prior": prior,
-    "cost": cost,
     "benchmark": benchmark,
     "tune": tune,
     "roar": roar,

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from matex_pl.attribution import AttributionMethod, Matex
-from matex_pl.attribution.base import progress
-from matex_pl.attribution.shipped import load_method, shipped_methods
-from matex_pl.checkpoints import no_checkpoint
-from matex_pl.clip import Clip
-from matex_pl.data.pixels import film_size, read_film
-from matex_pl.data.record import Sample, Study, StudyBatch, collate
-from matex_pl.data.transforms import FilmTransform
+from matex_pl.attribution import AttributionMethod
+from matex_pl.clip.model import Clip
+from matex_pl.console import progress
+from matex_pl.data.study import StudyBatch
 from matex_pl.maps import AttributionMaps
-from matex_pl.module import ClipModule
-from matex_pl.render import DESIGN_WIDTH, Picture, panel, save_png
-from matex_pl.render_sheet import Entry, contact_sheet
+from matex_pl.visualization.draw import DESIGN_WIDTH, Picture
+from matex_pl.visualization.panel import panel
+from matex_pl.visualization.sheet import Entry, contact_sheet
 
 
 def explain_batch(
@@ -104,55 +99,3 @@ def _study(
         "tokens": clip.pieces(tokens[content]),
         "title": " | ".join(part for part in (finding, batch["id"][row]) if part),
     }
-
-
-def explain_film(
-    image: str,
-    phrase: str,
-    ckpt_path: str,
-    out: str = "panel.png",
-    method: AttributionMethod | str | None = None,
-    geometry: str = "pad",
-) -> Path:
-    """Write one panel: where the model looks on a film for a phrase, and which words matter.
-
-    Args:
-        image: The film: PNG, JPEG, DICOM and more; see `read_film`.
-        phrase: A sentence as a report words it, e.g. "Left lower lobe consolidation."
-        ckpt_path: A checkpoint of `matex fit`.
-        out: The picture to write.
-        method: What makes the map, `Matex.measured()` by default: the name of a shipped setting (`m2ib`), a YAML file
-            with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of every shipped one.
-        geometry: How the film gets into the model's frame: `pad`, `crop` or `squash`, as in training.
-
-    Returns:
-        The path of the picture.
-    """
-    if not phrase.strip():
-        raise ValueError("The phrase is empty. Give a sentence as a report words it, in quotes.")
-    single = None if method == "all" else load_method(method or Matex.measured())
-    # A wrong path should be said before a model is loaded.
-    film_size(image)
-    module = load_module(ckpt_path)
-    transform = FilmTransform(module.clip.image_size, geometry)
-    film = read_film(image, transform.fit)
-    study = Study(id=Path(image).name, patient_id="", film_id=Path(image).name, image=image, phrase=phrase)
-    batch = collate([Sample(study, *transform(film.pixels, size=film.size))])
-    if single is None:
-        return save_png(out, compare_methods(module, shipped_methods(), batch))
-    return save_png(out, explain_batch(module, single, batch, type(single).__name__)[0])
-
-
-def load_module(ckpt_path: str) -> ClipModule:
-    """The module of a checkpoint, on the CPU in eval mode; no code of the file is run.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no checkpoint of `matex fit`.
-    """
-    if not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"No checkpoint at {ckpt_path!r}. `matex fit` writes them below its log folder.")
-    try:
-        return ClipModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
-    except Exception as error:
-        raise no_checkpoint(ckpt_path, error) from error

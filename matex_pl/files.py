@@ -11,6 +11,8 @@ from uuid import uuid4
 
 _ABANDONED_AFTER = 3600
 
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
 
 @contextmanager
 def whole_file(path: Path, parts: Path | None = None) -> Iterator[Path]:
@@ -57,3 +59,17 @@ def check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"Nothing can be written in {folder}: {error.strerror}. Give another folder.") from error
+
+
+def find_config(path: str) -> Path | None:
+    """A config file by path, or else by its name among the shipped ones (with or without `configs/` in front)."""
+    candidate = Path(path)
+    if candidate.is_file():
+        return candidate
+    shipped = CONFIG_FOLDER / path.removeprefix("configs/")
+    return shipped if not candidate.is_absolute() and shipped.is_file() else None
+
+
+def shipped_configs() -> list[str]:
+    """Names of the YAML configs for `matex fit` that are installed with the package."""
+    return sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matex_pl.anatomy import Region, parse_phrase
-from matex_pl.attribution.target import REFERENCES
+from matex_pl.attribution.core.target import REFERENCES
 from matex_pl.clip import Clip
 
 DEFAULTS: dict[str, Any] = {

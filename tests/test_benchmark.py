@@ -17,16 +17,16 @@ import torch
 from matex_pl import ClipModule
 from matex_pl.attribution import Chefer, Matex, Rise
 from matex_pl.benchmark import run_benchmark
-from matex_pl.benchmark.intervals import Detections, Sums, draw_patients, estimate, interval
-from matex_pl.benchmark.rows import compared_rows, mean_boxes
-from matex_pl.benchmark.values import Values
+from matex_pl.benchmark.evaluate import Values
 from matex_pl.cli import main
 from matex_pl.data import PhantomDataModule
-from matex_pl.explain import load_module
+from matex_pl.evaluation.compared import compared_rows, mean_boxes
+from matex_pl.evaluation.intervals import Detections, Sums, draw_patients, estimate, interval
+from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
+from matex_pl.evaluation.tensors import read_tensors
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.removal import image_score
-from matex_pl.pairs import choose_pairs, prepare_data, read_pairs
-from matex_pl.store import read_tensors
+from matex_pl.training import load_module
 
 FILMS = {"num_train": 12, "num_val": 6, "num_test": 10, "film_size": 64, "batch_size": 4, "num_workers": 0}
 SMALL = {"num_pairs": 7, "validation_pairs": 3, "sanity_pairs": 3, "batch_size": 3, "steps": 4, "resamples": 100}
@@ -86,7 +86,7 @@ def words(films, checkpoint, out, *more):
 
 @pytest.mark.slow
 def test_every_shipped_method_from_the_command_line(tmp_path, films, checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("matex_pl.benchmark.rows.QUICK", {"Rise": {"masks": 6}, "KernelShap": {"samples": 6}})
+    monkeypatch.setattr("matex_pl.evaluation.compared.QUICK", {"Rise": {"masks": 6}, "KernelShap": {"samples": 6}})
     main(words(films, checkpoint, tmp_path))
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

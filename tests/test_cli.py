@@ -22,8 +22,8 @@ from test_report import plain, tables_of
 from matex_pl import attribution
 from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
 from matex_pl.cli import find_configs, find_data, main
-from matex_pl.clip import find_config, shipped_configs
-from matex_pl.published import PUBLISHED
+from matex_pl.files import find_config, shipped_configs
+from matex_pl.report.published import PUBLISHED
 from matex_pl.roar.make import plan_rows
 from matex_pl.roar.plan import Protocol, Training
 

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
-from matex_pl import clip as clip_file
-from matex_pl import towers
 from matex_pl.attribution import Matex
-from matex_pl.clip import Clip, cut_text, find_config, load_clip, shipped_configs
-from matex_pl.module import ClipModule
+from matex_pl.clip import Clip, cut_text, load_clip, towers
+from matex_pl.clip import load as clip_file
+from matex_pl.files import find_config, shipped_configs
+from matex_pl.training import ClipModule
 
 BOS, EOT = 49406, 49407
 

@@ -1,19 +1,22 @@
-"""`matex cost`: a table per batch size with a row per method, and memory that is counted right."""
+"""`benchmarks/cost.py`: a table per batch size with a row per method, and memory that is counted right."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import family
 
 from matex_pl.attribution import Matex
-from matex_pl.cli import main
 from matex_pl.clip import load_clip
-from matex_pl.cost import TensorMemory, methods_present
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from cost import TensorMemory, measure_cost, methods_present
 
 MIB = 2**20
 
@@ -28,9 +31,8 @@ def deep_json(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_table(deep_json: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["cost", "--model", deep_json, "--batch_size", "[1,3]", "--repeats", "7", "--device", "cpu"])
-    text = capsys.readouterr().out
+def test_the_table(deep_json: str) -> None:
+    text = measure_cost(deep_json, [1, 3], repeats=7, device="cpu")
     assert re.search(r"fp32, \d+ threads of a CPU", text)
     for size in (1, 3):
         assert f"| batch {size} | time / plain forward |" in text
@@ -51,20 +53,17 @@ def test_the_table(deep_json: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("settings", "message"),
     [
-        (["--repeats", "3"], "repeats must be at least 7"),
-        (["--batch_size", "0"], "batch_size at least 1"),
-        (["--precision", "fp8"], "precision is one of fp32, bf16"),
-        (["--model", "ViT-B/32"], "Unknown model"),
-        (["--model", "test_convnext.json"], "No model config"),
+        ({"repeats": 3}, "repeats must be at least 7"),
+        ({"batch_size": 0}, "batch_size at least 1"),
+        ({"precision": "fp8"}, "precision is one of fp32, bf16"),
+        ({"model": "ViT-B/32"}, "Unknown model"),
     ],
 )
-def test_bad_arguments(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["cost", *words])
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
+def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure_cost(**settings)
 
 
 def test_every_method_has_a_row() -> None:

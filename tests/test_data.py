@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from matex_pl.data import ChestXrayDataModule, PhantomDataModule, Study, collate
-from matex_pl.data.films import EpochSampler
-from matex_pl.data.record import Sample
+from matex_pl.data.datamodule import EpochSampler
+from matex_pl.data.study import Sample
 from matex_pl.data.transforms import FilmTransform
 
 TISSUE, BRIGHT = 90, 255

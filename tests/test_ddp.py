@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from matex_pl import ClipModule
 from matex_pl.cli import main
-from matex_pl.contrastive import gathered_loss
-from matex_pl.store import read_head, read_tensors
+from matex_pl.evaluation.tensors import read_head, read_tensors
+from matex_pl.training.loss import gathered_loss
 
 HERE = Path(__file__).parent
 

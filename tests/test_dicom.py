@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matex_pl.data.pixels import film_size, read_film
+from matex_pl.data.images import film_size, read_film
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402

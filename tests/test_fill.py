@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import family
 
-from matex_pl.attribution.fill import FILLS, drop_tokens, fill_images
+from matex_pl.attribution.core.fill import FILLS, drop_tokens, fill_images
 from matex_pl.clip import Clip
 from matex_pl.metrics.functional import keep_highlighted
 

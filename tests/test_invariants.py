@@ -38,12 +38,12 @@ from matex_pl.attribution import (
     Saliency,
     SubmodularRegions,
 )
-from matex_pl.attribution.capture import Block, borrowed, capture_attention
-from matex_pl.attribution.relevance import gradients_of
-from matex_pl.attribution.target import reference_mean
+from matex_pl.attribution.core.capture import Block, borrowed, capture_attention
+from matex_pl.attribution.core.relevance import gradients_of
+from matex_pl.attribution.core.target import reference_mean
 from matex_pl.clip import Clip, load_clip
+from matex_pl.clip.towers import Reading
 from matex_pl.maps import AttributionMaps
-from matex_pl.towers import Reading
 
 MARGIN: dict[str, Any] = {"explain": "margin", "references": REFERENCE_PHRASES}
 METHODS: list[AttributionMethod] = [

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, Tens
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from matex_pl.loggers import log_image, log_images, log_session, log_text
+from matex_pl.callbacks.loggers import log_image, log_images, log_session, log_text
 
 
 class Recorder:

@@ -21,9 +21,18 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from matex_pl.cli import main
-from matex_pl.data import ManifestDataModule, pixels
-from matex_pl.data.pixels import _levels
-from matex_pl.data.rows import BadRow, RuleError, box_of_cells, boxes_of_json, check_inside, find_image, split_name
+from matex_pl.data import ManifestDataModule
+from matex_pl.data import images as pixels
+from matex_pl.data.images import _levels
+from matex_pl.data.validation import (
+    BadRow,
+    RuleError,
+    box_of_cells,
+    boxes_of_json,
+    check_inside,
+    find_image,
+    split_name,
+)
 
 HEIGHT, WIDTH = 60, 80
 

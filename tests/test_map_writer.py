@@ -14,7 +14,8 @@ from matex_pl.attribution import CenterMap, Chefer
 from matex_pl.callbacks import MapWriter
 from matex_pl.cli import main
 from matex_pl.data import PhantomDataModule, collate
-from matex_pl.store import MapStore, pair_keys, read_head, weight_hash
+from matex_pl.evaluation.store import MapStore, pair_keys, weight_hash
+from matex_pl.evaluation.tensors import read_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are longer than the model's", "ignore:The training ends after")
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase
 from matex_pl.attribution import Matex, PriorOnly
-from matex_pl.attribution.capture import borrowed, capture_attention
-from matex_pl.attribution.matex import attention_flow, consistency, layer_weights
-from matex_pl.attribution.relevance import (
+from matex_pl.attribution.core.capture import borrowed, capture_attention
+from matex_pl.attribution.core.relevance import (
     attention_rows,
     gradients_of,
     loosened_term,
@@ -24,9 +23,10 @@ from matex_pl.attribution.relevance import (
     row_weights,
     softmax_term,
 )
+from matex_pl.attribution.matex import attention_flow, consistency, layer_weights
 from matex_pl.clip import Clip, load_clip
+from matex_pl.clip.towers import Reading
 from matex_pl.maps import AttributionMaps, min_max
-from matex_pl.towers import Reading
 
 # Several lengths, one content token, none, none that names a place, and one that is cut to the context length.
 PHRASES = [

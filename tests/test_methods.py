@@ -39,7 +39,7 @@ from matex_pl.attribution import (
     Saliency,
     SubmodularRegions,
 )
-from matex_pl.attribution.fill import fill_images
+from matex_pl.attribution.core.fill import fill_images
 from matex_pl.attribution.kernel_shap import coalitions, patch_groups, shapley_regression
 from matex_pl.attribution.m2ib import capacity_of
 from matex_pl.clip import Clip
@@ -476,7 +476,7 @@ def test_chunks_change_nothing(make: Callable[..., AttributionMethod], name: str
 def test_remainders_may_be_compared_in_parts(method: AttributionMethod, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = family("native", torch.float64)
     expected = method.attribute(clip, *pairs(clip))
-    monkeypatch.setattr("matex_pl.attribution.sides._MOST_TOKENS", 2 * 9 * 16)
+    monkeypatch.setattr("matex_pl.attribution.core.two_tower._MOST_TOKENS", 2 * 9 * 16)
     assert_close_maps(method.attribute(clip, *pairs(clip)), expected, 1e-9)
 
 

@@ -13,7 +13,7 @@ from families import family
 from pytorch_grad_cam.metrics.cam_mult_image import DropInConfidence, IncreaseInConfidence
 from torch import Tensor, nn
 
-from matex_pl.attribution.fill import FILLS, fill_images
+from matex_pl.attribution.core.fill import FILLS, fill_images
 from matex_pl.clip import Clip
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease
 from matex_pl.metrics.removal import (

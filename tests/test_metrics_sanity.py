@@ -11,11 +11,10 @@ from families import FAMILIES, family
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from matex_pl import towers
 from matex_pl.attribution import Matex
-from matex_pl.attribution.capture import borrowed, count_blocks
-from matex_pl.attribution.target import reference_mean
-from matex_pl.clip import Clip
+from matex_pl.attribution.core.capture import borrowed, count_blocks
+from matex_pl.attribution.core.target import reference_mean
+from matex_pl.clip import Clip, towers
 from matex_pl.metrics.functional import spearman
 from matex_pl.metrics.sanity import randomised, stages
 

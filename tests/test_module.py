@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from matex_pl import ClipModule
 from matex_pl.clip import load_clip
-from matex_pl.contrastive import RetrievalRecall, gathered_loss
 from matex_pl.data import PhantomDataModule, Study, collate
-from matex_pl.module import decay_groups, freeze_parameters, warmup_cosine
+from matex_pl.training.loss import gathered_loss
+from matex_pl.training.module import decay_groups, freeze_parameters, warmup_cosine
+from matex_pl.training.scores import RetrievalRecall
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The training ends after"),

@@ -24,9 +24,9 @@ from matex_pl.data.phantom.canvas import Canvas
 from matex_pl.data.phantom.devices import Device, draw_token
 from matex_pl.data.phantom.film import PlacedFinding, film_build, film_rng
 from matex_pl.data.phantom.findings import plan_findings, reshape_build
+from matex_pl.data.phantom.module import thorax_share
 from matex_pl.data.phantom.phrases import TEMPLATES
 from matex_pl.data.phantom.thorax import SIDES, draw_thorax, sample_build
-from matex_pl.data.phantom.zone import thorax_share
 
 NUM_FILMS = 120
 SPLITS = {"train": 6, "val": 2, "test": 2}

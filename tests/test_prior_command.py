@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matex_pl import render_prior
 from matex_pl.anatomy import load_regions
-from matex_pl.anatomy.show import on_image
 from matex_pl.cli import main
-from matex_pl.render_prior import MARGIN, SIDE, TEXT_LINES, TOP, WIDTH, marked_runs, prior_panel
+from matex_pl.commands.prior import on_image
+from matex_pl.visualization import prior as render_prior
+from matex_pl.visualization.prior import MARGIN, SIDE, TEXT_LINES, TOP, WIDTH, marked_runs, prior_panel
 
 MANY = (
     "Right upper, mid and lower, left apex, lingula, hila, costophrenic angles, both hemidiaphragms, cardiac, "

@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from matex_pl.render import single_line
-from matex_pl.report import (
-    MISSING,
+from matex_pl.report.benchmark import (
     SAME_MAP,
-    clean,
     control_sentences,
     cost_table,
     difference_tables,
@@ -23,7 +20,9 @@ from matex_pl.report import (
     verdict,
     write_report,
 )
-from matex_pl.report_panels import Panel, encode
+from matex_pl.report.gallery import Panel, encode
+from matex_pl.report.tables import MISSING, clean
+from matex_pl.visualization.draw import single_line
 
 HOSTILE = [
     "<script>alert(1)</script>",

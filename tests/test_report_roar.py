@@ -15,17 +15,15 @@ from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_s
 from test_report import HOSTILE, LOADING, Page, plain, tables_of
 
 from matex_pl import ClipModule
+from matex_pl.callbacks.roar_plus import log_roar
 from matex_pl.cli import main
 from matex_pl.data import PhantomDataModule
-from matex_pl.published import PUBLISHED
-from matex_pl.render import single_line
-from matex_pl.report import MISSING
-from matex_pl.report_panels import Panel, encode, read_panels, write_panels
-from matex_pl.report_roar import (
+from matex_pl.report.gallery import Panel, encode, read_panels, write_panels
+from matex_pl.report.published import PUBLISHED
+from matex_pl.report.roar import (
     add_to_report,
     difference_tables,
     duration,
-    log_roar,
     moved_apart,
     noise_sentences,
     percent,
@@ -35,6 +33,8 @@ from matex_pl.report_roar import (
     verdict,
     write_roar,
 )
+from matex_pl.report.tables import MISSING
+from matex_pl.visualization.draw import single_line
 
 FRACTIONS = (0.1, 0.25, 0.5)
 FILES = ["curves_image.png", "curves_image.svg", "curves_text.png", "curves_text.svg", "report.html", "table.md"]

@@ -20,13 +20,13 @@ from matex_pl import ClipModule
 from matex_pl.attribution import RandomMap
 from matex_pl.callbacks import RoarPlus
 from matex_pl.cli import main
-from matex_pl.data.pixels import Film
+from matex_pl.data.images import Film
 from matex_pl.roar.cell import RoarModule, build_module, run_cell
 from matex_pl.roar.collect import _holm, _paired, collect
+from matex_pl.roar.drop import Drop, drop_of, top_units
 from matex_pl.roar.films import PlanData, PlanFilms
 from matex_pl.roar.make import BLURRED, BOXES, RANDOM, make_plan, plan_rows
 from matex_pl.roar.plan import Cell, Plan, Protocol, Training, read_plan, some_cells
-from matex_pl.roar.units import Drop, drop_of, top_units
 from matex_pl.roar.work import prepare_maps, work_here
 
 QUICK = Training(epochs=1, batch_size=16, lr=1e-3, warmup_steps=0, accelerator="cpu")

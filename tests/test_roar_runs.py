@@ -146,7 +146,7 @@ def die():
 
 def killed_in_maps(words):
     """Within the second file of maps, which is written and has no name yet."""
-    from matex_pl import store
+    from matex_pl.evaluation import store
 
     save, seen = store.save_file, []
 

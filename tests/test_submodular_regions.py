@@ -14,7 +14,7 @@ from test_matex import REFERENCE_PHRASES, pairs
 from torch import Tensor
 
 from matex_pl.attribution import SubmodularRegions
-from matex_pl.attribution.fill import fill_images
+from matex_pl.attribution.core.fill import fill_images
 from matex_pl.attribution.submodular_regions import (
     Seen,
     Weights,

@@ -25,13 +25,14 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap
 from matex_pl.callbacks import AttributionMaps, PredictionWriter
-from matex_pl.checkpoints import WholeCheckpointIO
+from matex_pl.callbacks.loggers import stays_here
 from matex_pl.cli import main
 from matex_pl.clip import load_clip
 from matex_pl.data import PhantomDataModule
-from matex_pl.explain import explain_batch, load_module
+from matex_pl.explain import explain_batch
 from matex_pl.files import check_folder, write_text
-from matex_pl.loggers import stays_here
+from matex_pl.training import load_module
+from matex_pl.training.checkpoints import WholeCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*are longer than the model's", "ignore:The training ends after", "ignore:Checkpoint directory"

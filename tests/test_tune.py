@@ -22,18 +22,18 @@ from torch import Tensor
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.attribution.shipped import load_method
-from matex_pl.benchmark.intervals import Detections, Sums
-from matex_pl.benchmark.rows import Row, compared_rows
-from matex_pl.benchmark.score import Bench, Settings
+from matex_pl.benchmark.bench import Bench, Settings
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.cli import main
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule, Study
-from matex_pl.explain import load_module
+from matex_pl.evaluation.compared import Row, compared_rows
+from matex_pl.evaluation.intervals import Detections, Sums
+from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
 from matex_pl.maps import min_max, upsample
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.removal import patch_curve
-from matex_pl.pairs import choose_pairs, prepare_data, read_pairs
+from matex_pl.training import load_module
 from matex_pl.tune import choose, tune_matex
 from matex_pl.tune.choose import Choice, Scored, best_first, choose_setting
 from matex_pl.tune.coarse import box_accuracy, cells_in_boxes, correlations, detections, precision

@@ -25,15 +25,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 from torch import Tensor
 
-from matex_pl import ClipModule, store
+from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.callbacks import AttributionMaps as LoggedMaps
 from matex_pl.callbacks import AttributionMetrics, MapWriter, PredictionWriter, RoarPlus
 from matex_pl.clip import Clip
-from matex_pl.contrastive import contrastive_loss, gather_rows, gathered_loss, same_phrase
 from matex_pl.data import PhantomDataModule
+from matex_pl.evaluation import store
 from matex_pl.maps import AttributionMaps
 from matex_pl.roar.plan import Protocol, Training
+from matex_pl.training.distributed import gather_rows
+from matex_pl.training.loss import contrastive_loss, gathered_loss, same_phrase
 
 TINY = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
 PHRASES = ["Left effusion.", "Edema.", "left  effusion.", "Nodule."], ["LEFT EFFUSION.", "Mass.", "Edema.", "Normal."]

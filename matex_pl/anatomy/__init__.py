@@ -1,9 +1,9 @@
 """Where a phrase points: the places a radiologist names, and the spatial prior that they give."""
 
+from matex_pl.anatomy.laterality import named_side, swap_sides
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
 from matex_pl.anatomy.prior import prior_map, prior_maps
 from matex_pl.anatomy.regions import Region, load_regions
-from matex_pl.anatomy.sides import named_side, swap_sides
 
 __all__ = [
     "ParsedPhrase",

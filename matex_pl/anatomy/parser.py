@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from matex_pl.anatomy.context import settle
+from matex_pl.anatomy.disambiguation import settle
 from matex_pl.anatomy.lexicon import Grammar, Term, read_terms, shipped_grammar
+from matex_pl.anatomy.negation import PLACES, Segment, denied, segments, sentences
 from matex_pl.anatomy.regions import Region, RegionTable, shipped_regions
-from matex_pl.anatomy.scopes import PLACES, Segment, denied, segments, sentences
 
 Span = tuple[int, int]
 _JOINS = ("and", "or", "comma", "to", "compare")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from inspect import signature
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from matex_pl.anatomy.prior import check_films
-from matex_pl.clip import Clip
+from matex_pl.clip.model import Clip
 from matex_pl.maps import AttributionMaps
-
-Item = TypeVar("Item")
 
 
 class AttributionMethod(ABC):
@@ -142,27 +139,6 @@ def check_scores(score: Tensor, phrases: Sequence[str], *components: Tensor) -> 
         )
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value of an argument that is not among its choices, listing them.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def check_positive(**numbers: float) -> None:
-    """Refuse arguments that have to be greater than 0.
-
-    Raises:
-        ValueError: One is not; the message has its name and value.
-    """
-    for name, value in numbers.items():
-        if not 0 < value < torch.inf:
-            raise ValueError(f"{name} must be a number greater than 0, got {value}.")
-
-
 def block_index(index: int, depth: int) -> int:
     """A block's place from the front among `depth` blocks; a negative index reaches at most to the first.
 
@@ -172,8 +148,3 @@ def block_index(index: int, depth: int) -> int:
     if index >= depth:
         raise ValueError(f"The tower has {depth} blocks, counted from 0; there is no block {index}. -1 is the last.")
     return index if index >= 0 else max(depth + index, 0)
-
-
-def progress(items: Iterable[Item], title: str) -> Iterable[Item]:
-    """The items, with a bar on a terminal once they take more than two seconds, also beneath the bars of a Trainer."""
-    return tqdm(items, desc=title, delay=2, leave=False, disable=None)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from matex_pl.attribution.base import block_index
-from matex_pl.attribution.capture import Block, capture_attention
-from matex_pl.attribution.relevance import first_row, gradient_by_attention, gradients_of
-from matex_pl.attribution.sides import Look, Raw, Side, TwoSided
-from matex_pl.attribution.target import TARGETS
-from matex_pl.towers import Reading
+from matex_pl.attribution.core.capture import Block, capture_attention
+from matex_pl.attribution.core.relevance import first_row, gradient_by_attention, gradients_of
+from matex_pl.attribution.core.target import TARGETS
+from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
+from matex_pl.clip.towers import Reading
 
 
 class Chefer(TwoSided):

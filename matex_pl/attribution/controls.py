@@ -12,9 +12,10 @@ from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.anatomy.prior import LATERALITIES, SHAPES
-from matex_pl.attribution.base import AttributionMethod, check_choice, check_pairs, check_scores
-from matex_pl.attribution.capture import borrowed
-from matex_pl.clip import Clip
+from matex_pl.arguments import check_choice
+from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scores
+from matex_pl.attribution.core.capture import borrowed
+from matex_pl.clip.model import Clip
 from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
 
 

@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from matex_pl.attribution.base import block_index, check_choice
-from matex_pl.attribution.relevance import gradients_of
-from matex_pl.attribution.sides import Look, Raw, Side, TwoSided
-from matex_pl.attribution.stream import Stream
+from matex_pl.arguments import check_choice
+from matex_pl.attribution.base import block_index
+from matex_pl.attribution.core.relevance import gradients_of
+from matex_pl.attribution.core.stream import Stream
+from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
+from matex_pl.clip.towers import original
 from matex_pl.maps import full_precision, min_max
-from matex_pl.towers import original
 
 
 class GradCam(TwoSided):

@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from matex_pl.attribution.base import block_index, check_positive
-from matex_pl.attribution.capture import capture_attention
-from matex_pl.attribution.relevance import gradients_of, loosened_term, row_weights
-from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TwoSided
+from matex_pl.arguments import check_positive
+from matex_pl.attribution.base import block_index
+from matex_pl.attribution.core.capture import capture_attention
+from matex_pl.attribution.core.relevance import gradients_of, loosened_term, row_weights
+from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
 
 
 class GradEclip(TwoSided):

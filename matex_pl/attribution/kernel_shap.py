@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from matex_pl.attribution.base import check_choice, check_positive, progress
-from matex_pl.attribution.fill import FILLS, check_fill, fill_images
-from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TextSide, TwoSided
-from matex_pl.clip import Clip
+from matex_pl.arguments import check_choice, check_positive
+from matex_pl.attribution.core.fill import FILLS, check_fill, fill_images
+from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TextSide, TwoSided
+from matex_pl.clip.model import Clip
+from matex_pl.console import progress
 from matex_pl.maps import differ
 
 MAX_FEATURES = 64

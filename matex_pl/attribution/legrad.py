@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from matex_pl.attribution.base import check_positive
-from matex_pl.attribution.capture import Block, capture_attention
-from matex_pl.attribution.relevance import gradient_by_attention, gradients_of
-from matex_pl.attribution.sides import Look, Raw, Side, TwoSided
-from matex_pl.attribution.stream import Stream
+from matex_pl.arguments import check_positive
+from matex_pl.attribution.core.capture import Block, capture_attention
+from matex_pl.attribution.core.relevance import gradient_by_attention, gradients_of
+from matex_pl.attribution.core.stream import Stream
+from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
 
 
 class LeGrad(TwoSided):

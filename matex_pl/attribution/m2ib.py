@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matex_pl.attribution.base import block_index, check_positive, progress
-from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TwoSided
-from matex_pl.attribution.stream import Stream
-from matex_pl.clip import Clip
+from matex_pl.arguments import check_positive
+from matex_pl.attribution.base import block_index
+from matex_pl.attribution.core.stream import Stream
+from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
+from matex_pl.clip.model import Clip
+from matex_pl.clip.towers import image_blocks, not_explained, original
+from matex_pl.console import progress
 from matex_pl.maps import full_precision
-from matex_pl.towers import image_blocks, not_explained, original
 
 
 class M2ib(TwoSided):

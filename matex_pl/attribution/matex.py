@@ -12,9 +12,10 @@ from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.anatomy.prior import LATERALITIES, SHAPES
-from matex_pl.attribution.base import AttributionMethod, check_choice, check_pairs, check_phrases, check_scores
-from matex_pl.attribution.capture import Block, borrowed, capture_attention, count_blocks
-from matex_pl.attribution.relevance import (
+from matex_pl.arguments import check_choice
+from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
+from matex_pl.attribution.core.capture import Block, borrowed, capture_attention, count_blocks
+from matex_pl.attribution.core.relevance import (
     attention_matrices,
     attention_rows,
     gradients_of,
@@ -23,10 +24,10 @@ from matex_pl.attribution.relevance import (
     row_weights,
     softmax_term,
 )
-from matex_pl.attribution.target import REFERENCES, TARGETS, directions, reference_mean
-from matex_pl.clip import Clip
+from matex_pl.attribution.core.target import REFERENCES, TARGETS, directions, reference_mean
+from matex_pl.clip.model import Clip
+from matex_pl.clip.towers import Reading
 from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
-from matex_pl.towers import Reading
 
 
 def layer_weights(num_layers: int, tau: float) -> Tensor:

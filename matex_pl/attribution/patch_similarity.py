@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from matex_pl.attribution.sides import Look, Raw, Side, TwoSided
-from matex_pl.attribution.stream import Stream
-from matex_pl.clip import Clip
+from matex_pl.attribution.core.stream import Stream
+from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
+from matex_pl.clip.model import Clip
+from matex_pl.clip.towers import image_blocks, not_explained, original
 from matex_pl.maps import full_precision
-from matex_pl.towers import image_blocks, not_explained, original
 
 
 class PatchSimilarity(TwoSided):

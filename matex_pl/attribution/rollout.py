@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from matex_pl.attribution.capture import capture_attention
-from matex_pl.attribution.relevance import attention_matrices, rollout_row
-from matex_pl.attribution.sides import Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.capture import capture_attention
+from matex_pl.attribution.core.relevance import attention_matrices, rollout_row
+from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
 
 
 class Rollout(TwoSided):

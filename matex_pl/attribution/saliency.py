@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from matex_pl.attribution.relevance import gradients_of
-from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.relevance import gradients_of
+from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
 from matex_pl.maps import full_precision
 
 

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.attribution.controls import Control
 from matex_pl.attribution.matex import Matex
-from matex_pl.clip import CONFIG_FOLDER
+from matex_pl.files import CONFIG_FOLDER
 
 METHOD_FOLDER = CONFIG_FOLDER / "methods"
 

@@ -10,12 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from matex_pl.attribution.base import check_choice, check_positive, progress
-from matex_pl.attribution.fill import FILLS, check_fill, fill_images
+from matex_pl.arguments import check_choice, check_positive
+from matex_pl.attribution.core.fill import FILLS, check_fill, fill_images
+from matex_pl.attribution.core.target import TARGETS, reference_embeddings, reference_mean
+from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
 from matex_pl.attribution.kernel_shap import patch_groups
-from matex_pl.attribution.sides import ImageSide, Look, Raw, Side, TwoSided
-from matex_pl.attribution.target import TARGETS, reference_embeddings, reference_mean
-from matex_pl.clip import Clip
+from matex_pl.clip.model import Clip
+from matex_pl.console import progress
 from matex_pl.maps import full_precision
 
 

@@ -5,32 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from matex_pl.benchmark.columns import metric_columns
-from matex_pl.benchmark.intervals import difference, draw_patients
-from matex_pl.benchmark.score import Bench, Scored
-from matex_pl.benchmark.values import Values
-from matex_pl.clip import Clip
-from matex_pl.data import ChestXrayDataModule
+from matex_pl.benchmark.bench import Bench, Scored
+from matex_pl.benchmark.evaluate import Values
+from matex_pl.evaluation.intervals import difference, draw_patients
+from matex_pl.evaluation.provenance import provenance
+from matex_pl.evaluation.tensors import fingerprint
 from matex_pl.explain import draw_panels
-from matex_pl.published import PUBLISHED
-from matex_pl.report_panels import Panel, encode
-from matex_pl.store import fingerprint
+from matex_pl.report.columns import metric_columns
+from matex_pl.report.gallery import Panel, encode
+from matex_pl.report.published import PUBLISHED
 
 COMPARED = ("pointing_game", "cnr", "energy_in_box")
 # Where there are no boxes.
 _COMPARED_WITHOUT = ("remove/mean_film", "insertion/mean_film", "deletion/mean_film")
-PACKAGES = ("matex_pl", "torch", "lightning", "open_clip_torch")
 _PANEL_WIDTH, _RANDOM_PANELS = 600, 2
 
 
@@ -50,30 +44,6 @@ def results(bench: Bench, scored: Sequence[Scored], checkpoint: str) -> dict[str
         "rows": rows,
         "comparisons": _comparisons(bench, scored, drawn),
         "published": PUBLISHED,
-    }
-
-
-def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataModule, seed: int) -> dict[str, Any]:
-    """What made a result, as plain types: when, the model, the data, the seed and the versions.
-
-    Args:
-        clip: The model.
-        weights: Its `weight_hash`.
-        checkpoint: Where it came from.
-        data: The data module.
-        seed: Of the run.
-    """
-    return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": {
-            "checkpoint": checkpoint,
-            "weights": weights,
-            "image_size": list(clip.image_size),
-            "grid": list(clip.grid),
-        },
-        "data": {"class": type(data).__name__, "settings": _plain_settings(data)},
-        "seed": seed,
-        "versions": {name: version(name) for name in PACKAGES},
     }
 
 
@@ -184,22 +154,6 @@ def summary(found: dict[str, Any]) -> str:
             game, contrast = ("-" if value is None else f"{value:.2f}" for value in values)
             lines.append(f"{row['name']:22s}{game:>16s}{contrast:>8s}")
     return "\n".join(lines)
-
-
-def _plain_settings(data: ChestXrayDataModule) -> dict[str, Any]:
-    """The data module's own plain attributes."""
-    inherited = vars(LightningDataModule()).keys()
-    named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(data).items()}
-    own = {name: value for name, value in named.items() if name not in inherited and not name.startswith("_")}
-    return {name: value for name, value in own.items() if _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (str, int, float, bool, type(None)))
 
 
 def _machine(device: torch.device) -> str:

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from matex_pl.benchmark.bench import Bench, Settings
 from matex_pl.benchmark.results import panels, results, summary
-from matex_pl.benchmark.rows import compared_rows
-from matex_pl.benchmark.score import Bench, Settings
 from matex_pl.data import ChestXrayDataModule
-from matex_pl.explain import load_module
+from matex_pl.evaluation.compared import compared_rows
 from matex_pl.files import write_text
-from matex_pl.report import write_report
-from matex_pl.report_panels import write_panels
-from matex_pl.report_roar import PANELS, benchmark_addition, read_roar
+from matex_pl.report.benchmark import write_report
+from matex_pl.report.gallery import write_panels
+from matex_pl.report.roar import PANELS, benchmark_addition, read_roar
+from matex_pl.training.module import load_module
 
 
 def run_benchmark(

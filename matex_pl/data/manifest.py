@@ -15,9 +15,10 @@ from typing import Any
 
 import cv2
 
-from matex_pl.data.pixels import film_size, is_jpeg, read_film, read_levels
-from matex_pl.data.record import Study
-from matex_pl.data.rows import (
+from matex_pl.data.images import film_size, is_jpeg, read_film, read_levels
+from matex_pl.data.study import Study
+from matex_pl.data.table import Row, TableDataModule, drop_broken, read_table, sort_rows, tell_leaks
+from matex_pl.data.validation import (
     BadRow,
     Box,
     RuleError,
@@ -31,7 +32,6 @@ from matex_pl.data.rows import (
     split_name,
     text,
 )
-from matex_pl.data.table import Row, TableDataModule, drop_broken, read_table, sort_rows, tell_leaks
 
 REQUIRED = ("image", "phrase")
 OPTIONAL = ("id", "patient_id", "boxes", "finding", "split", "mask", "x", "y", "w", "h")

@@ -11,9 +11,9 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.data.ms_cxr import find_film
-from matex_pl.data.record import Study
-from matex_pl.data.rows import BadRow, RuleError, path_below, split_name, text
+from matex_pl.data.study import Study
 from matex_pl.data.table import Row, TableDataModule, read_table, read_text, sort_rows
+from matex_pl.data.validation import BadRow, RuleError, path_below, split_name, text
 
 SPLIT_FILE, METADATA_FILE = "mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-metadata.csv"
 SECTIONS = ("findings", "impression")

@@ -11,10 +11,20 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from matex_pl.data.images import film_size
 from matex_pl.data.manifest import merge_boxes, with_film_findings, with_ids
-from matex_pl.data.pixels import film_size
-from matex_pl.data.record import Study
-from matex_pl.data.rows import (
+from matex_pl.data.study import Study
+from matex_pl.data.table import (
+    Row,
+    TableDataModule,
+    drop_broken,
+    read_json,
+    read_table,
+    read_text,
+    sort_rows,
+    tell_leaks,
+)
+from matex_pl.data.validation import (
     SPLIT_NAMES,
     BadRow,
     Box,
@@ -27,16 +37,6 @@ from matex_pl.data.rows import (
     fold,
     split_name,
     text,
-)
-from matex_pl.data.table import (
-    Row,
-    TableDataModule,
-    drop_broken,
-    read_json,
-    read_table,
-    read_text,
-    sort_rows,
-    tell_leaks,
 )
 
 ANNOTATIONS = "MS_CXR_Local_Alignment_*"

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from matex_pl.data.films import FilmFilesDataModule, check_fractions, split_patients
-from matex_pl.data.pixels import film_size
-from matex_pl.data.record import Study
+from matex_pl.data.datamodule import FilmFilesDataModule, check_fractions, split_patients
+from matex_pl.data.images import film_size
+from matex_pl.data.study import Study
 
 BOX_FILE, LABEL_FILE = "BBox_List_2017.csv", "Data_Entry_2017_v2020.csv"
 _LABEL_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")

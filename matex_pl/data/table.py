@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
 
-from matex_pl.data.films import FilmFilesDataModule, check_fractions, split_patients
-from matex_pl.data.record import Study
-from matex_pl.data.rows import BadRow, RuleError, drop_leaks, drop_repeats, place_of
+from matex_pl.data.datamodule import FilmFilesDataModule, check_fractions, split_patients
+from matex_pl.data.study import Study
+from matex_pl.data.validation import BadRow, RuleError, drop_leaks, drop_repeats, place_of
 from matex_pl.files import whole_file
 
 ON_BAD_ROW = ("error", "skip")

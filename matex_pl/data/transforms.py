@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matex_pl.data.pixels import Size, resize_film
+from matex_pl.data.images import Size, resize_film
 
 GEOMETRIES = ("pad", "crop", "squash")
 

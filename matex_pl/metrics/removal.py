@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from matex_pl.attribution.base import check_choice, check_positive
-from matex_pl.attribution.capture import borrowed
-from matex_pl.attribution.fill import drop_tokens, fill_images
-from matex_pl.clip import Clip
+from matex_pl.arguments import check_choice, check_positive
+from matex_pl.attribution.core.capture import borrowed
+from matex_pl.attribution.core.fill import drop_tokens, fill_images
+from matex_pl.clip.model import Clip
 from matex_pl.maps import full_precision
 from matex_pl.metrics.functional import (
     confidence_drop,

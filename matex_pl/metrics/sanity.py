@@ -11,8 +11,8 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from matex_pl import towers
-from matex_pl.clip import Clip
+from matex_pl.clip import towers
+from matex_pl.clip.model import Clip
 
 # Parts of towers that run before their first block, as open_clip, timm and Hugging Face name them.
 _BEFORE = {

@@ -11,8 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from matex_pl.contrastive import fingerprints, first_of_each
 from matex_pl.metrics.functional import box_masks
+from matex_pl.training.distributed import fingerprints, first_of_each
 
 
 class StudyMetric(Metric):

@@ -16,15 +16,15 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from matex_pl.attribution.fill import drop_tokens, fill_images
-from matex_pl.data.record import StudyBatch
+from matex_pl.attribution.core.fill import drop_tokens, fill_images
+from matex_pl.data.study import StudyBatch
+from matex_pl.evaluation.tensors import read_tensors, write_tensors
 from matex_pl.metrics.removal import enlarge_cells
-from matex_pl.module import ClipModule
+from matex_pl.roar.drop import drop_of
 from matex_pl.roar.films import PlanData, PlanFilms
 from matex_pl.roar.lora import add_lora
 from matex_pl.roar.plan import Cell, Plan, Training
-from matex_pl.roar.units import drop_of
-from matex_pl.store import read_tensors, write_tensors
+from matex_pl.training.module import ClipModule
 
 
 class RoarModule(ClipModule):

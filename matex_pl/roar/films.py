@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from matex_pl.attribution.base import progress
-from matex_pl.data.films import ChestXrayDataModule
-from matex_pl.data.record import Sample, Study, StudyBatch, collate
+from matex_pl.console import progress
+from matex_pl.data.datamodule import ChestXrayDataModule
+from matex_pl.data.study import Sample, Study, StudyBatch, collate
 from matex_pl.data.transforms import FilmTransform
+from matex_pl.evaluation.store import pair_keys
 from matex_pl.files import whole_file, write_text
-from matex_pl.store import pair_keys
 
 _FILMS, _PAIRS = "films.npy", "pairs.json"
 _READ_AT_ONCE = 64

@@ -11,16 +11,17 @@ from filelock import FileLock
 
 from matex_pl.attribution import CenterMap, Matex, PriorOnly, RandomMap
 from matex_pl.attribution.shipped import load_method
-from matex_pl.benchmark.results import PACKAGES
-from matex_pl.benchmark.rows import method_row
-from matex_pl.clip import Clip
+from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule, Study
-from matex_pl.module import ClipModule
-from matex_pl.pairs import choose_pairs, prepare_data
+from matex_pl.evaluation.compared import method_row
+from matex_pl.evaluation.pairs import choose_pairs, prepare_data
+from matex_pl.evaluation.provenance import PACKAGES
+from matex_pl.evaluation.store import describe_method, weight_hash
+from matex_pl.evaluation.tensors import fingerprint
 from matex_pl.roar.cell import write_module
 from matex_pl.roar.films import write_films
 from matex_pl.roar.plan import Plan, PlanRow, Protocol, Training, check_same, has_plan, read_plan, slug
-from matex_pl.store import describe_method, fingerprint, weight_hash
+from matex_pl.training.module import ClipModule
 
 RANDOM, BLURRED, BOXES = "RandomMap", "RandomMap, blurred", "True boxes"
 CENTER, PRIOR = "CenterMap", "PriorOnly"

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matex_pl.attribution.base import check_choice, check_positive
-from matex_pl.attribution.fill import FILLS
+from matex_pl.arguments import check_choice, check_positive
+from matex_pl.attribution.core.fill import FILLS
 from matex_pl.files import write_text
 
 MODALITIES = ("image", "text")

@@ -10,12 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from matex_pl.attribution.base import check_choice
+from matex_pl.arguments import check_choice
 from matex_pl.data import ChestXrayDataModule
-from matex_pl.explain import load_module
 from matex_pl.files import write_text
-from matex_pl.module import ClipModule
-from matex_pl.report_roar import add_to_report, roar_tables, write_roar
+from matex_pl.report.roar import add_to_report, roar_tables, write_roar
 from matex_pl.roar.cluster import RayOptions, check_gpus, check_ray, work_on_ray
 from matex_pl.roar.collect import collect
 from matex_pl.roar.lease import is_leased, sweep
@@ -23,6 +21,7 @@ from matex_pl.roar.make import make_plan
 from matex_pl.roar.plan import Cell, Plan, Protocol, Training, duration, read_plan, some_cells
 from matex_pl.roar.processes import work_in_processes
 from matex_pl.roar.work import broken_maps, failure, has_maps, prepare_maps, result, work_here
+from matex_pl.training.module import ClipModule, load_module
 
 EXECUTORS = ("local", "ray")
 _FAILURES_NAMED = 5

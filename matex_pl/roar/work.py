@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from matex_pl.files import write_text
 from matex_pl.roar.cell import load_explained, run_cell
+from matex_pl.roar.drop import make_maps
 from matex_pl.roar.films import PlanFilms
 from matex_pl.roar.lease import RESULT, Lease, is_leased, leased
 from matex_pl.roar.plan import Cell, Plan, duration, read_plan
-from matex_pl.roar.units import make_maps
 
 POLL_SECONDS = 1.0
 _LINE_SECONDS = 60.0

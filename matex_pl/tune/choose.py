@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from matex_pl.attribution import Matex
-from matex_pl.attribution.base import progress
-from matex_pl.benchmark.intervals import Score
-from matex_pl.clip import Clip
+from matex_pl.clip.model import Clip
+from matex_pl.console import progress
+from matex_pl.evaluation.intervals import Score
 from matex_pl.tune.grid import Grid, search
 from matex_pl.tune.objective import Objective, Pairs, score_setting
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.attribution import Matex
-from matex_pl.attribution.base import progress
 from matex_pl.attribution.matex import attention_flow, last_blocks
+from matex_pl.console import progress
 from matex_pl.maps import min_max, patch_mean, token_map, upsample
 from matex_pl.tune.objective import Objective, Pairs
 

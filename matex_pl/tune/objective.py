@@ -14,11 +14,12 @@ from torchmetrics import Metric
 
 from matex_pl.anatomy import named_side
 from matex_pl.attribution import Matex
-from matex_pl.attribution.base import progress
-from matex_pl.attribution.fill import FILLS
-from matex_pl.benchmark.intervals import Detections, Score, Sums
-from matex_pl.clip import Clip
-from matex_pl.data.record import StudyBatch
+from matex_pl.attribution.core.fill import FILLS
+from matex_pl.clip.model import Clip
+from matex_pl.console import progress
+from matex_pl.data.study import StudyBatch
+from matex_pl.evaluation.intervals import Detections, Score, Sums
+from matex_pl.evaluation.pairs import embed_pairs, model_inputs, other_phrases, swapped_phrases, with_phrases
 from matex_pl.maps import AttributionMaps, patch_mean
 from matex_pl.metrics import (
     AveragePrecision50,
@@ -42,7 +43,6 @@ from matex_pl.metrics import (
 )
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.sanity import randomised
-from matex_pl.pairs import embed_pairs, model_inputs, other_phrases, swapped_phrases, with_phrases
 from matex_pl.tune import coarse
 
 

@@ -11,8 +11,8 @@ import yaml
 
 from matex_pl import attribution
 from matex_pl.attribution import Matex
-from matex_pl.benchmark.intervals import Score, difference, draw_patients, plain
-from matex_pl.data.record import Study
+from matex_pl.data.study import Study
+from matex_pl.evaluation.intervals import Score, difference, draw_patients, plain
 from matex_pl.files import whole_file
 from matex_pl.tune.choose import FINALISTS, Choice
 from matex_pl.tune.grid import AXES, idle_settings

@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
+from matex_pl.arguments import check_positive
 from matex_pl.attribution import AttributionMethod, Matex
-from matex_pl.attribution.base import check_positive
-from matex_pl.attribution.fill import check_fill
+from matex_pl.attribution.core.fill import check_fill
 from matex_pl.attribution.shipped import load_method
-from matex_pl.benchmark.results import provenance
-from matex_pl.clip import Clip
-from matex_pl.data.films import ChestXrayDataModule
-from matex_pl.data.record import Study, StudyBatch
-from matex_pl.explain import load_module
-from matex_pl.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
-from matex_pl.store import weight_hash
+from matex_pl.clip.model import Clip
+from matex_pl.data.datamodule import ChestXrayDataModule
+from matex_pl.data.study import Study, StudyBatch
+from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
+from matex_pl.evaluation.provenance import provenance
+from matex_pl.evaluation.store import weight_hash
+from matex_pl.training.module import load_module
 from matex_pl.tune.choose import choose_setting
 from matex_pl.tune.grid import AXES, Grid, depths, make_grid
 from matex_pl.tune.objective import Objective, boxless_objectives, find_objective, gather_pairs, score_setting

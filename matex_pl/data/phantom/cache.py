@@ -23,7 +23,7 @@ from rich.progress import track
 
 from matex_pl.data.phantom.film import Film, draw_film, film_rng
 from matex_pl.data.phantom.phrases import TEMPLATES, write_phrase
-from matex_pl.data.record import Study
+from matex_pl.data.study import Study
 
 # Raise it whenever the same settings draw other pixels, boxes or phrases than before.
 GENERATOR_VERSION = 7

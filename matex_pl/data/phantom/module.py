@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from matex_pl.data.films import ChestXrayDataModule
+from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.phantom.cache import film_cache
+from matex_pl.data.phantom.canvas import Canvas, Field
+from matex_pl.data.phantom.film import film_build
 from matex_pl.data.phantom.findings import FINDINGS
-from matex_pl.data.phantom.zone import thorax_share
-from matex_pl.data.record import Study
+from matex_pl.data.phantom.thorax import SIDES, heart_outline, lung_outline
+from matex_pl.data.study import Study
 from matex_pl.data.transforms import FilmTransform
 
 # Below what one patient in fifty has there, a place is outside of the thorax: 98 % of the area of all boxes is inside,
@@ -115,3 +118,25 @@ class PhantomDataModule(ChestXrayDataModule):
     def __getstate__(self) -> dict[str, Any]:
         """Without the films: pickling a memory map would copy them; a worker opens its own."""
         return {**super().__getstate__(), "_films": None}
+
+
+@lru_cache(maxsize=4)
+def thorax_share(size: int = 192, *, seed: int = 0, num_films: int = 400) -> Field:
+    """Share of the first films of a series on which pleural cavities or heart cover a place, `(size, size)` in [0, 1].
+
+    Only outlines are drawn, no films: some hundred take a fraction of a second. The array is kept, and read-only.
+
+    Args:
+        size: Side of the films in pixels.
+        seed: Which series.
+        num_films: How many films are counted.
+    """
+    covered = np.zeros((size, size), np.int32)
+    for index in range(num_films):
+        build = film_build(index, seed)
+        canvas = Canvas(size, midline=build.midline, tilt=build.tilt)
+        organs = [heart_outline(build), *(lung_outline(build, side) for side in SIDES)]
+        covered += canvas.fill(organs) > 0.5
+    share = (covered / num_films).astype(np.float32)
+    share.setflags(write=False)
+    return share

@@ -9,7 +9,7 @@ import cv2
 import torch
 from torch import Tensor
 
-from matex_pl.contrastive import first_of_each
+from matex_pl.training.distributed import first_of_each
 
 # Numbers in one table of resamples by detections.
 _TABLE = 2**24

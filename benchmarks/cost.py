@@ -1,0 +1,273 @@
+"""What maps cost: the time of each method against a plain forward of both towers, and its memory."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import isabstract
+from platform import processor
+from statistics import median
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from matex_pl import attribution
+from matex_pl.attribution import AttributionMethod, Chefer, Matex
+from matex_pl.attribution.core.target import REFERENCES
+from matex_pl.clip import Clip, load_clip
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of one image, for `attribute_phrases`.
+_PHRASES = 16
+_FEWEST = 7
+# Of methods that repeat forwards: the time is theirs times a number, and their defaults would take minutes per round.
+FEWER: dict[str, dict[str, int]] = {
+    "IntegratedGradients": {"steps": 2},
+    "KernelShap": {"samples": 12},
+    "Rise": {"masks": 12},
+    "SubmodularRegions": {"regions": 4},
+}
+Call = Callable[..., Any]
+
+
+def measure_cost(
+    model: str = "ViT-B-32",
+    batch_size: list[int] | int = 16,
+    repeats: int = 9,
+    device: str = "auto",
+    precision: str = "fp32",
+) -> str:
+    """Measure, on this machine, what every method costs; a Markdown table.
+
+    Times are ratios to a plain forward of both towers without gradient, as open_clip runs them, on the same pairs in
+    the same round: the methods take turns, so that a slow minute of the machine falls on all of them. Films are noise
+    and phrases are the package's list of findings by side and zone; the weights are random, which changes no time.
+
+    Args:
+        model: An open_clip name or a path to a JSON model config.
+        batch_size: Pairs per call; several, as `[1,16]`, give a table each.
+        repeats: Rounds after one to warm up, at least 7.
+        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
+        precision: `fp32` or `bf16`, the dtype of the weights.
+
+    Returns:
+        Per batch size, a table with a row per method: median, least and greatest ratio, for methods that repeat
+        forwards the ratio to those forwards alone, pairs per second, and peak memory beyond the model's weights. Then
+        the time of 16 phrases on one image, in single pairs.
+
+    Raises:
+        ValueError: An argument is out of range.
+        NotImplementedError: The maps of one of the towers are not supported.
+    """
+    sizes = [batch_size] if isinstance(batch_size, int) else batch_size
+    if repeats < _FEWEST or not sizes or min(sizes) < 1:
+        raise ValueError(f"repeats must be at least {_FEWEST} and batch_size at least 1, got {repeats} and {sizes}.")
+    if precision not in PRECISIONS or device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"precision is one of fp32, bf16, device of auto, cpu, cuda; got {precision!r} and {device!r}."
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but there is no GPU that torch can use. Leave it out, or take cpu.")
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    clip = load_clip(model).to(place, PRECISIONS[precision])
+    # What it holds changes no time; without one, what fills with it would be refused.
+    clip.mean_film.fill_(0.5)
+    phrases = clip.tokenize(REFERENCES[:_PHRASES])
+    lines = [
+        f"{model}, {precision}, {_machine(place)}, torch {torch.__version__}; phrases of "
+        f"{float(clip.content(phrases).sum(1).float().mean()):.0f} words or pieces, median of {repeats} rounds "
+        "(least to greatest). Counting the blocks and encoding the references, once per model, is not in it."
+    ]
+    for size in sizes:
+        lines += ["", *_table(clip, size, repeats)]
+    return "\n".join([*lines, "", _phrases_line(clip, repeats)])
+
+
+def methods_present() -> dict[str, AttributionMethod]:
+    """Every method of the package by how it is called: with its defaults, or with fewer of its repeated forwards."""
+    named: dict[str, AttributionMethod] = {
+        "Matex()": Matex(),
+        "Matex(grad_layers=1000), all": Matex(grad_layers=1000),
+        "Matex(flow='rollout')": Matex(flow="rollout"),
+        "Matex.measured()": Matex.measured(),
+        "Chefer(start_layer=0), all": Chefer(start_layer=0),
+    }
+    for name in attribution.__all__:
+        kind = getattr(attribution, name)
+        if isinstance(kind, type) and not isabstract(kind) and kind is not Matex:
+            settings = FEWER.get(name, {})
+            named[f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"] = kind(**settings)
+    return named
+
+
+def _table(clip: Clip, size: int, repeats: int) -> list[str]:
+    images, tokens, phrases = _pairs(clip, size)
+    calls: dict[str, Call] = {
+        "plain forward": partial(_plain_forward, clip, images, tokens),
+        "the same, phrases without padding": partial(_short_forward, clip, images, tokens),
+    }
+    methods = methods_present()
+    calls |= {name: partial(method.attribute, clip, images, tokens, phrases) for name, method in methods.items()}
+    own = {name: partial(_replay, _recorded(clip, calls[name])) for name, method in methods.items() if method.repeats}
+    times = _interleaved(calls | {f"forwards of {name}": call for name, call in own.items()}, repeats, clip, size)
+    lines = [
+        f"| batch {size} | time / plain forward | time / its own forwards | pairs per second | peak memory, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, call in calls.items():
+        ratio = _ratio(times[name], times["plain forward"])
+        alone = _ratio(times[name], times[f"forwards of {name}"]) if name in own else ""
+        rate, memory = size / median(times[name]), _peak_memory(call, clip.std.device) / 2**20
+        lines.append(f"| {name} | {ratio} | {alone} | {rate:.1f} | {memory:.0f} |")
+    return lines
+
+
+def _recorded(clip: Clip, call: Call) -> list[tuple[Call, Tensor]]:
+    """The inputs that a call gives to either tower, with the functions it gives them to."""
+    seen: list[tuple[Call, Tensor]] = []
+    encoders = {name: getattr(clip, name) for name in ("encode_image", "encode_text")}
+
+    def record(encode: Call, inputs: Tensor) -> Tensor:
+        seen.append((encode, inputs))
+        return encode(inputs)
+
+    for name, encode in encoders.items():
+        setattr(clip, name, partial(record, encode))
+    try:
+        call()
+    finally:
+        for name in encoders:
+            delattr(clip, name)
+    return seen
+
+
+@torch.no_grad()
+def _replay(forwards: Sequence[tuple[Call, Tensor]]) -> None:
+    for encode, inputs in forwards:
+        encode(inputs)
+
+
+def _phrases_line(clip: Clip, repeats: int) -> str:
+    images, tokens, phrases = _pairs(clip, _PHRASES)
+    method = Matex()
+    calls: dict[str, Call] = {
+        "many": lambda: method.attribute_phrases(clip, images[0], phrases),
+        "single": lambda: method.attribute(clip, images[:1], tokens[:1], phrases[:1]),
+    }
+    times = _interleaved(calls, repeats, clip, _PHRASES)
+    ratio = _ratio(times["many"], times["single"])
+    return f"{_PHRASES} phrases on one image (`Matex().attribute_phrases`) cost {ratio} single pairs."
+
+
+def _pairs(clip: Clip, size: int) -> tuple[Tensor, Tensor, list[str]]:
+    phrases = [REFERENCES[k % len(REFERENCES)] for k in range(size)]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, 3, *clip.image_size, generator=generator).to(clip.std), clip.tokenize(phrases), phrases
+
+
+@torch.no_grad()
+def _plain_forward(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Both towers as open_clip runs them, over the whole context length."""
+    return clip.model.encode_image(images), clip.model.encode_text(tokens)
+
+
+@torch.no_grad()
+def _short_forward(clip: Clip, images: Tensor, tokens: Tensor) -> Tensor:
+    """Both towers as this package runs them, see `towers.encode_text`."""
+    return clip.similarity(images, tokens)
+
+
+def _interleaved(calls: dict[str, Call], repeats: int, clip: Clip, size: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round, the calls taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    rounds = track(range(repeats + 1), f"batch {size}", console=Console(stderr=True), transient=True)
+    for turn in rounds:
+        for name, call in calls.items():
+            seconds = _seconds(call, clip.std.device)
+            if turn:
+                times[name].append(seconds)
+    return times
+
+
+def _seconds(call: Call, device: torch.device) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    call()
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _ratio(times: Sequence[float], base: Sequence[float]) -> str:
+    """Median, least and greatest of the ratios, round by round."""
+    ratios = [mine / other for mine, other in zip(times, base, strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of a CPU {processor()}".strip()
+
+
+def _peak_memory(call: Call, device: torch.device) -> int:
+    """The most bytes of tensors that a call holds at once, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with TensorMemory() as memory:
+        call()
+    return memory.peak
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is entered and still alive, and their peak.
+
+    The allocator of the CPU keeps no such count, and a process's memory includes what was freed and not given back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = 0
+        self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, and count the storages that it made."""
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given | self._seen:
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        self._seen.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.alive -= size
+
+
+if __name__ == "__main__":
+    print(auto_cli(measure_cost, as_positional=False))

@@ -1,0 +1,1 @@
+"""Machinery of the methods: capture of attention, gradients, towers, targets, fills."""

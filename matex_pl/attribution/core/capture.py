@@ -1,0 +1,229 @@
+"""Borrow a CLIP model: see every attention block, take gradients in the last ones, give the model back untouched.
+
+Every tower that matters calls `torch.nn.functional.scaled_dot_product_attention`. Swapping that one function for the
+time of a forward records q, k, v and the output of each block, in any family, with the fused kernel left in place.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from matex_pl.clip.model import Clip
+from matex_pl.clip.towers import Reading, image_depth, not_explained, original, text_tower
+from matex_pl.maps import full_precision
+
+_ATTENTION = "scaled_dot_product_attention"
+_LOCK = threading.RLock()
+
+
+@dataclass
+class Block:
+    """What one attention block did, for B samples, h heads, m queries, n tokens of width d.
+
+    Args:
+        row: `(B, h, n)` softmax attention of the token at the pooled position; only where a tower pools one token.
+        mean: `(B, m, n)` softmax attention averaged over heads; where a tower pools otherwise, or on request.
+        heads: `(B, h, m, n)` softmax attention; on request, and None in blocks without gradient.
+        query: `(B, h, m, d)`; None in blocks without gradient, like the three below.
+        key: `(B, h, n, d)`.
+        value: `(B, h, n, d)` on the graph.
+        output: `(B, h, m, d)` the attention's output before its projection, on the graph.
+    """
+
+    row: Tensor | None = None
+    mean: Tensor | None = None
+    heads: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    output: Tensor | None = None
+
+
+@contextmanager
+def borrowed(clip: Clip) -> Iterator[None]:
+    """The model in the state that explaining needs, inside `fit`, `validate`, `test` and `predict` alike.
+
+    Eval mode, no inference mode, grad mode off until a capture switches it on, no autocast (the model computes in the
+    dtype of its weights, so that a map does not depend on who asks for it), no native attention path, no gradient
+    checkpointing, and modules that `torch.compile` has wrapped run as they were written. Leaving it restores all of
+    them, and the RNG, even after an exception. Some of this belongs to the process: explanations of several threads
+    wait for each other.
+
+    Raises:
+        ValueError: The weights were made under `torch.inference_mode`, and can have no gradients behind them.
+    """
+    if any(parameter.is_inference() for parameter in clip.parameters()):
+        raise ValueError(
+            "The model was built or moved under torch.inference_mode(). Build it outside, then explain it."
+        )
+    with _LOCK:
+        yield from _borrowed(clip)
+
+
+def _borrowed(clip: Clip) -> Iterator[None]:
+    training = [module for module in clip.modules() if module.training]
+    checkpointing = [module for module in clip.modules() if getattr(module, "grad_checkpointing", False) is True]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = {parameter.device.index for parameter in clip.parameters() if parameter.device.type == "cuda"}
+    kind = clip.logit_scale.device.type
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        stack.callback(_set_attribute, checkpointing, "grad_checkpointing", True)
+        stack.callback(_set_attribute, training, "training", True)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.random.fork_rng(devices=sorted(index or 0 for index in devices)))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(kind, enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        _set_attribute(checkpointing, "grad_checkpointing", False)
+        _set_attribute(training, "training", False)
+        yield
+
+
+@contextmanager
+def capture_attention(
+    reading: Reading, *, grad_from: int | None = None, full: bool = False, heads: bool = False
+) -> Iterator[list[Block]]:
+    """Record each attention block of one tower's forward, in order; the list is complete when the forward has ended.
+
+    Args:
+        reading: How the tower pools: says which rows of the attention count.
+        grad_from: Index of the first block with gradient: its q, k and v are cut off from what came before, so that a
+            backward ends there, and grad mode is on from there until the context is left. None: no gradient at all.
+        full: Record the head-averaged attention matrices even where one row would do.
+        heads: Record the attention matrix of each head in the blocks with gradient.
+
+    Raises:
+        RuntimeError: One is open already: a hook of the model explains while the model is explained.
+    """
+    attend: Callable[..., Tensor] = getattr(F, _ATTENTION)
+    if attend.__module__ == __name__:
+        raise RuntimeError("An explanation was asked for while another one runs the model, from one of its hooks.")
+    blocks: list[Block] = []
+    owner = threading.get_ident()
+
+    def record(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if threading.get_ident() != owner:
+            return attend(q, k, v, *args, **kwargs)
+        wants_grad = grad_from is not None and len(blocks) >= grad_from
+        if grad_from is not None and len(blocks) == grad_from:
+            torch.set_grad_enabled(True)
+            q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
+        output = attend(q, k, v, *args, **kwargs)
+        with torch.no_grad():
+            block = _read(q.detach(), k.detach(), reading, full, heads and wants_grad, *args, **kwargs)  # type: ignore[arg-type]
+            if wants_grad:
+                block.query, block.key, block.value, block.output = q.detach(), k.detach(), v, output
+        blocks.append(block)
+        return output
+
+    with torch.no_grad():
+        setattr(F, _ATTENTION, record)
+        try:
+            yield blocks
+        finally:
+            setattr(F, _ATTENTION, attend)
+
+
+_BLOCKS: WeakKeyDictionary[nn.Module, tuple[int, int, int]] = WeakKeyDictionary()
+
+
+def count_blocks(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[int, int]:
+    """Number of attention blocks of the image and the text tower, counted once per model by a forward of one sample.
+
+    Raises:
+        NotImplementedError: A tower calls no `scaled_dot_product_attention`, not once per block, or on windows of its
+            patches; the message names the tower.
+    """
+    model = original(clip.model)
+    modules = sum(1 for _ in model.modules())
+    if model not in _BLOCKS or _BLOCKS[model][0] != modules:
+        images, tokens = images[:1], tokens[:1]
+        with capture_attention(clip.image_reading(images), full=True) as blocks:
+            clip.encode_image(images)
+        with capture_attention(clip.text_reading(tokens), full=True) as text_blocks:
+            clip.encode_text(tokens)
+        _check_image_blocks(original(model.visual), blocks, clip.grid)
+        if not text_blocks:
+            raise NotImplementedError(_unseen("text", text_tower(model)))
+        _BLOCKS[model] = modules, len(blocks), len(text_blocks)
+    return _BLOCKS[model][1:]
+
+
+def _check_image_blocks(tower: nn.Module, blocks: Sequence[Block], grid: tuple[int, int]) -> None:
+    if not blocks:
+        raise NotImplementedError(_unseen("image", tower))
+    patches, depth = grid[0] * grid[1], image_depth(tower)
+    seen = {(len(block.mean), block.mean.shape[-1]) for block in blocks if block.mean is not None}
+    if any(samples != 1 or tokens < patches for samples, tokens in seen):
+        raise NotImplementedError(not_explained("image", tower, f"its attention sees parts of its {patches} patches"))
+    if len(blocks) != depth:
+        reason = f"its {depth} blocks call {_ATTENTION} {len(blocks)} times"
+        raise NotImplementedError(not_explained("image", tower, reason))
+
+
+def _unseen(side: str, tower: nn.Module) -> str:
+    return (
+        f"The {side} tower {type(tower).__name__} calls no {_ATTENTION}, so its maps cannot be computed. "
+        "Use a transformer tower, or switch fused attention on where the tower has an option for it."
+    )
+
+
+def _read(
+    q: Tensor,
+    k: Tensor,
+    reading: Reading,
+    full: bool,
+    heads: bool,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: object,
+) -> Block:
+    """The attention that counts, from the arguments of the attention call; float32 or better."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    bias = _bias(attn_mask, is_causal, (*q.shape[:3], k.shape[2]), q.device)
+    query, key = full_precision(q), full_precision(k)
+    block = Block()
+    if reading.position is not None:
+        logits = torch.einsum("bhd,bhnd->bhn", at(query, reading.position), key) * scale
+        if bias is not None:
+            logits = logits + at(bias, reading.position)
+        block.row = logits.softmax(-1)
+    if full or heads or reading.position is None:
+        matrix = query @ key.transpose(-1, -2) * scale
+        matrix = (matrix if bias is None else matrix + bias).softmax(-1)
+        block.mean, block.heads = matrix.mean(1), matrix if heads else None
+    return block
+
+
+def at(tensor: Tensor, positions: Tensor) -> Tensor:
+    """`(B, h, n, m)` at one of the n positions per sample: `(B, h, m)`."""
+    return tensor[torch.arange(len(tensor), device=tensor.device), :, positions]
+
+
+def _bias(mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """What is added to the attention logits, as a view of `shape` (B, h, m, n)."""
+    if is_causal:
+        mask = torch.ones(shape[-2:], dtype=torch.bool, device=device).tril()
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    return full_precision(mask).expand(shape)
+
+
+def _set_attribute(modules: list[nn.Module], name: str, value: bool) -> None:
+    for module in modules:
+        setattr(module, name, value)

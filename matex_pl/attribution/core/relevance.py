@@ -1,0 +1,156 @@
+"""What a block passes on from its tokens to the embedding: rows of attention, and gradient terms. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution.core.capture import Block, at
+from matex_pl.clip.towers import Reading
+from matex_pl.maps import full_precision, min_max
+
+
+def row_weights(blocks: Sequence[Block], reading: Reading) -> list[Tensor | None]:
+    """Share of each query of each block in the embedding, `(B, m)` per block; rows sum to 1. None: one token is pooled.
+
+    Eqs. (1) and (2) read the row of the pooled token. Where no one token is pooled, they read the rows of all tokens
+    that are, with the weight that each has: equal ones under an average; under an attention pool (SigLIP, CoCa) its own
+    query in the pool, which is the last layer, and in the layers below the tokens as the pool attends to them.
+    """
+    if reading.kind == "token":
+        return [None] * len(blocks)
+    sizes = [_matrix(block).shape[1] for block in blocks]
+    if reading.kind == "mean":
+        share = _share(reading).to(_matrix(blocks[0]))
+        return [reading.spread(share, size) for size in sizes]
+    pool = _matrix(blocks[-1])
+    first = torch.eye(sizes[-1]).to(pool)[:1].expand(len(pool), -1)
+    return [*(reading.spread(pool[:, 0], size) for size in sizes[:-1]), first]
+
+
+def attention_rows(blocks: Sequence[Block], reading: Reading) -> Tensor:
+    """Head-averaged attention of what is pooled to each token of the map, by layer: `(B, L, length)`."""
+    rows = [
+        block.row.mean(1) if weight is None else torch.einsum("bm,bmn->bn", weight, _matrix(block))  # type: ignore[union-attr]
+        for block, weight in zip(blocks, row_weights(blocks, reading), strict=True)
+    ]
+    return torch.stack([reading.fit(row) for row in rows], 1)
+
+
+def rollout_row(matrices: Sequence[Tensor], reading: Reading) -> Tensor:
+    """What is read of the product over layers of rownorm(A + I) (Abnar and Zuidema 2020), `(B, length)`.
+
+    Args:
+        matrices: L head-averaged attention matrices `(B, m, n)`, first layer first, the pool's last.
+        reading: How the tower pools.
+    """
+    row, matrices = first_row(matrices, reading)
+    for matrix in reversed(matrices):
+        mixed = matrix + torch.eye(matrix.shape[-1]).to(matrix)
+        row = torch.einsum("bn,bnm->bm", row, mixed / mixed.sum(-1, keepdim=True))
+    return reading.fit(row)
+
+
+def first_row(matrices: Sequence[Tensor], reading: Reading) -> tuple[Tensor, Sequence[Tensor]]:
+    """What the embedding is read from, `(B, n)`, and the matrices of the layers that it then goes through.
+
+    1 at the pooled position, or equal shares. The query of an attention pool is no token: it has no share of its own,
+    and its row of the last matrix comes first.
+    """
+    tokens, last = matrices[0].shape[-1], matrices[-1]
+    if reading.kind == "query":
+        return reading.spread(last[:, 0], tokens), matrices[:-1]
+    if reading.kind == "mean":
+        return reading.spread(_share(reading), tokens).to(last), matrices
+    return torch.eye(tokens).to(last)[reading.position], matrices
+
+
+def softmax_term(block: Block, gradient: Tensor, reading: Reading) -> Tensor:
+    """Signed relevance of each token of a block, with the softmax attention as its weight: `(B, n)`.
+
+    Sum over heads, channels and the rows that are read of g_l * A_l * v_l; over all tokens it sums to <g_l, o_l> there.
+
+    Args:
+        block: Recorded with gradient.
+        gradient: `(B, h, m, d)` of what is explained, by the block's output where one token is pooled; otherwise, where
+            every row is read, `(B, h, n, d)` by its value, which is the sum over rows of A_l * g_l.
+        reading: How the tower pools.
+    """
+    assert block.value is not None
+    value = full_precision(block.value.detach())
+    if reading.position is None:
+        return (full_precision(gradient) * value).sum((1, 3))
+    assert block.row is not None
+    read = full_precision(at(gradient, reading.position))
+    return (torch.einsum("bhd,bhnd->bhn", read, value) * block.row).sum(1)
+
+
+def loosened_term(block: Block, gradient: Tensor, weight: Tensor | None, reading: Reading, keep: Tensor) -> Tensor:
+    """Signed relevance of each token of the map with Grad-ECLIP's weight: `(B, length)`.
+
+    The weight is the norm over the tokens of `keep` of cos(q, k_i) on the concatenated heads, q the query that is read
+    (their weighted mean where several are); 1 when all are equal.
+
+    Args:
+        block: Recorded with gradient.
+        gradient: `(B, h, m, d)` of what is explained, by the block's output.
+        weight: `(B, m)` of `row_weights`, where several rows are read.
+        reading: How the tower pools.
+        keep: `(B, length)` bool.
+    """
+    query, key, value = (full_precision(part.detach()) for part in (block.query, block.key, block.value))  # type: ignore[union-attr]
+    gradient = full_precision(gradient)
+    if reading.position is not None:
+        query, gradient = at(query, reading.position), at(gradient, reading.position)
+    else:
+        query, gradient = torch.einsum("bm,bhmd->bhd", weight, query), gradient.sum(2)
+    cosine = torch.cosine_similarity(query.flatten(1)[:, None], key.transpose(1, 2).flatten(2), dim=-1)
+    loosened = min_max(reading.fit(cosine), keep=keep, dtype=block.key.dtype)  # type: ignore[union-attr]
+    loosened = loosened + (loosened.amax(1, keepdim=True) == 0).to(loosened)
+    return loosened * reading.fit(torch.einsum("bhd,bhnd->bn", gradient, value))
+
+
+def _share(reading: Reading) -> Tensor:
+    """Equal shares of the tokens that are averaged, `(B, length)`."""
+    assert reading.pooled is not None
+    return reading.pooled / reading.pooled.sum(1, keepdim=True)
+
+
+def _matrix(block: Block) -> Tensor:
+    assert block.mean is not None
+    return block.mean
+
+
+def attention_matrices(blocks: Sequence[Block]) -> list[Tensor]:
+    """Head-averaged attention `(B, m, n)` of blocks that were recorded in full."""
+    return [_matrix(block) for block in blocks]
+
+
+def gradient_by_attention(block: Block, gradient: Tensor) -> Tensor:
+    """Gradient by each attention weight, `(B, h, m, n)`: <g_o, v>, from that by the block's output `(B, h, m, d)`."""
+    assert block.value is not None
+    return full_precision(gradient) @ full_precision(block.value.detach()).transpose(-1, -2)
+
+
+def gradients_of(
+    embedding: Tensor, handles: Sequence[Tensor], direction: Tensor, *, copies: int = 1
+) -> Sequence[Tensor]:
+    """Gradient of <direction, embedding> by each handle.
+
+    Args:
+        embedding: `(copies * B, D)` on the graph, samples running fastest, or of one sample in B directions.
+        handles: Tensors on its graph, `(B, ...)` or `(1, ...)`.
+        direction: `(B, D)`.
+        copies: Embeddings per sample, whose sum counts.
+
+    Returns:
+        `(B, ...)` per handle.
+    """
+    direction = direction.to(embedding.dtype)
+    if len(embedding) == copies * len(direction):
+        return torch.autograd.grad(embedding, handles, direction.repeat(copies, 1))
+    spread = direction[:, None].expand(-1, copies, -1)
+    batched = torch.autograd.grad(embedding, handles, spread, is_grads_batched=True)
+    return [gradient[:, 0] for gradient in batched]

@@ -1,0 +1,95 @@
+"""The residual stream of a tower: its tokens before and behind each block, and forwards that begin behind a block."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matex_pl.clip.towers import block_norm
+
+
+class Stream:
+    """The tokens of one tower, `(B, n, C)` before and behind each of its blocks, and as their first norms give them.
+
+    Args:
+        blocks: The transformer blocks, first block first.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = blocks
+        self.before: list[Tensor] = []
+        self.behind: list[Tensor] = []
+        self.normed: dict[int, Tensor] = {}
+        self._packed = False
+
+    @contextmanager
+    def capture(self, cut: Collection[int] = ()) -> Iterator[None]:
+        """Record the tokens of the one forward inside.
+
+        Args:
+            cut: Blocks whose input is cut off from what came before, so that a backward ends there; grad mode is on
+                from the first of them until the context is left.
+        """
+        self.before, self.behind, self.normed = [], [], {}
+        with ExitStack() as stack, torch.no_grad():
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(block.register_forward_pre_hook(self._enter(index in cut)))
+                stack.enter_context(block.register_forward_hook(self._leave))
+                norm = block_norm(block)
+                if norm is not None:
+                    stack.enter_context(norm.register_forward_hook(partial(self._norm, index)))
+            yield
+
+    def _enter(self, cut: bool) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            tokens = args[0]
+            if cut:
+                torch.set_grad_enabled(True)
+                tokens = tokens.detach().requires_grad_()
+            self.before.append(tokens)
+            return tokens, *args[1:]
+
+        return hook
+
+    def _norm(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.normed[index] = output
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # BERT's blocks gave a tuple until transformers 4.57.
+        self._packed = isinstance(output, tuple)
+        self.behind.append(output[0] if self._packed else output)
+
+    @contextmanager
+    def resumed(self, behind: int, tokens: Tensor) -> Iterator[None]:
+        """Forwards inside run the tower from behind a block on; call it after `capture`.
+
+        The blocks up to it pass `tokens` on, whatever comes in; a forward has to be given as many samples only where
+        the tower needs its input again to pool (text).
+
+        Args:
+            behind: Index of the last block that is not run.
+            tokens: `(B, n, C)` in place of what it would give; cut to the length that the tower runs at.
+        """
+
+        def pass_on(entering: Tensor, *_: Any, **__: Any) -> Any:
+            kept = tokens[:, : entering.shape[1]]
+            return (kept,) if self._packed else kept
+
+        with ExitStack() as stack:
+            for block in self.blocks[: behind + 1]:
+                stack.callback(_set_forward, block, vars(block).get("forward"))
+                _set_forward(block, pass_on)
+            yield
+
+
+def _set_forward(block: nn.Module, forward: Any) -> None:
+    """Give a block another forward, or, with None, that of its class."""
+    if forward is None:
+        del block.forward
+    else:
+        block.forward = forward

@@ -1,0 +1,301 @@
+"""The two sides of a pair, treated alike: what a method does to a film and its patches, it does to a phrase's words."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from matex_pl.arguments import check_choice
+from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
+from matex_pl.attribution.core.capture import borrowed, count_blocks
+from matex_pl.attribution.core.fill import drop_tokens
+from matex_pl.attribution.core.target import REFERENCES, TARGETS, directions, reference_mean
+from matex_pl.clip import towers
+from matex_pl.clip.model import Clip
+from matex_pl.clip.towers import Reading
+from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
+
+# Of remainders that are compared at once, 128 MiB of ids.
+_MOST_TOKENS = 2**24
+
+
+@dataclass
+class Raw:
+    """What a method finds on one side, before it is scaled to [0, 1].
+
+    Args:
+        values: `(B, length)` per token of the map, or `(B, H, W)` per pixel; of one image `(1, ...)` will do.
+        parts: Components by name, for `AttributionMaps.parts`.
+    """
+
+    values: Tensor
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+Look = tuple[Tensor, Callable[[Tensor], Raw]]
+"""Embedding `(B, D)`, or `(1, D)` of one image, and what makes of a direction `(B, D)` the side's `Raw`."""
+
+
+class Side(ABC):
+    """One tower of the model with its input, inside `borrowed`.
+
+    Args:
+        clip: The model.
+        inputs: `(B, 3, H, W)` images, or one image for all pairs, or `(B, T)` tokens.
+        depth: Number of attention blocks of the tower; called when it is needed, since counting takes a forward.
+    """
+
+    def __init__(self, clip: Clip, inputs: Tensor, depth: Callable[[], int]) -> None:
+        self.clip = clip
+        self.inputs = inputs
+        self._depth = depth
+
+    @cached_property
+    def depth(self) -> int:
+        """Number of attention blocks; counting them refuses towers whose attention is not understood."""
+        return self._depth()
+
+    @property
+    @abstractmethod
+    def reading(self) -> Reading:
+        """How the embedding is read from the tokens."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, first block first; none in a ResNet."""
+
+    @property
+    @abstractmethod
+    def keep(self) -> Tensor:
+        """Which tokens of the map count, `(B, length)` bool: all patches, or the content tokens."""
+
+    @property
+    @abstractmethod
+    def signal(self) -> Tensor:
+        """What the tower is continuous in: pixels `(B, 3, H, W)`, or the embeddings of the tokens `(B, T, C)`."""
+
+    @abstractmethod
+    def encode(self, inputs: Tensor | None = None) -> Tensor:
+        """Unit embeddings `(b, D)` of inputs like this side's own; of those by default."""
+
+    @abstractmethod
+    def encode_signal(self, signal: Tensor) -> Tensor:
+        """Unit embeddings `(k * B, D)` of k signals per sample, the samples running fastest."""
+
+    @abstractmethod
+    def encode_stream(self, copies: int) -> Tensor:
+        """Unit embeddings of `copies` per sample, the samples running fastest, inside `Stream.resumed`."""
+
+    def rows(self, rows: Tensor) -> Side:
+        """The side of some of the pairs `(k,)`; one image stays one image."""
+        inputs = self.inputs[rows] if len(self.inputs) > 1 else self.inputs
+        return type(self)(self.clip, inputs, self._depth)
+
+    def tokens_of(self, stream: Tensor) -> Tensor:
+        """The tokens `(b, length, C)` of the map among those of a block, `(b, n, C)`; 0 where it has none."""
+        return self.reading.fit(stream.transpose(1, 2)).transpose(1, 2)
+
+
+class ImageSide(Side):
+    """The image tower and its films."""
+
+    @property
+    def reading(self) -> Reading:
+        """How the embedding is read from the tokens."""
+        return self.clip.image_reading(self.inputs)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks; none in a ResNet."""
+        return towers.image_blocks(self.clip.model.visual)
+
+    @property
+    def keep(self) -> Tensor:
+        """All patches."""
+        rows, columns = self.clip.grid
+        return torch.ones(len(self.inputs), rows * columns, dtype=torch.bool, device=self.inputs.device)
+
+    @property
+    def signal(self) -> Tensor:
+        """The pixels."""
+        return self.inputs
+
+    def encode(self, inputs: Tensor | None = None) -> Tensor:
+        """Unit embeddings of images."""
+        return self.clip.encode_image(self.inputs if inputs is None else inputs)
+
+    def encode_signal(self, signal: Tensor) -> Tensor:
+        """Unit embeddings of pixels."""
+        return self.encode(signal)
+
+    def encode_stream(self, copies: int) -> Tensor:
+        """Unit embeddings of the stream; the pixels of one image will do."""
+        return self.encode(self.inputs[:1])
+
+    def score_kept(self, keep: Tensor, fill: Tensor, direction: Tensor) -> Tensor:
+        """Score of each pair when pixels are faded into the fill, `(S, B)`, from one forward of all of them.
+
+        Args:
+            keep: `(S, H, W)` share of each pixel that is kept.
+            fill: Of `fill_images`.
+            direction: `(B, D)`.
+        """
+        kept = torch.lerp(fill, self.inputs, keep[:, None, None].to(self.inputs))
+        embedding = self.encode(kept.flatten(0, 1)).unflatten(0, (len(keep), -1))
+        return (full_precision(embedding) * direction).sum(-1)
+
+
+class TextSide(Side):
+    """The text tower and its phrases."""
+
+    @property
+    def reading(self) -> Reading:
+        """How the embedding is read from the tokens."""
+        return self.clip.text_reading(self.inputs)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks."""
+        return towers.text_blocks(self.clip.model)
+
+    @property
+    def keep(self) -> Tensor:
+        """The content tokens."""
+        return self.clip.content(self.inputs)
+
+    @property
+    def _table(self) -> nn.Module:
+        return towers.token_embedding(self.clip.model)
+
+    @property
+    def signal(self) -> Tensor:
+        """The embeddings of the tokens, before positions are added."""
+        return self._table(self.inputs)
+
+    @property
+    def blank(self) -> Tensor:
+        """The signal of the phrase without its content, which pad tokens stand in for."""
+        return self._table(drop_tokens(self.inputs, self.keep, self.clip.pad_id))
+
+    def encode(self, inputs: Tensor | None = None) -> Tensor:
+        """Unit embeddings of phrases."""
+        return self.clip.encode_text(self.inputs if inputs is None else inputs)
+
+    def encode_signal(self, signal: Tensor) -> Tensor:
+        """Unit embeddings of token embeddings; which tokens are pads and which one is pooled stays."""
+        with _output_replaced(self._table, signal):
+            return self.encode_stream(len(signal) // len(self.inputs))
+
+    def encode_stream(self, copies: int) -> Tensor:
+        """Unit embeddings of the stream."""
+        return self.encode(self.inputs.repeat(copies, 1))
+
+    def score_kept(self, keep: Tensor, direction: Tensor, chunk_size: int) -> Tensor:
+        """Score of each pair when pad tokens stand in for content that is not kept, `(S, B)`.
+
+        A phrase has few words, so that what is left of it comes again: each remainder is encoded once.
+
+        Args:
+            keep: `(S, B, T)` bool, or `(S, 1, T)` for all.
+            direction: `(B, D)`.
+            chunk_size: Phrases per forward.
+        """
+        keep = keep.expand(-1, len(self.inputs), -1)
+        pairs = max(1, _MOST_TOKENS // keep[:, 0].numel())
+        chunks = torch.arange(len(self.inputs), device=keep.device).split(pairs)
+        return torch.cat([self._score_some(rows, keep[:, rows], direction[rows], chunk_size) for rows in chunks], 1)
+
+    def _score_some(self, pairs: Tensor, keep: Tensor, direction: Tensor, chunk_size: int) -> Tensor:
+        dropped = drop_tokens(self.inputs[pairs], self.keep[pairs] & ~keep, self.clip.pad_id)
+        rows, places = dropped.flatten(0, 1).unique(dim=0, return_inverse=True)
+        score = torch.cat([full_precision(self.encode(chunk)) @ direction.T for chunk in rows.split(chunk_size)])
+        return score.gather(0, places.view(dropped.shape[:2]))
+
+
+@contextmanager
+def _output_replaced(module: nn.Module, output: Tensor) -> Iterator[None]:
+    """Inside, `module` gives `output` `(B, n, C)`, cut to the length that it is asked for."""
+    with module.register_forward_hook(lambda _, __, looked_up: output[:, : looked_up.shape[1]].to(looked_up)):
+        yield
+
+
+class TwoSided(AttributionMethod):
+    """A method that explains the cosine or the margin of pairs, by one procedure for either side.
+
+    Args:
+        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        references: Phrases of the margin; the package's list of findings by side and zone by default.
+    """
+
+    targets: ClassVar[tuple[str, ...]] = TARGETS
+
+    def __init__(self, explain: str = "cosine", references: list[str] | None = None) -> None:
+        check_choice("explain", explain, self.targets)
+        if references is not None and not references:
+            raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
+        self.explain = explain
+        self.references = list(REFERENCES if references is None else references)
+
+    @abstractmethod
+    def look(self, side: Side) -> Look:
+        """Run a tower: its embeddings, and what finds, for a direction in their space, where they come from."""
+
+    def check(self, clip: Clip) -> None:
+        """Refuse a model that the method cannot explain, before any work."""
+
+    def attribute(
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
+    ) -> AttributionMaps:
+        """Maps of B pairs; see `AttributionMethod.attribute`."""
+        check_pairs(clip, images, tokens, phrases, film)
+        return self._explain(clip, images, tokens, phrases)
+
+    def attribute_phrases(
+        self, clip: Clip, image: Tensor, phrases: Sequence[str], film: Tensor | None = None
+    ) -> AttributionMaps:
+        """Maps of one image and P phrases; what does not depend on the phrase is done once."""
+        tokens, _ = check_phrases(clip, image, phrases, film)
+        return self._explain(clip, image[None], tokens, phrases)
+
+    def _explain(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> AttributionMaps:
+        self.check(clip)
+        with borrowed(clip):
+            images, tokens = images.detach().clone(), tokens.clone()
+            image_side = ImageSide(clip, images, lambda: count_blocks(clip, images, tokens)[0])
+            text_side = TextSide(clip, tokens, lambda: count_blocks(clip, images, tokens)[1])
+            reference = reference_mean(clip, self.references) if self.explain == "margin" else None
+            image, find = self.look(image_side)
+            text, find_text = self.look(text_side) if self.serves_text else (text_side.encode(), None)
+            image, text = full_precision(image.detach()), full_precision(text.detach())
+            score, by_image, by_text = directions(image, text, reference)
+            check_scores(score, phrases)
+            raw = find(by_image)
+            words = find_text(by_text) if find_text else None
+            check_scores(score, phrases, raw.values.expand(len(score), *raw.values.shape[1:]))
+            if words:
+                check_scores(score, phrases, words.values)
+            return _finish(clip, raw, words, text_side.keep, score)
+
+
+def _finish(clip: Clip, raw: Raw, words: Raw | None, content: Tensor, score: Tensor) -> AttributionMaps:
+    """Maps in [0, 1] of raw values; the text map is zero without `words`."""
+    dtype = clip.std.dtype
+    if raw.values.ndim == 2:
+        grid = min_max(raw.values.unflatten(1, clip.grid), dtype=dtype)
+        image = min_max(upsample(grid, clip.image_size))
+    else:
+        image = min_max(raw.values, dtype=dtype)
+        grid = patch_mean(image, clip.grid)
+    image, grid = (part.expand(len(score), -1, -1) for part in (image, grid))
+    if words is None:
+        return AttributionMaps(image, grid, torch.zeros_like(content, dtype=grid.dtype), content, score, raw.parts)
+    parts = raw.parts | {f"text_{name}": part for name, part in words.parts.items()}
+    return AttributionMaps(image, grid, token_map(words.values, content, dtype=dtype), content, score, parts)

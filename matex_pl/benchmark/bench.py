@@ -1,0 +1,251 @@
+"""A checkpoint and its pairs, and what one method's maps score on them; from disk where it is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matex_pl import __version__
+from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, sanity_check, text_values
+from matex_pl.benchmark.prepare import Pairs, prepare_pairs
+from matex_pl.clip.model import Clip
+from matex_pl.data import ChestXrayDataModule, Study
+from matex_pl.evaluation.compared import BUDGETS, Row, mean_box_row
+from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
+from matex_pl.evaluation.store import MapStore, fill_store, weight_hash
+from matex_pl.evaluation.tensors import fingerprint, read_head, read_tensors, write_tensors
+
+# Training pairs behind the mean boxes.
+_MEAN_OF = 512
+_TIMED_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a benchmark; see `run_benchmark`."""
+
+    split: str
+    num_pairs: int
+    validation_pairs: int
+    sanity_pairs: int
+    batch_size: int
+    budget: str
+    steps: int
+    resamples: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range.
+
+        Raises:
+            ValueError: Something is.
+        """
+        for name, choices in (("split", ("test", "val")), ("budget", BUDGETS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name, least in (("validation_pairs", 1), ("sanity_pairs", 1), ("batch_size", 1), ("resamples", 100)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.num_pairs != -1 and self.num_pairs < 2:
+            raise ValueError(f"num_pairs must be at least 2, or -1 for all; got {self.num_pairs}.")
+        if not 1 <= self.steps <= 32:
+            raise ValueError(f"steps must be from 1 to 32, got {self.steps}.")
+
+
+@dataclass
+class Scored:
+    """A row with what was found.
+
+    Args:
+        row: The method.
+        store: Its maps.
+        image: Of its image maps; None where it refuses the model.
+        text: Of its text maps; None where it has none.
+        seconds: Per pair.
+        forward_seconds: Per pair, of a plain forward of both towers beside it.
+        error: Why it refuses the model.
+    """
+
+    row: Row
+    store: MapStore
+    image: Values | None = None
+    text: Values | None = None
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A checkpoint and the pairs on which methods are compared.
+
+    Args:
+        clip: The model, on its device.
+        weights: Its `weight_hash`.
+        data: The data module.
+        studies: The n studies.
+        pairs: The same in batches.
+        validation: Pairs that choose thresholds.
+        thorax: `(H, W)` bool, where lungs and heart usually are, if the data module knows.
+        folder: Of maps and values.
+        settings: Of the run.
+    """
+
+    clip: Clip
+    weights: str
+    data: ChestXrayDataModule
+    studies: list[Study]
+    pairs: list[Pairs]
+    validation: list[Pairs]
+    thorax: Tensor | None
+    folder: Path
+    settings: Settings
+
+    @classmethod
+    def open(cls, clip: Clip, data: ChestXrayDataModule, folder: Path, settings: Settings) -> Bench:
+        """Choose the pairs, read them and embed them."""
+        prepare_data(data, clip.image_size, settings.split, "val")
+        if clip.mean_film.isnan().any():
+            prepare_data(data, clip.image_size, "train")
+            clip.mean_film.copy_(data.mean_film())
+        studies = choose_pairs(data, settings.split, settings.num_pairs, settings.seed)
+        held_out = choose_pairs(data, "val", settings.validation_pairs, settings.seed)
+        size = settings.batch_size
+        return cls(
+            clip=clip,
+            weights=weight_hash(clip),
+            data=data,
+            studies=studies,
+            pairs=prepare_pairs(clip, read_pairs(data, settings.split, studies, size), studies),
+            validation=prepare_pairs(clip, read_pairs(data, "val", held_out, size), held_out),
+            thorax=data.thorax(),
+            folder=folder,
+            settings=settings,
+        )
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the n pairs."""
+        return [key for batch in self.pairs for key in batch.keys]
+
+    @property
+    def boxes(self) -> list[list[list[float]]]:
+        """Of the n pairs, and of those that choose thresholds."""
+        return [box.tolist() for batch in [*self.pairs, *self.validation] for box in batch.batch["boxes"]]
+
+    def at(self, place: int) -> tuple[Pairs, int]:
+        """The batch of a study, and its row there."""
+        return self.pairs[place // self.settings.batch_size], place % self.settings.batch_size
+
+    def mean_box_row(self) -> list[Row]:
+        """The mean box of each finding over training films, where these have any."""
+        if not self.data.studies["train"]:
+            return []
+        studies = [study for study in choose_pairs(self.data, "train", _MEAN_OF, self.settings.seed) if study.boxes]
+        train = read_pairs(self.data, "train", studies, self.settings.batch_size)
+        return mean_box_row(train, [batch.batch for batch in [*self.pairs, *self.validation]], self.clip.image_size)
+
+    def score(self, row: Row) -> Scored:
+        """What the row's maps score; computed once."""
+        scored = Scored(row, MapStore(self.folder / "maps", self.weights, row.method))
+        path = self.folder / "values" / f"{self._key(scored.store)}.safetensors"
+        stages = path.with_suffix(".stages.safetensors")
+        try:
+            self._make_maps(scored)
+            if read_head(path) is None:
+                write_tensors(path, *self._computed(scored, stages))
+        except NotImplementedError as error:
+            scored.error = str(error)
+            return scored
+        stages.unlink(missing_ok=True)
+        _unpack(scored, *read_tensors(path))
+        return scored
+
+    def _key(self, store: MapStore) -> str:
+        """Hash of all that decides the scores."""
+        everything = [*self.pairs, *self.validation]
+        return fingerprint(
+            {
+                "format": 2,
+                "maps": store.key,
+                "pairs": [batch.keys for batch in everything],
+                "phrases": [[batch.other, batch.swapped] for batch in self.pairs],
+                "boxes": self.boxes,
+                "thorax": None if self.thorax is None else self.thorax.int().flatten().tolist(),
+                "settings": [self.settings.steps, self.settings.sanity_pairs, self.settings.seed],
+                "version": __version__,
+            }
+        )
+
+    def _make_maps(self, scored: Scored) -> None:
+        size = self.settings.batch_size
+        for batch in self.pairs:
+            fill_store(self.clip, scored.row.method, scored.store, *batch.variants(), size)
+        for batch in self.validation:
+            fill_store(self.clip, scored.row.method, scored.store, batch.batch, batch.keys, size)
+
+    def _computed(self, scored: Scored, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The values of both modalities and the cost, to be kept; until then, `path` keeps the sanity check."""
+        clip, method, store = self.clip, scored.row.method, scored.store
+        threshold = chosen_threshold(store, self.validation, clip.image_size)
+        found = {"image": image_values(clip, store, self.pairs, threshold, self.thorax, self.settings.steps)}
+        if method.serves_text:
+            found["text"] = text_values(clip, store, self.pairs)
+        few = _first(self.pairs, self.settings.sanity_pairs)
+        stages = list(sanity_check(clip, method, store, few, self.settings.seed, path))
+        for modality, values in found.items():
+            values.add_sanity([(name, correlation[modality]) for name, correlation in stages], len(self.studies))
+        packed = {modality: values.packed() for modality, values in found.items()}
+        tensors = {
+            f"{modality}/{name}": part for modality, (parts, _) in packed.items() for name, part in parts.items()
+        }
+        about: dict[str, Any] = {modality: rest for modality, (_, rest) in packed.items()}
+        return tensors, about | {"seconds": self._time(method)}
+
+    def _time(self, method: Any) -> list[float]:
+        """Seconds per pair of the method, and of a plain forward of both towers, taken in turns."""
+        batch = self.pairs[0].head(_TIMED_PAIRS)
+        images, tokens = batch.inputs(self.clip)
+        phrases, film = batch.batch["phrase"], batch.batch["film"].to(images.device)
+
+        def explain() -> None:
+            method.attribute(self.clip, images, tokens, phrases, film)
+
+        @torch.no_grad()
+        def forward() -> None:
+            self.clip.similarity(images, tokens)
+
+        rounds = [(_seconds(explain), _seconds(forward)) for _ in range(1 if method.repeats else 3)]
+        return [median(column) / len(phrases) for column in zip(*rounds, strict=True)]
+
+
+def _unpack(scored: Scored, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    scored.seconds, scored.forward_seconds = about.pop("seconds")
+    for modality, rest in about.items():
+        own = {name.partition("/")[2]: part for name, part in tensors.items() if name.startswith(f"{modality}/")}
+        setattr(scored, modality, Values.unpacked(own, rest))
+
+
+def _first(pairs: Sequence[Pairs], number: int) -> list[Pairs]:
+    """The first `number` pairs, in batches."""
+    found, left = [], number
+    for batch in pairs:
+        if left > 0:
+            found.append(batch.head(left))
+            left -= len(batch.keys)
+    return found
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,109 @@
+"""The pairs of a benchmark on the device, with all that every method needs of them, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from matex_pl.anatomy import named_side
+from matex_pl.attribution.core.fill import FILLS
+from matex_pl.clip.model import Clip
+from matex_pl.console import progress
+from matex_pl.data.study import Study, StudyBatch
+from matex_pl.evaluation.pairs import embed_pairs, model_inputs, other_phrases, swapped_phrases, with_phrases
+from matex_pl.evaluation.store import pair_keys
+from matex_pl.metrics.removal import end_scores
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A batch of B pairs, and the same films with other phrases.
+
+    Args:
+        batch: As the loader gave it, on the CPU.
+        image: `(B, D)` embeddings.
+        text: `(B, D)` embeddings.
+        other: Another study's phrase for each film; None where all phrases are alike.
+        swapped: Each phrase with right and left exchanged; None where it names no one side.
+        sides: The one side that each phrase names; empty where none.
+        keys: Of the pairs, in the map store.
+        other_keys: Of the films with the other phrases, or with their own in place of None.
+        swapped_keys: Of the films with the swapped ones, likewise.
+        blank: `(B,)` scores of what stands in for the whole film, by fill.
+    """
+
+    batch: StudyBatch
+    image: Tensor
+    text: Tensor
+    other: list[str | None]
+    swapped: list[str | None]
+    sides: list[str]
+    keys: list[str]
+    other_keys: list[str]
+    swapped_keys: list[str]
+    blank: dict[str, Tensor]
+
+    @property
+    def score(self) -> Tensor:
+        """Cosines `(B,)`."""
+        return (self.image * self.text).sum(1)
+
+    def inputs(self, clip: Clip) -> tuple[Tensor, Tensor]:
+        """Normalised images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
+        return model_inputs(clip, self.batch)
+
+    def head(self, number: int) -> Pairs:
+        """The first `number` pairs."""
+        nested = ("batch", "blank")
+        cut: dict[str, Any] = {name: column[:number] for name, column in vars(self).items() if name not in nested}
+        for name in nested:
+            cut[name] = {key: column[:number] for key, column in getattr(self, name).items()}
+        return Pairs(**cut)
+
+    def variants(self) -> tuple[StudyBatch, list[str]]:
+        """The pairs, the films with other and those with swapped phrases as one batch, and their keys."""
+        batches = [self.batch, with_phrases(self.batch, self.other), with_phrases(self.batch, self.swapped)]
+        return _joined(batches), [*self.keys, *self.other_keys, *self.swapped_keys]
+
+
+def prepare_pairs(clip: Clip, batches: Sequence[StudyBatch], studies: Sequence[Study]) -> list[Pairs]:
+    """Embed the pairs, and choose the phrases that sensitivity is measured with."""
+    phrases = [study.phrase for study in studies]
+    others = dict(
+        zip((study.id for study in studies), other_phrases(phrases, [s.finding for s in studies]), strict=True)
+    )
+    prepared = []
+    for batch in progress(batches, "embedding"):
+        images, tokens = model_inputs(clip, batch)
+        image, text = embed_pairs(clip, images, tokens)
+        other, swapped = [others[study] for study in batch["id"]], swapped_phrases(batch["phrase"])
+        prepared.append(
+            Pairs(
+                batch=batch,
+                image=image,
+                text=text,
+                other=other,
+                swapped=swapped,
+                sides=[named_side(phrase) for phrase in batch["phrase"]],
+                keys=pair_keys(batch),
+                other_keys=pair_keys(with_phrases(batch, other)),
+                swapped_keys=pair_keys(with_phrases(batch, swapped)),
+                blank={fill: end_scores(clip, images, fill, text)[0] for fill in FILLS},
+            )
+        )
+    return prepared
+
+
+def _joined(batches: Sequence[StudyBatch]) -> StudyBatch:
+    """Several batches as one."""
+    parts: dict[str, Any] = {}
+    for name in batches[0]:
+        columns = [cast(dict[str, Any], batch)[name] for batch in batches]
+        parts[name] = (
+            torch.cat(columns) if isinstance(columns[0], Tensor) else [item for part in columns for item in part]
+        )
+    return cast(StudyBatch, parts)

@@ -1,0 +1,316 @@
+"""`load_clip` and `load_tokenizer`: a model by its name, its config or its weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import ssl
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import huggingface_hub.constants
+import open_clip
+import torch
+from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from torch import nn
+
+from matex_pl.clip import towers
+from matex_pl.clip.model import Clip
+from matex_pl.clip.weights import _is_file, _load_weights, _short, first_line, refuse_nan
+from matex_pl.files import CONFIG_FOLDER, find_config
+
+
+def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequence[int] | None = None) -> Clip:
+    """A CLIP model with its tokenizer and preprocessing, in eval mode on the CPU.
+
+    Args:
+        name: An open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder`, a path to a JSON model config
+            (looked up as a file first, then among the shipped `configs/`), or the text of such a JSON.
+        pretrained: A tag of open_clip (`openai`) or a checkpoint file: open_clip weights (`.pt`, `.bin`,
+            `.safetensors`) or a Lightning checkpoint of `ClipModule`. Files are read without running code. When left
+            out: the weights of the `hf-hub:` or `local-dir:`, random ones for any other name.
+        image_size: Side of the square input in pixels, or height and width, where it is not the one of the config:
+            position embeddings of vision transformers are interpolated to it.
+
+    Raises:
+        ValueError: The name is unknown, or the weights do not fit, hold NaN or would run code; the message has the way
+            out.
+        FileNotFoundError: A named file or folder does not exist.
+        ConnectionError: The weights have to be downloaded and cannot be.
+    """
+    config = _json_config(name)
+    size = None if image_size is None else list(towers.pair(image_size))
+    if config is not None and pretrained and not _is_file(pretrained):
+        raise FileNotFoundError(f"No checkpoint file at {pretrained!r} for the model {_short(name)}.")
+    if config is not None:
+        config |= _resized(config["model_cfg"], size, name)
+        model, tokenizer = _from_config(config, name)
+    else:
+        model, tokenizer, config = _from_open_clip(name, pretrained, size)
+    _check_patches(model, name)
+    is_ours = pretrained is not None and _is_file(pretrained) and _load_weights(model, pretrained, name)
+    refuse_nan(dict(model.named_parameters()), pretrained or name)
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    clip = Clip(model, tokenizer, _plain({"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess})).eval()
+    if is_ours and pretrained:
+        # Mapped, so that its weights are not read again.
+        clip.refuse_checkpoint(torch.load(pretrained, "cpu", weights_only=True, mmap=True), pretrained)
+    return clip
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, without the model; see `load_clip` for the names and the errors."""
+    config = _json_config(name)
+    if config is not None:
+        text = config["model_cfg"]["text_cfg"]
+        with _reading_files(name, None, text):
+            return _config_tokenizer(text)
+    named = {} if name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)) else _check_name(name, None)
+    with _reading_files(name, None, named.get("text_cfg")):
+        return open_clip.get_tokenizer(name)
+
+
+def input_size(name: str) -> tuple[int, int]:
+    """Height and width in pixels of what a model takes, without the model; see `load_clip` for the names."""
+    config = _json_config(name)
+    described = open_clip.get_model_config(name) if config is None else config["model_cfg"]
+    return towers.pair(described["vision_cfg"].get("image_size", 224))
+
+
+def cut_text(tokenizer: Any, phrase: str) -> str:
+    """What of a phrase lies beyond the tokenizer's context length and is cut off; empty where all of it fits."""
+    limit = int(tokenizer.context_length)
+    if isinstance(tokenizer, SimpleTokenizer):
+        return tokenizer.decode(tokenizer.encode(phrase)[limit - 2 :]).strip()
+    words = tokenizer.tokenizer
+    if isinstance(tokenizer, HFTokenizer):
+        phrase = tokenizer.clean_fn(phrase)
+    ids = words(phrase, truncation=False, verbose=False, add_special_tokens=False).input_ids
+    return words.decode(ids[limit - words.num_special_tokens_to_add() :]).strip()
+
+
+def _json_config(name: str) -> dict[str, Any] | None:
+    """The open_clip config behind a JSON text or file; None for any other name."""
+    text = name
+    if name.endswith(".json"):
+        path = find_config(name)
+        if path is None:
+            raise FileNotFoundError(f"No model config at {name!r}, nor among the shipped configs in {CONFIG_FOLDER}.")
+        text = path.read_text(encoding="utf-8")
+    elif not name.lstrip().startswith("{"):
+        return None
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"The model config {_short(name)} is no JSON: {error}.") from error
+    config = config if "model_cfg" in config else {"model_cfg": config}
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - config["model_cfg"].keys()
+    if missing:
+        raise ValueError(f"The model config {_short(name)} lacks {sorted(missing)}; open_clip's configs show the form.")
+    return config
+
+
+def _resized(config: dict[str, Any], size: list[int] | None, name: str) -> dict[str, Any]:
+    """`{"model_cfg": ...}` with another size of the input.
+
+    Raises:
+        ValueError: The image tower is of one size only.
+    """
+    vision = config["vision_cfg"]
+    if size is not None and towers.pair(vision.get("image_size", 224)) != tuple(size):
+        if isinstance(vision.get("layers"), list):
+            raise ValueError(
+                f"image_size={size} does not fit {_short(name)}: its ResNet pools a raster of fixed size. Leave it out."
+            )
+        config = {**config, "vision_cfg": {**vision, "image_size": size}}
+    return {"model_cfg": config}
+
+
+def _check_patches(model: Any, name: str) -> None:
+    """Refuse an input that is not a whole number of patches."""
+    visual = model.visual
+    patch = getattr(getattr(getattr(visual, "trunk", None), "patch_embed", visual), "patch_size", None)
+    if patch is None:
+        return
+    size, patch = towers.pair(visual.image_size), towers.pair(patch)
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise ValueError(f"The input of {_short(name)}, {size} pixels, is not a whole number of its {patch} patches.")
+
+
+def _from_config(config: dict[str, Any], name: str) -> tuple[nn.Module, Any]:
+    """Model, with random weights, and tokenizer of a config."""
+    text, vision = config["model_cfg"]["text_cfg"], config["model_cfg"]["vision_cfg"]
+    # `local-dir:` is open_clip's public way to build from a config of one's own without adding to its global registry.
+    with tempfile.TemporaryDirectory() as folder, _silent_open_clip(), _reading_files(name, None, text):
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+        tokenizer = _config_tokenizer(text)
+        try:
+            # A timm tower has its own size until it is forced to another.
+            size = vision.get("image_size") if "timm_model_name" in vision else None
+            model = open_clip.create_model(LOCAL_DIR_PREFIX + folder, pretrained_text=False, force_image_size=size)
+            if hasattr(model, "text_decoder"):
+                # CoCa: open_clip leaves the projection of its decoder as it finds the memory.
+                nn.init.normal_(model.text_decoder.text_projection, std=model.text_decoder.width**-0.5)
+        except TypeError as error:
+            raise ValueError(f"open_clip cannot build the model config {_short(name)}: {error}.") from error
+    if isinstance(tokenizer, SimpleTokenizer) and text.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
+        raise ValueError(
+            f"text_cfg.vocab_size of {_short(name)} is {text['vocab_size']}, but CLIP's tokenizer gives "
+            f"{tokenizer.vocab_size} ids."
+        )
+    return model, tokenizer
+
+
+def _config_tokenizer(text_cfg: dict[str, Any]) -> Any:
+    length, settings = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs") or {}
+    if text_cfg.get("hf_tokenizer_name"):
+        mode = text_cfg.get("tokenizer_mode")
+        return HFTokenizer(text_cfg["hf_tokenizer_name"], context_length=length, tokenizer_mode=mode, **settings)
+    return SimpleTokenizer(context_length=length, **settings)
+
+
+def _from_open_clip(name: str, pretrained: str | None, size: list[int] | None) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Model, tokenizer and `{"model_cfg": ...}` of one of open_clip's names; a checkpoint file is left to be loaded."""
+    tag = None if _is_file(pretrained) else pretrained
+    named = {} if name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)) else _check_name(name, tag)
+    if not named and tag:
+        raise ValueError(f"{name} brings its own weights; pretrained={tag!r} is no checkpoint file. Leave it out.")
+    if named:
+        _resized(named, size, name)
+    quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+    with _reading_files(name, tag, named.get("text_cfg")):
+        model = open_clip.create_model(
+            name,
+            tag,
+            # Where weights were trained with QuickGELU and the config has none, open_clip warns, but goes on without.
+            force_quick_gelu=quick_gelu,
+            force_image_size=size,
+            load_weights=not _is_file(pretrained),
+            pretrained_text=False,
+            require_pretrained=not named and not _is_file(pretrained),
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+        config = open_clip.get_model_config(name)
+    return model, tokenizer, _resized({**config, "quick_gelu": True} if quick_gelu else config, size, name)
+
+
+def _check_name(name: str, tag: str | None) -> dict[str, Any]:
+    """The config behind a name that open_clip knows, if it knows the tag too."""
+    config = open_clip.get_model_config(name)
+    if config is None:
+        near = get_close_matches(name, open_clip.list_models(), n=3) or ["ViT-B-32"]
+        raise ValueError(
+            f"Unknown model {name!r}. Give an open_clip name (e.g. {', '.join(near)}; `open_clip.list_models()` lists "
+            "them), hf-hub:org/repo, local-dir:folder, or a path to a JSON model config."
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag and tag not in tags:
+        raise ValueError(
+            f"pretrained={tag!r} is neither a file nor a tag of {name}. Its tags: {', '.join(tags) or 'none'}."
+        )
+    return config
+
+
+@contextmanager
+def _reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None) -> Iterator[None]:
+    """Where open_clip fetches and reads files: each failure is one error, at once when the hub does not answer."""
+    if name.startswith(LOCAL_DIR_PREFIX):
+        with _reading_folder(name), _needing_transformers(name):
+            yield
+    elif tag or name.startswith(HF_HUB_PREFIX) or any(key.startswith("hf_") for key in text_cfg or ()):
+        with _downloading(_short(name) + (f" (tag {tag!r})" if tag else "")), _needing_transformers(name):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _reading_folder(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"{name} holds no weights that fit and are read without running code: {error}\n"
+            "Give a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
+        ) from error
+
+
+@contextmanager
+def _needing_transformers(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        if "transformers" not in str(error) or find_spec("transformers") is not None:
+            raise
+        raise ImportError(
+            f"The text tower or the tokenizer of {_short(name)} needs one more package: pip install 'matex_pl[hf]'."
+        ) from error
+
+
+@contextmanager
+def _downloading(what: str) -> Iterator[None]:
+    constants: Any = huggingface_hub.constants
+    was_offline = constants.HF_HUB_OFFLINE
+    # The hub's client would try again for most of a minute per file before it takes what is in the cache.
+    constants.HF_HUB_OFFLINE = was_offline or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        state = "are not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set"
+        if not constants.HF_HUB_OFFLINE:
+            state = f"could not be had: {first_line(error)}"
+        raise ConnectionError(
+            f"The files of {what} {state}. Connect once, or pass a checkpoint file as `pretrained`, or a folder "
+            "that holds the model as local-dir:folder."
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def _answers(address: str) -> bool:
+    """Whether a web server answers, through the proxies of the environment, within seconds."""
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=5).close()
+    except HTTPError:
+        return True
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _silent_open_clip() -> Iterator[None]:
+    """Drop what open_clip writes to the root logger; whatever others write stays as it is."""
+    root, folder = logging.getLogger(), str(Path(open_clip.__file__).parent)
+
+    def is_others(record: logging.LogRecord) -> bool:
+        return not record.pathname.startswith(folder)
+
+    # Where the root logger has no handler, `logging.warning` would install one for good.
+    stand_in = None if root.handlers else logging.lastResort
+    root.addFilter(is_others)
+    if stand_in:
+        root.addHandler(stand_in)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_others)
+        if stand_in:
+            root.removeHandler(stand_in)
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that JSON has, so that a checkpoint with it loads without running code."""
+    return json.loads(json.dumps(value, default=asdict))

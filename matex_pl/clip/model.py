@@ -1,0 +1,192 @@
+"""The project's thin wrapper over an open_clip model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from torch import Tensor, nn
+
+from matex_pl.clip import towers
+from matex_pl.clip.towers import Reading
+from matex_pl.clip.weights import _short, refuse_nan
+
+_KEPT_PHRASES = 65_536
+# What tokenizers are told apart by: cases, numbers, hyphens, and words that are cut into pieces.
+_PROBE = "No Pleural effusion; left lower-lobe opacity, 3 cm. Cardiomegaly?"
+
+
+class Clip(nn.Module):
+    """An open_clip model with what is needed to feed it and to read its tokens.
+
+    Args:
+        model: An open_clip model with `encode_image`, `encode_text` and `visual`.
+        tokenizer: Its tokenizer.
+        config: `{"model_cfg": ..., "preprocess_cfg": ...}` in the form of open_clip's `open_clip_config.json`; plain
+            types only, so that a checkpoint can carry it and `load_clip` can rebuild the model from it.
+
+    `mean_film` `(1, H, W)` in [0, 1] is the position-wise mean of the training films, which stands in for removed
+    pixels; NaN until a data module gives it.
+    """
+
+    # Towers of five libraries answer to these names, and no type describes them all.
+    model: Any
+    mean: Tensor
+    std: Tensor
+    mean_film: Tensor
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self._rows: dict[str, Tensor] = {}
+        preprocess = config["preprocess_cfg"]
+        for name in ("mean", "std"):
+            values = torch.tensor(preprocess[name], dtype=torch.float32).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+        self.register_buffer("mean_film", torch.full((1, *self.image_size), torch.nan))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the input, in pixels."""
+        return towers.pair(self.model.visual.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch raster.
+
+        Raises:
+            NotImplementedError: The image tower has no raster of patches.
+        """
+        return towers.patch_grid(self.model.visual)
+
+    @property
+    def context_length(self) -> int:
+        """Number of tokens that a phrase is padded or cut to."""
+        return int(self.tokenizer.context_length)
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """Logarithm of the factor between cosines and logits, a scalar parameter."""
+        return self.model.logit_scale
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills a phrase up to the context length."""
+        tokenizer = getattr(self.tokenizer, "tokenizer", None)
+        return int(getattr(tokenizer, "pad_token_id", None) or 0)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images in the model's normalised frame: `(B, 3, H, W)` uint8, or float in [0, 1], to float.
+
+        Raises:
+            ValueError: The images have another size than the model's input.
+        """
+        if tuple(images.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"The images are {tuple(images.shape[-2:])} pixels, the model takes {self.image_size}. "
+                "Set the data module's image_size to the model's, or leave it out."
+            )
+        if images.dtype == torch.uint8:
+            images = images / 255
+        return ((images - self.mean) / self.std).to(self.std.dtype)
+
+    def tokenize(self, phrases: Sequence[str]) -> Tensor:
+        """Token ids of the phrases, padded and cut to the context length: `(B, T)` on the model's device."""
+        # Phrases come again every epoch.
+        new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._rows]
+        if len(self._rows) + len(new) > _KEPT_PHRASES:
+            self._rows, new = {}, list(dict.fromkeys(phrases))
+        if new:
+            self._rows.update(zip(new, self.tokenizer(new), strict=True))
+        return torch.stack([self._rows[phrase] for phrase in phrases]).to(self.logit_scale.device)
+
+    def tokenizer_mark(self) -> dict[str, Any]:
+        """The tokenizer's name and what it makes of a sentence, in plain types, so that a checkpoint can carry it."""
+        name = self.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") or "CLIP's"
+        return {"name": name, "tokens": self.tokenize([_PROBE])[0].tolist()}
+
+    def refuse_checkpoint(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Refuse the content of a `ClipModule`'s checkpoint that would load and be wrong.
+
+        Raises:
+            ValueError: Its weights hold NaN or Inf, or its tokenizer gives other tokens; the message names them.
+        """
+        model = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("clip.model.")}
+        refuse_nan(model, source)
+        mark, own = checkpoint.get("tokenizer"), self.tokenizer_mark()
+        if mark is None:
+            return
+        # A phrase that is cut ends otherwise; weights may be loaded into another context length.
+        length = min(len(mark["tokens"]), len(own["tokens"])) - 1
+        if mark["tokens"][:length] != own["tokens"][:length]:
+            raise ValueError(
+                f"{_short(source)} was trained with the tokenizer {mark['name']}, this model has {own['name']}, which "
+                f"gives other tokens ({own['tokens'][:4]}..., not {mark['tokens'][:4]}...). Take the model's name, or "
+                "its JSON, that the checkpoint was trained with."
+            )
+
+    def count_tokens(self, phrase: str) -> int:
+        """Number of tokens of the whole phrase with its special tokens, before it is cut to the context length."""
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return len(self.tokenizer.encode(phrase)) + 2
+        if isinstance(self.tokenizer, HFTokenizer):
+            phrase = self.tokenizer.clean_fn(phrase)
+        return len(self.tokenizer.tokenizer(phrase, truncation=False, verbose=False).input_ids)
+
+    def content(self, tokens: Tensor) -> Tensor:
+        """Which tokens are content: `(B, T)` bool.
+
+        Positions strictly between BOS and EOT for CLIP tokenizers (by position: their pad id is also the word piece
+        "!"), ids that are not special elsewhere.
+        """
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            position = torch.arange(tokens.shape[1], device=tokens.device)
+            return (position > 0) & (position < tokens.argmax(1, keepdim=True))
+        special = torch.tensor(self.tokenizer.tokenizer.all_special_ids, device=tokens.device)
+        return ~torch.isin(tokens, special)
+
+    def pieces(self, tokens: Tensor) -> list[str]:
+        """Word pieces of one row of tokens `(T,)`, as the tokenizer writes them (`</w>` or `##` tell words apart)."""
+        ids = [int(token) for token in tokens]
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return [self._readable(self.tokenizer.decoder[index]) for index in ids]
+        return list(self.tokenizer.tokenizer.convert_ids_to_tokens(ids))
+
+    def _readable(self, piece: str) -> str:
+        """A byte-level piece as text; `</w>` at the end of a word stays."""
+        word, end = (piece[:-4], "</w>") if piece.endswith("</w>") else (piece, "")
+        raw = bytes(self.tokenizer.byte_decoder[character] for character in word)
+        return raw.decode("utf-8", errors="replace") + end
+
+    def image_reading(self, images: Tensor) -> Reading:
+        """How the image tower reads the embeddings of images from its tokens.
+
+        Raises:
+            NotImplementedError: In a way that maps do not know; the message names the tower and says why.
+        """
+        return towers.image_reading(self.model.visual, images)
+
+    def text_reading(self, tokens: Tensor) -> Reading:
+        """How the text tower reads the embeddings of tokens `(B, T)`.
+
+        Raises:
+            NotImplementedError: In a way that maps do not know; the message names the tower and says why.
+        """
+        return towers.text_reading(self.model, tokens)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """L2-normalised image embeddings of normalised images: `(B, 3, H, W)` to `(B, D)`."""
+        return F.normalize(self.model.encode_image(images), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """L2-normalised text embeddings of tokens: `(B, T)` to `(B, D)`; see `towers.encode_text`."""
+        return F.normalize(towers.encode_text(self.model, tokens), dim=-1)
+
+    def similarity(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Cosine of each pair: `(B, 3, H, W)` and `(B, T)` to `(B,)`."""
+        return (self.encode_image(images) * self.encode_text(tokens)).sum(-1)

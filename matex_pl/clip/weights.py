@@ -1,0 +1,104 @@
+"""Weights of a file: read without running code, checked, and refused by name."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import load_state_dict
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from matex_pl.clip import towers
+
+
+def why_unreadable(error: BaseException) -> str:
+    """One line on why a file was not read: the code that it would have run, or the weights that do not fit, by name."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code:
+        return f"it would run {code[1]}"
+    weights = re.search(r"(size mismatch|Missing key|Unexpected key)[^\n]*", str(error))
+    return weights[0] if weights else first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none; at most 200 letters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _load_weights(model: nn.Module, path: str, name: str) -> bool:
+    """Load a checkpoint file into the model, never running code from it, and refuse weights that do not fit.
+
+    Returns:
+        Whether it is a checkpoint of `ClipModule`.
+    """
+    try:
+        state = load_state_dict(path, weights_only=True)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds more than tensors")
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no plain state dict ({why_unreadable(error)}). Only .safetensors and files that "
+            "`torch.load(..., weights_only=True)` accepts are read, because any other could run code."
+        ) from error
+    # `ClipModule` keeps the model under this name, and more beside it.
+    prefix = "clip.model."
+    ours = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    state = _interpolated(ours or state, model)
+    with tempfile.TemporaryDirectory() as folder:
+        # open_clip's own loader resizes position embeddings and converts older layouts; it only takes files.
+        plain = Path(folder) / "weights.pt"
+        torch.save(state, plain)
+        try:
+            open_clip.load_checkpoint(model, str(plain))
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"The weights in {path} do not fit the model {_short(name)}: {error}") from error
+    return bool(ours)
+
+
+def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The weights, with a timm tower's position embeddings at the model's raster; open_clip does that for its own."""
+    visual = model.visual
+    trunk = getattr(visual, "trunk", None)
+    key = "visual.positional_embedding" if trunk is None else "visual.trunk.pos_embed"
+    old, new = state.get(key), getattr(visual if trunk is None else trunk, key.split(".")[-1], None)
+    if old is None or new is None or old.shape == new.shape:
+        return state
+    prefix = getattr(trunk, "num_prefix_tokens", 1)
+    patches = old.shape[-2] - prefix
+    if isqrt(patches) ** 2 != patches:
+        raise ValueError(
+            f"{key} holds positions of {patches} patches, which is no square raster and cannot be interpolated to the "
+            f"model's {towers.patch_grid(visual)}. Set image_size to the height and width that it was trained with."
+        )
+    if trunk is None:
+        return state
+    return state | {key: resample_abs_pos_embed(old, list(towers.patch_grid(visual)), num_prefix_tokens=prefix)}
+
+
+def refuse_nan(weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        ValueError: One holds NaN or Inf; the message names it.
+    """
+    bad = [key for key, value in weights.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{_short(source)} holds NaN or Inf in {', '.join(bad[:3])} ({len(bad)} tensors). Take earlier weights."
+        )
+
+
+def _is_file(path: str | None) -> bool:
+    return path is not None and Path(path).is_file()
+
+
+def _short(name: str) -> str:
+    """A name or a path in quotes; the text of a config is cut."""
+    return repr(f"{name[:77]}..." if name.lstrip().startswith("{") and len(name) > 80 else name)

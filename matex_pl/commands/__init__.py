@@ -1,0 +1,1 @@
+"""The commands of `matex` that answer at once."""

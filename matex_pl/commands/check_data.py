@@ -1,0 +1,189 @@
+"""`matex check-data`: every row and every film read once, and one report of what is there and what is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from matex_pl.anatomy import parse_phrase
+from matex_pl.clip.load import cut_text, input_size, load_tokenizer
+from matex_pl.clip.towers import pair
+from matex_pl.data import ChestXrayDataModule, Study
+from matex_pl.data.datamodule import SPLITS, count_cut_boxes
+from matex_pl.data.table import TableDataModule, write_bad_rows
+from matex_pl.data.transforms import FilmTransform
+from matex_pl.data.validation import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, film_name, place_of
+
+_SIDES = ("right", "left", "both sides", "midline only", "no place")
+# Where a model is not there to say: almost all take squares, and a crop cuts the same of any.
+_FRAME = (224, 224)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found.
+
+    Args:
+        text: To be read.
+        bad: The bad rows.
+    """
+
+    text: str
+    bad: list[BadRow]
+
+
+def check_data(
+    data: ChestXrayDataModule,
+    model: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    workers: int | None = None,
+    out: str | None = None,
+) -> Report:
+    """Read every row and every film of a data module once, and report.
+
+    Counts per split, finding and side; every bad row with file, line, value and rule; phrases that are longer than the
+    model reads, with what is cut off; and boxes that `geometry: crop` cuts.
+
+    Args:
+        data: The data module; its `on_bad_row` does not matter here.
+        model: Whose tokenizer measures the phrases: a name as `model.name` of a training; they are not measured
+            without.
+        image_size: Side, or height and width, of the frame that a crop cuts films to, as `model.image_size` of a
+            training; that of the data module comes before it, and the model's own after it.
+        workers: Threads that read films; one per core by default.
+        out: A CSV file to write the bad rows to as well, and after them the phrases that are too long.
+
+    Raises:
+        FileNotFoundError: A table is missing.
+        ValueError: A table cannot be read at all, `workers` is not positive, or the model is unknown.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}.")
+    tokenizer = load_tokenizer(model) if model else None
+    data.prepare_data()
+    studies, bad = _listed(data)
+    bad = sorted(
+        [*bad, *check_films(data, studies, workers or os.cpu_count() or 1)], key=lambda row: (row.file, row.line)
+    )
+    limit = f"the {getattr(tokenizer, 'context_length', 0)} tokens of {model}"
+    long = [] if tokenizer is None else _cut_phrases(data, studies, tokenizer)
+    if out is not None:
+        rule = f"the phrase is longer than {limit}: this is cut off"
+        write_bad_rows(Path(out), [*bad, *(BadRow(*study.source, cut, rule) for study, cut in long)])
+    frame = data.image_size or (pair(image_size) if image_size else input_size(model) if model else _FRAME)
+    parts = [_counts(studies), _findings(studies), _sides(studies), _cut_boxes(data.geometry, frame, studies)]
+    if tokenizer is not None:
+        lines = [f"  {place_of(study.source)}, {study.id}: cut off: {cut!r}" for study, cut in long]
+        told = "\n".join([f"Phrases longer than {limit}: {len(long)}", *lines])
+        parts.append(told if long else f"All phrases fit into {limit}.")
+    parts.append("\n".join([f"Bad rows: {len(bad)}", *(f"  {row}" for row in bad)]) if bad else "No bad rows.")
+    return Report("\n\n".join(part for part in parts if part), bad)
+
+
+def check_films(data: ChestXrayDataModule, studies: Sequence[Study], workers: int) -> list[BadRow]:
+    """The rows whose film cannot be read, or has a box outside of it; each film is read once."""
+    films: dict[str | int, list[Study]] = defaultdict(list)
+    for study in studies:
+        films[study.image].append(study)
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(lambda group: _check_film(data, group), films.values())
+        return [row for rows in tqdm(found, "films", len(films), leave=False, disable=None) for row in rows]
+
+
+def _check_film(data: ChestXrayDataModule, studies: Sequence[Study]) -> list[BadRow]:
+    try:
+        height, width = data.read_film(studies[0]).shape
+    except (OSError, ValueError, ImportError) as error:
+        return [BadRow(*study.source, _image_cell(data, study), str(error)) for study in studies]
+    bad = []
+    for study in studies:
+        try:
+            check_inside((tuple(map(float, box)) for box in study.boxes), (height, width))  # type: ignore[misc]
+        except RuleError as error:
+            bad.append(error.at(study.source))
+    return bad
+
+
+def _image_cell(data: ChestXrayDataModule, study: Study) -> str:
+    """The film as a table names it: its path below the root."""
+    root = getattr(data, "root", None)
+    return str(study.image) if root is None else film_name(root, Path(str(study.image)))
+
+
+def _listed(data: ChestXrayDataModule) -> tuple[list[Study], list[BadRow]]:
+    """The studies that can be used, and bad rows, before any pixel is read."""
+    if isinstance(data, TableDataModule):
+        return data.checked_rows()
+    sourced = (s if s.source[0] else replace(s, source=(str(s.image), 0)) for s in data.list_studies())
+    studies, repeats = drop_repeats(list(sourced))
+    studies, leaks = drop_leaks(studies)
+    return studies, repeats + leaks
+
+
+def _counts(studies: Sequence[Study]) -> str:
+    rows = []
+    for split in SPLITS:
+        found = [study for study in studies if study.split == split]
+        films, patients = {study.film_id for study in found}, {study.patient_id for study in found}
+        boxed = [study for study in found if study.boxes]
+        rows.append([split, len(found), len(films), len(patients), len(boxed), sum(len(s.boxes) for s in boxed)])
+    return _table(["split", "phrases", "films", "patients", "with boxes", "boxes"], rows)
+
+
+def _findings(studies: Sequence[Study]) -> str:
+    named = [(study.finding or "no finding", study.split) for study in studies]
+    return _cross_table("finding", sorted({finding for finding, _ in named}), Counter(named))
+
+
+def _sides(studies: Sequence[Study]) -> str:
+    sides = {phrase: _side(phrase) for phrase in {study.phrase for study in studies}}
+    return _cross_table("side", _SIDES, Counter((sides[study.phrase], study.split) for study in studies))
+
+
+def _side(phrase: str) -> str:
+    """Where a phrase places its finding, by the patient's sides."""
+    sides = {region.side for region in parse_phrase(phrase).regions}
+    if {"right", "left"} <= sides:
+        return "both sides"
+    return next((side for side in ("right", "left") if side in sides), "midline only" if sides else "no place")
+
+
+def _cut_boxes(geometry: str, frame: tuple[int, int], studies: Sequence[Study]) -> str:
+    if geometry != "crop":
+        return ""
+    cut, lost = count_cut_boxes(FilmTransform(frame, geometry), studies)
+    total = sum(len(study.boxes) for study in studies)
+    return f"geometry: crop to {frame[1]} x {frame[0]} cuts {cut} of {total} boxes, {lost} of them wholly."
+
+
+def _cut_phrases(data: ChestXrayDataModule, studies: Sequence[Study], tokenizer: object) -> list[tuple[Study, str]]:
+    """The studies with a phrase that is too long, and what the model does not read of it; their rows are not bad."""
+    cut: dict[str, str] = {}
+    long = []
+    for study in studies:
+        for phrase in data.phrases_of(study):
+            if phrase not in cut:
+                cut[phrase] = cut_text(tokenizer, phrase)
+            if cut[phrase]:
+                long.append((study, cut[phrase]))
+    return long
+
+
+def _cross_table(title: str, names: Iterable[str], counts: Counter[tuple[str, str]]) -> str:
+    return _table([title, *SPLITS], [[name, *(counts[name, split] for split in SPLITS)] for name in names])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = [list(map(str, row)) for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for name, *numbers in cells:
+        columns = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *columns]))
+    return "\n".join(lines)

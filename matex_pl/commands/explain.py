@@ -1,0 +1,51 @@
+"""`matex explain`: one image, one phrase, one panel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matex_pl.attribution import AttributionMethod, Matex
+from matex_pl.attribution.shipped import load_method, shipped_methods
+from matex_pl.data.images import film_size, read_film
+from matex_pl.data.study import Sample, Study, collate
+from matex_pl.data.transforms import FilmTransform
+from matex_pl.explain import compare_methods, explain_batch
+from matex_pl.training.module import load_module
+from matex_pl.visualization.draw import save_png
+
+
+def explain_film(
+    image: str,
+    phrase: str,
+    ckpt_path: str,
+    out: str = "panel.png",
+    method: AttributionMethod | str | None = None,
+    geometry: str = "pad",
+) -> Path:
+    """Write one panel: where the model looks on a film for a phrase, and which words matter.
+
+    Args:
+        image: The film: PNG, JPEG, DICOM and more; see `read_film`.
+        phrase: A sentence as a report words it, e.g. "Left lower lobe consolidation."
+        ckpt_path: A checkpoint of `matex fit`.
+        out: The picture to write.
+        method: What makes the map, `Matex.measured()` by default: the name of a shipped setting (`m2ib`), a YAML file
+            with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of every shipped one.
+        geometry: How the film gets into the model's frame: `pad`, `crop` or `squash`, as in training.
+
+    Returns:
+        The path of the picture.
+    """
+    if not phrase.strip():
+        raise ValueError("The phrase is empty. Give a sentence as a report words it, in quotes.")
+    single = None if method == "all" else load_method(method or Matex.measured())
+    # A wrong path should be said before a model is loaded.
+    film_size(image)
+    module = load_module(ckpt_path)
+    transform = FilmTransform(module.clip.image_size, geometry)
+    film = read_film(image, transform.fit)
+    study = Study(id=Path(image).name, patient_id="", film_id=Path(image).name, image=image, phrase=phrase)
+    batch = collate([Sample(study, *transform(film.pixels, size=film.size))])
+    if single is None:
+        return save_png(out, compare_methods(module, shipped_methods(), batch))
+    return save_png(out, explain_batch(module, single, batch, type(single).__name__)[0])

@@ -1,0 +1,161 @@
+"""What `matex prior` shows: the regions that a phrase names, and the prior M that they give."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
+from matex_pl.anatomy.prior import prior_map
+from matex_pl.anatomy.regions import Region, RegionTable, load_regions
+from matex_pl.visualization.draw import Picture, save_png, single_line
+from matex_pl.visualization.prior import SIDE, marked_runs, prior_panel
+
+Box = tuple[float, float, float, float]
+_MIRRORED = "; laterality paper: map and boxes are mirrored, R and L are not"
+
+
+def show_prior(
+    phrase: str,
+    out: str = "prior.png",
+    laterality: str = "patient",
+    prior_shape: str = "parabola",
+    lambda_s: float = 2.5,
+    regions: str | None = None,
+    *,
+    knowledge_prior: bool = False,
+) -> str:
+    """Draw the spatial prior M of a phrase over the outline of a chest, and say how the phrase was read.
+
+    Args:
+        phrase: A sentence or a report, e.g. "Left lower lobe consolidation."
+        out: The picture to write, a PNG.
+        laterality: `patient`, the patient's right on the left of the image; `paper`, the map mirrored, as printed.
+        prior_shape: How M falls off inside a box: `parabola`, `gaussian` or `plateau`.
+        lambda_s: The highest value of M, at least 1; 1 switches the prior off.
+        regions: A YAML file with your own boxes, laid out as the package's `anatomy/regions.yaml`.
+        knowledge_prior: A finding that names no place takes its usual one ("edema": both hila).
+
+    Returns:
+        The reading in words, and the path of the picture in the last line.
+    """
+    _check(out, lambda_s)
+    parsed = parse_phrase(phrase, _table(regions), knowledge_prior=knowledge_prior)
+    named = sorted(parsed.regions)
+    prior = prior_map(named, (SIDE, SIDE), lambda_s=lambda_s, shape=prior_shape, laterality=laterality)
+    picture = prior_panel(
+        prior=prior.numpy(),
+        lambda_s=lambda_s,
+        boxes=[on_image(region.box, laterality) for region in named],
+        names=[region_name(region) for region in named],
+        phrase=phrase,
+        naming=parsed.spans,
+        ignored=[span for span, _ in parsed.ignored],
+        subtitle=f"{_level(parsed, lambda_s)}; {prior_shape}" + _MIRRORED * (laterality == "paper"),
+        caption=_caption(parsed),
+    )
+    path = _save(out, picture)
+    read = [_marked(phrase, parsed), _regions(named, laterality), _ignored(phrase, parsed)]
+    return "\n\n".join([*read, f"{_level(parsed, lambda_s)}.", str(path)])
+
+
+def on_image(box: Box, laterality: str) -> Box:
+    """`(x0, y0, x1, y1)` of a region's box on the image, x to the right: mirrored under `paper`."""
+    u0, v0, u1, v1 = box
+    return box if laterality == "patient" else (1 - u1, v0, 1 - u0, v1)
+
+
+def region_name(region: Region) -> str:
+    """The region as a radiologist says it: "left lower", "right middle lobe", "cardiac", "left side"."""
+    zone = "side" if region.zone == "whole" else single_line(region.zone.replace("_", " "))
+    return zone if region.side == "midline" else f"{region.side} {zone}"
+
+
+def _check(out: str, lambda_s: float) -> None:
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"out must end in .png, got {out!r}.")
+    if path.is_dir():
+        raise ValueError(f"out must be a file, but {out!r} is a folder.")
+    # `prior_map` refuses what is below 1; infinity would make 0 * inf of every pixel outside.
+    if math.isinf(lambda_s):
+        raise ValueError(f"lambda_s must be finite, got {lambda_s}.")
+
+
+def _table(path: str | None) -> RegionTable | None:
+    """The user's table, or None for the package's own."""
+    if path is None:
+        return None
+    try:
+        return load_regions(path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path!r} is no readable YAML file of regions: {single_line(str(error))}.") from error
+
+
+def _save(out: str, picture: Picture) -> Path:
+    try:
+        return save_png(out, picture)
+    except OSError as error:
+        raise ValueError(f"Cannot write {out!r}: {error.strerror or error}. Give another --out.") from error
+
+
+def _level(parsed: ParsedPhrase, lambda_s: float) -> str:
+    if not parsed.regions:
+        return "M is 1 everywhere: the phrase names no region"
+    return "M is 1 everywhere: lambda_s is 1" if lambda_s == 1 else f"M runs from 1 to {lambda_s:g}"
+
+
+def _caption(parsed: ParsedPhrase) -> str:
+    keys = [(parsed.spans, "highlighted: names a region"), (parsed.ignored, "struck through: ignored")]
+    return "; ".join(["schematic outline, not a film", *(text for spans, text in keys if spans)])
+
+
+def _marked(phrase: str, parsed: ParsedPhrase) -> str:
+    """The phrase in one line, with brackets around what named regions."""
+    runs = marked_runs(phrase, parsed.spans, ())
+    line = single_line("".join(f"[{run}]" if mark else run for run, mark in runs))
+    if not line:
+        return "Phrase: empty"
+    return f"Phrase{', in brackets what names a region' * bool(parsed.spans)}:\n  {line}"
+
+
+def _regions(named: Sequence[Region], laterality: str) -> str:
+    """A table of the regions: side and zone, x and y on the image, and the same in words."""
+    if not named:
+        return "Regions: none"
+    rows = [("side", "zone", "x", "y", "on the image")]
+    for region in named:
+        x0, y0, x1, y1 = on_image(region.box, laterality)
+        place = _in_words((x0, y0, x1, y1))
+        rows.append((region.side, single_line(region.zone), f"{x0:.2f} to {x1:.2f}", f"{y0:.2f} to {y1:.2f}", place))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    head = "Regions, sides of the patient, x to the right and y down in parts of the image"
+    if laterality == "paper":
+        head += " (laterality paper: mirrored)"
+    return "\n  ".join([f"{head}:", *lines])
+
+
+def _in_words(box: Box) -> str:
+    """Where a box lies on the image: "right, bottom", "middle, full height"."""
+    x0, y0, x1, y1 = box
+    across = _third((x0 + x1) / 2, "left", "right") if x1 - x0 < 0.9 else "full width"
+    down = _third((y0 + y1) / 2, "top", "bottom") if y1 - y0 < 0.9 else "full height"
+    return f"{across}, {down}"
+
+
+def _third(position: float, low: str, high: str) -> str:
+    return low if position < 0.4 else high if position > 0.6 else "middle"
+
+
+def _ignored(phrase: str, parsed: ParsedPhrase) -> str:
+    """What named no region and why, in the order of the text; the same again is only counted."""
+    if not parsed.ignored:
+        return "Ignored: nothing"
+    counts = Counter((single_line(phrase[start:end]), reason) for (start, end), reason in parsed.ignored)
+    lines = [f'"{text}": {reason}' + f" ({count} times)" * (count > 1) for (text, reason), count in counts.items()]
+    return "\n  ".join(["Ignored:", *lines])

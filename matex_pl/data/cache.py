@@ -1,0 +1,102 @@
+"""Images of files, kept as they are laid into the model's frame, so that each is decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from matex_pl.data.images import Film, Fit, read_film
+from matex_pl.files import check_folder, remove_abandoned_parts, whole_file
+
+# Goes into the names of cached films: raise it when the same file gives other pixels than before.
+_CACHE_VERSION = 2
+
+
+@dataclass(frozen=True)
+class FilmCache:
+    """A folder of films that are decoded and resized already, one file each.
+
+    A file's name is a digest of the film's path, its length and time of change, and the settings: a changed film or
+    setting makes a new one. Processes may share a folder.
+
+    Args:
+        folder: Made when the first film is kept.
+    """
+
+    folder: Path
+
+    def prepare(self) -> None:
+        """Make the folder and remove what killed processes left half-written there.
+
+        Raises:
+            OSError: Nothing can be written there, and no film is kept there.
+        """
+        try:
+            check_folder(self.folder)
+        except OSError as error:
+            # One that was filled before may be read all the same.
+            if not any(self.folder.glob("??/*.npz")):
+                raise
+            _warn_uncached(self.folder, error.strerror or str(error))
+            return
+        remove_abandoned_parts(self.folder)
+
+    def read(self, path: str | Path, fit: Fit, settings: str, *, upright: bool = True) -> Film:
+        """A film from the cache, or else from its file; see `read_film`.
+
+        Where it cannot be kept, say on a full disk, it is only read, with a warning at the first of them.
+
+        Args:
+            path: The file.
+            fit: The size to resize to.
+            settings: All that `fit` depends on.
+            upright: Turn the film as its EXIF orientation says.
+        """
+        kept = self._place(path, f"{settings} upright={upright}")
+        film = _kept_film(kept)
+        if film is None:
+            film = read_film(path, fit, upright=upright)
+            self._keep(film, kept)
+        return film
+
+    def _keep(self, film: Film, place: Path) -> None:
+        try:
+            # Parts lie above the films: to find those of killed processes takes no look through all films.
+            with whole_file(place, self.folder) as part, part.open("wb") as file:
+                np.savez(file, pixels=film.pixels, size=np.array(film.size))
+        except OSError as error:
+            _warn_uncached(self.folder, error.strerror or str(error))
+
+    def _place(self, path: str | Path, settings: str) -> Path:
+        try:
+            path = Path(path).resolve()
+            state = path.stat()
+        except OSError as error:
+            raise FileNotFoundError(f"There is no film at {str(path)!r}.") from error
+        text = f"{_CACHE_VERSION} {path} {state.st_size} {state.st_mtime_ns} {settings}"
+        name = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return self.folder / name[:2] / f"{name}.npz"
+
+
+def _kept_film(path: Path) -> Film | None:
+    """A film of the cache; None where it is not there, or cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            height, width = (int(side) for side in kept["size"])
+            return Film(kept["pixels"], (height, width))
+    # Broken bytes raise all kinds of errors here too.
+    except Exception:
+        return None
+
+
+@lru_cache
+def _warn_uncached(folder: Path, reason: str) -> None:
+    """Warn once in a process that films are not kept."""
+    warnings.warn(
+        f"No more films can be kept in cache_dir {folder} ({reason}); they are read anew each time.", stacklevel=2
+    )

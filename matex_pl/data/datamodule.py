@@ -1,0 +1,366 @@
+"""What all data modules share: splits of studies, loaders that a resumed run can repeat, and the mean film."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from matex_pl.data.cache import FilmCache
+from matex_pl.data.images import Film, read_film
+from matex_pl.data.study import Sample, Study, StudyBatch, collate
+from matex_pl.data.transforms import FilmTransform
+
+SPLITS = ("train", "val", "test")
+STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+"""Splits that each stage of a trainer reads."""
+
+_MEAN_FILM_FROM = 512
+
+
+class FilmDataset(Dataset[Sample]):
+    """Studies with their pixels in the model's frame.
+
+    Args:
+        data: The data module, which reads the pixels.
+        studies: What the dataset holds, in order.
+        transform: From a stored film to the model's frame.
+    """
+
+    def __init__(self, data: ChestXrayDataModule, studies: Sequence[Study], transform: FilmTransform) -> None:
+        self.data = data
+        self.studies = studies
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.studies)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        """A sample by index, or by (epoch, index), from which augmentation and `draw_study` take their draws."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        study = self.studies[index]
+        seed = int(np.random.SeedSequence((self.data.seed, epoch, index)).generate_state(1)[0])
+        if isinstance(key, tuple):
+            study = self.data.draw_study(study, seed)
+        try:
+            film = self.data.open_film(study, self.transform)
+            return Sample(study, *self.transform(film.pixels, study.boxes, size=film.size, seed=seed))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Study {study.id!r} ({study.image}): {error}") from error
+
+    def batch(self, ids: Sequence[str]) -> StudyBatch:
+        """The named studies as one batch, in the order of `ids`.
+
+        Raises:
+            KeyError: An id is not in the dataset.
+            ValueError: No id is given.
+        """
+        if not ids:
+            raise ValueError("A batch needs at least one study id, got none.")
+        place = {study.id: index for index, study in enumerate(self.studies)}
+        missing = [name for name in ids if name not in place]
+        if missing:
+            raise KeyError(f"No study {missing[0]!r} among {len(place)}, e.g. {next(iter(place), 'none')!r}.")
+        return collate([self[place[name]] for name in ids])
+
+
+class EpochSampler(DistributedSampler):
+    """A shuffle that is a function of seed and epoch alone, and hands the epoch on to the dataset as (epoch, index).
+
+    So a resumed run sees what an uninterrupted one does, with any number of workers. Lightning calls `set_epoch`. Of W
+    processes each takes every W-th of the same order (a rest that does not divide is left out), so that a step of
+    theirs has the pairs of one process with a batch W times as large.
+    """
+
+    def __init__(self, dataset: FilmDataset, seed: int) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        count, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+        if len(dataset) < count:
+            raise ValueError(f"There are {len(dataset)} training pairs for {count} processes. Take fewer processes.")
+        super().__init__(dataset, num_replicas=count, rank=rank, seed=seed, drop_last=True)
+        self.size = len(dataset)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.size, generator=generator)[: self.total_size]
+        return ((self.epoch, index) for index in order[self.rank :: self.num_replicas].tolist())
+
+
+class EpochLoader(DataLoader):
+    """A loader that asks its sampler, and starts its workers, at the first batch rather than at `iter`.
+
+    Lightning calls `iter` while it sets up a run, and tells a sampler the epoch of a resumed run only after that:
+    workers would have fetched films of epoch 0 by then.
+    """
+
+    def __iter__(self) -> Iterator[StudyBatch]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
+class ChestXrayDataModule(LightningDataModule, ABC):
+    """Base of the data modules: a subclass lists its studies and reads a film.
+
+    Without a trainer: give `image_size`, call `setup("fit")`, and take `dataset("val")` or the loaders.
+
+    Args:
+        image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
+        batch_size: Pairs per batch and process.
+        num_workers: Processes that read and augment films.
+        geometry: How a film gets into the model's frame: `pad`, `crop` or `squash`.
+        augment: Mild geometric and intensity changes in training. Never a horizontal flip.
+        seed: Of shuffling, augmentation and splits.
+    """
+
+    studies: dict[str, list[Study]]
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise ValueError(
+                f"batch_size must be at least 2, for contrastive training needs negatives; got {batch_size}."
+            )
+        if seed < 0 or num_workers < 0:
+            raise ValueError(f"seed and num_workers must not be negative, got {seed} and {num_workers}.")
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        FilmTransform(self.image_size or (8, 8), geometry)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.geometry = geometry
+        self.augment = augment
+        self.seed = seed
+        self.studies = {}
+
+    @abstractmethod
+    def list_studies(self) -> list[Study]:
+        """All studies of all splits, without reading pixels."""
+
+    @abstractmethod
+    def read_film(self, study: Study) -> np.ndarray:
+        """Pixels of a study's film, `(h, w)` uint8."""
+
+    def draw_study(self, study: Study, seed: int) -> Study:
+        """The study as one epoch of training sees it, say with another sentence of its report; itself by default.
+
+        Args:
+            study: One of the listed studies.
+            seed: Of the epoch and the study.
+        """
+        return study
+
+    def phrases_of(self, study: Study) -> list[str]:
+        """All phrases that `draw_study` may give a study."""
+        return [study.phrase]
+
+    def open_film(self, study: Study, transform: FilmTransform) -> Film:
+        """A study's film for a transform, perhaps at the size that it needs already."""
+        pixels = self.read_film(study)
+        return Film(pixels, (pixels.shape[0], pixels.shape[1]))
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Findings that the films are labelled with, by name."""
+        named = {finding for split in self.studies.values() for study in split for finding in study.film_findings}
+        return tuple(sorted(named))
+
+    def setup(self, stage: str) -> None:
+        """List the studies, once.
+
+        Raises:
+            ValueError: A split that this stage needs is empty, an id is taken twice, or a study is in no known split.
+        """
+        if not self.studies:
+            self.studies = _by_split(self.list_studies())
+        for split in STAGES[stage]:
+            if not self.studies[split]:
+                counts = {name: len(found) for name, found in self.studies.items()}
+                raise ValueError(
+                    f"{type(self).__name__} has no {split} studies, which {stage!r} needs; it has {counts}."
+                )
+
+    def dataset(self, split: str, *, augment: bool = False) -> FilmDataset:
+        """The studies of a split with their pixels.
+
+        Raises:
+            RuntimeError: The studies are not listed yet.
+        """
+        return FilmDataset(self, self._listed()[split], FilmTransform(self._frame(), self.geometry, augment=augment))
+
+    def _listed(self) -> dict[str, list[Study]]:
+        if not self.studies:
+            raise RuntimeError(
+                f"{type(self).__name__} has listed no studies yet. Call setup('fit') or setup('test') first."
+            )
+        return self.studies
+
+    def _frame(self) -> tuple[int, int]:
+        if self.image_size is not None:
+            return self.image_size
+        if self.trainer is None or self.trainer.lightning_module is None:
+            raise ValueError("image_size is not set and there is no model to take it from. Pass image_size, e.g. 224.")
+        clip: Any = self.trainer.lightning_module.clip
+        return clip.image_size
+
+    def mean_film(self) -> Tensor:
+        """Position-wise mean of up to 512 training films in the model's frame, `(1, H, W)` in [0, 1]."""
+        data = self.dataset(next(name for name in SPLITS if self._listed()[name]))
+        films = {study.film_id: index for index, study in enumerate(data.studies)}
+        chosen = sorted(films.values())[:: math.ceil(len(films) / _MEAN_FILM_FROM)]
+        return torch.stack([data[index].image[:1] for index in chosen]).float().mean(0) / 255
+
+    def thorax(self) -> Tensor | None:
+        """Where lungs and heart usually are, `(H, W)` bool in the model's frame; None where that is not known.
+
+        What a map marks outside of it is no finding of the chest, `attribution/outside_thorax_mass`. A data module that
+        has masks of the body or the lungs overrides it.
+        """
+        return None
+
+    def train_dataloader(self) -> DataLoader:
+        """Training pairs, shuffled by seed and epoch; an incomplete last batch is left out if there are others."""
+        data = self.dataset("train", augment=self.augment)
+        sampler = EpochSampler(data, self.seed)
+        return self._loader(data, sampler, drop_last=len(sampler) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation pairs, in order."""
+        return self._loader(self.dataset("val"))
+
+    def test_dataloader(self) -> DataLoader:
+        """Test pairs, in order."""
+        return self._loader(self.dataset("test"))
+
+    def predict_dataloader(self) -> DataLoader:
+        """Test pairs, in order."""
+        return self.test_dataloader()
+
+    def _loader(self, data: FilmDataset, sampler: EpochSampler | None = None, *, drop_last: bool = False) -> DataLoader:
+        return EpochLoader(
+            data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+            # Its own generator, so that iterating draws nothing from the global one.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process needs: where processes are spawned, the trainer cannot go along."""
+        return {**self.__dict__, "trainer": None}
+
+
+class FilmFilesDataModule(ChestXrayDataModule):
+    """Base of the data modules whose films are files: `Study.image` is a path. A subclass lists its studies.
+
+    Args:
+        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
+        image_size: See `ChestXrayDataModule`, like all that follow.
+        batch_size: Pairs per batch.
+        num_workers: Processes that read and augment films.
+        geometry: `pad`, `crop` or `squash`.
+        augment: Mild geometric and intensity changes in training.
+        seed: Of shuffling, augmentation and splits.
+    """
+
+    upright = True
+    """Whether films are turned as the EXIF orientation of their files says; boxes are in pixels of what that gives."""
+
+    def __init__(
+        self,
+        cache_dir: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 1,
+        geometry: str = "pad",
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(image_size, batch_size, num_workers, geometry, augment, seed)
+        self.cache = FilmCache(Path(cache_dir)) if cache_dir else None
+
+    def setup(self, stage: str) -> None:
+        """List the studies, once, and say how many boxes a crop cuts.
+
+        Raises:
+            OSError: Nothing can be written in `cache_dir`.
+            ValueError: As in `ChestXrayDataModule.setup`; or a box covers nothing of its film.
+        """
+        if self.cache is not None:
+            self.cache.prepare()
+        super().setup(stage)
+        # Without a model and a size there is no frame yet.
+        if self.geometry == "crop" and (self.image_size is not None or self.trainer is not None):
+            boxed = [study for split in STAGES[stage] for study in self.studies[split] if study.boxes and study.size]
+            cut, lost = count_cut_boxes(FilmTransform(self._frame(), self.geometry), boxed)
+            if cut:
+                total = sum(len(study.boxes) for study in boxed)
+                rank_zero_warn(
+                    f"geometry: crop cuts {cut} of {total} boxes, {lost} of them wholly; pad keeps them all."
+                )
+
+    def read_film(self, study: Study) -> np.ndarray:
+        """Pixels of a film, `(h, w)` uint8, at the size of its file."""
+        return read_film(str(study.image), upright=self.upright).pixels
+
+    def open_film(self, study: Study, transform: FilmTransform) -> Film:
+        """A study's film at the size that the transform needs, from the cache if there is one."""
+        if self.cache is None:
+            return read_film(str(study.image), transform.fit, upright=self.upright)
+        return self.cache.read(str(study.image), transform.fit, transform.settings, upright=self.upright)
+
+
+def count_cut_boxes(transform: FilmTransform, studies: Iterable[Study]) -> tuple[int, int]:
+    """How many boxes of the studies whose size is known lose a part to a crop, and how many of them all."""
+    counts = [transform.count_cut(study.boxes, study.size) for study in studies if study.size]
+    return sum(cut for cut, _ in counts), sum(lost for _, lost in counts)
+
+
+def _by_split(studies: Sequence[Study]) -> dict[str, list[Study]]:
+    twice = [name for name, count in Counter(study.id for study in studies).items() if count > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} study ids are not unique, e.g. {', '.join(twice[:3])}.")
+    lost = next((study for study in studies if study.split not in SPLITS), None)
+    if lost is not None:
+        raise ValueError(f"Study {lost.id!r} is in the split {lost.split!r}; splits are {', '.join(SPLITS)}.")
+    return {split: [study for study in studies if study.split == split] for split in SPLITS}
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Refuse what is no three shares of a whole.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions must be three shares that sum to 1, got {list(fractions)}.")
+
+
+def split_patients(patients: Iterable[str], fractions: tuple[float, float, float], seed: int) -> dict[str, str]:
+    """Split of each patient: a seeded shuffle of the names, cut at the fractions."""
+    names = sorted(set(patients))
+    order = np.random.default_rng(seed).permutation(len(names))
+    bounds = np.round(np.cumsum(fractions) * len(names))
+    return {names[index]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, index in enumerate(order)}

@@ -1,0 +1,265 @@
+"""Rows of a table of films: what may be wrong with one, as pure functions that name the rule."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from matex_pl.data.study import Study
+
+Box = tuple[float, float, float, float]
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Our splits by the names that files give them, in lower case."""
+
+_TOLERANCE = 1.0
+"""By how many pixels a box may reach outside of its film: a scaled and rounded one does."""
+
+_LEAST = 0.01
+"""Pixels that a box has to have in its film on each side: in single precision less may be nothing."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why.
+
+    Args:
+        file: Where it stands.
+        line: Its line there, from 1; 0 where a file has none.
+        value: What is wrong, as it is written.
+        rule: What is wrong with it, and what would be right.
+    """
+
+    file: str
+    line: int
+    value: str
+    rule: str
+
+    def __str__(self) -> str:
+        place = place_of((self.file, self.line))
+        return f"{place}: {self.rule}, got {self.value!r}" if self.value else f"{place}: {self.rule}"
+
+
+class RuleError(ValueError):
+    """A value breaks a rule.
+
+    Args:
+        value: What is wrong, as it is written.
+        rule: What is wrong with it, and what would be right.
+    """
+
+    def __init__(self, value: Any, rule: str) -> None:
+        super().__init__(f"{rule}, got {value!r}")
+        self.value = _shown(value)
+        self.rule = rule
+
+    def at(self, source: tuple[str, int]) -> BadRow:
+        """The row, of a file and line, in which it happened."""
+        return BadRow(*source, self.value, self.rule)
+
+
+def find_image(root: Path, name: str) -> Path:
+    """The file of a film below `root`.
+
+    Raises:
+        RuleError: The name is empty, leads out of the root, or nothing is there.
+    """
+    if not name:
+        raise RuleError(name, "the image is missing")
+    path = path_below(root, name)
+    if not os.path.isfile(path):  # noqa: PTH113 - half the time of pathlib, which counts over many rows
+        raise RuleError(name, f"there is no such file below {str(root)!r}")
+    return path
+
+
+def path_below(root: Path, name: str) -> Path:
+    """A path below `root`, whether or not something is there; symbolic links stay as they are.
+
+    Raises:
+        RuleError: The name leads out of the root.
+    """
+    base = os.path.abspath(root)  # noqa: PTH100 - links stay as they are: data sets are often linked into a folder
+    path = os.path.normpath(os.path.join(base, name.replace("\\", "/")))  # noqa: PTH118
+    if "\0" in path or os.path.commonpath([base, path]) != base:
+        raise RuleError(name, f"the path leads out of the root {str(root)!r}")
+    return Path(path)
+
+
+def check_phrase(phrase: str) -> str:
+    """The phrase, its white space made single.
+
+    Raises:
+        RuleError: It is empty, or holds characters of a wrong encoding.
+    """
+    if not phrase.strip():
+        raise RuleError(phrase, "the phrase is empty")
+    if "\N{REPLACEMENT CHARACTER}" in phrase or "\0" in phrase:
+        raise RuleError(phrase, "the phrase holds characters of a wrong encoding")
+    return " ".join(phrase.split())
+
+
+def split_name(text: str) -> str:
+    """`train`, `val` or `test` from the name that a file gives the split.
+
+    Raises:
+        RuleError: It is none of the known names.
+    """
+    if text.lower() not in SPLIT_NAMES:
+        raise RuleError(text, f"the split is none of {', '.join(SPLIT_NAMES)}")
+    return SPLIT_NAMES[text.lower()]
+
+
+def boxes_of_json(cell: Any) -> list[Box]:
+    """Boxes `(x0, y0, x1, y1)` from a list of lists, or its JSON text; none from an empty cell.
+
+    Raises:
+        RuleError: It is no such list, or a box is none; see `check_box`.
+    """
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return []
+    try:
+        listed = json.loads(cell) if isinstance(cell, str) else cell
+    except (ValueError, RecursionError):
+        raise RuleError(cell, "the boxes are no JSON; write [[x0, y0, x1, y1], ...]") from None
+    if not isinstance(listed, list) or not all(isinstance(box, list) and len(box) == 4 for box in listed):
+        raise RuleError(cell, "the boxes are no list of [x0, y0, x1, y1]")
+    return [check_box(numbers(box)) for box in listed]
+
+
+def box_of_cells(cells: Sequence[Any]) -> list[Box]:
+    """The box of `x, y, w, h`; none where all four are empty.
+
+    Raises:
+        RuleError: They are no four numbers, or no box; see `check_box`.
+    """
+    if all(cell is None or not str(cell).strip() for cell in cells):
+        return []
+    x, y, width, height = numbers(cells)
+    return [check_box((x, y, x + width, y + height))]
+
+
+def numbers(cells: Sequence[Any]) -> Box:
+    """Four numbers.
+
+    Raises:
+        RuleError: One of them is none.
+    """
+    try:
+        # Python reads `1_0` as ten.
+        if any(isinstance(cell, bool) or "_" in str(cell) for cell in cells):
+            raise TypeError
+        one, two, three, four = (float(cell) for cell in cells)
+    except (TypeError, ValueError, OverflowError):
+        raise RuleError(list(cells), "a box is not four numbers") from None
+    return one, two, three, four
+
+
+def check_box(box: Box) -> Box:
+    """The box.
+
+    Raises:
+        RuleError: It is not finite, inverted or empty.
+    """
+    if not all(map(math.isfinite, box)):
+        raise RuleError(list(box), "a box is not finite")
+    if box[2] < box[0] or box[3] < box[1]:
+        raise RuleError(list(box), "a box is inverted: its right or lower edge comes before the left or upper one")
+    if box[2] == box[0] or box[3] == box[1]:
+        raise RuleError(list(box), "a box is empty: it has no width or no height")
+    return box
+
+
+def check_inside(boxes: Iterable[Box], size: tuple[int, int]) -> None:
+    """Refuse boxes that reach outside of a film by more than a pixel, or have no part in it.
+
+    Args:
+        boxes: In pixels of the film.
+        size: Height and width of the film.
+
+    Raises:
+        RuleError: One does, or has none.
+    """
+    height, width = size
+    for box in boxes:
+        if min(box[:2]) < -_TOLERANCE or box[2] > width + _TOLERANCE or box[3] > height + _TOLERANCE:
+            raise RuleError(list(box), f"a box (x0, y0, x1, y1) reaches outside of its film of {width} x {height}")
+        inside = min(box[2], width) - max(box[0], 0), min(box[3], height) - max(box[1], 0)
+        if min(inside) < _LEAST:
+            raise RuleError(list(box), f"a box (x0, y0, x1, y1) covers nothing of its film of {width} x {height}")
+
+
+def drop_repeats(studies: Sequence[Study]) -> tuple[list[Study], list[BadRow]]:
+    """The studies without those whose id came before, and those."""
+    seen: dict[str, Study] = {}
+    bad = []
+    for study in studies:
+        first = seen.setdefault(study.id, study)
+        if first is not study:
+            bad.append(BadRow(*study.source, study.id, f"the id is taken already by {place_of(first.source)}"))
+    return list(seen.values()), bad
+
+
+def fill_splits(studies: Sequence[Study]) -> list[Study]:
+    """The studies, those without a split in the one that other rows name for their patient."""
+    known = {study.patient_id: study.split for study in reversed(studies) if study.split}
+    return [replace(study, split=study.split or known.get(study.patient_id, "")) for study in studies]
+
+
+def drop_leaks(studies: Sequence[Study]) -> tuple[list[Study], list[BadRow]]:
+    """The studies without those whose patient came before in another split, and those."""
+    first: dict[str, Study] = {}
+    kept, bad = [], []
+    for study in studies:
+        known = first.setdefault(study.patient_id, study)
+        if known.split == study.split:
+            kept.append(study)
+            continue
+        rule = f"the patient is in two splits: {study.split} here, {known.split} in {place_of(known.source)}"
+        # Ids of patients reach no log; file and line say who it is.
+        bad.append(BadRow(*study.source, "", rule))
+    return kept, bad
+
+
+def place_of(source: tuple[str, int]) -> str:
+    """A file and line, in words."""
+    file, line = source
+    return f"{file}, line {line}" if line else file
+
+
+def film_name(root: Path, path: Path) -> str:
+    """The path of a film from the root on, with slashes."""
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def fold(phrase: Any) -> str:
+    """A phrase as it is compared with others: without its case, its white space single."""
+    return " ".join(str(phrase).split()).casefold()
+
+
+def text(cells: Mapping[str, Any], name: str) -> str:
+    """A cell as text without white space around it; empty where there is none.
+
+    Raises:
+        RuleError: It is no text and no finite number, which JSON can hold.
+    """
+    cell = cells.get(name)
+    if cell is None:
+        return ""
+    endless = isinstance(cell, float) and not math.isfinite(cell)
+    if isinstance(cell, bool) or not isinstance(cell, (str, int, float)) or endless:
+        raise RuleError(cell, f"the {name} is neither text nor a number")
+    return str(cell).strip()
+
+
+def _shown(value: Any) -> str:
+    shown = value if isinstance(value, str) else str(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."

@@ -1,0 +1,173 @@
+"""Which methods a benchmark compares."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly, RandomMap
+from matex_pl.attribution.controls import Control
+from matex_pl.attribution.shipped import load_method, method_names
+from matex_pl.clip.model import Clip
+from matex_pl.data.study import StudyBatch
+from matex_pl.evaluation.tensors import fingerprint
+from matex_pl.metrics.functional import box_masks
+
+# Per class: fewer of the repeated forwards than the method's own default, so that an evening will do.
+QUICK: dict[str, dict[str, int]] = {"Rise": {"masks": 500}, "KernelShap": {"samples": 300}}
+BUDGETS = ("quick", "full")
+# What takes many minutes per pair is compared when it is named.
+SLOW = ("submodular_regions",)
+REPEATED = {"Rise": "masks", "KernelShap": "samples", "IntegratedGradients": "steps", "SubmodularRegions": "regions"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the tables.
+
+    Args:
+        name: As the tables print it.
+        method: What makes the maps.
+        control: It needs no attribution, or is MATEX with a part taken out: what the others have to be better than.
+        note: What a reader must know beside the name.
+    """
+
+    name: str
+    method: AttributionMethod
+    control: bool = False
+    note: str = ""
+
+
+class _MeanBox(Control):
+    """The share of training films that have a box of the same finding at each place: a guess that sees no film.
+
+    Args:
+        finding_of: The finding of each phrase; a phrase of none gets a map of zeros.
+        means: Mean box mask `(H, W)` of each finding.
+    """
+
+    def __init__(self, finding_of: Mapping[str, str], means: Mapping[str, Tensor]) -> None:
+        self.finding_of = finding_of
+        self.means = means
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells these boxes from others: a hash, since the boxes are as many as the training films."""
+        sums = {finding: mean.double().cumsum(0).sum(1).tolist() for finding, mean in self.means.items()}
+        return {"boxes": fingerprint(sums), "findings": sorted(self.means), "phrases": fingerprint(self.finding_of)}
+
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
+        blank = torch.zeros(clip.image_size)
+        maps = [self.means.get(self.finding_of.get(phrase, ""), blank) for phrase in phrases]
+        return torch.stack(maps).to(images.device)
+
+
+def mean_box_row(train: Sequence[StudyBatch], compared: Sequence[StudyBatch], size: tuple[int, int]) -> list[Row]:
+    """The mean box of each finding over training pairs, where these have any.
+
+    Args:
+        train: Training pairs.
+        compared: The pairs that maps are made for.
+        size: Height and width of the frame.
+    """
+    means = mean_boxes(train, size)
+    pairs = [pair for batch in compared for pair in zip(batch["phrase"], batch["finding"], strict=True)]
+    count = sum(bool(len(boxes)) for batch in train for boxes in batch["boxes"])
+    note = f"of the finding, which it is told, over {count} training pairs; no model"
+    return [Row(MEAN_BOX, _MeanBox(dict(pairs), means), True, note)] if means else []
+
+
+def mean_boxes(batches: Sequence[StudyBatch], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Mean box mask `(H, W)` of each finding over training pairs, from 0 to its highest place at 1."""
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size))
+    for batch in batches:
+        for finding, mask in zip(batch["finding"], box_masks(batch["boxes"], size), strict=True):
+            if finding and mask.any():
+                sums[finding] += mask
+    return {finding: mask / mask.max() for finding, mask in sums.items()}
+
+
+def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
+    """The methods that were asked for, by default all shipped but the slow ones, and the controls, which always are.
+
+    Args:
+        methods: Names of shipped methods and YAML files.
+        budget: `quick` or `full`.
+
+    Raises:
+        ValueError: A method is unknown, or named twice.
+    """
+    names = [name for name in method_names() if name not in SLOW] if methods is None else list(methods)
+    asked = [method_row(name, load_method(name), budget) for name in names]
+    rows = [row for row in asked if not isinstance(row.method, Control)]
+    versions = {row.name: row.method for row in rows if isinstance(row.method, Matex)}
+    rows.sort(key=lambda row: row.name not in versions)
+    if MATEX in versions and PRINTED not in versions:
+        rows.insert(1, Row(PRINTED, Matex.paper(), note="equations and numbers of the paper"))
+    controls = _controls(versions.get(MATEX, Matex.measured()))
+    controls[1:1] = [_without_prior(name, matex) for name, matex in versions.items() if name not in (MATEX, PRINTED)]
+    always = {row.name: row.method.settings for row in controls}
+    rows += controls
+    rows += [row for row in asked if isinstance(row.method, Control) and always.get(row.name) != row.method.settings]
+    counts = Counter([*(row.name for row in rows), MEAN_BOX])
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"Two methods are called {twice[0]!r}. Name each once; a YAML file is called by its name.")
+    return rows
+
+
+MATEX, PRINTED, MEAN_BOX = "MATEX", "MATEX, as printed", "Mean box"
+
+
+def _without_prior(name: str, matex: Matex) -> Row:
+    return Row(f"{name}, delta = 0", Matex(**matex.settings | {"delta": 0.0}), True, "without its prior")
+
+
+def _controls(matex: Matex) -> list[Row]:
+    """MATEX without its prior and with more of it, and what asks no model; they cannot be left out."""
+    settings = matex.settings
+    return [
+        _without_prior(MATEX, matex),
+        Row(
+            "MATEX, usual places",
+            Matex(**settings | {"knowledge_prior": True}),
+            True,
+            "a finding without a place takes its usual one: leakage by design",
+        ),
+        Row(
+            "PriorOnly",
+            PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior),
+            True,
+            "the regions that the phrase names, no model",
+        ),
+        Row("RandomMap", RandomMap(), True, "noise"),
+        Row("CenterMap", CenterMap(), True, "the middle of the frame"),
+    ]
+
+
+def method_row(name: str, method: AttributionMethod, budget: str) -> Row:
+    """The row of a method by the name that it was asked for: of a shipped method its class, of a YAML the file's name.
+
+    Args:
+        name: As `load_method` takes it.
+        method: The method.
+        budget: `quick` or `full`.
+    """
+    kind = type(method).__name__
+    if isinstance(method, Matex) and method.settings == Matex.paper().settings:
+        title = PRINTED
+    elif name in method_names():
+        quick = QUICK.get(kind, {}) if budget == "quick" else {}
+        method = type(method)(**method.settings | quick) if quick else method
+        title = MATEX if kind == "Matex" else kind
+    else:
+        title = Path(name).stem
+    repeated = [f"{getattr(method, REPEATED[kind])} {REPEATED[kind]}"] if kind in REPEATED else []
+    fill = [f"fill: {method.fill.replace('_', ' ')}"] if hasattr(method, "fill") else []
+    return Row(title, method, note=", ".join(repeated + fill))

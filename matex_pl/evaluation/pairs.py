@@ -1,0 +1,115 @@
+"""The pairs on which a checkpoint is judged: a seeded choice from a split, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from matex_pl.anatomy import named_side, swap_sides
+from matex_pl.attribution.core.capture import borrowed
+from matex_pl.clip.model import Clip
+from matex_pl.data.datamodule import ChestXrayDataModule, FilmDataset
+from matex_pl.data.study import Study, StudyBatch, collate
+from matex_pl.maps import full_precision
+
+STAGE_OF = {"train": "fit", "val": "validate", "test": "test"}
+
+
+def prepare_data(data: ChestXrayDataModule, image_size: tuple[int, int], *splits: str) -> None:
+    """List the studies of a data module, without a trainer.
+
+    Args:
+        data: The data module.
+        image_size: Height and width of the model's input.
+        splits: The splits that are needed.
+
+    Raises:
+        ValueError: The data module has another image size, or one of the splits is empty.
+    """
+    if data.image_size not in (None, image_size):
+        raise ValueError(
+            f"The data module's image_size is {data.image_size}, the checkpoint takes {image_size}. Leave it out of "
+            "the data module."
+        )
+    data.image_size = image_size
+    data.prepare_data()
+    for split in splits:
+        data.setup(STAGE_OF[split])
+
+
+def choose_pairs(data: ChestXrayDataModule, split: str, number: int, seed: int, *, boxed: bool = True) -> list[Study]:
+    """Up to `number` studies of a split, drawn by the seed and in the order of the split; -1 for all of them.
+
+    Args:
+        data: The data module, prepared.
+        split: `train`, `val` or `test`.
+        number: How many at most.
+        seed: Of the choice.
+        boxed: Only studies with boxes, where the split has any.
+    """
+    studies = data.studies[split]
+    with_boxes = [study for study in studies if study.boxes]
+    studies = with_boxes if boxed and with_boxes else studies
+    if number < 0 or number >= len(studies):
+        return list(studies)
+    order = np.random.default_rng(seed).permutation(len(studies))[:number]
+    return [studies[index] for index in sorted(order)]
+
+
+def read_pairs(data: ChestXrayDataModule, split: str, studies: list[Study], batch_size: int) -> list[StudyBatch]:
+    """The studies with their pixels as batches of up to `batch_size`, each film decoded once."""
+    films = FilmDataset(data, studies, data.dataset(split).transform)
+    loader = DataLoader(films, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate)
+    return list(loader)
+
+
+def model_inputs(clip: Clip, batch: StudyBatch) -> tuple[Tensor, Tensor]:
+    """Normalised images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
+    return clip.normalise(batch["image"].to(clip.std.device)), clip.tokenize(batch["phrase"])
+
+
+def embed_pairs(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings of both sides, `(B, D)` each, as `metrics.removal` makes those that it holds against them."""
+    with borrowed(clip):
+        return full_precision(clip.encode_image(images)), full_precision(clip.encode_text(tokens))
+
+
+def with_phrases(batch: StudyBatch, phrases: Sequence[str | None]) -> StudyBatch:
+    """The films with other phrases; the own one in place of None."""
+    own = batch["phrase"]
+    return cast(StudyBatch, {**batch, "phrase": [new or old for new, old in zip(phrases, own, strict=True)]})
+
+
+def swapped_phrases(phrases: Sequence[str]) -> list[str | None]:
+    """The phrases with right and left exchanged; None where one names no one side."""
+    return [swap_sides(phrase) if named_side(phrase) else None for phrase in phrases]
+
+
+def other_phrases(phrases: Sequence[str], findings: Sequence[str]) -> list[str | None]:
+    """For each of B studies another study's phrase: of the next one, cyclic, that is about another finding.
+
+    Where no finding is another one (or none is known), of the next one with another wording; None where all say the
+    same.
+
+    Args:
+        phrases: What is said of each study.
+        findings: What each phrase is about; empty when unknown.
+
+    Raises:
+        ValueError: The two differ in length.
+    """
+    if len(phrases) != len(findings):
+        raise ValueError(f"There are {len(phrases)} phrases, but findings of {len(findings)} studies.")
+    return [_other_phrase(row, phrases, findings) for row in range(len(phrases))]
+
+
+def _other_phrase(row: int, phrases: Sequence[str], findings: Sequence[str]) -> str | None:
+    following = [(row + step) % len(phrases) for step in range(1, len(phrases))]
+    reworded = [other for other in following if phrases[other] != phrases[row]]
+    is_about_another = (other for other in reworded if "" != findings[other] != findings[row] != "")
+    chosen = next(is_about_another, next(iter(reworded), None))
+    return None if chosen is None else phrases[chosen]

@@ -1,0 +1,55 @@
+"""The versions, settings and data behind a result."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from matex_pl.clip.model import Clip
+from matex_pl.data import ChestXrayDataModule
+
+PACKAGES = ("matex_pl", "torch", "lightning", "open_clip_torch")
+
+
+def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataModule, seed: int) -> dict[str, Any]:
+    """What made a result, as plain types: when, the model, the data, the seed and the versions.
+
+    Args:
+        clip: The model.
+        weights: Its `weight_hash`.
+        checkpoint: Where it came from.
+        data: The data module.
+        seed: Of the run.
+    """
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": {
+            "checkpoint": checkpoint,
+            "weights": weights,
+            "image_size": list(clip.image_size),
+            "grid": list(clip.grid),
+        },
+        "data": {"class": type(data).__name__, "settings": _plain_settings(data)},
+        "seed": seed,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _plain_settings(data: ChestXrayDataModule) -> dict[str, Any]:
+    """The data module's own plain attributes."""
+    inherited = vars(LightningDataModule()).keys()
+    named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(data).items()}
+    own = {name: value for name, value in named.items() if name not in inherited and not name.startswith("_")}
+    return {name: value for name, value in own.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (str, int, float, bool, type(None)))

@@ -1,0 +1,51 @@
+"""Rows of all processes, and hashes by which repeats are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def fingerprints(names: Sequence[str]) -> Tensor:
+    """One int64 per name, equal for equal names in any process: `(B,)`."""
+    digests = [int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big", signed=True) for name in names]
+    return torch.tensor(digests, dtype=torch.long)
+
+
+def process_count() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows `(B, ...)` of all W processes, in their order: `(W * B, ...)`, without a graph.
+
+    Raises:
+        ValueError: The processes have different numbers of rows.
+    """
+    if process_count() == 1:
+        return rows
+    rows = rows.detach().contiguous()
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(process_count())]
+    dist.all_gather(sizes, torch.full_like(sizes[0], len(rows)))
+    counts = torch.cat(sizes).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"The processes have batches of {', '.join(map(str, counts))} pairs; a step needs as many in each. Take "
+            "the loaders of a matex_pl data module, or a DistributedSampler with drop_last."
+        )
+    parts = [torch.empty_like(rows) for _ in counts]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
+def first_of_each(keys: Tensor) -> Tensor:
+    """Indices of the first occurrence of each key of `(n,)`, in order."""
+    unique, inverse = keys.unique(return_inverse=True)
+    order = torch.arange(len(keys), device=keys.device)
+    return torch.full_like(unique, len(keys)).scatter_reduce(0, inverse, order, "amin").sort().values

@@ -1,0 +1,91 @@
+"""The contrastive loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from open_clip.loss import gather_features
+from torch import Tensor
+
+from matex_pl.training.distributed import fingerprints, gather_rows, process_count
+
+
+def same_phrase(phrases: Sequence[str]) -> Tensor:
+    """Which pairs have the same phrase, but for case and spaces: `(B, B)` bool. They are no negatives of each other."""
+    keys = phrase_keys(phrases)
+    return keys[:, None] == keys[None]
+
+
+def phrase_keys(phrases: Sequence[str]) -> Tensor:
+    """One int64 per phrase, equal where they differ by case and spaces only: `(B,)`."""
+    return fingerprints([_plain(phrase) for phrase in phrases])
+
+
+def _plain(phrase: str) -> str:
+    return " ".join(phrase.lower().split())
+
+
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, positives: Tensor) -> Tensor:
+    """Symmetric cross-entropy of the scaled cosines, a scalar; the target is uniform over the positives of each row.
+
+    With one positive per row it is CLIP's loss (Radford et al. 2021).
+
+    Args:
+        image: `(B, D)` L2-normalised.
+        text: `(B, D)` L2-normalised.
+        logit_scale: Scalar factor, not its logarithm.
+        positives: `(B, B)` bool, symmetric, true on the diagonal.
+    """
+    return _cross_entropy(image, text, (image, text), logit_scale, positives)
+
+
+def _cross_entropy(
+    image: Tensor, text: Tensor, keys: tuple[Tensor, Tensor], logit_scale: Tensor, positives: Tensor
+) -> Tensor:
+    """Mean over B pairs of the loss against N keys, images and texts `(N, D)`; positives `(B, N)`."""
+    target = positives.to(image) / positives.sum(1, keepdim=True)
+    images, texts = keys
+    to_text = F.cross_entropy(logit_scale * image @ texts.T, target)
+    return (to_text + F.cross_entropy(logit_scale * text @ images.T, target)) / 2
+
+
+def gathered_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    phrases: Sequence[str],
+    *,
+    local_loss: bool = True,
+    gather_with_grad: bool = True,
+) -> Tensor:
+    """`contrastive_loss` of the pairs of all processes; the own ones alone outside of a process group.
+
+    With `gather_with_grad` the mean of its gradients over the processes, which DDP takes, is the gradient that one
+    process has on the whole batch.
+
+    Args:
+        image: `(B, D)` L2-normalised, of this process; every process has the same B.
+        text: `(B, D)` L2-normalised.
+        logit_scale: Scalar factor, not its logarithm.
+        phrases: What the B films are said to show: equal ones, in other processes too, are no negatives.
+        local_loss: The loss of the own pairs against all, whose mean over the processes is the loss of the batch;
+            otherwise every process computes the whole.
+        gather_with_grad: Let gradients pass to the process that an embedding came from. Without it, gradients are
+            those of the own embeddings alone, smaller by the number of processes, and `local_loss` is not possible.
+
+    Raises:
+        ValueError: The processes have batches of different size.
+    """
+    keys = phrase_keys(phrases).to(image.device)
+    if process_count() == 1:
+        return contrastive_loss(image, text, logit_scale, keys[:, None] == keys)
+    all_keys, rank = gather_rows(keys), dist.get_rank()
+    # Without a graph there is nothing to pass back, as in validation.
+    with_grad = gather_with_grad and torch.is_grad_enabled()
+    images, texts = gather_features(image, text, local_loss, with_grad, rank, process_count())
+    if local_loss:
+        return _cross_entropy(image, text, (images, texts), logit_scale, keys[:, None] == all_keys)
+    return contrastive_loss(images, texts, logit_scale, all_keys[:, None] == all_keys)

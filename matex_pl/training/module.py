@@ -1,0 +1,454 @@
+"""Fine-tuning a CLIP model on films and phrases, as a LightningModule."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from matex_pl.clip.load import load_clip
+from matex_pl.clip.model import Clip
+from matex_pl.data.datamodule import STAGES
+from matex_pl.data.study import Study, StudyBatch
+from matex_pl.files import check_folder
+from matex_pl.training.checkpoints import WholeCheckpointIO, no_checkpoint
+from matex_pl.training.distributed import fingerprints, gather_rows, process_count
+from matex_pl.training.loss import contrastive_loss, gathered_loss, phrase_keys
+from matex_pl.training.scores import RetrievalRecall, ZeroShot
+
+FREEZE = ("none", "text", "image", "all-but-projections", "all-but-head")
+# They keep a part of each weight in each process.
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+# SigLIP's bias and CoCa's decoder have no part in this loss; DDP would wait for their gradients.
+_UNREACHED = ("logit_bias", "text_decoder.")
+_PROJECTIONS = ("visual.proj", "visual.head.", "text_projection", "text.text_projection", "text.proj")
+_FINAL_NORMS = ("visual.ln_post.", "visual.trunk.norm.", "visual.trunk.fc_norm.", "ln_final.", "text.ln_final.")
+
+
+class ClipModule(LightningModule):
+    """CLIP on chest films: symmetric contrastive training, with retrieval and zero-shot scores in validation and test.
+
+    Logs `train/loss`, `train/logit_scale`, and for `val` and `test`: `loss`, `image_to_text_recall@{1,5,10}`,
+    `text_to_image_recall@{1,5,10}`, and, where the data module names findings, `zero_shot_top1` and `zero_shot_auroc`.
+
+    Args:
+        name: An open_clip name, `hf-hub:org/repo`, `local-dir:folder`, or a path to a JSON model config.
+        pretrained: A tag of open_clip (`openai`) or a checkpoint file, one of this module included. Random weights when
+            left out.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Decay of the weight matrices; biases, norms and the logit scale have none.
+        betas: AdamW's two momenta.
+        warmup_steps: Steps of linear warm-up, followed by a cosine to zero at the end of training.
+        freeze: What is not trained: `none`, `text`, `image` (towers), `all-but-projections`, or `all-but-head`
+            (projections and final norms). The logit scale always is.
+        max_logit_scale: Upper bound of the factor between cosines and logits (100 in CLIP).
+        findings: Findings of the zero-shot scores; the data module's by default.
+        prompt: Prompt per finding; `{finding}` stands for its name.
+        image_size: Side of the square input in pixels, or height and width, where it is not the model's own; position
+            embeddings are interpolated to it.
+        local_loss: With several processes, each computes the loss of its own pairs against those of all; otherwise
+            each computes the whole.
+        gather_with_grad: With several processes, gradients pass to the process that an embedding came from, so that
+            they are those of one process on the whole batch. See `contrastive.gathered_loss`.
+    """
+
+    clip: Clip
+    # Module dicts, whose items have no type.
+    retrieval: Any
+    zero_shot: Any
+    _prompts: Tensor
+
+    def __init__(
+        self,
+        name: str = "ViT-B-32",
+        pretrained: str | None = None,
+        lr: float = 1e-5,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.98),
+        warmup_steps: int = 200,
+        freeze: str = "none",
+        max_logit_scale: float = 100.0,
+        findings: list[str] | None = None,
+        prompt: str = "{finding}",
+        image_size: int | tuple[int, int] | None = None,
+        local_loss: bool = True,
+        gather_with_grad: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_arguments(lr, warmup_steps, freeze, max_logit_scale, prompt)
+        if local_loss and not gather_with_grad:
+            raise ValueError(
+                "local_loss=True with gather_with_grad=False would give wrong gradients: a process never hears of the "
+                "pairs of the others that its embeddings are negatives of. Set local_loss=False as well."
+            )
+        self.save_hyperparameters()
+        self.clip = load_clip(name, pretrained, image_size)
+        # A checkpoint rebuilds the model from these, without the files that this run was started from.
+        self.hparams.update(name=json.dumps(self.clip.config), pretrained=None, image_size=None)
+        self.retrieval = nn.ModuleDict({"val": RetrievalRecall(), "test": RetrievalRecall()})
+        self.zero_shot = None
+        self.findings: tuple[str, ...] = ()
+        self._rng_state: Tensor | None = None
+        self._scored: set[int] = set()
+        self._step_ids: list[str] = []
+        freeze_parameters(self.clip.model, freeze)
+        for part, parameter in self.clip.model.named_parameters():
+            if part.startswith(_UNREACHED):
+                parameter.requires_grad_(False)
+        # Lightning keeps the modes it finds, and `load_clip` gives a model in eval mode.
+        self.train()
+
+    def inputs(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
+        """What the model takes of a batch: normalised images `(B, 3, H, W)` and tokens `(B, T)`."""
+        return self.clip.normalise(batch["image"]), self.clip.tokenize(batch["phrase"])
+
+    def setup(self, stage: str) -> None:
+        """Learn from the data module what to score, and the mean film.
+
+        Raises:
+            NotImplementedError: The strategy keeps a part of each weight in each process.
+            OSError: A folder for checkpoints takes no files.
+            ValueError: The data module's frame is not the model's.
+        """
+        self._refuse_shards()
+        # One that the user chose stays.
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if stage == "fit" and self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
+            self._check_checkpoint_folders()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        self._check_size(getattr(data, "image_size", None))
+        self.findings = tuple(self.hparams["findings"] or getattr(data, "findings", ()))
+        if self.findings:
+            scores = {split: ZeroShot(self.findings) for split in ("val", "test")}
+            self.zero_shot = nn.ModuleDict(scores).to(self.device)
+        if self.clip.mean_film.isnan().any() and hasattr(data, "mean_film"):
+            # Read once, not by every process.
+            film: Any = data.mean_film() if self.trainer.is_global_zero else None
+            self.clip.mean_film.copy_(self.trainer.strategy.broadcast(film))
+        for split in STAGES[stage] if hasattr(data, "studies") and self.trainer.is_global_zero else ():
+            self._report_cut_phrases(split, data.studies[split])
+
+    def _refuse_shards(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, _SHARDED):
+            raise NotImplementedError(
+                f"{type(strategy).__name__} keeps a part of each weight in each process, but maps swap the attention "
+                "of whole towers and differentiate through it outside of the strategy. Set trainer.strategy=ddp."
+            )
+
+    def _check_checkpoint_folders(self) -> None:
+        """Before the first step, not at the end of the first epoch; callbacks know their folders by now."""
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if folder and "://" not in str(folder):
+                check_folder(Path(folder))
+
+    def _check_size(self, size: tuple[int, int] | None) -> None:
+        if size not in (None, self.clip.image_size):
+            raise ValueError(
+                f"The data module's image_size is {size}, the model takes {self.clip.image_size}. Leave it out of the "
+                "data module, which then asks the model."
+            )
+
+    def _report_cut_phrases(self, split: str, studies: Sequence[Study]) -> None:
+        limit = self.clip.context_length
+        cut = [study.id for study in studies if self.clip.count_tokens(study.phrase) > limit]
+        if cut:
+            rank_zero_warn(
+                f"{len(cut)} of {len(studies)} {split} phrases are longer than the model's {limit} tokens and are cut "
+                f"(the spatial prior still reads them whole): {', '.join(cut[:5])}{', ...' if len(cut) > 5 else ''}"
+            )
+
+    def train(self, mode: bool = True) -> ClipModule:
+        """Training mode, except for towers that are frozen: those stay as they are deployed."""
+        super().train(mode)
+        freeze = self.hparams["freeze"]
+        both = ("image", "text") if freeze.startswith("all-but") else ()
+        for tower in {"image": ("image",), "text": ("text",)}.get(freeze, both):
+            for part in tower_modules(self.clip.model, tower):
+                part.eval()
+        return self
+
+    def forward(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
+        """L2-normalised embeddings of a batch's images and phrases, `(B, D)` each."""
+        images, tokens = self.inputs(batch)
+        return self.clip.encode_image(images), self.clip.encode_text(tokens)
+
+    def training_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
+        """Contrastive loss of a batch."""
+        image, text = self(batch)
+        loss = gathered_loss(
+            image,
+            text,
+            self.clip.logit_scale.exp(),
+            batch["phrase"],
+            local_loss=self.hparams["local_loss"],
+            gather_with_grad=self.hparams["gather_with_grad"],
+        )
+        self._step_ids += batch["id"]
+        if not loss.isfinite():
+            spoilt = ~(image.isfinite().all(1) & text.isfinite().all(1))
+            self._stop(f"The loss is {loss.item()}", [batch["id"][row] for row in spoilt.nonzero()[:, 0].tolist()])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]), sync_dist=True)
+        self.log("train/logit_scale", self.clip.logit_scale.exp().mean(), batch_size=len(batch["id"]))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuse a step that would spoil the weights."""
+        # A gradient scaler looks itself, and takes what overflows for a reason to scale less.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
+            if not norm.isfinite():
+                self._stop(f"The norm of the gradient is {float(norm)}", [])
+        self._step_ids = []
+
+    def _stop(self, what: str, spoilt: list[str]) -> NoReturn:
+        """End the training before a step that would spoil the weights, and keep those it has.
+
+        Args:
+            what: What is no number.
+            spoilt: Studies of this process whose embeddings are none.
+
+        Raises:
+            FloatingPointError: With the ids of the studies since the last step, and the path of the checkpoint.
+        """
+        found: list[Any] = [(self._step_ids, spoilt)] * process_count()
+        if process_count() > 1:
+            dist.all_gather_object(found, found[0])
+        ids = [name for part in found for name in part[0]]
+        spoilt = [name for part in found for name in part[1]]
+        message = f"{what} in epoch {self.current_epoch} at step {self.global_step}, with the studies {', '.join(ids)}."
+        if spoilt:
+            message += f" The embeddings of {', '.join(spoilt)} are no numbers."
+        if all(parameter.isfinite().all() for parameter in self.parameters()):
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            path = folder / f"before_nan-epoch={self.current_epoch}-step={self.global_step}.ckpt"
+            self.trainer.save_checkpoint(path)
+            message += f" The weights from before are in {path}."
+        else:
+            message += " The weights are no numbers either: go on from an earlier checkpoint."
+        raise FloatingPointError(f"{message} Look at these films and phrases, or lower the learning rate.")
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Clamp the logit scale to [1, max_logit_scale], as CLIP does."""
+        self.clip.logit_scale.clamp_(0, math.log(self.hparams["max_logit_scale"]))
+
+    def on_validation_epoch_start(self) -> None:
+        """Encode the prompts with the weights of now."""
+        self._scored = set()
+        self._encode_prompts()
+
+    def on_test_epoch_start(self) -> None:
+        """Encode the prompts with the weights of now."""
+        self._scored = set()
+        self._encode_prompts()
+
+    def on_predict_epoch_start(self) -> None:
+        """Encode the prompts with the weights of now."""
+        self._encode_prompts()
+
+    def _encode_prompts(self) -> None:
+        if self.zero_shot is not None:
+            prompts = [self.hparams["prompt"].format(finding=finding) for finding in self.findings]
+            self._prompts = self.clip.encode_text(self.clip.tokenize(prompts))
+
+    def validation_step(self, batch: StudyBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the validation scores; returns its embeddings, for callbacks to share."""
+        return self._score(batch, "val")
+
+    def test_step(self, batch: StudyBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the test scores; returns its embeddings, for callbacks to share."""
+        return self._score(batch, "test")
+
+    def _score(self, batch: StudyBatch, split: str) -> dict[str, Tensor]:
+        image, text = self(batch)
+        self._log_loss(split, image, text, batch)
+        self.retrieval[split].update(image, text, batch["id"], batch["film_id"], batch["phrase"])
+        if self.zero_shot is not None:
+            self.zero_shot[split].update(image @ self._prompts.T, batch["film_findings"], batch["film_id"])
+        return {"image": image, "text": text}
+
+    def _log_loss(self, split: str, image: Tensor, text: Tensor, batch: StudyBatch) -> None:
+        """The loss of a batch of all processes, without the pairs that came before: samplers fill up shards with them.
+
+        So it is that of one process with a batch as large as theirs together.
+        """
+        keys = torch.stack([fingerprints(batch["id"]), phrase_keys(batch["phrase"])], 1).to(image.device)
+        images, texts, keys = gather_rows(image), gather_rows(text), gather_rows(keys)
+        rows = {key: row for row, key in reversed(list(enumerate(keys[:, 0].tolist())))}
+        new = sorted(row for key, row in rows.items() if key not in self._scored)
+        self._scored.update(rows)
+        if new:
+            phrases = keys[new, 1]
+            scale, positives = self.clip.logit_scale.exp(), phrases[:, None] == phrases
+            loss = contrastive_loss(images[new], texts[new], scale, positives)
+            self.log(f"{split}/loss", loss, prog_bar=True, batch_size=len(new), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the whole split."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of the whole split."""
+        self._log_scores("test")
+
+    def _log_scores(self, split: str) -> None:
+        for metric in (self.retrieval[split], *([self.zero_shot[split]] if self.zero_shot is not None else [])):
+            for name, value in metric.compute().items():
+                # The same in every process.
+                self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "zero_shot_top1", sync_dist=True)
+            metric.reset()
+
+    def predict_step(self, batch: StudyBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One row per pair: id, phrase, cosine, and the cosine with each finding's prompt."""
+        image, text = self(batch)
+        rows = [
+            {"id": study, "phrase": phrase, "cosine": float(cosine)}
+            for study, phrase, cosine in zip(batch["id"], batch["phrase"], (image * text).sum(-1), strict=True)
+        ]
+        if self.zero_shot is not None:
+            for row, cosines in zip(rows, (image @ self._prompts.T).tolist(), strict=True):
+                row.update(zip(self.findings, cosines, strict=True))
+        return rows
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with linear warm-up and a cosine to zero.
+
+        Raises:
+            ValueError: The training has no end, towards which the learning rate could fall.
+        """
+        steps, warmup = self.trainer.estimated_stepping_batches, self.hparams["warmup_steps"]
+        if math.isinf(steps):
+            raise ValueError(
+                "The cosine of the learning rate needs an end. Set trainer.max_epochs or trainer.max_steps."
+            )
+        if steps <= warmup:
+            rank_zero_warn(
+                f"The training ends after {steps} steps, within its warm-up of {warmup}. Lower warmup_steps."
+            )
+        optimizer = AdamW(
+            decay_groups(self.clip.model, self.hparams["weight_decay"]),
+            lr=self.hparams["lr"],
+            betas=self.hparams["betas"],
+            # In mixed precision Lightning refuses to clip the gradients of a fused optimiser.
+            fused=not str(self.trainer.precision).endswith("mixed"),
+        )
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, int(steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of each process's random numbers, so that a resumed run goes on as if never stopped."""
+        # Patch dropout draws them on the CPU, wherever the model is.
+        states = [torch.get_rng_state()] * process_count()
+        if len(states) > 1:
+            dist.all_gather_object(states, states[0])
+        checkpoint["rng_state"] = torch.stack(states)
+        checkpoint["tokenizer"] = self.clip.tokenizer_mark()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the states of the random numbers out of the checkpoint; they are set when this training is resumed.
+
+        Raises:
+            ValueError: Its weights hold NaN or Inf, or it was trained with another tokenizer.
+        """
+        path = self.trainer.ckpt_path if self._trainer is not None else None
+        self.clip.refuse_checkpoint(checkpoint, str(path or "The checkpoint"))
+        self._rng_state = checkpoint.get("rng_state")
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the checkpoint, if this run resumes one; else each process gets its own.
+
+        A process that the checkpoint's run did not have begins with numbers of its own, too.
+        """
+        rank = self.trainer.global_rank
+        states = self._rng_state if self.trainer.ckpt_path is not None else None
+        self._rng_state = None
+        if states is not None and rank < len(states := states.cpu().view(-1, states.shape[-1])):
+            # torch reads the state from the start of the storage, wherever a view begins.
+            torch.set_rng_state(states[rank].clone())
+        elif rank:
+            # Lightning seeds all processes alike, and each would drop the same patches.
+            torch.manual_seed(torch.initial_seed() + rank)
+
+
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Factor on the learning rate: linear from 0 to 1 over `warmup` steps, then a cosine to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: matrices with decay; biases, norms and logit scale without; nothing that is frozen."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [parameter for name, parameter in trained if parameter.ndim >= 2 and not name.startswith("logit_")]
+    plain = [parameter for name, parameter in trained if parameter.ndim < 2 or name.startswith("logit_")]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def tower_modules(model: nn.Module, tower: str) -> list[nn.Module]:
+    """The modules that make up the `image` or the `text` tower; open_clip's plain CLIP has no module for its text."""
+    if tower == "image" or hasattr(model, "text"):
+        return [model.get_submodule("visual" if tower == "image" else "text")]
+    return [module for name, module in model.named_children() if name != "visual"]
+
+
+def freeze_parameters(model: nn.Module, freeze: str) -> None:
+    """Switch off the gradients of a tower, or of all but the last layers before the common space; see `ClipModule`."""
+    projections = 0
+    for name, parameter in model.named_parameters():
+        is_image, is_projection = name.startswith("visual."), name.startswith(_PROJECTIONS)
+        is_frozen = {
+            "none": False,
+            "image": is_image,
+            "text": not is_image,
+            "all-but-projections": not is_projection,
+            "all-but-head": not (is_projection or name.startswith(_FINAL_NORMS)),
+        }[freeze]
+        projections += is_projection
+        parameter.requires_grad_(parameter.requires_grad and (not is_frozen or name.startswith("logit_")))
+    if freeze.startswith("all-but") and not projections:
+        raise ValueError(f"{type(model).__name__} has no projection by a known name; freeze 'text' or 'image' instead.")
+
+
+def _check_arguments(lr: float, warmup_steps: int, freeze: str, max_logit_scale: float, prompt: str) -> None:
+    if freeze not in FREEZE:
+        raise ValueError(f"freeze must be one of {', '.join(FREEZE)}, got {freeze!r}.")
+    if lr <= 0 or warmup_steps < 0:
+        raise ValueError(f"lr must be positive and warmup_steps not negative, got {lr} and {warmup_steps}.")
+    if max_logit_scale < 1:
+        raise ValueError(f"max_logit_scale must be at least 1, got {max_logit_scale}. Give the factor, not its log.")
+    if "{finding}" not in prompt:
+        raise ValueError(f"prompt must contain {{finding}}, got {prompt!r}.")
+
+
+def load_module(ckpt_path: str) -> ClipModule:
+    """The module of a checkpoint, on the CPU in eval mode; no code of the file is run.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint of `matex fit`.
+    """
+    if not Path(ckpt_path).is_file():
+        raise FileNotFoundError(f"No checkpoint at {ckpt_path!r}. `matex fit` writes them below its log folder.")
+    try:
+        return ClipModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
+    except Exception as error:
+        raise no_checkpoint(ckpt_path, error) from error

@@ -1,0 +1,123 @@
+"""Retrieval and zero-shot scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from matex_pl.training.distributed import fingerprints, first_of_each
+from matex_pl.training.loss import _plain
+
+
+def best_positive_rank(scores: Tensor, positives: Tensor) -> Tensor:
+    """How many negatives are not below the best positive of each row, `(Q, N)` to `(Q,)`; ties and NaN count."""
+    best = scores.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)
+    return (~(scores < best) & ~positives).sum(1)
+
+
+def auroc(scores: Tensor, labels: Tensor) -> Tensor:
+    """Share of (positive, negative) pairs that `scores (N,)` rank right; ties count half, NaN without either."""
+    positive, negative = scores[labels], scores[~labels].sort().values
+    below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
+    return (below / (2 * len(negative))).mean()
+
+
+class RetrievalRecall(Metric):
+    """Recall at k over all pairs seen, both ways: a dict `image_to_text_recall@k`, `text_to_image_recall@k`.
+
+    A pair with the same phrase or the same film counts as right too. Pairs that come twice, as padded shards bring
+    them, count once. NaN when there are none.
+
+    Example:
+        >>> metric = RetrievalRecall(ks=(1,))
+        >>> metric.update(torch.eye(3), torch.eye(3), ["a", "b", "c"], ["a", "b", "c"], ["x", "y", "z"])
+        >>> metric.compute()["image_to_text_recall@1"]
+        tensor(1.)
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    image: list[Tensor]
+    text: list[Tensor]
+    keys: list[Tensor]
+
+    def __init__(self, ks: Sequence[int] = (1, 5, 10)) -> None:
+        super().__init__()
+        self.ks = tuple(ks)
+        for name in ("image", "text", "keys"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(
+        self, image: Tensor, text: Tensor, ids: Sequence[str], film_ids: Sequence[str], phrases: Sequence[str]
+    ) -> None:
+        """Add B pairs: embeddings `(B, D)`, and the names that tell repeats, films and phrases apart."""
+        phrases = [_plain(phrase) for phrase in phrases]
+        self.image.append(image.detach().float())
+        self.text.append(text.detach().float())
+        self.keys.append(torch.stack([fingerprints(names) for names in (ids, film_ids, phrases)], 1).to(image.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Shares in [0, 1] of the queries whose best positive is among the first k."""
+        ranks: dict[str, list[Tensor]] = {"image_to_text": [], "text_to_image": []}
+        if not len(self.keys):
+            return {f"{way}_recall@{k}": torch.tensor(torch.nan) for way in ranks for k in self.ks}
+        keys = dim_zero_cat(self.keys)
+        first = first_of_each(keys[:, 0])
+        image, text, film, phrase = dim_zero_cat(self.image)[first], dim_zero_cat(self.text)[first], *keys[first, 1:].T
+        for rows in torch.arange(len(film), device=film.device).split(1024):
+            positives = (film[rows, None] == film) | (phrase[rows, None] == phrase)
+            ranks["image_to_text"].append(best_positive_rank(image[rows] @ text.T, positives))
+            ranks["text_to_image"].append(best_positive_rank(text[rows] @ image.T, positives))
+        return {
+            f"{way}_recall@{k}": (torch.cat(found) < k).float().mean() for way, found in ranks.items() for k in self.ks
+        }
+
+
+class ZeroShot(Metric):
+    """Zero-shot classification of films by one prompt per finding: a dict `zero_shot_top1`, `zero_shot_auroc`.
+
+    Top-1 is right when the best prompt names a finding that the film has; films without a finding do not count there.
+    The AUROC is the mean over findings that some films have and others lack. Each film counts once. NaN where nothing
+    counts, and where a cosine is NaN.
+
+    Example:
+        >>> metric = ZeroShot(["edema", "nodule"])
+        >>> metric.update(torch.tensor([[0.3, 0.1], [0.2, 0.4]]), [["edema"], ["nodule"]], ["film 1", "film 2"])
+        >>> metric.compute()
+        {'zero_shot_top1': tensor(1.), 'zero_shot_auroc': tensor(1.)}
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    scores: list[Tensor]
+    labels: list[Tensor]
+    films: list[Tensor]
+
+    def __init__(self, findings: Sequence[str]) -> None:
+        super().__init__()
+        self.findings = tuple(findings)
+        for name in ("scores", "labels", "films"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, film_findings: Sequence[Sequence[str]], film_ids: Sequence[str]) -> None:
+        """Add B films: cosines with the F prompts `(B, F)`, the findings each has, and its name."""
+        labels = [[finding in found for finding in self.findings] for found in film_findings]
+        self.scores.append(scores.detach().float())
+        self.labels.append(torch.tensor(labels, device=scores.device).view(scores.shape))
+        self.films.append(fingerprints(film_ids).to(scores.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Both scores in [0, 1]."""
+        if not len(self.films):
+            return {"zero_shot_top1": torch.tensor(torch.nan), "zero_shot_auroc": torch.tensor(torch.nan)}
+        first = first_of_each(dim_zero_cat(self.films))
+        scores, labels = dim_zero_cat(self.scores)[first], dim_zero_cat(self.labels)[first].bool()
+        # A model that gives NaN has no order of findings.
+        spoilt = 0 * scores.sum()
+        best = labels.gather(1, scores.argmax(1, keepdim=True))[:, 0].float()
+        areas = torch.stack([auroc(*column) for column in zip(scores.T, labels.T, strict=True)])
+        return {"zero_shot_top1": best[labels.any(1)].mean() + spoilt, "zero_shot_auroc": areas.nanmean() + spoilt}

@@ -1,0 +1,480 @@
+"""Film files of every kind, the sizes at which they are decoded, and the cache of resized ones."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import multiprocessing
+import os
+import resource
+import signal
+import struct
+import time
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from matex_pl.data import NihDataModule
+from matex_pl.data.cache import FilmCache, _kept_film
+from matex_pl.data.images import film_size, read_film, read_levels, resize_film
+from matex_pl.data.transforms import GEOMETRIES, FilmTransform
+
+HEIGHT, WIDTH = 120, 90
+
+
+def _ramp() -> np.ndarray:
+    """A film that is brighter to the right and, more slowly, downwards: `(120, 90)` in [0, 1]; no two corners alike."""
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    return (2 * columns / (WIDTH - 1) + rows / (HEIGHT - 1)) / 3
+
+
+def _bytes() -> np.ndarray:
+    return np.rint(_ramp() * 255).astype(np.uint8)
+
+
+def _grey() -> Image.Image:
+    return Image.fromarray(_bytes())
+
+
+def _save(image: Image.Image, path: Path, **settings: object) -> Path:
+    image.save(path, **settings)
+    return path
+
+
+def _palette(path: Path) -> Path:
+    return _save(_grey().convert("P"), path / "film.png")
+
+
+def _see_through(path: Path) -> Path:
+    image = _grey().convert("RGBA")
+    image.putalpha(Image.fromarray(np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)))
+    return _save(image, path / "film.png")
+
+
+def _deep(path: Path) -> Path:
+    cv2.imwrite(str(path / "film.png"), np.rint(_ramp() * 4095).astype(np.uint16))
+    return path / "film.png"
+
+
+def _deep_colour(path: Path) -> Path:
+    cv2.imwrite(str(path / "film.png"), np.rint(np.stack([_ramp()] * 3, -1) * 65535).astype(np.uint16))
+    return path / "film.png"
+
+
+def _white_is_zero(path: Path, dtype: type) -> Path:
+    levels = np.rint((1 - _ramp()) * 65535).astype(dtype)
+    path = _save(Image.fromarray(levels), path / "film.tif")
+    # PhotometricInterpretation, a short, from 1 to 0: Pillow does not write it.
+    one, zero = (struct.pack("<HHIHH", 262, 3, 1, value, 0) for value in (1, 0))
+    assert path.read_bytes().count(one) == 1
+    path.write_bytes(path.read_bytes().replace(one, zero))
+    return path
+
+
+KINDS = {
+    "png": lambda path: _save(_grey(), path / "film.png"),
+    "png_rgb": lambda path: _save(_grey().convert("RGB"), path / "film.png"),
+    "png_palette": _palette,
+    "png_rgba": _see_through,
+    "png_grey_alpha": lambda path: _save(_grey().convert("LA"), path / "film.png"),
+    "png_16": _deep,
+    "png_16_rgb": _deep_colour,
+    "tiff_16": lambda path: _save(Image.fromarray(np.rint(_ramp() * 65535).astype(np.uint16)), path / "film.tif"),
+    "tiff_16_white_is_0": lambda path: _white_is_zero(path, np.uint16),
+    "tiff_float_white_is_0": lambda path: _white_is_zero(path, np.float32),
+    "tiff_float": lambda path: _save(Image.fromarray(_ramp().astype(np.float32)), path / "film.tif"),
+    "jpeg": lambda path: _save(_grey(), path / "film.jpg", quality=95),
+    "jpeg_rgb": lambda path: _save(_grey().convert("RGB"), path / "film.jpg", quality=95),
+    "jpeg_cmyk": lambda path: _save(_grey().convert("RGB").convert("CMYK"), path / "film.jpg", quality=95),
+    "jpeg_progressive": lambda path: _save(_grey(), path / "film.jpg", quality=95, progressive=True),
+    "bmp": lambda path: _save(_grey(), path / "film.bmp"),
+    "webp": lambda path: _save(_grey().convert("RGB"), path / "film.webp", lossless=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_film(tmp_path: Path, kind: str) -> None:
+    path = KINDS[kind](tmp_path)
+    film = read_film(path)
+    assert film.pixels.dtype == np.uint8
+    assert film.size == film_size(path) == film.pixels.shape == (HEIGHT, WIDTH)
+    np.testing.assert_allclose(film.pixels, _ramp() * 255, atol=6)
+    small = read_film(path, lambda size: (size[0] // 3, size[1] // 3))
+    assert small.size == (HEIGHT, WIDTH)
+    np.testing.assert_allclose(small.pixels, cv2.resize(_ramp(), (30, 40), interpolation=cv2.INTER_AREA) * 255, atol=6)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "webp"])
+def test_first_of_several_pages_with_a_warning(tmp_path: Path, suffix: str) -> None:
+    pages = [Image.fromarray(np.full((HEIGHT, WIDTH), level, dtype=np.uint8)) for level in (90, 20, 200)]
+    path = _save(pages[0], tmp_path / f"film.{suffix}", save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning, match=rf"film\.{suffix} has 3 pages; the first one is taken"):
+        film = read_film(path)
+    np.testing.assert_allclose(film.pixels, 90, atol=2)
+
+
+def test_levels_keep_what_is_hardly_above_black(tmp_path: Path) -> None:
+    """A film is stretched to 8 bits, in which 1 of 65,535 is nothing."""
+    levels = np.array([[0, 1], [65535, 0]], dtype=np.uint16)
+    path = _save(Image.fromarray(levels), tmp_path / "film.png")
+    assert read_film(path).pixels.tolist() == [[0, 0], [255, 0]]
+    assert read_levels(path).tolist() == levels.tolist()
+    turned = read_levels(_white_is_zero(tmp_path, np.uint16))
+    np.testing.assert_allclose(turned / 65535, _ramp(), atol=1e-4)
+    several = tmp_path / "several.tif"
+    Image.fromarray(levels).save(several, save_all=True, append_images=[Image.fromarray(levels)])
+    with pytest.warns(UserWarning, match=r"several\.tif has 2 pages; the first one is taken"):
+        assert read_levels(several).tolist() == levels.tolist()
+
+
+def test_what_is_see_through_is_black(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (8, 8), (255, 255, 255, 255))
+    image.paste((255, 255, 255, 0), (0, 0, 4, 8))
+    pixels = read_film(_save(image, tmp_path / "film.png")).pixels
+    assert (pixels[:, :4] == 0).all()
+    assert (pixels[:, 4:] == 255).all()
+
+
+def test_sixteen_bits_are_kept_until_after_resizing(tmp_path: Path) -> None:
+    """Steps far below one of the 256 levels of 16 bits."""
+    deep = (np.repeat(np.arange(8), 16) * 12 + 30000)[None].repeat(128, 0).astype(np.uint16)
+    deep[0, 0], deep[0, 1] = 29000, 31000
+    cv2.imwrite(str(tmp_path / "film.png"), deep)
+    pixels = read_film(tmp_path / "film.png", lambda size: (8, 8)).pixels
+    expected = cv2.resize((deep - 29000) / 2000.0, (8, 8), interpolation=cv2.INTER_AREA) * 255
+    np.testing.assert_allclose(pixels, expected, atol=0.51)
+    assert len(np.unique(pixels[4])) == 8
+
+
+def test_film_of_one_deep_level_is_black(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "film.png"), np.full((9, 9), 4000, dtype=np.uint16))
+    assert not read_film(tmp_path / "film.png").pixels.any()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_films_are_turned_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = _save(_grey(), tmp_path / f"film.{suffix}", exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    film = read_film(path)
+    assert film.size == film_size(path) == expected.shape
+    np.testing.assert_allclose(film.pixels, expected, atol=6 if suffix == "jpg" else 0)
+    small = read_film(path, lambda size: (size[0] // 2, size[1] // 2)).pixels
+    np.testing.assert_allclose(small, resize_film(expected, small.shape), atol=4)
+    stored = read_film(path, upright=False)
+    assert stored.size == film_size(path, upright=False) == (HEIGHT, WIDTH)
+
+
+def test_turned_tiff_is_refused(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = _save(_grey(), tmp_path / "film.tif", exif=exif)
+    with pytest.raises(ValueError, match="TIFF with the orientation 6"):
+        read_film(path)
+
+
+@pytest.mark.parametrize("size", [(2500, 3000), (1537, 1111), (801, 803)])
+@pytest.mark.parametrize("target", [224, 96])
+def test_reduced_decoding_is_the_film(tmp_path: Path, size: tuple[int, int], target: int) -> None:
+    """A JPEG decoded at a part of its scale beside the whole film averaged: the same to a grey level or two."""
+    rng = np.random.default_rng(0)
+    rough = rng.normal(size=(size[0] // 40 + 2, size[1] // 40 + 2)).astype(np.float32)
+    film = cv2.resize(rough, size[::-1], interpolation=cv2.INTER_CUBIC)
+    film = np.clip(128 + 50 * film, 0, 255).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "film.jpg"), film, [cv2.IMWRITE_JPEG_QUALITY, 95])
+    fit = FilmTransform((target, target)).fit
+    pixels = read_film(tmp_path / "film.jpg", fit).pixels.astype(float)
+    whole = resize_film(cv2.imread(str(tmp_path / "film.jpg"), cv2.IMREAD_GRAYSCALE), fit(size)).astype(float)
+    # Of steps of up to 50 levels from one of its pixels to the next.
+    assert np.abs(pixels - whole).mean() < 1.2
+    assert np.abs(pixels - whole).max() <= 10
+    assert abs((pixels - whole).mean()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("film.png", b"not an image"),
+        ("film.png", b""),
+        ("film.jpg", b"\xff\xd8\xff\xe0 no more"),
+        ("film.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    ],
+    ids=["text", "empty", "jpeg_start", "postscript"],
+)
+def test_what_is_no_image_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    for read in (read_film, film_size):
+        with pytest.raises(ValueError, match=rf"no readable image at '.*{name}' \(.+\)\. Copy the file anew"):
+            read(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"There is no film at '.*none\.png'"):
+        read_film(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("kind", ["png", "png_16", "png_16_rgb", "jpeg", "jpeg_progressive", "tiff_16"])
+def test_truncated_files_are_refused(tmp_path: Path, kind: str) -> None:
+    path = KINDS[kind](tmp_path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(ValueError, match="no readable image"):
+        read_film(path)
+    with pytest.raises(ValueError, match="no readable image"):
+        read_film(path, lambda size: (12, 9))
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.data(), kind=st.sampled_from(["png", "png_16_rgb", "png_palette", "jpeg", "jpeg_cmyk", "tiff_16", "bmp"])
+)
+def test_damaged_files_are_read_or_refused(tmp_path: Path, data: st.DataObject, kind: str) -> None:
+    """Any other kind of error than the one that names the file is a bug; so is a film of another form."""
+    path = KINDS[kind](tmp_path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        if not content:
+            content = bytearray(b"x")
+    path.write_bytes(content)
+    for fit in (None, lambda size: (7, 5)):
+        try:
+            film = read_film(path, fit)
+        except ValueError as error:
+            if str(path) not in str(error):
+                raise
+            continue
+        assert film.pixels.dtype == np.uint8
+        assert film.pixels.shape == (film.size if fit is None else (7, 5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    size=st.tuples(st.integers(4, 64), st.integers(4, 64)),
+    geometry=st.sampled_from(GEOMETRIES),
+    inner=st.tuples(*[st.floats(0, 1)] * 4),
+)
+def test_boxes_and_film_go_the_same_way(
+    shape: tuple[int, int], size: tuple[int, int], geometry: str, inner: tuple[float, ...]
+) -> None:
+    """A box has the same place in the film's rectangle as it had in the film, but for what the frame cuts off."""
+    (x0, x1), (y0, y1) = sorted(inner[:2]), sorted(inner[2:])
+    assume(x1 - x0 > 0.01 and y1 - y0 > 0.01)
+    box = np.array([x0, y0, x1, y1]) * np.tile(shape[::-1], 2)
+    transform = FilmTransform(size, geometry)
+    _, boxes, film = transform(np.zeros(shape, dtype=np.uint8), [box.tolist()])
+    expected = film[:2].repeat(2) + torch.tensor([x0, y0, x1, y1]) * (film[2:] - film[:2]).repeat(2)
+    cut, lost = transform.count_cut([box.tolist()], shape)
+    assert len(boxes) == 1 - lost
+    if not lost:
+        torch.testing.assert_close(boxes[0], expected.clamp(0, 1).float(), atol=1e-4, rtol=0)
+        assert geometry == "crop" or not cut
+
+
+SIDES = st.integers(1, 24)
+# What files hold, and in which of them: grey, colours, colours with opacity; of 8, 16 and 32 bits.
+STORED = {
+    "png": (np.uint8, st.tuples(SIDES, SIDES) | st.tuples(SIDES, SIDES, st.sampled_from([3, 4]))),
+    "deep.png": (np.uint16, st.tuples(SIDES, SIDES) | st.tuples(SIDES, SIDES, st.sampled_from([3, 4]))),
+    "tif": (np.float32, st.tuples(SIDES, SIDES)),
+    "int.tif": (np.int32, st.tuples(SIDES, SIDES)),
+    "bool.png": (np.bool_, st.tuples(SIDES, SIDES)),
+}
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), kind=st.sampled_from(list(STORED)), geometry=st.sampled_from(GEOMETRIES), augment=st.booleans())
+def test_any_pixels_become_a_film(tmp_path: Path, data: st.DataObject, kind: str, geometry: str, augment: bool) -> None:
+    """Pixels of every type, shape and value: a film whose greys are in their order, or, of NaN and Inf, an error."""
+    dtype, shapes = STORED[kind]
+    pixels = data.draw(arrays(dtype, shapes))
+    path = tmp_path / f"film.{kind}"
+    if dtype == np.uint16:
+        cv2.imwrite(str(path), pixels)
+    else:
+        Image.fromarray(pixels).save(path)
+    if dtype == np.float32 and not np.isfinite(pixels).all():
+        with pytest.raises(ValueError, match="a pixel is not finite"):
+            read_film(path)
+        return
+    film = read_film(path).pixels
+    assert (film.shape, film.dtype) == (pixels.shape[:2], np.uint8)
+    if pixels.ndim == 2:
+        order = np.argsort(pixels, axis=None)
+        assert (np.diff(film.ravel()[order].astype(int)) >= 0).all()
+        # Eight bits stay as they are; others run over all levels.
+        expected = {0, 255} if dtype != np.uint8 and np.ptp(pixels.astype(float)) else {film.min(), film.max()}
+        assert {film.min(), film.max()} == (expected if dtype != np.bool_ else {255 * x for x in np.unique(pixels)})
+    transform = FilmTransform((16, 12), geometry, augment=augment)
+    image, boxes, rectangle = transform(film, [(0, 0, *film.shape[::-1])], seed=data.draw(st.integers(0, 2**31)))
+    assert (image.shape, image.dtype) == ((3, 16, 12), torch.uint8)
+    assert rectangle.isfinite().all()
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_cache_keeps_films_and_sees_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = KINDS["jpeg"](tmp_path), FilmCache(tmp_path / "kept")
+    pad, crop = FilmTransform((32, 32)), FilmTransform((32, 32), "crop")
+    first = cache.read(path, pad.fit, pad.settings)
+    assert first.size == (HEIGHT, WIDTH)
+    np.testing.assert_array_equal(first.pixels, read_film(path, pad.fit).pixels)
+    assert cache.read(path, crop.fit, crop.settings).pixels.shape == (43, 32)
+    kept = sorted((tmp_path / "kept").rglob("*.npz"))
+    assert len(kept) == 2
+    assert sorted((tmp_path / "kept").rglob("*.part")) == []
+
+    with monkeypatch.context() as context:
+        context.setattr("matex_pl.data.images.read_film", lambda *_, **__: pytest.fail("decoded again"))
+        again = cache.read(path, pad.fit, pad.settings)
+    np.testing.assert_array_equal(again.pixels, first.pixels)
+    assert again.size == first.size
+
+    for broken in kept:
+        broken.write_bytes(b"half a fi")
+    np.testing.assert_array_equal(cache.read(path, pad.fit, pad.settings).pixels, first.pixels)
+
+    _save(Image.fromarray(255 - _bytes()), path)
+    os.utime(path, ns=(1, 1))
+    np.testing.assert_allclose(cache.read(path, pad.fit, pad.settings).pixels, 255 - first.pixels.astype(int), atol=9)
+    with pytest.raises(FileNotFoundError, match="There is no film"):
+        cache.read(tmp_path / "none.png", pad.fit, pad.settings)
+
+
+def test_a_damaged_film_of_the_cache_is_decoded_anew(tmp_path: Path) -> None:
+    """Any byte of it, those of the archive's own headers too."""
+    path, cache = KINDS["png"](tmp_path), FilmCache(tmp_path / "kept")
+    film = cache.read(path, lambda size: (4, 3), "")
+    (kept,) = (tmp_path / "kept").rglob("*.npz")
+    content = kept.read_bytes()
+    for place, change in itertools.product(range(len(content)), (0x01, 0xFF)):
+        kept.write_bytes(content[:place] + bytes([content[place] ^ change]) + content[place + 1 :])
+        found = _kept_film(kept)
+        if found is not None:
+            np.testing.assert_array_equal(found.pixels, film.pixels)
+            assert found.size == film.size
+
+
+def _cached(root: Path, folder: Path) -> NihDataModule:
+    from test_cli import nih_folder
+
+    root = root if root.exists() else nih_folder(root)
+    return NihDataModule(str(root), cache_dir=str(folder), image_size=32, num_workers=0, batch_size=4)
+
+
+def _killed_in_half(file: BinaryIO, **arrays: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    file.write(content.getvalue()[: len(content.getvalue()) // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _keep_one_and_a_half(data: NihDataModule) -> None:
+    films = data.dataset("val")
+    films[0]
+    np.savez = _killed_in_half
+    films[len(films) - 1]
+
+
+def test_killed_while_a_film_is_kept(tmp_path: Path) -> None:
+    root, folder = tmp_path / "nih", tmp_path / "kept"
+    data = _cached(root, folder)
+    data.setup("fit")
+    process = multiprocessing.get_context("fork").Process(target=_keep_one_and_a_half, args=(data,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    (part,) = folder.rglob("*.part")
+    assert part.stat().st_size > 0
+    assert len(list(folder.rglob("*.npz"))) == 1
+
+    for hours in (0, 2):
+        os.utime(part, (time.time() - hours * 3600,) * 2)
+        data = _cached(root, folder)
+        data.setup("fit")
+        assert part.exists() == (hours == 0)
+        for study, sample in zip(data.studies["val"], data.dataset("val"), strict=False):
+            whole = FilmTransform((32, 32))(data.read_film(study), study.boxes)[0]
+            torch.testing.assert_close(sample.image, whole, atol=1, rtol=0)
+    assert len(list(folder.rglob("*.npz"))) == len({study.image for study in data.studies["val"]})
+
+
+def test_a_cache_that_takes_no_films_is_named_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Nothing can be written in .*file/kept: Not a directory\. Give another folder"):
+        _cached(tmp_path / "nih", tmp_path / "file" / "kept").setup("fit")
+
+
+def test_a_full_cache_that_takes_no_more_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an administrator may share it, read-only."""
+
+    def refuse(folder: Path) -> None:
+        raise OSError(f"Nothing can be written in {folder}")
+
+    monkeypatch.setattr("matex_pl.data.images.check_folder", refuse)
+    with pytest.raises(OSError, match="Nothing can be written"):
+        _cached(tmp_path / "nih", tmp_path / "kept").setup("fit")
+    monkeypatch.undo()
+    data = _cached(tmp_path / "nih", tmp_path / "kept")
+    data.setup("fit")
+    films = data.dataset("val")
+    wanted = [films[index].image for index in range(len(films))]
+    monkeypatch.setattr("matex_pl.data.images.check_folder", refuse)
+    monkeypatch.setattr("matex_pl.data.images.read_film", None)
+    data = _cached(tmp_path / "nih", tmp_path / "kept")
+    with pytest.warns(UserWarning, match="No more films can be kept in cache_dir .*Nothing can be written"):
+        data.setup("fit")
+    for index, image in enumerate(wanted):
+        assert torch.equal(data.dataset("val")[index].image, image)
+
+
+def test_a_cache_without_room_is_done_without(tmp_path: Path) -> None:
+    data = _cached(tmp_path / "nih", tmp_path / "kept")
+    data.setup("fit")
+    films, limits = data.dataset("val"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            found = [films[index].image for index in range(len(films))]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(found) > 1
+    assert [str(warning.message) for warning in caught] == [
+        f"No more films can be kept in cache_dir {tmp_path / 'kept'} (File too large); they are read anew each time."
+    ]
+    assert [path for path in (tmp_path / "kept").rglob("*") if path.is_file()] == []
+    # As soon as there is room again, films are kept.
+    for index, image in enumerate(found):
+        assert torch.equal(films[index].image, image)
+    assert list((tmp_path / "kept").rglob("*.npz"))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("geometry", ["pad", "crop", "squash"])
+def test_data_module_reads_through_the_cache(tmp_path: Path, geometry: str, cached: bool) -> None:
+    from test_cli import nih_folder
+
+    root = nih_folder(tmp_path / "nih")
+    cache_dir = str(tmp_path / "kept") if cached else None
+    data = NihDataModule(str(root), cache_dir=cache_dir, image_size=32, num_workers=0, batch_size=4, geometry=geometry)
+    data.setup("fit")
+    first, again = next(iter(data.val_dataloader())), next(iter(data.val_dataloader()))
+    assert torch.equal(first["image"], again["image"])
+    assert len(list((tmp_path / "kept").rglob("*.npz"))) == (len(set(first["film_id"])) if cached else 0)
+    study = data.studies["val"][0]
+    transform = FilmTransform((32, 32), geometry)
+    torch.testing.assert_close(transform(data.read_film(study), study.boxes)[0], first["image"][0])

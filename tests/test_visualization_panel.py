@@ -1,0 +1,265 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from matex_pl.visualization import panel as render
+from matex_pl.visualization.draw import BACKGROUND, BOX_COLOUR, overlay, picture_grid, save_png
+from matex_pl.visualization.panel import panel
+from matex_pl.visualization.words import phrase_pieces
+
+SIDE = 384
+LEFT, RIGHT, TOP = 20, 420, 88
+
+
+def arguments(**changes):
+    """A valid call: a grey 112-pixel film, no heat, no box, a two-word phrase."""
+    base = {
+        "film": np.full((112, 112), 100, np.uint8),
+        "heat": np.zeros((112, 112)),
+        "boxes": np.zeros((0, 4)),
+        "phrase": "Pleural effusion",
+        "tokens": ["pleural</w>", "effusion</w>"],
+        "relevance": [0.2, 1.0],
+        "score": 0.312,
+        "title": "Effusion",
+        "subtitle": "MATEX",
+    }
+    return {**base, **changes}
+
+
+def pictures(image):
+    """The two square pictures of a panel of the default width."""
+    return [image[TOP : TOP + SIDE, left : left + SIDE] for left in (LEFT, RIGHT)]
+
+
+def hot_pixel(row, column, size=112):
+    heat = np.zeros((size, size))
+    heat[row, column] = 1
+    return heat
+
+
+def test_size_depends_on_width_lines_and_aspect_alone():
+    shape = panel(**arguments()).shape
+    assert shape[1:] == (880, 3)
+    long = arguments(tokens=["effusion</w>"] * 77, relevance=[0.5] * 77, phrase="effusion " * 77)
+    assert panel(**long).shape == shape
+    assert panel(**arguments(film=np.zeros((224, 224, 3), np.uint8), heat=np.zeros((224, 224)))).shape == shape
+    assert panel(**arguments(boxes=[[0.1, 0.1, 0.4, 0.4]], title="", subtitle="", score=-1.0)).shape == shape
+    assert panel(**arguments(), width=440).shape[1] == 440
+    assert panel(**arguments(), text_lines=1).shape[0] < shape[0]
+    tall = panel(**arguments(film=np.zeros((200, 100), np.uint8), heat=np.zeros((200, 100))))
+    assert tall.shape[0] == shape[0] + SIDE
+
+
+def test_panel_is_deterministic_and_leaves_its_inputs_alone():
+    call = arguments(heat=hot_pixel(3, 4), boxes=np.array([[-0.1, 0.2, 0.5, 1.2]]))
+    film, heat, boxes = call["film"].copy(), call["heat"].copy(), call["boxes"].copy()
+    np.testing.assert_array_equal(panel(**call), panel(**call))
+    for before, after in ((film, call["film"]), (heat, call["heat"]), (boxes, call["boxes"])):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_patients_right_is_marked_on_the_left_of_both_pictures():
+    marked, bare = panel(**arguments()), panel(**arguments(), side_markers=False)
+    for with_markers, without in zip(pictures(marked), pictures(bare), strict=True):
+        assert (without == 100).all()
+        changed = (with_markers != without).any(-1)
+        assert changed[:40, :40].any()
+        assert changed[:40, -40:].any()
+        assert not changed[40:].any()
+        assert not changed[:, 40:-40].any()
+        # An R has ink in its upper right quarter, an L has none.
+        for corner, is_r in ((with_markers[:40, :40], True), (with_markers[:40, -40:], False)):
+            ink = (corner == render.INK).all(-1)
+            rows, columns = np.nonzero(ink)
+            glyph = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            half_h, half_w = glyph.shape[0] // 2, glyph.shape[1] // 2
+            assert glyph[:half_h, half_w + 1 :].any() == is_r
+
+
+def test_boxes_are_drawn_at_their_edges_on_both_pictures():
+    image = panel(**arguments(boxes=[[0.25, 0.5, 0.5, 0.75]]), side_markers=False)
+    for picture in pictures(image):
+        rows, columns = np.nonzero((picture == BOX_COLOUR).all(-1))
+        assert (columns.min(), columns.max() + 1) == (SIDE // 4, SIDE // 2)
+        assert (rows.min(), rows.max() + 1) == (SIDE // 2, SIDE * 3 // 4)
+        assert (picture[240, 144] == 100).all()
+
+
+@pytest.mark.parametrize(
+    "box", [[-0.5, -0.5, 1.5, 1.5], [0, 0, 1, 1], [0.9999, 0.9999, 1, 1], [0.5, 0.5, 0.5001, 0.5001]]
+)
+def test_boxes_at_the_limits_stay_visible_and_inside(box):
+    image = panel(**arguments(boxes=[box]), side_markers=False)
+    inside = np.zeros(image.shape[:2], bool)
+    for left in (LEFT, RIGHT):
+        inside[TOP : TOP + SIDE, left : left + SIDE] = True
+        assert (image[TOP : TOP + SIDE, left : left + SIDE] == BOX_COLOUR).all(-1).any()
+    assert not (image == BOX_COLOUR).all(-1)[~inside].any()
+
+
+def test_boxes_that_show_nothing_are_as_no_box():
+    for boxes in ([], np.zeros((0, 4)), [[1.2, 0.1, 1.5, 0.5]]):
+        np.testing.assert_array_equal(panel(**arguments(boxes=boxes)), panel(**arguments()))
+
+
+def test_heat_shows_only_where_the_map_is_positive_and_only_on_the_right():
+    heat = np.zeros((112, 112))
+    heat[56:, :56] = 0.6
+    film, mapped = pictures(panel(**arguments(heat=heat), side_markers=False))
+    assert (film == 100).all()
+    changed = (mapped != 100).any(-1)
+    assert changed[SIDE // 2 + 4 :, : SIDE // 2 - 4].all()
+    assert not changed[: SIDE // 2 - 14].any()
+    assert not changed[:, SIDE // 2 + 4 :].any()
+
+
+def test_overlay_gets_stronger_with_the_map():
+    film = np.full((1, 5, 3), 60, np.uint8)
+    heat = np.linspace(0, 1, 5, dtype=np.float32)[None]
+    mixed = overlay(film, heat)
+    np.testing.assert_array_equal(mixed[0, 0], film[0, 0])
+    distance = np.abs(mixed.astype(int) - 60).sum(-1)[0]
+    assert (np.diff(distance) > 0).all()
+
+
+@pytest.mark.parametrize(("row", "column"), [(20, 90), (90, 20)])
+def test_cross_stands_on_the_maximum(row, column):
+    _, mapped = pictures(panel(**arguments(heat=hot_pixel(row, column)), side_markers=False))
+    rows, columns = np.nonzero((mapped == render.INK).all(-1))
+    assert abs(rows.mean() - (row + 0.5) / 112 * SIDE) <= 1
+    assert abs(columns.mean() - (column + 0.5) / 112 * SIDE) <= 1
+
+
+def test_tokens_are_shaded_in_reading_order():
+    image = panel(**arguments(tokens=["pleural</w>", "effusion</w>"], relevance=[0.0, 1.0]))
+    line = image[TOP + SIDE + 48 + 1]
+    assert (line[LEFT : LEFT + 60] == BACKGROUND).all()
+    columns = np.nonzero((line == render._shade(1.0)).all(-1))[0]
+    assert LEFT + 60 < columns.min() < columns.max() < LEFT + 200
+
+
+def test_ink_is_readable_on_every_shade():
+    shades = [render._shade(value) for value in np.linspace(0, 1, 101)]
+    assert min(render._contrast(render._ink_on(shade), shade) for shade in shades) > 4
+    assert render._contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["right</w>", "basi", "lar</w>", "opacity</w>", ".</w>"],
+        ["right", "basi", "##lar", "opacity", "."],
+        ["▁right", "▁basi", "lar", "▁opacity", "."],
+    ],
+    ids=["clip", "wordpiece", "sentencepiece"],
+)
+@pytest.mark.parametrize("phrase", ["Right  basilar\nopacity.", "something else"])
+def test_pieces_read_like_the_phrase(tokens, phrase):
+    pieces = phrase_pieces(phrase, tokens, [0.1, 0.2, 0.3, 0.4, 0.5])
+    first = "Right" if phrase.startswith("Right") else "right"
+    assert [piece.text for piece in pieces] == [first, "basi", "lar", "opacity", "."]
+    assert [piece.after_space for piece in pieces][1:] == [True, False, True, False]
+    assert [piece.relevance for piece in pieces] == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_byte_level_pieces_are_decoded():
+    assert [p.text for p in phrase_pieces("", ["Ã©panchement</w>"], [1.0])] == ["épanchement"]
+    assert [p.text for p in phrase_pieces("", ["épanchement</w>"], [1.0])] == ["épanchement"]
+
+
+def test_phrase_longer_than_its_tokens_ends_in_an_ellipsis():
+    assert [p.text for p in phrase_pieces("no acute process", ["no</w>", "acute</w>"], [0, 1])] == ["no", "acute", "…"]
+
+
+def test_without_tokens_the_phrase_stands_alone():
+    assert [(p.text, p.relevance) for p in phrase_pieces("no effusion", [], [])] == [("no", 0.0), ("effusion", 0.0)]
+
+
+def test_wrapped_lines_fit_and_the_last_ends_in_an_ellipsis():
+    font = render.font_for(20)
+    words = ["effusion"] * 40 + ["x" * 300]
+    pieces = phrase_pieces(" ".join(words), words, [0.0] * len(words))
+    lines = render.wrap(pieces, font, 400, 3)
+    assert len(lines) == 3
+    assert lines[-1][-1].text == "…"
+    assert all(render._line_length(line, font) <= 400 for line in lines)
+    everything = render.wrap(pieces, font, 400, 99)
+    assert all(render._line_length(line, font) <= 400 for line in everything)
+    assert everything[-1][-1].text.endswith("…")
+
+
+@pytest.mark.parametrize("text", ["肺 浸润 🫁", "выпот", "a\x00b\u200b\ud800\n\tc", "ﬂüssig ≥ 3 µm", "x" * 5000, ""])
+def test_no_text_is_refused_or_changes_the_size(text):
+    call = arguments(title=text, subtitle=text, phrase=text, tokens=[text, text], relevance=[0, 1])
+    assert panel(**call).shape == panel(**arguments()).shape
+
+
+def test_letters_beyond_the_fonts_lose_their_accents(monkeypatch):
+    monkeypatch.setattr(render, "_wide_font", lambda size: None)
+    assert render.clean("Zürich é 肺") == "Zurich e 肺"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"film": np.zeros((112, 112))}, r"film must be \(H, W\) or \(H, W, 3\) uint8, got \(112, 112\) float64"),
+        ({"film": np.zeros((3, 112, 112), np.uint8)}, r"film must be .* got \(3, 112, 112\)"),
+        ({"heat": np.zeros((7, 7))}, r"heat must have the film's .*\(112, 112\), got \(7, 7\)"),
+        ({"heat": np.full((112, 112), 1.5)}, r"heat must be in \[0, 1\], got values from 1.5 to 1.5"),
+        ({"heat": np.full((112, 112), np.nan)}, r"heat must be in \[0, 1\], got values from nan"),
+        ({"boxes": [0.1, 0.1, 0.2, 0.2]}, r"boxes must be \(K, 4\)"),
+        ({"boxes": [[0.5, 0.1, 0.2, 0.2]]}, "x0 <= x1"),
+        ({"boxes": [[10, 10, 90, 90]]}, r"boxes must be in \[0, 1\] of the frame"),
+        ({"relevance": [0.5]}, r"one value per token: got shape \(1,\) for 2 tokens"),
+        ({"relevance": [0.5, 2.0]}, r"relevance must be in \[0, 1\]"),
+        ({"width": 100}, "width must be at least 200"),
+        ({"text_lines": 0}, "text_lines must be at least 1"),
+    ],
+)
+def test_errors_name_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        panel(**arguments(**changes))
+
+
+def test_contact_sheet_places_pictures_row_by_row():
+    films = [np.full((10 + i, 20), 50 * i + 5, np.uint8) for i in range(3)]
+    sheet = picture_grid(films, columns=2, gap=4)
+    assert sheet.shape == (4 + 2 * (12 + 4), 4 + 2 * (20 + 4), 3)
+    assert [int(sheet[y, x, 0]) for y, x in ((10, 14), (10, 38), (26, 14))] == [5, 55, 105]
+    assert tuple(sheet[26, 38]) == BACKGROUND
+    captioned = picture_grid(films, columns=5, captions=["a", "é", "a caption that is too long"], gap=4)
+    assert captioned.shape == (4 + 12 + 26 + 4, 4 + 3 * 24, 3)
+    assert (captioned[17:42] != BACKGROUND).any()
+
+
+def test_contact_sheet_errors():
+    film = np.zeros((4, 4), np.uint8)
+    with pytest.raises(ValueError, match="at least one picture"):
+        picture_grid([], columns=2)
+    with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
+        picture_grid([film], columns=0)
+    with pytest.raises(ValueError, match="got 1 for 2 pictures"):
+        picture_grid([film, film], columns=2, captions=["one"])
+
+
+def test_save_png_makes_folders_and_reads_back(tmp_path):
+    image = panel(**arguments(heat=hot_pixel(5, 5)))
+    path = save_png(tmp_path / "deep" / "er" / "panel.png", image)
+    np.testing.assert_array_equal(np.array(Image.open(path)), image)
+    assert [p.name for p in path.parent.iterdir()] == ["panel.png"]
+
+
+def test_save_png_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    path = save_png(tmp_path / "panel.png", np.zeros((4, 4, 3), np.uint8))
+    before = path.read_bytes()
+
+    def fail(self, target, **_):
+        target.write_bytes(b"half a picture")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(path, np.ones((4, 4, 3), np.uint8))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["panel.png"]
