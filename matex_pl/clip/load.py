@@ -26,7 +26,7 @@ from torch import nn
 
 from matex_pl.clip import towers
 from matex_pl.clip.model import Clip
-from matex_pl.clip.weights import _is_file, _load_weights, _short, first_line, refuse_nan
+from matex_pl.clip.weights import _is_file, _load_weights, _short, first_line, reading_checkpoint, refuse_nan
 from matex_pl.files import CONFIG_FOLDER, find_config
 
 
@@ -65,6 +65,22 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     if is_ours and pretrained:
         # Mapped, so that its weights are not read again.
         clip.refuse_checkpoint(torch.load(pretrained, "cpu", weights_only=True, mmap=True), pretrained)
+    return clip
+
+
+def load_trained(ckpt_path: str) -> Clip:
+    """The CLIP model of a checkpoint of `matex fit`, on the CPU in eval mode; no code of the file is run.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint of `matex fit`, or holds NaN; the message names it.
+    """
+    with reading_checkpoint(ckpt_path):
+        checkpoint = torch.load(ckpt_path, "cpu", weights_only=True)
+        clip = load_clip(checkpoint["hyper_parameters"]["name"])
+        clip.refuse_checkpoint(checkpoint, "The checkpoint")
+        weights = checkpoint["state_dict"].items()
+        clip.load_state_dict({key.removeprefix("clip."): value for key, value in weights if key.startswith("clip.")})
     return clip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from matex_pl.clip.weights import why_unreadable
+from matex_pl.clip.weights import no_checkpoint
 from matex_pl.files import remove_abandoned_parts, whole_file
 
 
@@ -53,8 +53,3 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise
         except Exception as error:
             raise no_checkpoint(path, error) from error
-
-
-def no_checkpoint(path: str | Path, error: BaseException) -> ValueError:
-    """What to raise of a checkpoint that could not be read: names the file, and the code or weights at fault."""
-    return ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}")
