@@ -433,6 +433,7 @@ def test_options_change_the_data_of_a_config(here, option, capsys):
         ([], "required: COMMAND"),
         (["fit"], "there are no films"),
         (["test", "--ckpt_path=last"], "there are no films"),
+        (["fit", "--data.root=x", "--config=phantom.yaml"], "--data.root comes before anything names a data module"),
         (["tune", "--config=phantom.yaml", "--out=x"], "required: --ckpt_path"),
         (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "no config 'none.yaml'"),
         (["explain", "film.png"], "required: phrase, ckpt_path"),

@@ -66,7 +66,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (2, ["roar", "run", "--config", "none.yaml"]),
         (2, ["roar", "status"]),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_needs_no_model_imports_no_torch(here: Path, status: int, words: list[str]) -> None:
     ended, modules = run(*words)
