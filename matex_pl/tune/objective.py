@@ -43,9 +43,9 @@ class PairBatch:
     clip: Clip
     batch: StudyBatch
     parts: dict[str, Any]
-    references: Sequence[dict[str, Any]] = ()
-    thorax: Tensor | None = None
-    fill: str = ""
+    references: list[dict[str, Any]]
+    thorax: Tensor | None
+    fill: str
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:

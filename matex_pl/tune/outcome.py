@@ -163,7 +163,7 @@ def draw_surface(choice: Choice, pairs: int) -> Figure:
     grid = choice.grid
     lambda_s, lambda_c, tau = (grid.axes[name] for name in AXES[2:])
     shown = next(place for scored in choice.best if (place := grid.place(scored.method)))[:2]
-    scores = choice.scores[shown].numpy()
+    scores = choice.scores[shown]
     columns = min(len(tau), 4)
     rows = -(-len(tau) // columns)
     width = max(2.5 * columns + 1.8, 7)

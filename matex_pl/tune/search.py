@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import inf, isnan
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase
@@ -156,13 +158,12 @@ def attribute_pairs(
     """
     own, seconds = _components(clip, method, batches)
     pairs = [
-        PairBatch(clip, batch, parts, (), thorax, objective.fill) for batch, parts in zip(batches, own, strict=True)
+        PairBatch(clip, batch, parts, [], thorax, objective.fill) for batch, parts in zip(batches, own, strict=True)
     ]
     for model, changed in objective.references(clip, batches, seed):
         others, more = _components(model, method, changed)
-        pairs = [
-            replace(batch, references=[*batch.references, parts]) for batch, parts in zip(pairs, others, strict=True)
-        ]
+        for batch, parts in zip(pairs, others, strict=True):
+            batch.references.append(parts)
         seconds += more
     return pairs, seconds
 
@@ -214,7 +215,7 @@ class Choice:
 
     objective: Objective
     grid: Grid
-    scores: Tensor
+    scores: NDArray[np.float64]
     raster: tuple[int, int] | None
     best: list[Scored]
     seconds: dict[str, float]
@@ -246,9 +247,7 @@ def choose_setting(pairs: Sequence[PairBatch], grid: Grid, objective: Objective,
     start = time.perf_counter()
     best = [score(method, None if objective.forwards else raster) for method in progress(methods, "settings")]
     seconds = {"settings": time.perf_counter() - start}
-    scores = torch.tensor([scored.score for scored in best], dtype=torch.float64).view(
-        [len(values) for values in grid.axes.values()]
-    )
+    scores = np.array([scored.score for scored in best]).reshape([len(values) for values in grid.axes.values()])
     if is_coarse:
         finalists = best_first(best, objective.sign)[:FINALISTS]
         best = [score(scored.method) for scored in progress(finalists, "settings at every pixel")]
