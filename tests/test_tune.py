@@ -27,7 +27,7 @@ from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.cli import main
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule, Study
-from matex_pl.evaluation.compared import Row, compared_rows
+from matex_pl.evaluation.compared import MethodEntry, compared_rows
 from matex_pl.evaluation.intervals import Detections, Sums
 from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
 from matex_pl.maps import min_max, upsample
@@ -597,7 +597,7 @@ def benched(films: Path, ckpt_path: str) -> dict[str, Any]:
     settings = Settings("val", -1, 8, 99, 3, "quick", 1, 100, 0)
     bench = Bench.open(load_module(ckpt_path).clip, phantoms(films, Boxed), films / "bench", settings)
     methods = {"own": Matex.measured(), "setting": Matex.measured(**SETTING)}
-    return {name: bench.score(Row(name, method)) for name, method in methods.items()}
+    return {name: bench.score(MethodEntry(name, method)) for name, method in methods.items()}
 
 
 @pytest.mark.parametrize(("name", "higher_is_better"), BESIDE.items())
