@@ -23,7 +23,7 @@ from matex_pl.cli import main
 from matex_pl.data.images import Film
 from matex_pl.evaluation.compared import BLURRED, RANDOM
 from matex_pl.roar.collect import _holm, _paired, collect
-from matex_pl.roar.drop import Drop, drop_of, top_units
+from matex_pl.roar.drop import drop_of, top_units
 from matex_pl.roar.films import PlanFilms
 from matex_pl.roar.finetune import RoarModule, build_module, train_run
 from matex_pl.roar.make import BOXES, make_plan, plan_methods
@@ -127,15 +127,15 @@ def test_what_a_method_marks_most_is_dropped(tmp_path):
     prepare_maps(plan)
     films = PlanFilms(tmp_path)
     train, _ = films.split(0.8, 0)
-    boxes = drop_of(plan, films, Run(0, BOXES, "image", 1 / 16)).patches
+    boxes = drop_of(plan, films, Run(0, BOXES, "image", 1 / 16))["drop_patches"]
     for row in train:
         x0, y0, *_ = films.studies[row].boxes[0]
         assert boxes[row].nonzero().tolist() == [[y0 // 8, x0 // 8]]
-    text = drop_of(plan, films, Run(0, "Chefer", "text", 0.25))
+    ((name, tokens),) = drop_of(plan, films, Run(0, "Chefer", "text", 0.25)).items()
     content = plan_content(plan, films, train)
-    assert text.patches is None
-    assert text.tokens[train].sum(1).tolist() == [int(0.25 * number) for number in content.sum(1).tolist()]
-    assert not (text.tokens[train] & ~content).any()
+    assert name == "drop_tokens"
+    assert tokens[train].sum(1).tolist() == [int(0.25 * number) for number in content.sum(1).tolist()]
+    assert not (tokens[train] & ~content).any()
 
 
 def plan_content(plan, films, rows):
@@ -187,14 +187,23 @@ def test_a_repeat_splits_by_patient_and_the_next_one_otherwise(tmp_path):
         assert not {films.studies[row].patient_id for row in train} & {films.studies[row].patient_id for row in val}
 
 
-def test_a_repeat_has_the_same_batches_for_every_method(tmp_path):
-    _plan(tmp_path)
-    seen = []
-    for drop in (Drop(), Drop(patches=torch.ones(40, 4, 4, dtype=torch.bool))):
-        loader = PlanFilms(tmp_path).train_loader(range(32), 8, 3, drop.of)
-        seen.append([[batch["id"] for batch in loader] for _ in range(2)])
-    assert seen[0] == seen[1]
-    assert seen[0][0] != seen[0][1]
+def test_a_repeat_has_the_same_batches_for_every_method(tmp_path, monkeypatch):
+    plan = _plan(tmp_path, training=replace(QUICK, epochs=2))
+    inputs, seen = RoarModule.inputs, []
+
+    def noted(self, batch):
+        seen[-1].append((self.training, batch["id"]))
+        return inputs(self, batch)
+
+    monkeypatch.setattr(RoarModule, "inputs", noted)
+    for run in (Run(0), Run(0, BOXES, "image", 0.25), Run(1)):
+        seen.append([])
+        train_run(plan, PlanFilms(tmp_path), run)
+    assert seen[0] == seen[1] != seen[2]
+    # 32 of 40 pairs to train on, in two batches; the second epoch has another order.
+    trained = [ids for is_training, ids in seen[0] if is_training]
+    assert sorted(trained[0] + trained[1]) == sorted(trained[2] + trained[3])
+    assert trained[:2] != trained[2:]
 
 
 # The training.
@@ -222,7 +231,7 @@ def test_runs_leave_nothing_in_memory(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(
         "matex_pl.roar.finetune.build_module",
-        lambda plan: kept.append(weakref.ref(module := build_module(plan))) or module,
+        lambda *arguments: kept.append(weakref.ref(module := build_module(*arguments))) or module,
     )
     plan = _plan(tmp_path, modalities=["image"], repeats=1)
     _run(plan)
@@ -236,7 +245,9 @@ def test_what_is_trained(tmp_path, finetune, monkeypatch):
         pytest.importorskip("peft")
     plan = _plan(tmp_path, training=replace(QUICK, finetune=finetune))
     kept: list[RoarModule] = []
-    monkeypatch.setattr("matex_pl.roar.finetune.build_module", lambda plan: kept.append(build_module(plan)) or kept[-1])
+    monkeypatch.setattr(
+        "matex_pl.roar.finetune.build_module", lambda *arguments: kept.append(build_module(*arguments)) or kept[-1]
+    )
     train_run(plan, PlanFilms(tmp_path), Run(0))
     before = dict(build_module(plan).named_parameters())
     changed = {name for name, value in kept[0].named_parameters() if not torch.equal(value, before[name])}

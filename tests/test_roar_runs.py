@@ -584,7 +584,7 @@ def test_status_in_the_middle(made, whole, capsys):
         path.write_text(json.dumps(found), encoding="utf-8")
     with ExitStack() as held:
         for run in read_plan(made).runs()[2:4]:
-            held.enter_context(roar_work.locked(made / "runs" / run.id))
+            held.enter_context(roar_work.locked(read_plan(made), run))
         main(["roar", "status", str(made)])
     said = capsys.readouterr().out
     assert "2 of 6 runs are done, 2 running, 0 failed." in said
@@ -598,7 +598,7 @@ def test_status_after_a_process_was_killed(made, elsewhere, capsys):
     process.join(WAIT)
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
-    assert f"2 of 6 runs are done, 0 running, 0 failed.\n  stopped: {RUNS[2]}: its process ended early" in said
+    assert f"2 of 6 runs are done, 0 running, 0 failed.\n  stopped: {RUNS[2]}: its process ended" in said
 
 
 def test_status_before_the_maps_and_at_the_end(made, whole, capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matex_pl.roar.plan import Plan, Run, Training, read_plan
-from matex_pl.roar.work import POLL_SECONDS, note_death, tracked, work_alone
+from matex_pl.roar.work import POLL_SECONDS, Progress, note_death, work_alone
 
 # Nothing is sent to Ray's makers, and `uv run` does not make Ray copy the working directory to the machines.
 _SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
@@ -91,7 +91,7 @@ def work_on_ray(plan: Plan, runs: Sequence[Run], options: RayOptions) -> None:
         num_gpus=options.num_gpus,
         max_retries=options.retries,
     )
-    with tracked(plan, runs) as progress:
+    with Progress(plan, runs) as progress:
         waiting: dict[Any, Run] = {}
         try:
             for run in runs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jsonargparse import ArgumentParser
@@ -56,32 +55,17 @@ def dropped_rows(plan: Plan, films: PlanFilms) -> list[int]:
     return sorted(set().union(*trained))
 
 
-@dataclass(frozen=True)
-class Drop:
-    """The parts that a run drops of each of n pairs.
+def drop_of(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Tensor]:
+    """The parts that a run drops of each of n pairs, as `RoarModule` takes them in a batch.
 
-    Args:
-        patches: `(n, Gh, Gw)` bool.
-        tokens: `(n, T)` bool.
+    They are the floor(fraction * units) highest units of a pair in the maps of the run's method; ties in an order of
+    the repeat.
+
+    Returns:
+        `drop_patches` `(n, Gh, Gw)` or `drop_tokens` `(n, T)` bool; nothing for a clean run.
     """
-
-    patches: Tensor | None = None
-    tokens: Tensor | None = None
-
-    def of(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The dropped parts of these pairs, as `RoarModule` takes them in a batch."""
-        parts = {"drop_patches": self.patches, "drop_tokens": self.tokens}
-        return {name: part[list(rows)] for name, part in parts.items() if part is not None}
-
-    def units(self, rows: Sequence[int]) -> float:
-        """Mean number of units dropped of these pairs."""
-        return sum(float(part.flatten(1).sum(1).double().mean()) for part in self.of(rows).values())
-
-
-def drop_of(plan: Plan, films: PlanFilms, run: Run) -> Drop:
-    """The top fraction of a method's units, floor(fraction * units) of each pair; ties in an order of the repeat."""
     if not run.method:
-        return Drop()
+        return {}
     method = next(method for method in plan.methods if method.name == run.method)
     rows = dropped_rows(plan, films)
     if method.method is None:
@@ -94,8 +78,8 @@ def drop_of(plan: Plan, films: PlanFilms, run: Run) -> Drop:
     all_values[rows], all_among[rows] = values, among
     drop = top_units(all_values, all_among, run.fraction, plan.protocol.seed + run.repeat)
     if run.modality == "text":
-        return Drop(tokens=drop)
-    return Drop(patches=drop.view(len(drop), *plan.about["model"]["grid"]))
+        return {"drop_tokens": drop}
+    return {"drop_patches": drop.view(len(drop), *plan.about["model"]["grid"])}
 
 
 def top_units(values: Tensor, among: Tensor, fraction: float, seed: int) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,6 @@ from matex_pl.files import whole_file, write_text
 
 _FILMS, _PAIRS = "films.npy", "pairs.json"
 _READ_AT_ONCE = 64
-
-# The dropped parts of the pairs in some rows; see `Drop.of`.
-DropOf = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
 class _Films(Dataset[list[Sample]]):
@@ -75,6 +73,25 @@ def write_films(data: ChestXrayDataModule, studies: Sequence[Study], folder: Pat
     write_text(folder / _PAIRS, json.dumps(pairs))
 
 
+def split_rows(studies: Sequence[Study], train_share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and to validate on, in order. The patients are drawn by the seed.
+
+    Raises:
+        ValueError: There are too few patients for both.
+    """
+    patients = list(dict.fromkeys(study.patient_id for study in studies))
+    number = round(train_share * len(patients))
+    if not 0 < number < len(patients):
+        raise ValueError(
+            f"{len(studies)} pairs of {len(patients)} patients cannot be split by patient with "
+            f"train_share={train_share:g}. Take more pairs, or another share."
+        )
+    order = np.random.default_rng(seed).permutation(len(patients))
+    chosen = {patients[index] for index in order[:number]}
+    train = [row for row, study in enumerate(studies) if study.patient_id in chosen]
+    return train, [row for row, study in enumerate(studies) if study.patient_id not in chosen]
+
+
 def _pair(sample: Sample, row: int) -> dict[str, Any]:
     """A study of the plan as plain types: its boxes in pixels of the stored film, its key, and the film's rectangle."""
     height, width = sample.image.shape[1:]
@@ -103,15 +120,15 @@ class PlanFilms:
         self._film = torch.tensor([pair["film"] for pair in pairs])
         self._pixels = np.load(folder / _FILMS, mmap_mode="r")
 
-    def batch(self, rows: Sequence[int], drop: DropOf | None = None) -> StudyBatch:
-        """The pairs of these rows, with boxes in [0, 1] of the frame, and the dropped parts if `drop` is given."""
+    def batch(self, rows: Sequence[int], drop: Mapping[str, Tensor] = MappingProxyType({})) -> StudyBatch:
+        """The pairs of these rows, with boxes in [0, 1] of the frame, and their rows of the tensors in `drop`."""
         pixels = torch.from_numpy(self._pixels[[int(self.studies[row].image) for row in rows]])
         images = pixels[:, None].expand(-1, 3, -1, -1)
         batch = collate([
             Sample(self.studies[row], image, self.boxes(row), self._film[row])
             for row, image in zip(rows, images, strict=True)
         ])  # fmt: skip
-        return {**batch, **drop(rows)} if drop else batch  # type: ignore[typeddict-item]
+        return {**batch, **{name: part[list(rows)] for name, part in drop.items()}}  # type: ignore[typeddict-item]
 
     def boxes(self, row: int) -> Tensor:
         """The boxes of a pair, `(K, 4)`, in [0, 1] of the frame."""
@@ -119,37 +136,11 @@ class PlanFilms:
         return torch.tensor(self.studies[row].boxes).view(-1, 4) / torch.tensor([width, height, width, height])
 
     def split(self, train_share: float, seed: int) -> tuple[list[int], list[int]]:
-        """Rows to train on and to validate on, in order. The patients are drawn by the seed.
+        """Rows to train on and to validate on; see `split_rows`."""
+        return split_rows(self.studies, train_share, seed)
 
-        Raises:
-            ValueError: There are too few patients for both.
-        """
-        patients = list(dict.fromkeys(study.patient_id for study in self.studies))
-        number = round(train_share * len(patients))
-        if not 0 < number < len(patients):
-            raise ValueError(f"{len(patients)} patients cannot be split with a share of {train_share:g} to train on.")
-        order = np.random.default_rng(seed).permutation(len(patients))
-        chosen = {patients[index] for index in order[:number]}
-        rows = range(len(self.studies))
-        train = [row for row in rows if self.studies[row].patient_id in chosen]
-        return train, [row for row in rows if self.studies[row].patient_id not in chosen]
-
-    def train_loader(self, rows: Sequence[int], batch_size: int, seed: int, drop: DropOf) -> DataLoader:
-        """Pairs with their dropped parts, shuffled by the seed; an incomplete batch is left out if there are others."""
-        return self._loader(
-            rows,
-            batch_size,
-            drop,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(seed),
-            drop_last=len(rows) >= batch_size,
-        )
-
-    def val_loader(self, rows: Sequence[int], batch_size: int, drop: DropOf | None) -> DataLoader:
-        """Pairs in order, whole if `drop` is None."""
-        return self._loader(rows, batch_size, drop)
-
-    def _loader(self, rows: Sequence[int], batch_size: int, drop: DropOf | None, **settings: Any) -> DataLoader:
+    def loader(self, rows: Sequence[int], batch_size: int, drop: Mapping[str, Tensor], **settings: Any) -> DataLoader:
+        """Batches of these rows, in order by default, with the rows of the tensors in `drop`."""
         # The films are on disk as the model takes them: a worker process would cost more than it gives.
         collate_fn = partial(self.batch, drop=drop)
         return DataLoader(list(rows), batch_size, num_workers=0, collate_fn=collate_fn, **settings)  # type: ignore[arg-type]

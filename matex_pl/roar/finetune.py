@@ -71,8 +71,16 @@ def train_run(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Any]:
         trainer = _trainer(training, stopwatch, plan.path(run))
         trainer.fit(
             module,
-            films.train_loader(train, training.batch_size, seed, drop.of),
-            films.val_loader(val, training.batch_size, drop.of if protocol.corrupt_val else None),
+            films.loader(
+                train,
+                training.batch_size,
+                drop,
+                shuffle=True,
+                generator=torch.Generator().manual_seed(seed),
+                # An incomplete last batch is left out, unless it is the only one.
+                drop_last=len(train) >= training.batch_size,
+            ),
+            films.loader(val, training.batch_size, drop if protocol.corrupt_val else {}),
         )
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not math.isfinite(scores["val/loss"]):
@@ -84,7 +92,7 @@ def train_run(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Any]:
         "loss": known.pop("val/loss"),
         "metrics": known,
         "train_loss": scores["train/loss"],
-        "units": drop.units(train),
+        "units": sum(part[train].flatten(1).sum(1).double().mean().item() for part in drop.values()),
         "train_pairs": len(train),
         "val_pairs": len(val),
         "steps": trainer.global_step,

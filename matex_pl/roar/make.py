@@ -18,7 +18,7 @@ from matex_pl.evaluation.pairs import choose_pairs, prepare_data
 from matex_pl.evaluation.provenance import PACKAGES
 from matex_pl.evaluation.store import describe_method, weight_hash
 from matex_pl.evaluation.tensors import fingerprint
-from matex_pl.roar.films import write_films
+from matex_pl.roar.films import split_rows, write_films
 from matex_pl.roar.finetune import write_module
 from matex_pl.roar.plan import Plan, PlanMethod, Protocol, Training, check_same, has_plan, read_plan, slug
 from matex_pl.training.module import ClipModule
@@ -118,13 +118,8 @@ def _pairs(data: ChestXrayDataModule, image_size: tuple[int, int], protocol: Pro
     data.studies["roar"] = [study for split in protocol.splits for study in data.studies[split]]
     studies = choose_pairs(data, "roar", protocol.num_pairs, protocol.seed, boxed=False)
     del data.studies["roar"]
-    patients = {study.patient_id for study in studies}
-    number = round(protocol.train_share * len(patients))
-    if not 0 < number < len(patients):
-        raise ValueError(
-            f"{len(studies)} pairs of {len(patients)} patients cannot be split by patient with "
-            f"train_share={protocol.train_share:g}. Take more pairs, or another share."
-        )
+    # Fails here if there are too few patients, before the films are decoded.
+    split_rows(studies, protocol.train_share, protocol.seed)
     return studies
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -22,11 +23,10 @@ from matex_pl.roar.plan import Plan, Protocol, Run, Training, read_plan, take_sh
 from matex_pl.roar.work import (
     broken_maps,
     failure,
-    has_died,
     has_maps,
-    is_running,
     prepare_maps,
     result,
+    state,
     work_here,
     work_in_processes,
 )
@@ -200,17 +200,18 @@ def roar_status(folder: str) -> str:
     """
     plan = read_plan(Path(folder))
     runs = plan.runs()
-    done = [scores for run in runs if (scores := result(plan, run)) is not None]
-    running = [run.id for run in runs if result(plan, run) is None and is_running(plan, run)]
-    died = [run.id for run in runs if has_died(plan, run)]
-    failed = {run.id: error for run in runs if run.id not in running and (error := failure(plan, run))}
-    lines = [f"{len(done)} of {len(runs)} runs are done, {len(running)} running, {len(failed)} failed."]
+    states: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        states[state(plan, run)].append(run)
+    number = {name: len(states[name]) for name in ("done", "running", "failed")}
+    lines = [f"{number['done']} of {len(runs)} runs are done, {number['running']} running, {number['failed']} failed."]
     if not has_maps(plan):
         lines.append("The maps are not all made yet.")
-    lines += [f"  running: {name}" for name in running]
-    lines += [f"  stopped: {name}: its process ended early; `matex roar run` starts it again" for name in died]
-    lines += [f"  failed: {name}: {error} (runs/{name}/error.log)" for name, error in failed.items()]
-    return "\n".join([*lines, _outlook(plan, done, len(runs) - len(done), len(running))])
+    lines += [f"  running: {run.id}" for run in states["running"]]
+    lines += [f"  stopped: {run.id}: its process ended; `matex roar run` starts it again" for run in states["died"]]
+    lines += [f"  failed: {run.id}: {failure(plan, run)} (runs/{run.id}/error.log)" for run in states["failed"]]
+    done = [scores for run in states["done"] if (scores := result(plan, run))]
+    return "\n".join([*lines, _outlook(plan, done, len(runs) - len(done), number["running"])])
 
 
 def _outlook(plan: Plan, done: Sequence[dict[str, Any]], left: int, running: int) -> str:

@@ -102,16 +102,18 @@ def has_ended(plan: Plan, run: Run) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, pool: str = "") -> Iterator[bool]:
+def locked(plan: Plan, run: Run, pool: str = "") -> Iterator[bool]:
     """Hold the lock of a run, unless another process does; yields whether it is held.
 
     The system frees the lock when the process ends, however that happens. The file `pid` names the process meanwhile.
 
     Args:
-        folder: Folder of the run.
-        pool: Name of the pool that this process belongs to. A run in which another process of the pool has died is
-            left to the process that started them.
+        plan: The experiment.
+        run: One of its runs.
+        pool: Name of the pool of processes that this one belongs to. If another one of the pool has died in the run,
+            the run is left to the process that started them.
     """
+    folder = plan.path(run)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK)
     try:
@@ -119,7 +121,7 @@ def locked(folder: Path, pool: str = "") -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    is_mine = not pool or _holder(folder).partition(" ")[2] != f"{socket.gethostname()} {pool}"
+    is_mine = not pool or _holder(plan, run).partition(" ")[2] != f"{socket.gethostname()} {pool}"
     try:
         if is_mine:
             for part in folder.glob(".*.part"):
@@ -136,34 +138,31 @@ def _process(pid: int, pool: str) -> str:
     return f"{pid} {socket.gethostname()} {pool}"
 
 
-def _holder(folder: Path) -> str:
+def _holder(plan: Plan, run: Run) -> str:
     """The process that works on a run, or died in it; empty if there is none."""
-    path = folder / _PID
+    path = plan.path(run) / _PID
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def is_running(plan: Plan, run: Run) -> bool:
-    """Whether a process works on the run: its lock cannot be taken."""
+def state(plan: Plan, run: Run) -> str:
+    """`done`, `running`, `failed`, `died` (the process ended before the run did) or `left`."""
     folder = plan.path(run)
-    if not _holder(folder):
-        return False
+    if (folder / RESULT).is_file():
+        return "done"
+    if not _holder(plan, run):
+        return "failed" if (folder / _ERROR).is_file() else "left"
     try:
         with FileLock(folder / _LOCK, timeout=0):
-            return False
+            return "died"
     except (PermissionError, Timeout):
         # Another user may read a plan, but not try its locks.
-        return True
-
-
-def has_died(plan: Plan, run: Run) -> bool:
-    """Whether the process of a run ended before the run did, and no other process has taken it since."""
-    return bool(_holder(plan.path(run))) and not has_ended(plan, run) and not is_running(plan, run)
+        return "running"
 
 
 def note_death(plan: Plan, run: Run, reason: str) -> None:
     """Keep the reason why a process died in a run, as soon as no process works on it; a result stays."""
     while not has_ended(plan, run):
-        with locked(plan.path(run)) as is_mine:
+        with locked(plan, run) as is_mine:
             if is_mine and not has_ended(plan, run):
                 write_text(plan.path(run) / _ERROR, reason)
         if not is_mine:
@@ -171,9 +170,10 @@ def note_death(plan: Plan, run: Run, reason: str) -> None:
 
 
 class Progress:
-    """Number of runs that have ended, in this process or another one, since it was made.
+    """Number of runs that have ended, in this process or another one, as a context around the work on them.
 
-    On a terminal it is a bar; elsewhere a line after the first run, and then at most one a minute.
+    Runs that failed before are tried again. On a terminal there is a bar; elsewhere a line after the first run, and
+    then at most one a minute.
 
     Args:
         plan: The experiment.
@@ -183,8 +183,21 @@ class Progress:
     def __init__(self, plan: Plan, runs: Sequence[Run]) -> None:
         self.plan = plan
         self.runs = runs
+        for run in runs:
+            (plan.path(run) / _ERROR).unlink(missing_ok=True)
         self._bar = tqdm(total=len(runs), desc="runs", unit="run", disable=None)
         self._ended, self._start, self._next_line = 0, time.monotonic(), 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        # Files that killed processes left behind are removed with the lock.
+        for run in self.plan.runs():
+            if _holder(self.plan, run):
+                with locked(self.plan, run):
+                    pass
 
     def pending(self) -> list[Run]:
         """The runs that have not ended."""
@@ -200,31 +213,10 @@ class Progress:
             print(f"{ended} of {len(self.runs)} runs have ended, about {duration(rest)} left.", file=sys.stderr)
             self._next_line = now + _LINE_SECONDS
 
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-
-@contextmanager
-def tracked(plan: Plan, runs: Sequence[Run]) -> Iterator[Progress]:
-    """The progress of runs that are about to be worked on. Earlier failures are forgotten, so they are tried again."""
-    for run in runs:
-        (plan.path(run) / _ERROR).unlink(missing_ok=True)
-    progress = Progress(plan, runs)
-    try:
-        yield progress
-    finally:
-        progress.close()
-        # What processes that were killed left behind goes with their locks.
-        for run in plan.runs():
-            if _holder(plan.path(run)):
-                with locked(plan.path(run)):
-                    pass
-
 
 def work_here(plan: Plan, runs: Sequence[Run]) -> None:
     """Work on runs in this process, with a progress bar; see `work_alone`."""
-    with tracked(plan, runs) as progress:
+    with Progress(plan, runs) as progress:
         work_alone(plan, runs, progress.show)
 
 
@@ -240,7 +232,7 @@ def work_alone(plan: Plan, runs: Sequence[Run], show: Callable[[], None] = lambd
     films = PlanFilms(plan.folder)
     while pending := [run for run in runs if not has_ended(plan, run)]:
         for run in pending:
-            with locked(plan.path(run), pool) as is_mine:
+            with locked(plan, run, pool) as is_mine:
                 # Another process may have ended it since the list was made.
                 if is_mine and not has_ended(plan, run):
                     _attempt(plan, films, run)
@@ -296,7 +288,7 @@ def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: in
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
-    with tracked(plan, runs) as progress:
+    with Progress(plan, runs) as progress:
         workers, codes = [start() for _ in range(min(processes, len(runs)))], []
         try:
             while workers:
@@ -319,7 +311,7 @@ def _note_end(progress: Progress, worker: subprocess.Popen[bytes]) -> bool:
     """Note the end of a process in the run that it worked on; False if there is none."""
     plan, name = progress.plan, _process(worker.pid, str(os.getpid()))
     for run in progress.pending():
-        if _holder(plan.path(run)) == name:
+        if _holder(plan, run) == name:
             note_death(plan, run, f"The process of this run ended early, {_reason(worker.returncode)}.")
             return True
     return False
