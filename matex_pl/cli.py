@@ -25,7 +25,7 @@ from matex_pl.commands.explain import explain_film
 from matex_pl.commands.prior import show_prior
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.files import find_config, shipped_configs
-from matex_pl.roar import CellsFailedError, collect_roar, roar_status, run_roar
+from matex_pl.roar import RunsFailedError, collect_roar, roar_status, run_roar
 from matex_pl.training.checkpoints import no_checkpoint
 from matex_pl.training.module import ClipModule
 from matex_pl.tune import tune_matex
@@ -82,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and words[0] in COMMANDS:
         try:
             COMMANDS[words[0]](words[1:])
-        except (CellsFailedError, ImportError, OSError, NotImplementedError, ValueError) as error:
+        except (RunsFailedError, ImportError, OSError, NotImplementedError, ValueError) as error:
             _stop(f"matex {words[0]}: {error}")
         except KeyboardInterrupt:
             # As a shell says it of a process that the signal ended.

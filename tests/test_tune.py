@@ -29,7 +29,7 @@ from matex_pl.cli import main
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule, Study
 from matex_pl.data.study import StudyBatch
-from matex_pl.evaluation.compared import Row, compared_rows
+from matex_pl.evaluation.compared import MethodEntry, compared_rows
 from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
 from matex_pl.metrics import functional as F
 from matex_pl.training import load_module
@@ -199,7 +199,7 @@ def benched(films: Path, ckpt_path: str) -> dict[str, Any]:
     settings = Settings("val", -1, 8, 99, 3, "quick", 16, 100, 0)
     bench = Bench.open(load_module(ckpt_path).clip, phantoms(films, Boxed), films / "bench", settings)
     methods = {"own": Matex.measured(), "setting": Matex.measured(**SETTING)}
-    return {name: bench.score(Row(name, method)) for name, method in methods.items()}
+    return {name: bench.score(MethodEntry(name, method)) for name, method in methods.items()}
 
 
 def benchmark_score(scored: Any, name: str) -> float:
