@@ -162,7 +162,7 @@ class Clip(nn.Module):
         ids = [int(token) for token in tokens]
         if isinstance(self.tokenizer, SimpleTokenizer):
             raw = [self.tokenizer.decoder[index] for index in ids]
-            begins = [True, *(piece.endswith("</w>") for piece in raw[:-1])]
+            begins = [before.endswith("</w>") for before in ["</w>", *raw][: len(raw)]]
             decode = getincrementaldecoder("utf-8")("replace").decode
             to_byte = self.tokenizer.byte_decoder
             texts = [decode(bytes(to_byte[character] for character in piece.removesuffix("</w>"))) for piece in raw]
