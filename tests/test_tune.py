@@ -330,7 +330,7 @@ def tried(**values: Sequence[Any]) -> dict[str, Any]:
 
 def test_a_grid_tries_each_value_once() -> None:
     objective = find_objective("cnr")
-    method = Matex(grad_layers=-1, text_grad_layers=2)
+    method = Matex(grad_layers="all", skip_layers=1, text_grad_layers=2)
     grid = make_grid(
         method,
         objective,
@@ -339,12 +339,12 @@ def test_a_grid_tries_each_value_once() -> None:
         PHRASES,
     )
     # All but the first of three blocks are two: the own word for it stays.
-    assert grid.grad_layers == [1, -1, 99]
+    assert grid.grad_layers == [1, "all"]
     assert (grid.lambda_s, grid.lambda_c, grid.tau, grid.prior_shape) == ([2, 3], [0.35], [1.0], ["gaussian"])
     assert grid.varied == ["grad_layers", "lambda_s"]
-    assert len(grid.settings()) == 6
-    assert depths(-1, method, (3, 4)) == (2, 2)
-    assert depths(-1, Matex(), (3, 4)) == (2, 3)
+    assert len(grid.settings()) == 4
+    assert depths("all", method, (3, 4)) == (2, 2)
+    assert depths("all", Matex(), (3, 4)) == (3, 4)
 
 
 def test_what_has_no_part_is_not_tried() -> None:
@@ -749,7 +749,7 @@ class NoWork(Matex):
         ({"lambda_s": [2.0, 0.5]}, "lambda_s must be at least 1"),
         ({"tau": [float("nan")]}, "tau must be a finite number"),
         ({"lambda_c": [float("inf")]}, "lambda_c must be a finite number"),
-        ({"grad_layers": [0]}, "whole numbers, not 0"),
+        ({"grad_layers": [0]}, "grad_layers must be at least 1"),
         ({"prior_shape": ["cone"]}, "prior_shape must be one of"),
         ({"method": CenterMap()}, "Only MATEX .* got CenterMap"),
         ({"method": Matex(delta=0.0)}, "delta=0, which takes the prior out"),

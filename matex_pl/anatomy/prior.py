@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from matex_pl.anatomy.regions import Region
+from matex_pl.arguments import check_choices
 from matex_pl.maps import min_max
 
-SHAPES = ("parabola", "gaussian", "plateau")
-LATERALITIES = ("patient", "paper")
+PriorShape = Literal["parabola", "gaussian", "plateau"]
+Laterality = Literal["patient", "paper"]
 
 
 def prior_map(
@@ -19,8 +21,8 @@ def prior_map(
     size: tuple[int, int],
     *,
     lambda_s: float = 2.5,
-    shape: str = "parabola",
-    laterality: str = "patient",
+    shape: PriorShape = "parabola",
+    laterality: Laterality = "patient",
     film: Tensor | Sequence[float] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -37,8 +39,8 @@ def prior_maps(
     size: tuple[int, int],
     *,
     lambda_s: float = 2.5,
-    shape: str = "parabola",
-    laterality: str = "patient",
+    shape: PriorShape = "parabola",
+    laterality: Laterality = "patient",
     film: Tensor | None = None,
     ids: Sequence[str] | None = None,
     device: torch.device | str | None = None,
@@ -64,7 +66,8 @@ def prior_maps(
     Raises:
         ValueError: An argument is out of range, or a film has no size.
     """
-    _check(len(regions), size, lambda_s, shape, laterality, film, ids)
+    check_choices(prior_maps, locals())
+    _check(len(regions), size, lambda_s, film, ids)
     if device is None:
         device = film.device if film is not None else torch.device("cpu")
     work = torch.promote_types(dtype, torch.float32)
@@ -87,8 +90,6 @@ def _check(
     count: int,
     size: tuple[int, int],
     lambda_s: float,
-    shape: str,
-    laterality: str,
     film: Tensor | None,
     ids: Sequence[str] | None,
 ) -> None:
@@ -96,10 +97,6 @@ def _check(
         raise ValueError(f"size must be (H, W) of at least one pixel, got {size}.")
     if not lambda_s >= 1:
         raise ValueError(f"lambda_s must be at least 1 (1 switches the prior off), got {lambda_s}.")
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}.")
-    if laterality not in LATERALITIES:
-        raise ValueError(f"laterality must be one of {', '.join(LATERALITIES)}, got {laterality!r}.")
     if film is not None:
         check_films(film, count, ids)
 

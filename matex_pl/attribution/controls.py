@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
-from matex_pl.anatomy.prior import LATERALITIES, SHAPES
-from matex_pl.arguments import check_choice
+from matex_pl.anatomy.prior import Laterality, PriorShape
+from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scores
 from matex_pl.attribution.core.capture import borrowed
 from matex_pl.clip.model import Clip
@@ -119,10 +119,9 @@ class PriorOnly(Control):
     """
 
     def __init__(
-        self, prior_shape: str = "parabola", laterality: str = "patient", knowledge_prior: bool = False
+        self, prior_shape: PriorShape = "parabola", laterality: Laterality = "patient", knowledge_prior: bool = False
     ) -> None:
-        check_choice("prior_shape", prior_shape, SHAPES)
-        check_choice("laterality", laterality, LATERALITIES)
+        check_choices(PriorOnly.__init__, locals())
         self.prior_shape = prior_shape
         self.laterality = laterality
         self.knowledge_prior = knowledge_prior

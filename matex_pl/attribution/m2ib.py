@@ -11,6 +11,7 @@ from torch import Tensor
 from matex_pl.arguments import check_positive
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.stream import Stream
+from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import image_blocks, not_explained, original
@@ -64,7 +65,7 @@ class M2ib(TwoSided):
         after_last_update: bool = False,
         seed: int = 0,
         chunk_size: int = 80,
-        explain: str = "cosine",
+        explain: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
         super().__init__(explain, references)

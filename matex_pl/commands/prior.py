@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
-from matex_pl.anatomy.prior import prior_map
+from matex_pl.anatomy.prior import Laterality, PriorShape, prior_map
 from matex_pl.anatomy.regions import Region, RegionTable, load_regions
 from matex_pl.visualization.draw import Picture, save_png, single_line
 from matex_pl.visualization.prior import SIDE, marked_runs, prior_panel
@@ -22,8 +22,8 @@ _MIRRORED = "; laterality paper: map and boxes are mirrored, R and L are not"
 def show_prior(
     phrase: str,
     out: str = "prior.png",
-    laterality: str = "patient",
-    prior_shape: str = "parabola",
+    laterality: Laterality = "patient",
+    prior_shape: PriorShape = "parabola",
     lambda_s: float = 2.5,
     regions: str | None = None,
     *,

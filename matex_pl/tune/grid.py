@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
+from matex_pl.anatomy.prior import PriorShape
 from matex_pl.attribution import Matex
-from matex_pl.attribution.matex import attention_flow, last_blocks
+from matex_pl.attribution.matex import BlockCount, attention_flow
 from matex_pl.console import progress
 from matex_pl.maps import min_max, patch_mean, token_map, upsample
 from matex_pl.tune.objective import Objective, Pairs
@@ -36,8 +37,8 @@ class Grid:
         tau: Temperatures of the flow.
     """
 
-    grad_layers: list[int]
-    prior_shape: list[str]
+    grad_layers: list[BlockCount]
+    prior_shape: list[PriorShape]
     lambda_s: list[float]
     lambda_c: list[float]
     tau: list[float]
@@ -139,10 +140,9 @@ def idle_settings(method: Matex, objective: Objective, phrases: Sequence[str]) -
     return idle
 
 
-def depths(grad_layers: int, method: Matex, depth: tuple[int, int]) -> tuple[int, int]:
+def depths(grad_layers: BlockCount, method: Matex, depth: tuple[int, int]) -> tuple[int, int]:
     """Blocks with gradients on the image and the text side, of towers with so many blocks."""
-    text = grad_layers if method.text_grad_layers is None else method.text_grad_layers
-    return last_blocks(grad_layers, depth[0]), last_blocks(text, depth[1])
+    return type(method)(**method.settings | {"grad_layers": grad_layers}).depths(*depth)
 
 
 def search(pairs: Sequence[Pairs], method: Matex, grid: Grid, objective: Objective, raster: tuple[int, int]) -> Tensor:
@@ -206,7 +206,7 @@ def fused_maps(
     rows = max(1, _BLOCK // (len(grid.lambda_c) * len(grid.tau) * prod(own if patches else raster)))
     blocks = [slice(start, start + rows) for start in range(0, len(flow), rows)]
     for k, grad_layers in enumerate(grid.grad_layers):
-        last = last_blocks(grad_layers, parts["attention_layers"].shape[1])
+        last, _ = depths(grad_layers, method, (parts["attention_layers"].shape[1],) * 2)
         grad = before(min_max(parts["grad_blocks"][:, -last:].relu().mean(1), dtype=dtype))
         for (shape, rise), (place, lambda_s) in product(enumerate(rises), enumerate(grid.lambda_s)):
             prior = 1 + (lambda_s - 1) * rise
@@ -261,7 +261,7 @@ def _flows(parts: Mapping[str, Any], method: Matex, tau: Sequence[float]) -> Ten
     return torch.stack([min_max(flow, dtype=parts["dtype"]) for flow in _raw_flows(parts, method, tau)], 1)
 
 
-def _rise(parts: Mapping[str, Any], method: Matex, shape: str, size: tuple[int, ...]) -> Tensor:
+def _rise(parts: Mapping[str, Any], method: Matex, shape: PriorShape, size: tuple[int, ...]) -> Tensor:
     """The prior from 0 to 1, of which M = 1 + (lambda_s - 1) * this."""
     prior = prior_maps(
         parts["regions"],

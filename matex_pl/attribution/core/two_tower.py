@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from matex_pl.arguments import check_choice
+from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
 from matex_pl.attribution.core.capture import borrowed, count_blocks
 from matex_pl.attribution.core.fill import drop_tokens
-from matex_pl.attribution.core.target import REFERENCES, TARGETS, directions, reference_mean
+from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
 from matex_pl.clip import towers
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Reading
@@ -235,10 +235,10 @@ class TwoSided(AttributionMethod):
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
-    targets: ClassVar[tuple[str, ...]] = TARGETS
+    explain: str
 
-    def __init__(self, explain: str = "cosine", references: list[str] | None = None) -> None:
-        check_choice("explain", explain, self.targets)
+    def __init__(self, explain: Target = "cosine", references: list[str] | None = None) -> None:
+        check_choices(TwoSided.__init__, locals())
         if references is not None and not references:
             raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
         self.explain = explain
