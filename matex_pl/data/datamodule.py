@@ -120,7 +120,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         num_workers: Processes that read and augment films.
         geometry: How a film gets into the model's frame: `pad`, `crop` or `squash`.
         augment: Mild geometric and intensity changes in training. Never a horizontal flip.
-        seed: Of shuffling, augmentation and splits.
+        seed: Random seed of shuffling, augmentation, splits, and whatever else the data module draws.
     """
 
     studies: dict[str, list[Study]]
@@ -276,29 +276,15 @@ class FilmFilesDataModule(ChestXrayDataModule):
     """Base of the data modules whose films are files: `Study.image` is a path. A subclass lists its studies.
 
     Args:
-        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
-        image_size: See `ChestXrayDataModule`, like all that follow.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation and splits.
+        cache_dir: Folder for decoded images, resized for the model, so that each file is decoded once; none by default.
+        kwargs: Arguments of `ChestXrayDataModule`.
     """
 
     upright = True
     """Whether films are turned as the EXIF orientation of their files says; boxes are in pixels of what that gives."""
 
-    def __init__(
-        self,
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(image_size, batch_size, num_workers, geometry, augment, seed)
+    def __init__(self, cache_dir: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.cache = FilmCache(Path(cache_dir)) if cache_dir else None
 
     def setup(self, stage: str) -> None:

@@ -54,15 +54,7 @@ class ManifestDataModule(TableDataModule):
         root: Folder that paths start from and none leads out of, but by symbolic links that you put there; the
             manifest's own by default.
         columns: The file's names of columns, by ours: `{phrase: caption}`.
-        fractions: Shares of the patients in train, val and test, where there is no column `split`.
-        on_bad_row: `error` or `skip`; see `TableDataModule`.
-        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
-        image_size: See `ChestXrayDataModule`, like all that follow.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation and splits.
+        kwargs: Arguments of `TableDataModule`.
     """
 
     def __init__(
@@ -70,19 +62,9 @@ class ManifestDataModule(TableDataModule):
         manifest: str,
         root: str | None = None,
         columns: dict[str, str] | None = None,
-        fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        on_bad_row: str = "error",
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            fractions, on_bad_row, cache_dir, image_size, batch_size, num_workers, geometry, augment, seed
-        )  # fmt: skip
+        super().__init__(**kwargs)
         unknown = [name for name in columns or {} if name not in REQUIRED + OPTIONAL]
         if unknown:
             raise ValueError(f"columns maps {unknown}; names here are {', '.join(REQUIRED + OPTIONAL)}.")

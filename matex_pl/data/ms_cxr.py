@@ -7,10 +7,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from matex_pl.arguments import check_choices
 from matex_pl.data.images import film_size
 from matex_pl.data.manifest import merge_boxes, with_film_findings, with_ids
 from matex_pl.data.study import Study
@@ -40,7 +41,6 @@ from matex_pl.data.validation import (
 )
 
 ANNOTATIONS = "MS_CXR_Local_Alignment_*"
-SPLITS_FROM = ("file", "patients")
 COLUMNS = ("category_name", "label_text", "path", "x", "y", "w", "h", "dicom_id", "image_width", "image_height")
 _PATIENT = re.compile(r"(?:^|/)p(\d+)/s\d+/")
 # Down-sized copies may be of another kind.
@@ -61,15 +61,7 @@ class MsCxrDataModule(TableDataModule):
             phrases the two put elsewhere is reported.
         splits: `file` takes the splits of the files, and draws them by patient where these have none; `patients`
             always draws.
-        fractions: Shares of the patients in train, val and test, where splits are drawn.
-        on_bad_row: `error` or `skip`; see `TableDataModule`.
-        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
-        image_size: See `ChestXrayDataModule`, like all that follow.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation and splits.
+        kwargs: Arguments of `TableDataModule`.
     """
 
     def __init__(
@@ -77,22 +69,11 @@ class MsCxrDataModule(TableDataModule):
         root: str,
         annotations: str | None = None,
         split_file: str | None = None,
-        splits: str = "file",
-        fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        on_bad_row: str = "error",
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
+        splits: Literal["file", "patients"] = "file",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            fractions, on_bad_row, cache_dir, image_size, batch_size, num_workers, geometry, augment, seed
-        )  # fmt: skip
-        if splits not in SPLITS_FROM:
-            raise ValueError(f"splits must be one of {', '.join(SPLITS_FROM)}, got {splits!r}.")
+        super().__init__(**kwargs)
+        check_choices(MsCxrDataModule.__init__, locals())
         if splits == "patients" and split_file is not None:
             raise ValueError("splits: patients draws the splits; leave split_file out, or set splits: file.")
         self.root = Path(root)

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
 
+from matex_pl.arguments import check_choices
 from matex_pl.data.datamodule import FilmFilesDataModule, check_fractions, split_patients
 from matex_pl.data.study import Study
 from matex_pl.data.validation import BadRow, RuleError, drop_leaks, drop_repeats, place_of
 from matex_pl.files import whole_file
 
-ON_BAD_ROW = ("error", "skip")
 SKIPPED = "skipped_rows.csv"
 """Name of the list of rows that were left out."""
 
@@ -195,34 +195,21 @@ class TableDataModule(FilmFilesDataModule):
     A subclass reads its rows and says which of them are bad; repeated ids and patients in two splits are found here.
 
     Args:
-        fractions: Shares of the patients in train, val and test, where the table names no splits.
+        fractions: Shares of the patients in train, val and test, where the files name no splits.
         on_bad_row: `error` stops with a list of the bad rows; `skip` leaves them out, counts them, and lists them in
             `skipped_rows.csv` in the log folder, or in the current one without a trainer.
-        cache_dir: See `FilmFilesDataModule`, like all that follow.
-        image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation and splits.
+        kwargs: Arguments of `FilmFilesDataModule`.
     """
 
     def __init__(
         self,
         fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        on_bad_row: str = "error",
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
+        on_bad_row: Literal["error", "skip"] = "error",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(cache_dir, image_size, batch_size, num_workers, geometry, augment, seed)
+        super().__init__(**kwargs)
+        check_choices(TableDataModule.__init__, locals())
         check_fractions(fractions)
-        if on_bad_row not in ON_BAD_ROW:
-            raise ValueError(f"on_bad_row must be one of {', '.join(ON_BAD_ROW)}, got {on_bad_row!r}.")
         self.fractions = fractions
         self.on_bad_row = on_bad_row
 
