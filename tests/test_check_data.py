@@ -78,7 +78,7 @@ def test_good_data_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_boxes_are_cut_to_the_frame_of_the_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(_rows())
-    words = ["check-data", "--config", "mine.yaml", "--data.geometry=crop"]
+    words = ["check-data", "--config", "mine.yaml", "--data.resize_mode=shortest"]
     for more, frame, cut in [
         ([], load_clip("tiny.json").image_size, 6),
         (["--image_size=[30,40]"], (30, 40), 0),

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.data.ms_cxr import find_film
 from matex_pl.data.study import Study
-from matex_pl.data.table import Row, TableDataModule, read_table, read_text, sort_rows
+from matex_pl.data.table import TableDataModule, TableRow, parse_rows, read_table, read_text
 from matex_pl.data.validation import BadRow, RuleError, path_below, split_name, text
 
 SPLIT_FILE, METADATA_FILE = "mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-metadata.csv"
@@ -70,7 +70,7 @@ class MimicCxrDataModule(TableDataModule):
             bad += unread
             rows = [row for row in rows if text(row.cells, "dicom_id") in frontal]
         sentences: dict[str, list[str]] = {}
-        studies, wrong = sort_rows(rows, lambda row: self._study(row, sentences))
+        studies, wrong = parse_rows(rows, lambda row: self._study(row, sentences))
         told = [study for study in studies if study.phrase]
         if len(told) < len(studies):
             rank_zero_warn(
@@ -89,7 +89,7 @@ class MimicCxrDataModule(TableDataModule):
             raise ValueError(f"No film of {path} has one of the views {self.views}; there are {known}.")
         return found, bad
 
-    def _study(self, row: Row, sentences: dict[str, list[str]]) -> Study:
+    def _study(self, row: TableRow, sentences: dict[str, list[str]]) -> Study:
         """The study of a film; its phrase is empty if its report has no sentence.
 
         Args:

@@ -62,7 +62,7 @@ class NihDataModule(FilmFilesDataModule):
     """
 
     # Boxes are in the pixels as they are stored.
-    upright = False
+    apply_exif_orientation = False
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class NihDataModule(FilmFilesDataModule):
         film = row["film"]
         named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
         told = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
-        size = film_size(path, upright=False) if boxes else None
+        size = film_size(path, apply_exif_orientation=False) if boxes else None
         for finding in told:
             drawn = boxes.get(finding, [])
             yield Study(

@@ -168,10 +168,7 @@ def capture_attention(reading: Reading, *, grad_from: int | None = None, full: b
         with torch.no_grad():
             query, key = q.detach(), k.detach()
             logits = _logits(query, key, *args, **kwargs)  # type: ignore[arg-type]
-            if full or reading.position is None:
-                mean = logits.matrix(query, key).mean(1)
-            else:
-                mean = logits.row(query, key, reading.position).mean(1, keepdim=True)
+            mean = _mean_attention(logits, query, key, reading.position, full)
         block = GradBlock(mean, query, key, v, output, logits) if wants_grad else Block(mean)
         blocks.append(block)
         return output
@@ -240,6 +237,19 @@ def _logits(
     """Scale and bias, from the arguments of the attention call."""
     bias = _bias(attn_mask, is_causal, (*query.shape[:3], key.shape[2]), query.device)
     return Logits(1 / math.sqrt(query.shape[-1]) if scale is None else scale, bias)
+
+
+def _mean_attention(logits: Logits, query: Tensor, key: Tensor, position: Tensor | None, full: bool) -> Tensor:
+    """Attention averaged over heads, `(B, r, n)`: all rows, or that of the pooled token alone; see `Block`."""
+    if position is None:
+        return logits.matrix(query, key).mean(1)
+    row = logits.row(query, key, position).mean(1)
+    if not full:
+        return row[:, None]
+    mean = logits.matrix(query, key).mean(1)
+    # To the bit the row that is recorded alone.
+    mean[torch.arange(len(mean), device=mean.device), position] = row
+    return mean
 
 
 def at(tensor: Tensor, positions: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class PhantomDataModule(ChestXrayDataModule):
             ValueError: There is neither an `image_size` nor a model to take it from.
         """
         zone = thorax_share(self.film_size, seed=self.seed) >= _THORAX_SHARE
-        framed, _, _ = FilmTransform(self._frame(), self.geometry)(zone.astype(np.uint8) * 255)
+        framed, _, _ = FilmTransform(self._frame(), self.resize_mode)(zone.astype(np.uint8) * 255)
         return framed[0] > 127
 
     def __getstate__(self) -> dict[str, Any]:
