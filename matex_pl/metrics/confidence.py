@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.study import StudyMean, StudyMetric
+from matex_pl.metrics.base import StudyMean, StudyMetric
 
 
 class ConfidenceDrop(StudyMean):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.study import StudyMean
+from matex_pl.metrics.base import StudyMean
 
 
 class RankCorrelation(StudyMean):

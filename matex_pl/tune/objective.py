@@ -28,14 +28,14 @@ from matex_pl.metrics import (
     ConfidenceIncrease,
     ContrastToNoise,
     DeletionAUC,
-    EnergyInBox,
+    EnergyPointingGame,
     InsertionAUC,
     MapMass,
     MeanIoU,
     OutsideMass,
     PointingGame,
-    RankAccuracy,
     RankCorrelation,
+    RelevanceRankAccuracy,
     RemovalDrop,
     SideSensitivity,
     ThresholdedIoU,
@@ -221,8 +221,8 @@ LOCATED: dict[str, tuple[type[Metric], Located, Located]] = {
     "pointing_game": (PointingGame, F.pointing_game, coarse.hits),
     "cnr": (ContrastToNoise, F.contrast_to_noise, coarse.contrast),
     "miou": (MeanIoU, F.mean_iou, coarse.overlap),
-    "energy_in_box": (EnergyInBox, F.energy_in_box, coarse.energy),
-    "rank_accuracy": (RankAccuracy, F.rank_accuracy, coarse.ranked),
+    "energy_in_box": (EnergyPointingGame, F.energy_pointing_game, coarse.energy),
+    "rank_accuracy": (RelevanceRankAccuracy, F.relevance_rank_accuracy, coarse.ranked),
 }
 AT_THRESHOLD: dict[str, type[Metric]] = {"iou": ThresholdedIoU, "acc50": BoxAccuracy, "ap50": AveragePrecision50}
 CURVES: dict[str, type[Metric]] = {"insertion": InsertionAUC, "deletion": DeletionAUC}

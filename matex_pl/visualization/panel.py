@@ -54,7 +54,7 @@ def panel(
     width: int = DESIGN_WIDTH,
     text_lines: int = TEXT_LINES,
     side_markers: bool = True,
-    show_words: bool = True,
+    show_text: bool = True,
 ) -> Picture:
     """One study as a picture `(h, width, 3)` uint8; h depends on `width`, `text_lines` and the film's aspect alone.
 
@@ -75,7 +75,7 @@ def panel(
         width: Of the panel in pixels.
         text_lines: Lines kept for the phrase; a longer one ends in an ellipsis.
         side_markers: Draw R and L; not for lateral films.
-        show_words: Write the word pieces on their shades; otherwise these are bars of one length.
+        show_text: Write the word pieces on their shades; otherwise these are bars of one length.
 
     Raises:
         ValueError: A shape, range or length does not fit; the message names it.
@@ -84,7 +84,7 @@ def panel(
     heat = check_heat(heat, film.shape[:2])
     boxes = visible_boxes(boxes)
     pieces = phrase_pieces(phrase, tokens, check_relevance(relevance, len(tokens)))
-    if not show_words:
+    if not show_text:
         pieces = [replace(piece, text=_BAR) for piece in pieces]
     layout = _Layout.of(width, film.shape[0] / film.shape[1], text_lines)
 
