@@ -108,13 +108,11 @@ class ImageSide(Side):
     """The image tower and its films."""
 
     @property
-    def reading(self) -> Reading:
-        """How the embedding is read from the tokens."""
+    def reading(self) -> Reading:  # noqa: D102
         return self.clip.image_reading(self.inputs)
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks; none in a ResNet."""
+    def blocks(self) -> list[nn.Module]:  # noqa: D102
         return towers.image_blocks(self.clip.model.visual)
 
     @property
@@ -128,16 +126,14 @@ class ImageSide(Side):
         """The pixels."""
         return self.inputs
 
-    def encode(self, inputs: Tensor | None = None) -> Tensor:
-        """Unit embeddings of images."""
+    def encode(self, inputs: Tensor | None = None) -> Tensor:  # noqa: D102
         return self.clip.encode_image(self.inputs if inputs is None else inputs)
 
-    def encode_signal(self, signal: Tensor) -> Tensor:
-        """Unit embeddings of pixels."""
+    def encode_signal(self, signal: Tensor) -> Tensor:  # noqa: D102
         return self.encode(signal)
 
-    def encode_stream(self, copies: int) -> Tensor:
-        """Unit embeddings of the stream; the pixels of one image will do."""
+    def encode_stream(self, copies: int) -> Tensor:  # noqa: D102
+        # The pixels pass through no block that is resumed: those of one image will do.
         return self.encode(self.inputs[:1])
 
     def score_kept(self, keep: Tensor, fill: Tensor, direction: Tensor) -> Tensor:
@@ -162,8 +158,7 @@ class TextSide(Side):
         return self.clip.text_reading(self.inputs)
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks."""
+    def blocks(self) -> list[nn.Module]:  # noqa: D102
         return towers.text_blocks(self.clip.model)
 
     @property
@@ -185,8 +180,7 @@ class TextSide(Side):
         """The signal of the phrase without its content, which pad tokens stand in for."""
         return self._table(drop_tokens(self.inputs, self.keep, self.clip.pad_id))
 
-    def encode(self, inputs: Tensor | None = None) -> Tensor:
-        """Unit embeddings of phrases."""
+    def encode(self, inputs: Tensor | None = None) -> Tensor:  # noqa: D102
         return self.clip.encode_text(self.inputs if inputs is None else inputs)
 
     def encode_signal(self, signal: Tensor) -> Tensor:
@@ -194,8 +188,7 @@ class TextSide(Side):
         with _output_replaced(self._table, signal):
             return self.encode_stream(len(signal) // len(self.inputs))
 
-    def encode_stream(self, copies: int) -> Tensor:
-        """Unit embeddings of the stream."""
+    def encode_stream(self, copies: int) -> Tensor:  # noqa: D102
         return self.encode(self.inputs.repeat(copies, 1))
 
     def score_kept(self, keep: Tensor, direction: Tensor, chunk_size: int) -> Tensor:
