@@ -390,7 +390,7 @@ def test_errors_of_the_command_line(tmp_path, films, checkpoint, capsys):
         main(["benchmark", "--ckpt_path", str(checkpoint), "--out", str(tmp_path)])
     assert "Give --config, a YAML of `matex fit`, or --data" in capsys.readouterr().err
     for more, message in (
-        (["--split=train"], "matex benchmark: split must be one of"),
+        (["--split=train"], "typing.Literal['test', 'val']. Got value: train"),
         (["--methods=chefer,nope"], "No method 'nope'. Take one of"),
         (["--ckpt_path=none.ckpt"], "No checkpoint at 'none.ckpt'"),
     ):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -43,7 +43,7 @@ def run_roar(
     start_pretrained: str | None = None,
     plan: str | None = None,
     cells: str | None = None,
-    executor: str = "local",
+    executor: Literal["local", "ray"] = "local",
     processes: int = 1,
 ) -> str:
     """Remove what maps mark, train again, and see what the model lost: ROAR+ for each method, modality and fraction.
