@@ -116,7 +116,7 @@ def test_a_film_that_is_resized_already_goes_the_same_way() -> None:
     for resize_mode in ("longest", "shortest", "squash"):
         transform = FilmTransform((64, 48), resize_mode, augment=True)
         whole = transform(film, boxes, seed=3)
-        height, width = transform.fit((300, 240))
+        height, width = transform.target_size((300, 240))
         small = cv2.resize(film, (width, height), interpolation=cv2.INTER_AREA)
         for one, other in zip(whole, transform(small, boxes, size=(300, 240), seed=3), strict=True):
             assert torch.equal(one, other)

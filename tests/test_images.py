@@ -196,7 +196,7 @@ def test_reduced_decoding_is_the_film(tmp_path: Path, size: tuple[int, int], tar
     film = cv2.resize(rough, size[::-1], interpolation=cv2.INTER_CUBIC)
     film = np.clip(128 + 50 * film, 0, 255).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "film.jpg"), film, [cv2.IMWRITE_JPEG_QUALITY, 95])
-    fit = FilmTransform((target, target)).fit
+    fit = FilmTransform((target, target)).target_size
     pixels = read_film(tmp_path / "film.jpg", fit).pixels.astype(float)
     whole = resize_film(cv2.imread(str(tmp_path / "film.jpg"), cv2.IMREAD_GRAYSCALE), fit(size)).astype(float)
     # Of steps of up to 50 levels from one of its pixels to the next.
@@ -335,29 +335,31 @@ def test_any_pixels_become_a_film(
 def test_cache_keeps_films_and_sees_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = KINDS["jpeg"](tmp_path), FilmCache(tmp_path / "kept")
     pad, crop = FilmTransform((32, 32)), FilmTransform((32, 32), "shortest")
-    first = cache.read(path, pad.fit, pad.settings)
+    first = cache.read(path, pad.target_size, pad.settings)
     assert first.size == (HEIGHT, WIDTH)
-    np.testing.assert_array_equal(first.pixels, read_film(path, pad.fit).pixels)
-    assert cache.read(path, crop.fit, crop.settings).pixels.shape == (43, 32)
+    np.testing.assert_array_equal(first.pixels, read_film(path, pad.target_size).pixels)
+    assert cache.read(path, crop.target_size, crop.settings).pixels.shape == (43, 32)
     kept = sorted((tmp_path / "kept").rglob("*.npz"))
     assert len(kept) == 2
     assert sorted((tmp_path / "kept").rglob("*.part")) == []
 
     with monkeypatch.context() as context:
         context.setattr("matex_pl.data.images.read_film", lambda *_, **__: pytest.fail("decoded again"))
-        again = cache.read(path, pad.fit, pad.settings)
+        again = cache.read(path, pad.target_size, pad.settings)
     np.testing.assert_array_equal(again.pixels, first.pixels)
     assert again.size == first.size
 
     for broken in kept:
         broken.write_bytes(b"half a fi")
-    np.testing.assert_array_equal(cache.read(path, pad.fit, pad.settings).pixels, first.pixels)
+    np.testing.assert_array_equal(cache.read(path, pad.target_size, pad.settings).pixels, first.pixels)
 
     _save(Image.fromarray(255 - _bytes()), path)
     os.utime(path, ns=(1, 1))
-    np.testing.assert_allclose(cache.read(path, pad.fit, pad.settings).pixels, 255 - first.pixels.astype(int), atol=9)
+    np.testing.assert_allclose(
+        cache.read(path, pad.target_size, pad.settings).pixels, 255 - first.pixels.astype(int), atol=9
+    )
     with pytest.raises(FileNotFoundError, match="There is no film"):
-        cache.read(tmp_path / "none.png", pad.fit, pad.settings)
+        cache.read(tmp_path / "none.png", pad.target_size, pad.settings)
 
 
 def test_a_damaged_film_of_the_cache_is_decoded_anew(tmp_path: Path) -> None:

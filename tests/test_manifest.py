@@ -398,7 +398,7 @@ def test_a_worker_names_the_film_that_broke(root: Path, workers: int) -> None:
 def test_crop_says_what_it_cuts(root: Path) -> None:
     rows = _rows(12, boxes="[[0, 0, 5, 30], [2, 0, 40, 30], [30, 10, 50, 30]]")
     data = _module(_write(root / "t.csv", rows), resize_mode="shortest")
-    with pytest.warns(UserWarning, match=r"crop cuts 18 of 27 boxes, 9 of them wholly"):
+    with pytest.warns(UserWarning, match=r"shortest cuts 18 of 27 boxes, 9 of them wholly"):
         data.setup("fit")
     boxes = data.dataset("train")[0].boxes
     torch.testing.assert_close(boxes, torch.tensor([[0.0, 0, 0.5, 0.5], [1 / 3, 1 / 6, 2 / 3, 0.5]]), atol=0.02, rtol=0)
