@@ -33,7 +33,8 @@ def check_choices(function: Callable[..., Any], values: Mapping[str, Any]) -> No
         ValueError: An argument is not one of its choices; the message lists them.
     """
     for name, (choices, others) in _literals(function).items():
-        if not isinstance(values[name], others):
+        # As a type hint, `float` takes whole numbers too.
+        if not isinstance(values[name], (*others, int) if float in others else others):
             kinds = [f"any {kind.__name__}" for kind in others if kind is not NoneType]
             check_choice(name, values[name], [*choices, *kinds])
 
@@ -46,9 +47,7 @@ def _literals(function: Callable[..., Any]) -> dict[str, tuple[tuple[str, ...], 
         parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
         if choices:
-            others = [part for part in parts if get_origin(part) is not Literal]
-            # As a type hint, `float` takes whole numbers too.
-            found[name] = choices, (*others, *([int] if float in others else []))
+            found[name] = choices, tuple(part for part in parts if get_origin(part) is not Literal)
     return found
 
 

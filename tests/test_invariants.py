@@ -711,8 +711,8 @@ def check_rows(block: GradBlock, reading: Reading) -> None:
     torch.testing.assert_close(block.mean.sum(-1), torch.ones_like(block.mean[..., 0]))
     if reading.position is not None:
         samples = torch.arange(len(value))
-        torch.testing.assert_close(block.mean[samples, reading.position], block.row(reading.position).mean(1))
-        remade = torch.einsum("bhn,bhnd->bhd", block.row(reading.position), value)
+        torch.testing.assert_close(block.mean[samples, reading.position], block.attention(reading.position).mean(1))
+        remade = torch.einsum("bhn,bhnd->bhd", block.attention(reading.position), value)
         torch.testing.assert_close(remade, output[samples, :, reading.position], atol=1e-5, rtol=1e-4)
 
 

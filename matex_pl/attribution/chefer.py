@@ -65,7 +65,7 @@ class Chefer(TwoSided):
 
 def _passed_on(block: GradBlock, gradient: Tensor) -> Tensor:
     """Mean over heads of max(0, A * dS/dA), `(B, m, n)`."""
-    return (block.heads() * gradient_by_attention(block, gradient)).relu().mean(1)
+    return (block.attention() * gradient_by_attention(block, gradient)).relu().mean(1)
 
 
 def _relevance(passed: Sequence[Tensor], reading: Reading) -> Tensor:

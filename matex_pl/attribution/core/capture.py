@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,45 +51,14 @@ class GradBlock(Block):
         key: `(B, h, n, d)`.
         value: `(B, h, n, d)` on the graph.
         output: `(B, h, m, d)`, the attention's output before its projection, on the graph.
-        logits: The scale and the bias of the attention logits.
+        attention: Softmax attention by head: `(B, h, m, n)`, or `(B, h, n)` of the queries at `(B,)` positions.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     output: Tensor
-    logits: Logits
-
-    def row(self, position: Tensor) -> Tensor:
-        """Softmax attention of the pooled token at `position` `(B,)` by head, `(B, h, n)`."""
-        return self.logits.row(self.query, self.key, position)
-
-    def heads(self) -> Tensor:
-        """Softmax attention by head, `(B, h, m, n)`."""
-        return self.logits.matrix(self.query, self.key)
-
-
-@dataclass
-class Logits:
-    """Attention logits from queries and keys: scaled products and a bias, float32 or better.
-
-    Args:
-        scale: Factor of the products.
-        bias: `(B, h, m, n)`, added to the products.
-    """
-
-    scale: float
-    bias: Tensor | None
-
-    def row(self, query: Tensor, key: Tensor, position: Tensor) -> Tensor:
-        """Softmax attention `(B, h, n)` of the query at `position` `(B,)`."""
-        logits = torch.einsum("bhd,bhnd->bhn", at(full_precision(query), position), full_precision(key)) * self.scale
-        return (logits if self.bias is None else logits + at(self.bias, position)).softmax(-1)
-
-    def matrix(self, query: Tensor, key: Tensor) -> Tensor:
-        """Softmax attention `(B, h, m, n)`."""
-        logits = full_precision(query) @ full_precision(key).transpose(-1, -2) * self.scale
-        return (logits if self.bias is None else logits + self.bias).softmax(-1)
+    attention: Callable[..., Tensor]
 
 
 def grad_blocks(blocks: Sequence[Block]) -> list[GradBlock]:
@@ -167,9 +137,9 @@ def capture_attention(reading: Reading, *, grad_from: int | None = None, full: b
         output = attend(q, k, v, *args, **kwargs)
         with torch.no_grad():
             query, key = q.detach(), k.detach()
-            logits = _logits(query, key, *args, **kwargs)  # type: ignore[arg-type]
-            mean = _mean_attention(logits, query, key, reading.position, full)
-        block = GradBlock(mean, query, key, v, output, logits) if wants_grad else Block(mean)
+            attention = partial(_attention, query, key, *_scale_and_bias(query, key, *args, **kwargs))  # type: ignore[arg-type]
+            mean = _mean(attention, reading.position, full)
+        block = GradBlock(mean, query, key, v, output, attention) if wants_grad else Block(mean)
         blocks.append(block)
         return output
 
@@ -225,7 +195,7 @@ def _unseen(side: str, tower: nn.Module) -> str:
     )
 
 
-def _logits(
+def _scale_and_bias(
     query: Tensor,
     key: Tensor,
     attn_mask: Tensor | None = None,
@@ -233,20 +203,33 @@ def _logits(
     is_causal: bool = False,
     scale: float | None = None,
     **_: object,
-) -> Logits:
-    """Scale and bias, from the arguments of the attention call."""
+) -> tuple[float, Tensor | None]:
+    """Factor of the attention logits and what is added to them, from the arguments of the attention call."""
     bias = _bias(attn_mask, is_causal, (*query.shape[:3], key.shape[2]), query.device)
-    return Logits(1 / math.sqrt(query.shape[-1]) if scale is None else scale, bias)
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale, bias
 
 
-def _mean_attention(logits: Logits, query: Tensor, key: Tensor, position: Tensor | None, full: bool) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, scale: float, bias: Tensor | None, positions: Tensor | None = None
+) -> Tensor:
+    """Softmax attention by head, float32 or better: `(B, h, m, n)`, or `(B, h, n)` of the queries at `positions`."""
+    query, key = full_precision(query), full_precision(key)
+    if positions is None:
+        logits = query @ key.transpose(-1, -2) * scale
+    else:
+        logits = torch.einsum("bhd,bhnd->bhn", at(query, positions), key) * scale
+        bias = None if bias is None else at(bias, positions)
+    return (logits if bias is None else logits + bias).softmax(-1)
+
+
+def _mean(attention: Callable[..., Tensor], position: Tensor | None, full: bool) -> Tensor:
     """Attention averaged over heads, `(B, r, n)`: all rows, or that of the pooled token alone; see `Block`."""
     if position is None:
-        return logits.matrix(query, key).mean(1)
-    row = logits.row(query, key, position).mean(1)
+        return attention().mean(1)
+    row = attention(position).mean(1)
     if not full:
         return row[:, None]
-    mean = logits.matrix(query, key).mean(1)
+    mean = attention().mean(1)
     # To the bit the row that is recorded alone.
     mean[torch.arange(len(mean), device=mean.device), position] = row
     return mean

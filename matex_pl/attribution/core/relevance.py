@@ -83,7 +83,7 @@ def softmax_term(block: GradBlock, gradient: Tensor, reading: Reading) -> Tensor
     if reading.position is None:
         return (full_precision(gradient) * value).sum((1, 3))
     read = full_precision(at(gradient, reading.position))
-    return (torch.einsum("bhd,bhnd->bhn", read, value) * block.row(reading.position)).sum(1)
+    return (torch.einsum("bhd,bhnd->bhn", read, value) * block.attention(reading.position)).sum(1)
 
 
 def loosened_term(block: GradBlock, gradient: Tensor, weight: Tensor | None, reading: Reading, keep: Tensor) -> Tensor:
