@@ -33,10 +33,11 @@ def check_choices(function: Callable[..., Any], values: Mapping[str, Any]) -> No
         ValueError: An argument is not one of its choices; the message lists them.
     """
     for name, (choices, others) in _literals(function).items():
+        value = values[name]
         # As a type hint, `float` takes whole numbers too.
-        if not isinstance(values[name], (*others, int) if float in others else others):
+        if value not in choices and not isinstance(value, (*others, int) if float in others else others):
             kinds = [f"any {kind.__name__}" for kind in others if kind is not NoneType]
-            check_choice(name, values[name], [*choices, *kinds])
+            raise ValueError(f"{name} must be one of {', '.join([*choices, *kinds])}, got {value!r}.")
 
 
 @cache
