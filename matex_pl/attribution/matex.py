@@ -14,13 +14,7 @@ from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.anatomy.prior import Laterality, PriorShape
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
-from matex_pl.attribution.core.capture import (
-    Block,
-    borrowed,
-    capture_attention,
-    count_blocks,
-    grad_blocks,
-)
+from matex_pl.attribution.core.capture import Block, borrowed, capture_attention, count_blocks, grad_blocks
 from matex_pl.attribution.core.relevance import (
     attention_rows,
     gradients_of,
