@@ -84,7 +84,7 @@ def log_session(logger: Any, name: str, params: dict[str, Any], metrics: dict[st
 
     Args:
         logger: A logger of the Trainer.
-        name: Of the run.
+        name: Name of the run.
         params: Plain values by name.
         metrics: Numbers by name.
     """

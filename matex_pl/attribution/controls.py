@@ -56,7 +56,7 @@ class RandomMap(Control):
     Each pair has noise of its own, which depends on the seed, the film and the phrase, and on nothing else.
 
     Args:
-        seed: Of the noise.
+        seed: Random seed of the noise.
         blur: Standard deviation of a Gaussian over neighbouring patches, and words, that the noise is smoothed with, in
             patches and in tokens; 0 for none. So neighbours are as alike as they are in maps of methods.
     """

@@ -35,7 +35,7 @@ class KernelShap(TwoSided):
     Args:
         samples: Coalitions, at most.
         fill: What stands in for removed pixels: `mean_film`, `mean_colour` (as published) or `blur`.
-        seed: Of the coalitions.
+        seed: Random seed of the coalitions.
         chunk_size: Most samples in one forward, or the batch where that is larger.
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
@@ -119,7 +119,7 @@ def coalitions(present: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor
     Args:
         present: `(B, F)` bool, the features that a sample has.
         samples: S, at most.
-        seed: Of the draw.
+        seed: Random seed of the draw.
 
     Returns:
         keep `(S, B, F)` bool and weight `(S, B)` float64, 0 where a sample has fewer coalitions than S.

@@ -45,7 +45,7 @@ class M2ib(TwoSided):
         copies: Draws of the noise per step.
         after_last_update: Take the capacity after the last step; as published it is that of the last forward, which
             comes before the last update.
-        seed: Of the noise.
+        seed: Random seed of the noise.
         chunk_size: Most copies in one forward and backward, or the copies of one pair where these are more.
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.

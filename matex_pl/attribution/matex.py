@@ -218,7 +218,7 @@ class Matex(AttributionMethod):
         need another `attribute`.
 
         Args:
-            parts: Of the maps of `Matex.attribute`.
+            parts: `parts` of the maps that `Matex.attribute` gave.
             changes: Arguments of the constructor.
 
         Raises:

@@ -191,7 +191,7 @@ class _Views:
     Args:
         side: One film for all pairs, or one each.
         groups: `(Gh, Gw)` region of each patch.
-        fill: Of `fill_images`.
+        fill: Pixels from `fill_images`.
         chunk_size: Most images in one forward.
     """
 
@@ -310,7 +310,7 @@ def search(
     Args:
         look_at: What is seen of the members `(B, R)` bool joined by each of the candidates `(B, m)`.
         angles: `(B, R, R)` of `angles_between`.
-        weights: Of F.
+        weights: Weights of the scores in F.
         pending: Candidates for the least important region of a round; 0: there is none.
 
     Returns:

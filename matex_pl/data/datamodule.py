@@ -172,7 +172,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
 
         Args:
             study: One of the listed studies.
-            seed: Of the epoch and the study.
+            seed: Random seed that belongs to the epoch and the study.
         """
         return study
 

@@ -40,7 +40,7 @@ class MimicCxrDataModule(TableDataModule):
             `mimic-cxr-2.0.0-metadata.csv`, both also gzipped (`.csv.gz`).
         reports: Folder of the reports, `files/p10/p10000032/s50414267.txt`; `root` by default.
         views: Positions of the films to take, of the metadata; all films, and no metadata, when empty.
-        sections: Of the reports to take sentences from: `findings`, `impression`.
+        sections: Sections of the reports to take sentences from.
         kwargs: Arguments of `TableDataModule`, but for `fractions`.
     """
 
@@ -93,8 +93,8 @@ class MimicCxrDataModule(TableDataModule):
         """The study of a film; its phrase is empty if its report has no sentence.
 
         Args:
-            row: Of the split file.
-            sentences: Of the reports that are read already, by study; that of this film is added.
+            row: Row of the split file.
+            sentences: Sentences of the reports that are read already, by study; those of this film are added.
         """
         film, study, patient = (text(row.cells, name) for name in ("dicom_id", "study_id", "subject_id"))
         folder = f"files/p{patient[:2]}/p{patient}"

@@ -67,7 +67,7 @@ class FilmTransform:
             film: `(h, w)` uint8.
             boxes: `x0, y0, x1, y1` each, in pixels of the film as it is stored.
             size: Height and width of the film as it is stored, where `film` is at another size; `film`'s by default.
-            seed: Of the augmentation's draws.
+            seed: Random seed of the augmentation.
 
         Raises:
             ValueError: The film has another form, or a box covers nothing of it.

@@ -77,7 +77,7 @@ class CurveArea(StudyMetric):
         Args:
             curve: `(S + 1, B)` scores.
             shares: `(S + 1,)` the share of patches of each; evenly spread by default.
-            ids: Of the B studies.
+            ids: Ids of the B studies.
         """
         areas = functional.curve_area(curve, *functional.curve_ends(curve, self.kind), shares)
         self._add(torch.stack(areas, 1), ids)

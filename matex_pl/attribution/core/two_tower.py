@@ -141,7 +141,7 @@ class ImageSide(Side):
 
         Args:
             keep: `(S, H, W)` share of each pixel that is kept.
-            fill: Of `fill_images`.
+            fill: Pixels from `fill_images`.
             direction: `(B, D)`.
         """
         kept = torch.lerp(fill, self.inputs, keep[:, None, None].to(self.inputs))
