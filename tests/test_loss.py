@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matex_pl.training import loss as contrastive
+from matex_pl.training import scores
 from matex_pl.training.distributed import fingerprints, first_of_each
 from matex_pl.training.loss import contrastive_loss, same_phrase
 from matex_pl.training.scores import ImageTextRecall, ZeroShot, auroc
@@ -227,7 +227,7 @@ def test_auroc_with_ties_and_without_a_class() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(contrastive) == (0, 6)
+    assert doctest.testmod(scores) == (0, 6)
 
 
 def test_first_of_each_is_in_order() -> None:
