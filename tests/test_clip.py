@@ -22,7 +22,8 @@ from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
 from matex_pl.attribution import Matex
-from matex_pl.clip import Clip, cut_text, load_clip, model, towers
+from matex_pl.clip import Clip, cut_text, load_clip, towers
+from matex_pl.clip import model as clip_model
 from matex_pl.files import find_config, shipped_configs
 from matex_pl.training import ClipModule
 
@@ -297,7 +298,7 @@ def test_pieces_of_other_scripts_are_readable(tiny_clip: Clip) -> None:
 
 
 def test_tokenize_repeats_itself_and_does_not_grow_for_ever(tiny_clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_KEPT_PHRASES", 4)
+    monkeypatch.setattr(clip_model, "_KEPT_PHRASES", 4)
     alone = {word: tiny_clip.tokenizer([word])[0] for word in "abcdefg"}
     for words in ("abca", "de", "fgab", "abcdefg", "a"):
         assert torch.equal(tiny_clip.tokenize(list(words)), torch.stack([alone[word] for word in words]))
