@@ -24,7 +24,7 @@ from matex_pl.attribution.shipped import load_method, method_names, shipped_meth
 from matex_pl.cli import main
 from matex_pl.files import find_config, shipped_configs
 from matex_pl.report.published import PUBLISHED
-from matex_pl.roar.make import plan_rows
+from matex_pl.roar.make import plan_methods
 from matex_pl.roar.plan import Protocol, Training
 
 SMALL_PHANTOM = [
@@ -266,7 +266,7 @@ def test_ms_cxr_biomedclip_configs_from_check_to_the_papers_tables(here, capsys)
 
     small = ["--data.num_workers=0", "--training.epochs=1", "--training.batch_size=8", "--training.accelerator=cpu"]
     small += ["--protocol.repeats=2", "--protocol.fractions=[0.5]", "--data.root=.", "--data.cache_dir=kept"]
-    small += ["--methods=grad_cam", "--start_name=small.json", "--start_pretrained", "null"]
+    small += ["--methods=grad_cam", "--init_model=small.json", "--init_weights", "null"]
     small += ["--ckpt_path", checkpoint, "--out", "roar/ms_cxr_biomedclip"]
     main(["roar", "run", "--config", "roar_ms_cxr.yaml", *small])
     main(["roar", "collect", "roar/ms_cxr_biomedclip", "--report", out])
@@ -290,7 +290,7 @@ def test_ms_cxr_vit_b_32_configs_from_check_to_the_papers_tables(here, capsys):
     assert results["data"]["pairs"] == 12
     assert "ROAR+ is published only" in Path("results/tables.md").read_text(encoding="utf-8")
 
-    small = ["--start_name=tiny.json", "--start_pretrained=null"]
+    small = ["--init_model=tiny.json", "--init_weights=null"]
     small += ["--data.num_workers=0", "--training.epochs=1", "--training.batch_size=8", "--training.accelerator=cpu"]
     small += ["--protocol.repeats=2", "--protocol.fractions=[0.5]", "--data.root=.", "--data.cache_dir=kept"]
     small += ["--methods=[matex, paper/matex, grad_cam]"]
@@ -317,7 +317,7 @@ def test_ms_cxr_vit_b_32_configs_from_check_to_the_papers_tables(here, capsys):
 
 def test_roar_on_ms_cxr_has_the_papers_methods_and_protocol():
     shipped = yaml.safe_load(find_config("roar_ms_cxr.yaml").read_text(encoding="utf-8"))
-    rows = {row.name for row in plan_rows(shipped["methods"], 1, 1)}
+    rows = {row.name for row in plan_methods(shipped["methods"], 1, 1)}
     for modality in ("image", "text"):
         assert PUBLISHED[modality].keys() <= rows
     protocol, training = Protocol(**shipped["protocol"]), Training(**shipped["training"])

@@ -39,7 +39,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _run(words: Sequence[str]) -> str:
-    from matex_pl.roar import CellsFailedError, run_roar
+    from matex_pl.roar import RunsFailedError, run_roar
 
     import_all(data)
     parser = ArgumentParser(prog="matex roar run", description=COMMANDS["run"])
@@ -51,7 +51,7 @@ def _run(words: Sequence[str]) -> str:
     del settings["config"]
     try:
         return run_roar(**settings)
-    except CellsFailedError as error:
+    except RunsFailedError as error:
         stop(f"matex roar: {error}")
 
 
