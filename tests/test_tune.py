@@ -400,11 +400,16 @@ def test_of_equal_scores_the_nearest_comes_first(tune: Tune) -> None:
 @pytest.mark.parametrize(
     ("method", "tried", "left"),
     [
-        # Two blocks: 99 are all of them, and all but the first is one, whose own word stays.
+        # Two blocks: 2 and 99 are all of them, and the method's own word for that stays.
         (
-            Matex(grad_layers=-1, text_grad_layers=1),
+            Matex(grad_layers="all", text_grad_layers=1),
             {"grad_layers": [99, 1, 2], "lambda_s": [3, 2, 2.0], "prior_shape": ["gaussian"], "lambda_c": None},
-            {"grad_layers": [-1, 99], "lambda_s": [2.0, 3.0], "prior_shape": ["gaussian"], "lambda_c": [0.2, 0.6]},
+            {"grad_layers": [1, "all"], "lambda_s": [2.0, 3.0], "prior_shape": ["gaussian"], "lambda_c": [0.2, 0.6]},
+        ),
+        (
+            Matex(grad_layers="all", skip_layers=1),
+            {"grad_layers": [1, 2], "lambda_s": [2.0]},
+            {"grad_layers": [1, "all"], "lambda_s": [2.0]},
         ),
         (Matex(flow="rollout"), {}, {"tau": [0.2], "grad_layers": [3], "prior_shape": ["parabola"]}),
         (Matex(grad_layers=2, beta=0.0), {"grad_layers": [1, 2]}, {"tau": [0.2], "grad_layers": [1, 2]}),

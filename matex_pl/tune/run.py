@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from matex_pl.anatomy.prior import PriorShape
 from matex_pl.arguments import check_positive
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.core.capture import borrowed, count_blocks
@@ -38,8 +39,8 @@ def tune_matex(
     lambda_s: list[float] = LAMBDA_S,
     lambda_c: list[float] = LAMBDA_C,
     tau: list[float] = TAU,
-    grad_layers: list[int] | None = None,
-    prior_shape: list[str] | None = None,
+    grad_layers: list[int | Literal["all"]] | None = None,
+    prior_shape: list[PriorShape] | None = None,
     num_pairs: int = 256,
     batch_size: int = 32,
     raster: int = 56,
@@ -75,7 +76,7 @@ def tune_matex(
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
-        grad_layers: Numbers of blocks with gradients to try; the method's own by default.
+        grad_layers: Numbers of blocks with gradients to try, or `all`; the method's own by default.
         prior_shape: Shapes of the prior to try; the method's own by default.
         num_pairs: Number of pairs of either split, those with boxes if the objective needs boxes; -1 for all.
         batch_size: Pairs per batch.

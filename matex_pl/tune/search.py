@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase
-from matex_pl.attribution import Matex
-from matex_pl.attribution.matex import last_blocks
+from matex_pl.attribution.matex import BlockCount, Matex
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.data.study import StudyBatch
@@ -84,8 +83,8 @@ class Grid:
             total += abs(other - own) / (max(own, *rest) - min(own, *rest) or 1)
         return total
 
-    def _number(self, name: str, value: float) -> float:
-        return sum(depths(int(value), self.method, self.depth)) if name == "grad_layers" else value
+    def _number(self, name: str, value: Any) -> float:
+        return sum(depths(value, self.method, self.depth)) if name == "grad_layers" else value
 
 
 def make_grid(
@@ -137,10 +136,9 @@ def _idle_settings(method: Matex, objective: Objective, phrases: Sequence[str]) 
     return idle
 
 
-def depths(grad_layers: int, method: Matex, depth: tuple[int, int]) -> tuple[int, int]:
+def depths(grad_layers: BlockCount, method: Matex, depth: tuple[int, int]) -> tuple[int, int]:
     """Number of blocks with gradients on the image and the text side, of towers with `depth` blocks."""
-    text = grad_layers if method.text_grad_layers is None else method.text_grad_layers
-    return last_blocks(grad_layers, depth[0]), last_blocks(text, depth[1])
+    return type(method)(**method.settings | {"grad_layers": grad_layers}).depths(*depth)
 
 
 def attribute_pairs(
