@@ -23,6 +23,7 @@ from matex_pl.benchmark import run_benchmark
 from matex_pl.commands.check_data import check_data
 from matex_pl.commands.explain import explain_film
 from matex_pl.commands.prior import show_prior
+from matex_pl.console import show_messages
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.files import find_config, shipped_configs
 from matex_pl.roar import CellsFailedError, collect_roar, roar_status, run_roar
@@ -78,6 +79,7 @@ class MatexCLI(LightningCLI):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line, the process's own by default; errors of use end it with a message and status 2."""
+    show_messages()
     words = find_configs(sys.argv[1:] if args is None else args)
     if words and words[0] in COMMANDS:
         try:
