@@ -1,4 +1,4 @@
-"""Progress bars."""
+"""What people see of work that goes on: messages, progress bars and times."""
 
 from __future__ import annotations
 
@@ -41,3 +41,11 @@ def progress(items: Iterable[Item], title: str, total: int | None = None) -> Ite
         total: Number of the items, if they have no length.
     """
     return tqdm(items, desc=title, total=total, delay=2, leave=False, disable=None)
+
+
+def duration(seconds: float) -> str:
+    """A time no more precise than an estimate: `42 s`, `7 min`, `2 h 5 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

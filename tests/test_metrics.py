@@ -18,7 +18,7 @@ from matex_pl.metrics.functional import (
     confidence_increase,
     contrast_to_noise,
     curve_area,
-    energy_in_box,
+    energy_pointing_game,
     half_share,
     iou,
     keep_highlighted,
@@ -26,7 +26,7 @@ from matex_pl.metrics.functional import (
     mean_iou,
     outside_mass,
     pointing_game,
-    rank_accuracy,
+    relevance_rank_accuracy,
     side_sensitivity,
     spearman,
     top_ranked,
@@ -76,6 +76,24 @@ def test_box_masks_frame_and_empty_cases() -> None:
     assert not box_masks([torch.zeros(0, 4)], (4, 4)).any()
     assert box_masks([], (4, 5)).shape == (0, 4, 5)
     assert box_masks([torch.tensor([[-1.0, -1.0, 2.0, 2.0]])], (4, 4)).all()
+
+
+def test_small_boxes_keep_a_cell_if_asked() -> None:
+    generator = torch.Generator().manual_seed(5)
+    middle, size = torch.rand(500, 2, generator=generator), 10 ** (-4 * torch.rand(500, 2, generator=generator))
+    # Boxes of whole pixels lie on the borders of cells more often than chance would have it.
+    middle[:200] = (middle[:200] * 32).round() / 32
+    boxes = list(torch.cat([(middle - size / 2), (middle + size / 2)], 1).clamp(0, 1)[:, None])
+    kept, plain = box_masks(boxes, (16, 8), keep_small=True), box_masks(boxes, (16, 8))
+    assert kept.flatten(1).any(1).all()
+    some = plain.flatten(1).any(1)
+    assert torch.equal(kept[some], plain[some])
+    assert 0 < some.sum() < 500
+    # Of two boxes each keeps its own cell; a box too narrow for a column keeps all of its rows.
+    tiny, flat = [0.43, 0.61, 0.431, 0.611], [0.43, 0.25, 0.431, 0.5]
+    assert box_masks([torch.tensor([tiny])], (16, 8), keep_small=True).nonzero().tolist() == [[0, 9, 3]]
+    both = box_masks([torch.tensor([tiny, flat]), torch.zeros(0, 4)], (16, 8), keep_small=True)
+    assert both.nonzero().tolist() == [[0, row, 3] for row in (4, 5, 6, 7, 9)]
 
 
 def test_pointing_game_against_a_loop() -> None:
@@ -306,7 +324,7 @@ def test_energy_in_box_against_a_loop() -> None:
     for heat, mask in zip(maps.double().numpy(), masks.numpy(), strict=True):
         inside = sum(heat[place] for place in np.ndindex(SIZE) if mask[place])
         slow.append((inside / heat.sum() if heat.sum() else 0.0) if mask.any() else math.nan)
-    _compare(energy_in_box(maps, masks), slow)
+    _compare(energy_pointing_game(maps, masks), slow)
     assert slow[4] == 0
 
 
@@ -317,7 +335,7 @@ def test_rank_accuracy_against_a_sort() -> None:
         top = _slow_top(heat, [True] * len(heat), sum(mask))
         hits = sum(one and other for one, other in zip(top, mask, strict=True))
         slow.append(hits / sum(mask) if any(mask) else math.nan)
-    _compare(rank_accuracy(maps, masks), slow)
+    _compare(relevance_rank_accuracy(maps, masks), slow)
 
 
 # --- mass

@@ -17,13 +17,13 @@ from test_report import HOSTILE, LOADING, Page, plain, tables_of
 from matex_pl import ClipModule
 from matex_pl.callbacks.roar_plus import log_roar
 from matex_pl.cli import main
+from matex_pl.console import duration
 from matex_pl.data import PhantomDataModule
 from matex_pl.report.gallery import Panel, encode, read_panels, write_panels
 from matex_pl.report.published import PUBLISHED
 from matex_pl.report.roar import (
     add_to_report,
     difference_tables,
-    duration,
     moved_apart,
     noise_sentences,
     percent,

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap
 from matex_pl.callbacks import AttributionMaps, PredictionWriter
-from matex_pl.callbacks.loggers import stays_here
+from matex_pl.callbacks.loggers import is_local
 from matex_pl.cli import main
 from matex_pl.clip import load_clip
 from matex_pl.data import PhantomDataModule
@@ -244,19 +244,19 @@ class Elsewhere(Logger):
 
 
 def _logged(
-    tiny_json: str, data: PhantomDataModule, folder: Path, log_text: bool | None
+    tiny_json: str, data: PhantomDataModule, folder: Path, show_text: bool | None
 ) -> tuple[Elsewhere, dict[bool, dict[str, np.ndarray]], ClipModule]:
     """What a remote logger got, and the panels with words and without."""
     torch.manual_seed(0)
     module, remote = ClipModule(tiny_json), Elsewhere()
-    callback = AttributionMaps(CenterMap(), num_studies=2, log_text=log_text)
+    callback = AttributionMaps(CenterMap(), num_studies=2, show_text=show_text)
     _trainer(folder, callback, logger=[TensorBoardLogger(folder), remote]).validate(module, data, verbose=False)
     batch = data.dataset("val").batch(callback.chosen["val"])
     panels = {
         shown: dict(
             zip(
                 [f"maps/matex/{name}" for name in batch["id"]],
-                explain_batch(module, CenterMap(), batch, "matex | epoch 0", show_words=shown),
+                explain_batch(module, CenterMap(), batch, "matex | epoch 0", show_text=shown),
                 strict=True,
             )
         )
@@ -265,11 +265,11 @@ def _logged(
     return remote, panels, module
 
 
-@pytest.mark.parametrize(("log_text", "shown"), [(None, False), (False, False), (True, True)])
+@pytest.mark.parametrize(("show_text", "shown"), [(None, False), (False, False), (True, True)])
 def test_words_leave_the_machine_only_when_asked(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, log_text: bool | None, shown: bool
+    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, show_text: bool | None, shown: bool
 ) -> None:
-    remote, panels, _ = _logged(tiny_json, tiny_films, tmp_path, log_text)
+    remote, panels, _ = _logged(tiny_json, tiny_films, tmp_path, show_text)
     assert len(remote.pictures) == 2
     for tag, picture in remote.pictures.items():
         assert np.array_equal(picture, panels[shown][tag])
@@ -285,8 +285,8 @@ def test_a_panel_without_words_is_the_same_for_all_of_their_lengths(
     for phrase, finding in (("Edema here.", "edema"), ("Nodule gone.", "nodule")):
         batch = {**tiny_films.dataset("val").batch([tiny_films.studies["val"][0].id])}
         batch |= {"phrase": [phrase], "finding": [finding]}
-        module.clip.pieces = lambda tokens: ["word</w>"] * len(tokens)
-        maps = explain_batch(module, Unworded(), batch, "", show_words=False)
+        module.clip.pieces = lambda tokens: [" word"] * len(tokens)
+        maps = explain_batch(module, Unworded(), batch, "", show_text=False)
         pictures.append(maps[0])
     assert len(tokens := {tuple(module.clip.tokenize([p])[0].tolist()) for p in ("Edema here.", "Nodule gone.")}) == 2
     assert tokens
@@ -305,9 +305,9 @@ class Unworded(CenterMap):
 
 
 def test_tensorboard_on_an_address_is_elsewhere(tmp_path: Path) -> None:
-    assert stays_here(TensorBoardLogger(tmp_path))
-    assert not stays_here(TensorBoardLogger("memory://bucket/logs"))
-    assert not stays_here(Elsewhere())
+    assert is_local(TensorBoardLogger(tmp_path))
+    assert not is_local(TensorBoardLogger("memory://bucket/logs"))
+    assert not is_local(Elsewhere())
 
 
 def test_no_patient_id_is_logged(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, 
 from matex_pl.benchmark.prepare import Pairs, prepare_pairs
 from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule, Study
-from matex_pl.evaluation.compared import BUDGETS, Row, mean_box_row
+from matex_pl.evaluation.compared import BUDGETS, MethodEntry, mean_box_row
 from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
 from matex_pl.evaluation.store import MapStore, fill_store, weight_hash
 from matex_pl.evaluation.tensors import fingerprint, read_head, read_tensors, write_tensors
@@ -73,7 +73,7 @@ class Scored:
         error: Why it refuses the model.
     """
 
-    row: Row
+    row: MethodEntry
     store: MapStore
     image: Values | None = None
     text: Values | None = None
@@ -144,7 +144,7 @@ class Bench:
         """The batch of a study, and its row there."""
         return self.pairs[place // self.settings.batch_size], place % self.settings.batch_size
 
-    def mean_box_row(self) -> list[Row]:
+    def mean_box_row(self) -> list[MethodEntry]:
         """The mean box of each finding over training films, where these have any."""
         if not self.data.studies["train"]:
             return []
@@ -152,7 +152,7 @@ class Bench:
         train = read_pairs(self.data, "train", studies, self.settings.batch_size)
         return mean_box_row(train, [batch.batch for batch in [*self.pairs, *self.validation]], self.clip.image_size)
 
-    def score(self, row: Row) -> Scored:
+    def score(self, row: MethodEntry) -> Scored:
         """What the row's maps score; computed once."""
         scored = Scored(row, MapStore(self.folder / "maps", self.weights, row.method))
         path = self.folder / "values" / f"{self._key(scored.store)}.safetensors"

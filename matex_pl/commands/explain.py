@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from matex_pl.attribution import AttributionMethod, Matex
-from matex_pl.attribution.shipped import load_method, shipped_methods
-from matex_pl.data.images import film_size, read_film
-from matex_pl.data.study import Sample, Study, collate
-from matex_pl.data.transforms import FilmTransform
-from matex_pl.explain import compare_methods, explain_batch
-from matex_pl.training.module import load_module
-from matex_pl.visualization.draw import save_png
+from jsonargparse import ArgumentParser
+
+from matex_pl import attribution, import_all
+from matex_pl.attribution.base import AttributionMethod
+from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
+from matex_pl.commands.options import NAMED_METHODS
+from matex_pl.data.images import ResizeMode
+
+
+def main(words: Sequence[str]) -> None:
+    """`matex explain IMAGE PHRASE --ckpt_path FILE`: write one panel and print its path."""
+    # Help and refusals come without torch, which all methods import.
+    if any(word.startswith("--method") for word in words):
+        import_all(attribution)
+    parser = ArgumentParser(
+        prog="matex explain",
+        description="Write one panel: where the model looks on a film, and which words matter.",
+        epilog=f"Shipped settings: {', '.join(method_names())}.",
+        parser_mode=NAMED_METHODS,
+    )
+    parser.add_argument("image", help="The film: PNG, JPEG, DICOM.")
+    parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
+    parser.add_function_arguments(explain_film, skip={"image", "phrase"}, sub_configs=True)
+    print(explain_film(**vars(parser.instantiate(parser.parse_args(list(words))))))
 
 
 def explain_film(
@@ -20,7 +37,7 @@ def explain_film(
     ckpt_path: str,
     out: str = "panel.png",
     method: AttributionMethod | str | None = None,
-    geometry: str = "pad",
+    resize_mode: ResizeMode = "longest",
 ) -> Path:
     """Write one panel: where the model looks on a film for a phrase, and which words matter.
 
@@ -31,19 +48,27 @@ def explain_film(
         out: The picture to write.
         method: What makes the map, `Matex.measured()` by default: the name of a shipped setting (`m2ib`), a YAML file
             with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of every shipped one.
-        geometry: How the film gets into the model's frame: `pad`, `crop` or `squash`, as in training.
+        resize_mode: How the film gets into the model's frame: `longest`, `shortest` or `squash`, as in training.
 
     Returns:
         The path of the picture.
     """
+    from matex_pl.attribution import Matex
+    from matex_pl.data.images import film_size, read_film
+    from matex_pl.data.study import Sample, Study, collate
+    from matex_pl.data.transforms import FilmTransform
+    from matex_pl.explain import compare_methods, explain_batch
+    from matex_pl.training.module import load_module
+    from matex_pl.visualization.draw import save_png
+
     if not phrase.strip():
         raise ValueError("The phrase is empty. Give a sentence as a report words it, in quotes.")
     single = None if method == "all" else load_method(method or Matex.measured())
     # A wrong path should be said before a model is loaded.
     film_size(image)
     module = load_module(ckpt_path)
-    transform = FilmTransform(module.clip.image_size, geometry)
-    film = read_film(image, transform.fit)
+    transform = FilmTransform(module.clip.image_size, resize_mode)
+    film = read_film(image, transform.target_size)
     study = Study(id=Path(image).name, patient_id="", film_id=Path(image).name, image=image, phrase=phrase)
     batch = collate([Sample(study, *transform(film.pixels, size=film.size))])
     if single is None:

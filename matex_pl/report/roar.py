@@ -23,6 +23,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from matex_pl.console import duration
 from matex_pl.files import whole_file, write_text
 from matex_pl.report.benchmark import Addition, write_report
 from matex_pl.report.gallery import read_panels
@@ -318,14 +319,6 @@ def _plain_cell(value: float | None) -> Cell:
 def percent(fraction: float) -> str:
     """A share as `12.5 %`, the sign tied to the number."""
     return f"{round(100 * fraction, 6):g}\N{NO-BREAK SPACE}%"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a reader says them: `42 s`, `7 min`, `2 h 5 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _time_sentence(results: dict[str, Any]) -> str:
