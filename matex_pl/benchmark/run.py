@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
 
 from matex_pl.benchmark.bench import Bench, Settings
 from matex_pl.benchmark.results import panels, results, summary
@@ -18,6 +18,8 @@ from matex_pl.report.benchmark import write_report
 from matex_pl.report.gallery import write_panels
 from matex_pl.report.roar import PANELS, benchmark_addition, read_roar
 from matex_pl.training.module import load_module
+
+log = logging.getLogger(__name__)
 
 
 def run_benchmark(
@@ -80,9 +82,9 @@ def run_benchmark(
     cuda = device != "cpu" and torch.cuda.is_available()
     bench = Bench.open(module.clip.to("cuda" if cuda else "cpu"), data, Path(out), settings)
     rows += bench.mean_box_row()
-    log, scored = Console(stderr=True), []
+    scored = []
     for place, row in enumerate(rows, start=1):
-        log.print(f"{place} of {len(rows)}: {row.name}", highlight=False)
+        log.info("%d of %d: %s", place, len(rows), row.name)
         scored.append(bench.score(row))
     found = results(bench, scored, ckpt_path)
     write_text(Path(out) / "results.json", json.dumps(found, indent=1, allow_nan=False))
