@@ -22,7 +22,7 @@ from torch import Tensor
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.attribution.shipped import load_method
-from matex_pl.benchmark.bench import Bench, Settings
+from matex_pl.benchmark.bench import BenchmarkRun, Settings
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.cli import main
 from matex_pl.clip import Clip
@@ -349,9 +349,9 @@ def test_a_grid_tries_each_value_once() -> None:
 
 def test_what_has_no_part_is_not_tried() -> None:
     axes = tried(grad_layers=[1, 2], lambda_s=[2.0, 3.0], tau=[0.0, 1.0], prior_shape=["gaussian", "plateau"])
-    text = make_grid(Matex(text_grad_layers=2), find_objective("text_remove"), (4, 4), axes, PHRASES)
+    text = make_grid(Matex(text_grad_layers=2), find_objective("text_top20_removal"), (4, 4), axes, PHRASES)
     assert text.shape == (1, 1, 1, 1, 2)
-    assert make_grid(Matex(), find_objective("text_remove"), (4, 4), axes, PHRASES).shape == (2, 1, 1, 1, 2)
+    assert make_grid(Matex(), find_objective("text_top20_removal"), (4, 4), axes, PHRASES).shape == (2, 1, 1, 1, 2)
     assert make_grid(Matex(flow="rollout"), find_objective("cnr"), (4, 4), axes, PHRASES).shape == (2, 2, 2, 1, 1)
     assert make_grid(Matex(beta=0.0), find_objective("cnr"), (4, 4), axes, PHRASES).tau == [0.2]
     placeless = ["consolidation", "nodule"]
@@ -595,7 +595,7 @@ BESIDE |= {"iou": True, "acc50": True, "miou": True}
 def benched(films: Path, ckpt_path: str) -> dict[str, Any]:
     """What `matex benchmark` makes of the validation pairs, under the own setting and another."""
     settings = Settings("val", -1, 8, 99, 3, "quick", 1, 100, 0)
-    bench = Bench.open(load_module(ckpt_path).clip, phantoms(films, Boxed), films / "bench", settings)
+    bench = BenchmarkRun.open(load_module(ckpt_path).clip, phantoms(films, Boxed), films / "bench", settings)
     methods = {"own": Matex.measured(), "setting": Matex.measured(**SETTING)}
     return {name: bench.score(Row(name, method)) for name, method in methods.items()}
 
@@ -611,7 +611,7 @@ def test_objectives_are_the_metrics_of_the_benchmark(
     higher_is_better: bool,
 ) -> None:
     at_threshold = name in AT_THRESHOLD
-    objective = f"{name}/{benched['setting'].image.threshold}" if at_threshold else name
+    objective = f"{name}/{benched['setting'].values['image'].threshold}" if at_threshold else name
     words = ["tune", f"--data={Boxed.__module__}.Boxed", f"--ckpt_path={ckpt_path}", f"--out={tmp_path}"]
     words += [f"--data.{key}={value}" for key, value in {"root": films, **PHANTOMS}.items()]
     words += [f"--objective={objective}", "--num_pairs=-1", "--batch_size=4", "--raster=32"]
@@ -637,7 +637,7 @@ def test_objectives_are_the_metrics_of_the_benchmark(
 
 
 def benchmark_score(scored: Any, name: str) -> float:
-    values = scored.text if name.startswith("text_") else scored.image
+    values = scored.values["text" if name.startswith("text_") else "image"]
     return float((values.detections if name == "ap50" else values.sums[name.removeprefix("text_")]).score())
 
 
@@ -698,7 +698,7 @@ def test_a_prior_without_a_place_is_not_tuned(films: Path, ckpt_path: str, tmp_p
     assert len(said["settings"]) == 4
 
 
-@pytest.mark.parametrize("name", [*CONFIDENCE, "remove/blur", *(f"text_{name}" for name in CONFIDENCE)])
+@pytest.mark.parametrize("name", [*CONFIDENCE, "top20_removal/blur", *(f"text_{name}" for name in CONFIDENCE)])
 def test_every_objective_that_asks_the_model(films: Path, ckpt_path: str, name: str) -> None:
     """Each is a number per study, and the directions are those of the metrics."""
     clip, data, objective = load_module(ckpt_path).clip, phantoms(films), find_objective(name)
@@ -712,7 +712,7 @@ def test_every_objective_that_asks_the_model(films: Path, ckpt_path: str, name: 
     values = objective.value(clip, pairs, maps)
     assert values.shape == (4,)
     assert not values.isnan().any()
-    assert objective.sign == (-1 if name.removeprefix("text_") in ("confidence_drop", "fixed_drop") else 1)
+    assert objective.sign == (-1 if name.removeprefix("text_") in ("confidence_drop", "confidence_drop@50") else 1)
     if name == "confidence_drop":
         maps.image = whole
         torch.testing.assert_close(objective.value(clip, pairs, maps), torch.zeros(4), atol=1e-3, rtol=0)
@@ -737,13 +737,13 @@ class NoWork(Matex):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"objective": "pointing"}, r"pointing_game, cnr.*remove/blur.*text_"),
+        ({"objective": "pointing"}, r"pointing_game, cnr.*top20_removal/blur.*text_"),
         ({"objective": "cnr/blur"}, "No objective"),
         ({"objective": "iou"}, "at a threshold, as iou/0.3"),
         ({"objective": "iou/30"}, "No objective"),
         ({"objective": "ap50"}, "at a threshold, as iou/0.3"),
-        ({"objective": "remove/grey"}, "No objective"),
-        ({"objective": "text_remove/blur"}, "No objective"),
+        ({"objective": "top20_removal/grey"}, "No objective"),
+        ({"objective": "text_top20_removal/blur"}, "No objective"),
         ({"tau": []}, "tau names no value"),
         ({"grad_layers": []}, "grad_layers names no value"),
         ({"lambda_s": [2.0, 0.5]}, "lambda_s must be at least 1"),
@@ -775,9 +775,9 @@ def test_without_boxes_some_objectives_are_left(films: Path, ckpt_path: str, tmp
     assert not (tmp_path / "out").exists()
     left = str(refused.value).partition("needs none: ")[2].removesuffix(".").split(", ")
     needless = {"border_mass", "mean_map_mass", "prompt_sensitivity", "side_sensitivity", "sanity", "text_sanity"}
-    assert needless | {"remove", "text_remove", "insertion"} <= set(left)
+    assert needless | {"top20_removal", "text_top20_removal", "insertion"} <= set(left)
     assert not {*LOCATED, *AT_THRESHOLD} & set(left)
-    titles = {"remove/mean_colour": "remove (mean colour), higher", "border_mass": "border mass, lower"}
+    titles = {"top20_removal/mean_colour": "top20 removal (mean colour), higher", "border_mass": "border mass, lower"}
     for name, title in titles.items():
         text = tune_matex(phantoms(films, Boxless), ckpt_path, str(tmp_path), objective=name, **SMALL)
         assert f"{title} is better" in text

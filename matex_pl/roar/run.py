@@ -13,7 +13,9 @@ from rich.console import Console
 from matex_pl.arguments import check_choice
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.files import write_text
-from matex_pl.report.roar import add_to_report, roar_tables, write_roar
+from matex_pl.report.benchmark import add_to_report
+from matex_pl.report.results import RoarResult, parse
+from matex_pl.report.roar import roar_tables, write_roar
 from matex_pl.roar.cluster import RayOptions, check_gpus, check_ray, work_on_ray
 from matex_pl.roar.collect import collect
 from matex_pl.roar.lease import is_leased, sweep
@@ -238,9 +240,10 @@ def collect_roar(folder: str, report: str | None = None) -> str:
     return f"{roar_tables(found, is_short=True)}\n{folder}/report.html, table.md and results.json hold all of it."
 
 
-def write_results(plan: Plan) -> dict[str, Any]:
+def write_results(plan: Plan) -> RoarResult:
     """Write what the cells say into the plan's folder, and give it."""
-    found = collect(plan)
-    write_text(plan.folder / "results.json", json.dumps(found, indent=1, allow_nan=False))
-    write_roar(found, plan.folder)
-    return found
+    content = collect(plan)
+    write_text(plan.folder / "results.json", json.dumps(content, indent=1, allow_nan=False))
+    result = parse(RoarResult, content)
+    write_roar(result, plan.folder)
+    return result

@@ -232,9 +232,9 @@ STEPS = 16
 CONFIDENCE: dict[str, type[Metric]] = {
     "confidence_drop": ConfidenceDrop,
     "confidence_increase": ConfidenceIncrease,
-    "fixed_drop": ConfidenceDrop,
-    "fixed_increase": ConfidenceIncrease,
-    "remove": RemovalDrop,
+    "confidence_drop@50": ConfidenceDrop,
+    "confidence_increase@50": ConfidenceIncrease,
+    "top20_removal": RemovalDrop,
 }
 
 
@@ -265,8 +265,8 @@ def find_objective(name: str) -> Objective:
         return Objective(name, CONFIDENCE[words], partial(_text_confidence, words), side="text", forwards=1)
     raise ValueError(
         f"No objective {name!r}. Take one of {', '.join([*LOCATED, *PLAIN])}; one of {', '.join(AT_THRESHOLD)} at a "
-        f"threshold, as iou/0.3; one of {', '.join([*CONFIDENCE, *CURVES])}, which may name a fill, as remove/blur "
-        f"({', '.join(FILLS)}); or, for the words, one of {', '.join(CONFIDENCE)} after text_."
+        f"threshold, as iou/0.3; one of {', '.join([*CONFIDENCE, *CURVES])}, which may name a fill, as "
+        f"top20_removal/blur ({', '.join(FILLS)}); or, for the words, one of {', '.join(CONFIDENCE)} after text_."
     )
 
 

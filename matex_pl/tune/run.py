@@ -69,10 +69,11 @@ def tune_matex(
             module knows the thorax, and `mean_map_mass` (lower: the smaller map); there too, held against the maps
             under another study's phrase `prompt_sensitivity`, with right and left exchanged `side_sensitivity`, under
             shuffled weights `sanity`, which takes the components once more for each block of the towers; and, with
-            forwards of the model for each setting, `confidence_drop`, `confidence_increase`, `fixed_drop`,
-            `fixed_increase`, `remove`, `insertion` and `deletion` (their gain, which orders settings as the AUC does),
-            filled with the mean film, or with another fill as in `remove/blur`. For the words `text_` before one of the
-            first five of these, `mean_map_mass` or `sanity`.
+            forwards of the model for each setting, `confidence_drop`, `confidence_increase`,
+            `confidence_drop@50`, `confidence_increase@50`, `top20_removal`, `insertion` and `deletion` (their gain,
+            which orders settings as the AUC does), filled with the mean film, or with another fill as in
+            `top20_removal/blur`. For the words `text_` before one of the first five of these, `mean_map_mass` or
+            `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
