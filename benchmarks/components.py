@@ -10,13 +10,24 @@ from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from matex_pl.attribution import Matex
 from matex_pl.data import PhantomDataModule
 from matex_pl.maps import min_max, upsample
 from matex_pl.training import load_module
-from matex_pl.visualization.draw import Picture, overlay, picture_grid, resize, save_png
+from matex_pl.visualization.draw import (
+    INK,
+    Picture,
+    blank_picture,
+    overlay,
+    paste,
+    picture_grid,
+    resize,
+    save_png,
+    write,
+)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lambda_s=1, no prior": {"lambda_s": 1.0},
@@ -54,14 +65,24 @@ def main(ckpt_path: str, study: str, out: str, side: int = 168) -> None:
     }
     shown |= {name: Matex.fuse(parts, **changes).image for name, changes in SETTINGS.items()}
     film = resize(np.repeat(batch["image"][0, 0].numpy()[..., None], 3, 2), (side, side))
-    pictures = [film if heat is None else over(film, heat[0]) for heat in shown.values()]
-    print(save_png(out, picture_grid(pictures, columns=6, captions=list(shown))))
+    pictures = {name: film if heat is None else over(film, heat[0]) for name, heat in shown.items()}
+    print(save_png(out, picture_grid([captioned(name, picture) for name, picture in pictures.items()], columns=6)))
     print(batch["phrase"][0])
 
 
 def over(film: Picture, heat: Tensor) -> Picture:
     """The map over the film, both at the film's size."""
     return overlay(film, resize(heat.numpy(), (film.shape[1], film.shape[0])).clip(0, 1))
+
+
+def captioned(caption: str, picture: Picture) -> Picture:
+    """The picture with a line under it."""
+    height, width = picture.shape[:2]
+    canvas = blank_picture(height + 20, width)
+    paste(canvas, picture, 0, 0)
+    image = Image.fromarray(canvas)
+    write(ImageDraw.Draw(image), (0, height + 17), caption, INK, 14, width)
+    return np.array(image)
 
 
 if __name__ == "__main__":

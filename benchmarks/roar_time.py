@@ -1,4 +1,4 @@
-"""What a plan of `matex roar` cost: seconds per cell, whether more cells cost the same, and what is not training.
+"""What a plan of `matex roar` cost: seconds per run, whether more runs cost the same, and what is not training.
 
 python benchmarks/roar_time.py roar/phantom
 """
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from matex_pl.roar.lease import RESULT
 from matex_pl.roar.plan import Plan, read_plan
-from matex_pl.roar.work import result
+from matex_pl.roar.work import RESULT, result
 
 
 def main() -> None:
@@ -25,8 +24,8 @@ def main() -> None:
 
 
 def measured(plan: Plan, processes: int) -> str:
-    """Times of all finished cells as text."""
-    ended = {plan.path(cell) / RESULT: found for cell in plan.cells() if (found := result(plan, cell)) is not None}
+    """Times of all finished runs as text."""
+    ended = {plan.path(run) / RESULT: found for run in plan.runs() if (found := result(plan, run)) is not None}
     order = sorted(ended, key=lambda path: path.stat().st_mtime)
     seconds = np.array([ended[path]["seconds"] for path in order])
     training = sum(ended[path]["training_seconds"] for path in order)
@@ -36,12 +35,12 @@ def measured(plan: Plan, processes: int) -> str:
     )
     return "\n".join(
         [
-            f"{len(order)} of {len(plan.cells())} cells, {seconds.mean():.1f} s each (deviation {seconds.std():.1f}).",
-            f"First third {seconds[:third].mean():.1f} s, last third {seconds[-third:].mean():.1f} s a cell.",
-            f"Outside of training steps: {1 - training / seconds.sum():.1%} of the cells' time,",
-            f"{1 - training / (processes * (last - maps)):.1%} from the first cell to the last,",
+            f"{len(order)} of {len(plan.runs())} runs, {seconds.mean():.1f} s each (deviation {seconds.std():.1f}).",
+            f"First third {seconds[:third].mean():.1f} s, last third {seconds[-third:].mean():.1f} s a run.",
+            f"Outside of training steps: {1 - training / seconds.sum():.1%} of the runs' time,",
+            f"{1 - training / (processes * (last - maps)):.1%} from the first run to the last,",
             f"{1 - training / (processes * (last - begun)):.1%} with the maps, which took {maps - begun:.0f} s.",
-            f"{(last - begun) / 60:.1f} minutes from the plan to the last cell.",
+            f"{(last - begun) / 60:.1f} minutes from the plan to the last run.",
         ]
     )
 

@@ -130,7 +130,7 @@ class AttributionMaps(Callback):
         panels: dict[str, Picture] = {}
         if own:
             subtitle = f"{self.name} | epoch {trainer.current_epoch}"
-            pictures = explain_batch(module, self.method, data.batch(own), subtitle, show_words=show_words)
+            pictures = explain_batch(module, self.method, data.batch(own), subtitle, show_text=show_words)
             panels.update(zip(own, pictures, strict=True))
         if trainer.world_size == 1:
             return panels

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from matex_pl.arguments import check_choice
 from matex_pl.callbacks.loggers import log_images, log_session, log_text
+from matex_pl.console import duration
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.report.results import RoarMethod, RoarResult
 from matex_pl.report.roar import roar_figure, roar_tables
-from matex_pl.roar.cell import read_module, write_module
-from matex_pl.roar.lease import sweep
+from matex_pl.roar.finetune import read_module, write_module
 from matex_pl.roar.make import make_plan
-from matex_pl.roar.plan import Plan, Protocol, Training, duration
+from matex_pl.roar.plan import Plan, Protocol, Training
 from matex_pl.roar.run import write_results
 from matex_pl.roar.work import prepare_maps, work_here
 from matex_pl.training.module import ClipModule
@@ -47,8 +47,8 @@ class RoarPlus(Callback):
     Args:
         methods: Names of shipped methods and YAML files.
         protocol: What is removed, and how often; pairs come from the data module of the training.
-        training: The fine-tuning of each cell; accelerator and precision are those of the trainer.
-        start: The weights that each cell starts from: those `before` the training, or `after` it.
+        training: The fine-tuning of each run; accelerator and precision are those of the trainer.
+        start: The weights that each run starts from: those `before` the training, or `after` it.
         out: Folder of the plan; `roar` in the run's log folder by default. A plan that is there is gone on with.
     """
 
@@ -86,13 +86,13 @@ class RoarPlus(Callback):
             write_module(pl_module, self._folder / "before.safetensors")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Time the training, to say how long the cells will take."""
+        """Time the training, to say how long the runs will take."""
         self._begun = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Time the training, to say how long the cells will take."""
+        """Time the training, to say how long the runs will take."""
         self._seconds += time.perf_counter() - self._begun
         self._pairs += len(batch["id"])
 
@@ -101,7 +101,7 @@ class RoarPlus(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         plan = self._plan(trainer, pl_module)
-        number, steps = len(plan.cells()), plan.steps()
+        number, steps = len(plan.runs()), plan.steps()
         rank_zero_info(
             f"ROAR+: {number} fine-tunings of {steps} steps"
             + (f", about {duration(self._estimate(plan) * number)} and the time of the maps." if self._pairs else ".")
@@ -110,8 +110,7 @@ class RoarPlus(Callback):
             rank_zero_info(f"The plan is in {plan.folder}. Run it with: matex roar run --plan {plan.folder}")
             return
         prepare_maps(plan)
-        work_here(plan, plan.cells())
-        sweep(plan.folder, [plan.path(cell) for cell in plan.cells()])
+        work_here(plan, plan.runs())
         result = write_results(plan)
         for failed in result.failed:
             rank_zero_warn(f"The run {failed.run} failed: {failed.error} See {plan.folder}/{failed.log}.")
@@ -126,7 +125,7 @@ class RoarPlus(Callback):
         return make_plan(folder, trainer.datamodule, module, start, self.methods, self.protocol, training, about)
 
     def _estimate(self, plan: Plan) -> float:
-        """Seconds of a cell, by the pace of the training."""
+        """Seconds of a run, by the pace of the training."""
         return self._seconds / self._pairs * plan.steps() * plan.training.batch_size
 
 

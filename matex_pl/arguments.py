@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from math import inf
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -24,5 +23,5 @@ def check_positive(**numbers: float) -> None:
         ValueError: One is not; the message has its name and value.
     """
     for name, value in numbers.items():
-        if not 0 < value < torch.inf:
+        if not 0 < value < inf:
             raise ValueError(f"{name} must be a number greater than 0, got {value}.")

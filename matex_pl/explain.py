@@ -19,7 +19,7 @@ from matex_pl.visualization.sheet import Entry, contact_sheet
 
 
 def explain_batch(
-    module: Any, method: AttributionMethod, batch: StudyBatch, subtitle: str, *, show_words: bool = True
+    module: Any, method: AttributionMethod, batch: StudyBatch, subtitle: str, *, show_text: bool = True
 ) -> list[Picture]:
     """One panel per study of the batch, `(h, w, 3)` uint8 each.
 
@@ -28,10 +28,10 @@ def explain_batch(
         method: What makes the maps.
         batch: Studies, on any device.
         subtitle: Second line of the panels.
-        show_words: Write what the report says; otherwise a panel has bars for the words and no finding.
+        show_text: Write what the report says; otherwise a panel has bars for the words and no finding.
     """
     maps, tokens = _attribute(module, method, batch)
-    return draw_panels(module.clip, maps, batch, tokens, subtitle, show_words=show_words)
+    return draw_panels(module.clip, maps, batch, tokens, subtitle, show_text=show_text)
 
 
 def draw_panels(
@@ -42,7 +42,7 @@ def draw_panels(
     subtitle: str,
     width: int = DESIGN_WIDTH,
     *,
-    show_words: bool = True,
+    show_text: bool = True,
 ) -> list[Picture]:
     """One panel per study of the batch, `(h, width, 3)` uint8 each, of maps that are there; see `explain_batch`."""
     return [
@@ -52,8 +52,8 @@ def draw_panels(
             score=float(maps.score[row]),
             subtitle=subtitle,
             width=width,
-            show_words=show_words,
-            **_study(clip, batch, tokens[row], maps.content[row], row, show_finding=show_words),
+            show_text=show_text,
+            **_study(clip, batch, tokens[row], maps.content[row], row, show_finding=show_text),
         )
         for row in range(len(batch["id"]))
     ]

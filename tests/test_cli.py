@@ -21,10 +21,10 @@ from test_report import plain, tables_of
 
 from matex_pl import attribution
 from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
-from matex_pl.cli import find_configs, find_data, main
+from matex_pl.cli import main
 from matex_pl.files import find_config, shipped_configs
 from matex_pl.report.published import PUBLISHED
-from matex_pl.roar.make import plan_rows
+from matex_pl.roar.make import plan_methods
 from matex_pl.roar.plan import Protocol, Training
 
 SMALL_PHANTOM = [
@@ -266,7 +266,7 @@ def test_ms_cxr_biomedclip_configs_from_check_to_the_papers_tables(here, capsys)
 
     small = ["--data.num_workers=0", "--training.epochs=1", "--training.batch_size=8", "--training.accelerator=cpu"]
     small += ["--protocol.repeats=2", "--protocol.fractions=[0.5]", "--data.root=.", "--data.cache_dir=kept"]
-    small += ["--methods=grad_cam", "--start_name=small.json", "--start_pretrained", "null"]
+    small += ["--methods=grad_cam", "--init_model=small.json", "--init_weights", "null"]
     small += ["--ckpt_path", checkpoint, "--out", "roar/ms_cxr_biomedclip"]
     main(["roar", "run", "--config", "roar_ms_cxr.yaml", *small])
     main(["roar", "collect", "roar/ms_cxr_biomedclip", "--report", out])
@@ -290,7 +290,7 @@ def test_ms_cxr_vit_b_32_configs_from_check_to_the_papers_tables(here, capsys):
     assert results["data"]["pairs"] == 12
     assert "ROAR+ is published only" in Path("results/tables.md").read_text(encoding="utf-8")
 
-    small = ["--start_name=tiny.json", "--start_pretrained=null"]
+    small = ["--init_model=tiny.json", "--init_weights=null"]
     small += ["--data.num_workers=0", "--training.epochs=1", "--training.batch_size=8", "--training.accelerator=cpu"]
     small += ["--protocol.repeats=2", "--protocol.fractions=[0.5]", "--data.root=.", "--data.cache_dir=kept"]
     small += ["--methods=[matex, paper/matex, grad_cam]"]
@@ -317,7 +317,7 @@ def test_ms_cxr_vit_b_32_configs_from_check_to_the_papers_tables(here, capsys):
 
 def test_roar_on_ms_cxr_has_the_papers_methods_and_protocol():
     shipped = yaml.safe_load(find_config("roar_ms_cxr.yaml").read_text(encoding="utf-8"))
-    rows = {row.name for row in plan_rows(shipped["methods"], 1, 1)}
+    rows = {row.name for row in plan_methods(shipped["methods"], 1, 1)}
     for modality in ("image", "text"):
         assert PUBLISHED[modality].keys() <= rows
     protocol, training = Protocol(**shipped["protocol"]), Training(**shipped["training"])
@@ -341,11 +341,25 @@ def test_openai_weights_that_cannot_be_fetched_are_said_clearly(here, monkeypatc
         main(["fit", "--config", "vit_b_32.yaml", f"--data.root={root}"])
 
 
-def test_configs_are_found_as_files_first(here):
-    assert Path(find_configs(["fit", "--config", "phantom.yaml"])[2]).is_absolute()
-    assert find_configs(["fit", "-c=configs/phantom.yaml"])[1].endswith("configs/phantom.yaml")
-    Path("phantom.yaml").write_text("model: {}", encoding="utf-8")
-    assert find_configs(["fit", "--config", "phantom.yaml"])[2] == "phantom.yaml"
+def test_configs_are_found_as_files_first(here, capsys):
+    words = ["fit", "--config", "phantom.yaml", "--print_config"]
+    for option in (["--config", "phantom.yaml"], ["-c=configs/phantom.yaml"]):
+        with pytest.raises(SystemExit):
+            main(["fit", *option, "--print_config"])
+        assert "matex_pl.data.PhantomDataModule" in capsys.readouterr().out
+    Path("phantom.yaml").write_text("model: {lr: 0.5}", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(words)
+    printed = capsys.readouterr().out
+    assert "lr: 0.5" in printed
+    assert "PhantomDataModule" not in printed
+
+
+def test_a_config_may_hold_a_part_per_command(here, capsys):
+    Path("all.yaml").write_text("fit: {model: {lr: 0.5}}", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["--config", "all.yaml", "fit", "--print_config"])
+    assert "lr: 0.5" in capsys.readouterr().out
 
 
 def test_an_unknown_config_lists_the_shipped_ones(here):
@@ -404,15 +418,32 @@ def test_checkpoints_hold_plain_types(here, films):
 
 
 @pytest.mark.parametrize("option", [["--config", "own.yaml"], ["-c", "own.yaml"], ["--config=own.yaml"]])
-def test_the_data_of_a_config_comes_first(here, option):
-    Path("own.yaml").write_text("data: {class_path: NihDataModule, init_args: {root: a}}", encoding="utf-8")
-    described = json.dumps({"class_path": "NihDataModule", "init_args": {"root": "a"}})
-    assert find_data(["--data.root", "b", *option, "--out", "x"]) == [
-        "--data",
-        described,
-        "--data.root",
-        "b",
-        "--out",
-        "x",
-    ]
-    assert find_data(["--out", "x"]) == ["--out", "x"]
+def test_options_change_the_data_of_a_config(here, option, capsys):
+    root = nih_folder(here / "nih")
+    described = {"data": {"class_path": "NihDataModule", "init_args": {"root": "nowhere"}}, "model": {"name": "none"}}
+    Path("own.yaml").write_text(json.dumps(described), encoding="utf-8")
+    main(["check-data", *option, "--data.root", str(root), "--model", "tiny.json"])
+    assert "All phrases fit into the 48 tokens of tiny.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fitt"], "invalid choice: 'fitt'"),
+        ([], "required: COMMAND"),
+        (["fit"], "there are no films"),
+        (["test", "--ckpt_path=last"], "there are no films"),
+        (["tune", "--config=phantom.yaml", "--out=x"], "required: --ckpt_path"),
+        (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "no config 'none.yaml'"),
+        (["explain", "film.png"], "required: phrase, ckpt_path"),
+        (["roar", "walk"], "invalid choice: 'walk'"),
+    ],
+)
+def test_errors_of_use_end_with_status_2_and_a_few_lines(here, words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) < 8
+    assert "Traceback" not in said

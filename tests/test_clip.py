@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from matex_pl.attribution import Matex
 from matex_pl.clip import Clip, cut_text, load_clip, towers
 from matex_pl.clip import load as clip_file
+from matex_pl.clip import model as clip_model
 from matex_pl.files import find_config, shipped_configs
 from matex_pl.training import ClipModule
 
@@ -280,8 +281,8 @@ def test_tokens_of_short_empty_and_long_phrases(tiny_clip: Clip) -> None:
     assert tokens[:, 0].tolist() == [BOS] * 3
     assert content.sum(1).tolist() == [4, 0, 14]
     assert [tiny_clip.count_tokens(phrase) for phrase in phrases] == [6, 2, 2 + 40 * 2]
-    assert tiny_clip.pieces(tokens[0][content[0]]) == ["left</w>", "ef", "fusion</w>", ".</w>"]
-    assert tiny_clip.pieces(tokens[1])[:2] == ["<start_of_text>", "<end_of_text>"]
+    assert tiny_clip.pieces(tokens[0][content[0]]) == [" left", " ef", "fusion", " ."]
+    assert tiny_clip.pieces(tokens[1])[:2] == [" <start_of_text>", "<end_of_text>"]
     assert tiny_clip.text_reading(tokens).position.tolist() == [5, 1, 15]
     assert tokens[2, -1] == EOT
     assert (tokens[0, 6:] == tiny_clip.pad_id).all()
@@ -296,11 +297,11 @@ def test_the_word_piece_that_is_the_pad_id_is_content(tiny_clip: Clip) -> None:
 
 def test_pieces_of_other_scripts_are_readable(tiny_clip: Clip) -> None:
     tokens = tiny_clip.tokenize(["caf\u00e9"])
-    assert "".join(tiny_clip.pieces(tokens[0][tiny_clip.content(tokens)[0]])) == "caf\u00e9</w>"
+    assert "".join(tiny_clip.pieces(tokens[0][tiny_clip.content(tokens)[0]])) == " caf\u00e9"
 
 
 def test_tokenize_repeats_itself_and_does_not_grow_for_ever(tiny_clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clip_file, "_KEPT_PHRASES", 4)
+    monkeypatch.setattr(clip_model, "_KEPT_PHRASES", 4)
     alone = {word: tiny_clip.tokenizer([word])[0] for word in "abcdefg"}
     for words in ("abca", "de", "fgab", "abcdefg", "a"):
         assert torch.equal(tiny_clip.tokenize(list(words)), torch.stack([alone[word] for word in words]))
@@ -344,7 +345,7 @@ def test_hugging_face_text_tower() -> None:
     phrases = ["left effusion.", "", " ".join(["left"] * 40)]
     tokens = model.tokenize(phrases)
     content = model.content(tokens)
-    assert model.pieces(tokens[0])[:2] == ["[CLS]", "left"]
+    assert model.pieces(tokens[0])[:2] == [" [CLS]", " left"]
     assert content.sum(1).tolist() == [int(content[0].sum()), 0, model.context_length - 2]
     assert model.count_tokens(phrases[2]) == 42
     assert model.encode_text(tokens).shape == (3, 16)

@@ -144,7 +144,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("matex_pl.evaluation.store.save_file", no_room)
+    monkeypatch.setattr("matex_pl.evaluation.tensors.save_file", no_room)
     with pytest.raises(OSError, match="No space"):
         write_tensors(tmp_path / "a" / "b.safetensors", {"x": torch.ones(2)}, {})
     assert not _files(tmp_path)

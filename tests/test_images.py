@@ -337,7 +337,7 @@ def test_cache_keeps_films_and_sees_changes(tmp_path: Path, monkeypatch: pytest.
     assert sorted((tmp_path / "kept").rglob("*.part")) == []
 
     with monkeypatch.context() as context:
-        context.setattr("matex_pl.data.images.read_film", lambda *_, **__: pytest.fail("decoded again"))
+        context.setattr("matex_pl.data.cache.read_film", lambda *_, **__: pytest.fail("decoded again"))
         again = cache.read(path, pad.fit, pad.settings)
     np.testing.assert_array_equal(again.pixels, first.pixels)
     assert again.size == first.size
@@ -424,7 +424,7 @@ def test_a_full_cache_that_takes_no_more_is_read(tmp_path: Path, monkeypatch: py
     def refuse(folder: Path) -> None:
         raise OSError(f"Nothing can be written in {folder}")
 
-    monkeypatch.setattr("matex_pl.data.images.check_folder", refuse)
+    monkeypatch.setattr("matex_pl.data.cache.check_folder", refuse)
     with pytest.raises(OSError, match="Nothing can be written"):
         _cached(tmp_path / "nih", tmp_path / "kept").setup("fit")
     monkeypatch.undo()
@@ -432,8 +432,8 @@ def test_a_full_cache_that_takes_no_more_is_read(tmp_path: Path, monkeypatch: py
     data.setup("fit")
     films = data.dataset("val")
     wanted = [films[index].image for index in range(len(films))]
-    monkeypatch.setattr("matex_pl.data.images.check_folder", refuse)
-    monkeypatch.setattr("matex_pl.data.images.read_film", None)
+    monkeypatch.setattr("matex_pl.data.cache.check_folder", refuse)
+    monkeypatch.setattr("matex_pl.data.cache.read_film", None)
     data = _cached(tmp_path / "nih", tmp_path / "kept")
     with pytest.warns(UserWarning, match="No more films can be kept in cache_dir .*Nothing can be written"):
         data.setup("fit")

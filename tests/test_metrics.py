@@ -78,6 +78,24 @@ def test_box_masks_frame_and_empty_cases() -> None:
     assert box_masks([torch.tensor([[-1.0, -1.0, 2.0, 2.0]])], (4, 4)).all()
 
 
+def test_small_boxes_keep_a_cell_if_asked() -> None:
+    generator = torch.Generator().manual_seed(5)
+    middle, size = torch.rand(500, 2, generator=generator), 10 ** (-4 * torch.rand(500, 2, generator=generator))
+    # Boxes of whole pixels lie on the borders of cells more often than chance would have it.
+    middle[:200] = (middle[:200] * 32).round() / 32
+    boxes = list(torch.cat([(middle - size / 2), (middle + size / 2)], 1).clamp(0, 1)[:, None])
+    kept, plain = box_masks(boxes, (16, 8), keep_small=True), box_masks(boxes, (16, 8))
+    assert kept.flatten(1).any(1).all()
+    some = plain.flatten(1).any(1)
+    assert torch.equal(kept[some], plain[some])
+    assert 0 < some.sum() < 500
+    # Of two boxes each keeps its own cell; a box too narrow for a column keeps all of its rows.
+    tiny, flat = [0.43, 0.61, 0.431, 0.611], [0.43, 0.25, 0.431, 0.5]
+    assert box_masks([torch.tensor([tiny])], (16, 8), keep_small=True).nonzero().tolist() == [[0, 9, 3]]
+    both = box_masks([torch.tensor([tiny, flat]), torch.zeros(0, 4)], (16, 8), keep_small=True)
+    assert both.nonzero().tolist() == [[0, row, 3] for row in (4, 5, 6, 7, 9)]
+
+
 def test_pointing_game_against_a_loop() -> None:
     maps, masks = _maps(), box_masks(_boxes(), SIZE)
     for value, heat, mask in zip(pointing_game(maps, masks), maps.numpy(), masks.numpy(), strict=True):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -334,7 +336,7 @@ def test_cache_holds_the_films_and_is_reused(tmp_path: Path, monkeypatch: pytest
 def test_cache_key_follows_the_settings(tmp_path: Path) -> None:
     for arguments in ({}, {"seed": 1}, {"shortcut": 0.5}, {"shortcut_finding": "nodule"}):
         film_cache(tmp_path, splits={"train": 1}, size=64, **arguments)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(_contents(tmp_path)) == 4
 
 
 def test_interrupted_run_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,22 +347,25 @@ def test_interrupted_run_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.Mon
         patch.setattr(cache, "_draw_chunk", killed)
         with pytest.raises(KeyboardInterrupt):
             film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
-    assert list(tmp_path.iterdir()) == []
+    assert _contents(tmp_path) == []
     assert len(film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)[0]) == 10
 
 
-def test_run_that_finishes_second_takes_the_first_ones_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = cache._write_films
+def test_two_runs_at_once_draw_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, drawn = cache._write_films, []
 
-    def overtaken(folder: Path, *rest: object) -> None:
+    def slow(folder: Path, *rest: object) -> None:
+        drawn.append(folder)
+        # Longer than the other run takes to come here, were it not for the lock.
+        time.sleep(0.5)
         write(folder, *rest)  # type: ignore[arg-type]
-        monkeypatch.setattr(cache, "_write_films", write)
-        film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
 
-    monkeypatch.setattr(cache, "_write_films", overtaken)
-    images, _ = film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
-    assert len(images) == 10
-    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(cache, "_write_films", slow)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(film_cache, tmp_path, splits=SPLITS, size=64, num_workers=1) for _ in range(2)]
+    assert [len(run.result()[0]) for run in runs] == [10, 10]
+    assert len(drawn) == 1
+    assert len(_contents(tmp_path)) == 1
 
 
 @pytest.mark.slow
@@ -370,7 +375,7 @@ def test_processes_draw_the_same_as_one(tmp_path: Path, monkeypatch: pytest.Monk
     two, same = film_cache(tmp_path / "two", splits={"train": 70}, size=64, num_workers=2)
     np.testing.assert_array_equal(one, two)
     assert studies == same
-    records = json.loads(next((tmp_path / "two").iterdir()).joinpath("studies.json").read_text())
+    records = json.loads(_contents(tmp_path / "two")[0].joinpath("studies.json").read_text())
     assert [record["id"] for record in records] == [study.id for study in studies]
 
 
@@ -380,14 +385,14 @@ def test_a_killed_run_leaves_no_processes_and_no_films(tmp_path: Path) -> None:
     run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
     try:
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-        assert _comes_true(lambda: len(children.read_text().split()) == 3 and any(tmp_path.glob(".*/lock")))
+        assert _comes_true(lambda: len(children.read_text().split()) == 3 and any(tmp_path.glob(".*/films.npy")))
         workers = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
         assert _comes_true(lambda: np.load(next(tmp_path.glob(".*/films.npy")), mmap_mode="r")[0].any())
     finally:
         run.kill()
         run.wait()
     assert _comes_true(lambda: not any(_runs(worker) for worker in workers))
-    assert _comes_true(lambda: not list(tmp_path.iterdir()))
+    assert _comes_true(lambda: not _contents(tmp_path))
 
 
 def _comes_true(condition: Callable[[], bool], seconds: float = 40) -> bool:
@@ -410,13 +415,19 @@ def _runs(process: Path) -> bool:
 
 
 def test_what_a_killed_run_left_is_removed_and_what_is_in_work_is_not(tmp_path: Path) -> None:
-    gone, working, foreign = (tmp_path / f".{name}" for name in ("gone", "working", "foreign"))
-    for folder in (gone, working, foreign):
-        folder.mkdir()
-        (folder / "films.npy").write_bytes(b"half")
-    (gone / "lock").touch()
-    with cache._locked(working):
-        folder = Path(film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)[0].filename).parent
-        assert set(tmp_path.iterdir()) == {folder, working, foreign}
-        assert {path.name for path in working.iterdir()} == {"films.npy", "lock"}
+    folder = Path(film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)[0].filename).parent
+    key = folder.name
+    shutil.rmtree(folder)
+    # Of a killed run of these films, and of other films.
+    gone, other = tmp_path / f".{key}-gone", tmp_path / ".other-0"
+    for unfinished in (gone, other):
+        unfinished.mkdir()
+        (unfinished / "films.npy").write_bytes(b"half")
+    film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
+    assert set(_contents(tmp_path)) == {folder, other}
     assert {path.name for path in folder.iterdir()} == {"films.npy", "studies.json"}
+
+
+def _contents(root: Path) -> list[Path]:
+    """What lies in the folder of the caches, but for the locks."""
+    return [path for path in root.iterdir() if path.suffix != ".lock"]

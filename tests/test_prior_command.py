@@ -12,8 +12,10 @@ from PIL import Image
 from matex_pl.anatomy import load_regions
 from matex_pl.cli import main
 from matex_pl.commands.prior import on_image
-from matex_pl.visualization import prior as render_prior
-from matex_pl.visualization.prior import MARGIN, SIDE, TEXT_LINES, TOP, WIDTH, marked_runs, prior_panel
+from matex_pl.visualization.draw import DESIGN_WIDTH, INK, on_background
+from matex_pl.visualization.prior import SIDE, TEXT_LINES, marked_runs, meet, place_labels, prior_panel
+
+MARGIN, TOP = 20, 88
 
 MANY = (
     "Right upper, mid and lower, left apex, lingula, hila, costophrenic angles, both hemidiaphragms, cardiac, "
@@ -92,7 +94,7 @@ def test_paper_mirrors_the_map_and_not_the_markers(prior):
         np.testing.assert_array_equal(chest("patient.png")[corner], chest("paper.png")[corner])
     # An R has ink in its upper right quarter, an L has none.
     for corner, is_r in zip(corners, (True, False), strict=True):
-        rows, columns = np.nonzero((chest("paper.png")[corner] == render_prior.INK).all(-1))
+        rows, columns = np.nonzero((chest("paper.png")[corner] == INK).all(-1))
         upper_right = (rows < rows.mean() - 2) & (columns > columns.mean() + 3)
         assert upper_right.any() == is_r
 
@@ -195,7 +197,7 @@ def test_other_errors_of_use_have_status_2_too(capsys, words):
 def test_no_phrase_is_refused(here, prior, phrase):
     prior(phrase)
     height, width, _ = np.array(Image.open("prior.png")).shape
-    assert width == WIDTH
+    assert width == DESIGN_WIDTH
     assert TOP + SIDE < height <= TOP + SIDE + 48 + TEXT_LINES * 34 + 10
     assert [path.name for path in here.iterdir()] == ["prior.png"]
 
@@ -212,18 +214,21 @@ def test_a_terminal_without_the_letters_gets_their_codes(monkeypatch):
     assert b"\\xc9panchement, [left apex]." in raw.getvalue()
 
 
-def test_a_long_phrase_keeps_what_names_regions():
+def test_a_long_phrase_keeps_what_names_regions(prior):
     before = "There is no acute process. " * 3000
-    phrase = before + "Left apical opacity." + before
-    lines = render_prior._phrase_lines(phrase, [(len(before), len(before) + len("Left apical"))], [])
-    shown = [piece for line in lines for piece in line]
-    assert len(lines) <= TEXT_LINES
-    assert [piece.text for piece in shown if piece.relevance] == ["Left", "apical"]
-    assert shown[0].text == "…"
-    plain = render_prior._phrase_lines(before, [], [])
-    assert len(plain) == TEXT_LINES
-    assert plain[-1][-1].text == "…"
-    assert plain[0][0].text == "There"
+    hot = on_background(np.ones((1, 1), np.float32))[0, 0]
+
+    def shaded(phrase):
+        prior(phrase)
+        text = np.array(Image.open("prior.png"))[TOP + SIDE + 48 :]
+        return (text == hot).all(-1).sum(), len(text)
+
+    pixels, height = shaded(before + "Left apical opacity." + before)
+    assert height < TEXT_LINES * 34
+    assert pixels == pytest.approx(shaded("Left apical opacity.")[0], rel=0.05)
+    pixels, height = shaded(before)
+    assert height == TEXT_LINES * 34 + 10
+    assert not pixels
 
 
 def test_runs_are_the_phrase():
@@ -236,20 +241,28 @@ def test_runs_are_the_phrase():
 def test_labels_of_the_whole_table_never_overlap(laterality):
     regions = sorted(region for sides in load_regions().values() for region in sides.values())
     boxes = [on_image(region.box, laterality) for region in regions]
-    canvas = np.zeros((SIDE, SIDE, 3), np.uint8)
-    placed = render_prior._draw_boxes(canvas, boxes, [f"{region.side} {region.zone}" for region in regions])
-    labels = [label for label, _, _ in render_prior._labels(placed)]
+    labels = [label.place for label in place_labels(boxes, [f"{region.side} {region.zone}" for region in regions])]
     assert len(labels) == len(regions)
-    for k, label in enumerate(labels):
+    for k, label in enumerate([*labels, (0, 0, 48, 48), (SIDE - 48, 0, SIDE, 48)]):
         assert min(label) >= 0
         assert max(label) <= SIDE
-        assert not any(render_prior._meet(label, other) for other in labels[:k])
+        assert not any(meet(label, other) for other in labels[:k])
 
 
 def test_equal_boxes_are_drawn_once_with_both_names():
-    canvas = np.zeros((SIDE, SIDE, 3), np.uint8)
-    placed = render_prior._draw_boxes(canvas, [(0.1, 0.1, 0.4, 0.4)] * 2, ["left mid", "lingula"])
-    assert [name for _, name, _ in placed] == ["left mid / lingula"]
+    assert [label.text for label in place_labels([(0.1, 0.1, 0.4, 0.4)] * 2, ["left mid", "lingula"])] == [
+        "left mid / lingula"
+    ]
+
+
+def test_the_outline_has_lungs_heart_and_body(prior):
+    prior("Pneumonia.")
+    picture = chest()
+    shades = {
+        tuple(picture[int(y * SIDE), int(x * SIDE)]) for x, y in ((0.25, 0.4), (0.55, 0.65), (0.5, 0.95), (0, 0.6))
+    }
+    assert len(shades) == 4
+    assert tuple(picture[int(0.4 * SIDE), int(0.25 * SIDE)]) == tuple(picture[int(0.4 * SIDE), int(0.75 * SIDE)])
 
 
 @pytest.mark.parametrize("prior", [np.zeros((4, 4)), np.full((4, 4), 3.0), np.full((4, 4), np.nan), np.ones(4)])

@@ -21,12 +21,13 @@ from matex_pl.attribution import RandomMap
 from matex_pl.callbacks import RoarPlus
 from matex_pl.cli import main
 from matex_pl.data.images import Film
-from matex_pl.roar.cell import RoarModule, build_module, run_cell
+from matex_pl.evaluation.compared import BLURRED, RANDOM
 from matex_pl.roar.collect import _holm, _paired, collect
-from matex_pl.roar.drop import Drop, drop_of, top_units
-from matex_pl.roar.films import PlanData, PlanFilms
-from matex_pl.roar.make import BLURRED, BOXES, RANDOM, make_plan, plan_rows
-from matex_pl.roar.plan import Cell, Plan, Protocol, Training, read_plan, some_cells
+from matex_pl.roar.drop import drop_of, top_units
+from matex_pl.roar.films import PlanFilms
+from matex_pl.roar.finetune import RoarModule, build_module, train_run
+from matex_pl.roar.make import BOXES, make_plan, plan_methods
+from matex_pl.roar.plan import Plan, Protocol, Run, Training, read_plan, take_shard
 from matex_pl.roar.work import prepare_maps, work_here
 
 QUICK = Training(epochs=1, batch_size=16, lr=1e-3, warmup_steps=0, accelerator="cpu")
@@ -46,7 +47,7 @@ def _plan(folder: Path, methods=("chefer",), training=QUICK, films=40, data=None
 
 def _run(plan: Plan) -> dict:
     prepare_maps(plan)
-    work_here(plan, plan.cells())
+    work_here(plan, plan.runs())
     return collect(plan)
 
 
@@ -108,12 +109,17 @@ def test_only_dropped_patches_and_tokens_change(tmp_path, fill):
 
 
 @pytest.mark.parametrize("corrupt_val", [False, True])
-def test_validation_is_whole_unless_asked(tmp_path, corrupt_val):
-    _plan(tmp_path)
-    drop = Drop(patches=torch.ones(40, 4, 4, dtype=torch.bool))
-    data = PlanData(PlanFilms(tmp_path), range(32), range(32, 40), 8, 0, drop.of, corrupt_val=corrupt_val)
-    assert all("drop_patches" in batch for batch in data.train_dataloader())
-    assert all(("drop_patches" in batch) is corrupt_val for batch in data.val_dataloader())
+def test_validation_is_whole_unless_asked(tmp_path, monkeypatch, corrupt_val):
+    plan = _plan(tmp_path, corrupt_val=corrupt_val)
+    inputs, is_dropped = RoarModule.inputs, {True: set(), False: set()}
+
+    def seen(self, batch):
+        is_dropped[self.training].add("drop_patches" in batch)
+        return inputs(self, batch)
+
+    monkeypatch.setattr(RoarModule, "inputs", seen)
+    train_run(plan, PlanFilms(tmp_path), Run(0, BOXES, "image", 0.25))
+    assert is_dropped == {True: {True}, False: {corrupt_val}}
 
 
 def test_what_a_method_marks_most_is_dropped(tmp_path):
@@ -121,15 +127,15 @@ def test_what_a_method_marks_most_is_dropped(tmp_path):
     prepare_maps(plan)
     films = PlanFilms(tmp_path)
     train, _ = films.split(0.8, 0)
-    boxes = drop_of(plan, films, Cell(0, BOXES, "image", 1 / 16)).patches
+    boxes = drop_of(plan, films, Run(0, BOXES, "image", 1 / 16))["drop_patches"]
     for row in train:
         x0, y0, *_ = films.studies[row].boxes[0]
         assert boxes[row].nonzero().tolist() == [[y0 // 8, x0 // 8]]
-    text = drop_of(plan, films, Cell(0, "Chefer", "text", 0.25))
+    ((name, tokens),) = drop_of(plan, films, Run(0, "Chefer", "text", 0.25)).items()
     content = plan_content(plan, films, train)
-    assert text.patches is None
-    assert text.tokens[train].sum(1).tolist() == [int(0.25 * number) for number in content.sum(1).tolist()]
-    assert not (text.tokens[train] & ~content).any()
+    assert name == "drop_tokens"
+    assert tokens[train].sum(1).tolist() == [int(0.25 * number) for number in content.sum(1).tolist()]
+    assert not (tokens[train] & ~content).any()
 
 
 def plan_content(plan, films, rows):
@@ -181,15 +187,23 @@ def test_a_repeat_splits_by_patient_and_the_next_one_otherwise(tmp_path):
         assert not {films.studies[row].patient_id for row in train} & {films.studies[row].patient_id for row in val}
 
 
-def test_a_repeat_has_the_same_batches_for_every_method(tmp_path):
-    _plan(tmp_path)
-    seen = []
-    for drop in (Drop(), Drop(patches=torch.ones(40, 4, 4, dtype=torch.bool))):
-        data = PlanData(PlanFilms(tmp_path), range(32), range(32, 40), 8, 3, drop.of)
-        loader = data.train_dataloader()
-        seen.append([[batch["id"] for batch in loader] for _ in range(2)])
-    assert seen[0] == seen[1]
-    assert seen[0][0] != seen[0][1]
+def test_a_repeat_has_the_same_batches_for_every_method(tmp_path, monkeypatch):
+    plan = _plan(tmp_path, training=replace(QUICK, epochs=2))
+    inputs, seen = RoarModule.inputs, []
+
+    def noted(self, batch):
+        seen[-1].append((self.training, batch["id"]))
+        return inputs(self, batch)
+
+    monkeypatch.setattr(RoarModule, "inputs", noted)
+    for run in (Run(0), Run(0, BOXES, "image", 0.25), Run(1)):
+        seen.append([])
+        train_run(plan, PlanFilms(tmp_path), run)
+    assert seen[0] == seen[1] != seen[2]
+    # 32 of 40 pairs to train on, in two batches; the second epoch has another order.
+    trained = [ids for is_training, ids in seen[0] if is_training]
+    assert sorted(trained[0] + trained[1]) == sorted(trained[2] + trained[3])
+    assert trained[:2] != trained[2:]
 
 
 # The training.
@@ -201,44 +215,46 @@ def test_a_fraction_of_nothing_gives_exactly_the_clean_loss(tmp_path):
     assert all(row["points"][0]["value"] == 0 for row in found["rows"])
 
 
-def test_a_cell_is_a_function_of_its_description(tmp_path):
+def test_a_run_is_a_function_of_its_description(tmp_path):
     plan = _plan(tmp_path, films=40)
     films = PlanFilms(tmp_path)
-    first = run_cell(plan, films, Cell(1, BOXES, "image", 0.25))
+    first = train_run(plan, films, Run(1, BOXES, "image", 0.25))
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    again = run_cell(read_plan(tmp_path), films, Cell(1, BOXES, "image", 0.25))
+    again = train_run(read_plan(tmp_path), films, Run(1, BOXES, "image", 0.25))
     assert torch.equal(torch.get_rng_state(), state)
     assert first["loss"] == again["loss"]
-    assert first["loss"] != run_cell(plan, films, Cell(0, BOXES, "image", 0.25))["loss"]
+    assert first["loss"] != train_run(plan, films, Run(0, BOXES, "image", 0.25))["loss"]
 
 
-def test_cells_leave_nothing_in_memory(tmp_path, monkeypatch):
+def test_runs_leave_nothing_in_memory(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(
-        "matex_pl.roar.cell.build_module",
-        lambda plan: kept.append(weakref.ref(module := build_module(plan))) or module,
+        "matex_pl.roar.finetune.build_module",
+        lambda *arguments: kept.append(weakref.ref(module := build_module(*arguments))) or module,
     )
     plan = _plan(tmp_path, modalities=["image"], repeats=1)
     _run(plan)
-    assert len(kept) == len(plan.cells())
+    assert len(kept) == len(plan.runs())
     assert all(module() is None for module in kept)
 
 
-@pytest.mark.parametrize("trained", ["full", "head", "lora"])
-def test_what_is_trained(tmp_path, trained, monkeypatch):
-    if trained == "lora":
+@pytest.mark.parametrize("finetune", ["full", "head", "lora"])
+def test_what_is_trained(tmp_path, finetune, monkeypatch):
+    if finetune == "lora":
         pytest.importorskip("peft")
-    plan = _plan(tmp_path, training=replace(QUICK, trained=trained))
+    plan = _plan(tmp_path, training=replace(QUICK, finetune=finetune))
     kept: list[RoarModule] = []
-    monkeypatch.setattr("matex_pl.roar.cell.build_module", lambda plan: kept.append(build_module(plan)) or kept[-1])
-    run_cell(plan, PlanFilms(tmp_path), Cell(0))
+    monkeypatch.setattr(
+        "matex_pl.roar.finetune.build_module", lambda *arguments: kept.append(build_module(*arguments)) or kept[-1]
+    )
+    train_run(plan, PlanFilms(tmp_path), Run(0))
     before = dict(build_module(plan).named_parameters())
     changed = {name for name, value in kept[0].named_parameters() if not torch.equal(value, before[name])}
     changed -= {"clip.model.logit_scale"}
-    if trained == "full":
+    if finetune == "full":
         assert "clip.model.visual.conv1.weight" in changed
-    elif trained == "head":
+    elif finetune == "head":
         assert changed == {
             f"clip.model.{name}"
             for name in (
@@ -271,27 +287,27 @@ def test_true_boxes_score_above_noise_and_smooth_noise_near_noise(tmp_path):
 def test_scores_are_what_the_definition_says(tmp_path):
     plan = _plan(tmp_path, fractions=[0.25, 0.5])
     found = _run(plan)
-    losses = {cell: json.loads((plan.path(cell) / "result.json").read_text())["loss"] for cell in plan.cells()}
+    losses = {run: json.loads((plan.path(run) / "result.json").read_text())["loss"] for run in plan.runs()}
     row = next(row for row in found["rows"] if (row["name"], row["modality"]) == ("Chefer", "image"))
     for point in row["points"]:
         scores = []
         for repeat in range(2):
-            clean = losses[Cell(repeat)]
-            scores.append(100 * (losses[Cell(repeat, "Chefer", "image", point["fraction"])] - clean) / clean)
+            clean = losses[Run(repeat)]
+            scores.append(100 * (losses[Run(repeat, "Chefer", "image", point["fraction"])] - clean) / clean)
         assert point["repeats"] == pytest.approx(scores)
         assert point["value"] == pytest.approx(sum(scores) / 2)
         assert point["std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
         assert point["units"] == 16 * point["fraction"]
     both = [sum(point["repeats"][repeat] for point in row["points"]) / 2 for repeat in range(2)]
     assert row["mean"]["repeats"] == pytest.approx(both)
-    assert [clean["loss"] for clean in found["clean"]] == [losses[Cell(0)], losses[Cell(1)]]
-    assert found["time"]["done"] == found["time"]["cells"] == len(plan.cells()) == 2 * (1 + 2 * (5 + 3))
+    assert [clean["loss"] for clean in found["clean"]] == [losses[Run(0)], losses[Run(1)]]
+    assert found["time"]["done"] == found["time"]["cells"] == len(plan.runs()) == 2 * (1 + 2 * (5 + 3))
 
 
 def test_what_is_missing_is_named_and_never_averaged_over(tmp_path):
     plan = _plan(tmp_path)
     _run(plan)
-    lost = Cell(1, "Chefer", "image", 0.25)
+    lost = Run(1, "Chefer", "image", 0.25)
     (plan.path(lost) / "result.json").rename(plan.path(lost) / "error.log")
     found = collect(plan)
     point = next(row for row in found["rows"] if row["name"] == "Chefer")["points"][0]
@@ -350,13 +366,13 @@ def test_bad_protocols_are_refused(settings, message):
 
 
 def test_methods_are_named_once_and_controls_are_always_there():
-    names = [row.name for row in plan_rows(["matex", "random_map"], 3, 4)]
+    names = [row.name for row in plan_methods(["matex", "random_map"], 3, 4)]
     assert names == ["MATEX", "MATEX, delta = 0", "PriorOnly", RANDOM, BLURRED, "CenterMap", BOXES]
-    assert [row.name for row in plan_rows(["chefer"], 0, 4)] == ["Chefer", RANDOM, BLURRED, "CenterMap"]
+    assert [row.name for row in plan_methods(["chefer"], 0, 4)] == ["Chefer", RANDOM, BLURRED, "CenterMap"]
     with pytest.raises(ValueError, match="Two methods are called 'MATEX'"):
-        plan_rows(["matex", "matex"], 0, 4)
+        plan_methods(["matex", "matex"], 0, 4)
     with pytest.raises(ValueError, match="No method 'mattex'"):
-        plan_rows(["mattex"], 0, 4)
+        plan_methods(["mattex"], 0, 4)
 
 
 def test_one_patient_cannot_be_split(tmp_path):
@@ -364,13 +380,13 @@ def test_one_patient_cannot_be_split(tmp_path):
         _plan(tmp_path, data=PatternFilms(20, per_patient=99))
 
 
-def test_every_nth_cell():
-    cells = [Cell(repeat) for repeat in range(10)]
-    parts = [some_cells(cells, f"{first}::4") for first in range(4)]
-    assert sorted(cell.repeat for part in parts for cell in part) == list(range(10))
-    for wrong in ("4::4", "3", "::2", "a::b"):
-        with pytest.raises(ValueError, match="cells must be FIRST::STEP"):
-            some_cells(cells, wrong)
+def test_a_shard_is_every_nth_run():
+    runs = [Run(repeat) for repeat in range(10)]
+    shards = [take_shard(runs, f"{first}/4") for first in range(4)]
+    assert sorted(run.repeat for shard in shards for run in shard) == list(range(10))
+    for wrong in ("4/4", "3", "/2", "a/b"):
+        with pytest.raises(ValueError, match="shard must be I/N"):
+            take_shard(runs, wrong)
 
 
 # From where users enter.
@@ -398,7 +414,7 @@ def test_the_command_with_the_shipped_config(tmp_path, film_root, capsys):
     for name in ("results.json", "table.md", "curves_image.png", "curves_text.svg", "report.html"):
         assert (tmp_path / "roar" / name).stat().st_size > 500
     main(["roar", "status", str(tmp_path / "roar")])
-    assert capsys.readouterr().out.startswith("9 of 9 cells are done, 0 running, 0 failed.")
+    assert capsys.readouterr().out.startswith("9 of 9 runs are done, 0 running, 0 failed.")
     with pytest.raises(SystemExit):
         main([*words, "--training.lr=1.0"])
     assert "training.lr is 0.0001 there, 1.0 here" in capsys.readouterr().err

@@ -7,10 +7,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +22,13 @@ from matex_pl.cli import main
 from matex_pl.data import PhantomDataModule
 from matex_pl.roar import Protocol, RayOptions, Training, run_roar
 from matex_pl.roar import work as roar_work
-from matex_pl.roar.cell import RoarModule
 from matex_pl.roar.cluster import init_settings
-from matex_pl.roar.lease import is_leased, leased, sweep
+from matex_pl.roar.finetune import RoarModule
 from matex_pl.roar.plan import read_plan
 
 FILMS = {"num_train": 14, "num_val": 2, "num_test": 2, "film_size": 64, "batch_size": 4, "num_workers": 0}
 ROWS = ("chefer", "randommap", "randommap-blurred", "centermap", "true-boxes")
-CELLS = ["repeat-0/clean", *(f"repeat-0/image/{row}/0.5" for row in ROWS)]
+RUNS = ["repeat-0/clean", *(f"repeat-0/image/{row}/0.5" for row in ROWS)]
 WAIT = 300
 
 
@@ -43,7 +41,7 @@ class Broken(Chefer):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A YAML of `matex roar run`: six cells of four steps."""
+    """A YAML of `matex roar run`: six runs of four steps."""
     from lightning.pytorch import Trainer
 
     from matex_pl import ClipModule
@@ -78,8 +76,8 @@ def whole(config, tmp_path_factory):
 
 @pytest.fixture
 def made(whole, tmp_path):
-    """A plan with its maps, of which no cell has run."""
-    return Path(shutil.copytree(whole, tmp_path / "made", ignore=shutil.ignore_patterns("cells", "*.html", "*.md")))
+    """A plan with its maps, without any run done."""
+    return Path(shutil.copytree(whole, tmp_path / "made", ignore=shutil.ignore_patterns("runs", "*.html", "*.md")))
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +93,11 @@ def command(config, out, *more):
 
 
 def numbers(folder):
-    """What cells found, but for how long they took."""
+    """Scores of the runs, without their times."""
     found = {}
-    for path in sorted((folder / "cells").rglob("result.json")):
-        cell = json.loads(path.read_text(encoding="utf-8"))
-        found[cell["cell"]] = {name: value for name, value in cell.items() if "seconds" not in name}
+    for path in sorted((folder / "runs").rglob("result.json")):
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        found[scores["run"]] = {name: value for name, value in scores.items() if "seconds" not in name}
     return found
 
 
@@ -109,8 +107,8 @@ def identities(folder):
 
 
 def rests(folder):
-    """Leases and files half written."""
-    return [path.name for path in folder.rglob("*") if path.name == "lease.json" or path.name.endswith(".part")]
+    """Marks of processes and files half written."""
+    return [path.name for path in folder.rglob("*") if path.name == "pid" or path.name.endswith(".part")]
 
 
 def wait_for(what):
@@ -131,8 +129,8 @@ def refused(capsys, words):
 
 
 def test_the_whole_plan(whole):
-    assert set(numbers(whole)) == set(CELLS)
-    assert len({cell["loss"] for cell in numbers(whole).values()}) == len(CELLS)
+    assert set(numbers(whole)) == set(RUNS)
+    assert len({scores["loss"] for scores in numbers(whole).values()}) == len(RUNS)
     assert not rests(whole)
     assert (whole / "report.html").is_file()
 
@@ -146,9 +144,9 @@ def die():
 
 def killed_in_maps(words):
     """Within the second file of maps, which is written and has no name yet."""
-    from matex_pl.evaluation import store
+    from matex_pl.evaluation import tensors
 
-    save, seen = store.save_file, []
+    save, seen = tensors.save_file, []
 
     def save_and_die(tensors, path, head):
         save(tensors, path, head)
@@ -157,12 +155,12 @@ def killed_in_maps(words):
             if len(seen) == 2:
                 die()
 
-    store.save_file = save_and_die
+    tensors.save_file = save_and_die
     main(words)
 
 
-def killed_in_cell(words):
-    """At the second step of the third cell."""
+def killed_in_run(words):
+    """At the second step of the third run."""
     step, seen = RoarModule.training_step, []
 
     def step_and_die(self, *args):
@@ -191,10 +189,15 @@ def killed_before_rename(words):
 
 
 def killed_before_release(words):
-    """When the first result is there, and its lease as well."""
-    from matex_pl.roar.lease import Lease
+    """When the first result is there, and its lock is held."""
+    rename = Path.replace
 
-    Lease.give_up = lambda self: die()
+    def rename_and_die(self, target):
+        rename(self, target)
+        if Path(target).name == "result.json":
+            die()
+
+    Path.replace = rename_and_die
     main(words)
 
 
@@ -202,9 +205,9 @@ def killed_before_release(words):
     ("body", "finished", "left_over"),
     [
         (killed_in_maps, 0, ["part"]),
-        (killed_in_cell, 2, ["lease"]),
-        (killed_before_rename, 1, ["lease", "part"]),
-        (killed_before_release, 1, ["lease"]),
+        (killed_in_run, 2, ["pid"]),
+        (killed_before_rename, 1, ["part", "pid"]),
+        (killed_before_release, 1, ["pid"]),
     ],
 )
 def test_killed_it_goes_on_with_what_is_finished(config, whole, tmp_path, elsewhere, body, finished, left_over):
@@ -215,7 +218,7 @@ def test_killed_it_goes_on_with_what_is_finished(config, whole, tmp_path, elsewh
     assert process.exitcode == -signal.SIGKILL
     before = identities(out)
     assert len(before) == finished
-    assert sorted("part" if name.endswith(".part") else "lease" for name in rests(out)) == left_over
+    assert sorted("part" if name.endswith(".part") else name for name in rests(out)) == left_over
     main(command(config, out))
     assert {name: identities(out)[name] for name in before} == before
     assert numbers(out) == numbers(whole)
@@ -227,27 +230,27 @@ def test_killed_it_goes_on_with_what_is_finished(config, whole, tmp_path, elsewh
 
 def run_and_log(words, log, failing):
     """Run with a line in `log` for each attempt; before its first end, the other process must have begun as well."""
-    run = roar_work.run_cell
+    train = roar_work.train_run
 
-    def logged(plan, films, cell):
+    def logged(plan, films, run):
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"{os.getpid()} {cell.id}\n")
+            file.write(f"{os.getpid()} {run.id}\n")
         wait_for(lambda: len({line.split()[0] for line in log.read_text(encoding="utf-8").splitlines()}) == 2)
-        if cell.id == failing:
+        if run.id == failing:
             raise RuntimeError("boom")
-        return run(plan, films, cell)
+        return train(plan, films, run)
 
-    roar_work.run_cell = logged
+    roar_work.train_run = logged
     main(words)
 
 
 def attempts(log):
-    """The processes and the cells of each attempt."""
+    """The processes and the runs of each attempt."""
     return tuple(zip(*(line.split() for line in log.read_text(encoding="utf-8").splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("failing", [None, CELLS[2]], ids=["all well", "one fails"])
-def test_two_processes_run_each_cell_once(config, whole, tmp_path, elsewhere, failing):
+@pytest.mark.parametrize("failing", [None, RUNS[2]], ids=["all well", "one fails"])
+def test_two_processes_do_each_run_once(config, whole, tmp_path, elsewhere, failing):
     out, log = tmp_path / "plan", tmp_path / "log"
     log.touch()
     both = [elsewhere.Process(target=run_and_log, args=(command(config, out), log, failing)) for _ in range(2)]
@@ -256,129 +259,79 @@ def test_two_processes_run_each_cell_once(config, whole, tmp_path, elsewhere, fa
     for process in both:
         process.join(WAIT)
     assert [process.exitcode for process in both] == [2 if failing else 0] * 2
-    pids, cells = attempts(log)
-    assert sorted(cells) == sorted(CELLS)
+    pids, runs = attempts(log)
+    assert sorted(runs) == sorted(RUNS)
     assert set(pids) == {str(process.pid) for process in both}
-    assert numbers(out) == {name: cell for name, cell in numbers(whole).items() if name != failing}
+    assert numbers(out) == {name: scores for name, scores in numbers(whole).items() if name != failing}
     assert not rests(out)
 
 
-def run_and_sleep(words):
-    """Stop oneself within the first cell, with a lease of a second, until somebody wakes one."""
-    run, lease = roar_work.run_cell, roar_work.leased
+def stop_in_first_run(words):
+    """Stop this process within its first run, until somebody wakes it."""
+    train = roar_work.train_run
 
-    def stopped(plan, films, cell):
+    def stopped(plan, films, run):
         os.kill(os.getpid(), signal.SIGSTOP)
-        return run(plan, films, cell)
+        roar_work.train_run = train
+        return train(plan, films, run)
 
-    roar_work.run_cell = stopped
-    roar_work.leased = lambda root, folder: lease(root, folder, seconds=1.0)
+    roar_work.train_run = stopped
     main(words)
 
 
-def test_a_process_that_slept_too_long_does_no_harm(made, whole, elsewhere):
+def test_a_process_that_slept_keeps_its_run_and_the_others_are_done_without_it(made, whole, elsewhere, capsys):
     words = ["roar", "run", "--plan", str(made)]
-    sleeper = elsewhere.Process(target=run_and_sleep, args=(words,))
+    sleeper, other = (elsewhere.Process(target=body, args=(words,)) for body in (stop_in_first_run, main))
     sleeper.start()
-    wait_for(lambda: list(made.rglob("lease.json")))
-    main(words)
+    wait_for(lambda: list(made.rglob("pid")))
+    other.start()
+    wait_for(lambda: len(identities(made)) == len(RUNS) - 1)
     before = identities(made)
-    assert len(before) == len(CELLS)
+    main(["roar", "status", str(made)])
+    said = capsys.readouterr().out
+    assert f"5 of 6 runs are done, 1 running, 0 failed.\n  running: {RUNS[0]}\n" in said
+    assert other.is_alive()
     os.kill(sleeper.pid, signal.SIGCONT)
-    sleeper.join(WAIT)
-    assert sleeper.exitcode == 0
-    assert identities(made) == before
+    for process in (sleeper, other):
+        process.join(WAIT)
+        assert process.exitcode == 0
+    assert {name: identities(made)[name] for name in before} == before
     assert numbers(made) == numbers(whole)
     assert not list(made.rglob("error.log"))
     assert not rests(made)
 
 
-def write_lease(folder, **changes):
-    lease = {"owner": "x", "host": socket.gethostname(), "pid": os.getpid(), "until": time.time() + 60, **changes}
-    folder.mkdir(exist_ok=True)
-    (folder / "lease.json").write_text(json.dumps(lease), encoding="utf-8")
-
-
-def gone():
-    """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-@pytest.mark.parametrize(
-    ("changes", "is_free"),
-    [
-        ({}, False),
-        ({"until": 0}, True),
-        ({"host": "elsewhere"}, False),
-        ({"host": "elsewhere", "until": 0}, True),
-        ({"pid": gone}, True),
-        ({"host": "elsewhere", "pid": gone}, False),
-    ],
-    ids=["live", "ran out", "live elsewhere", "ran out elsewhere", "dead", "dead elsewhere"],
-)
-def test_whose_lease_holds(tmp_path, changes, is_free):
-    cell = tmp_path / "cell"
-    write_lease(cell, **{name: value() if callable(value) else value for name, value in changes.items()})
-    (cell / ".result.json.1.part").touch()
-    assert is_leased(cell) is not is_free
-    sweep(tmp_path, [cell])
-    assert (rests(tmp_path) == []) is is_free
-    write_lease(cell, **{name: value() if callable(value) else value for name, value in changes.items()})
-    with leased(tmp_path, cell) as lease:
-        assert (lease is not None) is is_free
-        assert lease is None or lease.write("result.json", "{}")
-    assert (rests(tmp_path) == []) is is_free
-    assert (cell / "result.json").exists() is is_free
-
-
-def test_a_lease_is_renewed_until_its_end_and_taken_once(tmp_path):
-    cell = tmp_path / "cell"
-    with leased(tmp_path, cell, seconds=0.4) as mine:
-        for _ in range(12):
-            time.sleep(0.1)
-            with leased(tmp_path, cell) as other:
-                assert other is None
-        assert mine.write("note", "")
-        write_lease(cell)
-        assert not mine.write("note", "late")
-        assert not mine.renew(1)
-    assert is_leased(cell)
-    assert (cell / "note").read_text(encoding="utf-8") == ""
-
-
-def test_a_lease_of_which_nothing_is_left_is_none(tmp_path):
-    (tmp_path / "lease.json").touch()
-    assert not is_leased(tmp_path)
-    with leased(tmp_path, tmp_path) as lease:
-        assert lease is not None
-
-
-def test_a_cell_with_a_result_is_not_leased(tmp_path):
-    cell = tmp_path / "cell"
-    with leased(tmp_path, cell) as lease:
-        lease.write("result.json", "{}")
-    with leased(tmp_path, cell) as again:
-        assert again is None
+def test_a_run_whose_process_was_killed_is_taken_over(made, whole, elsewhere):
+    words = ["roar", "run", "--plan", str(made)]
+    sleeper, other = (elsewhere.Process(target=body, args=(words,)) for body in (stop_in_first_run, main))
+    sleeper.start()
+    wait_for(lambda: list(made.rglob("pid")))
+    other.start()
+    wait_for(lambda: identities(made))
+    sleeper.kill()
+    sleeper.join(WAIT)
+    other.join(WAIT)
+    assert other.exitcode == 0
+    assert numbers(made) == numbers(whole)
+    assert not rests(made)
 
 
 # 3. Processes that are started: what they do is told to them by the environment.
 
-HOOK = '''"""In processes that run cells: a line per attempt, and an end or a wait where the environment says so."""
+HOOK = '''"""In processes that work on runs: a line per attempt, and an end or a wait where the environment says so."""
 import os, sys, time
-if any("spawn_main" in word or "default_worker" in word for word in sys.orig_argv):
+if any("matex_pl.roar" in word or "default_worker" in word for word in sys.orig_argv):
     from matex_pl.roar import work
-    run = work.run_cell
-    def run_cell(plan, films, cell):
+    train = work.train_run
+    def train_run(plan, films, run):
         with open(os.environ["ROAR_LOG"], "a") as file:
-            file.write(f"{os.getpid()} {cell.id}\\n")
-        if cell.id == os.environ.get("ROAR_DIE"):
+            file.write(f"{os.getpid()} {run.id}\\n")
+        if run.id == os.environ.get("ROAR_DIE"):
             os._exit(7)
         if "ROAR_WAIT" in os.environ:
             time.sleep(1000)
-        return run(plan, films, cell)
-    work.run_cell = run_cell
+        return train(plan, films, run)
+    work.train_run = train_run
 '''
 
 
@@ -406,15 +359,15 @@ def test_other_executors_give_the_same_and_survive_what_dies(
         pytest.importorskip("ray")
         monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv("ROAR_DIE", CELLS[1])
+    monkeypatch.setenv("ROAR_DIE", RUNS[1])
     said = refused(capsys, ["roar", "run", "--plan", made, *options])
-    assert f"1 of 6 cells failed:\n  {CELLS[1]}: " in said
-    assert f"{made}/cells/{CELLS[1]}/error.log" in said
-    assert numbers(made) == {name: cell for name, cell in numbers(whole).items() if name != CELLS[1]}
+    assert f"1 of 6 runs failed:\n  {RUNS[1]}: " in said
+    assert f"{made}/runs/{RUNS[1]}/error.log" in said
+    assert numbers(made) == {name: scores for name, scores in numbers(whole).items() if name != RUNS[1]}
     assert not rests(made)
     assert signal.getsignal(signal.SIGTERM) is handler
-    pids, cells = attempts(log)
-    assert sorted(cells) == sorted([*CELLS, *[CELLS[1]] * (tries - 1)])
+    pids, runs = attempts(log)
+    assert sorted(runs) == sorted([*RUNS, *[RUNS[1]] * (tries - 1)])
     assert len(set(pids)) > 1
     if "ray" in options:
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
@@ -445,7 +398,7 @@ def test_processes_end_with_the_one_that_started_them(made, log, tmp_path, elsew
     parent.join(WAIT)
     if sent == signal.SIGINT:
         assert parent.exitcode == 130
-        assert "Stopped; 0 of 6 cells are done" in said.read_text(encoding="utf-8")
+        assert "Stopped; 0 of 6 runs are done" in said.read_text(encoding="utf-8")
         assert not rests(made)
     assert "Traceback" not in said.read_text(encoding="utf-8")
     for pid in attempts(log)[0]:
@@ -476,7 +429,7 @@ def test_the_address_of_a_cluster(made, monkeypatch, capsys):
     assert init_settings(None)["include_dashboard"] is False
 
 
-def test_cells_on_gpus_that_ray_does_not_give(made, capsys):
+def test_runs_on_gpus_that_ray_does_not_give(made, capsys):
     path = made / "plan.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"accelerator": "cpu"', '"accelerator": "gpu"'))
     said = refused(capsys, ["roar", "run", "--plan", made, "--executor", "ray"])
@@ -493,33 +446,33 @@ def test_without_ray(made, monkeypatch, capsys):
 
 
 def fail_in(monkeypatch, name, error):
-    run = roar_work.run_cell
+    train = roar_work.train_run
 
-    def fail(plan, films, cell):
-        if cell.id == name:
+    def fail(plan, films, run):
+        if run.id == name:
             raise error
-        return run(plan, films, cell)
+        return train(plan, films, run)
 
-    monkeypatch.setattr(roar_work, "run_cell", fail)
+    monkeypatch.setattr(roar_work, "train_run", fail)
 
 
-def test_a_cell_that_fails_is_named_and_tried_again(made, whole, capsys, monkeypatch):
+def test_a_run_that_fails_is_named_and_tried_again(made, whole, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        fail_in(patch, CELLS[1], RuntimeError("boom"))
+        fail_in(patch, RUNS[1], RuntimeError("boom"))
         said = refused(capsys, ["roar", "run", "--plan", made])
-    log = made / "cells" / CELLS[1] / "error.log"
-    assert f"matex roar: 1 of 6 cells failed:\n  {CELLS[1]}: RuntimeError: boom\n    {log}\n" in said
+    log = made / "runs" / RUNS[1] / "error.log"
+    assert f"matex roar: 1 of 6 runs failed:\n  {RUNS[1]}: RuntimeError: boom\n    {log}\n" in said
     assert "Traceback" in log.read_text(encoding="utf-8")
-    assert set(numbers(made)) == set(CELLS) - {CELLS[1]}
+    assert set(numbers(made)) == set(RUNS) - {RUNS[1]}
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
-    assert "5 of 6 cells are done, 0 running, 1 failed." in said
-    assert f"failed: {CELLS[1]}: RuntimeError: boom" in said
+    assert "5 of 6 runs are done, 0 running, 1 failed." in said
+    assert f"failed: {RUNS[1]}: RuntimeError: boom" in said
     found = json.loads((made / "results.json").read_text(encoding="utf-8"))
-    assert [cell["cell"] for cell in found["failed"]] == [CELLS[1]]
+    assert [cell["cell"] for cell in found["failed"]] == [RUNS[1]]
     point = next(row for row in found["rows"] if row["name"] == "Chefer")["points"][0]
     assert (point["value"], point["repeats"]) == (None, [None])
-    assert point["missing"] == [f"{CELLS[1]} (failed)"]
+    assert point["missing"] == [f"{RUNS[1]} (failed)"]
     before = identities(made)
     main(["roar", "run", "--plan", str(made)])
     assert {name: identities(made)[name] for name in before} == before
@@ -528,12 +481,12 @@ def test_a_cell_that_fails_is_named_and_tried_again(made, whole, capsys, monkeyp
     assert found["failed"] == []
     capsys.readouterr()
     main(["roar", "status", str(made)])
-    assert "6 of 6 cells are done, 0 running, 0 failed." in capsys.readouterr().out
+    assert "6 of 6 runs are done, 0 running, 0 failed." in capsys.readouterr().out
 
 
-def test_a_clean_cell_that_fails_leaves_its_repeat_open(made, capsys, monkeypatch):
-    fail_in(monkeypatch, CELLS[0], ValueError("no clean run"))
-    assert f"{CELLS[0]}: ValueError: no clean run" in refused(capsys, ["roar", "run", "--plan", made])
+def test_a_clean_run_that_fails_leaves_its_repeat_open(made, capsys, monkeypatch):
+    fail_in(monkeypatch, RUNS[0], ValueError("no clean run"))
+    assert f"{RUNS[0]}: ValueError: no clean run" in refused(capsys, ["roar", "run", "--plan", made])
     found = json.loads((made / "results.json").read_text(encoding="utf-8"))
     assert found["clean"][0]["loss"] is None
     assert all(point["value"] is None for row in found["rows"] for point in row["points"])
@@ -544,36 +497,36 @@ def test_a_method_that_makes_no_maps_takes_no_other_with_it(config, whole, tmp_p
     own.write_text(f"class_path: {__name__}.Broken\n", encoding="utf-8")
     words = command(config, out, f"--methods=[{own},chefer]")
     said = refused(capsys, words)
-    assert "The maps of own failed, and so do its cells: RuntimeError: no map today" in said
-    assert "1 of 7 cells failed:\n  repeat-0/image/own/0.5: RuntimeError: no map today" in said
-    log = (out / "cells/repeat-0/image/own/0.5/error.log").read_text(encoding="utf-8")
+    assert "The maps of own failed, and so do its runs: RuntimeError: no map today" in said
+    assert "1 of 7 runs failed:\n  repeat-0/image/own/0.5: RuntimeError: no map today" in said
+    log = (out / "runs/repeat-0/image/own/0.5/error.log").read_text(encoding="utf-8")
     assert "in make_maps" in log
     assert numbers(out) == numbers(whole)
     monkeypatch.setattr(Broken, "attribute", Chefer.attribute)
     main(words)
-    assert set(numbers(out)) == {*CELLS, "repeat-0/image/own/0.5"}
+    assert set(numbers(out)) == {*RUNS, "repeat-0/image/own/0.5"}
 
 
 # 5. Parts of a plan, and errors of use.
 
 
 def test_two_halves_are_the_whole(made, whole, capsys):
-    main(["roar", "run", "--plan", str(made), "--cells", "0::2"])
-    assert "These cells are done; 3 others of the plan are left." in capsys.readouterr().out
-    assert set(numbers(made)) == set(CELLS[0::2])
+    main(["roar", "run", "--plan", str(made), "--shard", "0/2"])
+    assert "These runs are done; 3 others of the plan are left." in capsys.readouterr().out
+    assert set(numbers(made)) == set(RUNS[0::2])
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
-    assert "3 of 6 cells are done" in said
-    assert "for the 3 left, one at a time; no cell is running now." in said
-    main(["roar", "run", "--plan", str(made), "--cells", "1::2"])
+    assert "3 of 6 runs are done" in said
+    assert "for the 3 left, one at a time; no run is active now." in said
+    main(["roar", "run", "--plan", str(made), "--shard", "1/2"])
     assert numbers(made) == numbers(whole)
     assert "report.html" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", ["8::8", "1:2", "::2", "0::0", "-1::2", "three"])
-def test_other_forms_of_cells_are_refused_before_any_work(config, tmp_path, capsys, part):
-    said = refused(capsys, command(config, tmp_path / "plan", f"--cells={part}"))
-    assert "cells must be FIRST::STEP with FIRST below STEP" in said
+@pytest.mark.parametrize("shard", ["8/8", "1:2", "/2", "0/0", "-1/2", "three"])
+def test_other_forms_of_shards_are_refused_before_any_work(config, tmp_path, capsys, shard):
+    said = refused(capsys, command(config, tmp_path / "plan", f"--shard={shard}"))
+    assert "shard must be I/N with I below N" in said
     assert not (tmp_path / "plan").exists()
 
 
@@ -582,7 +535,7 @@ def test_other_forms_of_cells_are_refused_before_any_work(config, tmp_path, caps
     [
         (["--training.lr=0.5"], "training.lr is 0.001 there, 0.5 here"),
         (["--protocol.seed=7"], "protocol.seed is 0 there, 7 here"),
-        (["--methods=[m2ib]"], "rows is"),
+        (["--methods=[m2ib]"], "methods is"),
         (["--data.init_args.num_train=16"], "about.data."),
     ],
 )
@@ -614,29 +567,38 @@ def test_errors_of_use(config, whole, tmp_path, capsys):
 def test_what_a_run_says_without_a_terminal(made, capsys):
     main(["roar", "run", "--plan", str(made)])
     said = capsys.readouterr().err
-    assert "6 of 6 cells to run, each of 4 steps." in said
-    assert "1 of 6 cells have ended, about " in said
-    assert "Making maps" not in said
+    assert "6 of 6 runs to do, each of 4 steps." in said
+    assert "1 of 6 runs have ended, about " in said
+    assert "Making the maps" not in said
     main(["roar", "run", "--plan", str(made)])
-    assert "0 of 6 cells to run" in capsys.readouterr().err
+    assert "0 of 6 runs to do" in capsys.readouterr().err
 
 
 def test_status_in_the_middle(made, whole, capsys):
     main(["roar", "status", str(made)])
-    assert "0 of 6 cells are done, 0 running" in capsys.readouterr().out
-    for name in CELLS[:2]:
-        shutil.copytree(whole / "cells" / name, made / "cells" / name)
-        path = made / "cells" / name / "result.json"
+    assert "0 of 6 runs are done, 0 running" in capsys.readouterr().out
+    for name in RUNS[:2]:
+        shutil.copytree(whole / "runs" / name, made / "runs" / name)
+        path = made / "runs" / name / "result.json"
         found = json.loads(path.read_text(encoding="utf-8")) | {"seconds": 60}
         path.write_text(json.dumps(found), encoding="utf-8")
-    for name in CELLS[2:4]:
-        (made / "cells" / name).mkdir(parents=True)
-        write_lease(made / "cells" / name, host="elsewhere")
+    with ExitStack() as held:
+        for run in read_plan(made).runs()[2:4]:
+            held.enter_context(roar_work.locked(read_plan(made), run))
+        main(["roar", "status", str(made)])
+    said = capsys.readouterr().out
+    assert "2 of 6 runs are done, 2 running, 0 failed." in said
+    assert f"  running: {RUNS[2]}\n  running: {RUNS[3]}\n" in said
+    assert "About 2 min for the 4 left, with 2 at a time." in said
+
+
+def test_status_after_a_process_was_killed(made, elsewhere, capsys):
+    process = elsewhere.Process(target=killed_in_run, args=(["roar", "run", "--plan", str(made)],))
+    process.start()
+    process.join(WAIT)
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
-    assert "2 of 6 cells are done, 2 running, 0 failed." in said
-    assert f"  running: {CELLS[2]}\n  running: {CELLS[3]}\n" in said
-    assert "About 2 min for the 4 left, with 2 at a time." in said
+    assert f"2 of 6 runs are done, 0 running, 0 failed.\n  stopped: {RUNS[2]}: its process ended" in said
 
 
 def test_status_before_the_maps_and_at_the_end(made, whole, capsys):
@@ -648,7 +610,7 @@ def test_status_before_the_maps_and_at_the_end(made, whole, capsys):
 
 
 def test_a_damaged_result_is_named(made, capsys):
-    path = made / "cells" / CELLS[0] / "result.json"
+    path = made / "runs" / RUNS[0] / "result.json"
     path.parent.mkdir(parents=True)
     path.touch()
     for words in (["run", "--plan"], ["status"], ["collect"]):
@@ -662,9 +624,9 @@ def test_help(capsys, verb):
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     wanted = {
-        "run": ["Remove what maps mark", "--cells", "3::8", "--executor", "--processes", "--ray.num_gpus"],
-        "status": ["Say how far a plan is", "folder"],
-        "collect": ["Write what a plan's cells say", "folder", "--report"],
+        "run": ["Remove what maps mark", "--shard", "3/8", "--executor", "--processes", "--ray.num_gpus"],
+        "status": ["Show how far a plan is", "folder"],
+        "collect": ["Write the scores of a plan's runs", "folder", "--report"],
     }
     for word in wanted[verb]:
         assert word in said
@@ -689,7 +651,7 @@ def test_from_python(config, whole, tmp_path):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "ended"])
-def test_an_interrupt_ends_it_quietly_and_leaves_no_lease(made, whole, capsys, monkeypatch, request, sent, status):
+def test_an_interrupt_ends_it_quietly_and_leaves_nothing(made, whole, capsys, monkeypatch, request, sent, status):
     request.addfinalizer(partial(signal.signal, sent, signal.getsignal(sent)))
     if sent == signal.SIGINT:
         # Ignored where the tests run in the background of a shell script.
@@ -708,7 +670,7 @@ def test_an_interrupt_ends_it_quietly_and_leaves_no_lease(made, whole, capsys, m
             main(["roar", "run", "--plan", str(made)])
     assert end.value.code == status
     said = capsys.readouterr().err
-    assert "Stopped; 1 of 6 cells are done, the same command goes on." in said
+    assert "Stopped; 1 of 6 runs are done, the same command continues." in said
     assert "Traceback" not in said
     assert signal.getsignal(sent) is handler
     assert not rests(made)
@@ -719,4 +681,4 @@ def test_an_interrupt_ends_it_quietly_and_leaves_no_lease(made, whole, capsys, m
 
 
 def test_the_plan_is_what_its_folder_says(whole):
-    assert [cell.id for cell in read_plan(whole).cells()] == CELLS
+    assert [run.id for run in read_plan(whole).runs()] == RUNS

@@ -256,7 +256,7 @@ def _logged(
         shown: dict(
             zip(
                 [f"maps/matex/{name}" for name in batch["id"]],
-                explain_batch(module, CenterMap(), batch, "matex | epoch 0", show_words=shown),
+                explain_batch(module, CenterMap(), batch, "matex | epoch 0", show_text=shown),
                 strict=True,
             )
         )
@@ -285,8 +285,8 @@ def test_a_panel_without_words_is_the_same_for_all_of_their_lengths(
     for phrase, finding in (("Edema here.", "edema"), ("Nodule gone.", "nodule")):
         batch = {**tiny_films.dataset("val").batch([tiny_films.studies["val"][0].id])}
         batch |= {"phrase": [phrase], "finding": [finding]}
-        module.clip.pieces = lambda tokens: ["word</w>"] * len(tokens)
-        maps = explain_batch(module, Unworded(), batch, "", show_words=False)
+        module.clip.pieces = lambda tokens: [" word"] * len(tokens)
+        maps = explain_batch(module, Unworded(), batch, "", show_text=False)
         pictures.append(maps[0])
     assert len(tokens := {tuple(module.clip.tokenize([p])[0].tolist()) for p in ("Edema here.", "Nodule gone.")}) == 2
     assert tokens

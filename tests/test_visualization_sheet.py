@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from matex_pl.visualization.draw import BACKGROUND, BOX_COLOUR, FAINT_INK, INK, on_background, overlay
+from matex_pl.visualization.draw import BACKGROUND, BOX_COLOR, FAINT_INK, INK, on_background, overlay
 from matex_pl.visualization.sheet import Entry, contact_sheet
 
 # Of three columns on 880 pixels, where a design unit is a pixel; WORDS is where the phrase stands under a tile.
@@ -16,7 +16,7 @@ def arguments(entries=5, **changes):
         "film": np.full((56, 56), 100, np.uint8),
         "boxes": np.zeros((0, 4)),
         "phrase": "Pleural effusion",
-        "tokens": ["pleural</w>", "effusion</w>"],
+        "tokens": [" pleural", " effusion"],
         "entries": [entry(f"Method{i}") for i in range(entries)] if isinstance(entries, int) else entries,
         "score": 0.312,
         "title": "Effusion",
@@ -46,14 +46,14 @@ def tile(sheet, index):
     return cell(sheet, index)[:SIDE]
 
 
-def has(part, colour):
-    return (part == colour).all(-1).any()
+def has(part, color):
+    return (part == color).all(-1).any()
 
 
 def test_size_depends_on_width_columns_lines_entries_and_aspect_alone():
     shape = contact_sheet(**arguments()).shape
     assert shape[1:] == (880, 3)
-    words = ["effusion</w>"] * 77
+    words = [" effusion"] * 77
     long = [entry("A name that goes on and on " * 3, relevance=[0.5] * 77, note="a note " * 30) for _ in range(5)]
     assert contact_sheet(**arguments(long, phrase="effusion " * 77, tokens=words)).shape == shape
     nothing = [entry(heat=None, relevance=None, note="no attention weights " * 50) for _ in range(5)]
@@ -136,7 +136,7 @@ def test_film_comes_first_without_heat_or_words():
 def test_boxes_are_drawn_at_their_edges_on_every_tile():
     sheet = contact_sheet(**arguments(boxes=[[0.25, 0.5, 0.5, 0.75], [1.2, 0.1, 1.5, 0.5]]), side_markers=False)
     for index in range(6):
-        rows, columns = np.nonzero((tile(sheet, index) == BOX_COLOUR).all(-1))
+        rows, columns = np.nonzero((tile(sheet, index) == BOX_COLOR).all(-1))
         assert (columns.min(), columns.max() + 1) == (round(SIDE / 4), round(SIDE / 2))
         assert (rows.min(), rows.max() + 1) == (round(SIDE / 2), round(SIDE * 0.75))
 
@@ -175,7 +175,7 @@ def test_a_long_phrase_keeps_to_its_lines_and_shows_more_of_them_when_asked():
     call = arguments(
         [entry(relevance=np.linspace(0, 1, 24).tolist())] * 2,
         phrase=" ".join(words),
-        tokens=[word + "</w>" for word in words],
+        tokens=[" " + word for word in words],
     )
     three, six = contact_sheet(**call), contact_sheet(**call, text_lines=6)
     np.testing.assert_array_equal(cell(three, 1)[: SIDE + WORDS + 50], cell(six, 1)[: SIDE + WORDS + 50])

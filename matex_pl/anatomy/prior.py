@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from matex_pl.anatomy.regions import Region
-from matex_pl.maps import min_max
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SHAPES = ("parabola", "gaussian", "plateau")
 LATERALITIES = ("patient", "paper")
@@ -23,9 +28,11 @@ def prior_map(
     laterality: str = "patient",
     film: Tensor | Sequence[float] | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """M of one phrase, shape (H, W), in [1, lambda_s]; see `prior_maps`. `film` is `(4,)`."""
+    import torch
+
     film = None if film is None else torch.as_tensor(film)[None]
     return prior_maps(
         [regions], size, lambda_s=lambda_s, shape=shape, laterality=laterality, film=film, device=device, dtype=dtype
@@ -42,7 +49,7 @@ def prior_maps(
     film: Tensor | None = None,
     ids: Sequence[str] | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """M of B phrases, eqs. (3) to (5), shape (B, H, W), in [1, lambda_s]; exactly 1 for a phrase without regions.
 
@@ -59,28 +66,51 @@ def prior_maps(
             The whole frame by default.
         ids: Names of the studies, for errors.
         device: Where to compute; where `film` is, by default.
-        dtype: Of the result; the arithmetic is float32 or better.
+        dtype: Type of the result, float32 by default; the arithmetic is float32 or better.
 
     Raises:
         ValueError: An argument is out of range, or a film has no size.
     """
+    import torch
+
     _check(len(regions), size, lambda_s, shape, laterality, film, ids)
     if device is None:
         device = film.device if film is not None else torch.device("cpu")
+    dtype = dtype or torch.float32
     work = torch.promote_types(dtype, torch.float32)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device, dtype=work).expand(len(regions), 4)
     film = whole if film is None else film.to(device=device, dtype=work)
-    boxes, counted = _padded_boxes(regions, device, work)
-    x = _on_film(size[1], film[:, 0], film[:, 2])
-    y = _on_film(size[0], film[:, 1], film[:, 3])
-    if laterality == "paper":
-        x = 1 - x
-    across = _profile(_within(x, boxes[..., 0], boxes[..., 2]), shape)
-    down = _profile(_within(y, boxes[..., 1], boxes[..., 3]), shape)
-    inside = (film[:, 0] < 1) & (film[:, 2] > 0) & (film[:, 1] < 1) & (film[:, 3] > 0)
-    counted = counted & inside[:, None]
-    total = torch.einsum("brh,brw->bhw", down * counted[..., None], across)
-    return (1 + (lambda_s - 1) * min_max(total)).to(dtype)
+    boxes, counted = _padded_boxes(regions)
+    return _prior(
+        torch.tensor(boxes, device=device, dtype=work),
+        torch.tensor(counted, device=device),
+        film,
+        [torch.arange(pixels, device=device, dtype=work) for pixels in size],
+        lambda_s,
+        shape,
+        laterality,
+        torch,
+    ).to(dtype)
+
+
+def prior_array(
+    regions: Iterable[Region],
+    size: tuple[int, int],
+    *,
+    lambda_s: float = 2.5,
+    shape: str = "parabola",
+    laterality: str = "patient",
+) -> NDArray[np.float32]:
+    """M of one phrase over the whole frame, shape (H, W): `prior_map` without torch, for what has to answer at once.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    _check(1, size, lambda_s, shape, laterality, None, None)
+    boxes, counted = _padded_boxes([regions])
+    film = np.array([[0, 0, 1, 1]], np.float32)
+    pixels = [np.arange(side, dtype=np.float32) for side in size]
+    return _prior(boxes.astype(np.float32), counted, film, pixels, lambda_s, shape, laterality, np)[0]
 
 
 def _check(
@@ -121,35 +151,60 @@ def check_films(film: Tensor, count: int, ids: Sequence[str] | None = None) -> N
         )
 
 
-def _padded_boxes(
-    regions: Sequence[Iterable[Region]], device: torch.device | str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _padded_boxes(regions: Sequence[Iterable[Region]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Boxes (B, R, 4), sorted and each once, and (B, R) which of them are there."""
     boxes = [sorted({region.box for region in named}) for named in regions]
     longest = max([1, *map(len, boxes)])
-    counted = [[k < len(row) for k in range(longest)] for row in boxes]
     padded = [row + [(0.0, 0.0, 1.0, 1.0)] * (longest - len(row)) for row in boxes]
-    shape = (len(boxes), longest)
-    return (
-        torch.tensor(padded, device=device, dtype=dtype).view(*shape, 4),
-        torch.tensor(counted, device=device, dtype=torch.bool).view(shape),
-    )
+    counted = [[k < len(row) for k in range(longest)] for row in boxes]
+    return np.array(padded, float).reshape(-1, longest, 4), np.array(counted, bool).reshape(-1, longest)
 
 
-def _on_film(pixels: int, low: Tensor, high: Tensor) -> Tensor:
+# What follows is of tensors and of NumPy arrays alike; `xp` is the library, torch or numpy.
+
+
+def _prior(
+    boxes: Any,
+    counted: Any,
+    film: Any,
+    pixels: Sequence[Any],
+    lambda_s: float,
+    shape: str,
+    laterality: str,
+    xp: ModuleType,
+) -> Any:
+    """M (B, H, W) from boxes (B, R, 4), which of them count (B, R), films (B, 4), and the numbers (H,) and (W,)."""
+    y = _on_film(pixels[0], film[:, 1], film[:, 3])
+    x = _on_film(pixels[1], film[:, 0], film[:, 2])
+    if laterality == "paper":
+        x = 1 - x
+    across = _profile(_within(x, boxes[..., 0], boxes[..., 2]), shape, xp)
+    down = _profile(_within(y, boxes[..., 1], boxes[..., 3]), shape, xp)
+    inside = (film[:, 0] < 1) & (film[:, 2] > 0) & (film[:, 1] < 1) & (film[:, 3] > 0)
+    total = xp.einsum("brh,brw->bhw", down * (counted & inside[:, None])[..., None], across)
+    return 1 + (lambda_s - 1) * _normed(total, xp)
+
+
+def _on_film(pixels: Any, low: Any, high: Any) -> Any:
     """Pixel centres in coordinates of the film, (B, pixels): 0 at its edge `low`, 1 at `high`."""
-    centres = (torch.arange(pixels, device=low.device, dtype=low.dtype) + 0.5) / pixels
-    return (centres - low[:, None]) / (high - low)[:, None]
+    centers = (pixels + 0.5) / len(pixels)
+    return (centers - low[:, None]) / (high - low)[:, None]
 
 
-def _within(position: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _within(position: Any, low: Any, high: Any) -> Any:
     """Positions (B, P) in coordinates of each box (B, R): (B, R, P), 0 at its edge `low`, 1 at `high`."""
     return (position[:, None] - low[..., None]) / (high - low)[..., None]
 
 
-def _profile(u: Tensor, shape: str) -> Tensor:
+def _profile(u: Any, shape: str, xp: ModuleType) -> Any:
     """Weight along one axis of a box, from coordinates that run from 0 to 1 over it."""
     if shape == "gaussian":
-        return torch.exp(-0.5 * ((u - 0.5) / 0.25) ** 2)
-    u = u.clamp(0, 1)
-    return u * (1 - u) if shape == "parabola" else (4 * torch.minimum(u, 1 - u)).clamp(max=1)
+        return xp.exp(-0.5 * ((u - 0.5) / 0.25) ** 2)
+    u = u.clip(0, 1)
+    return u * (1 - u) if shape == "parabola" else (4 * xp.minimum(u, 1 - u)).clip(0, 1)
+
+
+def _normed(total: Any, xp: ModuleType) -> Any:
+    """`maps.min_max` of sums (B, H, W), which are not negative: 0 where all of a map is one number and its rounding."""
+    low, high = xp.amin(total, (1, 2))[:, None, None], xp.amax(total, (1, 2))[:, None, None]
+    return (total - low) / xp.where(high - low > 1e-6 * high, high - low, xp.inf)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import reduce
 from inspect import signature
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from operator import and_
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from matex_pl.anatomy.prior import check_films
-from matex_pl.clip.model import Clip
-from matex_pl.maps import AttributionMaps
+
+# `matex explain --help` names this class, and answers without torch.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from matex_pl.clip.model import Clip
+    from matex_pl.maps import AttributionMaps
 
 
 class AttributionMethod(ABC):
@@ -129,7 +133,7 @@ def check_scores(score: Tensor, phrases: Sequence[str], *components: Tensor) -> 
     Raises:
         ValueError: One of them is NaN or Inf, which broken weights make of finite images; the message names the sample.
     """
-    broken = ~torch.stack([part.isfinite().reshape(len(score), -1).all(1) for part in (score, *components)]).all(0)
+    broken = ~reduce(and_, [part.isfinite().reshape(len(score), -1).all(1) for part in (score, *components)])
     if broken.any():
         index = int(broken.nonzero()[0])
         raise ValueError(

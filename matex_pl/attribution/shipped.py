@@ -6,9 +6,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from matex_pl import attribution, import_all
 from matex_pl.attribution.base import AttributionMethod
-from matex_pl.attribution.controls import Control
-from matex_pl.attribution.matex import Matex
 from matex_pl.files import CONFIG_FOLDER
 
 METHOD_FOLDER = CONFIG_FOLDER / "methods"
@@ -41,6 +40,7 @@ def load_method(method: AttributionMethod | str) -> AttributionMethod:
     if isinstance(method, AttributionMethod):
         return method
     path = method_path(method)
+    import_all(attribution)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(AttributionMethod, "method", required=True)
     try:
@@ -51,6 +51,9 @@ def load_method(method: AttributionMethod | str) -> AttributionMethod:
 
 def shipped_methods() -> dict[str, AttributionMethod]:
     """The methods of the shipped settings by class name: MATEX first, the controls last."""
+    from matex_pl.attribution.controls import Control
+    from matex_pl.attribution.matex import Matex
+
     methods = [load_method(name) for name in method_names()]
     methods.sort(key=lambda method: (not isinstance(method, Matex), isinstance(method, Control)))
     return {type(method).__name__: method for method in methods}

@@ -19,7 +19,7 @@ from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, 
 from matex_pl.benchmark.prepare import PreparedBatch, prepare_pairs
 from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule, Study
-from matex_pl.evaluation.compared import BUDGETS, Row, mean_box_row
+from matex_pl.evaluation.compared import BUDGETS, MethodEntry, mean_box_row
 from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
 from matex_pl.evaluation.store import MapStore, fill_store, weight_hash
 from matex_pl.evaluation.tensors import fingerprint, read_head, read_tensors, write_tensors
@@ -72,7 +72,7 @@ class MethodResult:
         error: Reason for refusing the model, or an empty text.
     """
 
-    row: Row
+    row: MethodEntry
     store: MapStore
     values: dict[str, Values] = field(default_factory=dict)
     seconds: float = 0.0
@@ -142,7 +142,7 @@ class BenchmarkRun:
         """The batch of a study, and its row there."""
         return self.pairs[place // self.settings.batch_size], place % self.settings.batch_size
 
-    def mean_box_row(self) -> list[Row]:
+    def mean_box_row(self) -> list[MethodEntry]:
         """The mean box of each finding over training films; no row without training boxes."""
         if not self.data.studies["train"]:
             return []
@@ -150,7 +150,7 @@ class BenchmarkRun:
         train = read_pairs(self.data, "train", studies, self.settings.batch_size)
         return mean_box_row(train, [batch.batch for batch in [*self.pairs, *self.validation]], self.clip.image_size)
 
-    def score(self, row: Row) -> MethodResult:
+    def score(self, row: MethodEntry) -> MethodResult:
         """The values of the row's maps; computed once."""
         result = MethodResult(row, MapStore(self.folder / "maps", self.weights, row.method))
         path = self.folder / "values" / f"{self._key(result.store)}.safetensors"

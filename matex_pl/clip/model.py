@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from matex_pl.clip.weights import _short, refuse_nan
 _KEPT_PHRASES = 65_536
 # What tokenizers are told apart by: cases, numbers, hyphens, and words that are cut into pieces.
 _PROBE = "No Pleural effusion; left lower-lobe opacity, 3 cm. Cardiomegaly?"
+# Before a word in the pieces of SentencePiece and of byte-level BPE; WordPiece marks what goes on, with `##`.
+_WORD_MARKS = ("▁", "Ġ")
 
 
 class Clip(nn.Module):
@@ -151,17 +155,24 @@ class Clip(nn.Module):
         return ~torch.isin(tokens, special)
 
     def pieces(self, tokens: Tensor) -> list[str]:
-        """Word pieces of one row of tokens `(T,)`, as the tokenizer writes them (`</w>` or `##` tell words apart)."""
+        """Word pieces of one row of tokens `(T,)` as text; a space stands before each that begins a word.
+
+        A character that is cut into several pieces is in the last of them.
+        """
         ids = [int(token) for token in tokens]
         if isinstance(self.tokenizer, SimpleTokenizer):
-            return [self._readable(self.tokenizer.decoder[index]) for index in ids]
-        return list(self.tokenizer.tokenizer.convert_ids_to_tokens(ids))
-
-    def _readable(self, piece: str) -> str:
-        """A byte-level piece as text; `</w>` at the end of a word stays."""
-        word, end = (piece[:-4], "</w>") if piece.endswith("</w>") else (piece, "")
-        raw = bytes(self.tokenizer.byte_decoder[character] for character in word)
-        return raw.decode("utf-8", errors="replace") + end
+            raw = [self.tokenizer.decoder[index] for index in ids]
+            begins = [before.endswith("</w>") for before in ["</w>", *raw][: len(raw)]]
+            decode = getincrementaldecoder("utf-8")("replace").decode
+            to_byte = self.tokenizer.byte_decoder
+            texts = [decode(bytes(to_byte[character] for character in piece.removesuffix("</w>"))) for piece in raw]
+        else:
+            raw = self.tokenizer.tokenizer.convert_ids_to_tokens(ids)
+            marks_begin = any(piece.startswith(_WORD_MARKS) for piece in raw)
+            begins = [piece.startswith(_WORD_MARKS) if marks_begin else not piece.startswith("##") for piece in raw]
+            to_text = self.tokenizer.tokenizer.convert_tokens_to_string
+            texts = [to_text([re.sub("^##(?=.)", "", piece)]).strip() for piece in raw]
+        return [" " * begin + text for begin, text in zip(begins, texts, strict=True)]
 
     def image_reading(self, images: Tensor) -> Reading:
         """How the image tower reads the embeddings of images from its tokens.

@@ -1,1 +1,1 @@
-"""The commands of `matex` that answer at once."""
+"""The commands of `matex`, a file each with `main`, which takes the words after the command's name."""

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from matex_pl.anatomy import parse_phrase
 from matex_pl.clip.load import cut_text, input_size, load_tokenizer
 from matex_pl.clip.towers import pair
+from matex_pl.commands.options import DataConfig, run_on_data
 from matex_pl.data import ChestXrayDataModule, Study
 from matex_pl.data.datamodule import SPLITS, count_cut_boxes
 from matex_pl.data.table import TableDataModule, write_bad_rows
@@ -23,6 +25,25 @@ from matex_pl.data.validation import BadRow, RuleError, check_inside, drop_leaks
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
 # Where a model is not there to say: almost all take squares, and a crop cuts the same of any.
 _FRAME = (224, 224)
+
+
+class ModelConfig(DataConfig):
+    """A YAML of `matex fit`: its `data` is checked, with the tokenizer of its `model.name`."""
+
+    def settings(self, path: str, training: dict[str, Any]) -> dict[str, Any]:
+        """The data module, and name and image size of the model where they are set."""
+        model = training.get("model")
+        named = model if isinstance(model, dict) and model.get("name") else {}
+        taken = {"model": named.get("name"), "image_size": named.get("image_size")}
+        return super().settings(path, training) | {key: value for key, value in taken.items() if value}
+
+
+def main(words: Sequence[str]) -> None:
+    """`matex check-data --config FILE`: print what the data hold and every bad row; status 1 if there are any."""
+    report = run_on_data("check-data", check_data, words, ModelConfig)
+    print(report.text)
+    if report.bad:
+        raise SystemExit(1)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from matex_pl.attribution import AttributionMethod, Matex
-from matex_pl.attribution.shipped import load_method, shipped_methods
-from matex_pl.data.images import film_size, read_film
-from matex_pl.data.study import Sample, Study, collate
-from matex_pl.data.transforms import FilmTransform
-from matex_pl.explain import compare_methods, explain_batch
-from matex_pl.training.module import load_module
-from matex_pl.visualization.draw import save_png
+from jsonargparse import ArgumentParser
+
+from matex_pl import attribution, import_all
+from matex_pl.attribution.base import AttributionMethod
+from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
+from matex_pl.commands.options import NAMED_METHODS
+
+
+def main(words: Sequence[str]) -> None:
+    """`matex explain IMAGE PHRASE --ckpt_path FILE`: write one panel and print its path."""
+    # Help and refusals come without torch, which all methods import.
+    if any(word.startswith("--method") for word in words):
+        import_all(attribution)
+    parser = ArgumentParser(
+        prog="matex explain",
+        description="Write one panel: where the model looks on a film, and which words matter.",
+        epilog=f"Shipped settings: {', '.join(method_names())}.",
+        parser_mode=NAMED_METHODS,
+    )
+    parser.add_argument("image", help="The film: PNG, JPEG, DICOM.")
+    parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
+    parser.add_function_arguments(explain_film, skip={"image", "phrase"}, sub_configs=True)
+    print(explain_film(**vars(parser.instantiate(parser.parse_args(list(words))))))
 
 
 def explain_film(
@@ -36,6 +52,14 @@ def explain_film(
     Returns:
         The path of the picture.
     """
+    from matex_pl.attribution import Matex
+    from matex_pl.data.images import film_size, read_film
+    from matex_pl.data.study import Sample, Study, collate
+    from matex_pl.data.transforms import FilmTransform
+    from matex_pl.explain import compare_methods, explain_batch
+    from matex_pl.training.module import load_module
+    from matex_pl.visualization.draw import save_png
+
     if not phrase.strip():
         raise ValueError("The phrase is empty. Give a sentence as a report words it, in quotes.")
     single = None if method == "all" else load_method(method or Matex.measured())

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
+from jsonargparse import ArgumentParser
+from numpy.typing import NDArray
 
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
-from matex_pl.anatomy.prior import prior_map
+from matex_pl.anatomy.prior import prior_array
 from matex_pl.anatomy.regions import Region, RegionTable, load_regions
+from matex_pl.data.phantom.thorax import (
+    SIDES,
+    airway_outlines,
+    body_outline,
+    heart_outline,
+    lung_outline,
+    mediastinum_outlines,
+    sample_build,
+)
 from matex_pl.visualization.draw import Picture, save_png, single_line
 from matex_pl.visualization.prior import SIDE, marked_runs, prior_panel
 
 Box = tuple[float, float, float, float]
 _MIRRORED = "; laterality paper: map and boxes are mirrored, R and L are not"
+# Of the phantom's first 4,000 random chests the one nearest to their mean.
+_AVERAGE_BUILD = 1857
+
+
+def main(words: Sequence[str]) -> None:
+    """`matex prior PHRASE`: print how the phrase is read, and draw its spatial prior."""
+    parser = ArgumentParser(
+        prog="matex prior", description="Say which regions a phrase names, and draw the spatial prior M that they give."
+    )
+    parser.add_argument("phrase", help='A sentence or a report, e.g. "Left lower lobe consolidation."')
+    parser.add_function_arguments(show_prior, skip={"phrase"})
+    text = show_prior(**vars(parser.instantiate(parser.parse_args(list(words)))))
+    encoding = sys.stdout.encoding or "utf-8"
+    # A phrase may hold letters that the terminal does not have.
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def show_prior(
@@ -46,9 +74,9 @@ def show_prior(
     _check(out, lambda_s)
     parsed = parse_phrase(phrase, _table(regions), knowledge_prior=knowledge_prior)
     named = sorted(parsed.regions)
-    prior = prior_map(named, (SIDE, SIDE), lambda_s=lambda_s, shape=prior_shape, laterality=laterality)
+    prior = prior_array(named, (SIDE, SIDE), lambda_s=lambda_s, shape=prior_shape, laterality=laterality)
     picture = prior_panel(
-        prior=prior.numpy(),
+        prior=prior,
         lambda_s=lambda_s,
         boxes=[on_image(region.box, laterality) for region in named],
         names=[region_name(region) for region in named],
@@ -57,10 +85,26 @@ def show_prior(
         ignored=[span for span, _ in parsed.ignored],
         subtitle=f"{_level(parsed, lambda_s)}; {prior_shape}" + _MIRRORED * (laterality == "paper"),
         caption=_caption(parsed),
+        chest=_chest(),
     )
     path = _save(out, picture)
     read = [_marked(phrase, parsed), _regions(named, laterality), _ignored(phrase, parsed)]
     return "\n\n".join([*read, f"{_level(parsed, lambda_s)}.", str(path)])
+
+
+def _chest() -> dict[str, list[NDArray[np.float64]]]:
+    """The outlines of a chest of average build, upright in the middle of the image, as `prior_panel` takes them."""
+    build = sample_build(np.random.default_rng(_AVERAGE_BUILD))
+    outlines = {
+        "body": [body_outline(build, shoulder=0.08)],
+        "lungs": [lung_outline(build, side) for side in SIDES],
+        "mediastinum": mediastinum_outlines(build),
+        "airways": airway_outlines(build),
+        "heart": [heart_outline(build)],
+    }
+    # In the body's frame the midline is at 0.
+    midline = np.array([0.5, 0.0])
+    return {part: [curve + midline for curve in curves] for part, curves in outlines.items()}
 
 
 def on_image(box: Box, laterality: str) -> Box:
@@ -81,7 +125,7 @@ def _check(out: str, lambda_s: float) -> None:
         raise ValueError(f"out must end in .png, got {out!r}.")
     if path.is_dir():
         raise ValueError(f"out must be a file, but {out!r} is a folder.")
-    # `prior_map` refuses what is below 1; infinity would make 0 * inf of every pixel outside.
+    # `prior_array` refuses what is below 1; infinity would make 0 * inf of every pixel outside.
     if math.isinf(lambda_s):
         raise ValueError(f"lambda_s must be finite, got {lambda_s}.")
 

@@ -1,12 +1,32 @@
 """Data modules; all give the same records and batches."""
 
-from matex_pl.data.datamodule import ChestXrayDataModule
-from matex_pl.data.manifest import ManifestDataModule
-from matex_pl.data.mimic import MimicCxrDataModule
-from matex_pl.data.ms_cxr import MsCxrDataModule
-from matex_pl.data.nih import NihDataModule
-from matex_pl.data.phantom.module import PhantomDataModule
-from matex_pl.data.study import Study, StudyBatch, collate
+from typing import TYPE_CHECKING
+
+from matex_pl import lazy_names
+
+if TYPE_CHECKING:
+    from matex_pl.data.datamodule import ChestXrayDataModule
+    from matex_pl.data.manifest import ManifestDataModule
+    from matex_pl.data.mimic import MimicCxrDataModule
+    from matex_pl.data.ms_cxr import MsCxrDataModule
+    from matex_pl.data.nih import NihDataModule
+    from matex_pl.data.phantom.module import PhantomDataModule
+    from matex_pl.data.study import Study, StudyBatch, collate
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "ChestXrayDataModule": "datamodule",
+            "ManifestDataModule": "manifest",
+            "MimicCxrDataModule": "mimic",
+            "MsCxrDataModule": "ms_cxr",
+            "NihDataModule": "nih",
+            "PhantomDataModule": "phantom.module",
+            "Study": "study",
+            "StudyBatch": "study",
+            "collate": "study",
+        },
+    )
 
 __all__ = [
     "ChestXrayDataModule",

@@ -6,14 +6,17 @@ Films are never flipped: the patient's right and left are part of the phrase.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import albumentations as A
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from matex_pl.data.images import Size, resize_film
+
+if TYPE_CHECKING:
+    import albumentations as A
 
 GEOMETRIES = ("pad", "crop", "squash")
 
@@ -147,6 +150,9 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 
 def _augmentation() -> A.Compose:
+    # A second of imports that only training needs.
+    import albumentations as A
+
     steps = [
         A.Affine(
             scale=(0.92, 1.08),

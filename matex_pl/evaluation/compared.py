@@ -1,4 +1,4 @@
-"""Which methods a benchmark compares."""
+"""Methods that are compared, with the controls of every comparison."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ REPEATED = {"Rise": "masks", "KernelShap": "samples", "IntegratedGradients": "st
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the tables.
+class MethodEntry:
+    """A method in a comparison.
 
     Args:
-        name: As the tables print it.
-        method: What makes the maps.
-        control: It needs no attribution, or is MATEX with a part taken out: what the others have to be better than.
-        note: What a reader must know beside the name.
+        name: Name in the tables.
+        method: The attribution method.
+        control: A baseline for the others: it needs no attribution, or is MATEX without one of its parts.
+        note: Remark for the tables.
     """
 
     name: str
@@ -68,7 +68,9 @@ class _MeanBox(Control):
         return torch.stack(maps).to(images.device)
 
 
-def mean_box_row(train: Sequence[StudyBatch], compared: Sequence[StudyBatch], size: tuple[int, int]) -> list[Row]:
+def mean_box_row(
+    train: Sequence[StudyBatch], compared: Sequence[StudyBatch], size: tuple[int, int]
+) -> list[MethodEntry]:
     """The mean box of each finding over training pairs, where these have any.
 
     Args:
@@ -80,7 +82,7 @@ def mean_box_row(train: Sequence[StudyBatch], compared: Sequence[StudyBatch], si
     pairs = [pair for batch in compared for pair in zip(batch["phrase"], batch["finding"], strict=True)]
     count = sum(bool(len(boxes)) for batch in train for boxes in batch["boxes"])
     note = f"of the finding, which it is told, over {count} training pairs; no model"
-    return [Row(MEAN_BOX, _MeanBox(dict(pairs), means), True, note)] if means else []
+    return [MethodEntry(MEAN_BOX, _MeanBox(dict(pairs), means), True, note)] if means else []
 
 
 def mean_boxes(batches: Sequence[StudyBatch], size: tuple[int, int]) -> dict[str, Tensor]:
@@ -93,7 +95,7 @@ def mean_boxes(batches: Sequence[StudyBatch], size: tuple[int, int]) -> dict[str
     return {finding: mask / mask.max() for finding, mask in sums.items()}
 
 
-def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
+def compared_rows(methods: Sequence[str] | None, budget: str) -> list[MethodEntry]:
     """The methods that were asked for, by default all shipped but the slow ones, and the controls, which always are.
 
     Args:
@@ -109,12 +111,12 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
     versions = {row.name: row.method for row in rows if isinstance(row.method, Matex)}
     rows.sort(key=lambda row: row.name not in versions)
     if MATEX in versions and PRINTED not in versions:
-        rows.insert(1, Row(PRINTED, Matex.paper(), note="equations and numbers of the paper"))
-    controls = _controls(versions.get(MATEX, Matex.measured()))
-    controls[1:1] = [_without_prior(name, matex) for name, matex in versions.items() if name not in (MATEX, PRINTED)]
-    always = {row.name: row.method.settings for row in controls}
-    rows += controls
-    rows += [row for row in asked if isinstance(row.method, Control) and always.get(row.name) != row.method.settings]
+        rows.insert(1, MethodEntry(PRINTED, Matex.paper(), note="equations and numbers of the paper"))
+    always = [row for row in controls(versions.get(MATEX, Matex.measured())) if row.name != BLURRED]
+    always[1:1] = [_without_prior(name, matex) for name, matex in versions.items() if name not in (MATEX, PRINTED)]
+    settings = {row.name: row.method.settings for row in always}
+    rows += always
+    rows += [row for row in asked if isinstance(row.method, Control) and settings.get(row.name) != row.method.settings]
     counts = Counter([*(row.name for row in rows), MEAN_BOX])
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
@@ -123,36 +125,39 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[Row]:
 
 
 MATEX, PRINTED, MEAN_BOX = "MATEX", "MATEX, as printed", "Mean box"
+WITHOUT_PRIOR, USUAL_PLACES, PRIOR = "MATEX, delta = 0", "MATEX, usual places", "PriorOnly"
+RANDOM, BLURRED, CENTER = "RandomMap", "RandomMap, blurred", "CenterMap"
+_BLUR = 1.5
 
 
-def _without_prior(name: str, matex: Matex) -> Row:
-    return Row(f"{name}, delta = 0", Matex(**matex.settings | {"delta": 0.0}), True, "without its prior")
+def controls(matex: Matex | None) -> list[MethodEntry]:
+    """The controls of a comparison: variants of MATEX and of its prior, if it takes part, and maps without a model.
 
-
-def _controls(matex: Matex) -> list[Row]:
-    """MATEX without its prior and with more of it, and what asks no model; they cannot be left out."""
-    settings = matex.settings
+    `matex benchmark` leaves out the blurred noise, and `matex roar` the usual places.
+    """
+    entries = [
+        MethodEntry(RANDOM, RandomMap(), True, "noise"),
+        MethodEntry(BLURRED, RandomMap(blur=_BLUR), True, "noise as smooth as maps are"),
+        MethodEntry(CENTER, CenterMap(), True, "the middle of the frame"),
+    ]
+    if matex is None:
+        return entries
+    usual = Matex(**matex.settings | {"knowledge_prior": True})
+    prior = PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior)
     return [
         _without_prior(MATEX, matex),
-        Row(
-            "MATEX, usual places",
-            Matex(**settings | {"knowledge_prior": True}),
-            True,
-            "a finding without a place takes its usual one: leakage by design",
-        ),
-        Row(
-            "PriorOnly",
-            PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior),
-            True,
-            "the regions that the phrase names, no model",
-        ),
-        Row("RandomMap", RandomMap(), True, "noise"),
-        Row("CenterMap", CenterMap(), True, "the middle of the frame"),
+        MethodEntry(USUAL_PLACES, usual, True, "a finding without a place takes its usual one: leakage by design"),
+        MethodEntry(PRIOR, prior, True, "the regions that the phrase names, no model"),
+        *entries,
     ]
 
 
-def method_row(name: str, method: AttributionMethod, budget: str) -> Row:
-    """The row of a method by the name that it was asked for: of a shipped method its class, of a YAML the file's name.
+def _without_prior(name: str, matex: Matex) -> MethodEntry:
+    return MethodEntry(f"{name}, delta = 0", Matex(**matex.settings | {"delta": 0.0}), True, "without its prior")
+
+
+def method_row(name: str, method: AttributionMethod, budget: str) -> MethodEntry:
+    """A method under its name in the tables: the class of a shipped method, the file name of a YAML.
 
     Args:
         name: As `load_method` takes it.
@@ -170,4 +175,4 @@ def method_row(name: str, method: AttributionMethod, budget: str) -> Row:
         title = Path(name).stem
     repeated = [f"{getattr(method, REPEATED[kind])} {REPEATED[kind]}"] if kind in REPEATED else []
     fill = [f"fill: {method.fill.replace('_', ' ')}"] if hasattr(method, "fill") else []
-    return Row(title, method, note=", ".join(repeated + fill))
+    return MethodEntry(title, method, note=", ".join(repeated + fill))

@@ -2,6 +2,6 @@
 
 from matex_pl.roar.cluster import RayOptions
 from matex_pl.roar.plan import Protocol, Training
-from matex_pl.roar.run import CellsFailedError, collect_roar, roar_status, run_roar
+from matex_pl.roar.run import RunsFailedError, collect_roar, roar_status, run_roar
 
-__all__ = ["CellsFailedError", "Protocol", "RayOptions", "Training", "collect_roar", "roar_status", "run_roar"]
+__all__ = ["Protocol", "RayOptions", "RunsFailedError", "Training", "collect_roar", "roar_status", "run_roar"]

@@ -1,8 +1,7 @@
-"""What came out of a plan: ROAR+ per method and fraction, and which differences are more than noise."""
+"""Scores of a plan: ROAR+ per method and fraction, and which differences are more than noise."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -12,63 +11,65 @@ from typing import Any
 import torch
 from scipy import stats
 
-from matex_pl.roar.make import BLURRED, RANDOM
-from matex_pl.roar.plan import MODALITIES, Cell, Plan, PlanRow
+from matex_pl.evaluation.compared import BLURRED, RANDOM
+from matex_pl.roar.plan import MODALITIES, Plan, PlanMethod, Run
 from matex_pl.roar.work import failure, result
 
 FORMAT = 1
 _CONTROLS = (RANDOM, BLURRED)
 
 
-def collect(plan: Plan) -> dict[str, Any]:
-    """All that a plan's finished cells say, as plain JSON types; `report_roar.write_roar` takes it.
+# Per run, its result, or None, and the last line of its error log, or None.
+Results = Mapping[Run, dict[str, Any] | None]
+Failures = Mapping[Run, str | None]
 
-    ROAR+ is 100 (l_c - l_o) / l_o, with the validation losses of a cell and of its repeat's clean one; higher is
-    better. A mean needs all repeats: what is missing or failed is named, and never averaged over.
+
+def collect(plan: Plan) -> dict[str, Any]:
+    """Scores of a plan's finished runs as plain JSON types, the argument of `report.roar.write_roar`.
+
+    ROAR+ is 100 (l_r - l_c) / l_c, with the validation losses of a run and of its repeat's clean run; higher is
+    better. A mean needs all repeats: missing and failed runs are named, and never averaged over.
     """
-    found = {cell: result(plan, cell) for cell in plan.cells()}
-    failed = {cell: failure(plan, cell) for cell in plan.cells()}
+    results = {run: result(plan, run) for run in plan.runs()}
+    failures = {run: failure(plan, run) for run in plan.runs()}
     rows = [
-        _row(plan, row, modality, found, failed)
+        _row(plan, method, modality, results, failures)
         for modality in MODALITIES
         if modality in plan.protocol.modalities
-        for row in plan.rows_of(modality)
+        for method in plan.methods_of(modality)
     ]
     return {
         "format": FORMAT,
         "kind": "roar",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **plan.about,
-        "data": plan.about["data"] | _split_sizes(found),
+        "data": plan.about["data"] | _split_sizes(results),
         "settings": asdict(plan.protocol) | asdict(plan.training),
         "machine": _machine(plan),
         "rows": rows,
-        "clean": [_clean(found[Cell(repeat)], repeat) for repeat in range(plan.protocol.repeats)],
+        "clean": [_clean(results[Run(repeat)], repeat) for repeat in range(plan.protocol.repeats)],
         "tests": _tests(rows),
         "refused": plan.refusals(),
         "failed": [
-            {"cell": cell.id, "error": error, "log": f"cells/{cell.id}/error.log"}
-            for cell, error in failed.items()
+            {"cell": run.id, "error": error, "log": f"runs/{run.id}/error.log"}
+            for run, error in failures.items()
             if error
         ],
-        "time": _times(found),
+        "time": _times(results),
     }
 
 
-Found = Mapping[Cell, dict[str, Any] | None]
-
-
-def _row(plan: Plan, row: PlanRow, modality: str, found: Found, failed: Mapping[Cell, str | None]) -> dict[str, Any]:
+def _row(plan: Plan, method: PlanMethod, modality: str, results: Results, failures: Failures) -> dict[str, Any]:
     """A line of the tables."""
-    points = [_point(plan, row, modality, fraction, found, failed) for fraction in plan.protocol.fractions]
+    points = [_point(plan, method, modality, fraction, results, failures) for fraction in plan.protocol.fractions]
     over_fractions = [_mean_or_none(scores) for scores in zip(*(point["repeats"] for point in points), strict=True)]
     return {
-        "name": row.name,
+        "name": method.name,
         "modality": modality,
-        "control": row.control,
-        "class": row.method["class_path"].rpartition(".")[2] if row.method else "",
-        "settings": row.method["init_args"] if row.method else {},
-        "note": row.note,
+        "control": method.control,
+        "class": method.method["class_path"].rpartition(".")[2] if method.method else "",
+        "settings": method.method["init_args"] if method.method else {},
+        "note": method.note,
         "error": None,
         "points": points,
         "mean": _summary(over_fractions),
@@ -76,20 +77,18 @@ def _row(plan: Plan, row: PlanRow, modality: str, found: Found, failed: Mapping[
 
 
 def _point(
-    plan: Plan, row: PlanRow, modality: str, fraction: float, found: Found, failed: Mapping[Cell, str | None]
+    plan: Plan, method: PlanMethod, modality: str, fraction: float, results: Results, failures: Failures
 ) -> dict[str, Any]:
     """The score of a method at a fraction, by repeat and over them."""
-    cells = [Cell(repeat, row.name, modality, fraction) for repeat in range(plan.protocol.repeats)]
-    scores = [_score(found[cell], found[Cell(cell.repeat)]) for cell in cells]
-    needed = list(dict.fromkeys(needs for cell in cells for needs in (Cell(cell.repeat), cell)))
-    missing = [f"{cell.id} ({'failed' if failed[cell] else 'not run'})" for cell in needed if found[cell] is None]
-    units = [done["units"] for cell in cells if (done := found[cell]) is not None]
-    return {
+    runs = [Run(repeat, method.name, modality, fraction) for repeat in range(plan.protocol.repeats)]
+    scores = [_score(results[run], results[Run(run.repeat)]) for run in runs]
+    needed = [needed for run in runs for needed in (Run(run.repeat), run)]
+    missing = [f"{run.id} ({'failed' if failures[run] else 'not run'})" for run in needed if results[run] is None]
+    units = [done["units"] for run in runs if (done := results[run]) is not None]
+    return _summary(scores) | {
         "fraction": fraction,
         "units": mean(units) if units else None,
-        "repeats": scores,
         "missing": missing,
-        **{name: value for name, value in _summary(scores).items() if name != "repeats"},
     }
 
 
@@ -111,42 +110,40 @@ def _summary(scores: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _tests(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every method against both kinds of noise, paired by repeat, at each fraction and over all of them."""
-    found = []
+    """Tests of every method against both kinds of noise, paired by repeat, at each fraction and over all of them."""
+    tests = []
     for modality in dict.fromkeys(row["modality"] for row in rows):
-        own = [row for row in rows if row["modality"] == modality]
-        for against in (row for row in own if row["name"] in _CONTROLS):
-            compared = [row for row in own if row["name"] not in _CONTROLS]
+        of_modality = [row for row in rows if row["modality"] == modality]
+        compared = [row for row in of_modality if row["name"] not in _CONTROLS]
+        for against in (row for row in of_modality if row["name"] in _CONTROLS):
             for place, point in enumerate([*against["points"], against["mean"]]):
                 family = [
                     _paired((*row["points"], row["mean"])[place]["repeats"], point["repeats"]) for row in compared
                 ]
                 for row, test, adjusted in zip(compared, family, _holm([test["p"] for test in family]), strict=True):
                     names = {"row": row["name"], "against": against["name"], "modality": modality}
-                    found.append({**names, "fraction": point.get("fraction"), **test, "p_holm": adjusted})
-    return found
+                    tests.append({**names, "fraction": point.get("fraction"), **test, "p_holm": adjusted})
+    return tests
 
 
-def _paired(mine: Sequence[float | None], theirs: Sequence[float | None]) -> dict[str, Any]:
-    """Mean difference over repeats, its 95 % interval and the p-value of Student's paired test."""
-    differences = [
-        one - other for one, other in zip(mine, theirs, strict=True) if one is not None and other is not None
-    ]
-    number = len(differences)
-    test: dict[str, Any] = {"difference": None, "low": None, "high": None, "p": None, "n": number}
-    if number < len(mine):
+def _paired(scores: Sequence[float | None], others: Sequence[float | None]) -> dict[str, Any]:
+    """Mean difference over repeats, its 95 % interval and the p-value of Student's paired test; None if a score is."""
+    test: dict[str, Any] = {"difference": None, "low": None, "high": None, "p": None}
+    pairs = zip(scores, others, strict=True)
+    differences = [score - other for score, other in pairs if score is not None and other is not None]
+    test["n"] = len(differences)
+    if len(differences) < len(scores):
         return test
     test["difference"] = mean(differences)
-    spread = stdev(differences) if number > 1 else 0.0
-    if spread > 0:
-        half = float(stats.t.ppf(0.975, number - 1)) * spread / math.sqrt(number)
-        test |= {"low": test["difference"] - half, "high": test["difference"] + half}
-        test["p"] = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    if len(set(differences)) > 1:
+        found = stats.ttest_1samp(differences, 0.0)
+        low, high = found.confidence_interval(0.95)
+        test |= {"low": float(low), "high": float(high), "p": float(found.pvalue)}
     return test
 
 
 def _holm(values: Sequence[float | None]) -> list[float | None]:
-    """P-values adjusted for how many are looked at (Holm 1979); those of no test stay out."""
+    """P-values adjusted for their number (Holm 1979); None stays None and does not count."""
     known = sorted((value, place) for place, value in enumerate(values) if value is not None)
     adjusted: list[float | None] = [None] * len(values)
     highest = 0.0
@@ -160,25 +157,24 @@ def _clean(done: dict[str, Any] | None, repeat: int) -> dict[str, Any]:
     return {"repeat": repeat, "loss": done and done["loss"], "metrics": done["metrics"] if done else {}}
 
 
-def _split_sizes(found: Found) -> dict[str, int]:
-    done = next((one for one in found.values() if one is not None), None)
+def _split_sizes(results: Results) -> dict[str, int]:
+    done = next(filter(None, results.values()), None)
     return {name: done[name] for name in ("train_pairs", "val_pairs")} if done else {}
 
 
-def _times(found: Found) -> dict[str, Any]:
-    """Of the finished cells: their number, their seconds, those within training steps, and the share of the rest."""
-    done = [one for one in found.values() if one is not None]
-    total, training = (sum(one[name] for one in done) for name in ("seconds", "training_seconds"))
-    share = 1 - training / total if done else None
+def _times(results: Results) -> dict[str, Any]:
+    """Number of the finished runs, their seconds, those within training steps, and the share of the rest."""
+    done = [scores for scores in results.values() if scores is not None]
+    total, training = (sum(scores[name] for scores in done) for name in ("seconds", "training_seconds"))
     return {
-        "cells": len(found),
+        "cells": len(results),
         "done": len(done),
         "seconds": total,
         "training_seconds": training,
-        "other_share": share,
+        "other_share": 1 - training / total if done else None,
     }
 
 
 def _machine(plan: Plan) -> str:
     on_gpu = plan.training.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.cuda.get_device_name() if on_gpu else f"CPU, {plan.training.threads} threads per cell"
+    return torch.cuda.get_device_name() if on_gpu else f"CPU, {plan.training.threads} threads per run"

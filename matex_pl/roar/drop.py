@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jsonargparse import ArgumentParser
@@ -16,39 +15,39 @@ from matex_pl.evaluation.store import MapStore, fill_store
 from matex_pl.maps import patch_mean
 from matex_pl.metrics.functional import box_masks, top_share
 from matex_pl.roar.films import PlanFilms
-from matex_pl.roar.plan import Cell, Plan, PlanRow
+from matex_pl.roar.plan import Plan, PlanMethod, Run
 
 _AT_ONCE = 32
 
 
-def map_store(plan: Plan, row: PlanRow) -> MapStore:
-    """The maps of a method, by the weights that are explained."""
-    return MapStore(plan.folder / "maps", plan.about["model"]["explained"], build_method(row))
+def map_store(plan: Plan, method: PlanMethod) -> MapStore:
+    """The maps of a method, made with the explained weights."""
+    return MapStore(plan.folder / "maps", plan.about["model"]["explained"], build_method(method))
 
 
-def build_method(row: PlanRow) -> AttributionMethod:
-    """The method of a row."""
+def build_method(method: PlanMethod) -> AttributionMethod:
+    """The attribution method that a method of the plan describes."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(AttributionMethod, "method", required=True)
-    return parser.instantiate(parser.parse_object({"method": row.method})).method
+    return parser.instantiate(parser.parse_object({"method": method.method})).method
 
 
-def make_maps(plan: Plan, films: PlanFilms, row: PlanRow, clip: Clip) -> None:
-    """Make the maps of a method that are not there yet, of all pairs that some cell drops from.
+def make_maps(plan: Plan, films: PlanFilms, method: PlanMethod, clip: Clip) -> None:
+    """Make the missing maps of a method, of all pairs that some run drops from.
 
     Raises:
-        NotImplementedError: The method refuses the model.
+        NotImplementedError: The method does not support the model.
     """
-    method, store, rows = build_method(row), map_store(plan, row), dropped_rows(plan, films)
+    built, store, rows = build_method(method), map_store(plan, method), dropped_rows(plan, films)
     chunks = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
-    for chunk in progress(chunks, row.name):
-        keys = [films.keys[pair] for pair in chunk]
+    for chunk in progress(chunks, method.name):
+        keys = [films.keys[row] for row in chunk]
         if store.missing(keys):
-            fill_store(clip, method, store, films.batch(chunk), keys, _AT_ONCE)
+            fill_store(clip, built, store, films.batch(chunk), keys, _AT_ONCE)
 
 
 def dropped_rows(plan: Plan, films: PlanFilms) -> list[int]:
-    """Pairs that some cell drops from: those that are trained on in any repeat, or all."""
+    """Pairs that some run drops from: those in the training split of any repeat, or all."""
     protocol = plan.protocol
     if protocol.corrupt_val:
         return list(range(len(films.studies)))
@@ -56,69 +55,52 @@ def dropped_rows(plan: Plan, films: PlanFilms) -> list[int]:
     return sorted(set().union(*trained))
 
 
-@dataclass(frozen=True)
-class Drop:
-    """What a cell drops of each of n pairs.
+def drop_of(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Tensor]:
+    """The parts that a run drops of each of n pairs, as `RoarModule` takes them in a batch.
 
-    Args:
-        patches: `(n, Gh, Gw)` bool.
-        tokens: `(n, T)` bool.
+    They are the floor(fraction * units) highest units of a pair in the maps of the run's method; ties in an order of
+    the repeat.
+
+    Returns:
+        `drop_patches` `(n, Gh, Gw)` or `drop_tokens` `(n, T)` bool; nothing for a clean run.
     """
-
-    patches: Tensor | None = None
-    tokens: Tensor | None = None
-
-    def of(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """What is dropped of these pairs, as `RoarModule` takes it in a batch."""
-        parts = {"drop_patches": self.patches, "drop_tokens": self.tokens}
-        return {name: part[list(rows)] for name, part in parts.items() if part is not None}
-
-    def units(self, rows: Sequence[int]) -> float:
-        """Mean number of units dropped of these pairs."""
-        return sum(float(part.flatten(1).sum(1).double().mean()) for part in self.of(rows).values())
-
-
-def drop_of(plan: Plan, films: PlanFilms, cell: Cell) -> Drop:
-    """The top fraction of a method's units, floor(fraction * units) of each pair; ties in an order of the repeat."""
-    if not cell.row:
-        return Drop()
-    values, among = _units(plan, films, plan.row(cell.row), cell.modality)
-    drop = top_units(values, among, cell.fraction, plan.protocol.seed + cell.repeat)
-    if cell.modality == "text":
-        return Drop(tokens=drop)
-    return Drop(patches=drop.view(len(drop), *plan.about["model"]["grid"]))
+    if not run.method:
+        return {}
+    method = next(method for method in plan.methods if method.name == run.method)
+    rows = dropped_rows(plan, films)
+    if method.method is None:
+        values, among = _boxed_patches(plan, films, rows)
+    else:
+        values, among = _mapped_units(plan, films, method, run.modality, rows)
+    # Pairs that no run drops from have no map, and drop nothing.
+    all_values = torch.zeros(len(films.studies), values.shape[1])
+    all_among = torch.zeros(all_values.shape, dtype=torch.bool)
+    all_values[rows], all_among[rows] = values, among
+    drop = top_units(all_values, all_among, run.fraction, plan.protocol.seed + run.repeat)
+    if run.modality == "text":
+        return {"drop_tokens": drop}
+    return {"drop_patches": drop.view(len(drop), *plan.about["model"]["grid"])}
 
 
 def top_units(values: Tensor, among: Tensor, fraction: float, seed: int) -> Tensor:
     """The floor(fraction * n) highest of the n units that take part in each row, `(B, U)` bool; ties in a seeded order.
 
     Args:
-        values: `(B, U)`.
-        among: `(B, U)` bool, the units that take part.
-        fraction: In [0, 1].
-        seed: Of the order among equal values.
+        values: Values of the units, `(B, U)`.
+        among: Units that take part, `(B, U)` bool.
+        fraction: Share of the units, in [0, 1].
+        seed: Random seed for the order among equal values.
     """
     order = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
     dropped = top_share(values.gather(1, order), fraction, among.gather(1, order))
     return torch.zeros_like(dropped).scatter(1, order, dropped)
 
 
-def _units(plan: Plan, films: PlanFilms, row: PlanRow, modality: str) -> tuple[Tensor, Tensor]:
-    """Values of the units of all n pairs `(n, U)`, and which take part; none of a pair that no cell drops from."""
-    rows = dropped_rows(plan, films)
-    values, among = (
-        _boxed_patches(plan, films, rows) if row.method is None else _mapped(plan, films, row, modality, rows)
-    )
-    whole = (
-        torch.zeros(len(films.studies), values.shape[1]),
-        torch.zeros(len(films.studies), values.shape[1], dtype=torch.bool),
-    )
-    whole[0][rows], whole[1][rows] = values, among
-    return whole
-
-
-def _mapped(plan: Plan, films: PlanFilms, row: PlanRow, modality: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    units = map_store(plan, row).read_units([films.keys[pair] for pair in rows])
+def _mapped_units(
+    plan: Plan, films: PlanFilms, method: PlanMethod, modality: str, rows: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Values of the units in a method's maps, and which units take part."""
+    units = map_store(plan, method).read_units([films.keys[row] for row in rows])
     if modality == "text":
         return units["text"], units["content"]
     grid = units["grid"].flatten(1)
@@ -126,8 +108,8 @@ def _mapped(plan: Plan, films: PlanFilms, row: PlanRow, modality: str, rows: Seq
 
 
 def _boxed_patches(plan: Plan, films: PlanFilms, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The share of each patch that lies in a box: the best that a map of the film could be."""
-    boxes, model = films.boxes(), plan.about["model"]
-    masks = box_masks([boxes[pair] for pair in rows], tuple(model["image_size"])).float()
+    """The share of each patch that lies in a box, the best possible map of the film; all patches take part."""
+    model = plan.about["model"]
+    masks = box_masks([films.boxes(row) for row in rows], tuple(model["image_size"])).float()
     grid = patch_mean(masks, tuple(model["grid"])).flatten(1)
     return grid, torch.ones_like(grid, dtype=torch.bool)

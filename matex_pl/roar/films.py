@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from matex_pl.console import progress
@@ -45,12 +47,12 @@ class _Films(Dataset[list[Sample]]):
 
 
 def write_films(data: ChestXrayDataModule, studies: Sequence[Study], folder: Path) -> None:
-    """Decode the films of the studies once, and keep them with the studies in `folder`.
+    """Decode the films of the studies once, and write them with the studies to `folder`.
 
     Args:
-        data: Reads the films; prepared, so that it knows the model's frame.
+        data: Data module that reads the films; prepared, so that it knows the model's frame.
         studies: The pairs.
-        folder: Gets `films.npy`, `(F, H, W)` uint8, and `pairs.json`.
+        folder: Folder for `films.npy`, `(F, H, W)` uint8, and `pairs.json`.
 
     Raises:
         ValueError: A film cannot be read, or a box covers nothing of it; the message names it.
@@ -63,12 +65,31 @@ def write_films(data: ChestXrayDataModule, studies: Sequence[Study], folder: Pat
     pairs: list[dict[str, Any]] = []
     with whole_file(folder / _FILMS) as part:
         pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(films), *dataset.transform.size))
-        films_of = (samples for group in progress(loader, "reading films") for samples in group)
-        for row, samples in enumerate(films_of):
+        samples_of_films = (samples for group in progress(loader, "reading films") for samples in group)
+        for row, samples in enumerate(samples_of_films):
             pixels[row] = samples[0].image[0].numpy()
             pairs.extend(_pair(sample, row) for sample in samples)
         pixels.flush()
     write_text(folder / _PAIRS, json.dumps(pairs))
+
+
+def split_rows(studies: Sequence[Study], train_share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and to validate on, in order. The patients are drawn by the seed.
+
+    Raises:
+        ValueError: There are too few patients for both.
+    """
+    patients = list(dict.fromkeys(study.patient_id for study in studies))
+    number = round(train_share * len(patients))
+    if not 0 < number < len(patients):
+        raise ValueError(
+            f"{len(studies)} pairs of {len(patients)} patients cannot be split by patient with "
+            f"train_share={train_share:g}. Take more pairs, or another share."
+        )
+    order = np.random.default_rng(seed).permutation(len(patients))
+    chosen = {patients[index] for index in order[:number]}
+    train = [row for row, study in enumerate(studies) if study.patient_id in chosen]
+    return train, [row for row, study in enumerate(studies) if study.patient_id not in chosen]
 
 
 def _pair(sample: Sample, row: int) -> dict[str, Any]:
@@ -80,105 +101,46 @@ def _pair(sample: Sample, row: int) -> dict[str, Any]:
 
 
 class PlanFilms:
-    """The pairs of a plan, with their films on disk.
+    """The n pairs of a plan, with their films on disk.
 
     Args:
-        folder: Of the plan.
+        folder: Folder of the plan.
 
     Attributes:
         studies: The n studies; `image` is the row of the film.
         keys: Their keys in a map store.
+        findings: Names of the findings that some film has.
     """
 
     def __init__(self, folder: Path) -> None:
         pairs = json.loads((folder / _PAIRS).read_text(encoding="utf-8"))
         self.studies = [Study.from_record(pair["study"]) for pair in pairs]
         self.keys = [pair["key"] for pair in pairs]
+        self.findings = sorted({finding for study in self.studies for finding in study.film_findings})
         self._film = torch.tensor([pair["film"] for pair in pairs])
         self._pixels = np.load(folder / _FILMS, mmap_mode="r")
 
-    def batch(self, rows: Sequence[int]) -> StudyBatch:
-        """The pairs of these rows, as a loader gives them; boxes in [0, 1] of the frame."""
+    def batch(self, rows: Sequence[int], drop: Mapping[str, Tensor] = MappingProxyType({})) -> StudyBatch:
+        """The pairs of these rows, with boxes in [0, 1] of the frame, and their rows of the tensors in `drop`."""
         pixels = torch.from_numpy(self._pixels[[int(self.studies[row].image) for row in rows]])
         images = pixels[:, None].expand(-1, 3, -1, -1)
-        return collate([
-            Sample(self.studies[row], image, self._boxes(row), self._film[row])
+        batch = collate([
+            Sample(self.studies[row], image, self.boxes(row), self._film[row])
             for row, image in zip(rows, images, strict=True)
         ])  # fmt: skip
+        return {**batch, **{name: part[list(rows)] for name, part in drop.items()}}  # type: ignore[typeddict-item]
 
-    def _boxes(self, row: int) -> torch.Tensor:
+    def boxes(self, row: int) -> Tensor:
+        """The boxes of a pair, `(K, 4)`, in [0, 1] of the frame."""
         height, width = self._pixels.shape[1:]
         return torch.tensor(self.studies[row].boxes).view(-1, 4) / torch.tensor([width, height, width, height])
 
-    def boxes(self) -> list[torch.Tensor]:
-        """The boxes of all pairs, `(K, 4)` each, in [0, 1] of the frame."""
-        return [self._boxes(row) for row in range(len(self.studies))]
-
     def split(self, train_share: float, seed: int) -> tuple[list[int], list[int]]:
-        """Rows to train on and to validate on: patients drawn by the seed, the pairs in their order.
+        """Rows to train on and to validate on; see `split_rows`."""
+        return split_rows(self.studies, train_share, seed)
 
-        Raises:
-            ValueError: There are too few patients for both.
-        """
-        patients = list(dict.fromkeys(study.patient_id for study in self.studies))
-        number = round(train_share * len(patients))
-        if not 0 < number < len(patients):
-            raise ValueError(f"{len(patients)} patients cannot be split with a share of {train_share:g} to train on.")
-        order = np.random.default_rng(seed).permutation(len(patients))
-        chosen = {patients[index] for index in order[:number]}
-        rows = range(len(self.studies))
-        train = [row for row in rows if self.studies[row].patient_id in chosen]
-        return train, [row for row in rows if self.studies[row].patient_id not in chosen]
-
-
-class PlanData(LightningDataModule):
-    """The films of a plan for one cell: a split, an order of the batches, and what is dropped.
-
-    Args:
-        films: The pairs of the plan.
-        train: Rows to train on.
-        val: Rows to validate on.
-        batch_size: Pairs per batch.
-        seed: Of the order of the training batches.
-        drop: Gives, for the rows of a batch, what is dropped of them; see `Drop.of`.
-        corrupt_val: Drop from validation pairs as well.
-    """
-
-    def __init__(
-        self,
-        films: PlanFilms,
-        train: Sequence[int],
-        val: Sequence[int],
-        batch_size: int,
-        seed: int,
-        drop: Callable[[Sequence[int]], dict[str, torch.Tensor]],
-        *,
-        corrupt_val: bool = False,
-    ) -> None:
-        super().__init__()
-        self.films = films
-        self.rows = {"train": list(train), "val": list(val)}
-        self.batch_size = batch_size
-        self.seed = seed
-        self.drop = drop
-        self.corrupt_val = corrupt_val
-        named = {finding for study in films.studies for finding in study.film_findings}
-        self.findings = tuple(sorted(named))
-
-    def train_dataloader(self) -> DataLoader:
-        """Training pairs with what is dropped, shuffled; an incomplete last batch is left out if there are others."""
-        rows = self.rows["train"]
-        order = torch.Generator().manual_seed(self.seed)
-        drop_last = len(rows) >= self.batch_size
-        return self._loader("train", shuffle=True, generator=order, drop_last=drop_last, collate_fn=self._dropped)
-
-    def val_dataloader(self) -> DataLoader:
-        """Validation pairs, in order, whole unless `corrupt_val`."""
-        return self._loader("val", collate_fn=self._dropped if self.corrupt_val else self.films.batch)
-
-    def _loader(self, split: str, **settings: Any) -> DataLoader:
+    def loader(self, rows: Sequence[int], batch_size: int, drop: Mapping[str, Tensor], **settings: Any) -> DataLoader:
+        """Batches of these rows, in order by default, with the rows of the tensors in `drop`."""
         # The films are on disk as the model takes them: a worker process would cost more than it gives.
-        return DataLoader(self.rows[split], batch_size=self.batch_size, num_workers=0, **settings)  # type: ignore[arg-type]
-
-    def _dropped(self, rows: Sequence[int]) -> StudyBatch:
-        return {**self.films.batch(rows), **self.drop(rows)}  # type: ignore[typeddict-item]
+        collate_fn = partial(self.batch, drop=drop)
+        return DataLoader(list(rows), batch_size, num_workers=0, collate_fn=collate_fn, **settings)  # type: ignore[arg-type]

@@ -9,23 +9,21 @@ from typing import Any
 
 from filelock import FileLock
 
-from matex_pl.attribution import CenterMap, Matex, PriorOnly, RandomMap
+from matex_pl.attribution import Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule, Study
-from matex_pl.evaluation.compared import method_row
+from matex_pl.evaluation.compared import CENTER, PRIOR, RANDOM, USUAL_PLACES, WITHOUT_PRIOR, controls, method_row
 from matex_pl.evaluation.pairs import choose_pairs, prepare_data
 from matex_pl.evaluation.provenance import PACKAGES
 from matex_pl.evaluation.store import describe_method, weight_hash
 from matex_pl.evaluation.tensors import fingerprint
-from matex_pl.roar.cell import write_module
-from matex_pl.roar.films import write_films
-from matex_pl.roar.plan import Plan, PlanRow, Protocol, Training, check_same, has_plan, read_plan, slug
+from matex_pl.roar.films import split_rows, write_films
+from matex_pl.roar.finetune import write_module
+from matex_pl.roar.plan import Plan, PlanMethod, Protocol, Training, check_same, has_plan, read_plan, slug
 from matex_pl.training.module import ClipModule
 
-RANDOM, BLURRED, BOXES = "RandomMap", "RandomMap, blurred", "True boxes"
-CENTER, PRIOR = "CenterMap", "PriorOnly"
-_BLUR = 1.5
+BOXES = "True boxes"
 
 
 def make_plan(
@@ -38,17 +36,17 @@ def make_plan(
     training: Training,
     about: dict[str, str],
 ) -> Plan:
-    """Choose and decode the pairs, and keep them with the weights in `folder`; a plan that is there is taken up again.
+    """A plan in `folder`, with its pairs, decoded, and its weights; a plan that is there already is continued.
 
     Args:
-        folder: Of the plan.
+        folder: Folder of the plan.
         data: The data module.
-        explained: Its maps say what is dropped.
-        start: Where each cell starts from.
+        explained: Model whose maps decide what is dropped.
+        start: Model that each run starts from.
         methods: Names of shipped methods and YAML files.
         protocol: What is removed, and how often.
-        training: The fine-tuning of each cell.
-        about: Where the weights come from, for the tables.
+        training: The fine-tuning of each run.
+        about: Origin of the weights, for the tables.
 
     Raises:
         ValueError: The folder holds another plan, a method is unknown or named twice, there are too few pairs, or the
@@ -64,8 +62,8 @@ def make_plan(
         "data": _about_data(data, studies),
         "versions": {name: version(name) for name in PACKAGES},
     }
-    rows = plan_rows(methods, sum(bool(study.boxes) for study in studies), len(studies))
-    plan = Plan(folder, protocol, training, rows, described)
+    found = plan_methods(methods, described["data"]["boxed"], len(studies))
+    plan = Plan(folder, protocol, training, found, described)
     folder.mkdir(parents=True, exist_ok=True)
     # Two that start at once decode the films once.
     with FileLock(folder / ".lock"):
@@ -82,16 +80,16 @@ def make_plan(
 
 
 def _check_start(explained: Clip, start: Clip) -> None:
-    """Refuse weights to start from that the explained model's maps do not fit.
+    """Raise if the maps of the explained model do not fit the model to start from.
 
     Raises:
-        ValueError: They are of another input size, raster or context length.
+        ValueError: The models differ in input size, raster or context length.
     """
-    ours, theirs = ((clip.image_size, clip.grid, clip.context_length) for clip in (explained, start))
-    if ours != theirs:
+    shape, start_shape = ((clip.image_size, clip.grid, clip.context_length) for clip in (explained, start))
+    if shape != start_shape:
         raise ValueError(
-            f"The model to start from has the input size, raster and context length {theirs}, the one whose maps are "
-            f"taken {ours}. Start from weights of the same model."
+            f"The model to start from has the input size, raster and context length {start_shape}, the one whose "
+            f"maps are taken {shape}. Start from weights of the same model."
         )
 
 
@@ -120,58 +118,42 @@ def _pairs(data: ChestXrayDataModule, image_size: tuple[int, int], protocol: Pro
     data.studies["roar"] = [study for split in protocol.splits for study in data.studies[split]]
     studies = choose_pairs(data, "roar", protocol.num_pairs, protocol.seed, boxed=False)
     del data.studies["roar"]
-    patients = {study.patient_id for study in studies}
-    number = round(protocol.train_share * len(patients))
-    if not 0 < number < len(patients):
-        raise ValueError(
-            f"{len(studies)} pairs of {len(patients)} patients cannot be split by patient with "
-            f"train_share={protocol.train_share:g}. Take more pairs, or another share."
-        )
+    # Fails here if there are too few patients, before the films are decoded.
+    split_rows(studies, protocol.train_share, protocol.seed)
     return studies
 
 
-def plan_rows(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanRow]:
-    """The methods that were asked for, and the controls, which always are.
-
-    These are noise with and without neighbours alike, the film's centre, the true boxes where there are any and, beside
-    MATEX, MATEX without its prior and the prior alone.
+def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMethod]:
+    """The methods that were asked for, and the controls, which are always there.
 
     Args:
         methods: Names of shipped methods and YAML files.
-        boxed: Number of pairs with boxes.
+        boxed: Number of pairs with boxes. If there are any, the true boxes are a control.
         pairs: Number of pairs.
 
     Raises:
         ValueError: A method is unknown, named twice, or called like a control.
     """
     asked = [method_row(name, load_method(name), "quick") for name in methods]
-    rows = [
-        PlanRow(row.name, describe_method(row.method), row.method.serves_text, note=row.note)
-        for row in asked
-        if row.name not in (RANDOM, CENTER, PRIOR)
-    ]
-    matex = next((row.method for row in asked if isinstance(row.method, Matex)), None)
-    rows += _prior_controls(matex) if matex else []
-    rows += [
-        PlanRow(RANDOM, describe_method(RandomMap()), True, True, "noise"),
-        PlanRow(BLURRED, describe_method(RandomMap(blur=_BLUR)), True, True, "noise as smooth as maps are"),
-        PlanRow(CENTER, describe_method(CenterMap()), False, True, "the middle of the frame"),
+    matex = next((entry.method for entry in asked if isinstance(entry.method, Matex)), None)
+    entries = [entry for entry in asked if entry.name not in (RANDOM, CENTER, PRIOR)]
+    entries += [entry for entry in controls(matex) if entry.name != USUAL_PLACES]
+    found = [
+        PlanMethod(
+            entry.name,
+            describe_method(entry.method),
+            # The prior changes the map of the film alone.
+            entry.method.serves_text and entry.name != WITHOUT_PRIOR,
+            entry.control,
+            entry.note,
+        )
+        for entry in entries
     ]
     if boxed:
         note = f"what a perfect map would drop; {boxed} of {pairs} pairs have boxes"
-        rows.append(PlanRow(BOXES, None, False, True, note))
-    names = [slug(row.name) for row in rows]
-    twice = next((row.name for place, row in enumerate(rows) if names[place] in names[:place]), None)
+        found.append(PlanMethod(BOXES, None, False, True, note))
+    names = [slug(method.name) for method in found]
+    twice = next((method.name for place, method in enumerate(found) if names[place] in names[:place]), None)
     if twice:
         raise ValueError(f"Two methods are called {twice!r}. Name each once; a YAML file is called by its name.")
-    return rows
-
-
-def _prior_controls(matex: Matex) -> list[PlanRow]:
-    """What tells whether MATEX is good for its prior alone, which knows the phrase and no film; the words have none."""
-    without = Matex(**matex.settings | {"delta": 0.0})
-    prior = PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior)
-    return [
-        PlanRow("MATEX, delta = 0", describe_method(without), False, True, "without its prior"),
-        PlanRow(PRIOR, describe_method(prior), False, True, "the regions that the phrase names, no model"),
-    ]
+    return found

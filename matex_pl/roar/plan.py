@@ -1,4 +1,4 @@
-"""What a remove-and-retrain experiment consists of: its protocol, its training, and the cells that they make."""
+"""The parts of a remove-and-retrain experiment: its protocol, its training, and the runs that follow from them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from matex_pl.attribution.core.fill import FILLS
 from matex_pl.files import write_text
 
 MODALITIES = ("image", "text")
-TRAINED = ("full", "head", "lora")
-FORMAT = 1
+FINETUNE = ("full", "head", "lora")
+FORMAT = 2
 _PLAN = "plan.json"
 
 
 @dataclass
 class Protocol:
-    """What is removed, and how often all of it is repeated.
+    """What is removed, and how often the experiment is repeated.
 
     Args:
-        modalities: `image`, `text` or both; a cell removes from one of them.
+        modalities: `image`, `text` or both; each run removes from one of them.
         fractions: Shares of units that are dropped: patches of a film, content tokens of a phrase.
-        repeats: New splits, orders of the batches and draws of the training.
-        num_pairs: Pairs taken from the splits, drawn by the seed; -1 for all.
-        splits: Splits of the data module that the pairs come from; they are split anew by patient.
-        train_share: Share of the patients that are trained on.
-        fill: What stands in for dropped patches: `mean_film`, `mean_colour` (as published) or `blur`.
+        repeats: Number of repeats, each with its own split, order of batches and random draws.
+        num_pairs: Number of pairs drawn from the splits; -1 for all.
+        splits: Splits of the data module that provide the pairs. They are pooled and split again by patient.
+        train_share: Share of the patients to train on.
+        fill: Replacement of dropped patches: `mean_film`, `mean_colour` (as published) or `blur`.
         corrupt_val: Drop from the validation pairs as well, as ROAR did (Hooker et al. 2019); off in ROAR+.
-        seed: Of the choice of pairs, the splits, the trainings and the order among equal units.
+        seed: Random seed for the choice of pairs, the splits, the trainings and the order among equal units.
     """
 
     modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
@@ -46,19 +46,19 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range.
+        """Check the ranges.
 
         Raises:
-            ValueError: Something is.
+            ValueError: A value is out of range.
         """
         for modality in self.modalities:
             check_choice("modalities", modality, MODALITIES)
         for split in self.splits:
             check_choice("splits", split, ("train", "val", "test"))
         check_choice("fill", self.fill, FILLS)
-        for name, least in (("modalities", 1), ("fractions", 1), ("splits", 1)):
+        for name in ("modalities", "fractions", "splits"):
             given = getattr(self, name)
-            if len(given) < least or len(set(given)) < len(given):
+            if not given or len(set(given)) < len(given):
                 raise ValueError(f"{name} must name at least one, each once; got {given}.")
         for fraction in self.fractions:
             if not 0 <= fraction <= 1:
@@ -73,21 +73,21 @@ class Protocol:
 
 @dataclass
 class Training:
-    """The fine-tuning of each cell: AdamW with warm-up and a cosine, as `matex fit` has it, without augmentation.
+    """The fine-tuning of each run: AdamW with warm-up and a cosine, like `matex fit`, without augmentation.
 
     Args:
         epochs: Passes over the training pairs.
         batch_size: Pairs per batch, in training and validation.
         lr: Peak learning rate.
-        weight_decay: Of the weight matrices.
+        weight_decay: Decay of the weight matrices.
         warmup_steps: Steps of linear warm-up.
-        gradient_clip_val: Bound of the gradient's norm; 0 for none.
-        trained: `full`, `head` (projections and final norms) or `lora` (low-rank updates of the linear layers beside
-            these, by peft).
-        lora_rank: Rank of the updates.
-        accelerator: Of the Trainer: `cpu`, `gpu`, or `auto`.
-        precision: Of the Trainer.
-        threads: CPU threads of a cell; the numbers depend on it in their last digits.
+        gradient_clip_val: Upper bound of the gradient norm; 0 for none.
+        finetune: Trained weights: `full` (all), `head` (projections and final norms) or `lora` (low-rank updates of
+            the linear layers, by peft).
+        lora_rank: Rank of the low-rank updates.
+        accelerator: Accelerator of the Trainer: `cpu`, `gpu`, or `auto`.
+        precision: Precision of the Trainer.
+        threads: CPU threads of a run. The scores depend on it in their last digits.
     """
 
     epochs: int = 10
@@ -96,19 +96,19 @@ class Training:
     weight_decay: float = 0.1
     warmup_steps: int = 10
     gradient_clip_val: float = 1.0
-    trained: str = "full"
+    finetune: str = "full"
     lora_rank: int = 8
     accelerator: str = "auto"
     precision: str = "32-true"
     threads: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range.
+        """Check the ranges.
 
         Raises:
-            ValueError: Something is.
+            ValueError: A value is out of range.
         """
-        check_choice("trained", self.trained, TRAINED)
+        check_choice("finetune", self.finetune, FINETUNE)
         check_positive(epochs=self.epochs, lr=self.lr, threads=self.threads, lora_rank=self.lora_rank)
         if self.batch_size < 2:
             raise ValueError(
@@ -119,15 +119,15 @@ class Training:
 
 
 @dataclass(frozen=True)
-class PlanRow:
+class PlanMethod:
     """A method of the plan.
 
     Args:
-        name: As the tables print it.
-        method: `class_path` and `init_args` of what makes the maps; None for the true boxes.
+        name: Name in the tables.
+        method: `class_path` and `init_args` of the attribution method; None for the true boxes.
         serves_text: It has maps of the words.
-        control: What the others have to be better than, or, the true boxes, what they may reach.
-        note: What a reader must know beside the name.
+        control: A reference for the other methods: a baseline, or, the true boxes, an upper limit.
+        note: Remark for the tables.
     """
 
     name: str
@@ -138,27 +138,27 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One fine-tuning: a repeat's clean one, or one with the top of a method's units dropped.
+class Run:
+    """One fine-tuning: the clean one of a repeat, or one with the top of a method's units dropped.
 
     Args:
-        repeat: Which split and which draws.
-        row: Name of the method; empty for the clean one.
-        modality: `image` or `text`; empty for the clean one.
+        repeat: Index of the repeat, which sets split and random draws.
+        method: Name of the method; empty for the clean run.
+        modality: `image` or `text`; empty for the clean run.
         fraction: Share of the units that are dropped.
     """
 
     repeat: int
-    row: str = ""
+    method: str = ""
     modality: str = ""
     fraction: float = 0.0
 
     @property
     def id(self) -> str:
-        """Its name and its folder, as `repeat-0/image/matex/0.1`."""
-        if not self.row:
+        """Name and folder of the run, for example `repeat-0/image/matex/0.1`."""
+        if not self.method:
             return f"repeat-{self.repeat}/clean"
-        return f"repeat-{self.repeat}/{self.modality}/{slug(self.row)}/{self.fraction:g}"
+        return f"repeat-{self.repeat}/{self.modality}/{slug(self.method)}/{self.fraction:g}"
 
 
 def slug(name: str) -> str:
@@ -168,55 +168,54 @@ def slug(name: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment in a folder, which holds all that a cell needs: films, phrases, weights and, later, maps.
+    """An experiment in a folder that holds everything a run needs: films, phrases, weights and, later, maps.
 
     Args:
-        folder: Its folder.
+        folder: Folder of the plan.
         protocol: What is removed, and how often.
-        training: The fine-tuning of each cell.
-        rows: The methods.
+        training: The fine-tuning of each run.
+        methods: The methods, controls included.
         about: Model, data and versions, for the tables.
     """
 
     folder: Path
     protocol: Protocol
     training: Training
-    rows: list[PlanRow]
+    methods: list[PlanMethod]
     about: dict[str, Any]
 
-    def cells(self) -> list[Cell]:
-        """All cells, repeat by repeat, the clean one of each first."""
-        return [cell for repeat in range(self.protocol.repeats) for cell in self._repeat(repeat)]
+    def runs(self) -> list[Run]:
+        """All runs, repeat by repeat, each repeat's clean one first."""
+        runs = []
+        for repeat in range(self.protocol.repeats):
+            runs.append(Run(repeat))
+            for modality in self.protocol.modalities:
+                for method in self.methods_of(modality):
+                    runs += [Run(repeat, method.name, modality, share) for share in self.protocol.fractions]
+        return runs
 
-    def _repeat(self, repeat: int) -> Iterator[Cell]:
-        yield Cell(repeat)
-        for modality in self.protocol.modalities:
-            for row in self.rows_of(modality):
-                for fraction in self.protocol.fractions:
-                    yield Cell(repeat, row.name, modality, fraction)
-
-    def rows_of(self, modality: str) -> list[PlanRow]:
-        """The methods that have maps of films, or of phrases, and do not refuse the model."""
+    def methods_of(self, modality: str) -> list[PlanMethod]:
+        """The methods that have maps of this modality and support the model."""
         refused = self.refusals()
-        return [row for row in self.rows if row.name not in refused and (modality == "image" or row.serves_text)]
+        return [
+            method
+            for method in self.methods
+            if method.name not in refused and (modality == "image" or method.serves_text)
+        ]
 
     def steps(self) -> int:
-        """Optimiser steps of a cell."""
+        """Optimizer steps of a run."""
         pairs = round(self.protocol.train_share * self.about["data"]["pairs"])
         return self.training.epochs * max(pairs // self.training.batch_size, 1)
 
-    def row(self, name: str) -> PlanRow:
-        """A method by its name."""
-        return next(row for row in self.rows if row.name == name)
-
     def refusals(self) -> dict[str, str]:
-        """Why methods refuse the model, by name; known once the maps are made."""
+        """Reasons of the methods that do not support the model, by name; known once the maps are made."""
         path = self.folder / "refused.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def path(self, cell: Cell) -> Path:
-        """The folder of a cell."""
-        return self.folder / "cells" / cell.id
+    def path(self, run: Run) -> Path:
+        """Folder of a run."""
+        return self.folder / "runs" / run.id
 
     def described(self) -> dict[str, Any]:
         """The plan as plain types."""
@@ -224,25 +223,17 @@ class Plan:
             "format": FORMAT,
             "protocol": asdict(self.protocol),
             "training": asdict(self.training),
-            "rows": [asdict(row) for row in self.rows],
+            "methods": [asdict(method) for method in self.methods],
             "about": self.about,
         }
 
     def write(self) -> None:
-        """Write `plan.json`, which makes the folder a plan: the last thing to be written."""
+        """Write `plan.json`, the last file of a plan, which makes the folder one."""
         write_text(self.folder / _PLAN, json.dumps(self.described(), indent=1))
 
 
-def duration(seconds: float) -> str:
-    """A time in words that say no more than an estimate can."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def has_plan(folder: Path) -> bool:
-    """A folder holds a plan that is written to its end."""
+    """Whether a folder holds a complete plan."""
     return (folder / _PLAN).is_file()
 
 
@@ -250,31 +241,31 @@ def read_plan(folder: Path) -> Plan:
     """The plan of a folder.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is of another format.
+        FileNotFoundError: The folder holds no plan.
+        ValueError: The plan has another format.
     """
     if not has_plan(folder):
         raise FileNotFoundError(f"{folder} holds no plan. `matex roar run --config FILE --out {folder}` makes one.")
     described = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
     if described.get("format") != FORMAT:
         raise ValueError(
-            f"The plan in {folder} has format {described.get('format')!r}, this version reads {FORMAT}. Start anew in "
+            f"The plan in {folder} has format {described.get('format')!r}, this version reads {FORMAT}. Start again in "
             "another folder."
         )
     return Plan(
         folder,
         Protocol(**described["protocol"]),
         Training(**described["training"]),
-        [PlanRow(**row) for row in described["rows"]],
+        [PlanMethod(**method) for method in described["methods"]],
         described["about"],
     )
 
 
 def check_same(plan: Plan, wanted: Plan) -> None:
-    """Refuse to go on with a plan in a folder that holds another one. The same weights may come from another path.
+    """Raise if a folder's plan is not the wanted one. The paths of the weights may differ, their content may not.
 
     Raises:
-        ValueError: They differ; the message names the first settings that do.
+        ValueError: The plans differ; the message names the first settings that do.
     """
     differing = [
         difference
@@ -288,12 +279,12 @@ def check_same(plan: Plan, wanted: Plan) -> None:
         )
 
 
-def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in sorted(one.keys() | other.keys()):
-            yield from _differences(one.get(name), other.get(name), f"{path}.{name}".strip("."))
-    elif one != other:
-        yield f"{path} is {_short(one)} there, {_short(other)} here"
+def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in sorted(there.keys() | here.keys()):
+            yield from _differences(there.get(name), here.get(name), f"{path}.{name}".strip("."))
+    elif there != here:
+        yield f"{path} is {_short(there)} there, {_short(here)} here"
 
 
 def _short(value: Any) -> str:
@@ -301,15 +292,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def some_cells(cells: Sequence[Cell], part: str) -> list[Cell]:
-    """Every n-th cell from the i-th, by `i::n` as in a slice, for schedulers with job arrays.
+def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
+    """Every n-th run from the i-th, for `shard` as `i/n`, for job arrays.
 
     Raises:
-        ValueError: It has another form.
+        ValueError: `shard` has another form.
     """
-    found = re.fullmatch(r"(\d+)::(\d+)", part)
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
     if found is None or not 0 <= int(found[1]) < int(found[2]):
-        raise ValueError(
-            f"cells must be FIRST::STEP with FIRST below STEP, as 3::8 in the fourth of 8 jobs; got {part!r}."
-        )
-    return list(cells[int(found[1]) :: int(found[2])])
+        raise ValueError(f"shard must be I/N with I below N, for example 3/8 in the fourth of 8 jobs; got {shard!r}.")
+    return list(runs[int(found[1]) :: int(found[2])])

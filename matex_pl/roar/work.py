@@ -1,41 +1,42 @@
-"""Running the cells of a plan: each by whoever takes its lease first, none twice, and what fails is kept by name."""
+"""Work on the runs of a plan: each by the process that holds its lock, none twice, and a failure is kept by name."""
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
+from matex_pl.console import duration
 from matex_pl.files import write_text
-from matex_pl.roar.cell import load_explained, run_cell
 from matex_pl.roar.drop import make_maps
 from matex_pl.roar.films import PlanFilms
-from matex_pl.roar.lease import RESULT, Lease, is_leased, leased
-from matex_pl.roar.plan import Cell, Plan, duration, read_plan
+from matex_pl.roar.finetune import load_explained, train_run
+from matex_pl.roar.plan import Plan, Run
 
 POLL_SECONDS = 1.0
 _LINE_SECONDS = 60.0
-_ERROR = "error.log"
-
-# When the log of a cell's failure was written, and its inode: tells whether a cell failed since. None without a log.
-Stamp = tuple[int, int] | None
+_LOCK, _PID, RESULT, _ERROR = ".lock", "pid", "result.json", "error.log"
 
 
 def prepare_maps(plan: Plan) -> None:
-    """Make the maps of all methods, once; others that come meanwhile wait.
+    """Make the maps of all methods, once; other processes that need them wait.
 
-    A method that refuses the model is noted. One that fails fails in each of its cells, and is tried again next time.
+    A method that does not support the model is noted. If a method fails, so do its runs, and the next call tries again.
     """
     with FileLock(plan.folder / ".maps.lock"):
         if has_maps(plan):
@@ -46,25 +47,25 @@ def prepare_maps(plan: Plan) -> None:
         if plan.training.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
             clip = clip.to("cuda")
         refused, broken = {}, {}
-        for row in plan.rows:
+        for method in plan.methods:
             try:
-                if row.method is not None:
-                    make_maps(plan, films, row, clip)
+                if method.method is not None:
+                    make_maps(plan, films, method, clip)
             except NotImplementedError as error:
-                refused[row.name] = str(error)
+                refused[method.name] = str(error)
             except Exception:
-                broken[row.name] = traceback.format_exc()
+                broken[method.name] = traceback.format_exc()
         write_text(_broken(plan), json.dumps(broken))
         write_text(plan.folder / "refused.json", json.dumps(refused))
 
 
 def has_maps(plan: Plan) -> bool:
-    """The maps of all methods that do not refuse the model are there."""
+    """Whether all methods that support the model have their maps."""
     return (plan.folder / "refused.json").is_file() and not broken_maps(plan)
 
 
 def broken_maps(plan: Plan) -> dict[str, str]:
-    """Why the maps of methods could not be made, as a traceback, by name."""
+    """Tracebacks of the methods whose maps could not be made, by name."""
     path = _broken(plan)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -73,128 +74,190 @@ def _broken(plan: Plan) -> Path:
     return plan.folder / "maps" / "broken.json"
 
 
-def result(plan: Plan, cell: Cell) -> dict[str, Any] | None:
-    """What a cell found; None while it has no end.
+def result(plan: Plan, run: Run) -> dict[str, Any] | None:
+    """Scores and times of a run, as `train_run` returned them; None if it has not ended.
 
     Raises:
-        ValueError: The file is damaged, as by a disk that was full or a machine that lost power.
+        ValueError: The file is damaged, for example by a full disk or a power loss.
     """
-    path = plan.path(cell) / RESULT
+    path = plan.path(run) / RESULT
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Delete it, and run the plan again.") from error
 
 
-def failure(plan: Plan, cell: Cell) -> str | None:
-    """The last line of why a cell failed; None if it did not, or succeeded since."""
-    path = plan.path(cell) / _ERROR
-    if not path.is_file() or (plan.path(cell) / RESULT).is_file():
+def failure(plan: Plan, run: Run) -> str | None:
+    """Last line of the error log of a run; None if it has not failed, or has a result."""
+    path = plan.path(run) / _ERROR
+    if not path.is_file() or (plan.path(run) / RESULT).is_file():
         return None
     lines = path.read_text(encoding="utf-8").strip().splitlines()
     return lines[-1] if lines else "no message"
 
 
-class Progress:
-    """How many of the cells have ended, here or elsewhere, since it was made.
+def has_ended(plan: Plan, run: Run) -> bool:
+    """Whether a run has a result or an error log."""
+    return any((plan.path(run) / name).is_file() for name in (RESULT, _ERROR))
 
-    A bar on a terminal; elsewhere a line after the first cell, and then one a minute at most.
+
+@contextmanager
+def locked(plan: Plan, run: Run, pool: str = "") -> Iterator[bool]:
+    """Hold the lock of a run, unless another process does; yields whether it is held.
+
+    The system frees the lock when the process ends, however that happens. The file `pid` names the process meanwhile.
 
     Args:
         plan: The experiment.
-        cells: Those of its cells that are counted.
-        before: The failures of an earlier run, which do not count; those of now by default.
-        has_bar: There is a bar, on a terminal.
+        run: One of its runs.
+        pool: Name of the pool of processes that this one belongs to. If another one of the pool has died in the run,
+            the run is left to the process that started them.
     """
-
-    def __init__(
-        self, plan: Plan, cells: Sequence[Cell], before: Mapping[Cell, Stamp] | None = None, *, has_bar: bool = True
-    ) -> None:
-        self.plan = plan
-        self.cells = cells
-        self.before = {cell: _stamp(plan, cell) for cell in cells} if before is None else before
-        self._bar = tqdm(total=len(cells), desc="cells", unit="cell", disable=None if has_bar else True)
-        self._ended, self._start, self._next_line = 0, time.monotonic(), 0.0
-
-    def pending(self) -> list[Cell]:
-        """The cells that have not ended."""
-        return [cell for cell in self.cells if not self.has_ended(cell)]
-
-    def has_ended(self, cell: Cell) -> bool:
-        """It has a result, or has failed since, and nobody tries it again."""
-        return _has_result(self.plan, cell) or (self.has_failed(cell) and not is_leased(self.plan.path(cell)))
-
-    def has_failed(self, cell: Cell) -> bool:
-        """It has failed since."""
-        return _stamp(self.plan, cell) != self.before[cell]
-
-    def show(self) -> None:
-        """Say how many have ended, if there are more than before."""
-        ended = len(self.cells) - len(self.pending())
-        self._bar.update(ended - self._ended)
-        now, is_more, self._ended = time.monotonic(), ended > self._ended, ended
-        if self._bar.disable and is_more and ended < len(self.cells) and now >= self._next_line:
-            rest = (now - self._start) / ended * (len(self.cells) - ended)
-            print(f"{ended} of {len(self.cells)} cells have ended, about {duration(rest)} left.", file=sys.stderr)
-            self._next_line = now + _LINE_SECONDS
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-
-def _has_result(plan: Plan, cell: Cell) -> bool:
-    return (plan.path(cell) / RESULT).is_file()
-
-
-def _stamp(plan: Plan, cell: Cell) -> Stamp:
+    folder = plan.path(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
     try:
-        status = (plan.path(cell) / _ERROR).stat()
-    except FileNotFoundError:
-        return None
-    return status.st_mtime_ns, status.st_ino
-
-
-def work_here(plan: Plan, cells: Sequence[Cell]) -> None:
-    """Run those of the cells that nobody else runs, one after the other, until all of them have ended somewhere."""
-    progress = Progress(plan, cells)
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    is_mine = not pool or _holder(plan, run).partition(" ")[2] != f"{socket.gethostname()} {pool}"
     try:
-        _work(progress, is_shown=True)
+        if is_mine:
+            for part in folder.glob(".*.part"):
+                part.unlink()
+            write_text(folder / _PID, _process(os.getpid(), pool))
+        yield is_mine
     finally:
-        progress.close()
+        if is_mine:
+            (folder / _PID).unlink(missing_ok=True)
+        lock.release()
 
 
-def _work(progress: Progress, *, is_shown: bool) -> None:
-    plan = progress.plan
-    films = PlanFilms(plan.folder)
-    while pending := progress.pending():
-        for cell in pending:
-            with leased(plan.folder, plan.path(cell)) as lease:
-                if lease is not None and not progress.has_failed(cell):
-                    attempt(plan, films, cell, lease)
-            if is_shown:
-                progress.show()
-        if progress.pending():
+def _process(pid: int, pool: str) -> str:
+    return f"{pid} {socket.gethostname()} {pool}"
+
+
+def _holder(plan: Plan, run: Run) -> str:
+    """The process that works on a run, or died in it; empty if there is none."""
+    path = plan.path(run) / _PID
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def state(plan: Plan, run: Run) -> str:
+    """`done`, `running`, `failed`, `died` (the process ended before the run did) or `left`."""
+    folder = plan.path(run)
+    if (folder / RESULT).is_file():
+        return "done"
+    if not _holder(plan, run):
+        return "failed" if (folder / _ERROR).is_file() else "left"
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            return "died"
+    except (PermissionError, Timeout):
+        # Another user may read a plan, but not try its locks.
+        return "running"
+
+
+def note_death(plan: Plan, run: Run, reason: str) -> None:
+    """Keep the reason why a process died in a run, as soon as no process works on it; a result stays."""
+    while not has_ended(plan, run):
+        with locked(plan, run) as is_mine:
+            if is_mine and not has_ended(plan, run):
+                write_text(plan.path(run) / _ERROR, reason)
+        if not is_mine:
             time.sleep(POLL_SECONDS)
 
 
-def attempt(plan: Plan, films: PlanFilms, cell: Cell, lease: Lease) -> None:
-    """Run a cell and keep its result, or why there is none."""
-    broken = broken_maps(plan).get(cell.row)
+class Progress:
+    """Number of runs that have ended, in this process or another one, as a context around the work on them.
+
+    Runs that failed before are tried again. On a terminal there is a bar; elsewhere a line after the first run, and
+    then at most one a minute.
+
+    Args:
+        plan: The experiment.
+        runs: The runs that are counted.
+    """
+
+    def __init__(self, plan: Plan, runs: Sequence[Run]) -> None:
+        self.plan = plan
+        self.runs = runs
+        for run in runs:
+            (plan.path(run) / _ERROR).unlink(missing_ok=True)
+        self._bar = tqdm(total=len(runs), desc="runs", unit="run", disable=None)
+        self._ended, self._start, self._next_line = 0, time.monotonic(), 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        # Files that killed processes left behind are removed with the lock.
+        for run in self.plan.runs():
+            if _holder(self.plan, run):
+                with locked(self.plan, run):
+                    pass
+
+    def pending(self) -> list[Run]:
+        """The runs that have not ended."""
+        return [run for run in self.runs if not has_ended(self.plan, run)]
+
+    def show(self) -> None:
+        """Print how many runs have ended, if there are more than before."""
+        ended = len(self.runs) - len(self.pending())
+        self._bar.update(ended - self._ended)
+        now, is_more, self._ended = time.monotonic(), ended > self._ended, ended
+        if self._bar.disable and is_more and ended < len(self.runs) and now >= self._next_line:
+            rest = (now - self._start) / ended * (len(self.runs) - ended)
+            print(f"{ended} of {len(self.runs)} runs have ended, about {duration(rest)} left.", file=sys.stderr)
+            self._next_line = now + _LINE_SECONDS
+
+
+def work_here(plan: Plan, runs: Sequence[Run]) -> None:
+    """Work on runs in this process, with a progress bar; see `work_alone`."""
+    with Progress(plan, runs) as progress:
+        work_alone(plan, runs, progress.show)
+
+
+def work_alone(plan: Plan, runs: Sequence[Run], show: Callable[[], None] = lambda: None, pool: str = "") -> None:
+    """Work on the runs that no other process has, one after the other, until all of them have ended somewhere.
+
+    Args:
+        plan: The experiment.
+        runs: Some of its runs.
+        show: Called after each run.
+        pool: Name of the pool that this process belongs to; see `locked`.
+    """
+    films = PlanFilms(plan.folder)
+    while pending := [run for run in runs if not has_ended(plan, run)]:
+        for run in pending:
+            with locked(plan, run, pool) as is_mine:
+                # Another process may have ended it since the list was made.
+                if is_mine and not has_ended(plan, run):
+                    _attempt(plan, films, run)
+            show()
+        if not all(has_ended(plan, run) for run in pending):
+            time.sleep(POLL_SECONDS)
+
+
+def _attempt(plan: Plan, films: PlanFilms, run: Run) -> None:
+    """Run, and keep the result or the reason why there is none."""
+    folder, on_interrupt = plan.path(run), signal.getsignal(signal.SIGINT)
+    broken = broken_maps(plan).get(run.method)
     if broken is not None:
-        lease.write(_ERROR, broken)
+        write_text(folder / _ERROR, broken)
         return
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        lease.write(RESULT, json.dumps(run_cell(plan, films, cell), allow_nan=False))
+        write_text(folder / RESULT, json.dumps(train_run(plan, films, run), allow_nan=False))
     except Exception:
-        # One broken cell must not take the others with it; it is named at the end, and never averaged over.
-        lease.write(_ERROR, traceback.format_exc())
+        # One broken run must not take the others with it; it is named at the end, and never averaged over.
+        write_text(folder / _ERROR, traceback.format_exc())
     except SIGTERMException:
         # A Trainer that a scheduler ends exits with status 0, as if all was done.
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as end:
-        # What the Trainer makes of Ctrl-C, which it has the process ignore from then on.
+        # The Trainer turns Ctrl-C into this, and has the process ignore Ctrl-C from then on.
         if isinstance(end.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from None
@@ -204,22 +267,57 @@ def attempt(plan: Plan, films: PlanFilms, cell: Cell, lease: Lease) -> None:
         gc.collect()
 
 
-def note_death(plan: Plan, cell: Cell, why: str) -> None:
-    """Keep why a process died within a cell, as soon as nobody runs it any more; a result from elsewhere stays."""
-    while not _has_result(plan, cell):
-        with leased(plan.folder, plan.path(cell)) as lease:
-            if lease is not None:
-                lease.write(_ERROR, why)
-                return
-        time.sleep(POLL_SECONDS)
+def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: int) -> None:
+    """Work on a shard in several processes of this machine; see `work_alone`. They end with this process.
 
-
-def work_alone(folder: Path, cells: Sequence[Cell], before: Mapping[Cell, Stamp]) -> None:
-    """The same in a process that another one started, which shows the progress.
+    If a process dies in a run, for example for lack of memory, that run has failed, and another process takes over.
 
     Args:
-        folder: Of the plan.
-        cells: Those to run.
-        before: The failures of an earlier run, of `Progress.before`.
+        plan: The experiment.
+        runs: The runs of the shard that have no result.
+        shard: Runs that the processes work on; see `take_shard`.
+        processes: Number of processes.
+
+    Raises:
+        ChildProcessError: All processes ended outside of a run.
     """
-    _work(Progress(read_plan(folder), cells, before, has_bar=False), is_shown=False)
+    # Started as commands, not forked: a fork of a process with threads, or with a GPU in use, may hang. A process ends
+    # when its standard input does, so with this one; Ctrl-C is for this one alone.
+    command = [sys.executable, "-m", "matex_pl.roar", str(plan.folder), shard]
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    with Progress(plan, runs) as progress:
+        workers, codes = [start() for _ in range(min(processes, len(runs)))], []
+        try:
+            while workers:
+                time.sleep(POLL_SECONDS)
+                for worker in [worker for worker in workers if worker.poll() is not None]:
+                    workers.remove(worker)
+                    codes.append(worker.returncode)
+                    if worker.returncode and _note_end(progress, worker):
+                        workers.append(start())
+                progress.show()
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+    if progress.pending():
+        raise ChildProcessError(f"All processes ended before their first run, with the exit codes {codes}; see above.")
+
+
+def _note_end(progress: Progress, worker: subprocess.Popen[bytes]) -> bool:
+    """Note the end of a process in the run that it worked on; False if there is none."""
+    plan, name = progress.plan, _process(worker.pid, str(os.getpid()))
+    for run in progress.pending():
+        if _holder(plan, run) == name:
+            note_death(plan, run, f"The process of this run ended early, {_reason(worker.returncode)}.")
+            return True
+    return False
+
+
+def _reason(code: int) -> str:
+    if code >= 0:
+        return f"with the exit code {code}"
+    return f"by the signal {signal.Signals(-code).name}; the system ends what takes more memory than there is"

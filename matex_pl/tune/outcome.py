@@ -1,130 +1,128 @@
-"""What was found, as plain types, as a text, and as the YAML of a method."""
+"""Result of a search as plain types, text, a picture and the YAML of a method."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
+import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
 from matex_pl import attribution
 from matex_pl.attribution import Matex
 from matex_pl.data.study import Study
 from matex_pl.evaluation.intervals import Score, difference, draw_patients, plain
 from matex_pl.files import whole_file
-from matex_pl.tune.choose import FINALISTS, Choice
-from matex_pl.tune.grid import AXES, idle_settings
-from matex_pl.tune.surface import draw_surface, number, short
+from matex_pl.tune.search import AXES, FINALISTS, Choice
 
 RESAMPLES = 2000
+_MARKS: dict[str, dict[str, Any]] = {
+    "own": {"marker": "o", "markersize": 14, "markerfacecolor": "white", "markeredgecolor": "black"},
+    "winner": {"marker": "*", "markersize": 11, "markerfacecolor": "#e4002b", "markeredgecolor": "black"},
+}
 
 
 def report(
-    found: Choice, tests: Sequence[Score], studies: Mapping[str, Sequence[Study]], seconds: float, seed: int
+    choice: Choice,
+    tests: Sequence[Score],
+    studies: Mapping[str, Sequence[Study]],
+    seconds: float,
+    seed: int,
 ) -> dict[str, Any]:
-    """What was found, as plain types.
+    """The result as plain types.
 
     Args:
-        found: On validation pairs.
-        tests: What the test studies score under the method's own setting and the winner.
+        choice: Result on validation pairs.
+        tests: Scores of the test pairs under the method's own setting and under the winner.
         studies: The pairs by split.
-        seconds: That the components of the validation pairs took.
-        seed: Of the bootstrap.
+        seconds: Seconds for the components of the validation pairs.
+        seed: Random seed of the bootstrap.
     """
-    goal, scores = found.objective, found.scores.flatten().tolist()
-    exact = [
-        {name: getattr(scored.method, name) for name in AXES} | {"score": plain(scored.score)} for scored in found.best
-    ]
+    goal, scores = choice.objective, choice.scores.flatten().tolist()
+    own, winner = tests
+    drawn = draw_patients([study.patient_id for study in studies["test"]], RESAMPLES, seed)
     return {
         "format": 1,
         "objective": {"name": goal.name, "title": goal.title, "higher_is_better": goal.sign > 0},
-        "tried": found.grid.axes,
-        "varied": found.grid.varied,
-        "without_effect": idle_settings(found.own.method, goal, [study.phrase for study in studies["val"]]),
-        "raster": found.raster,
+        "tried": choice.grid.axes,
+        "varied": choice.grid.varied,
+        "without_effect": choice.grid.idle,
+        "raster": choice.raster,
         "settings": [
-            setting | {"score": plain(score)} for setting, score in zip(found.grid.settings(), scores, strict=True)
+            setting | {"score": plain(score)} for setting, score in zip(choice.grid.settings, scores, strict=True)
         ],
-        "on_all_pixels": exact[: FINALISTS + 1],
-        "own": found.own.method.settings,
-        "winner": found.winner.method.settings,
-        "validation": _counts(studies["val"]) | {"own": plain(found.own.score), "winner": plain(found.winner.score)},
-        "test": _counts(studies["test"]) | _compare(tests, studies["test"], seed),
-        "seconds": {"components": seconds, **found.seconds},
-        "ratio": found.seconds["settings"] / seconds,
+        "on_all_pixels": [
+            {name: getattr(scored.method, name) for name in AXES} | {"score": plain(scored.score)}
+            for scored in choice.best[: FINALISTS + 1]
+        ],
+        "own": choice.own.method.settings,
+        "winner": choice.winner.method.settings,
+        "validation": _counts(studies["val"]) | {"own": plain(choice.own.score), "winner": plain(choice.winner.score)},
+        "test": _counts(studies["test"])
+        | {"own": plain(float(own.score())), "winner": plain(float(winner.score()))}
+        | {"difference": difference(winner, own, drawn)},
+        "seconds": {"components": seconds, **choice.seconds},
+        "ratio": choice.seconds["settings"] / seconds,
     }
-
-
-def _compare(tests: Sequence[Score], studies: Sequence[Study], seed: int) -> dict[str, Any]:
-    """Both scores on test, and the difference of the winner from the own with its interval over patients."""
-    own, winner = tests
-    drawn = draw_patients([study.patient_id for study in studies], RESAMPLES, seed)
-    scores = {"own": plain(float(own.score())), "winner": plain(float(winner.score()))}
-    return scores | {"difference": difference(winner, own, drawn)}
 
 
 def _counts(studies: Sequence[Study]) -> dict[str, Any]:
     return {"pairs": len(studies), "patients": len({study.patient_id for study in studies})}
 
 
-def verdict(said: Mapping[str, Any]) -> str:
-    """What the test pairs say about the winner, in a sentence."""
-    if said["own"] == said["winner"]:
+def verdict(result: Mapping[str, Any]) -> str:
+    """Conclusion from the test pairs, in a sentence."""
+    if result["own"] == result["winner"]:
         return "Tuning gained nothing: none of these settings is better on validation than the method's own."
-    low, high = said["test"]["difference"]["low"], said["test"]["difference"]["high"]
+    low, high = result["test"]["difference"]["low"], result["test"]["difference"]["high"]
     if low is None:
         return "No test study counts, so that nothing can be said about the gain."
     if low <= 0 <= high:
         return "Tuning gained nothing that the test pairs can show: the interval of the difference holds 0."
-    if (low > 0) == said["objective"]["higher_is_better"]:
+    if (low > 0) == result["objective"]["higher_is_better"]:
         return "The test pairs agree: the tuned setting is better, by more than chance in these patients."
     return "Tuning lost: on the test pairs the tuned setting is worse than the method's own. Keep that."
 
 
-def describe(said: Mapping[str, Any]) -> str:
-    """What the command prints of `report`."""
-    validation, test, names = said["validation"], said["test"], said["varied"]
+def describe(result: Mapping[str, Any]) -> str:
+    """Text of a `report`, as the command prints it."""
+    validation, test, names = result["validation"], result["test"], result["varied"]
+    gain, seconds = test["difference"], result["seconds"]
+    rows = [
+        [title, *(_short(result[title][name]) for name in names), number(validation[title]), number(test[title])]
+        for title in ("own", "winner")
+    ]
+    where = f" on a raster of {' x '.join(map(str, result['raster']))}" if result["raster"] else ""
+    again = f"; the best {len(result['on_all_pixels'])} again on all pixels, {seconds.get('finalists', 0):.2f} s"
     lines = [
-        f"{said['objective']['title']}; {len(said['settings'])} settings were tried.",
+        f"{result['objective']['title']}; {len(result['settings'])} settings were tried.",
         "",
         f"| setting | {' | '.join(names)} | validation, chosen there: optimistic | test |",
         f"|{'---|' * (len(names) + 3)}",
-    ]
-    for title in ("own", "winner"):
-        values = " | ".join(short(said[title][name]) for name in names)
-        lines.append(f"| {title} | {values} | {number(validation[title])} | {number(test[title])} |")
-    gain = test["difference"]
-    lines += [
+        *(f"| {' | '.join(row)} |" for row in rows),
         "",
         f"Validation: {validation['pairs']} pairs of {validation['patients']} patients; test: {test['pairs']} of "
         f"{test['patients']}. On test the winner less the own is {number(gain['value'], '+')} "
         f"({number(gain['low'], '+')} to {number(gain['high'], '+')}, 95 % bootstrap by patient).",
-        verdict(said),
-        _timing(said),
+        verdict(result),
+        f"{len(result['settings'])} settings{where} took {seconds['settings']:.2f} s, {result['ratio']:.1%} of the "
+        f"{seconds['components']:.2f} s of the components{again if where else ''}.",
     ]
-    idle = "; ".join(f"{name}: {reason}" for name, reason in said["without_effect"].items())
+    idle = "; ".join(f"{name}: {reason}" for name, reason in result["without_effect"].items())
     return "\n".join(lines + [f"Left as they are, for they change nothing here: {idle}."] * bool(idle))
 
 
-def _timing(said: Mapping[str, Any]) -> str:
-    seconds = said["seconds"]
-    where = f" on a raster of {' x '.join(map(str, said['raster']))}" if said["raster"] else ""
-    again = f"; the best {len(said['on_all_pixels'])} again{' on all pixels' * bool(said['raster'])}"
-    again = f"{again}, {seconds['finalists']:.2f} s" if "finalists" in seconds else ""
-    return (
-        f"{len(said['settings'])} settings{where} took {seconds['settings']:.2f} s, {said['ratio']:.1%} of the "
-        f"{seconds['components']:.2f} s of the components{again}."
-    )
-
-
-def write_files(folder: Path, said: Mapping[str, Any], found: Choice) -> list[Path]:
+def write_files(folder: Path, result: Mapping[str, Any], choice: Choice) -> list[Path]:
     """Write the method, the picture and all scores; returns the paths."""
-    figure = draw_surface(found, said["validation"]["pairs"])
-    text = json.dumps(said, indent=1, allow_nan=False) + "\n"
+    figure = draw_surface(choice, result["validation"]["pairs"])
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     save: dict[str, Callable[[Path], Any]] = {
-        "tuned.yaml": lambda path: path.write_text(as_yaml(found.winner.method, said), encoding="utf-8"),
+        "tuned.yaml": lambda path: path.write_text(as_yaml(choice.winner.method, result), encoding="utf-8"),
         "surface.png": lambda path: figure.savefig(path, format="png", dpi=150),
         "surface.svg": lambda path: figure.savefig(path, format="svg"),
         "tune.json": lambda path: path.write_text(text, encoding="utf-8"),
@@ -135,22 +133,90 @@ def write_files(folder: Path, said: Mapping[str, Any], found: Choice) -> list[Pa
     return [folder / name for name in save]
 
 
-def as_yaml(method: Matex, said: Mapping[str, Any]) -> str:
-    """The method in the form of the shipped ones: what differs from the constructor's defaults, and what was tuned."""
+def as_yaml(method: Matex, result: Mapping[str, Any]) -> str:
+    """YAML of the method like the shipped ones: the tuned settings and all that differ from the constructor's."""
     kind = type(method)
     defaults, settings = kind().settings, method.settings
     kept = {name: value for name, value in settings.items() if value != defaults[name] or name in AXES[2:]}
-    shipped = getattr(attribution, kind.__name__, None) is kind
+    is_shipped = getattr(attribution, kind.__name__, None) is kind
     described = {
-        "class_path": f"{attribution.__name__ if shipped else kind.__module__}.{kind.__qualname__}",
+        "class_path": f"{attribution.__name__ if is_shipped else kind.__module__}.{kind.__qualname__}",
         "init_args": kept,
     }
-    goal, validation, test, model = (said[name] for name in ("objective", "validation", "test", "model"))
+    goal, validation, test, model = (result[name] for name in ("objective", "validation", "test", "model"))
     lines = [
-        f"MATEX as `matex tune` found it, {said['created']}: {goal['name']} on {validation['pairs']} validation",
-        f"pairs of {said['data']['class']} (seed {said['seed']}), weights {model['weights'][:12]}.",
+        f"MATEX as `matex tune` found it, {result['created']}: {goal['name']} on {validation['pairs']} validation",
+        f"pairs of {result['data']['class']} (seed {result['seed']}), weights {model['weights'][:12]}.",
         f"Validation {number(validation['winner'])}, chosen there, and {number(validation['own'])} before; "
         f"test {number(test['winner'])} and {number(test['own'])}.",
-        verdict(said),
+        verdict(result),
     ]
     return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(described, sort_keys=False)
+
+
+def draw_surface(choice: Choice, pairs: int) -> Figure:
+    """Scores over lambda_s, lambda_c and tau: a panel per tau, on one scale, bright is better.
+
+    The panels have the blocks and the shape of the prior of the best setting of the grid. A disc marks the method's own
+    setting, a star the winner, each if it is on these panels.
+    """
+    grid = choice.grid
+    lambda_s, lambda_c, tau = (grid.axes[name] for name in AXES[2:])
+    shown = next(place for scored in choice.best if (place := grid.place(scored.method)))[:2]
+    scores = choice.scores[shown]
+    columns = min(len(tau), 4)
+    rows = -(-len(tau) // columns)
+    width = max(2.5 * columns + 1.8, 7)
+    figure = Figure(figsize=(width, max(2.4 * rows + 1.9, 4.8)), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    finite = scores[np.isfinite(scores)]
+    style: dict[str, Any] = {"vmin": finite.min(), "vmax": finite.max()} if finite.size else {}
+    style |= {"cmap": "viridis" if choice.objective.sign > 0 else "viridis_r", "origin": "lower", "aspect": "auto"}
+    for index, (panel, value) in enumerate(zip(panels, tau, strict=False)):
+        image = panel.imshow(scores[..., index], **style)
+        panel.set_title(f"tau {value:g}", fontsize=10)
+        # A panel with none below it has no shared labels.
+        panel.tick_params(labelbottom=index + columns >= len(tau))
+        _tick(panel.set_xticks, lambda_c)
+        _tick(panel.set_yticks, lambda_s)
+    for panel in panels[len(tau) :]:
+        panel.set_axis_off()
+    places = {name: grid.place(scored.method) for name, scored in (("own", choice.own), ("winner", choice.winner))}
+    marked = {name: place for name, place in places.items() if place and place[:2] == shown}
+    for name, (_, _, up, across, index) in marked.items():
+        panels[index].plot(across, up, label=name, linestyle="none", clip_on=False, zorder=3, **_MARKS[name])
+    figure.colorbar(image, ax=list(panels), label=choice.objective.title, shrink=0.9)
+    title = _title(choice, pairs, list(marked))
+    figure.suptitle("\n".join(fill(line, int(12 * width)) for line in title), fontsize=10)
+    figure.supxlabel("lambda_c, weight of the consistent gradients", fontsize=10)
+    figure.supylabel("lambda_s, strength of the prior", fontsize=10)
+    return figure
+
+
+def _tick(set_ticks: Callable[..., Any], values: Sequence[float]) -> None:
+    """Label every value, or every second one if there are many."""
+    places = range(0, len(values), 1 if len(values) < 7 else 2)
+    set_ticks(places, [f"{values[place]:g}" for place in places], fontsize=8)
+
+
+def _title(choice: Choice, pairs: int, marked: Sequence[str]) -> list[str]:
+    """The objective, the number of pairs and both settings; `marked` are those on the panels."""
+    varied, unit = choice.grid.varied, {"image": "pixels", "text": "words"}[choice.objective.side]
+    where = f"a raster of {' x '.join(map(str, choice.raster))}" if choice.raster else f"all {unit}"
+    several = [name for name in AXES[:2] if name in varied]
+    panels = f", panels at the best {' and '.join(several)}" if several else ""
+    lines = [f"{choice.objective.title}: {pairs} validation pairs on {where}{panels}"]
+    for mark, name, scored in (("disc", "own", choice.own), ("star", "winner", choice.winner)):
+        setting = ", ".join(f"{axis} {_short(getattr(scored.method, axis))}" for axis in varied)
+        away = "" if name in marked else ", not on these panels"
+        lines.append(f"{mark}: {name}, {setting}: {number(scored.score)} on all {unit}{away}")
+    return lines
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Text of a score, with its sign if `sign` is `+`; `none` if no pair counts."""
+    return "none" if value is None or not isfinite(value) else f"{value:{sign}.4f}"
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,18 @@ from torch import Tensor
 
 from matex_pl.arguments import check_positive
 from matex_pl.attribution import AttributionMethod, Matex
+from matex_pl.attribution.core.capture import borrowed, count_blocks
 from matex_pl.attribution.core.fill import check_fill
 from matex_pl.attribution.shipped import load_method
-from matex_pl.clip.model import Clip
 from matex_pl.data.datamodule import ChestXrayDataModule
-from matex_pl.data.study import Study, StudyBatch
+from matex_pl.data.study import Study
 from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
 from matex_pl.evaluation.provenance import provenance
 from matex_pl.evaluation.store import weight_hash
 from matex_pl.training.module import load_module
-from matex_pl.tune.choose import choose_setting
-from matex_pl.tune.grid import AXES, Grid, depths, make_grid
-from matex_pl.tune.objective import Objective, boxless_objectives, find_objective, gather_pairs, score_setting
+from matex_pl.tune.objective import Objective, boxless_objectives, find_objective
 from matex_pl.tune.outcome import describe, report, write_files
+from matex_pl.tune.search import AXES, attribute_pairs, choose_setting, make_grid, score_setting
 
 LAMBDA_S = [1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5]
 LAMBDA_C = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]
@@ -43,82 +42,82 @@ def tune_matex(
     prior_shape: list[str] | None = None,
     num_pairs: int = 256,
     batch_size: int = 32,
-    raster: int = 20,
+    raster: int = 56,
     seed: int = 0,
 ) -> str:
-    """Find lambda_s, lambda_c and tau of MATEX on validation pairs, and score what was found once on test pairs.
+    """Find lambda_s, lambda_c and tau of MATEX on validation pairs, and score the winner once on test pairs.
 
-    The components are computed once, and every setting is fused from them on a raster; the ten best are scored again on
-    all pixels, and the winner is the best of those and of the method's own setting. Of equal ones it is the nearest to
-    the method's own: by the sum over the settings of the difference as a share of the range of what was tried, where
-    another shape of the prior counts 1. For words, settings are scored at once without a raster. An objective that asks
-    the model (confidence) needs a forward per pair and setting, on all pixels. A setting that changes nothing here is
-    left as it is, and the text says why: lambda_s where no phrase of the validation pairs names a place.
+    The components are computed once, and every setting is fused from them. Image maps are compared on a raster, and the
+    ten best settings again at every pixel; the winner is the best of those and of the method's own setting. An
+    objective that runs the model (confidence, curves) scores all settings at every pixel. Of equal settings the nearest
+    to the method's own wins: the distance is the sum over the settings of the difference as a share of the range of the
+    values, and another shape of the prior counts 1. A setting without effect stays as it is, and the text names the
+    reason: lambda_s if no phrase of the validation pairs names a place.
 
-    Writes `tuned.yaml`, which `--method` and the callbacks take, `surface.png` and `surface.svg`, the scores over
-    lambda_s, lambda_c and tau, and `tune.json`, all scores with what made them.
+    Writes `tuned.yaml`, which `--method` and the callbacks read; `surface.png` and `surface.svg`, the scores over
+    lambda_s, lambda_c and tau; and `tune.json`, all scores with their origin.
 
     Args:
-        data: The films; the validation split is tuned on, the test split is for the score.
+        data: The data module; its validation split is tuned on, its test split scores the winner.
         ckpt_path: A checkpoint of `matex fit`.
-        out: The folder to write to.
-        method: A Matex, `Matex.measured()` by default, whose settings stay but for those that are tried: the name of a
-            shipped setting, a YAML file, or a class.
-        objective: What is best: searched on a raster `pointing_game`, `cnr`, `miou`, `energy_in_box`, `rank_accuracy`,
-            at a threshold `iou`, `acc50` and `ap50`, as `iou/0.3`, `border_mass`, `outside_thorax_mass` where the data
-            module knows the thorax, and `mean_map_mass` (lower: the smaller map); there too, held against the maps
-            under another study's phrase `prompt_sensitivity`, with right and left exchanged `side_sensitivity`, under
-            shuffled weights `sanity`, which takes the components once more for each block of the towers; and, with
-            forwards of the model for each setting, `confidence_drop`, `confidence_increase`,
-            `confidence_drop@50`, `confidence_increase@50`, `top20_removal`, `insertion` and `deletion` (their gain,
-            which orders settings as the AUC does), filled with the mean film, or with another fill as in
-            `top20_removal/blur`. For the words `text_` before one of the first five of these, `mean_map_mass` or
-            `sanity`.
+        out: The output folder.
+        method: A Matex, `Matex.measured()` by default, whose other settings stay: the name of a shipped setting, a YAML
+            file, or a class.
+        objective: A metric of the benchmark. Compared on the raster: `pointing_game`, `cnr`, `miou`, `energy_in_box`,
+            `rank_accuracy`; `iou`, `acc50` and `ap50` at a threshold, as `iou/0.3`; `border_mass`, `mean_map_mass`
+            (lower is better) and, where the data module has a thorax, `outside_thorax_mass`; `prompt_sensitivity`
+            (against another study's phrase), `side_sensitivity` (against right and left exchanged) and `sanity`
+            (against shuffled weights: the components once more for each block of the towers). With forwards of the
+            model for each setting: `confidence_drop`, `confidence_increase`, `confidence_drop@50`,
+            `confidence_increase@50`, `top20_removal`, `insertion` and `deletion` (the gain, which orders settings as
+            the AUC does), filled with the mean film or with another fill, as `top20_removal/blur`. For the words:
+            `text_` before the first five of these, before `mean_map_mass` or `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
         grad_layers: Numbers of blocks with gradients to try; the method's own by default.
         prior_shape: Shapes of the prior to try; the method's own by default.
-        num_pairs: Pairs of either split, those with boxes if the objective needs them; -1 for all.
+        num_pairs: Number of pairs of either split, those with boxes if the objective needs boxes; -1 for all.
         batch_size: Pairs per batch.
-        raster: Cells on the longer side of the raster that the settings are compared on; for the pointing game the
-            nearest number that puts a cell on the centre of each patch. Correlations, of means of patches, take two per
-            patch. On the phantom model, of 12, 16 and 20, only 20 had the best setting for `cnr` among its ten.
-        seed: Of the choice of pairs, and of the bootstrap.
+        raster: Points on the longer side of the raster, at most one per pixel.
+        seed: Random seed of the choice of pairs, of shuffled weights and of the bootstrap.
 
     Returns:
-        What was found, on how many pairs, with its interval on test, and where the files are.
+        The winner, the number of pairs, the interval on test and the paths of the files.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: An argument is out of range, the method is no Matex, or has its prior off where a map of the image
-            is scored, or the objective needs boxes or a mean film that are not there.
+        ValueError: An argument is out of range, the method is no Matex, its prior is off and an image map is scored, or
+            the objective needs boxes, a thorax or a mean film that are not there.
     """
     goal = find_objective(objective)
     own = _checked_method(method, goal)
     tried = dict(zip(AXES, (grad_layers, prior_shape, lambda_s, lambda_c, tau), strict=True))
     _check_tried(own, tried)
-    _check_numbers(num_pairs, batch_size, raster)
+    check_positive(batch_size=batch_size, raster=raster)
+    if num_pairs < -1 or num_pairs == 0:
+        raise ValueError(f"num_pairs must be positive, or -1 for all; got {num_pairs}.")
     clip = load_module(ckpt_path).clip
     if goal.fill:
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")
     studies = {split: _choose(data, split, num_pairs, seed, goal) for split in ("val", "test")}
-    gather = partial(gather_pairs, clip, objective=goal, thorax=_thorax(data, goal), seed=seed)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    thorax = _thorax(data, goal)
+    Path(out).mkdir(parents=True, exist_ok=True)
 
     batches = read_pairs(data, "val", studies["val"], batch_size)
-    depth = _count_blocks(clip, own, batches[0])
+    with borrowed(clip):
+        depth = count_blocks(clip, *model_inputs(clip, batches[0]))
     grid = make_grid(own, goal, depth, tried, [study.phrase for study in studies["val"]])
-    deepest = _deepest(own, grid, depth)
-    pairs, seconds = gather(deepest, batches)
-    size = raster_size(raster, clip, goal)
-    found = choose_setting(clip, pairs, own, grid, grid.distances(own, depth), goal, size)
-    pairs, _ = gather(deepest, read_pairs(data, "test", studies["test"], batch_size))
-    tests = [score_setting(clip, pairs, method, goal) for method in (own, found.winner.method)]
-    said = provenance(clip, weight_hash(clip), ckpt_path, data, seed) | report(found, tests, studies, seconds, seed)
-    return "\n".join([describe(said), "", *map(str, write_files(folder, said, found))])
+    pairs, seconds = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
+    if goal.forwards:
+        _announce(goal, len(grid.settings), len(studies["val"]))
+    choice = choose_setting(pairs, grid, goal, _raster_size(raster, clip.image_size))
+    batches = read_pairs(data, "test", studies["test"], batch_size)
+    pairs, _ = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
+    tests = [score_setting(pairs, tested, goal) for tested in (own, choice.winner.method)]
+    result = provenance(clip, weight_hash(clip), ckpt_path, data, seed) | report(choice, tests, studies, seconds, seed)
+    return "\n".join([describe(result), "", *map(str, write_files(Path(out), result, choice))])
 
 
 def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> Matex:
@@ -154,20 +153,14 @@ def _check_tried(own: Matex, tried: Mapping[str, Sequence[Any] | None]) -> None:
             type(own)(**own.settings | {name: value})
 
 
-def _check_numbers(num_pairs: int, batch_size: int, raster: int) -> None:
-    check_positive(batch_size=batch_size, raster=raster)
-    if num_pairs < -1 or num_pairs == 0:
-        raise ValueError(f"num_pairs must be positive, or -1 for all; got {num_pairs}.")
-
-
 def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal: Objective) -> list[Study]:
     """Pairs of a split.
 
     Raises:
         ValueError: The objective needs boxes, and there are none.
     """
-    studies = choose_pairs(data, split, number, seed, boxed=goal.boxed)
-    if goal.boxed and not any(len(study.boxes) for study in studies):
+    studies = choose_pairs(data, split, number, seed, boxed=goal.needs_boxes)
+    if goal.needs_boxes and not any(len(study.boxes) for study in studies):
         raise ValueError(
             f"{goal.name} needs boxes, and no {split} study of {type(data).__name__} has any. Take an objective that "
             f"needs none: {', '.join(boxless_objectives())}."
@@ -190,32 +183,15 @@ def _thorax(data: ChestXrayDataModule, goal: Objective) -> Tensor | None:
     return thorax
 
 
-def _count_blocks(clip: Clip, method: Matex, batch: StudyBatch) -> tuple[int, int]:
-    """Blocks of the image and the text tower, by explaining one pair, which encodes references as well."""
-    images, tokens = model_inputs(clip, batch)
-    parts = method.attribute(clip, images[:1], tokens[:1], batch["phrase"][:1]).parts
-    return parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1]
+def _raster_size(cells: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the raster: `cells` on the longer side, at most one per pixel."""
+    share = min(1, cells / max(image_size))
+    return max(1, round(image_size[0] * share)), max(1, round(image_size[1] * share))
 
 
-def _deepest(method: Matex, grid: Grid, depth: tuple[int, int]) -> Matex:
-    """The method with the gradients of all blocks that a setting of the grid, or its own, asks for."""
-    image, text = zip(*(depths(k, method, depth) for k in [*grid.grad_layers, method.grad_layers]), strict=True)
-    return type(method)(**method.settings | {"grad_layers": max(image), "text_grad_layers": max(text)})
-
-
-def raster_size(cells: int, clip: Clip, objective: Objective) -> tuple[int, int]:
-    """Height and width of the raster: about so many cells on the longer side, at most one per pixel.
-
-    Enlarged bilinearly, a map of patches has its maxima at their centres, of which only rasters with an odd number of
-    cells per patch have a sample: an objective of peaks takes the nearest of those, of two the coarser. Such a map is
-    linear on each half of a patch, so that two cells per patch hold its means: an objective of patches takes those.
-    """
-    if objective.patches:
-        return min(2 * clip.grid[0], clip.image_size[0]), min(2 * clip.grid[1], clip.image_size[1])
-    longer, patches = max(clip.image_size), max(clip.grid)
-    if not objective.peaks:
-        share = min(1, cells / longer)
-        return max(1, round(clip.image_size[0] * share)), max(1, round(clip.image_size[1] * share))
-    odd = range(1, max(longer // patches, 1) + 1, 2)
-    each = min(odd, key=lambda number: (abs(number * patches - cells), number))
-    return clip.grid[0] * each, clip.grid[1] * each
+def _announce(objective: Objective, settings: int, pairs: int) -> None:
+    print(
+        f"{objective.name} asks the model: {settings} settings of {pairs} pairs take "
+        f"{settings * pairs * objective.forwards} forwards of the {objective.side} tower.",
+        file=sys.stderr,
+    )

@@ -11,13 +11,13 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import cv2
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from rich.progress import track
 
@@ -29,7 +29,7 @@ from matex_pl.data.study import Study
 GENERATOR_VERSION = 7
 
 _CHUNK = 64
-_FILMS, _STUDIES, _LOCK = "films.npy", "studies.json", "lock"
+_FILMS, _STUDIES = "films.npy", "studies.json"
 DEFAULT_SPLITS = {"train": 10_000, "val": 1_000, "test": 1_000}
 
 
@@ -45,9 +45,9 @@ def film_cache(
 ) -> tuple[NDArray[np.uint8], list[Study]]:
     """Films `(N, size, size)` uint8, opened read-only from disk, and their studies; drawn at the first call.
 
-    The folder `root/<key>` appears in one step when all is drawn, so an interrupted run leaves nothing behind that a
-    later call could take for a cache, and two runs at once do not disturb each other. What a killed run had drawn is
-    removed by the processes that drew for it, or else by the next call.
+    The folder `root/<key>` appears in one step when all films are drawn, so that an interrupted run leaves nothing that
+    looks like a cache. A second run waits, and takes the films of the first. The unfinished films of a killed run are
+    removed by the processes that drew them, or else by the next call.
 
     Args:
         root: Folder of all caches.
@@ -64,8 +64,10 @@ def film_cache(
     draw_film(0, **look)  # type: ignore[arg-type]
     folder = Path(root) / _cache_key({**look, "splits": splits})
     if not folder.exists():
-        with _appears_when_done(folder) as unfinished:
-            _write_films(unfinished, splits, look, _worker_count(num_workers, sum(splits.values())))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.exists():
+                _draw_into(folder, splits, look, _worker_count(num_workers, sum(splits.values())))
     return np.load(folder / _FILMS, mmap_mode="r"), _read_studies(folder / _STUDIES)
 
 
@@ -101,59 +103,17 @@ def _worker_count(wanted: int | None, num_films: int) -> int:
     return min(useful, wanted if wanted is not None else len(os.sched_getaffinity(0)))
 
 
-@contextmanager
-def _appears_when_done(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name at the end, or is removed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+def _draw_into(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any], num_workers: int) -> None:
+    """Draw into a temporary folder, which takes the name of `folder` at the end. The caller holds the lock."""
+    prefix = f".{folder.name}-"
+    for abandoned in folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        with _locked(unfinished):
-            yield unfinished
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            # Another process was faster; its folder holds the same bytes.
-            if not folder.exists():
-                raise
+        _write_films(unfinished, splits, look, num_workers)
+        unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def _locked(unfinished: Path) -> Iterator[None]:
-    """Show by a locked file that somebody works here; the system frees it once that process and its workers are gone.
-
-    Where there are no such locks nothing is shown, and the folder of a killed run stays.
-    """
-    making, lock = unfinished / "making", unfinished / _LOCK
-    with making.open("w") as file:
-        if _lock_now(file):
-            # Under this name only once it is locked.
-            making.rename(lock)
-        yield
-        making.unlink(missing_ok=True)
-        lock.unlink(missing_ok=True)
-
-
-def _lock_now(file: IO[str]) -> bool:
-    """Whether the file could be locked; not where another process has it."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Remove the temporary folders of processes that are gone."""
-    for lock in root.glob(f".*/{_LOCK}"):
-        with suppress(OSError), lock.open("r+") as file:
-            # Who is done removes the file before the lock.
-            if _lock_now(file) and lock.exists():
-                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _write_films(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any], num_workers: int) -> None:

@@ -115,7 +115,7 @@ def sample_build(rng: np.random.Generator) -> Build:
 def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thorax:
     """All layers of a chest without findings; draws the same numbers from `rng` whatever the build."""
     heart = canvas.fill([heart_outline(build)])
-    solid = np.maximum(canvas.soften(heart, 0.004), canvas.soften(canvas.fill(_mediastinum(build)), 0.006))
+    solid = np.maximum(canvas.soften(heart, 0.004), canvas.soften(canvas.fill(mediastinum_outlines(build)), 0.006))
     inside = ramp(np.float32(build.dome["left"] + 0.02) - canvas.y, 0.03) * ramp(
         canvas.y - np.float32(build.apex), 0.06
     )
@@ -167,7 +167,8 @@ def heart_outline(build: Build) -> Points:
     return closed_curve(np.stack([x, top + shape[:, 1] * build.heart_height], axis=1))
 
 
-def _mediastinum(build: Build) -> list[Points]:
+def mediastinum_outlines(build: Build) -> list[Points]:
+    """Closed outlines, `(P, 2)` each, of the vessels and the spine between the lungs, and of the aortic knob."""
     top, bottom = build.apex, build.dome["left"] + 0.03
     knob_y = build.apex + 0.24 * (bottom - top)
     right = [
@@ -184,14 +185,17 @@ def _mediastinum(build: Build) -> list[Points]:
     return [closed_curve(np.array(right + left + upper)), knob]
 
 
-def _tissue(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
-    """Body wall and abdomen: neck and shoulders above, black air beside."""
-    shoulder, flank = 0.055 + 0.05 * rng.random(), build.half_width + 0.03 + 0.09 * build.fat
-    neck = 0.10 + 0.03 * build.fat
+def body_outline(build: Build, shoulder: float) -> Points:
+    """Closed outline `(P, 2)` of neck, shoulders and flanks; `shoulder` is y of the neck's foot."""
+    flank, neck = build.half_width + 0.03 + 0.09 * build.fat, 0.10 + 0.03 * build.fat
     half = [(neck, -0.1), (neck, 0.0), (0.19, shoulder), (0.36, shoulder + 0.05), (0.50, shoulder + 0.14)]
     half += [(0.55, 0.30), (flank + 0.02, 0.45), (flank, 0.62), (flank + 0.01, 0.85), (flank + 0.02, 1.2)]
-    outline = np.concatenate([np.array(half), np.array(half)[::-1] * (-1, 1)])
-    body = canvas.fill([closed_curve(outline)])
+    return closed_curve(np.concatenate([np.array(half), np.array(half)[::-1] * (-1, 1)]))
+
+
+def _tissue(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
+    """Body wall and abdomen: neck and shoulders above, black air beside."""
+    body = canvas.fill([body_outline(build, 0.055 + 0.05 * rng.random())])
     thick = canvas.soften(body, 0.025)
     dome = build.dome["right"] + ramp(canvas.x, 0.05) * np.float32(build.dome["left"] - build.dome["right"])
     belly = np.maximum(canvas.y - dome + np.float32(0.03), 0)
@@ -258,14 +262,18 @@ def _breasts(canvas: Canvas, build: Build) -> Field:
     return np.float32(build.breasts) * np.clip(above * 60, 0, 1) * np.clip(1 - above * np.float32(5.5), 0, 1)
 
 
-def _airways(canvas: Canvas, build: Build) -> Field:
-    """The dark trachea with its two main bronchi."""
+def airway_outlines(build: Build) -> list[Points]:
+    """Closed outlines, `(P, 2)` each, of the trachea and its two main bronchi."""
     carina = build.apex + 0.34 * (build.dome["right"] - build.apex)
     shift = build.trachea
     trunk = open_curve(np.array([(0.0, -0.05), (shift / 2, build.apex), (shift, carina)]))
     main = [np.array([(shift, carina), (sign * 0.055, carina + 0.045)]) for sign in (-1, 1)]
-    outlines = [ribbon(trunk, 0.032), ribbon(main[0], 0.02), ribbon(main[1], 0.017)]
-    return canvas.soften(canvas.fill(outlines), 0.007) * np.float32(-0.13)
+    return [ribbon(trunk, 0.032), ribbon(main[0], 0.02), ribbon(main[1], 0.017)]
+
+
+def _airways(canvas: Canvas, build: Build) -> Field:
+    """The airways, dark on the mediastinum."""
+    return canvas.soften(canvas.fill(airway_outlines(build)), 0.007) * np.float32(-0.13)
 
 
 def _spine(canvas: Canvas, solid: Field) -> Field:

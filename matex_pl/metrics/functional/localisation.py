@@ -15,18 +15,35 @@ MEAN_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Thresholds of the mean IoU."""
 
 
-def box_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Which pixel centres lie in any box: B lists `(K, 4)` of `x0, y0, x1, y1` in [0, 1] to `(B, H, W)` bool."""
+def box_masks(boxes: Sequence[Tensor], size: tuple[int, int], *, keep_small: bool = False) -> Tensor:
+    """Which pixel centers lie in any box.
+
+    Args:
+        boxes: B lists `(K, 4)` of `x0, y0, x1, y1` in [0, 1].
+        size: Height and width.
+        keep_small: A box that is too narrow or too flat for any center has the column or the row of its middle.
+
+    Returns:
+        `(B, H, W)` bool.
+    """
     height, width = size
     if not boxes:
         return torch.zeros(0, height, width, dtype=torch.bool)
     padded = torch.nn.utils.rnn.pad_sequence([box.float() for box in boxes], batch_first=True, padding_value=torch.nan)
     x0, y0, x1, y1 = padded.unbind(-1)
-    x = (torch.arange(width, device=padded.device) + 0.5) / width
-    y = (torch.arange(height, device=padded.device) + 0.5) / height
-    in_x = (x >= x0[..., None]) & (x < x1[..., None])
-    in_y = (y >= y0[..., None]) & (y < y1[..., None])
+    in_x, in_y = _pixels_between(x0, x1, width, keep_small), _pixels_between(y0, y1, height, keep_small)
     return torch.einsum("bkh,bkw->bhw", in_y.float(), in_x.float()) > 0
+
+
+def _pixels_between(low: Tensor, high: Tensor, number: int, keep_small: bool) -> Tensor:
+    """Which of `number` pixels of [0, 1] have their center in `[low, high)`, with one more last axis."""
+    pixels = torch.arange(number, device=low.device)
+    centers = (pixels + 0.5) / number
+    inside = (centers >= low[..., None]) & (centers < high[..., None])
+    if keep_small:
+        middle = ((low + high) / 2 * number).floor()[..., None]
+        inside |= ~inside.any(-1, keepdim=True) & (pixels == middle)
+    return inside
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:

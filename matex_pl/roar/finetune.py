@@ -1,4 +1,4 @@
-"""One cell: the fine-tuning that a user runs, on what is left of the training pairs."""
+"""One run: a fine-tuning like a user's, on what is left of the training pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from matex_pl.attribution.core.fill import drop_tokens, fill_images
 from matex_pl.data.study import StudyBatch
 from matex_pl.evaluation.tensors import read_tensors, write_tensors
 from matex_pl.metrics.removal import enlarge_cells
 from matex_pl.roar.drop import drop_of
-from matex_pl.roar.films import PlanData, PlanFilms
-from matex_pl.roar.lora import add_lora
-from matex_pl.roar.plan import Cell, Plan, Training
+from matex_pl.roar.films import PlanFilms
+from matex_pl.roar.plan import Plan, Run, Training
 from matex_pl.training.module import ClipModule
 
 
@@ -47,42 +46,53 @@ class RoarModule(ClipModule):
         return images, tokens
 
 
-def run_cell(plan: Plan, films: PlanFilms, cell: Cell) -> dict[str, Any]:
-    """Fine-tune from the plan's weights and validate: a function of plan and cell alone, whoever runs it, and when.
+def train_run(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Any]:
+    """Fine-tune from the plan's weights and validate; the scores depend on the plan and the run alone.
 
     Args:
         plan: The experiment.
         films: Its pairs.
-        cell: What is dropped.
+        run: What is dropped.
 
     Returns:
         `loss` of validation, the other validation scores as `metrics`, `units` dropped per pair, and times.
 
     Raises:
-        ValueError: The loss is no number.
+        ValueError: The loss is not finite.
     """
     start = time.perf_counter()
     protocol, training = plan.protocol, plan.training
-    with _like_new(training.threads):
-        seed = protocol.seed + cell.repeat
+    with _isolated(training.threads):
+        seed = protocol.seed + run.repeat
         torch.manual_seed(seed)
         train, val = films.split(protocol.train_share, seed)
-        drop = drop_of(plan, films, cell)
-        data = PlanData(films, train, val, training.batch_size, seed, drop.of, corrupt_val=protocol.corrupt_val)
-        module, stopwatch = build_module(plan), _Stopwatch()
-        trainer = _trainer(training, stopwatch, plan.path(cell))
-        trainer.fit(module, datamodule=data)
+        drop = drop_of(plan, films, run)
+        module, stopwatch = build_module(plan, films.findings), _Stopwatch()
+        trainer = _trainer(training, stopwatch, plan.path(run))
+        trainer.fit(
+            module,
+            films.loader(
+                train,
+                training.batch_size,
+                drop,
+                shuffle=True,
+                generator=torch.Generator().manual_seed(seed),
+                # An incomplete last batch is left out, unless it is the only one.
+                drop_last=len(train) >= training.batch_size,
+            ),
+            films.loader(val, training.batch_size, drop if protocol.corrupt_val else {}),
+        )
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not math.isfinite(scores["val/loss"]):
-        raise ValueError(f"The validation loss of {cell.id} is {scores['val/loss']}. Lower training.lr.")
-    # A score may be none on few films, as an AUROC is where all have the finding.
+        raise ValueError(f"The validation loss of {run.id} is {scores['val/loss']}. Lower training.lr.")
+    # A score may be undefined on few films, like an AUROC where all have the finding.
     known = {name: value for name, value in scores.items() if name.startswith("val/") and math.isfinite(value)}
     return {
-        "cell": cell.id,
+        "run": run.id,
         "loss": known.pop("val/loss"),
         "metrics": known,
         "train_loss": scores["train/loss"],
-        "units": drop.units(train),
+        "units": sum(part[train].flatten(1).sum(1).double().mean().item() for part in drop.values()),
         "train_pairs": len(train),
         "val_pairs": len(val),
         "steps": trainer.global_step,
@@ -91,43 +101,74 @@ def run_cell(plan: Plan, films: PlanFilms, cell: Cell) -> dict[str, Any]:
     }
 
 
-def build_module(plan: Plan) -> RoarModule:
-    """The module that a cell trains, with the plan's start weights."""
+def build_module(plan: Plan, findings: Sequence[str] = ()) -> RoarModule:
+    """The module that a run trains, with the plan's start weights.
+
+    Args:
+        plan: The experiment.
+        findings: Findings of the zero-shot scores, unless the settings of the start weights have some.
+    """
     training = plan.training
     settings = {
         "lr": training.lr,
         "weight_decay": training.weight_decay,
         "warmup_steps": training.warmup_steps,
-        "freeze": {"full": "none", "head": "all-but-head", "lora": "none"}[training.trained],
+        "freeze": {"full": "none", "head": "all-but-head", "lora": "none"}[training.finetune],
     }
     module = _load(RoarModule, plan.folder / "start.safetensors", settings)
     module.fill = plan.protocol.fill
-    if training.trained == "lora":
+    module.hparams["findings"] = module.hparams["findings"] or list(findings)
+    if training.finetune == "lora":
         add_lora(module.clip.model, training.lora_rank)
     return module
 
 
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Freeze a model except its logit scale, and add low-rank updates to its linear layers (Hu et al. 2022).
+
+    Layers inside of torch's own attention, which multiplies with their weights itself, stay as they are.
+
+    Args:
+        model: A CLIP model; it is changed.
+        rank: Rank of the updates.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("training.finetune='lora' needs peft: pip install 'matex_pl[lora]'.") from error
+    inside = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention))
+    targets = [
+        name for name, part in model.named_modules() if isinstance(part, nn.Linear) and not name.startswith(inside)
+    ]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.startswith("logit_"))
+
+
 def load_explained(plan: Plan) -> ClipModule:
-    """The module whose maps are taken, in eval mode."""
+    """The module that makes the maps, in eval mode."""
     return read_module(plan.folder / "explained.safetensors").eval()
 
 
 def read_module(path: Path) -> ClipModule:
-    """The module that `write_module` kept."""
+    """The module of a file of `write_module`."""
     return _load(ClipModule, path, {})
 
 
 def write_module(module: ClipModule, path: Path) -> None:
-    """Keep a module's weights and settings, for `build_module` and `load_explained`."""
+    """Write the weights and settings of a module, for `build_module` and `load_explained`."""
     weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
     write_tensors(path, weights, {"settings": dict(module.hparams)})
 
 
 def _load(kind: type[Any], path: Path, settings: dict[str, Any]) -> Any:
     weights, about = read_tensors(path)
-    own = {**about["settings"], **settings}
-    own["betas"] = tuple(own["betas"])
-    module = kind(**own)
+    arguments = {**about["settings"], **settings}
+    arguments["betas"] = tuple(arguments["betas"])
+    module = kind(**arguments)
     module.load_state_dict(weights)
     return module
 
@@ -150,7 +191,7 @@ class _Stopwatch(Callback):
 
 def _trainer(training: Training, stopwatch: Callback, folder: Path) -> Trainer:
     return Trainer(
-        # For the weights from before a loss that is no number.
+        # Takes the weights from before a loss that is not finite.
         default_root_dir=folder,
         accelerator=training.accelerator,
         devices=1,
@@ -168,16 +209,16 @@ def _trainer(training: Training, stopwatch: Callback, folder: Path) -> Trainer:
 
 
 @contextmanager
-def _like_new(threads: int) -> Iterator[None]:
-    """Random numbers of its own, a number of threads, and no words of the trainer; all as before at the end."""
-    before, said = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
-    level = said.level
-    said.setLevel(logging.ERROR)
+def _isolated(threads: int) -> Iterator[None]:
+    """Separate random numbers, a number of threads and a silent Trainer; all are restored at the end."""
+    threads_before, logger = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     try:
         with isolate_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
             yield
     finally:
-        torch.set_num_threads(before)
-        said.setLevel(level)
+        torch.set_num_threads(threads_before)
+        logger.setLevel(level)

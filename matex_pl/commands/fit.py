@@ -1,0 +1,58 @@
+"""`matex fit`, `validate`, `test` and `predict`: LightningCLI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pickle import UnpicklingError
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from matex_pl import data, import_all
+from matex_pl.commands.options import ShippedConfig
+from matex_pl.data import ChestXrayDataModule
+from matex_pl.training.checkpoints import no_checkpoint
+from matex_pl.training.module import ClipModule
+
+
+class MatexCLI(LightningCLI):
+    """LightningCLI with this project's module and any of its data modules."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """LightningCLI's parser, whose `--config` takes the names of shipped configs too."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ShippedConfig, help="A YAML file, or the name of a shipped config."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Seed by default, because results should repeat."""
+        parser.set_defaults({"seed_everything": 0})
+
+    def _parse_ckpt_path(self) -> None:
+        """Read the model's settings from a checkpoint, which Lightning does before anything is there to load it.
+
+        Raises:
+            ValueError: It cannot be read, or would run code; the message names the file.
+        """
+        try:
+            super()._parse_ckpt_path()
+        except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
+            raise no_checkpoint(self.config[self.config.subcommand].ckpt_path, error) from error
+
+
+def main(words: Sequence[str] | None) -> None:
+    """Run a command of LightningCLI with its name in front, the process's own by default."""
+    import_all(data)
+    MatexCLI(
+        ClipModule,
+        ChestXrayDataModule,
+        subclass_mode_data=True,
+        parser_kwargs={"prog": "matex"},
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        args=words if words is None else list(words),
+    )

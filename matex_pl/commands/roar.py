@@ -1,0 +1,70 @@
+"""`matex roar run|status|collect`: remove-and-retrain experiments."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser as PlainParser
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from matex_pl import data, import_all
+from matex_pl.commands.options import ShippedConfig, check_words, choose, read_mapping, stop
+
+COMMANDS = {
+    "run": "Remove what maps mark, train again, and see what the model lost.",
+    "status": "Say how far a plan is.",
+    "collect": "Write the tables, curves and page of a plan.",
+}
+
+
+class PlanConfig(ShippedConfig):
+    """The YAML of `matex roar run`, whose `out` is the folder of the plan."""
+
+    def taken(self, path: str) -> str:
+        """`{"folder": ...}` as JSON."""
+        return json.dumps({"folder": read_mapping(path).get("out")})
+
+
+def main(words: Sequence[str]) -> None:
+    """Run `matex roar run`, `status` or `collect`, and print what comes of it.
+
+    Raises:
+        ValueError: No plan is named.
+    """
+    about = "ROAR+: remove what maps mark, train again, and see what the model lost."
+    command = choose(PlainParser("matex roar", description=about), COMMANDS, words)
+    check_words(f"roar {command}", words)
+    print(_run(words[1:]) if command == "run" else _read(command, words[1:]))
+
+
+def _run(words: Sequence[str]) -> str:
+    from matex_pl.roar import RunsFailedError, run_roar
+
+    import_all(data)
+    parser = ArgumentParser(prog="matex roar run", description=COMMANDS["run"])
+    parser.add_argument(
+        "-c", "--config", action=ShippedConfig, help="A YAML of these settings, as the shipped roar_phantom.yaml."
+    )
+    parser.add_function_arguments(run_roar)
+    settings = vars(parser.instantiate(parser.parse_args(list(words))))
+    del settings["config"]
+    try:
+        return run_roar(**settings)
+    except RunsFailedError as error:
+        stop(f"matex roar: {error}")
+
+
+def _read(command: str, words: Sequence[str]) -> str:
+    parser = ArgumentParser(prog=f"matex roar {command}", description=COMMANDS[command], print_config=None)
+    parser.add_argument("folder", nargs="?", help="Folder of the plan; the `out` of --config by default.")
+    parser.add_argument("-c", "--config", action=PlanConfig, help=str(PlanConfig.__doc__))
+    if command == "collect":
+        parser.add_argument("--report", help="Folder of a `matex benchmark`, whose tables and page get the scores too.")
+    settings = vars(parser.parse_args(list(words)))
+    del settings["config"]
+    if not settings["folder"]:
+        raise ValueError("there is no plan. Give its folder, or --config, the YAML of `matex roar run`, with `out`.")
+    from matex_pl.roar import collect_roar, roar_status
+
+    return collect_roar(**settings) if command == "collect" else roar_status(**settings)

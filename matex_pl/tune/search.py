@@ -1,0 +1,277 @@
+"""Search of a grid of MATEX settings: the components of each pair once, then one fusion per pair and setting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import inf, isnan
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from matex_pl.anatomy import parse_phrase
+from matex_pl.attribution import Matex
+from matex_pl.attribution.matex import last_blocks
+from matex_pl.clip.model import Clip
+from matex_pl.console import progress
+from matex_pl.data.study import StudyBatch
+from matex_pl.evaluation.intervals import Detections, Score, Sums
+from matex_pl.evaluation.pairs import model_inputs
+from matex_pl.tune.objective import Objective, PairBatch
+
+AXES = ("grad_layers", "prior_shape", "lambda_s", "lambda_c", "tau")
+# Number of settings that are scored again at every pixel.
+FINALISTS = 10
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of the values of each setting.
+
+    Args:
+        method: The method that is tuned.
+        depth: Number of blocks of the image and the text tower.
+        axes: Values by setting, in the order of the axes of a score tensor.
+        idle: Reason by setting without effect, of which only the method's own value is tried.
+    """
+
+    method: Matex
+    depth: tuple[int, int]
+    axes: dict[str, list[Any]]
+    idle: dict[str, str]
+
+    @property
+    def varied(self) -> list[str]:
+        """Settings with more than one value; all if there are none."""
+        return [name for name, values in self.axes.items() if len(values) > 1] or list(self.axes)
+
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """All combinations, in the order of a flattened score tensor."""
+        return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
+
+    @property
+    def deepest(self) -> Matex:
+        """The method with the gradients of every block that a combination or the method itself needs."""
+        layers = [*self.axes["grad_layers"], self.method.grad_layers]
+        image, text = zip(*(depths(value, self.method, self.depth) for value in layers), strict=True)
+        return type(self.method)(**self.method.settings | {"grad_layers": max(image), "text_grad_layers": max(text)})
+
+    def place(self, method: Matex) -> tuple[int, ...] | None:
+        """Index of the method's combination in a score tensor; None if it is not on the grid."""
+        if any(getattr(method, name) not in values for name, values in self.axes.items()):
+            return None
+        return tuple(values.index(getattr(method, name)) for name, values in self.axes.items())
+
+    def distance(self, method: Matex) -> float:
+        """Distance of another setting from the method's own.
+
+        The sum over the axes of the difference as a share of the range of the values. `grad_layers` counts in blocks,
+        another `prior_shape` counts 1.
+        """
+        total = float(method.prior_shape != self.method.prior_shape)
+        for name in AXES[:1] + AXES[2:]:
+            own, other, *rest = (
+                self._number(name, value)
+                for value in (getattr(self.method, name), getattr(method, name), *self.axes[name])
+            )
+            total += abs(other - own) / (max(own, *rest) - min(own, *rest) or 1)
+        return total
+
+    def _number(self, name: str, value: float) -> float:
+        return sum(depths(int(value), self.method, self.depth)) if name == "grad_layers" else value
+
+
+def make_grid(
+    method: Matex,
+    objective: Objective,
+    depth: tuple[int, int],
+    tried: Mapping[str, Sequence[Any] | None],
+    phrases: Sequence[str],
+) -> Grid:
+    """The grid of the values to try, each once and in order.
+
+    Args:
+        method: The method that is tuned.
+        objective: Objective that settings are chosen by.
+        depth: Number of blocks of the image and the text tower. Of numbers of blocks that mean the same one is tried,
+            the method's own if it is one of them.
+        tried: Values by setting; None for the method's own.
+        phrases: Phrases of the pairs.
+    """
+    idle = _idle_settings(method, objective, phrases)
+    axes = {
+        name: [getattr(method, name)] if values is None or name in idle else list(values)
+        for name, values in tried.items()
+    }
+    same = {depths(value, method, depth): value for value in reversed(axes["grad_layers"])}
+    own = depths(method.grad_layers, method, depth)
+    same |= {own: method.grad_layers} if own in same else {}
+    axes |= {name: sorted(set(axes[name])) for name in AXES[2:]}
+    axes |= {
+        "grad_layers": [same[key] for key in sorted(same)],
+        "prior_shape": list(dict.fromkeys(axes["prior_shape"])),
+    }
+    return Grid(method, depth, axes, idle)
+
+
+def _idle_settings(method: Matex, objective: Objective, phrases: Sequence[str]) -> dict[str, str]:
+    """Settings without effect on the objective of pairs with these phrases, each with the reason."""
+    idle = {}
+    if objective.side == "text":
+        idle = dict.fromkeys(("lambda_s", "prior_shape"), "words have no place")
+        if method.text_grad_layers is not None:
+            idle["grad_layers"] = "the text side has its own number of blocks"
+    elif not any(parse_phrase(phrase, knowledge_prior=method.knowledge_prior).regions for phrase in phrases):
+        idle = dict.fromkeys(("lambda_s", "prior_shape"), "no phrase of the validation pairs names a place")
+    if method.flow == "rollout":
+        idle["tau"] = "a rollout has no temperature"
+    elif method.beta == 0:
+        idle["tau"] = "beta is 0, so that the flow has no weight"
+    return idle
+
+
+def depths(grad_layers: int, method: Matex, depth: tuple[int, int]) -> tuple[int, int]:
+    """Number of blocks with gradients on the image and the text side, of towers with `depth` blocks."""
+    text = grad_layers if method.text_grad_layers is None else method.text_grad_layers
+    return last_blocks(grad_layers, depth[0]), last_blocks(text, depth[1])
+
+
+def attribute_pairs(
+    clip: Clip, method: Matex, batches: Sequence[StudyBatch], objective: Objective, thorax: Tensor | None, seed: int
+) -> tuple[list[PairBatch], float]:
+    """The pairs with their components and those of the objective's reference maps, and the seconds of `attribute`.
+
+    Args:
+        clip: The model.
+        method: Method with the gradients of every block that a setting needs.
+        batches: The pairs.
+        objective: Objective that settings are chosen by.
+        thorax: `(H, W)` bool, the usual place of lungs and heart, if the objective needs it.
+        seed: Random seed of shuffled weights.
+    """
+    own, seconds = _components(clip, method, batches)
+    pairs = [
+        PairBatch(clip, batch, parts, [], thorax, objective.fill) for batch, parts in zip(batches, own, strict=True)
+    ]
+    for model, changed in objective.references(clip, batches, seed):
+        others, more = _components(model, method, changed)
+        for batch, parts in zip(pairs, others, strict=True):
+            batch.references.append(parts)
+        seconds += more
+    return pairs, seconds
+
+
+def _components(clip: Clip, method: Matex, batches: Sequence[StudyBatch]) -> tuple[list[dict[str, Any]], float]:
+    components, seconds = [], 0.0
+    for batch in progress(batches, "components"):
+        images, tokens = model_inputs(clip, batch)
+        start = time.perf_counter()
+        parts = method.attribute(clip, images, tokens, batch["phrase"], batch["film"].to(images.device)).parts
+        seconds += time.perf_counter() - start
+        # `fuse` draws the prior again, and at every pixel it is the largest part.
+        components.append({name: part for name, part in parts.items() if name != "prior"})
+    return components, seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A setting with its score over all pairs.
+
+    Args:
+        method: MATEX with this setting.
+        distance: Distance from the method's own setting.
+        values: Values of the pairs.
+    """
+
+    method: Matex
+    distance: float
+    values: Score
+
+    @cached_property
+    def score(self) -> float:
+        """Score over all pairs; NaN if none counts."""
+        return float(self.values.score())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Result of a search on validation pairs.
+
+    Args:
+        objective: Objective that the winner was chosen by.
+        grid: Settings that were tried.
+        scores: Score of every setting, in the shape of the grid.
+        raster: Height and width at which `scores` were computed; None for every pixel or word.
+        best: Settings scored at every pixel or word, the best first, among them the method's own.
+        seconds: Seconds for all `settings`, and for scoring `finalists` again after a raster.
+    """
+
+    objective: Objective
+    grid: Grid
+    scores: NDArray[np.float64]
+    raster: tuple[int, int] | None
+    best: list[Scored]
+    seconds: dict[str, float]
+
+    @property
+    def winner(self) -> Scored:
+        """The best setting."""
+        return self.best[0]
+
+    @property
+    def own(self) -> Scored:
+        """The method's own setting."""
+        return next(scored for scored in self.best if scored.method.settings == self.grid.method.settings)
+
+
+def choose_setting(pairs: Sequence[PairBatch], grid: Grid, objective: Objective, raster: tuple[int, int]) -> Choice:
+    """The best setting of the grid and the method's own; of equal ones the nearest to the method's own.
+
+    Image maps are compared on a raster, and the best ones again at every pixel. An objective that runs the model scores
+    all settings at every pixel.
+    """
+    own = grid.method
+    methods = [type(own)(**own.settings | setting) for setting in grid.settings]
+    is_coarse = objective.side == "image" and not objective.forwards
+
+    def score(method: Matex, size: tuple[int, int] | None = None) -> Scored:
+        return Scored(method, grid.distance(method), score_setting(pairs, method, objective, size))
+
+    start = time.perf_counter()
+    best = [score(method, None if objective.forwards else raster) for method in progress(methods, "settings")]
+    seconds = {"settings": time.perf_counter() - start}
+    scores = np.array([scored.score for scored in best]).reshape([len(values) for values in grid.axes.values()])
+    if is_coarse:
+        finalists = best_first(best, objective.sign)[:FINALISTS]
+        best = [score(scored.method) for scored in progress(finalists, "settings at every pixel")]
+        seconds["finalists"] = time.perf_counter() - start - seconds["settings"]
+    if all(scored.method.settings != own.settings for scored in best):
+        best.append(score(own))
+    return Choice(objective, grid, scores, raster if is_coarse else None, best_first(best, objective.sign), seconds)
+
+
+def score_setting(
+    pairs: Sequence[PairBatch], method: Matex, objective: Objective, size: tuple[int, int] | None = None
+) -> Score:
+    """Score of the pairs under a setting, from maps of height and width `size`; at every pixel by default."""
+    changes: dict[str, Any] = {} if size is None else {"size": size}
+    values = []
+    with torch.no_grad():
+        for batch in pairs:
+            maps = [type(method).fuse(parts | changes, **method.settings) for parts in (batch.parts, *batch.references)]
+            values.append(objective.value(batch, *maps))
+    if isinstance(values[0], Detections):
+        return Detections.joined(cast(list[Detections], values))
+    return Sums.of(torch.cat(cast(list[Tensor], values)).cpu())
+
+
+def best_first(scored: Sequence[Scored], sign: int) -> list[Scored]:
+    """Settings by score, NaN last, and of equal scores by distance; `sign` is 1 if higher is better, else -1."""
+    return sorted(scored, key=lambda one: (inf if isnan(one.score) else -sign * one.score, one.distance))
