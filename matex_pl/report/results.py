@@ -19,12 +19,13 @@ FEATURED = "Matex"
 LEVEL = 0.05
 
 R = TypeVar("R", bound="Results")
+_CLASS: Any = Field(default="", validation_alias="class", serialization_alias="class")
 
 
 class Record(BaseModel):
     """A part of a results file; a null stands for the default."""
 
-    model_config = ConfigDict(frozen=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -144,25 +145,15 @@ class SanityCurve(Record):
 
 
 class Method(Record):
-    """One method and the modality of its maps.
+    """One method and the modality of its maps; names are unique within a modality.
 
-    Args:
-        name: As the tables print it, unique within a modality.
-        modality: Key of `MODALITIES`.
-        control: Whether it is a reference that methods have to be better than.
-        method_class: Name of its class.
-        settings: Arguments of its constructor.
-        note: A remark printed with the name.
-        key: Key of its maps in the map store.
-        error: Reason for refusing the model; empty if it was measured.
+    A control is a reference that methods have to be better than. The error is the reason for refusing the model.
     """
 
     name: str
     modality: Literal["image", "text"]
     control: bool = False
-    method_class: str = Field(
-        default="", validation_alias=AliasChoices("class", "method_class"), serialization_alias="class"
-    )  # fmt: skip
+    method_class: str = _CLASS
     settings: dict[str, Any] = {}
     note: str = ""
     key: str = ""
@@ -170,15 +161,9 @@ class Method(Record):
 
 
 class MethodScores(Method):
-    """What a benchmark measured of the maps of one modality of a method.
+    """Scores by metric, and by finding and metric, of the maps of one modality of a method.
 
-    Args:
-        seconds_per_pair: Time of one map.
-        threshold: Of the IoU, chosen on the validation split.
-        scores: By metric.
-        per_finding: By finding and metric.
-        curves: By metric.
-        sanity_curve: Of the weight randomization.
+    The threshold is that of the IoU, chosen on the validation split.
     """
 
     seconds_per_pair: float | None = None
@@ -224,9 +209,7 @@ class Model(Record, extra="allow"):
 class Data(Record, extra="allow"):
     """The pairs behind the results."""
 
-    data_class: str = Field(
-        default="", validation_alias=AliasChoices("class", "data_class"), serialization_alias="class"
-    )  # fmt: skip
+    data_class: str = _CLASS
     split: str = ""
     pairs: int | None = None
     patients: int | None = None
