@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jsonargparse import auto_cli
@@ -36,7 +36,7 @@ from matex_pl.attribution import (
     Saliency,
 )
 from matex_pl.attribution.core.fill import fill_images
-from matex_pl.attribution.core.target import TARGETS
+from matex_pl.attribution.core.target import Target
 from matex_pl.data import PhantomDataModule, StudyBatch, collate
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, PointingGame
 from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
@@ -223,7 +223,7 @@ def compared(module: ClipModule, batch: StudyBatch, images: Tensor, tokens: Tens
     given = (module.clip, images, tokens, batch["phrase"], batch["film"])
     for name, method in [*PRESETS.items(), ("`PriorOnly()`", PriorOnly()), ("`CenterMap()`", CenterMap())]:
         yield name, method.attribute(*given).image
-    for explain in TARGETS:
+    for explain in get_args(Target):
         for name, method in single_pass(explain).items():
             yield f"{name}, {explain}", method.attribute(*given).image
 

@@ -95,7 +95,7 @@ def methods_present() -> dict[str, AttributionMethod]:
     """Every method of the package by how it is called: with its defaults, or with fewer of its repeated forwards."""
     named: dict[str, AttributionMethod] = {
         "Matex()": Matex(),
-        "Matex(grad_layers=1000), all": Matex(grad_layers=1000),
+        "Matex(grad_layers='all')": Matex(grad_layers="all"),
         "Matex(flow='rollout')": Matex(flow="rollout"),
         "Matex.measured()": Matex.measured(),
         "Chefer(start_layer=0), all": Chefer(start_layer=0),

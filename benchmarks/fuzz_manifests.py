@@ -246,7 +246,7 @@ def module(rng: random.Random, path: Path) -> ManifestDataModule:
         image_size=16,
         batch_size=2,
         num_workers=0,
-        geometry=rng.choice(["pad", "crop", "squash"]),
+        resize_mode=rng.choice(["longest", "shortest", "squash"]),
     )
 
 

@@ -37,7 +37,7 @@ from matex_pl.data.mimic import sentences_of
 from matex_pl.evaluation.store import MapStore, weight_hash
 from matex_pl.maps import AttributionMaps, min_max, upsample
 from matex_pl.training.loss import gathered_loss
-from matex_pl.training.scores import RetrievalRecall
+from matex_pl.training.scores import ImageTextRecall
 
 _PAIRS, _WIDTH = 100_000, 512
 
@@ -135,7 +135,7 @@ def of_the_scores() -> Iterator[tuple[str, str]]:
     for pairs in (2_000, 4_000, 8_000):
         image, text = (F.normalize(torch.randn(pairs, _WIDTH), dim=-1) for _ in range(2))
         names = [str(number) for number in range(pairs)]
-        metric = RetrievalRecall()
+        metric = ImageTextRecall()
         metric.update(image, text, names, names, names)
         yield f"retrieval of {pairs} pairs, seconds in every process", f"{timed(metric.compute):.2f}"
     size = sum(

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
-from matex_pl.callbacks.loggers import log_images, stays_here
+from matex_pl.callbacks.loggers import is_local, log_images
 from matex_pl.data.datamodule import ChestXrayDataModule, FilmDataset
 from matex_pl.data.study import Study
 from matex_pl.explain import explain_batch
@@ -32,9 +32,10 @@ class AttributionMaps(Callback):
         num_studies: K, when `study_ids` is left out.
         study_ids: The studies to show, by id; they have to be in the split that is validated or tested.
         every_n_validations: Log at the first validation and then at every n-th; 0 switches it off.
-        log_text: Write the phrases and findings in the panels. With `false` there are bars for the words, with their
-            shades. Left out, words go to TensorBoard's files on the own disks and to no other logger, for those send
-            what they get elsewhere. Patient ids are never in panels; the id of the study always is.
+        show_text: Write the phrases and findings in the panels; with `false`, shaded bars stand in for the words. By
+            default, only loggers that write to local disks get words, as `is_local` says. Patient ids are never in
+            panels; the id of the study always is.
+        log_text: Deprecated name of `show_text`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class AttributionMaps(Callback):
         num_studies: int = 8,
         study_ids: list[str] | None = None,
         every_n_validations: int = 1,
+        show_text: bool | None = None,
         log_text: bool | None = None,
     ) -> None:
         if num_studies < 1 or every_n_validations < 0:
@@ -56,7 +58,7 @@ class AttributionMaps(Callback):
         self.num_studies = num_studies
         self.study_ids = study_ids
         self.every_n_validations = every_n_validations
-        self.log_text = log_text
+        self.show_text = log_text if show_text is None else show_text
         self.validations = 0
         self.chosen: dict[str, list[str]] = {}
 
@@ -110,27 +112,27 @@ class AttributionMaps(Callback):
         if split not in self.chosen:
             self.chosen[split] = self.study_ids or choose_studies(data.studies, self.num_studies)
         taken = 0
-        for show_words in (True, False):
-            loggers = [logger for logger in trainer.loggers if self._shows_words(logger) is show_words]
+        for show_text in (True, False):
+            loggers = [logger for logger in trainer.loggers if self._shows_text(logger) is show_text]
             if loggers:
-                panels = self._panels(trainer, module, data, self.chosen[split], show_words)
+                panels = self._panels(trainer, module, data, self.chosen[split], show_text)
                 for study, panel in panels.items() if trainer.is_global_zero else ():
                     taken += log_images(loggers, f"maps/{self.name}/{study}", panel, trainer.global_step)
         if not taken:
             rank_zero_warn("None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger.")
 
-    def _shows_words(self, logger: Any) -> bool:
-        return stays_here(logger) if self.log_text is None else self.log_text
+    def _shows_text(self, logger: Any) -> bool:
+        return is_local(logger) if self.show_text is None else self.show_text
 
     def _panels(
-        self, trainer: Trainer, module: Any, data: FilmDataset, studies: list[str], show_words: bool
+        self, trainer: Trainer, module: Any, data: FilmDataset, studies: list[str], show_text: bool
     ) -> dict[str, Picture]:
         """The panels by study, on the first process those of all; each process explains its share."""
         own = studies[trainer.global_rank :: trainer.world_size]
         panels: dict[str, Picture] = {}
         if own:
             subtitle = f"{self.name} | epoch {trainer.current_epoch}"
-            pictures = explain_batch(module, self.method, data.batch(own), subtitle, show_text=show_words)
+            pictures = explain_batch(module, self.method, data.batch(own), subtitle, show_text=show_text)
             panels.update(zip(own, pictures, strict=True))
         if trainer.world_size == 1:
             return panels

@@ -13,9 +13,9 @@ from torch import Tensor
 from torchmetrics import Metric, MinMetric
 
 from matex_pl.anatomy import named_side
-from matex_pl.arguments import check_choice
+from matex_pl.arguments import check_choices
 from matex_pl.attribution import AttributionMethod, Matex
-from matex_pl.attribution.core.fill import FILLS, check_fill
+from matex_pl.attribution.core.fill import Fill, check_fill
 from matex_pl.attribution.shipped import load_method
 from matex_pl.clip.model import Clip
 from matex_pl.data.datamodule import ChestXrayDataModule
@@ -67,15 +67,15 @@ class AttributionMetrics(Callback):
         method: AttributionMethod | str | None = None,
         name: str = "",
         num_batches: int = 4,
-        fill: str = "mean_film",
+        fill: Fill = "mean_film",
         per_finding: bool = False,
         sensitivity: bool = False,
     ) -> None:
+        check_choices(AttributionMetrics.__init__, locals())
         if num_batches < -1 or num_batches == 0:
             raise ValueError(
                 f"num_batches must be positive, or -1 for all; got {num_batches}. To switch it off, leave it out."
             )
-        check_choice("fill", fill, FILLS)
         self.method = load_method(method or Matex.measured())
         self.name = name
         self.num_batches = num_batches
@@ -98,23 +98,13 @@ class AttributionMetrics(Callback):
         data = getattr(trainer, "datamodule", None)
         self.thorax = data.thorax() if isinstance(data, ChestXrayDataModule) else None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot work before training starts."""
-        self._check_fill(pl_module)
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a fill that the model has no pixels for."""
+        check_fill(self.fill, pl_module.clip)
 
-    def _check_fill(self, module: Any) -> None:
-        check_fill(self.fill, module.clip)
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew: Lightning does not reset metrics that a callback owns."""
-        self._start(pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
-        self._start(pl_module)
-
-    def _start(self, module: Any) -> None:
-        self._check_fill(module)
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Reset the metrics, which Lightning does not do for those of a callback."""
+        check_fill(self.fill, pl_module.clip)
         self.metrics = {}
         for metric in self._kept.values():
             metric.reset()
@@ -133,12 +123,12 @@ class AttributionMetrics(Callback):
         # Made on every process, whatever findings its batches have: `compute` waits for all of them.
         kinds |= {
             f"{name}/{finding}": kinds[name]
-            for finding in (getattr(module, "findings", ()) if self.per_finding else ())
+            for finding in (getattr(pl_module, "findings", ()) if self.per_finding else ())
             for name in self._of_findings
             if name in kinds
         }
         for name, kind in kinds.items():
-            self._metric(name, kind, module.device)
+            self._metric(name, kind, pl_module.device)
 
     @property
     def _outside(self) -> str:
@@ -150,30 +140,21 @@ class AttributionMetrics(Callback):
         return "pointing_game", self._outside, "prompt_sensitivity"
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Explain the batch, if it is among the first."""
-        self._update(trainer, pl_module, batch, batch_idx)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
-    ) -> None:
-        """Explain the batch, if it is among the first."""
-        self._update(trainer, pl_module, batch, batch_idx)
-
-    def _update(self, trainer: Trainer, module: Any, batch: StudyBatch, batch_idx: int) -> None:
+        """Score the maps of the first batches."""
         if trainer.sanity_checking or 0 <= self.num_batches <= batch_idx:
             return
-        images, tokens = module.inputs(batch)
-        maps = self.method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
+        clip, (images, tokens) = pl_module.clip, pl_module.inputs(batch)
+        maps = self.method.attribute(clip, images, tokens, batch["phrase"], batch["film"])
         self._locate(maps.image, batch)
         if "consistency" in maps.parts:
             # The mean of what is one number per patch.
             self._metric("consistency_mean", MapMass).update(maps.parts["consistency"], ids=batch["id"])
             self._metric("consistency_min", MinMetric).update(maps.parts["consistency"])
-        self._remove(module.clip, images, tokens, maps, batch["id"])
+        self._remove(clip, images, tokens, maps, batch["id"])
         if self.sensitivity:
-            self._change_phrases(module, images, maps, batch)
+            self._change_phrases(clip, images, maps, batch)
 
     def _locate(self, image_maps: Tensor, batch: StudyBatch) -> None:
         everyone = list(range(len(image_maps)))
@@ -188,25 +169,25 @@ class AttributionMetrics(Callback):
             return self.thorax.to(image_maps.device).expand_as(image_maps)
         return ~border_mask((image_maps.shape[1], image_maps.shape[2]), film)
 
-    def _change_phrases(self, module: Any, images: Tensor, maps: AttributionMaps, batch: StudyBatch) -> None:
-        rows, other = self._under(module, images, batch, other_phrases(batch["phrase"], batch["finding"]))
+    def _change_phrases(self, clip: Clip, images: Tensor, maps: AttributionMaps, batch: StudyBatch) -> None:
+        rows, other = self._under(clip, images, batch, other_phrases(batch["phrase"], batch["finding"]))
         if other is not None:
             self._add("prompt_sensitivity", batch, rows, maps.grid[rows].flatten(1), other.grid.flatten(1))
-        rows, other = self._under(module, images, batch, swapped_phrases(batch["phrase"]))
+        rows, other = self._under(clip, images, batch, swapped_phrases(batch["phrase"]))
         if other is not None:
             named = [named_side(batch["phrase"][row]) for row in rows]
             self._add("side_sensitivity", batch, rows, maps.image[rows], other.image, named, batch["film"][rows])
 
     def _under(
-        self, module: Any, images: Tensor, batch: StudyBatch, phrases: list[str | None]
+        self, clip: Clip, images: Tensor, batch: StudyBatch, phrases: list[str | None]
     ) -> tuple[list[int], AttributionMaps | None]:
         """The rows that get a phrase in place of their own, and their maps under it; None without rows."""
         chosen = {row: phrase for row, phrase in enumerate(phrases) if phrase is not None}
         rows, texts = list(chosen), list(chosen.values())
         if not rows:
             return rows, None
-        tokens = module.clip.tokenize(texts)
-        return rows, self.method.attribute(module.clip, images[rows], tokens, texts, batch["film"][rows])
+        tokens = clip.tokenize(texts)
+        return rows, self.method.attribute(clip, images[rows], tokens, texts, batch["film"][rows])
 
     def _add(self, name: str, batch: StudyBatch, rows: list[int], *values: Any) -> None:
         """Add the studies of these rows to a scalar, and to that of each one's finding where there is one.
@@ -252,13 +233,6 @@ class AttributionMetrics(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the scalars."""
-        self._log(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scalars."""
-        self._log(trainer, pl_module)
-
-    def _log(self, trainer: Trainer, module: Any) -> None:
         if trainer.sanity_checking:
             return
         prefix = "/".join(part for part in ("attribution", self.name) if part)
@@ -269,7 +243,7 @@ class AttributionMetrics(Callback):
                 warnings.simplefilter("ignore")
                 value = metric.compute()
             if not value.isnan():
-                module.log(f"{prefix}/{name}", value, sync_dist=True)
+                pl_module.log(f"{prefix}/{name}", value, sync_dist=True)
                 continue
             # A finding that none of the batches has is no reason to worry.
             if "/" not in name:
@@ -277,7 +251,11 @@ class AttributionMetrics(Callback):
                     f"{prefix}/{name} is NaN: none of the studies in the explained batches counts (no boxes, or no "
                     "other phrase?)."
                 )
-                module.log(f"{prefix}/{name}", value, sync_dist=True)
+                pl_module.log(f"{prefix}/{name}", value, sync_dist=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def _make_those_of_others(self, trainer: Trainer) -> None:
         """Have the scalars that any process has, in one order: `compute` waits for all of them."""

@@ -84,7 +84,7 @@ def log_session(logger: Any, name: str, params: dict[str, Any], metrics: dict[st
 
     Args:
         logger: A logger of the Trainer.
-        name: Of the run.
+        name: Name of the run.
         params: Plain values by name.
         metrics: Numbers by name.
     """
@@ -96,6 +96,6 @@ def log_session(logger: Any, name: str, params: dict[str, Any], metrics: dict[st
     return True
 
 
-def stays_here(logger: Any) -> bool:
+def is_local(logger: Any) -> bool:
     """Whether a logger keeps what it is given on this machine's disks: TensorBoard, unless its folder is an address."""
     return isinstance(logger, TensorBoardLogger) and "://" not in str(logger.root_dir)

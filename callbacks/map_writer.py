@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
-from matex_pl.data.study import StudyBatch
 from matex_pl.evaluation.store import MapStore, pair_keys, weight_hash
 from matex_pl.files import check_folder, remove_abandoned_parts
 
@@ -44,66 +43,29 @@ class MapWriter(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             check_folder(self.root)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See what the store has."""
-        self._open(trainer, pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See what the store has."""
-        self._open(trainer, pl_module)
-
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See what the store has."""
-        self._open(trainer, pl_module)
-
-    def _open(self, trainer: Trainer, module: Any) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the store of these weights and this method."""
         if trainer.state.fn != TrainerFn.FITTING:
             # All processes have the weights of the first: Lightning sees to that.
-            self.store = MapStore(self.root, weight_hash(module.clip), self.method)
+            self.store = MapStore(self.root, weight_hash(pl_module.clip), self.method)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep the maps of a batch."""
-        self._write(pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
-    ) -> None:
-        """Keep the maps of a batch."""
-        self._write(pl_module, batch)
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StudyBatch, batch_idx: int, *_: int
-    ) -> None:
-        """Keep the maps of a batch."""
-        self._write(pl_module, batch)
-
-    def _write(self, module: Any, batch: StudyBatch) -> None:
+        """Write the missing maps of a batch."""
         if self.store is None:
             return
         rows = {key: row for row, key in enumerate(pair_keys(batch))}
         missing = self.store.missing(list(rows))
         if missing:
             chosen = [rows[key] for key in missing]
-            images, tokens = module.inputs(batch)
+            images, tokens = pl_module.inputs(batch)
             phrases = [batch["phrase"][row] for row in chosen]
-            maps = self.method.attribute(module.clip, images[chosen], tokens[chosen], phrases, batch["film"][chosen])
+            maps = self.method.attribute(pl_module.clip, images[chosen], tokens[chosen], phrases, batch["film"][chosen])
             self.store.write(missing, maps)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make one store of what the processes wrote."""
-        self._merge(trainer)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make one store of what the processes wrote."""
-        self._merge(trainer)
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make one store of what the processes wrote."""
-        self._merge(trainer)
-
-    def _merge(self, trainer: Trainer) -> None:
+        """Merge what the processes wrote into one store."""
         if self.store is None:
             return
         trainer.strategy.barrier("maps are written")
@@ -113,3 +75,7 @@ class MapWriter(Callback):
         trainer.strategy.barrier("maps are merged")
         self.store.refresh()
         rank_zero_info(f"{len(self.store)} maps in {self.store.folder}")
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -57,7 +57,7 @@ class RoarPlus(Callback):
         methods: list[str] | None = None,
         protocol: Protocol | None = None,
         training: Training | None = None,
-        start: str = "before",
+        start: Literal["before", "after"] = "before",
         out: str | None = None,
     ) -> None:
         check_choice("start", start, STARTS)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from math import inf
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse a value of an argument that is not among its choices, listing them.
 
     Raises:
@@ -14,6 +17,38 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_choices(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Check the arguments of a call against the `Literal` type hints of the function.
+
+    A parser does the same for the command line and YAML; this is for callers in Python.
+
+    Args:
+        function: A function, or the `__init__` of a class.
+        values: The arguments by name: `locals()` at the beginning of the function.
+
+    Raises:
+        ValueError: An argument is not one of its choices; the message lists them.
+    """
+    for name, (choices, others) in _literals(function).items():
+        value = values[name]
+        # As a type hint, `float` takes whole numbers too.
+        if value not in choices and not isinstance(value, (*others, int) if float in others else others):
+            kinds = [f"any {kind.__name__}" for kind in others if kind is not NoneType]
+            raise ValueError(f"{name} must be one of {', '.join([*choices, *kinds])}, got {value!r}.")
+
+
+@cache
+def _literals(function: Callable[..., Any]) -> dict[str, tuple[tuple[str, ...], tuple[type, ...]]]:
+    """The choices of each argument that has a `Literal` in its type hint, and the types of its other values."""
+    found = {}
+    for name, hint in get_type_hints(function).items():
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
+        if choices:
+            found[name] = choices, tuple(part for part in parts if get_origin(part) is not Literal)
+    return found
 
 
 def check_positive(**numbers: float) -> None:

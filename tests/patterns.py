@@ -30,7 +30,7 @@ class PatternFilms(ChestXrayDataModule):
     """
 
     def __init__(self, number: int = 160, per_patient: int = 1) -> None:
-        super().__init__(image_size=32, batch_size=16, num_workers=0, geometry="squash", augment=False)
+        super().__init__(image_size=32, batch_size=16, num_workers=0, resize_mode="squash", augment=False)
         self.number = number
         self.per_patient = per_patient
         self.reads = 0

@@ -28,6 +28,7 @@ from matex_pl.clip import Clip
 DEFAULTS: dict[str, Any] = {
     "grad_layers": 3,
     "text_grad_layers": None,
+    "skip_layers": 0,
     "spatial_weight": "softmax",
     "tau": 0.2,
     "flow": "sum",
@@ -481,12 +482,12 @@ def loosened_term(layer: Layer, gradient: list[Tensor], among_rows: Sequence[int
 
 
 def gradient_maps(
-    layers: list[Layer], score: Tensor, reading: Reading, among: Sequence[int], last: int, kind: str
+    layers: list[Layer], score: Tensor, reading: Reading, among: Sequence[int], last: Any, kind: str, skipped: int = 0
 ) -> list[list[Tensor]]:
-    """Before the ReLU, for each of the last blocks, a value for each of the tokens `among`."""
+    """Before the ReLU, for each of the last blocks that is not skipped, a value for each of the tokens `among`."""
     blocks = list(zip(layers, row_weights(layers, reading), counted(layers, reading), strict=True))
     result = []
-    first = -min(last, len(layers)) if last > 0 else min(-last, len(layers) - 1)
+    first = min(skipped if last == "all" else max(skipped, len(layers) - last), len(layers) - 1)
     for layer, weights, among_rows in blocks[first:]:
         gradient = list(torch.autograd.grad(score, layer.output, retain_graph=True))
         if kind == "softmax":
@@ -663,7 +664,7 @@ def image_side(
 ) -> dict[str, Tensor]:
     """Map in pixels and on the raster, and what they are made of."""
     grid, patches = reading.grid, reading.patches
-    blocks = gradient_maps(layers, score, reading, patches, s["grad_layers"], s["spatial_weight"])
+    blocks = gradient_maps(layers, score, reading, patches, s["grad_layers"], s["spatial_weight"], s["skip_layers"])
     grad = sum(torch.stack(values).relu() for values in blocks) / len(blocks)
     grad = grad.reshape(grid)
     flowed = flow(layers, reading, patches, s["tau"], s["flow"]).reshape(grid)

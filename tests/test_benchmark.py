@@ -160,8 +160,8 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
         "miou": F.mean_iou(maps.image, masks),
         "iou": F.iou(maps.image, masks, torch.tensor([threshold]))[:, 0],
         "acc50": F.box_accuracy(found, batch["boxes"], len(studies)),
-        "energy_in_box": F.energy_in_box(maps.image, masks),
-        "rank_accuracy": F.rank_accuracy(maps.image, masks),
+        "energy_in_box": F.energy_pointing_game(maps.image, masks),
+        "rank_accuracy": F.relevance_rank_accuracy(maps.image, masks),
         "outside_thorax_mass": F.outside_mass(maps.image, data.thorax()[None]),
         "mean_map_mass": maps.image.mean((1, 2)),
         "confidence_drop/mean_colour": F.confidence_drop(
@@ -391,7 +391,7 @@ def test_errors_of_the_command_line(tmp_path, films, checkpoint, capsys):
         main(["benchmark", "--ckpt_path", str(checkpoint), "--out", str(tmp_path)])
     assert "Give --config, a YAML of `matex fit`, or --data" in capsys.readouterr().err
     for more, message in (
-        (["--split=train"], "matex benchmark: split must be one of"),
+        (["--split=train"], "typing.Literal['test', 'val']. Got value: train"),
         (["--methods=chefer,nope"], "No method 'nope'. Take one of"),
         (["--ckpt_path=none.ckpt"], "No checkpoint at 'none.ckpt'"),
     ):

@@ -17,8 +17,8 @@ from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.callbacks.attribution_maps import choose_studies
 from matex_pl.data import PhantomDataModule, Study, collate
 from matex_pl.evaluation.pairs import other_phrases
+from matex_pl.metrics.base import StudyMetric
 from matex_pl.metrics.functional import border_mask, outside_mass, side_sensitivity, spearman
-from matex_pl.metrics.study import StudyMetric
 
 TINY = str(Path(__file__).with_name("tiny.json"))
 IMAGE_SCALARS = {"pointing_game", "cnr", "mean_map_mass", "confidence_drop", "confidence_increase"}

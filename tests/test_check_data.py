@@ -78,7 +78,7 @@ def test_good_data_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_boxes_are_cut_to_the_frame_of_the_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(_rows())
-    words = ["check-data", "--config", "mine.yaml", "--data.geometry=crop"]
+    words = ["check-data", "--config", "mine.yaml", "--data.resize_mode=shortest"]
     for more, frame, cut in [
         ([], load_clip("tiny.json").image_size, 6),
         (["--image_size=[30,40]"], (30, 40), 0),
@@ -86,12 +86,12 @@ def test_boxes_are_cut_to_the_frame_of_the_training(here: Path, capsys: pytest.C
     ]:
         main([*words, *more])
         text = capsys.readouterr().out
-        assert f"crop to {frame[1]} x {frame[0]} cuts {cut} of 6 boxes, 0 of them wholly." in text
+        assert f"shortest to {frame[1]} x {frame[0]} cuts {cut} of 6 boxes, 0 of them wholly." in text
     described = Path("mine.yaml").read_text(encoding="utf-8")
     described = described.replace("{name: tiny.json}", "{name: tiny.json, image_size: [60, 80]}")
     Path("mine.yaml").write_text(described, encoding="utf-8")
     main(words)
-    assert "crop to 80 x 60 cuts 0 of 6 boxes" in capsys.readouterr().out
+    assert "shortest to 80 x 60 cuts 0 of 6 boxes" in capsys.readouterr().out
 
 
 def test_every_fault_is_in_the_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

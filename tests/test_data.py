@@ -14,7 +14,7 @@ from torch import Tensor
 from matex_pl.data import ChestXrayDataModule, PhantomDataModule, Study, collate
 from matex_pl.data.datamodule import EpochSampler
 from matex_pl.data.study import Sample
-from matex_pl.data.transforms import FilmTransform
+from matex_pl.data.transforms import FilmTransform, ResizeMode
 
 TISSUE, BRIGHT = 90, 255
 
@@ -57,13 +57,13 @@ def _painted(shape: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarr
     return film
 
 
-@pytest.mark.parametrize("geometry", ["pad", "squash"])
+@pytest.mark.parametrize("resize_mode", ["longest", "squash"])
 @pytest.mark.parametrize("shape", [(300, 240), (240, 300), (250, 250), (67, 101), (400, 30)])
 @pytest.mark.parametrize("size", [(224, 224), (112, 96)])
-def test_boxes_follow_the_pixels(shape: tuple[int, int], size: tuple[int, int], geometry: str) -> None:
+def test_boxes_follow_the_pixels(shape: tuple[int, int], size: tuple[int, int], resize_mode: ResizeMode) -> None:
     height, width = shape
     box = (width // 5, height // 3, width // 2, height // 2)
-    image, boxes, film = FilmTransform(size, geometry)(_painted(shape, box), [box])
+    image, boxes, film = FilmTransform(size, resize_mode)(_painted(shape, box), [box])
     frame = torch.tensor([size[1], size[0]] * 2)
     assert image.shape == (3, *size)
     assert image.dtype == torch.uint8
@@ -87,7 +87,7 @@ def test_exact_halving() -> None:
 def test_boxes_follow_a_crop(shape: tuple[int, int], size: tuple[int, int]) -> None:
     """The middle of the film fills the frame; a box in it follows, one that is cut ends at the frame's edge."""
     height, width = shape
-    transform, frame = FilmTransform(size, "crop"), torch.tensor([size[1], size[0]] * 2)
+    transform, frame = FilmTransform(size, "shortest"), torch.tensor([size[1], size[0]] * 2)
     inner = (width * 9 // 20, height * 9 // 20, width * 12 // 20, height * 11 // 20)
     whole = (0, 0, width, height)
     image, boxes, film = transform(_painted(shape, inner), [inner, whole])
@@ -103,29 +103,29 @@ def test_boxes_follow_a_crop(shape: tuple[int, int], size: tuple[int, int]) -> N
 
 
 def test_boxes_beside_a_crop_are_dropped_and_counted() -> None:
-    transform, film = FilmTransform((40, 40), "crop"), np.full((100, 300), TISSUE, dtype=np.uint8)
+    transform, film = FilmTransform((40, 40), "shortest"), np.full((100, 300), TISSUE, dtype=np.uint8)
     boxes = [(0, 0, 90, 50), (150, 20, 200, 60), (180, 20, 260, 60)]
     assert transform.count_cut(boxes, (100, 300)) == (2, 1)
     found = transform(film, boxes)[1]
     torch.testing.assert_close(found, torch.tensor([[0.5, 0.2, 1, 0.6], [0.8, 0.2, 1, 0.6]]), atol=0.02, rtol=0)
-    assert FilmTransform((40, 40), "pad").count_cut(boxes, (100, 300)) == (0, 0)
+    assert FilmTransform((40, 40), "longest").count_cut(boxes, (100, 300)) == (0, 0)
 
 
 def test_a_film_that_is_resized_already_goes_the_same_way() -> None:
     film, boxes = _painted((300, 240), (60, 90, 120, 150)), [(60, 90, 120, 150)]
-    for geometry in ("pad", "crop", "squash"):
-        transform = FilmTransform((64, 48), geometry, augment=True)
+    for resize_mode in ("longest", "shortest", "squash"):
+        transform = FilmTransform((64, 48), resize_mode, augment=True)
         whole = transform(film, boxes, seed=3)
-        height, width = transform.fit((300, 240))
+        height, width = transform.target_size((300, 240))
         small = cv2.resize(film, (width, height), interpolation=cv2.INTER_AREA)
         for one, other in zip(whole, transform(small, boxes, size=(300, 240), seed=3), strict=True):
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("geometry", ["pad", "squash"])
-def test_boxes_follow_the_pixels_under_augmentation(geometry: str) -> None:
+@pytest.mark.parametrize("resize_mode", ["longest", "squash"])
+def test_boxes_follow_the_pixels_under_augmentation(resize_mode: ResizeMode) -> None:
     box, size = (60, 90, 120, 150), 160
-    transform = FilmTransform((size, size), geometry, augment=True)
+    transform = FilmTransform((size, size), resize_mode, augment=True)
     moved = []
     for seed in range(40):
         image, boxes, film = transform(_painted((300, 240), box), [box], seed=seed)
@@ -167,7 +167,7 @@ def test_wrong_films_and_settings_are_refused() -> None:
         FilmTransform((32, 32))(np.zeros((8, 8, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="uint16"):
         FilmTransform((32, 32))(np.zeros((8, 8), dtype=np.uint16))
-    with pytest.raises(ValueError, match="pad, crop, squash, got 'stretch'"):
+    with pytest.raises(ValueError, match="longest, shortest, squash, got 'stretch'"):
         FilmTransform((32, 32), "stretch")
     with pytest.raises(ValueError, match="positive height and width"):
         DrawnFilms([], image_size=0)
@@ -259,14 +259,14 @@ def test_no_thorax_is_known_unless_a_data_module_says_so() -> None:
 
 def test_mean_film_counts_each_training_film_once() -> None:
     listed = [_study("a", image=10, film_id="one"), _study("b", image=10, film_id="one"), _study("c", image=40)]
-    data = DrawnFilms([*listed, _study("v", "val", image=250)], geometry="squash")
+    data = DrawnFilms([*listed, _study("v", "val", image=250)], resize_mode="squash")
     data.setup("fit")
     torch.testing.assert_close(data.mean_film(), torch.full((1, 16, 16), 25 / 255))
 
 
 def test_mean_film_of_many_spreads_over_all() -> None:
     data = DrawnFilms(
-        _studies(train=0, val=0) + [_study(str(n), image=int(n >= 500)) for n in range(1000)], geometry="squash"
+        _studies(train=0, val=0) + [_study(str(n), image=int(n >= 500)) for n in range(1000)], resize_mode="squash"
     )
     data.setup("test")
     torch.testing.assert_close(data.mean_film() * 255, torch.full((1, 16, 16), 0.5))

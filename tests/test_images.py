@@ -12,7 +12,7 @@ import struct
 import time
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, get_args
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ from PIL import Image
 from matex_pl.data import NihDataModule
 from matex_pl.data.cache import FilmCache, _kept_film
 from matex_pl.data.images import film_size, read_film, read_levels, resize_film
-from matex_pl.data.transforms import GEOMETRIES, FilmTransform
+from matex_pl.data.transforms import FilmTransform, ResizeMode
 
 HEIGHT, WIDTH = 120, 90
 
@@ -175,8 +175,8 @@ def test_films_are_turned_upright(tmp_path: Path, orientation: int, suffix: str)
     np.testing.assert_allclose(film.pixels, expected, atol=6 if suffix == "jpg" else 0)
     small = read_film(path, lambda size: (size[0] // 2, size[1] // 2)).pixels
     np.testing.assert_allclose(small, resize_film(expected, small.shape), atol=4)
-    stored = read_film(path, upright=False)
-    assert stored.size == film_size(path, upright=False) == (HEIGHT, WIDTH)
+    stored = read_film(path, apply_exif_orientation=False)
+    assert stored.size == film_size(path, apply_exif_orientation=False) == (HEIGHT, WIDTH)
 
 
 def test_turned_tiff_is_refused(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_reduced_decoding_is_the_film(tmp_path: Path, size: tuple[int, int], tar
     film = cv2.resize(rough, size[::-1], interpolation=cv2.INTER_CUBIC)
     film = np.clip(128 + 50 * film, 0, 255).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "film.jpg"), film, [cv2.IMWRITE_JPEG_QUALITY, 95])
-    fit = FilmTransform((target, target)).fit
+    fit = FilmTransform((target, target)).target_size
     pixels = read_film(tmp_path / "film.jpg", fit).pixels.astype(float)
     whole = resize_film(cv2.imread(str(tmp_path / "film.jpg"), cv2.IMREAD_GRAYSCALE), fit(size)).astype(float)
     # Of steps of up to 50 levels from one of its pixels to the next.
@@ -263,24 +263,24 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, data: st.DataObject, 
 @given(
     shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
     size=st.tuples(st.integers(4, 64), st.integers(4, 64)),
-    geometry=st.sampled_from(GEOMETRIES),
+    resize_mode=st.sampled_from(get_args(ResizeMode)),
     inner=st.tuples(*[st.floats(0, 1)] * 4),
 )
 def test_boxes_and_film_go_the_same_way(
-    shape: tuple[int, int], size: tuple[int, int], geometry: str, inner: tuple[float, ...]
+    shape: tuple[int, int], size: tuple[int, int], resize_mode: ResizeMode, inner: tuple[float, ...]
 ) -> None:
     """A box has the same place in the film's rectangle as it had in the film, but for what the frame cuts off."""
     (x0, x1), (y0, y1) = sorted(inner[:2]), sorted(inner[2:])
     assume(x1 - x0 > 0.01 and y1 - y0 > 0.01)
     box = np.array([x0, y0, x1, y1]) * np.tile(shape[::-1], 2)
-    transform = FilmTransform(size, geometry)
+    transform = FilmTransform(size, resize_mode)
     _, boxes, film = transform(np.zeros(shape, dtype=np.uint8), [box.tolist()])
     expected = film[:2].repeat(2) + torch.tensor([x0, y0, x1, y1]) * (film[2:] - film[:2]).repeat(2)
     cut, lost = transform.count_cut([box.tolist()], shape)
     assert len(boxes) == 1 - lost
     if not lost:
         torch.testing.assert_close(boxes[0], expected.clamp(0, 1).float(), atol=1e-4, rtol=0)
-        assert geometry == "crop" or not cut
+        assert resize_mode == "shortest" or not cut
 
 
 SIDES = st.integers(1, 24)
@@ -295,8 +295,15 @@ STORED = {
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), kind=st.sampled_from(list(STORED)), geometry=st.sampled_from(GEOMETRIES), augment=st.booleans())
-def test_any_pixels_become_a_film(tmp_path: Path, data: st.DataObject, kind: str, geometry: str, augment: bool) -> None:
+@given(
+    data=st.data(),
+    kind=st.sampled_from(list(STORED)),
+    resize_mode=st.sampled_from(get_args(ResizeMode)),
+    augment=st.booleans(),
+)
+def test_any_pixels_become_a_film(
+    tmp_path: Path, data: st.DataObject, kind: str, resize_mode: ResizeMode, augment: bool
+) -> None:
     """Pixels of every type, shape and value: a film whose greys are in their order, or, of NaN and Inf, an error."""
     dtype, shapes = STORED[kind]
     pixels = data.draw(arrays(dtype, shapes))
@@ -317,7 +324,7 @@ def test_any_pixels_become_a_film(tmp_path: Path, data: st.DataObject, kind: str
         # Eight bits stay as they are; others run over all levels.
         expected = {0, 255} if dtype != np.uint8 and np.ptp(pixels.astype(float)) else {film.min(), film.max()}
         assert {film.min(), film.max()} == (expected if dtype != np.bool_ else {255 * x for x in np.unique(pixels)})
-    transform = FilmTransform((16, 12), geometry, augment=augment)
+    transform = FilmTransform((16, 12), resize_mode, augment=augment)
     image, boxes, rectangle = transform(film, [(0, 0, *film.shape[::-1])], seed=data.draw(st.integers(0, 2**31)))
     assert (image.shape, image.dtype) == ((3, 16, 12), torch.uint8)
     assert rectangle.isfinite().all()
@@ -327,30 +334,32 @@ def test_any_pixels_become_a_film(tmp_path: Path, data: st.DataObject, kind: str
 
 def test_cache_keeps_films_and_sees_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = KINDS["jpeg"](tmp_path), FilmCache(tmp_path / "kept")
-    pad, crop = FilmTransform((32, 32)), FilmTransform((32, 32), "crop")
-    first = cache.read(path, pad.fit, pad.settings)
+    pad, crop = FilmTransform((32, 32)), FilmTransform((32, 32), "shortest")
+    first = cache.read(path, pad.target_size, pad.settings)
     assert first.size == (HEIGHT, WIDTH)
-    np.testing.assert_array_equal(first.pixels, read_film(path, pad.fit).pixels)
-    assert cache.read(path, crop.fit, crop.settings).pixels.shape == (43, 32)
+    np.testing.assert_array_equal(first.pixels, read_film(path, pad.target_size).pixels)
+    assert cache.read(path, crop.target_size, crop.settings).pixels.shape == (43, 32)
     kept = sorted((tmp_path / "kept").rglob("*.npz"))
     assert len(kept) == 2
     assert sorted((tmp_path / "kept").rglob("*.part")) == []
 
     with monkeypatch.context() as context:
         context.setattr("matex_pl.data.cache.read_film", lambda *_, **__: pytest.fail("decoded again"))
-        again = cache.read(path, pad.fit, pad.settings)
+        again = cache.read(path, pad.target_size, pad.settings)
     np.testing.assert_array_equal(again.pixels, first.pixels)
     assert again.size == first.size
 
     for broken in kept:
         broken.write_bytes(b"half a fi")
-    np.testing.assert_array_equal(cache.read(path, pad.fit, pad.settings).pixels, first.pixels)
+    np.testing.assert_array_equal(cache.read(path, pad.target_size, pad.settings).pixels, first.pixels)
 
     _save(Image.fromarray(255 - _bytes()), path)
     os.utime(path, ns=(1, 1))
-    np.testing.assert_allclose(cache.read(path, pad.fit, pad.settings).pixels, 255 - first.pixels.astype(int), atol=9)
+    np.testing.assert_allclose(
+        cache.read(path, pad.target_size, pad.settings).pixels, 255 - first.pixels.astype(int), atol=9
+    )
     with pytest.raises(FileNotFoundError, match="There is no film"):
-        cache.read(tmp_path / "none.png", pad.fit, pad.settings)
+        cache.read(tmp_path / "none.png", pad.target_size, pad.settings)
 
 
 def test_a_damaged_film_of_the_cache_is_decoded_anew(tmp_path: Path) -> None:
@@ -464,17 +473,19 @@ def test_a_cache_without_room_is_done_without(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("geometry", ["pad", "crop", "squash"])
-def test_data_module_reads_through_the_cache(tmp_path: Path, geometry: str, cached: bool) -> None:
+@pytest.mark.parametrize("resize_mode", ["longest", "shortest", "squash"])
+def test_data_module_reads_through_the_cache(tmp_path: Path, resize_mode: ResizeMode, cached: bool) -> None:
     from test_cli import nih_folder
 
     root = nih_folder(tmp_path / "nih")
     cache_dir = str(tmp_path / "kept") if cached else None
-    data = NihDataModule(str(root), cache_dir=cache_dir, image_size=32, num_workers=0, batch_size=4, geometry=geometry)
+    data = NihDataModule(
+        str(root), cache_dir=cache_dir, image_size=32, num_workers=0, batch_size=4, resize_mode=resize_mode
+    )
     data.setup("fit")
     first, again = next(iter(data.val_dataloader())), next(iter(data.val_dataloader()))
     assert torch.equal(first["image"], again["image"])
     assert len(list((tmp_path / "kept").rglob("*.npz"))) == (len(set(first["film_id"])) if cached else 0)
     study = data.studies["val"][0]
-    transform = FilmTransform((32, 32), geometry)
+    transform = FilmTransform((32, 32), resize_mode)
     torch.testing.assert_close(transform(data.read_film(study), study.boxes)[0], first["image"][0])

@@ -38,7 +38,7 @@ from matex_pl.attribution import (
     Saliency,
     SubmodularRegions,
 )
-from matex_pl.attribution.core.capture import Block, borrowed, capture_attention
+from matex_pl.attribution.core.capture import GradBlock, borrowed, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradients_of
 from matex_pl.attribution.core.target import reference_mean
 from matex_pl.clip import Clip, load_clip
@@ -696,27 +696,23 @@ def check_capture(clip: Clip) -> None:
                 again = encode(inputs)
             torch.testing.assert_close(embedding, again)
             torch.testing.assert_close(embedding, encode(inputs))
-            assert all(block.output is None for block in cut[:cut_at])
+            assert grad_blocks(cut) == cut[cut_at:]
             direction = torch.linspace(-1, 1, embedding.shape[1]).to(embedding).expand_as(embedding)
-            full = gradients_of(embedding, [block.output for block in blocks], direction)  # type: ignore[misc]
-            part = gradients_of(again, [block.output for block in cut[cut_at:]], direction)  # type: ignore[misc]
+            full = gradients_of(embedding, [block.output for block in grad_blocks(blocks)], direction)
+            part = gradients_of(again, [block.output for block in grad_blocks(cut)], direction)
             for one, two in zip(full[cut_at:], part, strict=True):
                 torch.testing.assert_close(one, two)
-            for block in blocks:
+            for block in grad_blocks(blocks):
                 check_rows(block, reading)
 
 
-def check_rows(block: Block, reading: Reading) -> None:
-    assert block.output is not None
-    assert block.value is not None
-    assert block.mean is not None
+def check_rows(block: GradBlock, reading: Reading) -> None:
     value, output = block.value.detach(), block.output.detach()
     torch.testing.assert_close(block.mean.sum(-1), torch.ones_like(block.mean[..., 0]))
     if reading.position is not None:
-        assert block.row is not None
         samples = torch.arange(len(value))
-        torch.testing.assert_close(block.mean[samples, reading.position], block.row.mean(1))
-        remade = torch.einsum("bhn,bhnd->bhd", block.row, value)
+        torch.testing.assert_close(block.mean[samples, reading.position], block.attention(reading.position).mean(1))
+        remade = torch.einsum("bhn,bhnd->bhd", block.attention(reading.position), value)
         torch.testing.assert_close(remade, output[samples, :, reading.position], atol=1e-5, rtol=1e-4)
 
 
@@ -729,7 +725,6 @@ def test_text_is_cut_where_nothing_attends_to_it(name: str) -> None:
     torch.testing.assert_close(short, whole)
     with torch.no_grad(), borrowed(clip), capture_attention(clip.text_reading(tokens), full=True) as blocks:
         clip.encode_text(tokens)
-    assert blocks[0].mean is not None
     shortened = name not in ("bidirectional", "siglip", "coca")
     assert (blocks[0].mean.shape[-1] < tokens.shape[1]) == shortened
     weights = [weight for key, weight in clip.model.named_parameters() if "positional" in key or "pos_embed" in key]

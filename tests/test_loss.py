@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matex_pl.training import loss as contrastive
+from matex_pl.training import scores
 from matex_pl.training.distributed import fingerprints, first_of_each
 from matex_pl.training.loss import contrastive_loss, same_phrase
-from matex_pl.training.scores import RetrievalRecall, ZeroShot, auroc
+from matex_pl.training.scores import ImageTextRecall, ZeroShot, auroc
 
 
 def _unit(rows: int, width: int = 8, seed: int = 0) -> Tensor:
@@ -100,7 +100,7 @@ def _pairs(count: int = 40) -> tuple[Tensor, Tensor, list[str], list[str], list[
 
 def test_retrieval_against_a_loop() -> None:
     image, text, ids, films, phrases = _pairs()
-    metric = RetrievalRecall(ks=(1, 3, 10))
+    metric = ImageTextRecall(ks=(1, 3, 10))
     metric.update(image, text, ids, films, phrases)
     found = metric.compute()
     for k in (1, 3, 10):
@@ -113,7 +113,7 @@ def test_retrieval_in_chunks_equals_the_whole() -> None:
     count = 2100
     image, text = _unit(count, 3), _unit(count, 3, seed=1)
     names = [str(n) for n in range(count)]
-    metric = RetrievalRecall(ks=(5,))
+    metric = ImageTextRecall(ks=(5,))
     metric.update(image, text, names, names, names)
     scores = image @ text.T
     ranks = (scores > scores.diagonal()[:, None]).sum(1)
@@ -122,7 +122,7 @@ def test_retrieval_in_chunks_equals_the_whole() -> None:
 
 def test_studies_that_come_twice_count_once() -> None:
     image, text, ids, films, phrases = _pairs()
-    once, twice = RetrievalRecall(), RetrievalRecall()
+    once, twice = ImageTextRecall(), ImageTextRecall()
     once.update(image, text, ids, films, phrases)
     # As shards of several devices bring them, the end filled up from the start.
     for half in (slice(0, 25), slice(20, 40), slice(0, 3)):
@@ -133,7 +133,7 @@ def test_studies_that_come_twice_count_once() -> None:
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_halves_merge_to_the_whole() -> None:
     image, text, ids, films, phrases = _pairs()
-    whole, first, second = RetrievalRecall(), RetrievalRecall(), RetrievalRecall()
+    whole, first, second = ImageTextRecall(), ImageTextRecall(), ImageTextRecall()
     whole.update(image, text, ids, films, phrases)
     for metric, half in ((first, slice(0, 17)), (second, slice(17, 40))):
         metric.update(image[half], text[half], ids[half], films[half], phrases[half])
@@ -145,13 +145,13 @@ def test_halves_merge_to_the_whole() -> None:
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_nothing_seen_is_nan() -> None:
-    assert set(RetrievalRecall(ks=(1,)).compute()) == {"image_to_text_recall@1", "text_to_image_recall@1"}
-    assert all(value.isnan() for value in [*RetrievalRecall().compute().values(), *ZeroShot(["a"]).compute().values()])
+    assert set(ImageTextRecall(ks=(1,)).compute()) == {"image_to_text_recall@1", "text_to_image_recall@1"}
+    assert all(value.isnan() for value in [*ImageTextRecall().compute().values(), *ZeroShot(["a"]).compute().values()])
 
 
 def test_a_model_that_gives_nan_finds_nothing() -> None:
     broken = torch.full((3, 4), torch.nan)
-    retrieval = RetrievalRecall(ks=(1,))
+    retrieval = ImageTextRecall(ks=(1,))
     retrieval.update(broken, broken, ["a", "b", "c"], ["a", "b", "c"], ["x", "y", "z"])
     assert all(value == 0 for value in retrieval.compute().values())
     zero_shot = ZeroShot(["edema", "nodule"])
@@ -227,7 +227,7 @@ def test_auroc_with_ties_and_without_a_class() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(contrastive) == (0, 6)
+    assert doctest.testmod(scores) == (0, 6)
 
 
 def test_first_of_each_is_in_order() -> None:

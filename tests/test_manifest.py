@@ -397,8 +397,8 @@ def test_a_worker_names_the_film_that_broke(root: Path, workers: int) -> None:
 
 def test_crop_says_what_it_cuts(root: Path) -> None:
     rows = _rows(12, boxes="[[0, 0, 5, 30], [2, 0, 40, 30], [30, 10, 50, 30]]")
-    data = _module(_write(root / "t.csv", rows), geometry="crop")
-    with pytest.warns(UserWarning, match=r"crop cuts 18 of 27 boxes, 9 of them wholly"):
+    data = _module(_write(root / "t.csv", rows), resize_mode="shortest")
+    with pytest.warns(UserWarning, match=r"shortest cuts 18 of 27 boxes, 9 of them wholly"):
         data.setup("fit")
     boxes = data.dataset("train")[0].boxes
     torch.testing.assert_close(boxes, torch.tensor([[0.0, 0, 0.5, 0.5], [1 / 3, 1 / 6, 2 / 3, 0.5]]), atol=0.02, rtol=0)
@@ -477,9 +477,9 @@ BOX = st.tuples(*[st.floats(0, 1)] * 4).map(lambda ends: [*sorted(ends[::2]), *s
     phrases=st.lists(PHRASE.filter(str.strip), min_size=3, max_size=8),
     box=BOX.filter(lambda box: box[1] - box[0] > 0.01 and box[3] - box[2] > 0.01),
     form=st.sampled_from([",", ";", "\t", "jsonl"]),
-    geometry=st.sampled_from(["pad", "crop", "squash"]),
+    resize_mode=st.sampled_from(["longest", "shortest", "squash"]),
 )
-def test_what_is_written_is_read(root: Path, phrases: list[str], box: list[float], form: str, geometry: str) -> None:
+def test_what_is_written_is_read(root: Path, phrases: list[str], box: list[float], form: str, resize_mode: Any) -> None:
     """Any phrases, by CSV and JSON lines, come out as they went in, but for white space; and boxes of every film."""
     corners = [box[0] * WIDTH, box[2] * HEIGHT, box[1] * WIDTH, box[3] * HEIGHT]
     rows = [{"image": f"films/{n}.png", "phrase": phrase, "boxes": [corners]} for n, phrase in enumerate(phrases)]
@@ -488,7 +488,7 @@ def test_what_is_written_is_read(root: Path, phrases: list[str], box: list[float
         path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     else:
         _write(path, rows, form)
-    data = _module(path, geometry=geometry, fractions=(1.0, 0.0, 0.0))
+    data = _module(path, resize_mode=resize_mode, fractions=(1.0, 0.0, 0.0))
     studies, bad = data.checked_rows()
     assert not bad
     assert [study.phrase for study in studies] == [" ".join(phrase.split()) for phrase in phrases]

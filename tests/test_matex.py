@@ -14,7 +14,7 @@ from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase
 from matex_pl.attribution import Matex, PriorOnly
-from matex_pl.attribution.core.capture import borrowed, capture_attention
+from matex_pl.attribution.core.capture import borrowed, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import (
     attention_rows,
     gradients_of,
@@ -62,8 +62,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"spatial_weight": "loosened"},
     {"grad_layers": 1},
     {"grad_layers": 12},
-    {"grad_layers": -1},
-    {"grad_layers": -9, "text_grad_layers": -2},
+    {"grad_layers": "all", "skip_layers": 1},
+    {"grad_layers": "all", "skip_layers": 9, "text_grad_layers": 2},
+    {"grad_layers": 2, "skip_layers": 3, "text_grad_layers": "all"},
     {"grad_layers": 2, "text_grad_layers": 1},
     {"tau": 0.0},
     {"tau": 2.0},
@@ -108,7 +109,7 @@ def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
 
 
 PAPER: dict[str, Any] = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
-MEASURED: dict[str, Any] = {"grad_layers": -1, "text_grad_layers": 1000, "explain": "margin", "fusion": "product"}
+MEASURED: dict[str, Any] = {"grad_layers": "all", "skip_layers": 1, "explain": "margin", "fusion": "product"}
 MEASURED["references"] = REFERENCE_PHRASES
 
 
@@ -156,12 +157,12 @@ def test_softmax_terms_are_complete(name: str) -> None:
             with capture_attention(reading, grad_from=0) as blocks:
                 embedding = encode(inputs)
             direction = torch.linspace(-1, 1, embedding.shape[1]).to(embedding).expand_as(embedding)
-            outputs = [block.output for block in blocks]
-            handles = outputs if reading.kind == "token" else [block.value for block in blocks]
-            both = gradients_of(embedding, [*outputs, *handles], direction)  # type: ignore[list-item]
+            recorded = grad_blocks(blocks)
+            outputs = [block.output for block in recorded]
+            handles = outputs if reading.kind == "token" else [block.value for block in recorded]
+            both = gradients_of(embedding, [*outputs, *handles], direction)
             gradients, by_handle = both[: len(blocks)], both[len(blocks) :]
-            for block, gradient, handle in zip(blocks, gradients, by_handle, strict=True):
-                assert block.output is not None
+            for block, gradient, handle in zip(recorded, gradients, by_handle, strict=True):
                 whole = gradient * block.output
                 if reading.kind == "token":
                     assert reading.position is not None
@@ -307,9 +308,7 @@ def test_loosened_weight_of_equal_keys_is_one(name: str) -> None:
     reading = clip.image_reading(images)
     with borrowed(clip), capture_attention(reading, grad_from=0) as blocks:
         clip.encode_image(images)
-    block, weight = blocks[0], row_weights(blocks, reading)[0]
-    assert block.key is not None
-    assert block.value is not None
+    block, weight = grad_blocks(blocks)[0], row_weights(blocks, reading)[0]
     block.key = block.key[:, :, :1].expand_as(block.key)
     gradient = torch.randn_like(block.value)
     keep = torch.ones(len(images), reading.length, dtype=torch.bool)
@@ -327,7 +326,7 @@ CHANGES: list[dict[str, Any]] = [
     {"lambda_s": 3.5, "prior_shape": "plateau", "laterality": "paper"},
     {"tau": 1.0, "kappa": 1.0},
     {"grad_layers": 1},
-    {"grad_layers": -3},
+    {"skip_layers": 3},
     {"text_grad_layers": 1, "fuse_at": "grid"},
     {"fusion": "product", "prior_power": 1.0},
     {"flow": "sum"},
@@ -361,7 +360,7 @@ def test_what_cannot_be_fused_again_says_so() -> None:
         ({"flow": "rollout"}, "hold no rollout"),
         ({"grad_layers": 3}, "gradients of 2 image and 2 text blocks, not of 3 and 3"),
         ({"text_grad_layers": 4}, "not of 2 and 4"),
-        ({"grad_layers": -1}, "not of 3 and 3"),
+        ({"grad_layers": "all", "skip_layers": 1}, "not of 3 and 4"),
         ({"spatial_weight": "loosened"}, "made with spatial_weight='softmax'; 'loosened' needs another"),
         ({"explain": "margin"}, "made with explain='cosine'"),
         ({"lambda_s": 0.5}, "lambda_s must be at least 1"),
@@ -416,16 +415,19 @@ def test_refuses_at_construction() -> None:
     for settings, message in (
         ({"spatial_weight": "raw"}, "spatial_weight must be one of softmax, loosened, got 'raw'"),
         ({"flow": "max"}, "flow"),
-        ({"kappa": "patches"}, "kappa"),
+        ({"kappa": "patches"}, "kappa must be one of tokens, any float, got 'patches'"),
         ({"kappa": -1.0}, "kappa"),
-        ({"grad_layers": 0}, "grad_layers"),
-        ({"text_grad_layers": 0}, "grad_layers"),
+        ({"grad_layers": 0}, "grad_layers must be at least 1, or 'all', got 0"),
+        ({"grad_layers": -1}, "give grad_layers='all' and skip_layers=1"),
+        ({"grad_layers": "most"}, "grad_layers must be one of all, any int, got 'most'"),
+        ({"text_grad_layers": 0}, "text_grad_layers must be at least 1"),
+        ({"skip_layers": -1}, "skip_layers must be at least 0, got -1"),
         ({"lambda_s": 0.5}, "lambda_s"),
         ({"lambda_s": float("nan")}, "lambda_s"),
         ({"lambda_s": float("inf")}, "lambda_s must be a finite number"),
         ({"tau": float("nan")}, "tau must be a finite number"),
         ({"kappa": float("inf")}, "kappa"),
-        ({"grad_layers": 2.5}, "whole numbers"),
+        ({"grad_layers": 2.5}, "grad_layers must be one of all, any int, got 2.5"),
         ({"alpha": 0, "beta": 0, "lambda_c": 0, "fusion": "product"}, "the map would be empty"),
         ({"prior_shape": "cone"}, "prior_shape"),
         ({"laterality": "viewer"}, "laterality"),

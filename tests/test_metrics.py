@@ -18,7 +18,7 @@ from matex_pl.metrics.functional import (
     confidence_increase,
     contrast_to_noise,
     curve_area,
-    energy_in_box,
+    energy_pointing_game,
     half_share,
     iou,
     keep_highlighted,
@@ -26,7 +26,7 @@ from matex_pl.metrics.functional import (
     mean_iou,
     outside_mass,
     pointing_game,
-    rank_accuracy,
+    relevance_rank_accuracy,
     side_sensitivity,
     spearman,
     top_ranked,
@@ -324,7 +324,7 @@ def test_energy_in_box_against_a_loop() -> None:
     for heat, mask in zip(maps.double().numpy(), masks.numpy(), strict=True):
         inside = sum(heat[place] for place in np.ndindex(SIZE) if mask[place])
         slow.append((inside / heat.sum() if heat.sum() else 0.0) if mask.any() else math.nan)
-    _compare(energy_in_box(maps, masks), slow)
+    _compare(energy_pointing_game(maps, masks), slow)
     assert slow[4] == 0
 
 
@@ -335,7 +335,7 @@ def test_rank_accuracy_against_a_sort() -> None:
         top = _slow_top(heat, [True] * len(heat), sum(mask))
         hits = sum(one and other for one, other in zip(top, mask, strict=True))
         slow.append(hits / sum(mask) if any(mask) else math.nan)
-    _compare(rank_accuracy(maps, masks), slow)
+    _compare(relevance_rank_accuracy(maps, masks), slow)
 
 
 # --- mass

@@ -23,14 +23,14 @@ from matex_pl.metrics import (
     ConfidenceIncrease,
     ContrastToNoise,
     DeletionAUC,
-    EnergyInBox,
+    EnergyPointingGame,
     InsertionAUC,
     MapMass,
     MeanIoU,
     OutsideMass,
     PointingGame,
-    RankAccuracy,
     RankCorrelation,
+    RelevanceRankAccuracy,
     RemovalDrop,
     SideSensitivity,
     ThresholdedIoU,
@@ -39,8 +39,8 @@ from matex_pl.metrics import (
     localisation,
     sensitivity,
 )
+from matex_pl.metrics.base import StudyMetric
 from matex_pl.metrics.functional import THRESHOLDS, box_masks
-from matex_pl.metrics.study import StudyMetric
 
 matplotlib.use("Agg")
 
@@ -125,8 +125,10 @@ CASES: dict[str, Case] = {
     "deletion": Case(DeletionAUC, lambda rows: (_curves().flip(0)[:, rows],), lambda: _ratio(_curves().flip(0))),
     "pointing_game": _boxed(PointingGame, lambda: _mean(functional.pointing_game(_maps(), _masks()))),
     "cnr": _boxed(ContrastToNoise, lambda: _mean(functional.contrast_to_noise(_maps(), _masks()))),
-    "energy": _boxed(EnergyInBox, lambda: _mean(functional.energy_in_box(_maps(), _masks()))),
-    "rank_accuracy": _boxed(RankAccuracy, lambda: _mean(functional.rank_accuracy(_maps(), _masks()))),
+    "energy": _boxed(EnergyPointingGame, lambda: _mean(functional.energy_pointing_game(_maps(), _masks()))),
+    "relevance_rank_accuracy": _boxed(
+        RelevanceRankAccuracy, lambda: _mean(functional.relevance_rank_accuracy(_maps(), _masks()))
+    ),
     "mean_iou": _boxed(MeanIoU, lambda: _mean(functional.mean_iou(_maps(), _masks()))),
     "iou_best": _boxed(
         ThresholdedIoU, lambda: max(_mean(functional.iou(_maps(), _masks(), [t])[:, 0]) for t in THRESHOLDS)

@@ -20,7 +20,7 @@ from matex_pl.clip import load_clip
 from matex_pl.data import PhantomDataModule, Study, collate
 from matex_pl.training.loss import gathered_loss
 from matex_pl.training.module import decay_groups, freeze_parameters, warmup_cosine
-from matex_pl.training.scores import RetrievalRecall
+from matex_pl.training.scores import ImageTextRecall
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The training ends after"),
@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_embeddings(tiny_json: str, tiny_films: PhantomD
     batch = collate(list(tiny_films.dataset("val")))
     with torch.no_grad():
         image, text = module.eval()(batch)
-    metric = RetrievalRecall()
+    metric = ImageTextRecall()
     metric.update(image, text, batch["id"], batch["film_id"], batch["phrase"])
     for name, value in metric.compute().items():
         assert found[f"val/{name}"] == pytest.approx(float(value))

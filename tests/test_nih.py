@@ -95,7 +95,7 @@ def test_studies_of_films(distribution: Write, suffix: str, header: str) -> None
 def test_boxes_are_scaled_per_axis(distribution: Write) -> None:
     root = distribution(size=(256, 512))
     assert _studies(root)["00000001_000-infiltration"].boxes == [(50, 50, 75, 70)]
-    data = NihDataModule(str(root), fractions=(0.5, 0.25, 0.25), image_size=64, geometry="squash", num_workers=0)
+    data = NihDataModule(str(root), fractions=(0.5, 0.25, 0.25), image_size=64, resize_mode="squash", num_workers=0)
     data.setup("fit")
     split, study = next(
         (split, s) for split, found in data.studies.items() for s in found if s.finding == "infiltration"

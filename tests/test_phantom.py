@@ -169,7 +169,7 @@ def test_thorax_in_the_models_frame() -> None:
     assert padded.shape == (192, 384)
     assert torch.equal(padded[:, 96:288], square)
     assert padded.sum() == square.sum()
-    squashed = PhantomDataModule(image_size=(192, 384), geometry="squash").thorax()
+    squashed = PhantomDataModule(image_size=(192, 384), resize_mode="squash").thorax()
     assert (squashed != square.repeat_interleave(2, dim=1)).float().mean() < 0.01
     with pytest.raises(ValueError, match="image_size is not set"):
         PhantomDataModule().thorax()

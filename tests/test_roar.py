@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import weakref
 from dataclasses import replace
@@ -459,7 +460,9 @@ def test_the_callback_logs_curves_table_and_scores_and_leaves_the_training_alone
     assert any(tag.startswith("roar") for tag in events.Tags()["tensors"])
 
 
-def test_the_callback_says_beforehand_how_much_it_is(tmp_path, caplog):
+def test_the_callback_says_beforehand_how_much_it_is(tmp_path, caplog, monkeypatch):
+    # Lightning's messages reach the root logger only where that had a handler when Lightning was imported.
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         _fit(tmp_path, "run", [RoarPlus(["chefer"], Protocol(modalities=["image"], fractions=[0.5], repeats=1), QUICK)])
     said = next(record.message for record in caplog.records if record.message.startswith("ROAR+"))

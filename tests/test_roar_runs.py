@@ -554,7 +554,7 @@ def test_errors_of_use(config, whole, tmp_path, capsys):
     assert "No checkpoint at" in refused(capsys, command(config, nothing, "--ckpt_path", tmp_path / "none.ckpt"))
     assert "No method 'nope'" in refused(capsys, command(config, nothing, "--methods=[nope]"))
     assert "processes must be at least 1" in refused(capsys, command(config, nothing, "--processes=0"))
-    assert "executor must be one of local, ray" in refused(capsys, command(config, nothing, "--executor=slurm"))
+    assert "Literal['local', 'ray']. Got value: slurm" in refused(capsys, command(config, nothing, "--executor=slurm"))
     assert "ray.retries must not be negative" in refused(capsys, command(config, nothing, "--ray.retries=-1"))
     said = refused(capsys, ["roar", "run", "--plan", whole, "--training.epochs=3", "--out", nothing])
     assert "has its own settings. Leave out out, training" in said

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap
 from matex_pl.callbacks import AttributionMaps, PredictionWriter
-from matex_pl.callbacks.loggers import stays_here
+from matex_pl.callbacks.loggers import is_local
 from matex_pl.cli import main
 from matex_pl.clip import load_clip
 from matex_pl.data import PhantomDataModule
@@ -244,12 +244,12 @@ class Elsewhere(Logger):
 
 
 def _logged(
-    tiny_json: str, data: PhantomDataModule, folder: Path, log_text: bool | None
+    tiny_json: str, data: PhantomDataModule, folder: Path, show_text: bool | None
 ) -> tuple[Elsewhere, dict[bool, dict[str, np.ndarray]], ClipModule]:
     """What a remote logger got, and the panels with words and without."""
     torch.manual_seed(0)
     module, remote = ClipModule(tiny_json), Elsewhere()
-    callback = AttributionMaps(CenterMap(), num_studies=2, log_text=log_text)
+    callback = AttributionMaps(CenterMap(), num_studies=2, show_text=show_text)
     _trainer(folder, callback, logger=[TensorBoardLogger(folder), remote]).validate(module, data, verbose=False)
     batch = data.dataset("val").batch(callback.chosen["val"])
     panels = {
@@ -265,11 +265,11 @@ def _logged(
     return remote, panels, module
 
 
-@pytest.mark.parametrize(("log_text", "shown"), [(None, False), (False, False), (True, True)])
+@pytest.mark.parametrize(("show_text", "shown"), [(None, False), (False, False), (True, True)])
 def test_words_leave_the_machine_only_when_asked(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, log_text: bool | None, shown: bool
+    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, show_text: bool | None, shown: bool
 ) -> None:
-    remote, panels, _ = _logged(tiny_json, tiny_films, tmp_path, log_text)
+    remote, panels, _ = _logged(tiny_json, tiny_films, tmp_path, show_text)
     assert len(remote.pictures) == 2
     for tag, picture in remote.pictures.items():
         assert np.array_equal(picture, panels[shown][tag])
@@ -305,9 +305,9 @@ class Unworded(CenterMap):
 
 
 def test_tensorboard_on_an_address_is_elsewhere(tmp_path: Path) -> None:
-    assert stays_here(TensorBoardLogger(tmp_path))
-    assert not stays_here(TensorBoardLogger("memory://bucket/logs"))
-    assert not stays_here(Elsewhere())
+    assert is_local(TensorBoardLogger(tmp_path))
+    assert not is_local(TensorBoardLogger("memory://bucket/logs"))
+    assert not is_local(Elsewhere())
 
 
 def test_no_patient_id_is_logged(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:

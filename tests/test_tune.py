@@ -660,7 +660,7 @@ def test_the_picture_shows_the_best_blocks_and_shape(tune: Tune, figure: list[Fi
         ({"lambda_s": [2.0, 0.5]}, "lambda_s must be at least 1"),
         ({"tau": [float("nan")]}, "tau must be a finite number"),
         ({"lambda_c": [float("inf")]}, "lambda_c must be a finite number"),
-        ({"grad_layers": [0]}, "whole numbers, not 0"),
+        ({"grad_layers": [0]}, "grad_layers must be at least 1"),
         ({"prior_shape": ["cone"]}, "prior_shape must be one of"),
         ({"method": CenterMap()}, "Only MATEX .* got CenterMap"),
         ({"method": Matex(delta=0.0)}, "delta=0, which takes the prior out"),

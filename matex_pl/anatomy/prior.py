@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from matex_pl.anatomy.regions import Region
+from matex_pl.arguments import check_choice
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SHAPES = ("parabola", "gaussian", "plateau")
-LATERALITIES = ("patient", "paper")
+PriorShape = Literal["parabola", "gaussian", "plateau"]
+Laterality = Literal["patient", "paper"]
 
 
 def prior_map(
@@ -24,8 +25,8 @@ def prior_map(
     size: tuple[int, int],
     *,
     lambda_s: float = 2.5,
-    shape: str = "parabola",
-    laterality: str = "patient",
+    shape: PriorShape = "parabola",
+    laterality: Laterality = "patient",
     film: Tensor | Sequence[float] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -44,8 +45,8 @@ def prior_maps(
     size: tuple[int, int],
     *,
     lambda_s: float = 2.5,
-    shape: str = "parabola",
-    laterality: str = "patient",
+    shape: PriorShape = "parabola",
+    laterality: Laterality = "patient",
     film: Tensor | None = None,
     ids: Sequence[str] | None = None,
     device: torch.device | str | None = None,
@@ -98,8 +99,8 @@ def prior_array(
     size: tuple[int, int],
     *,
     lambda_s: float = 2.5,
-    shape: str = "parabola",
-    laterality: str = "patient",
+    shape: PriorShape = "parabola",
+    laterality: Laterality = "patient",
 ) -> NDArray[np.float32]:
     """M of one phrase over the whole frame, shape (H, W): `prior_map` without torch, for what has to answer at once.
 
@@ -122,14 +123,12 @@ def _check(
     film: Tensor | None,
     ids: Sequence[str] | None,
 ) -> None:
+    check_choice("shape", shape, get_args(PriorShape))
+    check_choice("laterality", laterality, get_args(Laterality))
     if min(size) < 1:
         raise ValueError(f"size must be (H, W) of at least one pixel, got {size}.")
     if not lambda_s >= 1:
         raise ValueError(f"lambda_s must be at least 1 (1 switches the prior off), got {lambda_s}.")
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}.")
-    if laterality not in LATERALITIES:
-        raise ValueError(f"laterality must be one of {', '.join(LATERALITIES)}, got {laterality!r}.")
     if film is not None:
         check_films(film, count, ids)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import block_index
-from matex_pl.attribution.core.capture import Block, capture_attention
+from matex_pl.attribution.core.capture import GradBlock, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import first_row, gradient_by_attention, gradients_of
-from matex_pl.attribution.core.target import TARGETS
 from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
 from matex_pl.clip.towers import Reading
 
@@ -35,32 +35,37 @@ class Chefer(TwoSided):
     """
 
     cost: ClassVar[str] = "1 forward and a backward through the blocks from start_layer on"
-    targets = (*TARGETS, "logit")
 
-    def __init__(self, start_layer: int = -1, explain: str = "cosine", references: list[str] | None = None) -> None:
-        super().__init__(explain, references)
+    def __init__(
+        self,
+        start_layer: int = -1,
+        explain: Literal["cosine", "margin", "logit"] = "cosine",
+        references: list[str] | None = None,
+    ) -> None:
+        check_choices(Chefer.__init__, locals())
+        super().__init__(references=references)
+        self.explain = explain
         self.start_layer = start_layer
 
     def look(self, side: Side) -> Look:
         """One forward, recording the attention of the blocks that count."""
         start = block_index(self.start_layer, side.depth)
-        with capture_attention(side.reading, grad_from=start, heads=True) as blocks:
+        with capture_attention(side.reading, grad_from=start) as blocks:
             embedding = side.encode()
 
         def find(direction: Tensor) -> Raw:
             scale = side.clip.logit_scale.exp() if self.explain == "logit" else 1
-            counted = blocks[start:]
-            gradients = gradients_of(embedding, [block.output for block in counted], direction * scale)  # type: ignore[misc]
+            counted = grad_blocks(blocks)
+            gradients = gradients_of(embedding, [block.output for block in counted], direction * scale)
             passed = [_passed_on(*pair) for pair in zip(counted, gradients, strict=True)]
             return Raw(_relevance(passed, side.reading))
 
         return embedding, find
 
 
-def _passed_on(block: Block, gradient: Tensor) -> Tensor:
+def _passed_on(block: GradBlock, gradient: Tensor) -> Tensor:
     """Mean over heads of max(0, A * dS/dA), `(B, m, n)`."""
-    assert block.heads is not None
-    return (block.heads * gradient_by_attention(block, gradient)).relu().mean(1)
+    return (block.attention() * gradient_by_attention(block, gradient)).relu().mean(1)
 
 
 def _relevance(passed: Sequence[Tensor], reading: Reading) -> Tensor:

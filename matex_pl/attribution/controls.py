@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
-from matex_pl.anatomy.prior import LATERALITIES, SHAPES
-from matex_pl.arguments import check_choice
+from matex_pl.anatomy.prior import Laterality, PriorShape
+from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scores
 from matex_pl.attribution.core.capture import borrowed
 from matex_pl.clip.model import Clip
@@ -56,7 +56,7 @@ class RandomMap(Control):
     Each pair has noise of its own, which depends on the seed, the film and the phrase, and on nothing else.
 
     Args:
-        seed: Of the noise.
+        seed: Random seed of the noise.
         blur: Standard deviation of a Gaussian over neighbouring patches, and words, that the noise is smoothed with, in
             patches and in tokens; 0 for none. So neighbours are as alike as they are in maps of methods.
     """
@@ -119,10 +119,9 @@ class PriorOnly(Control):
     """
 
     def __init__(
-        self, prior_shape: str = "parabola", laterality: str = "patient", knowledge_prior: bool = False
+        self, prior_shape: PriorShape = "parabola", laterality: Laterality = "patient", knowledge_prior: bool = False
     ) -> None:
-        check_choice("prior_shape", prior_shape, SHAPES)
-        check_choice("laterality", laterality, LATERALITIES)
+        check_choices(PriorOnly.__init__, locals())
         self.prior_shape = prior_shape
         self.laterality = laterality
         self.knowledge_prior = knowledge_prior

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from matex_pl.arguments import check_choice
+from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.relevance import gradients_of
 from matex_pl.attribution.core.stream import Stream
+from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
 from matex_pl.clip.towers import original
 from matex_pl.maps import full_precision, min_max
@@ -41,12 +42,12 @@ class GradCam(TwoSided):
     def __init__(
         self,
         layers: list[int] | None = None,
-        variant: str = "gradcam",
-        explain: str = "cosine",
+        variant: Literal["gradcam", "hires"] = "gradcam",
+        explain: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
         super().__init__(explain, references)
-        check_choice("variant", variant, ("gradcam", "hires"))
+        check_choices(GradCam.__init__, locals())
         if layers is not None and not layers:
             raise ValueError("layers must name at least one block; leave it out for the last.")
         self.layers = [-1] if layers is None else list(layers)

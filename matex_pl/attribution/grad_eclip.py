@@ -9,8 +9,9 @@ from torch import Tensor
 
 from matex_pl.arguments import check_positive
 from matex_pl.attribution.base import block_index
-from matex_pl.attribution.core.capture import capture_attention
+from matex_pl.attribution.core.capture import capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradients_of, loosened_term, row_weights
+from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
 
 
@@ -37,7 +38,7 @@ class GradEclip(TwoSided):
         self,
         image_blocks: int = 1,
         text_blocks: int = 8,
-        explain: str = "cosine",
+        explain: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
         super().__init__(explain, references)
@@ -53,9 +54,10 @@ class GradEclip(TwoSided):
             embedding = side.encode()
 
         def find(direction: Tensor) -> Raw:
-            gradients = gradients_of(embedding, [block.output for block in blocks[start:]], direction)  # type: ignore[misc]
+            counted = grad_blocks(blocks)
+            gradients = gradients_of(embedding, [block.output for block in counted], direction)
             weights = row_weights(blocks, side.reading)[start:]
-            triples = zip(blocks[start:], gradients, weights, strict=True)
+            triples = zip(counted, gradients, weights, strict=True)
             terms = [loosened_term(*triple, side.reading, side.keep) for triple in triples]
             return Raw(torch.stack(terms).sum(0).relu())
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matex_pl.arguments import check_choice, check_positive
-from matex_pl.attribution.core.fill import FILLS, check_fill, fill_images
+from matex_pl.arguments import check_choices, check_positive
+from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
+from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TextSide, TwoSided
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
@@ -40,14 +41,14 @@ class IntegratedGradients(TwoSided):
     def __init__(
         self,
         steps: int = 32,
-        fill: str = "mean_colour",
+        fill: Fill = "mean_colour",
         chunk_size: int = 64,
-        explain: str = "cosine",
+        explain: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
+        check_choices(IntegratedGradients.__init__, locals())
         super().__init__(explain, references)
         check_positive(steps=steps, chunk_size=chunk_size)
-        check_choice("fill", fill, FILLS)
         self.steps = steps
         self.fill = fill
         self.chunk_size = chunk_size

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from matex_pl.arguments import check_choice, check_positive
-from matex_pl.attribution.core.fill import FILLS, check_fill, fill_images
+from matex_pl.arguments import check_choices, check_positive
+from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
+from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TextSide, TwoSided
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
@@ -34,7 +35,7 @@ class KernelShap(TwoSided):
     Args:
         samples: Coalitions, at most.
         fill: What stands in for removed pixels: `mean_film`, `mean_colour` (as published) or `blur`.
-        seed: Of the coalitions.
+        seed: Random seed of the coalitions.
         chunk_size: Most samples in one forward, or the batch where that is larger.
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
@@ -49,15 +50,15 @@ class KernelShap(TwoSided):
     def __init__(
         self,
         samples: int = 512,
-        fill: str = "mean_film",
+        fill: Fill = "mean_film",
         seed: int = 0,
         chunk_size: int = 128,
-        explain: str = "cosine",
+        explain: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
+        check_choices(KernelShap.__init__, locals())
         super().__init__(explain, references)
         check_positive(samples=samples, chunk_size=chunk_size)
-        check_choice("fill", fill, FILLS)
         self.samples = samples
         self.fill = fill
         self.seed = seed
@@ -118,7 +119,7 @@ def coalitions(present: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor
     Args:
         present: `(B, F)` bool, the features that a sample has.
         samples: S, at most.
-        seed: Of the draw.
+        seed: Random seed of the draw.
 
     Returns:
         keep `(S, B, F)` bool and weight `(S, B)` float64, 0 where a sample has fewer coalitions than S.

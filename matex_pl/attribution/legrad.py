@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from matex_pl.arguments import check_positive
-from matex_pl.attribution.core.capture import Block, capture_attention
+from matex_pl.attribution.core.capture import GradBlock, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradient_by_attention, gradients_of
 from matex_pl.attribution.core.stream import Stream
+from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
 
 
@@ -32,7 +33,7 @@ class LeGrad(TwoSided):
     cost: ClassVar[str] = "1 forward, 1 backward, and the tower's head once per block"
 
     def __init__(
-        self, num_blocks: int | None = None, explain: str = "cosine", references: list[str] | None = None
+        self, num_blocks: int | None = None, explain: Target = "cosine", references: list[str] | None = None
     ) -> None:
         super().__init__(explain, references)
         check_positive(num_blocks=1 if num_blocks is None else num_blocks)
@@ -47,20 +48,21 @@ class LeGrad(TwoSided):
             embedding = side.encode()
 
         def find(direction: Tensor) -> Raw:
+            counted = grad_blocks(blocks)
             rows: list[Tensor] = []
             if own:
                 with torch.enable_grad(), stream.resumed(own[-1], torch.cat(stream.behind[start:])):
                     reads = side.encode_stream(len(own))
-                rows += _rows(side, blocks[start : own[-1] + 1], reads, direction, len(own))
+                rows += _rows(side, counted[: len(own)], reads, direction, len(own))
             if side.depth > len(side.blocks):
-                rows += _rows(side, blocks[-1:], embedding, direction)
+                rows += _rows(side, counted[-1:], embedding, direction)
             return Raw(torch.stack(rows).mean(0))
 
         return embedding, find
 
 
-def _rows(side: Side, blocks: list[Block], embedding: Tensor, direction: Tensor, copies: int = 1) -> list[Tensor]:
+def _rows(side: Side, blocks: list[GradBlock], embedding: Tensor, direction: Tensor, copies: int = 1) -> list[Tensor]:
     """`(B, length)` per block."""
-    gradients = gradients_of(embedding, [block.output for block in blocks], direction, copies=copies)  # type: ignore[misc]
+    gradients = gradients_of(embedding, [block.output for block in blocks], direction, copies=copies)
     pairs = zip(blocks, gradients, strict=True)
     return [side.reading.fit(gradient_by_attention(*pair).relu().mean((1, 2))) for pair in pairs]

@@ -11,6 +11,7 @@ from torch import Tensor
 from matex_pl.arguments import check_positive
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.stream import Stream
+from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import image_blocks, not_explained, original
@@ -44,7 +45,7 @@ class M2ib(TwoSided):
         copies: Draws of the noise per step.
         after_last_update: Take the capacity after the last step; as published it is that of the last forward, which
             comes before the last update.
-        seed: Of the noise.
+        seed: Random seed of the noise.
         chunk_size: Most copies in one forward and backward, or the copies of one pair where these are more.
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
@@ -64,7 +65,7 @@ class M2ib(TwoSided):
         after_last_update: bool = False,
         seed: int = 0,
         chunk_size: int = 80,
-        explain: str = "cosine",
+        explain: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
         super().__init__(explain, references)

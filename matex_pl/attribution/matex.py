@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import inf, isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
-from matex_pl.anatomy.prior import LATERALITIES, SHAPES
-from matex_pl.arguments import check_choice
+from matex_pl.anatomy.prior import Laterality, PriorShape
+from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
-from matex_pl.attribution.core.capture import Block, borrowed, capture_attention, count_blocks
+from matex_pl.attribution.core.capture import Block, borrowed, capture_attention, count_blocks, grad_blocks
 from matex_pl.attribution.core.relevance import (
-    attention_matrices,
     attention_rows,
     gradients_of,
     loosened_term,
@@ -24,7 +23,7 @@ from matex_pl.attribution.core.relevance import (
     row_weights,
     softmax_term,
 )
-from matex_pl.attribution.core.target import REFERENCES, TARGETS, directions, reference_mean
+from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Reading
 from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
@@ -35,9 +34,20 @@ def layer_weights(num_layers: int, tau: float) -> Tensor:
     return torch.softmax(tau * torch.arange(1, num_layers + 1, dtype=torch.float32), dim=0)
 
 
-def last_blocks(grad_layers: int, layers: int) -> int:
-    """K of a tower with so many layers: at most all; -k for all but the first k, at least one."""
-    return min(grad_layers, layers) if grad_layers > 0 else max(layers + grad_layers, 1)
+BlockCount = int | Literal["all"]
+"""Number of last blocks."""
+
+
+def last_blocks(count: BlockCount, layers: int, skipped: int = 0) -> int:
+    """K, the number of last blocks that count, of a tower with this many layers; at least 1.
+
+    Args:
+        count: Most blocks.
+        layers: Blocks of the tower.
+        skipped: First blocks that do not count.
+    """
+    most = max(layers - skipped, 1)
+    return most if count == "all" else min(count, most)
 
 
 def attention_flow(layers: Tensor, tau: float) -> Tensor:
@@ -63,9 +73,10 @@ class Matex(AttributionMethod):
     `fuse_at` (the prior keeps its shape). Towers that pool otherwise than from one token: see `row_weights`.
 
     Args:
-        grad_layers: K, the last blocks whose gradients count on the image side ("last 2-3" in the paper); more than
-            there are means all, and -k all but the first k.
-        text_grad_layers: The same on the text side; `grad_layers` unless set.
+        grad_layers: K, the number of last image blocks whose gradients count ("last 2-3" in the paper), or `all`.
+        text_grad_layers: The same for text blocks; `grad_layers` by default.
+        skip_layers: Number of first image blocks whose gradients never count, whatever `grad_layers` is; one block
+            always counts.
         spatial_weight: `softmax` (the attention row per head, as printed) or `loosened` (Grad-ECLIP's).
         tau: Temperature of eq. 1; larger favours deeper layers. The paper gives none; 0.2 puts half the mass on the
             last 3 of 12.
@@ -102,57 +113,40 @@ class Matex(AttributionMethod):
 
     def __init__(
         self,
-        grad_layers: int = 3,
-        text_grad_layers: int | None = None,
-        spatial_weight: str = "softmax",
+        grad_layers: BlockCount = 3,
+        text_grad_layers: BlockCount | None = None,
+        skip_layers: int = 0,
+        spatial_weight: Literal["softmax", "loosened"] = "softmax",
         tau: float = 0.2,
-        flow: str = "sum",
-        kappa: float | str = "tokens",
+        flow: Literal["sum", "rollout"] = "sum",
+        kappa: float | Literal["tokens"] = "tokens",
         alpha: float = 0.5,
         beta: float = 0.2,
         lambda_c: float = 0.35,
         delta: float = 0.2,
         lambda_s: float = 2.5,
-        prior_shape: str = "parabola",
-        laterality: str = "patient",
-        fuse_at: str = "pixel",
-        fusion: str = "sum",
+        prior_shape: PriorShape = "parabola",
+        laterality: Laterality = "patient",
+        fuse_at: Literal["pixel", "grid"] = "pixel",
+        fusion: Literal["sum", "product"] = "sum",
         prior_power: float = 2.0,
         knowledge_prior: bool = False,
-        explain: str = "cosine",
+        explain: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
-        check_choice("spatial_weight", spatial_weight, ("softmax", "loosened"))
-        check_choice("flow", flow, ("sum", "rollout"))
-        check_choice("prior_shape", prior_shape, SHAPES)
-        check_choice("laterality", laterality, LATERALITIES)
-        check_choice("fuse_at", fuse_at, ("pixel", "grid"))
-        check_choice("fusion", fusion, ("sum", "product"))
-        check_choice("explain", explain, TARGETS)
-        if isinstance(kappa, str):
-            check_choice("kappa", kappa, ("tokens",))
-        elif not 0 <= kappa < inf:
-            raise ValueError(f"kappa must be a number from 0 or 'tokens', got {kappa}.")
-        for layers in (grad_layers, grad_layers if text_grad_layers is None else text_grad_layers):
-            if not isinstance(layers, int) or not layers:
-                raise ValueError(
-                    "grad_layers and text_grad_layers must be whole numbers, not 0, "
-                    f"got {grad_layers} and {text_grad_layers}."
-                )
-        if explain == "margin" and references is not None and not references:
-            raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
-        if not lambda_s >= 1:
-            raise ValueError(f"lambda_s must be at least 1 (1 takes the prior out), got {lambda_s}.")
-        numbers = {"tau": tau, "alpha": alpha, "beta": beta, "lambda_c": lambda_c, "delta": delta, "lambda_s": lambda_s}
-        for name, value in (numbers | {"prior_power": prior_power}).items():
-            if not isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}.")
+        check_choices(Matex.__init__, locals())
+        _check_blocks(grad_layers, text_grad_layers, skip_layers)
+        weights = {"alpha": alpha, "beta": beta, "lambda_c": lambda_c, "delta": delta}
+        _check_numbers(kappa, lambda_s, tau=tau, prior_power=prior_power, **weights)
         if not any((alpha, beta, lambda_c, delta if fusion == "sum" else 0)):
             raise ValueError(
                 "alpha, beta, lambda_c and delta are 0, so that the map would be empty. Raise one of them."
             )
+        if explain == "margin" and references is not None and not references:
+            raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
         self.grad_layers = grad_layers
         self.text_grad_layers = text_grad_layers
+        self.skip_layers = skip_layers
         self.spatial_weight = spatial_weight
         self.tau = tau
         self.flow = flow
@@ -190,11 +184,12 @@ class Matex(AttributionMethod):
     def measured(cls, **changes: Any) -> Matex:
         """What a study on phantom validation films picked (docs/choices.md): the margin, the product, most blocks.
 
-        Of the image tower all blocks but the first, of the text tower all (more than any tower has).
+        All blocks of the text tower count, and all but the first of the image tower.
         """
         settings: dict[str, Any] = {
-            "grad_layers": -1,
-            "text_grad_layers": 1000,
+            "grad_layers": "all",
+            "skip_layers": 1,
+            "text_grad_layers": "all",
             "explain": "margin",
             "fusion": "product",
         }
@@ -223,7 +218,7 @@ class Matex(AttributionMethod):
         need another `attribute`.
 
         Args:
-            parts: Of the maps of `Matex.attribute`.
+            parts: `parts` of the maps that `Matex.attribute` gave.
             changes: Arguments of the constructor.
 
         Raises:
@@ -250,17 +245,17 @@ class Matex(AttributionMethod):
         if self.flow == "rollout" and "rollout" not in parts:
             raise ValueError("These parts hold no rollout; make them with flow='rollout', which can be fused as 'sum'.")
         held = parts["grad_blocks"].shape[1], parts["text_grad_blocks"].shape[1]
-        needed = self._depths(parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1])
+        needed = self.depths(parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1])
         if needed[0] > held[0] or needed[1] > held[1]:
             raise ValueError(
                 f"These parts hold the gradients of {held[0]} image and {held[1]} text blocks, not of {needed[0]} and "
-                f"{needed[1]}; make them with grad_layers={self.grad_layers}."
+                f"{needed[1]}; make them with grad_layers={self.grad_layers!r}."
             )
 
-    def _depths(self, layers: int, text_layers: int) -> tuple[int, int]:
-        """K on the image and on the text side, of towers with so many layers."""
+    def depths(self, layers: int, text_layers: int) -> tuple[int, int]:
+        """K of the image tower and of the text tower, if they have this many layers."""
         text = self.grad_layers if self.text_grad_layers is None else self.text_grad_layers
-        return last_blocks(self.grad_layers, layers), last_blocks(text, text_layers)
+        return last_blocks(self.grad_layers, layers, self.skip_layers), last_blocks(text, text_layers)
 
     def _explain(
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None
@@ -287,7 +282,7 @@ class Matex(AttributionMethod):
     def _components(self, clip: Clip, images: Tensor, tokens: Tensor) -> dict[str, Any]:
         """One forward of both towers and one backward through their last blocks."""
         layers, text_layers = count_blocks(clip, images, tokens)
-        last, text_last = self._depths(layers, text_layers)
+        last, text_last = self.depths(layers, text_layers)
         start, text_start = layers - last, text_layers - text_last
         reading, text_reading, content = clip.image_reading(images), clip.text_reading(tokens), clip.content(tokens)
         reference = reference_mean(clip, self.references) if self.explain == "margin" else None
@@ -297,8 +292,8 @@ class Matex(AttributionMethod):
         with capture_attention(text_reading, grad_from=text_start, full=full) as text_blocks:
             text = clip.encode_text(tokens)
         score, by_image, by_text = directions(full_precision(image.detach()), full_precision(text.detach()), reference)
-        gradients = gradients_of(image, self._handles(blocks[start:], reading), by_image)
-        text_gradients = gradients_of(text, self._handles(text_blocks[text_start:], text_reading), by_text)
+        gradients = gradients_of(image, self._handles(blocks, reading), by_image)
+        text_gradients = gradients_of(text, self._handles(text_blocks, text_reading), by_text)
         patches = torch.ones_like(by_image[:1, :1], dtype=torch.bool).expand(1, reading.length)
         parts = self._tower(blocks, gradients, reading, patches)
         text_parts = self._tower(text_blocks, text_gradients, text_reading, content)
@@ -312,13 +307,13 @@ class Matex(AttributionMethod):
     def _handles(self, blocks: Sequence[Block], reading: Reading) -> list[Tensor]:
         """What the gradients of the blocks are taken by; see `softmax_term`."""
         by_value = reading.position is None and self.spatial_weight == "softmax"
-        return [block.value if by_value else block.output for block in blocks]  # type: ignore[misc]
+        return [block.value if by_value else block.output for block in grad_blocks(blocks)]
 
     def _tower(
         self, blocks: Sequence[Block], gradients: Sequence[Tensor], reading: Reading, keep: Tensor
     ) -> dict[str, Tensor]:
         """Components of one side at the tokens of the map; `loosened` normalises over those of `keep`."""
-        last = blocks[-len(gradients) :]
+        last = grad_blocks(blocks)
         if self.spatial_weight == "softmax":
             terms = [reading.fit(softmax_term(*pair, reading)) for pair in zip(last, gradients, strict=True)]
         else:
@@ -326,7 +321,9 @@ class Matex(AttributionMethod):
             triples = zip(last, gradients, weights, strict=True)
             terms = [loosened_term(*triple, reading, keep) for triple in triples]
         parts = {"grad_blocks": torch.stack(terms, 1), "attention_layers": attention_rows(blocks, reading)}
-        return parts | ({"rollout": rollout_row(attention_matrices(blocks), reading)} if self.flow == "rollout" else {})
+        if self.flow == "rollout":
+            parts["rollout"] = rollout_row([block.mean for block in blocks], reading)
+        return parts
 
     def _fuse(self, parts: dict[str, Any]) -> AttributionMaps:
         """Parts with this method's components, and the maps that they give."""
@@ -340,7 +337,7 @@ class Matex(AttributionMethod):
         On the image side each block's gradient term is clipped at 0, on the text side their mean.
         """
         content, layers, text_layers = parts["content"], parts["attention_layers"], parts["text_attention_layers"]
-        last, text_last = self._depths(layers.shape[1], text_layers.shape[1])
+        last, text_last = self.depths(layers.shape[1], text_layers.shape[1])
         patches, words = layers[0, 0].numel(), content.sum(1, keepdim=True)
         tokens = self.kappa == "tokens"
         rollout = self.flow == "rollout"
@@ -400,6 +397,27 @@ class Matex(AttributionMethod):
         flow = min_max(parts["text_flow"], keep=content, dtype=dtype)
         weight = self.alpha + self.lambda_c * parts["text_consistency"] + self.delta
         return token_map(grad * weight + self.beta * flow, content, dtype=dtype)
+
+
+def _check_blocks(grad_layers: BlockCount, text_grad_layers: BlockCount | None, skip_layers: int) -> None:
+    for name, count in (("grad_layers", grad_layers), ("text_grad_layers", text_grad_layers)):
+        if isinstance(count, int) and count < 1:
+            raise ValueError(
+                f"{name} must be at least 1, or 'all', got {count!r}. For all image blocks but the "
+                "first, give grad_layers='all' and skip_layers=1."
+            )
+    if skip_layers < 0:
+        raise ValueError(f"skip_layers must be at least 0, got {skip_layers}.")
+
+
+def _check_numbers(kappa: float | Literal["tokens"], lambda_s: float, **others: float) -> None:
+    if kappa != "tokens" and not 0 <= kappa < inf:
+        raise ValueError(f"kappa must be a number from 0 or 'tokens', got {kappa}.")
+    if not lambda_s >= 1:
+        raise ValueError(f"lambda_s must be at least 1 (1 takes the prior out), got {lambda_s}.")
+    for name, number in (others | {"lambda_s": lambda_s}).items():
+        if not isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {number}.")
 
 
 def _on_raster(part: Tensor, grid: tuple[int, int], pairs: int) -> Tensor:

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from matex_pl.arguments import check_choice, check_positive
-from matex_pl.attribution.core.fill import FILLS, check_fill, fill_images
+from matex_pl.arguments import check_choices, check_positive
+from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
+from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TextSide, TwoSided
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
@@ -30,11 +31,11 @@ class Rise(TwoSided):
     Args:
         masks: Number of masks (4000 for the smaller network of the paper).
         cells: Side of the coarse grid.
-        keep_probability: Of each cell and of each token.
+        keep_probability: Probability in (0, 1) that a cell or a token is kept.
         centred: Subtract the mean score over the masks from each score first: a cosine is far from 0 whatever is shown,
             and with few masks that constant times their unevenness is most of the map.
         fill: What stands in for removed pixels: `mean_film`, `mean_colour` (as published) or `blur`.
-        seed: Of the masks.
+        seed: Random seed of the masks.
         chunk_size: Most samples in one forward, or the batch where that is larger.
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
@@ -49,15 +50,15 @@ class Rise(TwoSided):
         cells: int = 7,
         keep_probability: float = 0.5,
         centred: bool = False,
-        fill: str = "mean_film",
+        fill: Fill = "mean_film",
         seed: int = 0,
         chunk_size: int = 128,
-        explain: str = "cosine",
+        explain: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
+        check_choices(Rise.__init__, locals())
         super().__init__(explain, references)
         check_positive(masks=masks, cells=cells, chunk_size=chunk_size)
-        check_choice("fill", fill, FILLS)
         if not 0 < keep_probability < 1:
             raise ValueError(f"keep_probability must be between 0 and 1, got {keep_probability}.")
         self.masks = masks

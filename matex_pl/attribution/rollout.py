@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from matex_pl.attribution.core.capture import capture_attention
-from matex_pl.attribution.core.relevance import attention_matrices, rollout_row
+from matex_pl.attribution.core.relevance import rollout_row
 from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
 
 
@@ -32,7 +32,7 @@ class Rollout(TwoSided):
             embedding = side.encode()
 
         def find(direction: Tensor) -> Raw:
-            row = rollout_row(attention_matrices(blocks), side.reading)
+            row = rollout_row([block.mean for block in blocks], side.reading)
             return Raw(row.expand(len(direction), -1))
 
         return embedding, find

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import pi
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from matex_pl.arguments import check_choice, check_positive
-from matex_pl.attribution.core.fill import FILLS, check_fill, fill_images
-from matex_pl.attribution.core.target import TARGETS, reference_embeddings, reference_mean
+from matex_pl.arguments import check_choices, check_positive
+from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
+from matex_pl.attribution.core.target import reference_embeddings, reference_mean
 from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
 from matex_pl.attribution.kernel_shap import patch_groups
 from matex_pl.clip.model import Clip
@@ -75,7 +75,6 @@ class SubmodularRegions(TwoSided):
     serves_text: ClassVar[bool] = False
     repeats: ClassVar[bool] = True
     cost: ClassVar[str] = "1594 forwards of the image tower for 49 regions, see `forwards`, and 1 of the text tower"
-    targets = (*TARGETS, "probability")
 
     def __init__(
         self,
@@ -85,18 +84,19 @@ class SubmodularRegions(TwoSided):
         consistency: float = 20.0,
         collaboration: float = 5.0,
         pending: int = 8,
-        fill: str = "mean_film",
+        fill: Fill = "mean_film",
         chunk_size: int = 128,
-        explain: str = "cosine",
+        explain: Literal["cosine", "margin", "probability"] = "cosine",
         references: list[str] | None = None,
     ) -> None:
-        super().__init__(explain, references)
+        check_choices(SubmodularRegions.__init__, locals())
+        super().__init__(references=references)
         check_positive(chunk_size=chunk_size)
-        check_choice("fill", fill, FILLS)
         if regions < 2:
             raise ValueError(f"regions must be at least 2, got {regions}: one region has no order.")
         if pending < 0:
             raise ValueError(f"pending must be at least 0, got {pending}. 0 searches from one end alone.")
+        self.explain = explain
         self.confidence = confidence
         self.effectiveness = effectiveness
         self.consistency = consistency
@@ -191,7 +191,7 @@ class _Views:
     Args:
         side: One film for all pairs, or one each.
         groups: `(Gh, Gw)` region of each patch.
-        fill: Of `fill_images`.
+        fill: Pixels from `fill_images`.
         chunk_size: Most images in one forward.
     """
 
@@ -310,7 +310,7 @@ def search(
     Args:
         look_at: What is seen of the members `(B, R)` bool joined by each of the candidates `(B, m)`.
         angles: `(B, R, R)` of `angles_between`.
-        weights: Of F.
+        weights: Weights of the scores in F.
         pending: Candidates for the least important region of a round; 0: there is none.
 
     Returns:

@@ -84,8 +84,8 @@ def _locate(maps: Tensor, batch: StudyBatch, threshold: float, components: F.Com
         "miou": F.mean_iou(maps, masks),
         "iou": F.iou(maps, masks, torch.tensor([threshold], device=maps.device))[:, 0],
         "acc50": F.box_accuracy(components, boxes, len(maps)),
-        "energy_in_box": F.energy_in_box(maps, masks),
-        "rank_accuracy": F.rank_accuracy(maps, masks),
+        "energy_in_box": F.energy_pointing_game(maps, masks),
+        "rank_accuracy": F.relevance_rank_accuracy(maps, masks),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -23,12 +24,12 @@ def run_benchmark(
     ckpt_path: str,
     out: str,
     methods: list[str] | str | None = None,
-    split: str = "test",
+    split: Literal["test", "val"] = "test",
     num_pairs: int = 100,
     validation_pairs: int = 24,
     sanity_pairs: int = 16,
     batch_size: int = 32,
-    budget: str = "quick",
+    budget: Literal["quick", "full"] = "quick",
     steps: int = 16,
     resamples: int = 1000,
     device: str = "auto",

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import ssl
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
-import huggingface_hub.constants
 import open_clip
 import torch
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
@@ -25,8 +19,9 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import nn
 
 from matex_pl.clip import towers
+from matex_pl.clip.hub import reading_files
 from matex_pl.clip.model import Clip
-from matex_pl.clip.weights import _is_file, _load_weights, _short, first_line, refuse_nan
+from matex_pl.clip.weights import load_weights, refuse_nan, short
 from matex_pl.files import CONFIG_FOLDER, find_config
 
 
@@ -50,21 +45,22 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     """
     config = _json_config(name)
     size = None if image_size is None else list(towers.pair(image_size))
-    if config is not None and pretrained and not _is_file(pretrained):
-        raise FileNotFoundError(f"No checkpoint file at {pretrained!r} for the model {_short(name)}.")
-    if config is not None:
+    file = pretrained if pretrained and Path(pretrained).is_file() else None
+    if config is None:
+        model, tokenizer, config = _from_open_clip(name, None if file else pretrained, size, has_file=file is not None)
+    elif pretrained and not file:
+        raise FileNotFoundError(f"No checkpoint file at {pretrained!r} for the model {short(name)}.")
+    else:
         config |= _resized(config["model_cfg"], size, name)
         model, tokenizer = _from_config(config, name)
-    else:
-        model, tokenizer, config = _from_open_clip(name, pretrained, size)
     _check_patches(model, name)
-    is_ours = pretrained is not None and _is_file(pretrained) and _load_weights(model, pretrained, name)
+    is_ours = file is not None and load_weights(model, file, name)
     refuse_nan(dict(model.named_parameters()), pretrained or name)
     preprocess = open_clip.get_model_preprocess_cfg(model)
     clip = Clip(model, tokenizer, _plain({"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess})).eval()
-    if is_ours and pretrained:
+    if file and is_ours:
         # Mapped, so that its weights are not read again.
-        clip.refuse_checkpoint(torch.load(pretrained, "cpu", weights_only=True, mmap=True), pretrained)
+        clip.refuse_checkpoint(torch.load(file, "cpu", weights_only=True, mmap=True), file)
     return clip
 
 
@@ -73,10 +69,9 @@ def load_tokenizer(name: str) -> Any:
     config = _json_config(name)
     if config is not None:
         text = config["model_cfg"]["text_cfg"]
-        with _reading_files(name, None, text):
+        with reading_files(name, None, text):
             return _config_tokenizer(text)
-    named = {} if name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)) else _check_name(name, None)
-    with _reading_files(name, None, named.get("text_cfg")):
+    with reading_files(name, None, _known_config(name, None).get("text_cfg")):
         return open_clip.get_tokenizer(name)
 
 
@@ -112,11 +107,11 @@ def _json_config(name: str) -> dict[str, Any] | None:
     try:
         config = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"The model config {_short(name)} is no JSON: {error}.") from error
+        raise ValueError(f"The model config {short(name)} is no JSON: {error}.") from error
     config = config if "model_cfg" in config else {"model_cfg": config}
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - config["model_cfg"].keys()
     if missing:
-        raise ValueError(f"The model config {_short(name)} lacks {sorted(missing)}; open_clip's configs show the form.")
+        raise ValueError(f"The model config {short(name)} lacks {sorted(missing)}; open_clip's configs show the form.")
     return config
 
 
@@ -130,7 +125,7 @@ def _resized(config: dict[str, Any], size: list[int] | None, name: str) -> dict[
     if size is not None and towers.pair(vision.get("image_size", 224)) != tuple(size):
         if isinstance(vision.get("layers"), list):
             raise ValueError(
-                f"image_size={size} does not fit {_short(name)}: its ResNet pools a raster of fixed size. Leave it out."
+                f"image_size={size} does not fit {short(name)}: its ResNet pools a raster of fixed size. Leave it out."
             )
         config = {**config, "vision_cfg": {**vision, "image_size": size}}
     return {"model_cfg": config}
@@ -144,14 +139,14 @@ def _check_patches(model: Any, name: str) -> None:
         return
     size, patch = towers.pair(visual.image_size), towers.pair(patch)
     if size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(f"The input of {_short(name)}, {size} pixels, is not a whole number of its {patch} patches.")
+        raise ValueError(f"The input of {short(name)}, {size} pixels, is not a whole number of its {patch} patches.")
 
 
 def _from_config(config: dict[str, Any], name: str) -> tuple[nn.Module, Any]:
     """Model, with random weights, and tokenizer of a config."""
     text, vision = config["model_cfg"]["text_cfg"], config["model_cfg"]["vision_cfg"]
     # `local-dir:` is open_clip's public way to build from a config of one's own without adding to its global registry.
-    with tempfile.TemporaryDirectory() as folder, _silent_open_clip(), _reading_files(name, None, text):
+    with tempfile.TemporaryDirectory() as folder, _silent_open_clip(), reading_files(name, None, text):
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
         tokenizer = _config_tokenizer(text)
         try:
@@ -162,10 +157,10 @@ def _from_config(config: dict[str, Any], name: str) -> tuple[nn.Module, Any]:
                 # CoCa: open_clip leaves the projection of its decoder as it finds the memory.
                 nn.init.normal_(model.text_decoder.text_projection, std=model.text_decoder.width**-0.5)
         except TypeError as error:
-            raise ValueError(f"open_clip cannot build the model config {_short(name)}: {error}.") from error
+            raise ValueError(f"open_clip cannot build the model config {short(name)}: {error}.") from error
     if isinstance(tokenizer, SimpleTokenizer) and text.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
         raise ValueError(
-            f"text_cfg.vocab_size of {_short(name)} is {text['vocab_size']}, but CLIP's tokenizer gives "
+            f"text_cfg.vocab_size of {short(name)} is {text['vocab_size']}, but CLIP's tokenizer gives "
             f"{tokenizer.vocab_size} ids."
         )
     return model, tokenizer
@@ -179,33 +174,40 @@ def _config_tokenizer(text_cfg: dict[str, Any]) -> Any:
     return SimpleTokenizer(context_length=length, **settings)
 
 
-def _from_open_clip(name: str, pretrained: str | None, size: list[int] | None) -> tuple[nn.Module, Any, dict[str, Any]]:
+def _from_open_clip(
+    name: str, tag: str | None, size: list[int] | None, *, has_file: bool
+) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model, tokenizer and `{"model_cfg": ...}` of one of open_clip's names; a checkpoint file is left to be loaded."""
-    tag = None if _is_file(pretrained) else pretrained
-    named = {} if name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)) else _check_name(name, tag)
+    named = _known_config(name, tag)
     if not named and tag:
         raise ValueError(f"{name} brings its own weights; pretrained={tag!r} is no checkpoint file. Leave it out.")
     if named:
         _resized(named, size, name)
     quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
-    with _reading_files(name, tag, named.get("text_cfg")):
+    with reading_files(name, tag, named.get("text_cfg")):
         model = open_clip.create_model(
             name,
             tag,
             # Where weights were trained with QuickGELU and the config has none, open_clip warns, but goes on without.
             force_quick_gelu=quick_gelu,
             force_image_size=size,
-            load_weights=not _is_file(pretrained),
+            load_weights=not has_file,
             pretrained_text=False,
-            require_pretrained=not named and not _is_file(pretrained),
+            require_pretrained=not named and not has_file,
         )
         tokenizer = open_clip.get_tokenizer(name)
         config = open_clip.get_model_config(name)
     return model, tokenizer, _resized({**config, "quick_gelu": True} if quick_gelu else config, size, name)
 
 
-def _check_name(name: str, tag: str | None) -> dict[str, Any]:
-    """The config behind a name that open_clip knows, if it knows the tag too."""
+def _known_config(name: str, tag: str | None) -> dict[str, Any]:
+    """The config that open_clip has for a name; empty for `hf-hub:` and `local-dir:`, whose config is with the weights.
+
+    Raises:
+        ValueError: open_clip knows no such name, or no such tag of it.
+    """
+    if name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)):
+        return {}
     config = open_clip.get_model_config(name)
     if config is None:
         near = get_close_matches(name, open_clip.list_models(), n=3) or ["ViT-B-32"]
@@ -222,93 +224,21 @@ def _check_name(name: str, tag: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None) -> Iterator[None]:
-    """Where open_clip fetches and reads files: each failure is one error, at once when the hub does not answer."""
-    if name.startswith(LOCAL_DIR_PREFIX):
-        with _reading_folder(name), _needing_transformers(name):
-            yield
-    elif tag or name.startswith(HF_HUB_PREFIX) or any(key.startswith("hf_") for key in text_cfg or ()):
-        with _downloading(_short(name) + (f" (tag {tag!r})" if tag else "")), _needing_transformers(name):
-            yield
-    else:
-        yield
-
-
-@contextmanager
-def _reading_folder(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, UnpicklingError) as error:
-        raise ValueError(
-            f"{name} holds no weights that fit and are read without running code: {error}\n"
-            "Give a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
-        ) from error
-
-
-@contextmanager
-def _needing_transformers(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (ImportError, RuntimeError) as error:
-        if "transformers" not in str(error) or find_spec("transformers") is not None:
-            raise
-        raise ImportError(
-            f"The text tower or the tokenizer of {_short(name)} needs one more package: pip install 'matex_pl[hf]'."
-        ) from error
-
-
-@contextmanager
-def _downloading(what: str) -> Iterator[None]:
-    constants: Any = huggingface_hub.constants
-    was_offline = constants.HF_HUB_OFFLINE
-    # The hub's client would try again for most of a minute per file before it takes what is in the cache.
-    constants.HF_HUB_OFFLINE = was_offline or not _answers(constants.ENDPOINT)
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        state = "are not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set"
-        if not constants.HF_HUB_OFFLINE:
-            state = f"could not be had: {first_line(error)}"
-        raise ConnectionError(
-            f"The files of {what} {state}. Connect once, or pass a checkpoint file as `pretrained`, or a folder "
-            "that holds the model as local-dir:folder."
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = was_offline
-
-
-def _answers(address: str) -> bool:
-    """Whether a web server answers, through the proxies of the environment, within seconds."""
-    try:
-        urlopen(Request(address, method="HEAD"), timeout=5).close()
-    except HTTPError:
-        return True
-    except URLError as error:
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
 def _silent_open_clip() -> Iterator[None]:
-    """Drop what open_clip writes to the root logger; whatever others write stays as it is."""
-    root, folder = logging.getLogger(), str(Path(open_clip.__file__).parent)
+    """Drop what open_clip writes to the root logger, as it has none of its own; other messages pass."""
+    root, folder, stand_in = logging.getLogger(), str(Path(open_clip.__file__).parent), logging.NullHandler()
 
     def is_others(record: logging.LogRecord) -> bool:
         return not record.pathname.startswith(folder)
 
-    # Where the root logger has no handler, `logging.warning` would install one for good.
-    stand_in = None if root.handlers else logging.lastResort
     root.addFilter(is_others)
-    if stand_in:
-        root.addHandler(stand_in)
+    # Where the root logger has no handler, `logging.warning` would install one for good.
+    root.addHandler(stand_in)
     try:
         yield
     finally:
         root.removeFilter(is_others)
-        if stand_in:
-            root.removeHandler(stand_in)
+        root.removeHandler(stand_in)
 
 
 def _plain(value: Any) -> Any:

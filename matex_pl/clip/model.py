@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from matex_pl.clip import towers
 from matex_pl.clip.towers import Reading
-from matex_pl.clip.weights import _short, refuse_nan
+from matex_pl.clip.weights import refuse_nan, short
 
 _KEPT_PHRASES = 65_536
 # What tokenizers are told apart by: cases, numbers, hyphens, and words that are cut into pieces.
@@ -129,7 +129,7 @@ class Clip(nn.Module):
         length = min(len(mark["tokens"]), len(own["tokens"])) - 1
         if mark["tokens"][:length] != own["tokens"][:length]:
             raise ValueError(
-                f"{_short(source)} was trained with the tokenizer {mark['name']}, this model has {own['name']}, which "
+                f"{short(source)} was trained with the tokenizer {mark['name']}, this model has {own['name']}, which "
                 f"gives other tokens ({own['tokens'][:4]}..., not {mark['tokens'][:4]}...). Take the model's name, or "
                 "its JSON, that the checkpoint was trained with."
             )

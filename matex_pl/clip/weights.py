@@ -32,7 +32,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _load_weights(model: nn.Module, path: str, name: str) -> bool:
+def load_weights(model: nn.Module, path: str, name: str) -> bool:
     """Load a checkpoint file into the model, never running code from it, and refuse weights that do not fit.
 
     Returns:
@@ -58,7 +58,7 @@ def _load_weights(model: nn.Module, path: str, name: str) -> bool:
         try:
             open_clip.load_checkpoint(model, str(plain))
         except (RuntimeError, KeyError) as error:
-            raise ValueError(f"The weights in {path} do not fit the model {_short(name)}: {error}") from error
+            raise ValueError(f"The weights in {path} do not fit the model {short(name)}: {error}") from error
     return bool(ours)
 
 
@@ -91,14 +91,10 @@ def refuse_nan(weights: Mapping[str, Tensor], source: str) -> None:
     bad = [key for key, value in weights.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
-            f"{_short(source)} holds NaN or Inf in {', '.join(bad[:3])} ({len(bad)} tensors). Take earlier weights."
+            f"{short(source)} holds NaN or Inf in {', '.join(bad[:3])} ({len(bad)} tensors). Take earlier weights."
         )
 
 
-def _is_file(path: str | None) -> bool:
-    return path is not None and Path(path).is_file()
-
-
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A name or a path in quotes; the text of a config is cut."""
     return repr(f"{name[:77]}..." if name.lstrip().startswith("{") and len(name) > 80 else name)

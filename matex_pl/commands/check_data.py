@@ -19,7 +19,7 @@ from matex_pl.commands.options import DataConfig, run_on_data
 from matex_pl.data import ChestXrayDataModule, Study
 from matex_pl.data.datamodule import SPLITS, count_cut_boxes
 from matex_pl.data.table import TableDataModule, write_bad_rows
-from matex_pl.data.transforms import FilmTransform
+from matex_pl.data.transforms import FilmTransform, ResizeMode
 from matex_pl.data.validation import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, film_name, place_of
 
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
@@ -69,7 +69,7 @@ def check_data(
     """Read every row and every film of a data module once, and report.
 
     Counts per split, finding and side; every bad row with file, line, value and rule; phrases that are longer than the
-    model reads, with what is cut off; and boxes that `geometry: crop` cuts.
+    model reads, with what is cut off; and boxes that `resize_mode: shortest` cuts.
 
     Args:
         data: The data module; its `on_bad_row` does not matter here.
@@ -98,7 +98,7 @@ def check_data(
         rule = f"the phrase is longer than {limit}: this is cut off"
         write_bad_rows(Path(out), [*bad, *(BadRow(*study.source, cut, rule) for study, cut in long)])
     frame = data.image_size or (pair(image_size) if image_size else input_size(model) if model else _FRAME)
-    parts = [_counts(studies), _findings(studies), _sides(studies), _cut_boxes(data.geometry, frame, studies)]
+    parts = [_counts(studies), _findings(studies), _sides(studies), _cut_boxes(data.resize_mode, frame, studies)]
     if tokenizer is not None:
         lines = [f"  {place_of(study.source)}, {study.id}: cut off: {cut!r}" for study, cut in long]
         told = "\n".join([f"Phrases longer than {limit}: {len(long)}", *lines])
@@ -175,12 +175,12 @@ def _side(phrase: str) -> str:
     return next((side for side in ("right", "left") if side in sides), "midline only" if sides else "no place")
 
 
-def _cut_boxes(geometry: str, frame: tuple[int, int], studies: Sequence[Study]) -> str:
-    if geometry != "crop":
+def _cut_boxes(resize_mode: ResizeMode, frame: tuple[int, int], studies: Sequence[Study]) -> str:
+    if resize_mode != "shortest":
         return ""
-    cut, lost = count_cut_boxes(FilmTransform(frame, geometry), studies)
+    cut, lost = count_cut_boxes(FilmTransform(frame, resize_mode), studies)
     total = sum(len(study.boxes) for study in studies)
-    return f"geometry: crop to {frame[1]} x {frame[0]} cuts {cut} of {total} boxes, {lost} of them wholly."
+    return f"resize_mode: shortest to {frame[1]} x {frame[0]} cuts {cut} of {total} boxes, {lost} of them wholly."
 
 
 def _cut_phrases(data: ChestXrayDataModule, studies: Sequence[Study], tokenizer: object) -> list[tuple[Study, str]]:

@@ -11,6 +11,7 @@ from matex_pl import attribution, import_all
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
 from matex_pl.commands.options import NAMED_METHODS
+from matex_pl.data.images import ResizeMode
 
 
 def main(words: Sequence[str]) -> None:
@@ -36,7 +37,7 @@ def explain_film(
     ckpt_path: str,
     out: str = "panel.png",
     method: AttributionMethod | str | None = None,
-    geometry: str = "pad",
+    resize_mode: ResizeMode = "longest",
 ) -> Path:
     """Write one panel: where the model looks on a film for a phrase, and which words matter.
 
@@ -47,7 +48,7 @@ def explain_film(
         out: The picture to write.
         method: What makes the map, `Matex.measured()` by default: the name of a shipped setting (`m2ib`), a YAML file
             with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of every shipped one.
-        geometry: How the film gets into the model's frame: `pad`, `crop` or `squash`, as in training.
+        resize_mode: How the film gets into the model's frame: `longest`, `shortest` or `squash`, as in training.
 
     Returns:
         The path of the picture.
@@ -66,8 +67,8 @@ def explain_film(
     # A wrong path should be said before a model is loaded.
     film_size(image)
     module = load_module(ckpt_path)
-    transform = FilmTransform(module.clip.image_size, geometry)
-    film = read_film(image, transform.fit)
+    transform = FilmTransform(module.clip.image_size, resize_mode)
+    film = read_film(image, transform.target_size)
     study = Study(id=Path(image).name, patient_id="", film_id=Path(image).name, image=image, phrase=phrase)
     batch = collate([Sample(study, *transform(film.pixels, size=film.size))])
     if single is None:

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
-from matex_pl.anatomy.prior import prior_array
+from matex_pl.anatomy.prior import Laterality, PriorShape, prior_array
 from matex_pl.anatomy.regions import Region, RegionTable, load_regions
 from matex_pl.data.phantom.thorax import (
     SIDES,
@@ -50,8 +50,8 @@ def main(words: Sequence[str]) -> None:
 def show_prior(
     phrase: str,
     out: str = "prior.png",
-    laterality: str = "patient",
-    prior_shape: str = "parabola",
+    laterality: Laterality = "patient",
+    prior_shape: PriorShape = "parabola",
     lambda_s: float = 2.5,
     regions: str | None = None,
     *,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matex_pl.data.images import Film, Fit, read_film
+from matex_pl.data.images import Film, TargetSize, read_film
 from matex_pl.files import check_folder, remove_abandoned_parts, whole_file
 
 # Goes into the names of cached films: raise it when the same file gives other pixels than before.
@@ -46,21 +46,23 @@ class FilmCache:
             return
         remove_abandoned_parts(self.folder)
 
-    def read(self, path: str | Path, fit: Fit, settings: str, *, upright: bool = True) -> Film:
+    def read(
+        self, path: str | Path, target_size: TargetSize, settings: str, *, apply_exif_orientation: bool = True
+    ) -> Film:
         """A film from the cache, or else from its file; see `read_film`.
 
         Where it cannot be kept, say on a full disk, it is only read, with a warning at the first of them.
 
         Args:
             path: The file.
-            fit: The size to resize to.
-            settings: All that `fit` depends on.
-            upright: Turn the film as its EXIF orientation says.
+            target_size: The size to resize to.
+            settings: All that `target_size` depends on.
+            apply_exif_orientation: Turn the film as its EXIF orientation says.
         """
-        kept = self._place(path, f"{settings} upright={upright}")
+        kept = self._place(path, f"{settings} apply_exif_orientation={apply_exif_orientation}")
         film = _kept_film(kept)
         if film is None:
-            film = read_film(path, fit, upright=upright)
+            film = read_film(path, target_size, apply_exif_orientation=apply_exif_orientation)
             self._keep(film, kept)
         return film
 

@@ -7,27 +7,29 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from matex_pl.arguments import check_choices
 from matex_pl.data.cache import FilmCache
 from matex_pl.data.images import Film, read_film
 from matex_pl.data.study import Sample, Study, StudyBatch, collate
-from matex_pl.data.transforms import FilmTransform
+from matex_pl.data.transforms import FilmTransform, ResizeMode
 
 SPLITS = ("train", "val", "test")
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 """Splits that each stage of a trainer reads."""
 
 _MEAN_FILM_FROM = 512
+_RESIZE_MODES: dict[str, ResizeMode] = {"pad": "longest", "crop": "shortest", "squash": "squash"}
 
 
 class FilmDataset(Dataset[Sample]):
@@ -118,9 +120,11 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
         batch_size: Pairs per batch and process.
         num_workers: Processes that read and augment films.
-        geometry: How a film gets into the model's frame: `pad`, `crop` or `squash`.
+        resize_mode: How an image gets into the model's frame: `longest` fits its longest side and pads with black,
+            `shortest` fits its shortest side and crops to the middle, `squash` stretches it.
         augment: Mild geometric and intensity changes in training. Never a horizontal flip.
-        seed: Of shuffling, augmentation and splits.
+        seed: Random seed of shuffling, augmentation, splits, and whatever else the data module draws.
+        geometry: Deprecated name of `resize_mode`, with `pad` for `longest` and `crop` for `shortest`.
     """
 
     studies: dict[str, list[Study]]
@@ -130,11 +134,16 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         image_size: int | tuple[int, int] | None = None,
         batch_size: int = 64,
         num_workers: int = 1,
-        geometry: str = "pad",
+        resize_mode: ResizeMode = "longest",
         augment: bool = True,
         seed: int = 0,
+        geometry: Literal["pad", "crop", "squash"] | None = None,
     ) -> None:
         super().__init__()
+        check_choices(ChestXrayDataModule.__init__, locals())
+        if geometry is not None:
+            resize_mode = _RESIZE_MODES[geometry]
+            rank_zero_deprecation(f"geometry: {geometry} is deprecated. Write resize_mode: {resize_mode}.")
         if batch_size < 2:
             raise ValueError(
                 f"batch_size must be at least 2, for contrastive training needs negatives; got {batch_size}."
@@ -142,10 +151,10 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         if seed < 0 or num_workers < 0:
             raise ValueError(f"seed and num_workers must not be negative, got {seed} and {num_workers}.")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        FilmTransform(self.image_size or (8, 8), geometry)
+        FilmTransform(self.image_size or (8, 8))
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.geometry = geometry
+        self.resize_mode = resize_mode
         self.augment = augment
         self.seed = seed
         self.studies = {}
@@ -163,7 +172,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
 
         Args:
             study: One of the listed studies.
-            seed: Of the epoch and the study.
+            seed: Random seed that belongs to the epoch and the study.
         """
         return study
 
@@ -203,7 +212,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         Raises:
             RuntimeError: The studies are not listed yet.
         """
-        return FilmDataset(self, self._listed()[split], FilmTransform(self._frame(), self.geometry, augment=augment))
+        return FilmDataset(self, self._listed()[split], FilmTransform(self._frame(), self.resize_mode, augment=augment))
 
     def _listed(self) -> dict[str, list[Study]]:
         if not self.studies:
@@ -276,29 +285,15 @@ class FilmFilesDataModule(ChestXrayDataModule):
     """Base of the data modules whose films are files: `Study.image` is a path. A subclass lists its studies.
 
     Args:
-        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
-        image_size: See `ChestXrayDataModule`, like all that follow.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation and splits.
+        cache_dir: Folder for decoded images, resized for the model, so that each file is decoded once; none by default.
+        kwargs: Arguments of `ChestXrayDataModule`.
     """
 
-    upright = True
+    apply_exif_orientation = True
     """Whether films are turned as the EXIF orientation of their files says; boxes are in pixels of what that gives."""
 
-    def __init__(
-        self,
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(image_size, batch_size, num_workers, geometry, augment, seed)
+    def __init__(self, cache_dir: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.cache = FilmCache(Path(cache_dir)) if cache_dir else None
 
     def setup(self, stage: str) -> None:
@@ -312,24 +307,25 @@ class FilmFilesDataModule(ChestXrayDataModule):
             self.cache.prepare()
         super().setup(stage)
         # Without a model and a size there is no frame yet.
-        if self.geometry == "crop" and (self.image_size is not None or self.trainer is not None):
+        if self.resize_mode == "shortest" and (self.image_size is not None or self.trainer is not None):
             boxed = [study for split in STAGES[stage] for study in self.studies[split] if study.boxes and study.size]
-            cut, lost = count_cut_boxes(FilmTransform(self._frame(), self.geometry), boxed)
+            cut, lost = count_cut_boxes(FilmTransform(self._frame(), self.resize_mode), boxed)
             if cut:
                 total = sum(len(study.boxes) for study in boxed)
                 rank_zero_warn(
-                    f"geometry: crop cuts {cut} of {total} boxes, {lost} of them wholly; pad keeps them all."
+                    f"resize_mode: shortest cuts {cut} of {total} boxes, {lost} of them wholly; longest keeps them all."
                 )
 
     def read_film(self, study: Study) -> np.ndarray:
         """Pixels of a film, `(h, w)` uint8, at the size of its file."""
-        return read_film(str(study.image), upright=self.upright).pixels
+        return read_film(str(study.image), apply_exif_orientation=self.apply_exif_orientation).pixels
 
     def open_film(self, study: Study, transform: FilmTransform) -> Film:
         """A study's film at the size that the transform needs, from the cache if there is one."""
+        path, target_size, turn = str(study.image), transform.target_size, self.apply_exif_orientation
         if self.cache is None:
-            return read_film(str(study.image), transform.fit, upright=self.upright)
-        return self.cache.read(str(study.image), transform.fit, transform.settings, upright=self.upright)
+            return read_film(path, target_size, apply_exif_orientation=turn)
+        return self.cache.read(path, target_size, transform.settings, apply_exif_orientation=turn)
 
 
 def count_cut_boxes(transform: FilmTransform, studies: Iterable[Study]) -> tuple[int, int]:

@@ -50,10 +50,7 @@ def read_dicom(path: Path) -> np.ndarray:
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
     header = pydicom.dcmread(path)
-    frames = int(header.get("NumberOfFrames") or 1)
-    if frames > 1:
-        # Not only in the first process: each of several reads its own films.
-        warnings.warn(f"{path} has {frames} frames; the first one is taken.", stacklevel=2)
+    warn_of_others(path, int(header.get("NumberOfFrames") or 1), "frames")
     try:
         pixels = pixel_array(header, index=0)
     except RuntimeError as error:
@@ -69,6 +66,13 @@ def read_dicom(path: Path) -> np.ndarray:
         return _stretch(pixels @ np.array([0.299, 0.587, 0.114]), 0, float(np.iinfo(pixels.dtype).max))
     levels = _windowed(apply_modality_lut(pixels, _with_modality(header)), header)
     return 1 - levels if kind == "MONOCHROME1" else levels
+
+
+def warn_of_others(path: Path, number: int, kind: str) -> None:
+    """Warn that a file holds `number` images of a `kind`, "frames" or "pages", if it is more than one."""
+    if number > 1:
+        # Not only in the first process: each of several reads its own films.
+        warnings.warn(f"{path} has {number} {kind}; the first one is taken.", stacklevel=2)
 
 
 def _with_modality(header: Dataset) -> Dataset:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from matex_pl.data.dicom import is_dicom, read_dicom, read_dicom_size
+from matex_pl.data.dicom import is_dicom, read_dicom, read_dicom_size, warn_of_others
 
 T = TypeVar("T")
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 
-Fit = Callable[[Size], Size]
+TargetSize = Callable[[Size], Size]
 """The size to which a film of some size is resized."""
+
+ResizeMode = Literal["longest", "shortest", "squash"]
+"""The side by which an image fills the model's input, in open_clip's words."""
 
 # Only these: Pillow also opens PostScript, which starts a program.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
@@ -60,7 +62,7 @@ class Film:
     size: Size
 
 
-def read_film(path: str | Path, fit: Fit | None = None, *, upright: bool = True) -> Film:
+def read_film(path: str | Path, target_size: TargetSize | None = None, *, apply_exif_orientation: bool = True) -> Film:
     """A film of any supported kind as grey levels.
 
     PNG, JPEG, TIFF, BMP, WebP and, with the extra `dicom`, DICOM. Colours become luminance, what is transparent
@@ -70,15 +72,15 @@ def read_film(path: str | Path, fit: Fit | None = None, *, upright: bool = True)
 
     Args:
         path: The file.
-        fit: The size to resize to, from that of the file; the file's own by default.
-        upright: Turn the film as the EXIF orientation of the file says.
+        target_size: The size to resize to, from that of the file; the file's own by default.
+        apply_exif_orientation: Turn the film as the EXIF orientation of the file says.
 
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: A DICOM file, or a JPEG of more than 8 bits, and the extra `dicom` is not installed.
         ValueError: The file is no readable image; the message has the reason.
     """
-    return _opened(path, lambda file: _decode(file, fit, upright=upright))
+    return _opened(path, lambda file: _decode(file, target_size, apply_exif_orientation=apply_exif_orientation))
 
 
 def read_levels(path: str | Path) -> np.ndarray:
@@ -89,9 +91,9 @@ def read_levels(path: str | Path) -> np.ndarray:
     return _opened(path, _stored_levels)
 
 
-def film_size(path: str | Path, *, upright: bool = True) -> Size:
+def film_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
     """Height and width of a film's file, from its header; see `read_film` for the arguments and errors."""
-    return _opened(path, lambda file: _header_size(file, upright=upright))
+    return _opened(path, lambda file: _header_size(file, apply_exif_orientation=apply_exif_orientation))
 
 
 def is_jpeg(path: Path) -> bool:
@@ -125,44 +127,40 @@ def _opened(path: str | Path, read: Callable[[Path], T]) -> T:
         ) from error
 
 
-def _header_size(path: Path, *, upright: bool) -> Size:
+def _header_size(path: Path, *, apply_exif_orientation: bool) -> Size:
     if is_dicom(path):
         return read_dicom_size(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            return _stored_size(image, _orientation(image, upright=upright))
+            return _stored_size(image, _orientation(image, apply_exif_orientation=apply_exif_orientation))
     except UnidentifiedImageError:
         height, width = _deep_jpeg(path).shape
         return height, width
 
 
-def _decode(path: Path, fit: Fit | None, *, upright: bool) -> Film:
+def _decode(path: Path, target_size: TargetSize | None, *, apply_exif_orientation: bool) -> Film:
     if is_dicom(path):
-        return _finished(read_dicom(path), fit)
+        return _finished(read_dicom(path), target_size)
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            return _decode_image(image, path, fit, _orientation(image, upright=upright))
+            return _decode_image(
+                image, path, target_size, _orientation(image, apply_exif_orientation=apply_exif_orientation)
+            )
     except UnidentifiedImageError:
-        return _finished(_stretched(_deep_jpeg(path)), fit)
+        return _finished(_stretched(_deep_jpeg(path)), target_size)
 
 
-def _decode_image(image: Image.Image, path: Path, fit: Fit | None, orientation: int) -> Film:
+def _decode_image(image: Image.Image, path: Path, target_size: TargetSize | None, orientation: int) -> Film:
     """The film of an image that is open, but not decoded yet."""
-    _warn_of_pages(image, path)
+    warn_of_others(path, getattr(image, "n_frames", 1), "pages")
     size = _stored_size(image, orientation)
-    if image.format == "JPEG" and fit is not None:
+    if image.format == "JPEG" and target_size is not None:
         # `draft` takes width and height as they are stored.
-        target = fit(size) if orientation in _TURNED else fit(size)[::-1]
+        target = target_size(size) if orientation in _TURNED else target_size(size)[::-1]
         return Film(_turned(_decode_reduced(image, target), orientation), size)
     levels = _turned(_levels(image, path), orientation)
-    film = _finished(levels if levels.dtype == np.uint8 else _stretched(levels), fit)
+    film = _finished(levels if levels.dtype == np.uint8 else _stretched(levels), target_size)
     return Film(film.pixels, size)
-
-
-def _warn_of_pages(image: Image.Image, path: Path) -> None:
-    pages = getattr(image, "n_frames", 1)
-    if pages > 1:
-        warnings.warn(f"{path} has {pages} pages; the first one is taken.", stacklevel=2)
 
 
 def _stored_levels(path: Path) -> np.ndarray:
@@ -170,8 +168,8 @@ def _stored_levels(path: Path) -> np.ndarray:
         return read_dicom(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            _warn_of_pages(image, path)
-            return _turned(_levels(image, path), _orientation(image, upright=True))
+            warn_of_others(path, getattr(image, "n_frames", 1), "pages")
+            return _turned(_levels(image, path), _orientation(image, apply_exif_orientation=True))
     except UnidentifiedImageError:
         return _deep_jpeg(path)
 
@@ -233,10 +231,10 @@ def _stretched(pixels: np.ndarray) -> np.ndarray:
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
-def _finished(levels: np.ndarray, fit: Fit | None) -> Film:
-    """Levels, uint8 or float32 in [0, 1], as a film of the size that `fit` says."""
+def _finished(levels: np.ndarray, target_size: TargetSize | None) -> Film:
+    """Levels, uint8 or float32 in [0, 1], as a film of the size that `target_size` says."""
     height, width = levels.shape
-    pixels = levels if fit is None else resize_film(levels, fit((height, width)))
+    pixels = levels if target_size is None else resize_film(levels, target_size((height, width)))
     if pixels.dtype != np.uint8:
         pixels = np.rint(pixels * 255).clip(0, 255).astype(np.uint8)
     return Film(pixels, (height, width))
@@ -254,7 +252,7 @@ def _deep_jpeg(path: Path) -> np.ndarray:
     return pixels if pixels.ndim == 2 else pixels.mean(-1)
 
 
-def _orientation(image: Image.Image, *, upright: bool) -> int:
+def _orientation(image: Image.Image, *, apply_exif_orientation: bool) -> int:
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         # Pillow would decode all pixels to look behind them.
         return 1
@@ -262,7 +260,7 @@ def _orientation(image: Image.Image, *, upright: bool) -> int:
     if image.format == "TIFF" and orientation != 1:
         # Pillow 13 turns such pixels while it loads them, and keeps the size of before.
         raise ValueError(f"a TIFF with the orientation {orientation}, which is not supported: save it upright")
-    return orientation if upright else 1
+    return orientation if apply_exif_orientation else 1
 
 
 def _stored_size(image: Image.Image, orientation: int) -> Size:

@@ -17,7 +17,7 @@ import cv2
 
 from matex_pl.data.images import film_size, is_jpeg, read_film, read_levels
 from matex_pl.data.study import Study
-from matex_pl.data.table import Row, TableDataModule, drop_broken, read_table, sort_rows, tell_leaks
+from matex_pl.data.table import TableDataModule, TableRow, drop_broken, flag_patient_leakage, parse_rows, read_table
 from matex_pl.data.validation import (
     BadRow,
     Box,
@@ -54,15 +54,7 @@ class ManifestDataModule(TableDataModule):
         root: Folder that paths start from and none leads out of, but by symbolic links that you put there; the
             manifest's own by default.
         columns: The file's names of columns, by ours: `{phrase: caption}`.
-        fractions: Shares of the patients in train, val and test, where there is no column `split`.
-        on_bad_row: `error` or `skip`; see `TableDataModule`.
-        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
-        image_size: See `ChestXrayDataModule`, like all that follow.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation and splits.
+        kwargs: Arguments of `TableDataModule`.
     """
 
     def __init__(
@@ -70,19 +62,9 @@ class ManifestDataModule(TableDataModule):
         manifest: str,
         root: str | None = None,
         columns: dict[str, str] | None = None,
-        fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        on_bad_row: str = "error",
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            fractions, on_bad_row, cache_dir, image_size, batch_size, num_workers, geometry, augment, seed
-        )  # fmt: skip
+        super().__init__(**kwargs)
         unknown = [name for name in columns or {} if name not in REQUIRED + OPTIONAL]
         if unknown:
             raise ValueError(f"columns maps {unknown}; names here are {', '.join(REQUIRED + OPTIONAL)}.")
@@ -95,15 +77,15 @@ class ManifestDataModule(TableDataModule):
         rows, bad = read_table(self.manifest, self.columns, REQUIRED)
         present = {name for row in rows for name in row.cells}
         one_box = _one_box_per_row(present, self.manifest)
-        studies, wrong = sort_rows(rows, lambda row: self._study(row, present))
+        studies, wrong = parse_rows(rows, lambda row: self._study(row, present))
         key_of = partial(self._key, present=present) if one_box else _own_key
         studies, wrong = drop_broken(studies, wrong, rows, key_of)
         if "id" not in present:
             studies = with_ids(studies, rows, self._name, key_of)
-        wrong = tell_leaks(studies, wrong, rows, _owner)
+        wrong = flag_patient_leakage(studies, wrong, rows, _owner)
         return with_film_findings(merge_boxes(studies) if one_box else studies), bad + wrong
 
-    def _key(self, row: Row, present: set[str]) -> tuple[str, ...]:
+    def _key(self, row: TableRow, present: set[str]) -> tuple[str, ...]:
         """What rows share whose boxes make one study."""
         cells = row.cells
         if "id" in present:
@@ -115,14 +97,14 @@ class ManifestDataModule(TableDataModule):
         path = Path(os.path.normpath(self.root / str(cells.get("image") or "").strip().replace("\\", "/")))
         return film_name(self.root, path)
 
-    def _name(self, row: Row) -> str:
+    def _name(self, row: TableRow) -> str:
         """What ids of a row's film begin with: its path, or a digest of it where the patient's id is a part."""
         film = self._film(row.cells)
         if not _names_patient(film, str(row.cells.get("patient_id") or "").strip()):
             return film
         return hashlib.sha256(film.encode(errors="replace")).hexdigest()[:12]
 
-    def _study(self, row: Row, present: set[str]) -> Study:
+    def _study(self, row: TableRow, present: set[str]) -> Study:
         """The study of a row; its id is empty without a column for it.
 
         Raises:
@@ -178,7 +160,10 @@ def merge_boxes(studies: Sequence[Study]) -> list[Study]:
 
 
 def with_ids(
-    studies: Sequence[Study], rows: Sequence[Row], name_of: Callable[[Row], str], key_of: Callable[[Row], Sequence[str]]
+    studies: Sequence[Study],
+    rows: Sequence[TableRow],
+    name_of: Callable[[TableRow], str],
+    key_of: Callable[[TableRow], Sequence[str]],
 ) -> list[Study]:
     """The studies with ids: the name of the film, and a number where a film has several, in the order of the rows.
 
@@ -238,13 +223,13 @@ def _needed(cells: dict[str, Any], name: str, present: set[str]) -> str:
     return cell
 
 
-def _owner(row: Row) -> tuple[str, str]:
+def _owner(row: TableRow) -> tuple[str, str]:
     """Patient and split of a row, empty where it names none."""
     split = text(row.cells, "split")
     return text(row.cells, "patient_id"), split_name(split) if split else ""
 
 
-def _own_key(row: Row) -> tuple[str, ...]:
+def _own_key(row: TableRow) -> tuple[str, ...]:
     """A key that no other row has."""
     return tuple(map(str, row.source))
 

@@ -6,17 +6,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.data.ms_cxr import find_film
 from matex_pl.data.study import Study
-from matex_pl.data.table import Row, TableDataModule, read_table, read_text, sort_rows
+from matex_pl.data.table import TableDataModule, TableRow, parse_rows, read_table, read_text
 from matex_pl.data.validation import BadRow, RuleError, path_below, split_name, text
 
 SPLIT_FILE, METADATA_FILE = "mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-metadata.csv"
-SECTIONS = ("findings", "impression")
+Section = Literal["findings", "impression"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
 _SPLIT_COLUMNS = ("dicom_id", "study_id", "subject_id", "split")
 # A line that begins with a title in capitals and a colon begins a section.
 _TITLE = re.compile(r"^[ \t]*([A-Z][A-Z /&,()-]+):", re.MULTILINE)
@@ -38,15 +40,8 @@ class MimicCxrDataModule(TableDataModule):
             `mimic-cxr-2.0.0-metadata.csv`, both also gzipped (`.csv.gz`).
         reports: Folder of the reports, `files/p10/p10000032/s50414267.txt`; `root` by default.
         views: Positions of the films to take, of the metadata; all films, and no metadata, when empty.
-        sections: Of the reports to take sentences from: `findings`, `impression`.
-        on_bad_row: `error` or `skip`, as for films that are not there; see `TableDataModule`.
-        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
-        image_size: See `ChestXrayDataModule`, like all that follow.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation and sentences.
+        sections: Sections of the reports to take sentences from.
+        kwargs: Arguments of `TableDataModule`, but for `fractions`.
     """
 
     def __init__(
@@ -54,26 +49,11 @@ class MimicCxrDataModule(TableDataModule):
         root: str,
         reports: str | None = None,
         views: Sequence[str] = ("PA", "AP"),
-        sections: Sequence[str] = SECTIONS,
-        on_bad_row: str = "error",
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
+        sections: Sequence[Section] = SECTIONS,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            on_bad_row=on_bad_row,
-            cache_dir=cache_dir,
-            image_size=image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            geometry=geometry,
-            augment=augment,
-            seed=seed,
-        )
+        # The split file names the split of each film: there is none to draw, and so no such argument.
+        super().__init__(fractions=(1.0, 0.0, 0.0), **kwargs)
         if not sections or not set(sections) <= set(SECTIONS):
             raise ValueError(f"sections must be some of {', '.join(SECTIONS)}, got {list(sections)}.")
         self.root = Path(root)
@@ -90,7 +70,7 @@ class MimicCxrDataModule(TableDataModule):
             bad += unread
             rows = [row for row in rows if text(row.cells, "dicom_id") in frontal]
         sentences: dict[str, list[str]] = {}
-        studies, wrong = sort_rows(rows, lambda row: self._study(row, sentences))
+        studies, wrong = parse_rows(rows, lambda row: self._study(row, sentences))
         told = [study for study in studies if study.phrase]
         if len(told) < len(studies):
             rank_zero_warn(
@@ -109,12 +89,12 @@ class MimicCxrDataModule(TableDataModule):
             raise ValueError(f"No film of {path} has one of the views {self.views}; there are {known}.")
         return found, bad
 
-    def _study(self, row: Row, sentences: dict[str, list[str]]) -> Study:
+    def _study(self, row: TableRow, sentences: dict[str, list[str]]) -> Study:
         """The study of a film; its phrase is empty if its report has no sentence.
 
         Args:
-            row: Of the split file.
-            sentences: Of the reports that are read already, by study; that of this film is added.
+            row: Row of the split file.
+            sentences: Sentences of the reports that are read already, by study; those of this film are added.
         """
         film, study, patient = (text(row.cells, name) for name in ("dicom_id", "study_id", "subject_id"))
         folder = f"files/p{patient[:2]}/p{patient}"

@@ -7,22 +7,23 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from matex_pl.arguments import check_choices
 from matex_pl.data.images import film_size
 from matex_pl.data.manifest import merge_boxes, with_film_findings, with_ids
 from matex_pl.data.study import Study
 from matex_pl.data.table import (
-    Row,
     TableDataModule,
+    TableRow,
     drop_broken,
+    flag_patient_leakage,
+    parse_rows,
     read_json,
     read_table,
     read_text,
-    sort_rows,
-    tell_leaks,
 )
 from matex_pl.data.validation import (
     SPLIT_NAMES,
@@ -40,7 +41,6 @@ from matex_pl.data.validation import (
 )
 
 ANNOTATIONS = "MS_CXR_Local_Alignment_*"
-SPLITS_FROM = ("file", "patients")
 COLUMNS = ("category_name", "label_text", "path", "x", "y", "w", "h", "dicom_id", "image_width", "image_height")
 _PATIENT = re.compile(r"(?:^|/)p(\d+)/s\d+/")
 # Down-sized copies may be of another kind.
@@ -61,15 +61,7 @@ class MsCxrDataModule(TableDataModule):
             phrases the two put elsewhere is reported.
         splits: `file` takes the splits of the files, and draws them by patient where these have none; `patients`
             always draws.
-        fractions: Shares of the patients in train, val and test, where splits are drawn.
-        on_bad_row: `error` or `skip`; see `TableDataModule`.
-        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
-        image_size: See `ChestXrayDataModule`, like all that follow.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation and splits.
+        kwargs: Arguments of `TableDataModule`.
     """
 
     def __init__(
@@ -77,22 +69,11 @@ class MsCxrDataModule(TableDataModule):
         root: str,
         annotations: str | None = None,
         split_file: str | None = None,
-        splits: str = "file",
-        fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        on_bad_row: str = "error",
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
+        splits: Literal["file", "patients"] = "file",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            fractions, on_bad_row, cache_dir, image_size, batch_size, num_workers, geometry, augment, seed
-        )  # fmt: skip
-        if splits not in SPLITS_FROM:
-            raise ValueError(f"splits must be one of {', '.join(SPLITS_FROM)}, got {splits!r}.")
+        super().__init__(**kwargs)
+        check_choices(MsCxrDataModule.__init__, locals())
         if splits == "patients" and split_file is not None:
             raise ValueError("splits: patients draws the splits; leave split_file out, or set splits: file.")
         self.root = Path(root)
@@ -105,16 +86,16 @@ class MsCxrDataModule(TableDataModule):
         path = find_annotations(self.root, self.annotations)
         rows, bad = read_coco(path) if path.suffix == ".json" else read_table(path, {}, COLUMNS)
         official = read_splits(Path(self.split_file)) if self.split_file else None
-        studies, wrong = sort_rows(rows, lambda row: self._study(row, official))
+        studies, wrong = parse_rows(rows, lambda row: self._study(row, official))
         studies, wrong = drop_broken(fill_splits(studies), wrong, rows, _key)
-        wrong = tell_leaks(studies, wrong, rows, lambda row: self._owner(row.cells, official))
+        wrong = flag_patient_leakage(studies, wrong, rows, lambda row: self._owner(row.cells, official))
         studies = merge_boxes(with_ids(studies, rows, _film, _key))
         if official is not None:
             own = {_film(row): str(row.cells.get("split") or "").strip() for row in rows}
             _report_disagreement(studies, own)
         return with_film_findings(studies), bad + wrong
 
-    def _study(self, row: Row, official: Mapping[str, str] | None) -> Study:
+    def _study(self, row: TableRow, official: Mapping[str, str] | None) -> Study:
         cells = row.cells
         path, film = find_film(self.root, text(cells, "path")), text(cells, "dicom_id")
         size = film_size(path)
@@ -153,12 +134,12 @@ class MsCxrDataModule(TableDataModule):
         return patient, split_name(split) if split else ""
 
 
-def _key(row: Row) -> tuple[str, ...]:
+def _key(row: TableRow) -> tuple[str, ...]:
     """What rows of one phrase and category on a film share."""
     return _film(row), fold(row.cells.get("label_text")), fold(row.cells.get("category_name"))
 
 
-def _film(row: Row) -> str:
+def _film(row: TableRow) -> str:
     """The film that a row names, whatever stands there."""
     return str(row.cells.get("dicom_id")).strip()
 
@@ -183,7 +164,7 @@ def find_annotations(root: Path, given: str | None) -> Path:
     )
 
 
-def read_coco(path: Path) -> tuple[list[Row], list[BadRow]]:
+def read_coco(path: Path) -> tuple[list[TableRow], list[BadRow]]:
     """Rows of the COCO-style JSON, under the names of the CSV's columns; the source names the annotation.
 
     The file holds more image records than films; they are found by their ids, and told apart by their paths.
@@ -206,12 +187,12 @@ def read_coco(path: Path) -> tuple[list[Row], list[BadRow]]:
 
 def _sorted_annotations(
     path: Path, annotations: Sequence[Any], images: Mapping[Any, Any], categories: Mapping[Any, str]
-) -> tuple[list[Row], list[BadRow]]:
+) -> tuple[list[TableRow], list[BadRow]]:
     rows, bad = [], []
     for place, annotation in enumerate(annotations):
         source = (f"{path}, annotation {place}", 0)
         try:
-            rows.append(Row(source, _annotation_cells(annotation, images[annotation["image_id"]], categories)))
+            rows.append(TableRow(source, _annotation_cells(annotation, images[annotation["image_id"]], categories)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             bad.append(BadRow(*source, str(annotation)[:200], f"the annotation has no {error}"))
     return rows, bad

@@ -58,17 +58,11 @@ class NihDataModule(FilmFilesDataModule):
         name_side: Put the side of the box into the phrase. It then tells a map where to look: report results with and
             without.
         fractions: Shares of the patients in train, val and test.
-        cache_dir: Folder in which films are kept as they are laid into the model's frame; none by default.
-        image_size: See `ChestXrayDataModule`, like all that follow.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation, splits and templates.
+        kwargs: Arguments of `FilmFilesDataModule`.
     """
 
     # Boxes are in the pixels as they are stored.
-    upright = False
+    apply_exif_orientation = False
 
     def __init__(
         self,
@@ -76,15 +70,9 @@ class NihDataModule(FilmFilesDataModule):
         boxed_only: bool = False,
         name_side: bool = False,
         fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(cache_dir, image_size, batch_size, num_workers, geometry, augment, seed)
+        super().__init__(**kwargs)
         check_fractions(fractions)
         self.root = Path(root)
         self.boxed_only = boxed_only
@@ -123,7 +111,7 @@ class NihDataModule(FilmFilesDataModule):
         film = row["film"]
         named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
         told = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
-        size = film_size(path, upright=False) if boxes else None
+        size = film_size(path, apply_exif_orientation=False) if boxes else None
         for finding in told:
             drawn = boxes.get(finding, [])
             yield Study(

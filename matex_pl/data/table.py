@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
 
+from matex_pl.arguments import check_choices
 from matex_pl.data.datamodule import FilmFilesDataModule, check_fractions, split_patients
 from matex_pl.data.study import Study
 from matex_pl.data.validation import BadRow, RuleError, drop_leaks, drop_repeats, place_of
 from matex_pl.files import whole_file
 
-ON_BAD_ROW = ("error", "skip")
 SKIPPED = "skipped_rows.csv"
 """Name of the list of rows that were left out."""
 
@@ -35,14 +35,14 @@ _ROWS = 16
 csv.field_size_limit(2**24)
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A row of a table: its file and line, from 1, and its cells by column."""
 
     source: tuple[str, int]
     cells: dict[str, Any]
 
 
-def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> tuple[list[Row], list[BadRow]]:
+def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> tuple[list[TableRow], list[BadRow]]:
     """Rows of a table, with the columns under our names, and rows that do not fit.
 
     CSV with commas, semicolons or tabs and a header, or JSON lines (`.jsonl`, `.ndjson`), UTF-8 with or without a
@@ -117,15 +117,15 @@ def read_json(text: str) -> Any:
     return found
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+def _renamed(row: TableRow, columns: Mapping[str, str]) -> TableRow:
     # A column that is mapped to another is not itself any more.
     taken = {*columns, *columns.values()}
     kept = {name: cell for name, cell in row.cells.items() if name not in taken}
     ours = {our: row.cells[theirs] for our, theirs in columns.items() if theirs in row.cells}
-    return Row(row.source, kept | ours)
+    return TableRow(row.source, kept | ours)
 
 
-def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[Row], list[BadRow]]:
+def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[TableRow], list[BadRow]]:
     first = io.StringIO(content, newline="").readline()
     rows, bad, line = [], [], 1
     try:
@@ -141,7 +141,7 @@ def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str
                 rule = f"the row has {len(cells)} cells and the header {len(header)}; quote cells that hold a separator"
                 bad.append(BadRow(str(path), line, "", rule))
             elif any(cell.strip() for cell in cells):
-                rows.append(Row((str(path), line), dict(zip(header, cells, strict=False))))
+                rows.append(TableRow((str(path), line), dict(zip(header, cells, strict=False))))
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {line}: {_csv_fault(error)}.") from error
@@ -167,7 +167,7 @@ def _separator(first: str, wanted: Sequence[str]) -> str:
     return max(_SEPARATORS, key=fit)
 
 
-def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[Row], list[BadRow]]:
+def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[TableRow], list[BadRow]]:
     header: dict[str, None] = {}
     rows, bad = [], []
     for line, text in enumerate(content.split("\n"), start=1):
@@ -182,7 +182,7 @@ def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[st
             pass
         if isinstance(cells, dict):
             header.update(dict.fromkeys(cells))
-            rows.append(Row((str(path), line), cells))
+            rows.append(TableRow((str(path), line), cells))
         else:
             bad.append(BadRow(str(path), line, text[:200], rule))
     # Rows may leave out what they do not have; if all lines are broken, that is what to say.
@@ -195,34 +195,21 @@ class TableDataModule(FilmFilesDataModule):
     A subclass reads its rows and says which of them are bad; repeated ids and patients in two splits are found here.
 
     Args:
-        fractions: Shares of the patients in train, val and test, where the table names no splits.
+        fractions: Shares of the patients in train, val and test, where the files name no splits.
         on_bad_row: `error` stops with a list of the bad rows; `skip` leaves them out, counts them, and lists them in
             `skipped_rows.csv` in the log folder, or in the current one without a trainer.
-        cache_dir: See `FilmFilesDataModule`, like all that follow.
-        image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of shuffling, augmentation and splits.
+        kwargs: Arguments of `FilmFilesDataModule`.
     """
 
     def __init__(
         self,
         fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        on_bad_row: str = "error",
-        cache_dir: str | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
+        on_bad_row: Literal["error", "skip"] = "error",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(cache_dir, image_size, batch_size, num_workers, geometry, augment, seed)
+        super().__init__(**kwargs)
+        check_choices(TableDataModule.__init__, locals())
         check_fractions(fractions)
-        if on_bad_row not in ON_BAD_ROW:
-            raise ValueError(f"on_bad_row must be one of {', '.join(ON_BAD_ROW)}, got {on_bad_row!r}.")
         self.fractions = fractions
         self.on_bad_row = on_bad_row
 
@@ -285,7 +272,10 @@ def _several(bad: Sequence[BadRow]) -> str:
 
 
 def drop_broken(
-    studies: Sequence[Study], bad: Sequence[BadRow], rows: Sequence[Row], key_of: Callable[[Row], tuple[str, ...]]
+    studies: Sequence[Study],
+    bad: Sequence[BadRow],
+    rows: Sequence[TableRow],
+    key_of: Callable[[TableRow], tuple[str, ...]],
 ) -> tuple[list[Study], list[BadRow]]:
     """The studies without those of which another row is bad, and all bad rows: a part of the boxes is no truth.
 
@@ -305,8 +295,11 @@ def drop_broken(
     return [study for study in studies if keys[study.source] not in broken], [*bad, *lost]
 
 
-def tell_leaks(
-    studies: Sequence[Study], bad: Sequence[BadRow], rows: Iterable[Row], owner_of: Callable[[Row], tuple[str, str]]
+def flag_patient_leakage(
+    studies: Sequence[Study],
+    bad: Sequence[BadRow],
+    rows: Iterable[TableRow],
+    owner_of: Callable[[TableRow], tuple[str, str]],
 ) -> list[BadRow]:
     """The bad rows, those of a patient who is in another split elsewhere with that rule too.
 
@@ -330,7 +323,7 @@ def tell_leaks(
     return [replace(row, rule=f"{leak}; and {row.rule}") if leak else row for row, leak in told]
 
 
-def sort_rows(rows: Sequence[Row], study_of: Callable[[Row], Study]) -> tuple[list[Study], list[BadRow]]:
+def parse_rows(rows: Sequence[TableRow], study_of: Callable[[TableRow], Study]) -> tuple[list[Study], list[BadRow]]:
     """The studies of the rows that are right, and the others; rows are read side by side, as far as files are."""
     studies: list[Study] = []
     bad: list[BadRow] = []
@@ -344,7 +337,7 @@ def sort_rows(rows: Sequence[Row], study_of: Callable[[Row], Study]) -> tuple[li
     return studies, bad
 
 
-def _study_or_bad(row: Row, study_of: Callable[[Row], Study]) -> Study | BadRow:
+def _study_or_bad(row: TableRow, study_of: Callable[[TableRow], Study]) -> Study | BadRow:
     try:
         return study_of(row)
     except RuleError as error:

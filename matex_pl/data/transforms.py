@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matex_pl.data.images import Size, resize_film
+from matex_pl.arguments import check_choices
+from matex_pl.data.images import ResizeMode, Size, resize_film
 
 if TYPE_CHECKING:
     import albumentations as A
-
-GEOMETRIES = ("pad", "crop", "squash")
 
 # A loader's worker is one process of many: OpenCV's own threads would only get in their way.
 cv2.setNumThreads(0)
@@ -29,32 +28,31 @@ class FilmTransform:
 
     Args:
         size: Height and width of the model's input.
-        geometry: `pad` keeps the film's shape and fills up with black, `crop` keeps it and takes the middle, `squash`
-            stretches it.
+        resize_mode: `longest` fits the longest side and pads with black, `shortest` fits the shortest side and crops to
+            the middle, `squash` stretches.
         augment: Mild rotation, shift and scale, brightness, contrast and gamma, for training; the draws come from
             `seed` alone.
     """
 
-    def __init__(self, size: tuple[int, int], geometry: str = "pad", *, augment: bool = False) -> None:
-        if geometry not in GEOMETRIES:
-            raise ValueError(f"geometry must be one of {', '.join(GEOMETRIES)}, got {geometry!r}.")
+    def __init__(self, size: tuple[int, int], resize_mode: ResizeMode = "longest", *, augment: bool = False) -> None:
+        check_choices(FilmTransform.__init__, locals())
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"The model's input must have a positive height and width, got {tuple(size)}.")
         self.size = (int(size[0]), int(size[1]))
-        self.geometry = geometry
+        self.resize_mode = resize_mode
         self.augmentation = _augmentation() if augment else None
 
     @property
     def settings(self) -> str:
-        """What `fit` depends on, for the names of cached films."""
-        return f"{self.size[0]}x{self.size[1]} {self.geometry}"
+        """What `target_size` depends on, for the names of cached films."""
+        return f"{self.size[0]}x{self.size[1]} {self.resize_mode}"
 
-    def fit(self, size: Size) -> Size:
-        """Height and width at which a film of that height and width is laid into the frame, in whole pixels."""
-        if self.geometry == "squash":
+    def target_size(self, size: Size) -> Size:
+        """Height and width to which an image of `size` is resized before padding or cropping."""
+        if self.resize_mode == "squash":
             return self.size
         ratios = [frame / side for frame, side in zip(self.size, size, strict=True)]
-        scale = min(ratios) if self.geometry == "pad" else max(ratios)
+        scale = min(ratios) if self.resize_mode == "longest" else max(ratios)
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
     def __call__(
@@ -68,7 +66,7 @@ class FilmTransform:
             film: `(h, w)` uint8.
             boxes: `x0, y0, x1, y1` each, in pixels of the film as it is stored.
             size: Height and width of the film as it is stored, where `film` is at another size; `film`'s by default.
-            seed: Of the augmentation's draws.
+            seed: Random seed of the augmentation.
 
         Raises:
             ValueError: The film has another form, or a box covers nothing of it.
@@ -112,7 +110,7 @@ class FilmTransform:
 
     def _laid(self, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """Boxes in pixels of the model's frame, and left, top, width and height of the film in it."""
-        height, width = self.fit(stored)
+        height, width = self.target_size(stored)
         left, top = (self.size[1] - width) // 2, (self.size[0] - height) // 2
         # From the whole pixels that the film got, so that boxes follow them exactly.
         scale = np.array([width / stored[1], height / stored[0]], dtype=np.float32)

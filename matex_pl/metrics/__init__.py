@@ -8,13 +8,16 @@ from matex_pl.metrics.localisation import (
     AveragePrecision50,
     BoxAccuracy,
     ContrastToNoise,
-    EnergyInBox,
+    EnergyPointingGame,
     MeanIoU,
     PointingGame,
-    RankAccuracy,
+    RelevanceRankAccuracy,
     ThresholdedIoU,
 )
 from matex_pl.metrics.sensitivity import MapMass, OutsideMass, RankCorrelation, SideSensitivity
+
+# Names of before 0.2.
+EnergyInBox, RankAccuracy = EnergyPointingGame, RelevanceRankAccuracy
 
 __all__ = [
     "AveragePrecision50",
@@ -23,14 +26,14 @@ __all__ = [
     "ConfidenceIncrease",
     "ContrastToNoise",
     "DeletionAUC",
-    "EnergyInBox",
+    "EnergyPointingGame",
     "InsertionAUC",
     "MapMass",
     "MeanIoU",
     "OutsideMass",
     "PointingGame",
-    "RankAccuracy",
     "RankCorrelation",
+    "RelevanceRankAccuracy",
     "RemovalDrop",
     "SideSensitivity",
     "ThresholdedIoU",

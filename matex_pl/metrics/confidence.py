@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.study import StudyMean, StudyMetric
+from matex_pl.metrics.base import StudyMean, StudyMetric
 
 
 class ConfidenceDrop(StudyMean):
@@ -77,7 +77,7 @@ class CurveArea(StudyMetric):
         Args:
             curve: `(S + 1, B)` scores.
             shares: `(S + 1,)` the share of patches of each; evenly spread by default.
-            ids: Of the B studies.
+            ids: Ids of the B studies.
         """
         areas = functional.curve_area(curve, *functional.curve_ends(curve, self.kind), shares)
         self._add(torch.stack(areas, 1), ids)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from matex_pl.metrics import functional
+from matex_pl.metrics.base import BoxMean, StudyMean, StudyMetric, masks_of
 from matex_pl.metrics.functional import THRESHOLDS
-from matex_pl.metrics.study import BoxMean, StudyMean, StudyMetric, masks_of
 
 
 class PointingGame(BoxMean):
@@ -43,11 +43,11 @@ class ContrastToNoise(BoxMean):
         return functional.contrast_to_noise(maps, masks)
 
 
-class EnergyInBox(BoxMean):
+class EnergyPointingGame(BoxMean):
     """Mean share of the map's mass that lies in the boxes (Wang et al. 2020); 0 for a map of zeros.
 
     Example:
-        >>> metric = EnergyInBox()
+        >>> metric = EnergyPointingGame()
         >>> metric.update(torch.tensor([[[0.9, 0.0], [0.6, 0.5]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> round(float(metric.compute()), 4)
         0.75
@@ -57,14 +57,14 @@ class EnergyInBox(BoxMean):
     plot_upper_bound = 1.0
 
     def _score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return functional.energy_in_box(maps, masks)
+        return functional.energy_pointing_game(maps, masks)
 
 
-class RankAccuracy(BoxMean):
+class RelevanceRankAccuracy(BoxMean):
     """Mean share of the K highest pixels that lie in the boxes of K pixels (Arras et al. 2022).
 
     Example:
-        >>> metric = RankAccuracy()
+        >>> metric = RelevanceRankAccuracy()
         >>> metric.update(torch.tensor([[[0.9, 0.6], [0.5, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> float(metric.compute())
         0.5
@@ -74,7 +74,7 @@ class RankAccuracy(BoxMean):
     plot_upper_bound = 1.0
 
     def _score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return functional.rank_accuracy(maps, masks)
+        return functional.relevance_rank_accuracy(maps, masks)
 
 
 class MeanIoU(BoxMean):

@@ -46,7 +46,7 @@ def randomised(clip: Clip, seed: int = 0) -> Iterator[tuple[str, Clip]]:
 
     Args:
         clip: The model; it is not touched, nor is the global random state.
-        seed: Of the shuffling.
+        seed: Random seed of the shuffling.
 
     Yields:
         Name of the stage, and the copy, which is made of the one before; it shares the tokenizer.

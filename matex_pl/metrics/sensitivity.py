@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.study import StudyMean
+from matex_pl.metrics.base import StudyMean
 
 
 class RankCorrelation(StudyMean):
@@ -38,7 +38,7 @@ class RankCorrelation(StudyMean):
             maps: `(B, ...)`.
             others: `(B, ...)`.
             among: `(B, ...)` bool, the entries that take part (content tokens); all by default.
-            ids: Of the B studies.
+            ids: Ids of the B studies.
         """
         among = None if among is None else among.flatten(1)
         self._add(functional.spearman(maps.flatten(1), others.flatten(1), among), ids)
@@ -75,7 +75,7 @@ class SideSensitivity(StudyMean):
             swapped: `(B, H, W)` under the phrases with right and left exchanged.
             sides: The side that each true phrase names: `right`, `left` or an empty text.
             film: `(B, 4)` rectangle of the film in [0, 1] of the frame; all of it by default.
-            ids: Of the B studies.
+            ids: Ids of the B studies.
         """
         self._add(functional.side_sensitivity(maps, swapped, sides, film), ids)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matex_pl.arguments import check_choice, check_positive
-from matex_pl.attribution.core.fill import FILLS
+from matex_pl.attribution.core.fill import FILLS, Fill
 from matex_pl.files import write_text
 
 MODALITIES = ("image", "text")
@@ -41,7 +41,7 @@ class Protocol:
     num_pairs: int = -1
     splits: list[str] = field(default_factory=lambda: ["train"])
     train_share: float = 0.8
-    fill: str = "mean_film"
+    fill: Fill = "mean_film"
     corrupt_val: bool = False
     seed: int = 0
 

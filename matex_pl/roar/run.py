@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -54,7 +54,7 @@ def run_roar(
     init_weights: str | None = None,
     plan: str | None = None,
     shard: str = "0/1",
-    executor: str = "local",
+    executor: Literal["local", "ray"] = "local",
     processes: int = 1,
 ) -> str:
     """Remove what maps mark, train again, and see what the model lost: ROAR+ for each method, modality and fraction.

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from matex_pl.arguments import check_choices
 from matex_pl.clip.load import load_clip
 from matex_pl.clip.model import Clip
 from matex_pl.data.datamodule import STAGES
@@ -27,9 +28,9 @@ from matex_pl.files import check_folder
 from matex_pl.training.checkpoints import WholeCheckpointIO, no_checkpoint
 from matex_pl.training.distributed import fingerprints, gather_rows, process_count
 from matex_pl.training.loss import contrastive_loss, gathered_loss, phrase_keys
-from matex_pl.training.scores import RetrievalRecall, ZeroShot
+from matex_pl.training.scores import ImageTextRecall, ZeroShot
 
-FREEZE = ("none", "text", "image", "all-but-projections", "all-but-head")
+Freeze = Literal["none", "text", "image", "all-but-projections", "all-but-head"]
 # They keep a part of each weight in each process.
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 # SigLIP's bias and CoCa's decoder have no part in this loss; DDP would wait for their gradients.
@@ -79,7 +80,7 @@ class ClipModule(LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.98),
         warmup_steps: int = 200,
-        freeze: str = "none",
+        freeze: Freeze = "none",
         max_logit_scale: float = 100.0,
         findings: list[str] | None = None,
         prompt: str = "{finding}",
@@ -88,7 +89,8 @@ class ClipModule(LightningModule):
         gather_with_grad: bool = True,
     ) -> None:
         super().__init__()
-        _check_arguments(lr, warmup_steps, freeze, max_logit_scale, prompt)
+        check_choices(ClipModule.__init__, locals())
+        _check_arguments(lr, warmup_steps, max_logit_scale, prompt)
         if local_loss and not gather_with_grad:
             raise ValueError(
                 "local_loss=True with gather_with_grad=False would give wrong gradients: a process never hears of the "
@@ -98,7 +100,7 @@ class ClipModule(LightningModule):
         self.clip = load_clip(name, pretrained, image_size)
         # A checkpoint rebuilds the model from these, without the files that this run was started from.
         self.hparams.update(name=json.dumps(self.clip.config), pretrained=None, image_size=None)
-        self.retrieval = nn.ModuleDict({"val": RetrievalRecall(), "test": RetrievalRecall()})
+        self.retrieval = nn.ModuleDict({"val": ImageTextRecall(), "test": ImageTextRecall()})
         self.zero_shot = None
         self.findings: tuple[str, ...] = ()
         self._rng_state: Tensor | None = None
@@ -252,21 +254,12 @@ class ClipModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Encode the prompts with the weights of now."""
         self._scored = set()
-        self._encode_prompts()
-
-    def on_test_epoch_start(self) -> None:
-        """Encode the prompts with the weights of now."""
-        self._scored = set()
-        self._encode_prompts()
-
-    def on_predict_epoch_start(self) -> None:
-        """Encode the prompts with the weights of now."""
-        self._encode_prompts()
-
-    def _encode_prompts(self) -> None:
         if self.zero_shot is not None:
             prompts = [self.hparams["prompt"].format(finding=finding) for finding in self.findings]
             self._prompts = self.clip.encode_text(self.clip.tokenize(prompts))
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_predict_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: StudyBatch, batch_idx: int) -> dict[str, Tensor]:
         """Add a batch to the validation scores; returns its embeddings, for callbacks to share."""
@@ -410,7 +403,7 @@ def tower_modules(model: nn.Module, tower: str) -> list[nn.Module]:
     return [module for name, module in model.named_children() if name != "visual"]
 
 
-def freeze_parameters(model: nn.Module, freeze: str) -> None:
+def freeze_parameters(model: nn.Module, freeze: Freeze) -> None:
     """Switch off the gradients of a tower, or of all but the last layers before the common space; see `ClipModule`."""
     projections = 0
     for name, parameter in model.named_parameters():
@@ -428,9 +421,7 @@ def freeze_parameters(model: nn.Module, freeze: str) -> None:
         raise ValueError(f"{type(model).__name__} has no projection by a known name; freeze 'text' or 'image' instead.")
 
 
-def _check_arguments(lr: float, warmup_steps: int, freeze: str, max_logit_scale: float, prompt: str) -> None:
-    if freeze not in FREEZE:
-        raise ValueError(f"freeze must be one of {', '.join(FREEZE)}, got {freeze!r}.")
+def _check_arguments(lr: float, warmup_steps: int, max_logit_scale: float, prompt: str) -> None:
     if lr <= 0 or warmup_steps < 0:
         raise ValueError(f"lr must be positive and warmup_steps not negative, got {lr} and {warmup_steps}.")
     if max_logit_scale < 1:

@@ -26,14 +26,14 @@ def auroc(scores: Tensor, labels: Tensor) -> Tensor:
     return (below / (2 * len(negative))).mean()
 
 
-class RetrievalRecall(Metric):
+class ImageTextRecall(Metric):
     """Recall at k over all pairs seen, both ways: a dict `image_to_text_recall@k`, `text_to_image_recall@k`.
 
     A pair with the same phrase or the same film counts as right too. Pairs that come twice, as padded shards bring
     them, count once. NaN when there are none.
 
     Example:
-        >>> metric = RetrievalRecall(ks=(1,))
+        >>> metric = ImageTextRecall(ks=(1,))
         >>> metric.update(torch.eye(3), torch.eye(3), ["a", "b", "c"], ["a", "b", "c"], ["x", "y", "z"])
         >>> metric.compute()["image_to_text_recall@1"]
         tensor(1.)
@@ -75,6 +75,10 @@ class RetrievalRecall(Metric):
         return {
             f"{way}_recall@{k}": (torch.cat(found) < k).float().mean() for way, found in ranks.items() for k in self.ks
         }
+
+
+# Name of before 0.2.
+RetrievalRecall = ImageTextRecall
 
 
 class ZeroShot(Metric):

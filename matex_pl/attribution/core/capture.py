@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,25 +28,42 @@ _LOCK = threading.RLock()
 
 @dataclass
 class Block:
-    """What one attention block did, for B samples, h heads, m queries, n tokens of width d.
+    """Attention of one block, for B samples and n tokens.
 
     Args:
-        row: `(B, h, n)` softmax attention of the token at the pooled position; only where a tower pools one token.
-        mean: `(B, m, n)` softmax attention averaged over heads; where a tower pools otherwise, or on request.
-        heads: `(B, h, m, n)` softmax attention; on request, and None in blocks without gradient.
-        query: `(B, h, m, d)`; None in blocks without gradient, like the three below.
-        key: `(B, h, n, d)`.
-        value: `(B, h, n, d)` on the graph.
-        output: `(B, h, m, d)` the attention's output before its projection, on the graph.
+        mean: `(B, r, n)` softmax attention averaged over heads. r is the number of queries, or 1 where only the row of
+            the pooled token is recorded.
     """
 
-    row: Tensor | None = None
-    mean: Tensor | None = None
-    heads: Tensor | None = None
-    query: Tensor | None = None
-    key: Tensor | None = None
-    value: Tensor | None = None
-    output: Tensor | None = None
+    mean: Tensor
+
+    def pooled_row(self, position: Tensor) -> Tensor:
+        """Row of the pooled token, at `position` `(B,)`, averaged over heads: `(B, n)`."""
+        return self.mean[:, 0] if self.mean.shape[1] == 1 else at(self.mean[:, None], position)[:, 0]
+
+
+@dataclass
+class GradBlock(Block):
+    """A block that a backward reaches, for h heads and m queries of width d.
+
+    Args:
+        query: `(B, h, m, d)`, like `key` cut off from the graph.
+        key: `(B, h, n, d)`.
+        value: `(B, h, n, d)` on the graph.
+        output: `(B, h, m, d)`, the attention's output before its projection, on the graph.
+        attention: Softmax attention by head: `(B, h, m, n)`, or `(B, h, n)` of the queries at `(B,)` positions.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    attention: Callable[..., Tensor]
+
+
+def grad_blocks(blocks: Sequence[Block]) -> list[GradBlock]:
+    """The blocks that were recorded with gradient, first block first."""
+    return [block for block in blocks if isinstance(block, GradBlock)]
 
 
 @contextmanager
@@ -91,17 +109,14 @@ def _borrowed(clip: Clip) -> Iterator[None]:
 
 
 @contextmanager
-def capture_attention(
-    reading: Reading, *, grad_from: int | None = None, full: bool = False, heads: bool = False
-) -> Iterator[list[Block]]:
+def capture_attention(reading: Reading, *, grad_from: int | None = None, full: bool = False) -> Iterator[list[Block]]:
     """Record each attention block of one tower's forward, in order; the list is complete when the forward has ended.
 
     Args:
         reading: How the tower pools: says which rows of the attention count.
         grad_from: Index of the first block with gradient: its q, k and v are cut off from what came before, so that a
             backward ends there, and grad mode is on from there until the context is left. None: no gradient at all.
-        full: Record the head-averaged attention matrices even where one row would do.
-        heads: Record the attention matrix of each head in the blocks with gradient.
+        full: Record the rows of all queries even where that of the pooled token would do.
 
     Raises:
         RuntimeError: One is open already: a hook of the model explains while the model is explained.
@@ -121,9 +136,10 @@ def capture_attention(
             q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
         output = attend(q, k, v, *args, **kwargs)
         with torch.no_grad():
-            block = _read(q.detach(), k.detach(), reading, full, heads and wants_grad, *args, **kwargs)  # type: ignore[arg-type]
-            if wants_grad:
-                block.query, block.key, block.value, block.output = q.detach(), k.detach(), v, output
+            query, key = q.detach(), k.detach()
+            attention = partial(_attention, query, key, *_scale_and_bias(query, key, *args, **kwargs))  # type: ignore[arg-type]
+            mean = _mean(attention, reading.position, full)
+        block = GradBlock(mean, query, key, v, output, attention) if wants_grad else Block(mean)
         blocks.append(block)
         return output
 
@@ -164,7 +180,7 @@ def _check_image_blocks(tower: nn.Module, blocks: Sequence[Block], grid: tuple[i
     if not blocks:
         raise NotImplementedError(_unseen("image", tower))
     patches, depth = grid[0] * grid[1], image_depth(tower)
-    seen = {(len(block.mean), block.mean.shape[-1]) for block in blocks if block.mean is not None}
+    seen = {(len(block.mean), block.mean.shape[-1]) for block in blocks}
     if any(samples != 1 or tokens < patches for samples, tokens in seen):
         raise NotImplementedError(not_explained("image", tower, f"its attention sees parts of its {patches} patches"))
     if len(blocks) != depth:
@@ -179,33 +195,44 @@ def _unseen(side: str, tower: nn.Module) -> str:
     )
 
 
-def _read(
-    q: Tensor,
-    k: Tensor,
-    reading: Reading,
-    full: bool,
-    heads: bool,
+def _scale_and_bias(
+    query: Tensor,
+    key: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     **_: object,
-) -> Block:
-    """The attention that counts, from the arguments of the attention call; float32 or better."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    bias = _bias(attn_mask, is_causal, (*q.shape[:3], k.shape[2]), q.device)
-    query, key = full_precision(q), full_precision(k)
-    block = Block()
-    if reading.position is not None:
-        logits = torch.einsum("bhd,bhnd->bhn", at(query, reading.position), key) * scale
-        if bias is not None:
-            logits = logits + at(bias, reading.position)
-        block.row = logits.softmax(-1)
-    if full or heads or reading.position is None:
-        matrix = query @ key.transpose(-1, -2) * scale
-        matrix = (matrix if bias is None else matrix + bias).softmax(-1)
-        block.mean, block.heads = matrix.mean(1), matrix if heads else None
-    return block
+) -> tuple[float, Tensor | None]:
+    """Factor of the attention logits and what is added to them, from the arguments of the attention call."""
+    bias = _bias(attn_mask, is_causal, (*query.shape[:3], key.shape[2]), query.device)
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale, bias
+
+
+def _attention(
+    query: Tensor, key: Tensor, scale: float, bias: Tensor | None, positions: Tensor | None = None
+) -> Tensor:
+    """Softmax attention by head, float32 or better: `(B, h, m, n)`, or `(B, h, n)` of the queries at `positions`."""
+    query, key = full_precision(query), full_precision(key)
+    if positions is None:
+        logits = query @ key.transpose(-1, -2) * scale
+    else:
+        logits = torch.einsum("bhd,bhnd->bhn", at(query, positions), key) * scale
+        bias = None if bias is None else at(bias, positions)
+    return (logits if bias is None else logits + bias).softmax(-1)
+
+
+def _mean(attention: Callable[..., Tensor], position: Tensor | None, full: bool) -> Tensor:
+    """Attention averaged over heads, `(B, r, n)`: all rows, or that of the pooled token alone; see `Block`."""
+    if position is None:
+        return attention().mean(1)
+    row = attention(position).mean(1)
+    if not full:
+        return row[:, None]
+    mean = attention().mean(1)
+    # To the bit the row that is recorded alone.
+    mean[torch.arange(len(mean), device=mean.device), position] = row
+    return mean
 
 
 def at(tensor: Tensor, positions: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -9,7 +11,8 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from matex_pl.arguments import check_choice
 from matex_pl.clip.model import Clip
 
-FILLS = ("mean_film", "mean_colour", "blur")
+Fill = Literal["mean_film", "mean_colour", "blur"]
+FILLS = get_args(Fill)
 
 
 def check_fill(kind: str, clip: Clip) -> None:

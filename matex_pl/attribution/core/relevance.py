@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from matex_pl.attribution.core.capture import Block, at
+from matex_pl.attribution.core.capture import Block, GradBlock, at
 from matex_pl.clip.towers import Reading
 from matex_pl.maps import full_precision, min_max
 
@@ -21,21 +21,22 @@ def row_weights(blocks: Sequence[Block], reading: Reading) -> list[Tensor | None
     """
     if reading.kind == "token":
         return [None] * len(blocks)
-    sizes = [_matrix(block).shape[1] for block in blocks]
+    sizes = [block.mean.shape[1] for block in blocks]
     if reading.kind == "mean":
-        share = _share(reading).to(_matrix(blocks[0]))
+        share = _share(reading).to(blocks[0].mean)
         return [reading.spread(share, size) for size in sizes]
-    pool = _matrix(blocks[-1])
+    pool = blocks[-1].mean
     first = torch.eye(sizes[-1]).to(pool)[:1].expand(len(pool), -1)
     return [*(reading.spread(pool[:, 0], size) for size in sizes[:-1]), first]
 
 
 def attention_rows(blocks: Sequence[Block], reading: Reading) -> Tensor:
     """Head-averaged attention of what is pooled to each token of the map, by layer: `(B, L, length)`."""
-    rows = [
-        block.row.mean(1) if weight is None else torch.einsum("bm,bmn->bn", weight, _matrix(block))  # type: ignore[union-attr]
-        for block, weight in zip(blocks, row_weights(blocks, reading), strict=True)
-    ]
+    if reading.position is not None:
+        rows = [block.pooled_row(reading.position) for block in blocks]
+    else:
+        pairs = zip(row_weights(blocks, reading), blocks, strict=True)
+        rows = [torch.einsum("bm,bmn->bn", weight, block.mean) for weight, block in pairs]
     return torch.stack([reading.fit(row) for row in rows], 1)
 
 
@@ -67,47 +68,45 @@ def first_row(matrices: Sequence[Tensor], reading: Reading) -> tuple[Tensor, Seq
     return torch.eye(tokens).to(last)[reading.position], matrices
 
 
-def softmax_term(block: Block, gradient: Tensor, reading: Reading) -> Tensor:
+def softmax_term(block: GradBlock, gradient: Tensor, reading: Reading) -> Tensor:
     """Signed relevance of each token of a block, with the softmax attention as its weight: `(B, n)`.
 
     Sum over heads, channels and the rows that are read of g_l * A_l * v_l; over all tokens it sums to <g_l, o_l> there.
 
     Args:
-        block: Recorded with gradient.
+        block: The block.
         gradient: `(B, h, m, d)` of what is explained, by the block's output where one token is pooled; otherwise, where
             every row is read, `(B, h, n, d)` by its value, which is the sum over rows of A_l * g_l.
         reading: How the tower pools.
     """
-    assert block.value is not None
     value = full_precision(block.value.detach())
     if reading.position is None:
         return (full_precision(gradient) * value).sum((1, 3))
-    assert block.row is not None
     read = full_precision(at(gradient, reading.position))
-    return (torch.einsum("bhd,bhnd->bhn", read, value) * block.row).sum(1)
+    return (torch.einsum("bhd,bhnd->bhn", read, value) * block.attention(reading.position)).sum(1)
 
 
-def loosened_term(block: Block, gradient: Tensor, weight: Tensor | None, reading: Reading, keep: Tensor) -> Tensor:
+def loosened_term(block: GradBlock, gradient: Tensor, weight: Tensor | None, reading: Reading, keep: Tensor) -> Tensor:
     """Signed relevance of each token of the map with Grad-ECLIP's weight: `(B, length)`.
 
     The weight is the norm over the tokens of `keep` of cos(q, k_i) on the concatenated heads, q the query that is read
     (their weighted mean where several are); 1 when all are equal.
 
     Args:
-        block: Recorded with gradient.
+        block: The block.
         gradient: `(B, h, m, d)` of what is explained, by the block's output.
         weight: `(B, m)` of `row_weights`, where several rows are read.
         reading: How the tower pools.
         keep: `(B, length)` bool.
     """
-    query, key, value = (full_precision(part.detach()) for part in (block.query, block.key, block.value))  # type: ignore[union-attr]
+    query, key, value = (full_precision(part.detach()) for part in (block.query, block.key, block.value))
     gradient = full_precision(gradient)
     if reading.position is not None:
         query, gradient = at(query, reading.position), at(gradient, reading.position)
     else:
         query, gradient = torch.einsum("bm,bhmd->bhd", weight, query), gradient.sum(2)
     cosine = torch.cosine_similarity(query.flatten(1)[:, None], key.transpose(1, 2).flatten(2), dim=-1)
-    loosened = min_max(reading.fit(cosine), keep=keep, dtype=block.key.dtype)  # type: ignore[union-attr]
+    loosened = min_max(reading.fit(cosine), keep=keep, dtype=block.key.dtype)
     loosened = loosened + (loosened.amax(1, keepdim=True) == 0).to(loosened)
     return loosened * reading.fit(torch.einsum("bhd,bhnd->bn", gradient, value))
 
@@ -118,19 +117,8 @@ def _share(reading: Reading) -> Tensor:
     return reading.pooled / reading.pooled.sum(1, keepdim=True)
 
 
-def _matrix(block: Block) -> Tensor:
-    assert block.mean is not None
-    return block.mean
-
-
-def attention_matrices(blocks: Sequence[Block]) -> list[Tensor]:
-    """Head-averaged attention `(B, m, n)` of blocks that were recorded in full."""
-    return [_matrix(block) for block in blocks]
-
-
-def gradient_by_attention(block: Block, gradient: Tensor) -> Tensor:
+def gradient_by_attention(block: GradBlock, gradient: Tensor) -> Tensor:
     """Gradient by each attention weight, `(B, h, m, n)`: <g_o, v>, from that by the block's output `(B, h, m, d)`."""
-    assert block.value is not None
     return full_precision(gradient) @ full_precision(block.value.detach()).transpose(-1, -2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,7 +13,8 @@ from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import original
 from matex_pl.maps import full_precision
 
-TARGETS = ("cosine", "margin")
+Target = Literal["cosine", "margin"]
+"""What is explained."""
 
 _PLACED = (
     "atelectasis",

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from matex_pl.arguments import check_choice
+from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
 from matex_pl.attribution.core.capture import borrowed, count_blocks
 from matex_pl.attribution.core.fill import drop_tokens
-from matex_pl.attribution.core.target import REFERENCES, TARGETS, directions, reference_mean
+from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
 from matex_pl.clip import towers
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Reading
@@ -108,13 +108,11 @@ class ImageSide(Side):
     """The image tower and its films."""
 
     @property
-    def reading(self) -> Reading:
-        """How the embedding is read from the tokens."""
+    def reading(self) -> Reading:  # noqa: D102
         return self.clip.image_reading(self.inputs)
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks; none in a ResNet."""
+    def blocks(self) -> list[nn.Module]:  # noqa: D102
         return towers.image_blocks(self.clip.model.visual)
 
     @property
@@ -128,16 +126,14 @@ class ImageSide(Side):
         """The pixels."""
         return self.inputs
 
-    def encode(self, inputs: Tensor | None = None) -> Tensor:
-        """Unit embeddings of images."""
+    def encode(self, inputs: Tensor | None = None) -> Tensor:  # noqa: D102
         return self.clip.encode_image(self.inputs if inputs is None else inputs)
 
-    def encode_signal(self, signal: Tensor) -> Tensor:
-        """Unit embeddings of pixels."""
+    def encode_signal(self, signal: Tensor) -> Tensor:  # noqa: D102
         return self.encode(signal)
 
-    def encode_stream(self, copies: int) -> Tensor:
-        """Unit embeddings of the stream; the pixels of one image will do."""
+    def encode_stream(self, copies: int) -> Tensor:  # noqa: D102
+        # The pixels pass through no block that is resumed: those of one image will do.
         return self.encode(self.inputs[:1])
 
     def score_kept(self, keep: Tensor, fill: Tensor, direction: Tensor) -> Tensor:
@@ -145,7 +141,7 @@ class ImageSide(Side):
 
         Args:
             keep: `(S, H, W)` share of each pixel that is kept.
-            fill: Of `fill_images`.
+            fill: Pixels from `fill_images`.
             direction: `(B, D)`.
         """
         kept = torch.lerp(fill, self.inputs, keep[:, None, None].to(self.inputs))
@@ -162,8 +158,7 @@ class TextSide(Side):
         return self.clip.text_reading(self.inputs)
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks."""
+    def blocks(self) -> list[nn.Module]:  # noqa: D102
         return towers.text_blocks(self.clip.model)
 
     @property
@@ -185,8 +180,7 @@ class TextSide(Side):
         """The signal of the phrase without its content, which pad tokens stand in for."""
         return self._table(drop_tokens(self.inputs, self.keep, self.clip.pad_id))
 
-    def encode(self, inputs: Tensor | None = None) -> Tensor:
-        """Unit embeddings of phrases."""
+    def encode(self, inputs: Tensor | None = None) -> Tensor:  # noqa: D102
         return self.clip.encode_text(self.inputs if inputs is None else inputs)
 
     def encode_signal(self, signal: Tensor) -> Tensor:
@@ -194,8 +188,7 @@ class TextSide(Side):
         with _output_replaced(self._table, signal):
             return self.encode_stream(len(signal) // len(self.inputs))
 
-    def encode_stream(self, copies: int) -> Tensor:
-        """Unit embeddings of the stream."""
+    def encode_stream(self, copies: int) -> Tensor:  # noqa: D102
         return self.encode(self.inputs.repeat(copies, 1))
 
     def score_kept(self, keep: Tensor, direction: Tensor, chunk_size: int) -> Tensor:
@@ -235,10 +228,10 @@ class TwoSided(AttributionMethod):
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
-    targets: ClassVar[tuple[str, ...]] = TARGETS
+    explain: str
 
-    def __init__(self, explain: str = "cosine", references: list[str] | None = None) -> None:
-        check_choice("explain", explain, self.targets)
+    def __init__(self, explain: Target = "cosine", references: list[str] | None = None) -> None:
+        check_choices(TwoSided.__init__, locals())
         if references is not None and not references:
             raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
         self.explain = explain

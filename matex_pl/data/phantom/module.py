@@ -39,12 +39,7 @@ class PhantomDataModule(ChestXrayDataModule):
         shortcut: Probability in [0, 1] that a film with `shortcut_finding` gets a token in a corner, to see whether a
             map catches a model that reads the token.
         shortcut_finding: The finding that the token gives away.
-        image_size: See `ChestXrayDataModule`, like all that follow.
-        batch_size: Pairs per batch.
-        num_workers: Processes that read and augment films.
-        geometry: `pad`, `crop` or `squash`.
-        augment: Mild geometric and intensity changes in training.
-        seed: Of films, shuffling and augmentation.
+        kwargs: Arguments of `ChestXrayDataModule`. The images depend on `seed` too.
     """
 
     def __init__(
@@ -56,14 +51,9 @@ class PhantomDataModule(ChestXrayDataModule):
         film_size: int = 192,
         shortcut: float = 0.0,
         shortcut_finding: str = "pneumothorax",
-        image_size: int | tuple[int, int] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 1,
-        geometry: str = "pad",
-        augment: bool = True,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(image_size, batch_size, num_workers, geometry, augment, seed)
+        super().__init__(**kwargs)
         if not 0 <= shortcut <= 1:
             raise ValueError(f"shortcut must be a probability in [0, 1], got {shortcut}.")
         if shortcut_finding not in FINDINGS:
@@ -112,7 +102,7 @@ class PhantomDataModule(ChestXrayDataModule):
             ValueError: There is neither an `image_size` nor a model to take it from.
         """
         zone = thorax_share(self.film_size, seed=self.seed) >= _THORAX_SHARE
-        framed, _, _ = FilmTransform(self._frame(), self.geometry)(zone.astype(np.uint8) * 255)
+        framed, _, _ = FilmTransform(self._frame(), self.resize_mode)(zone.astype(np.uint8) * 255)
         return framed[0] > 127
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,11 +25,11 @@ from matex_pl.metrics.functional.localisation import (
     THRESHOLDS,
     box_masks,
     contrast_to_noise,
-    energy_in_box,
+    energy_pointing_game,
     iou,
     mean_iou,
     pointing_game,
-    rank_accuracy,
+    relevance_rank_accuracy,
 )
 from matex_pl.metrics.functional.mass import (
     OTHER_SIDE,
@@ -41,6 +41,9 @@ from matex_pl.metrics.functional.mass import (
     text_mass,
 )
 from matex_pl.metrics.functional.ranking import spearman, top_ranked, top_share
+
+# Names of before 0.2.
+energy_in_box, rank_accuracy = energy_pointing_game, relevance_rank_accuracy
 
 __all__ = [
     "MEAN_THRESHOLDS",
@@ -59,7 +62,7 @@ __all__ = [
     "contrast_to_noise",
     "curve_area",
     "curve_ends",
-    "energy_in_box",
+    "energy_pointing_game",
     "half_share",
     "iou",
     "keep_highlighted",
@@ -71,7 +74,7 @@ __all__ = [
     "outside_mass",
     "pad_boxes",
     "pointing_game",
-    "rank_accuracy",
+    "relevance_rank_accuracy",
     "side_half",
     "side_sensitivity",
     "spearman",

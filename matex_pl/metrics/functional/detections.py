@@ -70,7 +70,7 @@ def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -
     0 without a component, NaN without boxes; of equal peaks the first component counts.
 
     Args:
-        components: Of `number` maps.
+        components: Components of `number` maps.
         boxes: B tensors `(K, 4)`, `x0, y0, x1, y1` in [0, 1].
         number: B.
 
@@ -101,7 +101,7 @@ def match_components(components: Components, boxes: Sequence[Tensor], iou: float
     exceeds `iou` and no component before it has hit that box.
 
     Args:
-        components: Of B maps.
+        components: Components of B maps.
         boxes: B tensors `(K, 4)`, `x0, y0, x1, y1` in [0, 1].
         iou: What their overlap has to exceed.
     """

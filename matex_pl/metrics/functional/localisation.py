@@ -94,7 +94,7 @@ def mean_iou(maps: Tensor, masks: Tensor) -> Tensor:
     return iou(maps, masks, MEAN_THRESHOLDS).mean(1)
 
 
-def energy_in_box(maps: Tensor, masks: Tensor) -> Tensor:
+def energy_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     """Share of the map's mass that lies in the boxes (Wang et al. 2020), `(B,)`; NaN without boxes, 0 of a zero map."""
     flat, inside = maps.flatten(1).float(), masks.flatten(1)
     mass = flat.sum(1)
@@ -102,7 +102,7 @@ def energy_in_box(maps: Tensor, masks: Tensor) -> Tensor:
     return share.masked_fill(~inside.any(1), torch.nan)
 
 
-def rank_accuracy(maps: Tensor, masks: Tensor) -> Tensor:
+def relevance_rank_accuracy(maps: Tensor, masks: Tensor) -> Tensor:
     """Relevance rank accuracy (Arras et al. 2022): share of the K highest pixels that lie in the boxes, `(B,)`.
 
     K is the number of pixels in the boxes; ties in raster order, NaN without boxes.

@@ -1,0 +1,72 @@
+"""The files behind a model's name, as open_clip reads or downloads them: each failure is one error with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pickle import UnpicklingError
+from typing import Any
+
+import huggingface_hub.constants
+from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
+
+from matex_pl.clip.weights import first_line, short
+
+
+@contextmanager
+def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None) -> Iterator[None]:
+    """Context in which open_clip reads the files of a model; without an answer of the hub it uses the local cache.
+
+    Args:
+        name: Name of the model, as `load_clip` takes it.
+        tag: Tag of its weights, which are downloaded.
+        text_cfg: Its text config, whose `hf_...` entries name files of the hub.
+
+    Raises:
+        ImportError: The text tower or the tokenizer needs transformers.
+        ValueError: A folder holds no weights that fit and are read without running code.
+        ConnectionError: A file is neither in the local cache nor downloaded.
+    """
+    constants: Any = huggingface_hub.constants
+    uses_hub = bool(tag) or name.startswith(HF_HUB_PREFIX) or any(key.startswith("hf_") for key in text_cfg or ())
+    was_offline = constants.HF_HUB_OFFLINE
+    # The hub's client retries for half a minute per file, and reads the switch from the environment only at import.
+    is_offline = constants.HF_HUB_OFFLINE = was_offline or (uses_hub and not _hub_answers())
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, UnpicklingError) as error:
+        if "transformers" in str(error) and find_spec("transformers") is None:
+            raise ImportError(
+                f"The text tower or the tokenizer of {short(name)} needs one more package: pip install 'matex_pl[hf]'."
+            ) from error
+        if name.startswith(LOCAL_DIR_PREFIX) and isinstance(error, (RuntimeError, UnpicklingError)):
+            raise ValueError(
+                f"{name} holds no weights that fit and are read without running code: {error}\n"
+                "Give a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
+            ) from error
+        if uses_hub and isinstance(error, (OSError, RuntimeError)):
+            raise _not_downloaded(short(name) + (f" (tag {tag!r})" if tag else ""), is_offline, error) from error
+        raise
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def _hub_answers() -> bool:
+    """Whether the hub answers within seconds, through the client that its downloads go through."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    # The client is requests or httpx, by version, and their errors have no class in common.
+    except Exception:
+        return False
+    return True
+
+
+def _not_downloaded(model: str, is_offline: bool, error: Exception) -> ConnectionError:
+    state = f"could not be had: {first_line(error)}"
+    if is_offline:
+        state = "are not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set"
+    return ConnectionError(
+        f"The files of {model} {state}. Connect once, or pass a checkpoint file as `pretrained`, or a folder "
+        "that holds the model as local-dir:folder."
+    )
