@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from torchmetrics import Metric
 
 from matex_pl import metrics as M
 from matex_pl.report.results import Metric as Column
 
 FILL_NAMES = {"mean_colour": "mean colour", "mean_film": "mean film", "blur": "blurred film"}
-# Groups whose metrics are measured with several fills; image maps of the others, and words, have none.
+# Fills by group, in the order of the tables; without one are the words.
 _FILLS = {
     "paper": ("", "mean_colour", "mean_film"),
     "confidence": ("", "mean_colour", "mean_film"),
-    "curves": tuple(FILL_NAMES),
+    "curves": ("blur", "mean_colour", "mean_film"),
 }
 _METRICS: dict[str, dict[str, tuple[type[Metric], str, str]]] = {
     "localisation": {
@@ -109,14 +111,17 @@ def metric_columns(keys: set[str]) -> dict[str, Column]:
     """The columns of metrics such as `cnr` or `insertion/blur`, in the order of the tables."""
     columns = {}
     for group, metrics in _METRICS.items():
-        for fill in _FILLS.get(group, ("",)):
-            for name, (metric, label, description) in metrics.items():
-                columns[f"{name}/{fill}" if fill else name] = Column(
-                    label=label,
-                    group=group,
-                    higher_is_better=metric.higher_is_better,
-                    description=description,
-                    fill=FILL_NAMES.get(fill, ""),
-                    percent=group in ("paper", "confidence"),
-                )
+        fills = _FILLS.get(group, ("",))
+        # A curve stands with itself under the other fills, a confidence with those under the same fill.
+        named = product(metrics, fills) if group == "curves" else ((name, fill) for fill in fills for name in metrics)
+        for name, fill in named:
+            metric, label, description = metrics[name]
+            columns[f"{name}/{fill}" if fill else name] = Column(
+                label=label,
+                group=group,
+                higher_is_better=metric.higher_is_better,
+                description=description,
+                fill=FILL_NAMES.get(fill, ""),
+                percent=group in ("paper", "confidence"),
+            )
     return {key: column for key, column in columns.items() if key in keys}

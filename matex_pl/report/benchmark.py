@@ -195,8 +195,7 @@ def _with_remark(cell: Cell) -> Cell:
 def glance_table(result: BenchmarkResult) -> Table | None:
     """The metrics in which methods were compared with the controls and the sanity check, of the image maps."""
     rows = result.methods("image")
-    keys = [*_compared_metrics(result), "sanity"]
-    keys = keys if _measured(rows, keys[:1]) else [*_measured(rows, result.metrics)[:3], "sanity"]
+    keys = [*(_compared_metrics(result) or _measured(rows, result.metrics)[:3]), "sanity"]
     table = _score_table(result, "At a glance", rows, _measured(rows, dict.fromkeys(keys)))
     return table and replace(table, lines=[replace(line, note="") for line in table.lines])
 
