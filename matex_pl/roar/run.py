@@ -14,7 +14,9 @@ from matex_pl.arguments import check_choice
 from matex_pl.console import duration
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.files import write_text
-from matex_pl.report.roar import add_to_report, roar_tables, write_roar
+from matex_pl.report.benchmark import add_to_report
+from matex_pl.report.results import RoarResult, parse
+from matex_pl.report.roar import roar_tables, write_roar
 from matex_pl.roar.cluster import RayOptions, check_gpus, check_ray, work_on_ray
 from matex_pl.roar.collect import collect
 from matex_pl.roar.make import make_plan
@@ -244,9 +246,10 @@ def collect_roar(folder: str, report: str | None = None) -> str:
     return f"{roar_tables(results, is_short=True)}\n{folder}/report.html, table.md and results.json hold all of it."
 
 
-def write_results(plan: Plan) -> dict[str, Any]:
-    """The scores of a plan's runs, as `collect` returns them, which are also written into its folder."""
-    results = collect(plan)
-    write_text(plan.folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    write_roar(results, plan.folder)
-    return results
+def write_results(plan: Plan) -> RoarResult:
+    """The scores of a plan's runs, which are also written into its folder."""
+    content = collect(plan)
+    write_text(plan.folder / "results.json", json.dumps(content, indent=1, allow_nan=False))
+    result = parse(RoarResult, content)
+    write_roar(result, plan.folder)
+    return result

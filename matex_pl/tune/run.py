@@ -70,10 +70,10 @@ def tune_matex(
             (lower is better) and, where the data module has a thorax, `outside_thorax_mass`; `prompt_sensitivity`
             (against another study's phrase), `side_sensitivity` (against right and left exchanged) and `sanity`
             (against shuffled weights: the components once more for each block of the towers). With forwards of the
-            model for each setting: `confidence_drop`, `confidence_increase`, `fixed_drop`, `fixed_increase`, `remove`,
-            `insertion` and `deletion` (the gain, which orders settings as the AUC does), filled with the mean film or
-            with another fill, as `remove/blur`. For the words: `text_` before the first five of these, before
-            `mean_map_mass` or `sanity`.
+            model for each setting: `confidence_drop`, `confidence_increase`, `confidence_drop@50`,
+            `confidence_increase@50`, `top20_removal`, `insertion` and `deletion` (the gain, which orders settings as
+            the AUC does), filled with the mean film or with another fill, as `top20_removal/blur`. For the words:
+            `text_` before the first five of these, before `mean_map_mass` or `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
