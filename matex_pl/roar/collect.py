@@ -167,7 +167,7 @@ def _times(results: Results) -> dict[str, Any]:
     done = [scores for scores in results.values() if scores is not None]
     total, training = (sum(scores[name] for scores in done) for name in ("seconds", "training_seconds"))
     return {
-        "cells": len(results),
+        "runs": len(results),
         "done": len(done),
         "seconds": total,
         "training_seconds": training,

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and say by name why they are not read."""
+"""Checkpoint files: written whole or not at all, and refused with a reason if they cannot be read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             with whole_file(Path(path)) as part:
                 torch.save(checkpoint, part)
-        # Of a full disk torch says that a position is unexpected.
+        # On a full disk torch raises a RuntimeError about an unexpected position.
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise OSError(
