@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from matex_pl.arguments import check_choice, check_positive
-from matex_pl.attribution.core.fill import FILLS, Fill
+from matex_pl.arguments import check_choice, check_choices, check_positive
+from matex_pl.attribution.core.fill import Fill
 from matex_pl.files import write_text
 
-MODALITIES = ("image", "text")
-FINETUNE = ("full", "head", "lora")
+Modality = Literal["image", "text"]
+MODALITIES = get_args(Modality)
 FORMAT = 2
 _PLAN = "plan.json"
 
@@ -35,11 +35,11 @@ class Protocol:
         seed: Random seed for the choice of pairs, the splits, the trainings and the order among equal units.
     """
 
-    modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
+    modalities: list[Modality] = field(default_factory=lambda: ["image", "text"])
     fractions: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5])
     repeats: int = 5
     num_pairs: int = -1
-    splits: list[str] = field(default_factory=lambda: ["train"])
+    splits: list[Literal["train", "val", "test"]] = field(default_factory=lambda: ["train"])
     train_share: float = 0.8
     fill: Fill = "mean_film"
     corrupt_val: bool = False
@@ -55,7 +55,7 @@ class Protocol:
             check_choice("modalities", modality, MODALITIES)
         for split in self.splits:
             check_choice("splits", split, ("train", "val", "test"))
-        check_choice("fill", self.fill, FILLS)
+        check_choices(Protocol, vars(self))
         for name in ("modalities", "fractions", "splits"):
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
@@ -96,7 +96,7 @@ class Training:
     weight_decay: float = 0.1
     warmup_steps: int = 10
     gradient_clip_val: float = 1.0
-    finetune: str = "full"
+    finetune: Literal["full", "head", "lora"] = "full"
     lora_rank: int = 8
     accelerator: str = "auto"
     precision: str = "32-true"
@@ -108,7 +108,7 @@ class Training:
         Raises:
             ValueError: A value is out of range.
         """
-        check_choice("finetune", self.finetune, FINETUNE)
+        check_choices(Training, vars(self))
         check_positive(epochs=self.epochs, lr=self.lr, threads=self.threads, lora_rank=self.lora_rank)
         if self.batch_size < 2:
             raise ValueError(
