@@ -7,7 +7,7 @@ import re
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,8 @@ from matex_pl.arguments import check_choice
 from matex_pl.callbacks.loggers import log_images, log_session, log_text
 from matex_pl.console import duration
 from matex_pl.data import ChestXrayDataModule
-from matex_pl.report.roar import _checked, _modalities, _rows, roar_figure, roar_tables
-from matex_pl.report.tables import Row
+from matex_pl.report.results import RoarMethod, RoarResult
+from matex_pl.report.roar import roar_figure, roar_tables
 from matex_pl.roar.finetune import read_module, write_module
 from matex_pl.roar.make import make_plan
 from matex_pl.roar.plan import Plan, Protocol, Training
@@ -111,10 +111,10 @@ class RoarPlus(Callback):
             return
         prepare_maps(plan)
         work_here(plan, plan.runs())
-        found = write_results(plan)
-        for failed in found["failed"]:
-            rank_zero_warn(f"The run {failed['cell']} failed: {failed['error']} See {plan.folder}/{failed['log']}.")
-        log_roar(trainer.loggers, found)
+        result = write_results(plan)
+        for failed in result.failed:
+            rank_zero_warn(f"The run {failed.run} failed: {failed.error} See {plan.folder}/{failed.log}.")
+        log_roar(trainer.loggers, result)
 
     def _plan(self, trainer: Any, module: Any) -> Plan:
         folder = self._folder
@@ -129,7 +129,7 @@ class RoarPlus(Callback):
         return self._seconds / self._pairs * plan.steps() * plan.training.batch_size
 
 
-def log_roar(loggers: Iterable[Any], results: dict[str, Any]) -> None:
+def log_roar(loggers: Iterable[Any], result: RoarResult) -> None:
     """Scores, curves, tables and hyper-parameters of ROAR+ to Lightning's loggers, each as far as it takes them.
 
     Scalars are `roar/<modality>/<method>` and `roar/<modality>/<method>/std` with the percent dropped as the step,
@@ -138,21 +138,21 @@ def log_roar(loggers: Iterable[Any], results: dict[str, Any]) -> None:
 
     Args:
         loggers: E.g. `trainer.loggers`.
-        results: Of ROAR+, as in its `results.json`.
-
-    Raises:
-        ValueError: The results are of another kind or format.
+        result: Results of ROAR+.
     """
-    found, loggers = _checked(results), list(loggers)
-    for modality in _modalities(found):
-        for step, scores in _steps(found, modality).items():
+    loggers = list(loggers)
+    means: dict[str, float] = {}
+    for modality in result.modalities:
+        tagged = _tagged(result, modality)
+        means |= {f"{tag}/mean": row.mean.value for tag, row in tagged.items() if row.mean.value is not None}
+        for step, scores in _steps(tagged).items():
             for logger in loggers:
                 logger.log_metrics(scores, step=step)
-        log_images(loggers, f"roar/{modality}", _pixels(roar_figure(found, modality)), 0)
-    text = roar_tables(found)
+        log_images(loggers, f"roar/{modality}", _pixels(roar_figure(result, modality)), 0)
+    text = roar_tables(result)
     for logger in loggers:
         log_text(logger, "roar/table", text, 0)
-        log_session(logger, "roar", _settings(found), _final_scores(found))
+        log_session(logger, "roar", _settings(result), means)
         logger.save()
 
 
@@ -165,39 +165,33 @@ def _pixels(figure: Figure) -> NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _steps(results: dict[str, Any], modality: str) -> dict[int, dict[str, float]]:
+def _tagged(result: RoarResult, modality: str) -> dict[str, RoarMethod]:
+    """Rows by a tag of letters, digits, `_`, `.` and `-`, which every logger takes; each row has its own."""
+    found: dict[str, RoarMethod] = {}
+    for row in result.methods(modality):
+        tag = f"roar/{modality}/" + (re.sub(r"[^A-Za-z0-9.-]+", "_", row.name).strip("_") or "method")
+        found[tag if tag not in found else f"{tag}-{len(found)}"] = row
+    return found
+
+
+def _steps(tagged: Mapping[str, RoarMethod]) -> dict[int, dict[str, float]]:
     """Scalars by step, the percent dropped."""
     steps: dict[int, dict[str, float]] = defaultdict(dict)
-    for row, tag in _tagged(results, modality):
-        for point in row.get("points") or []:
-            named = {tag: point.get("value"), f"{tag}/std": point.get("std")}
-            steps[round(100 * point["fraction"])] |= {
-                name: value for name, value in named.items() if value is not None and point.get("value") is not None
-            }
+    for tag, row in tagged.items():
+        for point in row.points:
+            if point.value is not None:
+                scalars = steps[round(100 * point.fraction)]
+                scalars[tag] = point.value
+                if point.std is not None:
+                    scalars[f"{tag}/std"] = point.std
     return steps
 
 
-def _tagged(results: dict[str, Any], modality: str) -> list[tuple[Row, str]]:
-    """Rows with tags of letters, digits, `_`, `.` and `-`, which every logger takes; each row has its own."""
-    found: dict[str, Row] = {}
-    for row in _rows(results, modality):
-        tag = f"roar/{modality}/" + (re.sub(r"[^A-Za-z0-9.-]+", "_", row["name"]).strip("_") or "method")
-        found[tag if tag not in found else f"{tag}-{len(found)}"] = row
-    return [(row, tag) for tag, row in found.items()]
-
-
-def _settings(results: dict[str, Any]) -> dict[str, Any]:
+def _settings(result: RoarResult) -> dict[str, Any]:
     """The settings as flat texts and numbers."""
-    plain = (results.get("settings") or {}) | {"explained": ((results.get("model") or {}).get("explained") or "")[:12]}
+    plain = result.settings.plain() | {"explained": result.model.explained[:12]}
     return {
         f"roar/{name}": value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
         for name, value in plain.items()
         if value is not None
     }
-
-
-def _final_scores(results: dict[str, Any]) -> dict[str, float]:
-    """The means over the fractions."""
-    tagged = [entry for modality in _modalities(results) for entry in _tagged(results, modality)]
-    means = {f"{tag}/mean": (row.get("mean") or {}).get("value") for row, tag in tagged}
-    return {tag: value for tag, value in means.items() if value is not None}

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from matex_pl import __version__
 from matex_pl.commands.options import check_words, choose, stop
+from matex_pl.console import show_messages
 from matex_pl.files import shipped_configs
 
 DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, where it looks.
@@ -55,6 +56,7 @@ ON_DATA = {*TRAINING, "benchmark", "tune", "check-data"}
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line, the process's own by default; errors of use end it with a message and status 2."""
+    show_messages()
     words = list(sys.argv[1:] if args is None else args)
     # LightningCLI takes a config that holds a part per command, before the command or without one.
     is_config = bool(words) and words[0].startswith(("-c", "--config", "--print_config"))

@@ -1,7 +1,9 @@
-"""Progress bars and times, as people read them."""
+"""What people see of work that goes on: messages, progress bars and times."""
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -10,9 +12,35 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
-def progress(items: Iterable[Item], title: str) -> Iterable[Item]:
-    """The items, with a bar on a terminal once they take more than two seconds, also beneath the bars of a Trainer."""
-    return tqdm(items, desc=title, delay=2, leave=False, disable=None)
+class _AboveBars(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+_HANDLER = _AboveBars()
+
+
+def show_messages() -> None:
+    """Write the messages of the package's loggers to standard error, from INFO on, as the command line does.
+
+    A program that imports the package sets its own handlers and levels, on the logger `matex_pl` or above it.
+    """
+    logger = logging.getLogger("matex_pl")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_HANDLER)
+    # The root logger gets a handler when a library writes to it, and would show each message a second time.
+    logger.propagate = False
+
+
+def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterable[Item]:
+    """The items, with a bar on a terminal once they take more than two seconds, also beneath the bars of a Trainer.
+
+    Args:
+        items: The items, or the results of a pool as they come.
+        title: Text in front of the bar.
+        total: Number of the items, if they have no length.
+    """
+    return tqdm(items, desc=title, total=total, delay=2, leave=False, disable=None)
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""From studies to pictures: what the callbacks show and `matex explain` writes."""
+"""Panels and contact sheets of studies, for the callbacks and for `matex explain`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def explain_batch(
 
     Args:
         module: A `ClipModule`, or any module with `clip` and `inputs`.
-        method: What makes the maps.
+        method: The attribution method.
         batch: Studies, on any device.
         subtitle: Second line of the panels.
-        show_text: Write what the report says; otherwise a panel has bars for the words and no finding.
+        show_text: Write the words of the phrase and the finding; otherwise a panel has bars for the words.
     """
     maps, tokens = _attribute(module, method, batch)
     return draw_panels(module.clip, maps, batch, tokens, subtitle, show_text=show_text)
@@ -44,7 +44,7 @@ def draw_panels(
     *,
     show_text: bool = True,
 ) -> list[Picture]:
-    """One panel per study of the batch, `(h, width, 3)` uint8 each, of maps that are there; see `explain_batch`."""
+    """One panel per study of the batch, `(h, width, 3)` uint8 each, from finished maps; see `explain_batch`."""
     return [
         panel(
             heat=maps.image[row].float().cpu().numpy(),
@@ -64,7 +64,7 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
 
     Args:
         module: A `ClipModule`, or any module with `clip` and `inputs`.
-        methods: By the name to write under the map. One that refuses the model is shown with its reason.
+        methods: Methods by the name to write under the map. One that refuses the model is shown with its reason.
         batch: One study.
     """
     entries = []
@@ -90,7 +90,7 @@ def _attribute(module: Any, method: AttributionMethod, batch: StudyBatch) -> tup
 def _study(
     clip: Clip, batch: StudyBatch, tokens: Tensor, content: Tensor, row: int, *, show_finding: bool = True
 ) -> dict[str, Any]:
-    """What every picture of a study shows, whatever the method."""
+    """Arguments for a picture of the study in `row` that are the same for all methods."""
     finding = batch["finding"][row] if show_finding else ""
     return {
         "film": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),

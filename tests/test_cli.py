@@ -152,6 +152,8 @@ def test_methods_by_name_and_all_of_them(here, films, capsys):
     main([*words, "--method=m2ib", "--method.steps=1", "--out", "changed.png"])
     assert cv2.imread("named.png").shape == cv2.imread("changed.png").shape
     assert not np.array_equal(cv2.imread("named.png"), cv2.imread("changed.png"))
+    main([*words, "--method", "M2ib", "--method.steps=1", "--out", "class.png"])
+    assert np.array_equal(cv2.imread("changed.png"), cv2.imread("class.png"))
     main([*words, "--method", "all", "--out", "all.png"])
     # The film and one tile per method, six in a row.
     assert cv2.imread("all.png").shape[1] == 1920
@@ -433,6 +435,7 @@ def test_options_change_the_data_of_a_config(here, option, capsys):
         ([], "required: COMMAND"),
         (["fit"], "there are no films"),
         (["test", "--ckpt_path=last"], "there are no films"),
+        (["fit", "--data.root=x", "--config=phantom.yaml"], "--data.root comes before anything names a data module"),
         (["tune", "--config=phantom.yaml", "--out=x"], "required: --ckpt_path"),
         (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "no config 'none.yaml'"),
         (["explain", "film.png"], "required: phrase, ckpt_path"),

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -20,6 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from matex_pl.attribution import Matex
 from matex_pl.clip import Clip, cut_text, load_clip, towers
@@ -295,6 +298,33 @@ def test_the_word_piece_that_is_the_pad_id_is_content(tiny_clip: Clip) -> None:
 def test_pieces_of_other_scripts_are_readable(tiny_clip: Clip) -> None:
     tokens = tiny_clip.tokenize(["caf\u00e9"])
     assert "".join(tiny_clip.pieces(tokens[0][tiny_clip.content(tokens)[0]])) == " caf\u00e9"
+
+
+def test_a_character_of_several_pieces_is_in_the_last(tiny_clip: Clip) -> None:
+    tokens = tiny_clip.tokenize(["ratio \u2265 3 \u2190"])[0]
+    pieces = tiny_clip.pieces(tokens[tiny_clip.content(tokens[None])[0]])
+    assert "".join(pieces).split() == ["ratio", "\u2265", "3", "\u2190"]
+    assert "" in [piece.strip() for piece in pieces]
+
+
+def test_pieces_of_hugging_face_tokenizers_are_readable() -> None:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer, byte_level.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    byte_level.train_from_iterator(["\xe9panchement left basi basi basi"] * 5, trainer)
+    word_piece = Tokenizer(models.WordPiece({"[UNK]": 0, "left": 1, "basi": 2, "##lar": 3, ".": 4}, unk_token="[UNK]"))
+    word_piece.pre_tokenizer, word_piece.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("\u2581left", -1.0), ("\u2581basi", -1.0), ("lar", -1.0)], 0))
+    unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    for tokenizer, phrase, expected in (
+        (byte_level, "\xe9panchement left", [" \xe9panchement", " left"]),
+        (word_piece, "left basilar.", [" left", " basi", "lar", " ."]),
+        (unigram, "left basilar", [" left", " basi", "lar"]),
+    ):
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        clip = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=fast))
+        assert Clip.pieces(clip, torch.tensor(fast(phrase).input_ids)) == expected  # type: ignore[arg-type]
 
 
 def test_tokenize_repeats_itself_and_does_not_grow_for_ever(tiny_clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+# Of Python 3.11, whose `packages_distributions` is the first to know the packages of every wheel.
+tomllib = pytest.importorskip("tomllib")
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -46,7 +46,7 @@ def chest(path="prior.png"):
 
 
 def peak(path="prior.png"):
-    """Where M is highest, (x, y) in parts of the image: the end of the colour map is the only bright yellow there."""
+    """Where M is highest, (x, y) in parts of the image: the end of the color map is the only bright yellow there."""
     yellow = chest(path) @ np.array([1, 1, -1])
     assert yellow.max() > 280
     rows, columns = np.nonzero(yellow > yellow.max() - 12)

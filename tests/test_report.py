@@ -1,3 +1,4 @@
+import base64
 import copy
 import math
 import re
@@ -9,19 +10,10 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from matex_pl.report.benchmark import (
-    SAME_MAP,
-    control_sentences,
-    cost_table,
-    difference_tables,
-    finding_tables,
-    group_table,
-    paper_table,
-    verdict,
-    write_report,
-)
+from matex_pl.report.benchmark import benchmark_tables, write_report
 from matex_pl.report.gallery import Panel, encode
-from matex_pl.report.tables import MISSING, clean
+from matex_pl.report.results import BenchmarkResult, Comparison, parse, read
+from matex_pl.report.tables import MISSING
 from matex_pl.visualization.draw import single_line
 
 HOSTILE = [
@@ -36,17 +28,18 @@ HOSTILE = [
     "&lt;b&gt;",
 ]
 LOADING = ("src", "href", "xlink:href", "srcset", "poster", "action", "data", "background", "formaction")
-FILLS = ("mean_colour", "mean_film")
+FILLS = {"mean_colour": "mean colour", "mean_film": "mean film"}
+UP, DOWN = "\N{NO-BREAK SPACE}↑", "\N{NO-BREAK SPACE}↓"
 
 
 def metric(label, group, higher, fill=None, percent=False):
     return {
         "label": label,
         "group": group,
-        "fill": fill,
+        "fill": FILLS.get(fill, fill),
         "higher_is_better": higher,
         "percent": percent,
-        "says": f"{label} in one sentence.",
+        "description": f"{label} in one sentence.",
     }
 
 
@@ -55,11 +48,11 @@ METRICS = {
     "cnr": metric("Contrast to noise", "localisation", True),
     "miou": metric("Mean IoU", "localisation", True),
     "energy_in_box": metric("Energy in the boxes", "localisation", True),
-    **{f"confidence_drop/{f}": metric("Confidence drop", "confidence", False, f, True) for f in FILLS},
-    **{f"confidence_increase/{f}": metric("Confidence increase", "confidence", True, f, True) for f in FILLS},
-    **{f"remove/{f}": metric("Drop when removed", "confidence", True, f, True) for f in FILLS},
-    "confidence_drop": metric("Confidence drop", "confidence", False, None, True),
-    "confidence_increase": metric("Confidence increase", "confidence", True, None, True),
+    **{f"confidence_drop/{f}": metric("Confidence drop", "paper", False, f, True) for f in FILLS},
+    **{f"confidence_increase/{f}": metric("Confidence increase", "paper", True, f, True) for f in FILLS},
+    **{f"top20_removal/{f}": metric("Drop when removed", "confidence", True, f, True) for f in FILLS},
+    "confidence_drop": metric("Confidence drop", "paper", False, None, True),
+    "confidence_increase": metric("Confidence increase", "paper", True, None, True),
     "insertion/blur": metric("Insertion", "curves", True, "blur"),
     "insertion/mean_film": metric("Insertion", "curves", True, "mean_film"),
     "deletion/mean_colour": metric("Deletion", "curves", False, "mean_colour"),
@@ -70,7 +63,7 @@ METRICS = {
     "sanity": metric("Sanity", "sanity", False),
 }
 FINDINGS = ("nodule", "effusion", "pneumothorax", "cardiomegaly", "consolidation")
-METHODS = ("MATEX", "MATEX, no prior", "M2IB", "Grad-ECLIP", "Chefer et al.", "RISE", "Saliency", "Attention rollout")
+METHODS = ("MATEX", "MATEX, as printed", "M2IB", "Grad-ECLIP", "Chefer et al.", "RISE", "Saliency", "Attention rollout")
 CONTROLS = ("Prior of the phrase", "Centre of the film", "Noise")
 
 
@@ -147,7 +140,7 @@ def fake_results(methods=METHODS, controls=CONTROLS, findings=FINDINGS, refuses=
         if against != name
     ]
     return {
-        "format": 1,
+        "format": 2,
         "created": "2026-01-02T03:04:05+00:00",
         "model": {
             "checkpoint": "runs/phantom/last.ckpt",
@@ -175,14 +168,6 @@ def fake_results(methods=METHODS, controls=CONTROLS, findings=FINDINGS, refuses=
         "metrics": copy.deepcopy(METRICS),
         "rows": rows,
         "comparisons": comparisons,
-        "published": {
-            "source": "Tables 1 and 2 of the paper, MS-CXR",
-            "image": {
-                "MATEX": {"drop": [0.51, 0.03], "increase": [47.55, 1.1], "roar": [37.9, 0.79]},
-                "KernelSHAP": {"drop": [2.37, 0.04], "increase": [10.24, 0.68], "roar": [12.67, 1.02]},
-            },
-            "text": {"MATEX": {"drop": [1.91, 0.06], "increase": [50.07, 0.46], "roar": [16.98, 0.66]}},
-        },
     }
 
 
@@ -206,13 +191,12 @@ def hostile():
     results = fake_results((*HOSTILE, "Refused"), CONTROLS, tuple(HOSTILE))
     attack = " ".join(HOSTILE)
     results["model"]["checkpoint"] = results["data"]["class"] = results["machine"] = results["created"] = attack
-    results["data"]["split"] = results["published"]["source"] = attack
-    results["published"]["image"][attack] = {"drop": [1.0, 0.1]}
+    results["data"]["split"] = attack
     for row in results["rows"]:
         row |= {"note": attack, "class": attack, "settings": {attack: attack}}
         row["error"] = row["error"] and attack
     for entry in results["metrics"].values():
-        entry |= {"says": attack, "label": f"{entry['label']} {HOSTILE[0]} {HOSTILE[2]}"}
+        entry |= {"description": attack, "label": f"{entry['label']} {HOSTILE[0]} {HOSTILE[2]}"}
     return results
 
 
@@ -229,9 +213,14 @@ def with_values(values, key, spread=0.1):
     return results
 
 
-def best_of(table):
-    """Which rows are marked in the first column."""
-    return [line.name for line in table.methods + table.controls if line.cells[0].best]
+SVG = "data:image/svg+xml;base64,"
+
+
+def texts_of(svg):
+    """The texts of a plot with their heights, from the top."""
+    found = [(float(y), text) for y, text in re.findall(r"<text[^>]*translate\([\d.]+ ([\d.]+)\)[^>]*>([^<]*)<", svg)]
+    found += [(float(y), text) for y, text in re.findall(r'<text [^>]*y="([\d.]+)"[^>]*>([^<]*)<', svg)]
+    return {text: height for height, text in sorted(found)}
 
 
 class Page(HTMLParser):
@@ -263,6 +252,11 @@ class Page(HTMLParser):
     def all(self, tag):
         return [attrs for name, attrs in self.elements if name == tag]
 
+    def plots(self):
+        """The SVG pictures by alternative text."""
+        images = [image for image in self.all("img") if image["src"].startswith(SVG)]
+        return {image["alt"]: base64.b64decode(image["src"].removeprefix(SVG)).decode() for image in images}
+
 
 def tables_of(text):
     """Every table of a Markdown text as rows of cells, as GitHub reads them."""
@@ -282,25 +276,46 @@ def plain(token):
     return "".join(child.content for child in token.children)
 
 
-def write(tmp_path, results, panels=()):
-    write_report(results, panels, tmp_path)
-    html, tables = ((tmp_path / name).read_text(encoding="utf-8") for name in ("report.html", "tables.md"))
-    return html, tables
+def table_of(text, title):
+    """The table beneath a heading: its cells by name of the line, the heads under ''."""
+    part = text[text.index(f"## {title}") :]
+    rows = [[plain(cell) for cell in row] for row in tables_of(part)[0]]
+    return {"": rows[0][1:]} | {row[0]: row[1:] for row in rows[1:]}
+
+
+def bold(text, title):
+    """Names of the lines whose first cell is marked."""
+    part = text[text.index(f"## {title}") :].partition("\n\n\n")[0].partition("\n## ")[0]
+    return re.findall(r"^\| ([^|]*) \| \*\*", part, re.MULTILINE)
+
+
+def tables(results):
+    return benchmark_tables(parse(BenchmarkResult, results))
+
+
+def write(folder, results, panels=()):
+    write_report(parse(BenchmarkResult, results), panels, folder)
+    return tuple((folder / name).read_text(encoding="utf-8") for name in ("report.html", "tables.md"))
+
+
+LOCALISATION = "Localisation, maps of the film"
+TABLE_1 = "Table 1: maps of the film"
+MASS = "Where the mass lies, maps of the film"
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    html, tables = write(folder, fake_results(), fake_panels(folder))
+    html, text = write(folder, fake_results(), fake_panels(folder))
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "tables.md"]
-    return html, tables
+    return html, text
 
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacked")
     panels = [Panel(p.row, text, text, text, p.jpeg) for text in HOSTILE for p in fake_panels(folder, HOSTILE[:2])]
-    return write(folder, hostile(), panels)
+    return write(folder, hostile(), [*panels, *fake_panels(folder, HOSTILE[:1])])
 
 
 def test_hostile_text_stays_text_on_the_page(report, attacked):
@@ -315,10 +330,16 @@ def test_hostile_text_stays_text_on_the_page(report, attacked):
 
 
 def test_hostile_text_stays_text_in_plots(attacked):
-    labels = Page(attacked[0]).words("svg")
+    plots = Page(attacked[0]).plots()
+    assert len(plots) >= 20
+    drawn = "".join(plots.values())
+    pictures = [Page(svg.partition("<svg")[1] + svg.partition("<svg")[2]) for svg in plots.values()]
+    assert not {"script", "img", "foreignobject", "a"} & {tag for page in pictures for tag, _ in page.elements}
+    assert all(link.startswith("#") for link in re.findall(r'(?:href="|url\()([^")]*)', drawn))
+    labels = " ".join(page.words("text") for page in pictures)
     for text in HOSTILE:
         name = single_line(text)
-        assert (name if len(name) <= 22 else name[:21].rstrip() + "…") in labels
+        assert (name if len(name) <= 24 else name[:23].rstrip() + "…") in labels
 
 
 def test_hostile_text_stays_text_in_markdown(attacked):
@@ -349,82 +370,84 @@ def test_the_page_loads_nothing(report, attacked):
         page = Page(html)
         links = [value for _, attrs in page.elements for name, value in attrs.items() if name in LOADING]
         assert links
-        assert all(value.startswith(("#", "data:image/jpeg;base64,")) for value in links)
+        assert all(value.startswith(("data:image/jpeg;base64,", SVG)) for value in links)
         assert not page.all("link")
-        assert all(value.startswith("#") for value in re.findall(r"url\(([^)]*)\)", html))
+        assert "url(" not in html
         assert "@import" not in html
         policy = next(attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs)
         assert policy.startswith("default-src 'none'")
 
 
-def test_every_reference_on_the_page_has_its_one_target(report):
-    page = Page(report[0])
-    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
-    wanted = {attrs[name][1:] for _, attrs in page.elements for name in ("href", "xlink:href") if name in attrs}
-    wanted |= set(re.findall(r"url\(#([^)]*)\)", report[0]))
-    assert wanted <= set(ids)
-    sections = [attrs["id"] for attrs in page.all("section") if "id" in attrs]
-    assert len(sections) == len(set(sections)) == len(page.all("nav")) * 9
-
-
-def test_plots_take_the_colours_of_the_page(report):
-    drawn = "".join(re.findall(r"<svg.*?</svg>", report[0], re.DOTALL))
-    assert "var(--accent)" in drawn
-    assert "currentColor" in drawn
-    assert not re.findall(r"(?:fill|stroke): #\w+", drawn)
-    assert "<style" not in drawn
-    assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in Page(report[0]).all("svg"))
+def test_the_page_opens_with_a_chart_a_table_and_three_films(report):
+    html = report[0]
+    opening = Page(html[: html.index("<details")])
+    assert list(opening.plots()) == [f"Pointing game{UP}"]
+    assert len(opening.all("table")) == 1
+    kinds = [image["alt"] for image in opening.all("img") if image["src"].startswith("data:image/jpeg")]
+    assert kinds == [f"MATEX on {kind}, cosine 0.31" for kind in ("best", "random", "worst")]
+    # Whatever else there is can be opened beneath.
+    assert "<section" not in html[html.index("<details") :]
 
 
 def test_heads_say_what_they_head(report):
     page = Page(report[0])
     assert {attrs.get("scope") for attrs in page.all("th")} == {"col", "colgroup", "row", "rowgroup"}
     assert len(page.all("caption")) == len(page.all("table"))
+    assert all(image["alt"] for image in page.all("img"))
     assert page.all("html")[0]["lang"] == "en"
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids)) > 8
 
 
-def test_matplotlib_is_left_as_it_was(tmp_path):
+def test_matplotlib_is_left_as_it_was_and_the_same_results_give_the_same_page(tmp_path):
     before = dict(matplotlib.rcParams)
-    write(tmp_path, small())
+    assert write(tmp_path / "a" / "new", small()) == write(tmp_path / "b", small())
     assert dict(matplotlib.rcParams) == before
-
-
-def test_the_same_results_give_the_same_page(tmp_path):
-    first, second = tmp_path / "a", tmp_path / "b"
-    assert write(first, small()) == write(second, small())
 
 
 def test_best_is_in_the_direction_of_the_metric():
     results = with_values({"MATEX": 0.2, "M2IB": 0.7, CONTROLS[0]: 0.9}, "pointing_game")
-    assert best_of(group_table(results, "image", "localisation")) == ["M2IB"]
+    assert bold(tables(results), LOCALISATION) == ["M2IB"]
     results = with_values({"MATEX": 20.0, "M2IB": 70.0, CONTROLS[0]: 1.0}, "confidence_drop/mean_colour")
-    assert best_of(paper_table(results, "image")) == ["MATEX"]
+    assert bold(tables(results), TABLE_1) == ["MATEX"]
     results = with_values({"MATEX": 0.2, "M2IB": 0.7, CONTROLS[0]: 0.9}, "outside_thorax_mass")
-    assert best_of(group_table(results, "image", "mass")) == []
+    assert bold(tables(results), MASS) == []
 
 
 def test_ties_as_printed_share_the_mark():
     results = with_values({"MATEX": 0.701, "M2IB": 0.703, CONTROLS[0]: 0.1}, "pointing_game")
-    assert best_of(group_table(results, "image", "localisation")) == ["MATEX", "M2IB"]
+    assert bold(tables(results), LOCALISATION) == ["MATEX", "M2IB"]
 
 
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_no_value_is_never_the_best(value):
-    results = with_values({"MATEX": value, "M2IB": 0.1, CONTROLS[0]: 0.9}, "pointing_game")
-    table = group_table(clean(results), "image", "localisation")
-    assert [line.cells[0].text for line in table.methods] == [MISSING, "0.10"]
-    assert best_of(table) == []
+    text = tables(with_values({"MATEX": value, "M2IB": 0.1, CONTROLS[0]: 0.9}, "pointing_game"))
+    found = table_of(text, LOCALISATION)
+    assert (found["MATEX"][0], found["M2IB"][0]) == (MISSING, "0.10 (0.00 to 0.20)")
+    assert bold(text, LOCALISATION) == []
+
+
+def test_one_method_alone_is_never_the_best():
+    results = fake_results(("MATEX",), (), ("nodule",), refuses=False)
+    results["rows"] = results["rows"][:1]
+    text = tables(results)
+    assert not re.search(r"\*\*[+-]?\d", text)
+    assert "| MATEX | 0." in text
 
 
 def test_bold_on_the_page_and_in_markdown(tmp_path):
     results = with_values({"MATEX": 0.2, "M2IB": 0.7, CONTROLS[0]: 0.9}, "pointing_game")
-    html, tables = write(tmp_path, results)
+    html, text = write(tmp_path, results)
     rows = re.findall(r'<tr><th scope="row">(.*?)</th><td([^>]*)>(.*?)<small>(.*?)</small>', html)
     assert ("M2IB", ' class="best"', "<strong>0.70</strong>", "0.60 to 0.80") in rows
     assert ("MATEX", "", "0.20", "0.10 to 0.30") in rows
     assert (CONTROLS[0], "", "0.90", "0.80 to 1.00") in rows
-    assert "| M2IB | **0.70** (0.60 to 0.80) |" in tables
-    assert f"| Control: {CONTROLS[0]} | 0.90 (0.80 to 1.00) |" in tables
+    assert "| M2IB | **0.70** (0.60 to 0.80) |" in text
+    assert f"| Control: {CONTROLS[0]} | 0.90 (0.80 to 1.00) |" in text
+    # The chart has the best on top and the controls apart beneath, though this one is better.
+    (chart,) = (svg for caption, svg in Page(html).plots().items() if caption == f"Pointing game{UP}")
+    heights = texts_of(chart)
+    assert heights["M2IB"] < heights["MATEX"] < heights[CONTROLS[0]]
 
 
 def test_interval_and_count_stand_with_the_value():
@@ -432,142 +455,97 @@ def test_interval_and_count_stand_with_the_value():
     row = results["rows"][0]
     row["scores"]["pointing_game"] = {"value": 0.84, "low": 0.77, "high": 0.9, "n": 88}
     row["scores"]["confidence_drop/mean_film"] = {"value": 1.5, "low": None, "high": None, "n": 100}
-    table = group_table(results, "image", "localisation")
-    assert (table.methods[0].cells[0].text, table.methods[0].cells[0].interval) == ("0.84", "0.77 to 0.90")
-    assert table.columns[0].counted == "n = 88 to 100"
-    drop = paper_table(results, "image")
-    place = [column.detail for column in drop.columns].index("mean film")
-    assert (drop.methods[0].cells[place].text, drop.methods[0].cells[place].interval) == ("1.50", "")
+    text = tables(results)
+    found = table_of(text, LOCALISATION)
+    assert (found[""][0], found["MATEX"][0]) == (f"Pointing game{UP} (n = 88 to 100)", "0.84 (0.77 to 0.90)")
+    drop = table_of(text, TABLE_1)
+    assert drop["MATEX"][drop[""].index(f"Confidence drop{DOWN} (mean film, n = 100)")] == "1.50"
 
 
 def test_small_shares_get_a_third_decimal_and_zero_no_sign():
     results = with_values({"MATEX": 0.0123, "M2IB": -0.0001, CONTROLS[0]: 0.02}, "outside_thorax_mass", 0.01)
-    table = group_table(results, "image", "mass")
-    assert [line.cells[0].text for line in table.methods] == ["0.012", "0.000"]
+    found = table_of(tables(results), MASS)
+    assert [found[name][0].partition(" ")[0] for name in ("MATEX", "M2IB")] == ["0.012", "0.000"]
 
 
 def test_published_figures_stand_in_their_own_columns():
-    table = paper_table(fake_results(), "image")
-    assert [column.published for column in table.columns] == [False] * 4 + [True] * 3
-    assert table.heads == [(False, 4), (True, 3)]
-    assert [cell.text for cell in table.methods[0].cells[4:]] == ["0.51 ± 0.03", "47.55 ± 1.10", "37.90 ± 0.79"]
-    only = table.methods[-1]
-    assert (only.name, only.note) == ("KernelSHAP", "published only")
-    assert {cell.text for cell in only.cells[:4]} == {MISSING}
-    assert {cell.text for line in table.controls for cell in line.cells[4:]} == {MISSING}
-    assert paper_table(small(published=None), "image").heads == []
-
-
-def test_controls_stand_apart():
-    table = group_table(fake_results(), "image", "localisation")
-    assert [line.name for line in table.controls] == list(CONTROLS)
-    assert not {line.name for line in table.methods} & set(CONTROLS)
+    found = table_of(tables(fake_results()), TABLE_1)
+    assert [head.startswith("Published: ") for head in found[""]] == [False] * 4 + [True] * 3
+    assert found["MATEX, as printed"][4:] == ["0.51 ± 0.03", "47.55 ± 1.10", "37.90 ± 0.79"]
+    assert found["KernelShap (published only)"][:5] == [MISSING] * 4 + ["2.37 ± 0.04"]
+    controls = [cells for name, cells in found.items() if name.startswith("Control: ")]
+    assert len(controls) == len(CONTROLS)
+    assert {cell for cells in controls for cell in cells[4:]} == {MISSING}
 
 
 def test_a_method_that_refuses_is_named_with_its_reason(report):
     refused = METHODS[-1]
-    table = group_table(fake_results(), "image", "localisation")
-    assert refused not in [line.name for line in table.methods]
-    assert refused not in [line.name for line in cost_table(fake_results()).methods]
+    assert refused not in table_of(report[1], LOCALISATION)
+    assert refused not in table_of(report[1], "Cost")
     assert f"{refused} (film): No attention weights in this tower." in Page(report[0]).words()
     assert f"- Left out: {refused} (film): No attention weights in this tower." in report[1]
 
 
 def test_cost_in_seconds_and_forwards():
-    results = small(forward_seconds_per_pair=0.004)
-    cells = cost_table(results).methods[0].cells
-    assert [cell.text for cell in cells] == ["film", "0.02", "5"]
-    assert [cell.text for cell in cost_table({**results, "forward_seconds_per_pair": None}).methods[0].cells][
-        2
-    ] == MISSING
+    assert table_of(tables(small(forward_seconds_per_pair=0.004)), "Cost")["MATEX"] == ["0.02", "5"]
+    assert table_of(tables(small(forward_seconds_per_pair=None)), "Cost")["MATEX"] == ["0.02", MISSING]
 
 
-def test_findings_have_a_column_each():
-    results = fake_results()
-    tables = finding_tables(results, "image")
-    assert [table.title for table in tables] == ["Pointing game\N{NO-BREAK SPACE}↑", "Mean IoU\N{NO-BREAK SPACE}↑"]
-    assert [column.label for column in tables[0].columns] == list(FINDINGS)
-    value = results["rows"][1]["per_finding"]["effusion"]["pointing_game"]["value"]
-    assert tables[0].methods[1].cells[1].text == f"{value:.2f}"
+def test_findings_have_a_column_each(report):
+    value = fake_results()["rows"][1]["per_finding"]["effusion"]["pointing_game"]["value"]
+    part = report[0].partition("Every measure per finding")[2]
+    heads = re.findall(r'<th scope="col">(\w+)<', part)
+    assert heads[: len(FINDINGS) + 1] == ["Method", *FINDINGS]
+    line = re.search(rf'<tr><th scope="row">{METHODS[1]}</th>(.*?)</tr>', part)[1]
+    assert f"{value:.2f}" in re.findall(r"<td[^>]*>(?:<strong>)?([\d.]+)", line)[1]
 
 
 @pytest.mark.parametrize(
-    ("low", "difference", "high", "higher", "word"),
+    ("low", "difference", "high", "higher", "is_better"),
     [
-        (0.1, 0.2, 0.3, True, "better"),
-        (0.1, 0.2, 0.3, False, "worse"),
-        (0.1, 0.2, 0.3, None, "higher"),
-        (-0.3, -0.2, -0.1, True, "worse"),
-        (-0.3, -0.2, -0.1, False, "better"),
-        (-0.3, -0.2, -0.1, None, "lower"),
-        (-0.1, 0.2, 0.3, True, "undecided"),
-        (0.0, 0.2, 0.3, True, "undecided"),
-        (None, 0.2, None, True, "open"),
-        (None, None, None, True, "open"),
+        (0.1, 0.2, 0.3, True, True),
+        (0.1, 0.2, 0.3, False, False),
+        (0.1, 0.2, 0.3, None, False),
+        (-0.3, -0.2, -0.1, True, False),
+        (-0.3, -0.2, -0.1, False, True),
+        (-0.1, 0.2, 0.3, True, False),
+        (0.0, 0.2, 0.3, True, False),
+        (None, 0.2, None, True, False),
+        (None, None, None, True, False),
     ],
 )
-def test_verdict_of_a_comparison(low, difference, high, higher, word):
-    comparison = {"difference": difference, "low": low, "high": high}
-    assert verdict(comparison, {"higher_is_better": higher}) == word
-
-
-def test_comparisons_are_told_in_sentences():
-    game, matex, drop, *_ = control_sentences(fake_results(("MATEX", "RISE, slow", "Noisy"), refuses=False))
-    assert game == (
-        "Pointing game, how many of 3 methods are better: than “RISE, slow” 1, than Prior of the phrase 1, "
-        "than Centre of the film 1, than Noise 1. Noisy is better than none."
-    )
-    assert matex == (
-        "Pointing game (n = 100): MATEX is better than “RISE, slow” (+0.10; 0.02 to 0.18); it is worse than Centre of "
-        "the film (-0.20; -0.30 to -0.10); it is not distinguishable from Prior of the phrase (+0.03; -0.05 to 0.11); "
-        "it could not be compared with Noise."
-    )
-    # Where less is better, more is worse.
-    assert drop == (
-        "Confidence drop (mean film), how many of 3 methods are better: than “RISE, slow” 0, than Prior of the phrase "
-        "0, than Centre of the film 1, than Noise 0. “RISE, slow” and Noisy are better than none."
-    )
+def test_better_is_what_is_surely_better(low, difference, high, higher, is_better):
+    comparison = Comparison(row="a", against="b", metric="cnr", difference=difference, low=low, high=high)
+    assert comparison.is_better(higher) == is_better
 
 
 def test_comparisons_are_drawn_for_matex_and_listed_for_all(report):
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", report[0])
-    assert [caption for caption in captions if "minus" in caption] == [
+    captions = [caption for caption in Page(report[0]).plots() if "minus" in caption]
+    assert captions == [
         "Pointing game: MATEX minus each of these; right of the line is better",
         "Confidence drop (mean film): MATEX minus each of these; left of the line is better",
     ]
-    table = difference_tables(fake_results())[0]
-    assert [line.name for line in table.methods] == list(METHODS[:3])
-    assert [column.label for column in table.columns] == [f"minus {name}" for name in (METHODS[1], *CONTROLS)]
-    cells = table.methods[0].cells
-    assert [cell.text for cell in cells] == ["+0.10", "+0.03", "-0.20", MISSING]
-    assert [cell.best for cell in cells] == [True, False, False, False]
-    assert table.methods[1].cells[0].text == MISSING
-
-
-@pytest.mark.parametrize(
-    ("key", "words"), [("sanity", "weights are shuffled"), ("prompt_sensitivity", "another study's")]
-)
-def test_maps_that_do_not_change_are_named(key, words):
-    results = with_values({"MATEX": 0.3, "M2IB": SAME_MAP + 0.05, CONTROLS[0]: 1.0}, key)
-    sentence = next(s for s in control_sentences(results) if words in s)
-    assert sentence.startswith("M2IB (film, 0.95) gives nearly the same map")
-    assert sentence.endswith("Of the controls: Prior of the phrase (film, 1.00).")
-    results = with_values({"MATEX": 0.3, "M2IB": 0.4, CONTROLS[0]: 0.1}, key)
-    assert next(s for s in control_sentences(results) if words in s).startswith("No method gives")
-    results = with_values({"MATEX": None, "M2IB": None, CONTROLS[0]: None}, key)
-    assert not [s for s in control_sentences(results) if words in s]
+    title = f"Each method minus each control: Pointing game{UP}"
+    found = table_of(report[1], title)
+    assert list(found)[1:] == list(METHODS[:3])
+    assert found[""] == [f"minus {name} (n = 100)" for name in (METHODS[1], *CONTROLS)]
+    assert found["MATEX"] == ["+0.10 (0.02 to 0.18)", "+0.03 (-0.05 to 0.11)", "-0.20 (-0.30 to -0.10)", MISSING]
+    assert found[METHODS[1]][0] == MISSING
+    # Where less is better, more is worse.
+    assert bold(report[1], title) == ["MATEX"]
+    assert bold(report[1], f"Each method minus each control: Confidence drop (mean film){DOWN}") == []
 
 
 def test_the_prior_is_warned_of_where_it_is_used():
     results = small()
-    assert "MATEX and Prior of the phrase take a prior" in control_sentences(results)[-1]
+    assert "Read with care: MATEX; Prior of the phrase. These rows take a prior" in tables(results)
     results["rows"][0]["settings"] = {"delta": 0}
-    assert "Prior of the phrase takes a prior" in control_sentences(results)[-1]
+    assert "Read with care: Prior of the phrase. These" in tables(results)
     results["rows"] = [row for row in results["rows"] if not row["control"]]
-    assert not [sentence for sentence in control_sentences(results) if "prior" in sentence]
+    assert "prior" not in tables(results)
 
 
-@pytest.mark.parametrize("change", ["null", "nan", "no scores", "no value", "null scores", "null curves"])
+@pytest.mark.parametrize("change", ["null", "nan", "no scores", "no value", "null scores"])
 def test_what_is_absent_is_a_dash(tmp_path, change):
     results = small()
     for row in results["rows"]:
@@ -584,20 +562,17 @@ def test_what_is_absent_is_a_dash(tmp_path, change):
             row.update(scores={}, per_finding={}, curves={}, sanity_curve={})
         elif change == "no value":
             row["scores"] = {key: {} for key in row["scores"]}
-        elif change == "null curves":
-            row.update(curves=dict.fromkeys(row.get("curves", {})), sanity_curve={"stages": [], "correlation": []})
         else:
             row.update(scores=None, per_finding=None, curves=None, sanity_curve=None, settings=None, note=None)
-    html, tables = write(tmp_path, results)
-    shown = Page(html).words()
-    assert not re.search(r"\b(nan|None|Undefined)\b", shown + tables)
-    assert ("Nothing was localised" in shown) == (change != "null curves")
+    html, text = write(tmp_path, results)
+    assert not re.search(r"\b(nan|None|Undefined)\b", Page(html).words() + text)
+    assert "Nothing was localised" in Page(html).words()
 
 
 def test_results_of_almost_nothing(tmp_path):
-    html, tables = write(tmp_path, {"format": 1, "rows": []})
+    html, text = write(tmp_path, {"format": 2, "rows": []})
     assert "Nothing was localised" in html
-    assert "Nothing was localised" in tables
+    assert "Nothing was localised" in text
     assert not Page(html).all("table")
 
 
@@ -610,44 +585,21 @@ def test_without_boxes_the_rest_is_there(tmp_path):
                 row["scores"][key] = {"value": None, "low": None, "high": None, "n": 0}
     for comparison in results["comparisons"]:
         comparison.update(difference=None, low=None, high=None, n=0)
-    html, tables = write(tmp_path, results)
+    html, text = write(tmp_path, results)
     words = Page(html).words()
-    assert "better than none" not in words
-    assert "could not be compared" not in words
     assert "No pair has a box, so pointing is not measured." in words
     assert "Nothing was localised" in words
-    assert "## Insertion and deletion, maps of the film" in tables
+    assert "minus" not in words
+    assert "## Insertion and deletion, maps of the film" in text
     # The order is then drawn by the first metric that there is.
-    assert "Confidence drop (mean colour)" in Page(html).words("figcaption")
-
-
-def test_one_method_alone_is_never_the_best(tmp_path):
-    results = fake_results(("MATEX",), (), ("nodule",), refuses=False)
-    results["rows"] = results["rows"][:1]
-    html, tables = write(tmp_path, results)
-    assert "1 attribution method and 0 controls" in Page(html).words()
-    assert "<strong>0" not in html
-    assert not re.search(r"\*\*\d", tables)
-    assert "| MATEX | 0." in tables
-
-
-def test_plots_are_in_order_from_the_best(tmp_path):
-    results = with_values({"MATEX": 0.2, "M2IB": 0.7, CONTROLS[0]: 0.5}, "pointing_game")
-    html, _ = write(tmp_path, results)
-    svg = next(
-        figure
-        for figure in re.findall(r"<figure>.*?</figure>", html, re.DOTALL)
-        if ">Pointing game" in figure and "minus" not in figure
-    )
-    heights = {label: float(y) for y, label in re.findall(r'<text [^>]*y="([\d.]+)"[^>]*>([^<]*)</text>', svg)}
-    assert heights["M2IB"] < heights[CONTROLS[0]] < heights["MATEX"]
+    assert next(iter(Page(html).plots())) == f"Confidence drop (mean colour){DOWN}"
 
 
 def test_panels_stand_with_their_method(tmp_path):
     panels = fake_panels(tmp_path, ("MATEX", "M2IB"))
     html, _ = write(tmp_path, small(), panels)
-    part = html[html.index('<section id="panels">') : html.index('<section id="reading">')]
-    assert re.findall(r"<summary>(.*?) <small>", part) == ["MATEX", "M2IB"]
+    part = html[html.index('<details id="panels">') : html.index('<details id="reading">')]
+    assert re.findall(r"<summary>(\w+) <small>", part) == ["MATEX", "M2IB"]
     assert re.findall(r'alt="(\w+) on (\w+),', part) == [
         (row, kind) for row in ("MATEX", "M2IB") for kind in ("best", "worst", "random")
     ]
@@ -666,23 +618,28 @@ def test_a_reader_never_sees_half_a_report(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", fail_at_the_second)
     with pytest.raises(OSError, match="disk full"):
-        write_report(small(machine="another"), [], tmp_path)
+        write(tmp_path, small(machine="another"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_the_folder_is_made(tmp_path):
-    write(tmp_path / "a" / "b", small())
-    assert (tmp_path / "a" / "b" / "report.html").is_file()
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 7}, r"format is 7 .*Run `matex benchmark` again"),
+        ({"rows": [{"name": "MATEX"}]}, r"rows\.0\.modality is missing"),
+        ({"metrics": {"cnr": {"percent": "often"}}}, r"metrics\.cnr\.percent is 'often'"),
+    ],
+)
+def test_results_that_cannot_be_read_name_the_key(tmp_path, change, message):
+    with pytest.raises(ValueError, match=f"results.json is not .*{message}"):
+        parse(BenchmarkResult, small(**change))
+    (tmp_path / "results.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+        read(BenchmarkResult, tmp_path / "results.json")
 
 
-def test_another_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"format 1, got 7.*run the benchmark again"):
-        write_report(small(format=7), [], tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def test_results_are_not_changed(tmp_path):
+def test_results_are_not_changed():
     results = small(machine=HOSTILE[3], forward_seconds_per_pair=math.inf)
     before = copy.deepcopy(results)
-    write(tmp_path, results)
+    tables(results)
     assert results == before

@@ -84,7 +84,7 @@ def made(whole, tmp_path):
 def elsewhere():
     """Processes that have imported this package and done nothing with it, so that they may fork."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "matex_pl.cli"])
+    context.set_forkserver_preload(["pytest", "matex_pl.cli", "matex_pl.roar"])
     return context
 
 

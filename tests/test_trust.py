@@ -27,7 +27,7 @@ from matex_pl.attribution import CenterMap
 from matex_pl.callbacks import AttributionMaps, PredictionWriter
 from matex_pl.callbacks.loggers import is_local
 from matex_pl.cli import main
-from matex_pl.clip import load_clip
+from matex_pl.clip import load_clip, load_trained
 from matex_pl.data import PhantomDataModule
 from matex_pl.explain import explain_batch
 from matex_pl.files import check_folder, write_text
@@ -75,14 +75,15 @@ def _uses(path: Path, data: PhantomDataModule, tiny_json: str) -> dict[str, Call
     """The ways in which a checkpoint gets in."""
     run = _trainer(path.parent)
     return {
-        "explain": lambda: load_module(str(path)),
+        "explain": lambda: load_trained(str(path)),
+        "benchmark": lambda: load_module(str(path)),
         "pretrained": lambda: load_clip(tiny_json, str(path)),
         "fit": lambda: run.fit(ClipModule(tiny_json), data, ckpt_path=str(path)),
         "test": lambda: run.test(ClipModule(tiny_json), data, ckpt_path=str(path)),
     }
 
 
-WAYS = ("explain", "pretrained", "fit", "test")
+WAYS = ("explain", "benchmark", "pretrained", "fit", "test")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -150,6 +151,7 @@ def test_another_tokenizer_is_named(tiny_json: str, tiny_films: PhantomDataModul
 def test_checkpoints_without_a_mark_and_of_another_context_length_are_taken(tiny_json: str, checkpoint: Path) -> None:
     old = _changed(checkpoint, "old.ckpt", lambda content: content.pop("tokenizer"))
     load_module(str(old))
+    load_trained(str(old))
     longer = json.loads(tiny_json)
     longer["model_cfg"]["text_cfg"]["context_length"] = 24
     assert load_clip(json.dumps(longer), str(checkpoint)).context_length == 24

@@ -23,7 +23,7 @@ from torch import Tensor
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.attribution.shipped import load_method
-from matex_pl.benchmark.bench import Bench, Settings
+from matex_pl.benchmark.bench import BenchmarkRun, Settings
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.cli import main
 from matex_pl.clip import Clip
@@ -197,27 +197,33 @@ def read(ckpt_path: str, data: PhantomDataModule, split: str, number: int, **cho
 def benched(films: Path, ckpt_path: str) -> dict[str, Any]:
     """Scores of `matex benchmark` for the validation pairs, under the method's own setting and another."""
     settings = Settings("val", -1, 8, 99, 3, "quick", 16, 100, 0)
-    bench = Bench.open(load_module(ckpt_path).clip, phantoms(films, Boxed), films / "bench", settings)
+    bench = BenchmarkRun.open(load_module(ckpt_path).clip, phantoms(films, Boxed), films / "bench", settings)
     methods = {"own": Matex.measured(), "setting": Matex.measured(**SETTING)}
     return {name: bench.score(MethodEntry(name, method)) for name, method in methods.items()}
 
 
 def benchmark_score(scored: Any, name: str) -> float:
-    values = scored.text if name.startswith("text_") else scored.image
+    values = scored.values["text" if name.startswith("text_") else "image"]
     if name == "ap50":
         return float(values.detections.score())
-    filled = name.startswith(("confidence", "fixed", "remove", "insertion", "deletion")) and "/" not in name
+    filled = name.startswith(("confidence", "top20_removal", "insertion", "deletion")) and "/" not in name
     sums = values.sums[f"{name}/mean_film" if filled else name.removeprefix("text_")]
     # The denominator of a curve's area is the same under every setting.
     return float(sums.above.mean() if name.startswith(("insertion", "deletion")) else sums.score())
 
 
 HIGHER = ["pointing_game", "cnr", "miou", "energy_in_box", "rank_accuracy", "iou", "acc50", "ap50", "side_sensitivity"]
-HIGHER += ["confidence_increase", "fixed_increase/mean_colour", "remove", "remove/mean_colour", "insertion"]
-HIGHER += ["text_confidence_increase", "text_fixed_increase", "text_remove"]
+HIGHER += [
+    "confidence_increase",
+    "confidence_increase@50/mean_colour",
+    "top20_removal",
+    "top20_removal/mean_colour",
+    "insertion",
+]
+HIGHER += ["text_confidence_increase", "text_confidence_increase@50", "text_top20_removal"]
 LOWER = ["outside_thorax_mass", "mean_map_mass", "prompt_sensitivity", "sanity", "confidence_drop/mean_colour"]
-LOWER += ["confidence_drop", "fixed_drop", "deletion/mean_colour"]
-LOWER += ["text_mean_map_mass", "text_sanity", "text_confidence_drop", "text_fixed_drop"]
+LOWER += ["confidence_drop", "confidence_drop@50", "deletion/mean_colour"]
+LOWER += ["text_mean_map_mass", "text_sanity", "text_confidence_drop", "text_confidence_drop@50"]
 
 
 @pytest.mark.parametrize("name", [*HIGHER, *LOWER])
@@ -232,8 +238,8 @@ def test_objectives_are_the_metrics_of_the_benchmark(
     at_threshold = name in ("iou", "acc50", "ap50")
     # Pixels at the edge of a frame are equal but for rounding, which batches of another size than the benchmark's
     # change, and with it the highest fifth.
-    batch_size = 3 if name.startswith("remove") else 4
-    objective = f"{name}/{benched['setting'].image.threshold}" if at_threshold else name
+    batch_size = 3 if name.startswith("top20_removal") else 4
+    objective = f"{name}/{benched['setting'].values['image'].threshold}" if at_threshold else name
     words = ["tune", f"--data={Boxed.__module__}.Boxed", f"--ckpt_path={ckpt_path}", f"--out={tmp_path}"]
     words += [f"--data.{key}={value}" for key, value in {"root": films, **PHANTOMS}.items()]
     words += [f"--objective={objective}", "--num_pairs=-1", f"--batch_size={batch_size}", "--raster=32"]
@@ -315,7 +321,7 @@ def test_a_box_smaller_than_a_raster_cell_counts(tune: Tune) -> None:
             "confidence_drop asks the model: 8 settings of 6 pairs take 48 forwards of the image tower",
         ),
         ("insertion", "8 settings of 6 pairs take 720 forwards of the image tower"),
-        ("text_fixed_drop", "4 settings of 6 pairs take 24 forwards of the text tower"),
+        ("text_confidence_drop@50", "4 settings of 6 pairs take 24 forwards of the text tower"),
     ],
 )
 def test_forwards_are_announced(tune: Tune, capsys: pytest.CaptureFixture[str], name: str, said: str) -> None:
@@ -545,7 +551,7 @@ def test_no_file_is_left_half_written(tune: Tune, tmp_path: Path, monkeypatch: p
     [
         ("iou/0.3", "iou above 0.3, higher is better"),
         ("border_mass", "border mass, lower is better"),
-        ("remove/mean_colour", "remove (mean colour), higher is better"),
+        ("top20_removal/mean_colour", "top20 removal (mean colour), higher is better"),
         ("insertion", "insertion gain (mean film), higher is better"),
         ("deletion/mean_colour", "deletion area above the fill alone (mean colour), lower is better"),
         ("text_sanity", "text sanity, lower is better"),
@@ -641,14 +647,14 @@ def test_the_picture_shows_the_best_blocks_and_shape(tune: Tune, figure: list[Fi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"objective": "pointing"}, r"pointing_game, cnr.*remove/blur.*text_"),
+        ({"objective": "pointing"}, r"pointing_game, cnr.*top20_removal/blur.*text_"),
         ({"objective": "cnr/blur"}, "No objective"),
         ({"objective": "iou"}, "at a threshold, as iou/0.3"),
         ({"objective": "iou/30"}, "No objective"),
         ({"objective": "ap50"}, "at a threshold, as iou/0.3"),
-        ({"objective": "remove/grey"}, "No objective"),
-        ({"objective": "remove/"}, "No objective"),
-        ({"objective": "text_remove/blur"}, "No objective"),
+        ({"objective": "top20_removal/grey"}, "No objective"),
+        ({"objective": "top20_removal/"}, "No objective"),
+        ({"objective": "text_top20_removal/blur"}, "No objective"),
         ({"tau": []}, "tau names no value"),
         ({"grad_layers": []}, "grad_layers names no value"),
         ({"lambda_s": [2.0, 0.5]}, "lambda_s must be at least 1"),
@@ -680,7 +686,7 @@ def test_without_boxes_some_objectives_are_left(tmp_path: Path, tune: Tune) -> N
     assert not (tmp_path / "out").exists()
     left = str(refused.value).partition("needs none: ")[2].removesuffix(".").split(", ")
     needless = {"border_mass", "mean_map_mass", "prompt_sensitivity", "side_sensitivity", "sanity", "text_sanity"}
-    assert needless | {"remove", "text_remove", "insertion"} <= set(left)
+    assert needless | {"top20_removal", "text_top20_removal", "insertion"} <= set(left)
     assert not {"pointing_game", "cnr", "miou", "energy_in_box", "rank_accuracy", "iou", "acc50", "ap50"} & set(left)
     assert "border mass, lower is better" in tune(Boxless, objective="border_mass")[0]
 

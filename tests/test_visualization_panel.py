@@ -11,7 +11,7 @@ LEFT, RIGHT, TOP = 20, 420, 88
 
 
 def arguments(**changes):
-    """A valid call: a grey 112-pixel film, no heat, no box, a two-word phrase."""
+    """A valid call: a gray 112-pixel film, no heat, no box, a two-word phrase."""
     base = {
         "film": np.full((112, 112), 100, np.uint8),
         "heat": np.zeros((112, 112)),

@@ -11,7 +11,7 @@ SIDE, GAP, TOP, CELL, WORDS = 266, 20, 120, 411, 58
 
 
 def arguments(entries=5, **changes):
-    """A valid call: a grey 56-pixel film, no box, and so many methods that find nothing."""
+    """A valid call: a gray 56-pixel film, no box, and so many methods that find nothing."""
     base = {
         "film": np.full((56, 56), 100, np.uint8),
         "boxes": np.zeros((0, 4)),
@@ -73,18 +73,18 @@ def test_height_grows_by_equal_rows(entries, rows):
 def test_a_single_entry_fills_the_width():
     sheet = contact_sheet(**arguments(1, columns=6))
     np.testing.assert_array_equal(sheet, contact_sheet(**arguments(1, columns=2)))
-    grey = np.nonzero((sheet[TOP + 100] == 100).all(-1))[0]
-    assert len(grey) == 2 * 410
+    gray = np.nonzero((sheet[TOP + 100] == 100).all(-1))[0]
+    assert len(gray) == 2 * 410
 
 
 @pytest.mark.parametrize("columns", [1, 2, 5, 6])
 def test_tiles_lie_within_the_sheet(columns):
     sheet = contact_sheet(**arguments(8, columns=columns, side_markers=False))
     assert sheet.shape[1] == 880
-    grey = (sheet == 100).all(-1)
-    rows, places = np.nonzero(grey)
-    side = grey.any(0).sum() // columns
-    assert grey.sum() == 9 * side**2
+    gray = (sheet == 100).all(-1)
+    rows, places = np.nonzero(gray)
+    side = gray.any(0).sum() // columns
+    assert gray.sum() == 9 * side**2
     assert places.min() <= 879 - places.max() <= places.min() + columns
     assert rows.max() < sheet.shape[0]
 
@@ -193,7 +193,7 @@ def test_without_a_map_a_frame_says_why():
         assert has(part[100:170], INK)
     assert has(told[2:-2, 2:-2], FAINT_INK)
     assert not has(bare[2:-2, 2:-2], FAINT_INK)
-    # The words have their place still, and the neighbour is as it is without them.
+    # The words have their place still, and the neighbor is as it is without them.
     np.testing.assert_array_equal(cell(sheet, 1)[SIDE:], cell(sheet, 2)[SIDE:])
     np.testing.assert_array_equal(cell(sheet, 3), cell(contact_sheet(**arguments([entry()] * 3)), 3))
 

@@ -1,10 +1,10 @@
-"""A checkpoint and its pairs, and what one method's maps score on them; from disk where it is there."""
+"""A checkpoint and its pairs, and the values of one method's maps on them; read from disk if they are there."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from matex_pl import __version__
+from matex_pl.arguments import check_choice
+from matex_pl.attribution import AttributionMethod
 from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, sanity_check, text_values
-from matex_pl.benchmark.prepare import Pairs, prepare_pairs
+from matex_pl.benchmark.prepare import PreparedBatch, prepare_pairs
 from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule, Study
 from matex_pl.evaluation.compared import BUDGETS, MethodEntry, mean_box_row
@@ -29,7 +31,11 @@ _TIMED_PAIRS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a benchmark; see `run_benchmark`."""
+    """The settings of a benchmark; see `run_benchmark`.
+
+    Raises:
+        ValueError: One of them is out of range.
+    """
 
     split: str
     num_pairs: int
@@ -42,14 +48,8 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range.
-
-        Raises:
-            ValueError: Something is.
-        """
-        for name, choices in (("split", ("test", "val")), ("budget", BUDGETS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        check_choice("split", self.split, ("test", "val"))
+        check_choice("budget", self.budget, BUDGETS)
         for name, least in (("validation_pairs", 1), ("sanity_pairs", 1), ("batch_size", 1), ("resamples", 100)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
@@ -60,30 +60,28 @@ class Settings:
 
 
 @dataclass
-class Scored:
-    """A row with what was found.
+class MethodResult:
+    """A method with the values of its maps.
 
     Args:
         row: The method.
         store: Its maps.
-        image: Of its image maps; None where it refuses the model.
-        text: Of its text maps; None where it has none.
-        seconds: Per pair.
-        forward_seconds: Per pair, of a plain forward of both towers beside it.
-        error: Why it refuses the model.
+        values: By modality, `image` and, if it has text maps, `text`; empty if it refuses the model.
+        seconds: Time of one map.
+        forward_seconds: Time of a plain forward of both towers for one pair, measured alongside.
+        error: Reason for refusing the model, or an empty text.
     """
 
     row: MethodEntry
     store: MapStore
-    image: Values | None = None
-    text: Values | None = None
+    values: dict[str, Values] = field(default_factory=dict)
     seconds: float = 0.0
     forward_seconds: float = 0.0
     error: str = ""
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchmarkRun:
     """A checkpoint and the pairs on which methods are compared.
 
     Args:
@@ -93,23 +91,23 @@ class Bench:
         studies: The n studies.
         pairs: The same in batches.
         validation: Pairs that choose thresholds.
-        thorax: `(H, W)` bool, where lungs and heart usually are, if the data module knows.
-        folder: Of maps and values.
-        settings: Of the run.
+        thorax: `(H, W)` bool, the usual place of lungs and heart, if the data module knows it.
+        folder: Folder of maps and values.
+        settings: Settings of the run.
     """
 
     clip: Clip
     weights: str
     data: ChestXrayDataModule
     studies: list[Study]
-    pairs: list[Pairs]
-    validation: list[Pairs]
+    pairs: list[PreparedBatch]
+    validation: list[PreparedBatch]
     thorax: Tensor | None
     folder: Path
     settings: Settings
 
     @classmethod
-    def open(cls, clip: Clip, data: ChestXrayDataModule, folder: Path, settings: Settings) -> Bench:
+    def open(cls, clip: Clip, data: ChestXrayDataModule, folder: Path, settings: Settings) -> BenchmarkRun:
         """Choose the pairs, read them and embed them."""
         prepare_data(data, clip.image_size, settings.split, "val")
         if clip.mean_film.isnan().any():
@@ -132,48 +130,52 @@ class Bench:
 
     @property
     def keys(self) -> list[str]:
-        """Of the n pairs."""
+        """Keys of the n pairs in the map store."""
         return [key for batch in self.pairs for key in batch.keys]
 
     @property
     def boxes(self) -> list[list[list[float]]]:
-        """Of the n pairs, and of those that choose thresholds."""
+        """Boxes of the n pairs, and of those that choose thresholds."""
         return [box.tolist() for batch in [*self.pairs, *self.validation] for box in batch.batch["boxes"]]
 
-    def at(self, place: int) -> tuple[Pairs, int]:
+    def at(self, place: int) -> tuple[PreparedBatch, int]:
         """The batch of a study, and its row there."""
         return self.pairs[place // self.settings.batch_size], place % self.settings.batch_size
 
     def mean_box_row(self) -> list[MethodEntry]:
-        """The mean box of each finding over training films, where these have any."""
+        """The mean box of each finding over training films; no row without training boxes."""
         if not self.data.studies["train"]:
             return []
         studies = [study for study in choose_pairs(self.data, "train", _MEAN_OF, self.settings.seed) if study.boxes]
         train = read_pairs(self.data, "train", studies, self.settings.batch_size)
         return mean_box_row(train, [batch.batch for batch in [*self.pairs, *self.validation]], self.clip.image_size)
 
-    def score(self, row: MethodEntry) -> Scored:
-        """What the row's maps score; computed once."""
-        scored = Scored(row, MapStore(self.folder / "maps", self.weights, row.method))
-        path = self.folder / "values" / f"{self._key(scored.store)}.safetensors"
+    def score(self, row: MethodEntry) -> MethodResult:
+        """The values of the row's maps; computed once."""
+        result = MethodResult(row, MapStore(self.folder / "maps", self.weights, row.method))
+        path = self.folder / "values" / f"{self._key(result.store)}.safetensors"
         stages = path.with_suffix(".stages.safetensors")
         try:
-            self._make_maps(scored)
+            self._make_maps(row.method, result.store)
             if read_head(path) is None:
-                write_tensors(path, *self._computed(scored, stages))
+                write_tensors(path, *self._computed(row.method, result.store, stages))
         except NotImplementedError as error:
-            scored.error = str(error)
-            return scored
+            result.error = str(error)
+            return result
         stages.unlink(missing_ok=True)
-        _unpack(scored, *read_tensors(path))
-        return scored
+        tensors, about = read_tensors(path)
+        result.seconds, result.forward_seconds = about.pop("seconds")
+        for modality, rest in about.items():
+            own = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{modality}/")}
+            result.values[modality] = Values.unpacked(own, rest)
+        return result
 
     def _key(self, store: MapStore) -> str:
-        """Hash of all that decides the scores."""
+        """Hash of all that decides the values."""
         everything = [*self.pairs, *self.validation]
         return fingerprint(
             {
-                "format": 2,
+                "format": 3,
                 "maps": store.key,
                 "pairs": [batch.keys for batch in everything],
                 "phrases": [[batch.other, batch.swapped] for batch in self.pairs],
@@ -184,34 +186,34 @@ class Bench:
             }
         )
 
-    def _make_maps(self, scored: Scored) -> None:
+    def _make_maps(self, method: AttributionMethod, store: MapStore) -> None:
         size = self.settings.batch_size
         for batch in self.pairs:
-            fill_store(self.clip, scored.row.method, scored.store, *batch.variants(), size)
+            fill_store(self.clip, method, store, *batch.variants(), size)
         for batch in self.validation:
-            fill_store(self.clip, scored.row.method, scored.store, batch.batch, batch.keys, size)
+            fill_store(self.clip, method, store, batch.batch, batch.keys, size)
 
-    def _computed(self, scored: Scored, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _computed(
+        self, method: AttributionMethod, store: MapStore, path: Path
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The values of both modalities and the cost, to be kept; until then, `path` keeps the sanity check."""
-        clip, method, store = self.clip, scored.row.method, scored.store
-        threshold = chosen_threshold(store, self.validation, clip.image_size)
-        found = {"image": image_values(clip, store, self.pairs, threshold, self.thorax, self.settings.steps)}
+        threshold = chosen_threshold(store, self.validation, self.clip.image_size)
+        values = {"image": image_values(self.clip, store, self.pairs, threshold, self.thorax, self.settings.steps)}
         if method.serves_text:
-            found["text"] = text_values(clip, store, self.pairs)
+            values["text"] = text_values(self.clip, store, self.pairs)
         few = _first(self.pairs, self.settings.sanity_pairs)
-        stages = list(sanity_check(clip, method, store, few, self.settings.seed, path))
-        for modality, values in found.items():
-            values.add_sanity([(name, correlation[modality]) for name, correlation in stages], len(self.studies))
-        packed = {modality: values.packed() for modality, values in found.items()}
-        tensors = {
-            f"{modality}/{name}": part for modality, (parts, _) in packed.items() for name, part in parts.items()
-        }
-        about: dict[str, Any] = {modality: rest for modality, (_, rest) in packed.items()}
-        return tensors, about | {"seconds": self._time(method)}
+        stages = list(sanity_check(self.clip, method, store, few, self.settings.seed, path))
+        tensors: dict[str, Tensor] = {}
+        about: dict[str, Any] = {"seconds": self._time(method)}
+        for modality, part in values.items():
+            part.add_sanity([(name, correlation[modality]) for name, correlation in stages], len(self.studies))
+            packed, about[modality] = part.packed()
+            tensors |= {f"{modality}/{name}": tensor for name, tensor in packed.items()}
+        return tensors, about
 
-    def _time(self, method: Any) -> list[float]:
+    def _time(self, method: AttributionMethod) -> list[float]:
         """Seconds per pair of the method, and of a plain forward of both towers, taken in turns."""
-        batch = self.pairs[0].head(_TIMED_PAIRS)
+        batch = self.pairs[0].part(0, _TIMED_PAIRS)
         images, tokens = batch.inputs(self.clip)
         phrases, film = batch.batch["phrase"], batch.batch["film"].to(images.device)
 
@@ -226,19 +228,12 @@ class Bench:
         return [median(column) / len(phrases) for column in zip(*rounds, strict=True)]
 
 
-def _unpack(scored: Scored, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    scored.seconds, scored.forward_seconds = about.pop("seconds")
-    for modality, rest in about.items():
-        own = {name.partition("/")[2]: part for name, part in tensors.items() if name.startswith(f"{modality}/")}
-        setattr(scored, modality, Values.unpacked(own, rest))
-
-
-def _first(pairs: Sequence[Pairs], number: int) -> list[Pairs]:
+def _first(pairs: Sequence[PreparedBatch], number: int) -> list[PreparedBatch]:
     """The first `number` pairs, in batches."""
     found, left = [], number
     for batch in pairs:
         if left > 0:
-            found.append(batch.head(left))
+            found.append(batch.part(0, left))
             left -= len(batch.keys)
     return found
 

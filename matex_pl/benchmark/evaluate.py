@@ -1,9 +1,10 @@
-"""What each study adds to every metric of a row."""
+"""The contribution of each study to every metric of a method."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod
-from matex_pl.benchmark.prepare import Pairs
+from matex_pl.benchmark.prepare import PreparedBatch
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.data.study import StudyBatch
-from matex_pl.evaluation.intervals import Detections, Score, Sums, estimate
+from matex_pl.evaluation.intervals import Detections, Sums, estimate
 from matex_pl.evaluation.store import MapStore
 from matex_pl.evaluation.tensors import read_head, read_tensors, write_tensors
 from matex_pl.maps import AttributionMaps
@@ -30,16 +31,15 @@ from matex_pl.metrics.removal import (
     text_score,
 )
 from matex_pl.metrics.sanity import randomised
+from matex_pl.report.results import Score
 
 # The published form and the one that is no finding on a radiograph; insertion is published with a blurred film.
-FILLS = ("mean_colour", "mean_film")
+CONFIDENCE_FILLS = ("mean_colour", "mean_film")
 CURVES = (("insertion", "blur"), ("insertion", "mean_film"), ("deletion", "mean_colour"), ("deletion", "mean_film"))
-
-NO_SCORE: dict[str, Any] = {"value": None, "low": None, "high": None, "n": 0}
 
 
 def image_values(
-    clip: Clip, store: MapStore, pairs: Sequence[Pairs], threshold: float, thorax: Tensor | None, steps: int
+    clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch], threshold: float, thorax: Tensor | None, steps: int
 ) -> Values:
     """All metrics of the image maps but the sanity check.
 
@@ -97,18 +97,18 @@ def _mass(maps: Tensor, batch: StudyBatch, thorax: Tensor | None) -> dict[str, T
     return mass | {"border_mass": F.outside_mass(maps, ~border)}
 
 
-def _confidence(clip: Clip, pairs: Pairs, maps: Tensor) -> dict[str, Tensor]:
+def _confidence(clip: Clip, pairs: PreparedBatch, maps: Tensor) -> dict[str, Tensor]:
     """Scores when the map, or half of the pixels, are kept, and when the highest fifth is gone; with either fill."""
     images, _ = pairs.inputs(clip)
     keep = {rule: kept_pixels(maps, rule) for rule in RULES}
     scored: dict[str, Tensor] = {}
-    for fill in FILLS:
+    for fill in CONFIDENCE_FILLS:
         left = {rule: image_score(clip, images, kept, fill, pairs.text) for rule, kept in keep.items()}
         scored |= {f"{name}/{fill}": values for name, values in confidence_values(pairs.score, left).items()}
     return scored
 
 
-def _curves(clip: Clip, pairs: Pairs, grid: Tensor, steps: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _curves(clip: Clip, pairs: PreparedBatch, grid: Tensor, steps: int) -> dict[str, tuple[Tensor, Tensor]]:
     images, _ = pairs.inputs(clip)
     return {
         f"{kind}/{fill}": patch_curve(
@@ -118,7 +118,7 @@ def _curves(clip: Clip, pairs: Pairs, grid: Tensor, steps: int) -> dict[str, tup
     }
 
 
-def _sensitivity(store: MapStore, pairs: Pairs, maps: AttributionMaps) -> dict[str, Tensor]:
+def _sensitivity(store: MapStore, pairs: PreparedBatch, maps: AttributionMaps) -> dict[str, Tensor]:
     """How much the map heeds the phrase: under another study's, and with the sides exchanged."""
     grid = maps.grid
     other = store.read(pairs.other_keys).grid.to(grid)
@@ -135,7 +135,7 @@ def _joined_sums(found: Sequence[dict[str, Tensor]]) -> dict[str, Sums]:
     return {name: Sums.of(torch.cat([part[name] for part in found]).cpu()) for name in found[0]}
 
 
-def text_values(clip: Clip, store: MapStore, pairs: Sequence[Pairs]) -> Values:
+def text_values(clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch]) -> Values:
     """All metrics of the text maps but the sanity check."""
     found = []
     for batch in pairs:
@@ -147,7 +147,7 @@ def text_values(clip: Clip, store: MapStore, pairs: Sequence[Pairs]) -> Values:
     return Values(_joined_sums(found))
 
 
-def chosen_threshold(store: MapStore, pairs: Sequence[Pairs], size: tuple[int, int]) -> float:
+def chosen_threshold(store: MapStore, pairs: Sequence[PreparedBatch], size: tuple[int, int]) -> float:
     """The threshold with the highest mean IoU over pairs; the middle one where none of them has boxes."""
     thresholds = torch.tensor(F.THRESHOLDS)
     found = [
@@ -158,7 +158,7 @@ def chosen_threshold(store: MapStore, pairs: Sequence[Pairs], size: tuple[int, i
 
 
 def sanity_check(
-    clip: Clip, method: AttributionMethod, store: MapStore, pairs: Sequence[Pairs], seed: int, path: Path
+    clip: Clip, method: AttributionMethod, store: MapStore, pairs: Sequence[PreparedBatch], seed: int, path: Path
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Rank correlation of the maps under shuffled weights with those of the model, stage by stage.
 
@@ -184,7 +184,7 @@ def sanity_check(
 
 
 def _correlations(
-    clip: Clip, method: AttributionMethod, pairs: Sequence[Pairs], original: Sequence[AttributionMaps]
+    clip: Clip, method: AttributionMethod, pairs: Sequence[PreparedBatch], original: Sequence[AttributionMaps]
 ) -> dict[str, Tensor]:
     """Rank correlation of the model's maps of each batch with the original ones, `(m,)` by modality, on the CPU."""
     image, text = [], []
@@ -199,15 +199,15 @@ def _correlations(
 
 @dataclass
 class Values:
-    """What the n studies add to the metrics of one modality of a row.
+    """The contributions of the n studies to the metrics of one modality of a method.
 
     Args:
         sums: By metric.
         curves: By name as `insertion/blur`: shares `(S + 1,)` and scores `(S + 1, n)`.
         threshold: Of the IoU, chosen on validation.
-        detections: For the average precision, if boxes were looked for.
-        stages: Names of the stages of the randomisation.
-        correlation: `(stages, m)` of the maps of each with the original ones, over the first m studies.
+        detections: For the average precision; None for text maps.
+        stages: Names of the stages of the weight randomization.
+        correlation: `(stages, m)` of the maps of each stage with the original ones, over the first m studies.
     """
 
     sums: dict[str, Sums] = field(default_factory=dict)
@@ -218,11 +218,11 @@ class Values:
     correlation: Tensor | None = None
 
     def add_sanity(self, stages: Sequence[tuple[str, Tensor]], number: int) -> None:
-        """The curve of the sanity check, and its mean over the stages as a metric of the pairs that took part.
+        """Add the curve of the sanity check, and its mean over the stages as a metric of the pairs that took part.
 
         Args:
-            stages: Name and `(m,)` rank correlations of each.
-            number: n.
+            stages: Name and rank correlations `(m,)` of each stage.
+            number: Number n of studies.
         """
         self.stages = [name for name, _ in stages]
         self.correlation = torch.stack([found for _, found in stages])
@@ -230,27 +230,28 @@ class Values:
         mean[: self.correlation.shape[1]] = self.correlation.nanmean(0)
         self.sums["sanity"] = Sums.of(mean)
 
-    def scores(self, studies: Tensor, drawn: Tensor) -> dict[str, dict[str, Any]]:
-        """Every metric with its interval.
+    def scores(self, studies: Tensor, drawn: Tensor) -> dict[str, Score]:
+        """Every metric with its interval, by name.
 
         Args:
             studies: `(n,)` bool, the studies that count.
             drawn: `(R, n)` of `draw_patients`.
         """
-        sums = {name: sums.among(studies) for name, sums in self.sums.items()}
-        found: dict[str, Score] = dict(sums)
+        found: dict[str, Sums | Detections] = {name: sums.among(studies) for name, sums in self.sums.items()}
         if self.detections is not None:
             found["ap50"] = self.detections.among(studies)
-        scores = {name: estimate(one.score()[0], one.score(drawn), one.count) for name, one in found.items()}
-        return scores | {name: NO_SCORE for name in self.curves if not sums[name].spans(drawn)}
+        scores = {
+            name: Score.model_validate(estimate(part.score()[0], part.score(drawn), part.count))
+            for name, part in found.items()
+        }
+        empty = [name for name in self.curves if not self.sums[name].among(studies).spans(drawn)]
+        return scores | {name: Score(n=0) for name in empty}
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything as tensors by name, and the rest as plain types."""
-        tensors = {
-            f"sums/{name}/{part}": side for name, sums in self.sums.items() for part, side in asdict(sums).items()
-        }
-        tensors |= {f"curves/{name}/share": shares for name, (shares, _) in self.curves.items()}
-        tensors |= {f"curves/{name}/score": scores for name, (_, scores) in self.curves.items()}
+        """All tensors by name, and the rest as plain types."""
+        tensors = {f"sums/{name}": torch.stack([sums.above, sums.below]) for name, sums in self.sums.items()}
+        for name, (shares, scores) in self.curves.items():
+            tensors[f"curves/{name}"] = torch.cat([shares[:, None], scores], 1)
         if self.detections is not None:
             tensors |= {f"detections/{name}": column for name, column in vars(self.detections).items()}
         if self.correlation is not None:
@@ -258,25 +259,17 @@ class Values:
         return tensors, {"threshold": self.threshold, "stages": self.stages}
 
     @classmethod
-    def unpacked(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Values:
-        """What `packed` was made of."""
-        sums, curves = _nested(tensors, "sums/"), _nested(tensors, "curves/")
-        detections = {name[11:]: column for name, column in tensors.items() if name.startswith("detections/")}
+    def unpacked(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Values:
+        """The values of which `packed` gave the tensors and the rest."""
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for path, tensor in tensors.items():
+            kind, _, name = path.partition("/")
+            parts[kind][name] = tensor
         return cls(
-            sums={name: Sums(**parts) for name, parts in sums.items()},
-            curves={name: (parts["share"], parts["score"]) for name, parts in curves.items()},
+            sums={name: Sums(*sides) for name, sides in parts["sums"].items()},
+            curves={name: (curve[:, 0], curve[:, 1:]) for name, curve in parts["curves"].items()},
             threshold=about["threshold"],
-            detections=Detections(**detections) if detections else None,
+            detections=Detections(**parts["detections"]) if parts["detections"] else None,
             stages=about["stages"],
             correlation=tensors.get("correlation"),
         )
-
-
-def _nested(tensors: dict[str, Tensor], kind: str) -> dict[str, dict[str, Tensor]]:
-    """The tensors `<kind><name>/<part>` by name and part."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for path, value in tensors.items():
-        if path.startswith(kind):
-            name, _, part = path.removeprefix(kind).rpartition("/")
-            found.setdefault(name, {})[part] = value
-    return found

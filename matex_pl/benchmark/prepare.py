@@ -1,4 +1,4 @@
-"""The pairs of a benchmark on the device, with all that every method needs of them, computed once."""
+"""The pairs of a benchmark in batches, with everything that all methods need of them, computed once."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from matex_pl.metrics.removal import end_scores
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PreparedBatch:
     """A batch of B pairs, and the same films with other phrases.
 
     Args:
-        batch: As the loader gave it, on the CPU.
-        image: `(B, D)` embeddings.
-        text: `(B, D)` embeddings.
-        other: Another study's phrase for each film; None where all phrases are alike.
-        swapped: Each phrase with right and left exchanged; None where it names no one side.
-        sides: The one side that each phrase names; empty where none.
-        keys: Of the pairs, in the map store.
-        other_keys: Of the films with the other phrases, or with their own in place of None.
-        swapped_keys: Of the films with the swapped ones, likewise.
-        blank: `(B,)` scores of what stands in for the whole film, by fill.
+        batch: The loader's batch, on the CPU.
+        image: Image embeddings `(B, D)`.
+        text: Text embeddings `(B, D)`.
+        other: Another study's phrase for each film; None if all phrases are alike.
+        swapped: Each phrase with right and left exchanged; None if it does not name a single side.
+        sides: The single side that each phrase names, or an empty text.
+        keys: Keys of the pairs in the map store.
+        other_keys: Keys of the films with the other phrases, or with their own instead of None.
+        swapped_keys: Keys of the films with the swapped phrases, or with their own instead of None.
+        blank: Scores `(B,)` of the fill alone, by fill.
     """
 
     batch: StudyBatch
@@ -56,13 +56,13 @@ class Pairs:
         """Normalised images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
         return model_inputs(clip, self.batch)
 
-    def head(self, number: int) -> Pairs:
-        """The first `number` pairs."""
+    def part(self, start: int, end: int) -> PreparedBatch:
+        """The pairs from `start` to before `end`."""
         nested = ("batch", "blank")
-        cut: dict[str, Any] = {name: column[:number] for name, column in vars(self).items() if name not in nested}
+        cut: dict[str, Any] = {name: column[start:end] for name, column in vars(self).items() if name not in nested}
         for name in nested:
-            cut[name] = {key: column[:number] for key, column in getattr(self, name).items()}
-        return Pairs(**cut)
+            cut[name] = {key: column[start:end] for key, column in getattr(self, name).items()}
+        return PreparedBatch(**cut)
 
     def variants(self) -> tuple[StudyBatch, list[str]]:
         """The pairs, the films with other and those with swapped phrases as one batch, and their keys."""
@@ -70,7 +70,7 @@ class Pairs:
         return _joined(batches), [*self.keys, *self.other_keys, *self.swapped_keys]
 
 
-def prepare_pairs(clip: Clip, batches: Sequence[StudyBatch], studies: Sequence[Study]) -> list[Pairs]:
+def prepare_pairs(clip: Clip, batches: Sequence[StudyBatch], studies: Sequence[Study]) -> list[PreparedBatch]:
     """Embed the pairs, and choose the phrases that sensitivity is measured with."""
     phrases = [study.phrase for study in studies]
     others = dict(
@@ -82,7 +82,7 @@ def prepare_pairs(clip: Clip, batches: Sequence[StudyBatch], studies: Sequence[S
         image, text = embed_pairs(clip, images, tokens)
         other, swapped = [others[study] for study in batch["id"]], swapped_phrases(batch["phrase"])
         prepared.append(
-            Pairs(
+            PreparedBatch(
                 batch=batch,
                 image=image,
                 text=text,

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
 
-from matex_pl.benchmark.bench import Bench, Settings
+from matex_pl.benchmark.bench import BenchmarkRun, Settings
 from matex_pl.benchmark.results import panels, results, summary
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.evaluation.compared import compared_rows
 from matex_pl.files import write_text
-from matex_pl.report.benchmark import write_report
+from matex_pl.report.benchmark import PANELS, RESULTS, read_added_roar, write_report
 from matex_pl.report.gallery import write_panels
-from matex_pl.report.roar import PANELS, benchmark_addition, read_roar
+from matex_pl.report.results import BenchmarkResult, read
 from matex_pl.training.module import load_module
+
+log = logging.getLogger(__name__)
 
 
 def run_benchmark(
@@ -73,20 +74,21 @@ def run_benchmark(
     )  # fmt: skip
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device must be auto, cpu or, where torch can use a GPU, cuda; got {device!r}.")
-    roar = read_roar(Path(out))
+    folder = Path(out)
+    roar = read_added_roar(folder)
     rows = compared_rows(methods.split(",") if isinstance(methods, str) else methods, budget)
     module = load_module(ckpt_path)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     cuda = device != "cpu" and torch.cuda.is_available()
-    bench = Bench.open(module.clip.to("cuda" if cuda else "cpu"), data, Path(out), settings)
-    rows += bench.mean_box_row()
-    log, scored = Console(stderr=True), []
+    run = BenchmarkRun.open(module.clip.to("cuda" if cuda else "cpu"), data, folder, settings)
+    rows += run.mean_box_row()
+    scored = []
     for place, row in enumerate(rows, start=1):
-        log.print(f"{place} of {len(rows)}: {row.name}", highlight=False)
-        scored.append(bench.score(row))
-    found = results(bench, scored, ckpt_path)
-    write_text(Path(out) / "results.json", json.dumps(found, indent=1, allow_nan=False))
-    shown = [panel for row in scored for panel in panels(bench, row)]
-    write_panels(shown, Path(out) / PANELS)
-    write_report(found, shown, Path(out), benchmark_addition(found, roar) if roar else None)
+        log.info("%d of %d: %s", place, len(rows), row.name)
+        scored.append(run.score(row))
+    write_text(folder / RESULTS, results(run, scored, ckpt_path).to_json())
+    shown = [panel for result in scored for panel in panels(run, result)]
+    write_panels(shown, folder / PANELS)
+    found = read(BenchmarkResult, folder / RESULTS)
+    write_report(found, shown, folder, roar)
     return f"{summary(found)}\n{out}/report.html, tables.md and results.json hold all of it."

@@ -21,7 +21,7 @@ from torch import nn
 from matex_pl.clip import towers
 from matex_pl.clip.hub import reading_files
 from matex_pl.clip.model import Clip
-from matex_pl.clip.weights import load_weights, refuse_nan, short
+from matex_pl.clip.weights import load_weights, reading_checkpoint, refuse_nan, short
 from matex_pl.files import CONFIG_FOLDER, find_config
 
 
@@ -61,6 +61,22 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     if file and is_ours:
         # Mapped, so that its weights are not read again.
         clip.refuse_checkpoint(torch.load(file, "cpu", weights_only=True, mmap=True), file)
+    return clip
+
+
+def load_trained(ckpt_path: str) -> Clip:
+    """The CLIP model of a checkpoint of `matex fit`, on the CPU in eval mode; no code of the file is run.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint of `matex fit`, or holds NaN; the message names it.
+    """
+    with reading_checkpoint(ckpt_path):
+        checkpoint = torch.load(ckpt_path, "cpu", weights_only=True)
+        clip = load_clip(checkpoint["hyper_parameters"]["name"])
+        clip.refuse_checkpoint(checkpoint, "The checkpoint")
+        weights = checkpoint["state_dict"].items()
+        clip.load_state_dict({key.removeprefix("clip."): value for key, value in weights if key.startswith("clip.")})
     return clip
 
 

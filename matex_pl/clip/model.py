@@ -99,6 +99,10 @@ class Clip(nn.Module):
             images = images / 255
         return ((images - self.mean) / self.std).to(self.std.dtype)
 
+    def inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the model takes of a batch: normalised images `(B, 3, H, W)` and tokens `(B, T)`."""
+        return self.normalise(batch["image"]), self.tokenize(batch["phrase"])
+
     def tokenize(self, phrases: Sequence[str]) -> Tensor:
         """Token ids of the phrases, padded and cut to the context length: `(B, T)` on the model's device."""
         # Phrases come again every epoch.

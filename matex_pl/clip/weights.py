@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,27 @@ def why_unreadable(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none; at most 200 letters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextmanager
+def reading_checkpoint(path: str) -> Iterator[None]:
+    """Errors of a checkpoint of `matex fit` that is read inside, by the file's name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint of `matex fit`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No checkpoint at {path!r}. `matex fit` writes them below its log folder.")
+    try:
+        yield
+    except Exception as error:
+        raise no_checkpoint(path, error) from error
+
+
+def no_checkpoint(path: str | Path, error: BaseException) -> ValueError:
+    """What to raise of a checkpoint that could not be read: names the file, and the code or weights at fault."""
+    return ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}")
 
 
 def load_weights(model: nn.Module, path: str, name: str) -> bool:

@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from matex_pl.anatomy import parse_phrase
 from matex_pl.clip.load import cut_text, input_size, load_tokenizer
 from matex_pl.clip.towers import pair
 from matex_pl.commands.options import DataConfig, run_on_data
+from matex_pl.console import progress
 from matex_pl.data import ChestXrayDataModule, Study
 from matex_pl.data.datamodule import SPLITS, count_cut_boxes
 from matex_pl.data.table import TableDataModule, write_bad_rows
@@ -114,7 +113,7 @@ def check_films(data: ChestXrayDataModule, studies: Sequence[Study], workers: in
         films[study.image].append(study)
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda group: _check_film(data, group), films.values())
-        return [row for rows in tqdm(found, "films", len(films), leave=False, disable=None) for row in rows]
+        return [row for rows in progress(found, "films", len(films)) for row in rows]
 
 
 def _check_film(data: ChestXrayDataModule, studies: Sequence[Study]) -> list[BadRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from jsonargparse import ArgumentParser
 
@@ -54,11 +55,11 @@ def explain_film(
         The path of the picture.
     """
     from matex_pl.attribution import Matex
+    from matex_pl.clip import load_trained
     from matex_pl.data.images import film_size, read_film
     from matex_pl.data.study import Sample, Study, collate
     from matex_pl.data.transforms import FilmTransform
     from matex_pl.explain import compare_methods, explain_batch
-    from matex_pl.training.module import load_module
     from matex_pl.visualization.draw import save_png
 
     if not phrase.strip():
@@ -66,8 +67,9 @@ def explain_film(
     single = None if method == "all" else load_method(method or Matex.measured())
     # A wrong path should be said before a model is loaded.
     film_size(image)
-    module = load_module(ckpt_path)
-    transform = FilmTransform(module.clip.image_size, resize_mode)
+    clip = load_trained(ckpt_path)
+    module = SimpleNamespace(clip=clip, inputs=clip.inputs, device=clip.std.device)
+    transform = FilmTransform(clip.image_size, resize_mode)
     film = read_film(image, transform.target_size)
     study = Study(id=Path(image).name, patient_id="", film_id=Path(image).name, image=image, phrase=phrase)
     batch = collate([Sample(study, *transform(film.pixels, size=film.size))])

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from matex_pl import data, import_all
+from matex_pl.clip.weights import no_checkpoint
 from matex_pl.commands.options import ShippedConfig
 from matex_pl.data import ChestXrayDataModule
-from matex_pl.training.checkpoints import no_checkpoint
 from matex_pl.training.module import ClipModule
 
 

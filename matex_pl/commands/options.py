@@ -98,7 +98,7 @@ def check_words(command: str, words: Sequence[str], required: Sequence[str] = ()
 
     Raises:
         SystemExit: A required option is missing; the message names it.
-        ValueError: Nothing names a data module, or a config does not exist.
+        ValueError: Nothing names a data module, or nothing before its first setting, or a config does not exist.
     """
     options = [word.split("=")[0] for word in words if word.startswith("-")]
     if any(option in ("-h", "--print_config") or option.endswith("help") for option in options):
@@ -110,8 +110,11 @@ def check_words(command: str, words: Sequence[str], required: Sequence[str] = ()
     configs = parser.parse_known_args(words)[0].config
     for name in configs:
         config_path(name)
-    if needs_data and not configs and not any(option.startswith("--data") for option in options):
+    first = next((option for option in options if option.startswith(("-c", "--config", "--data"))), None)
+    if needs_data and first is None and not configs:
         raise ValueError("there are no films. Give --config, a YAML of `matex fit`, or --data, a data module.")
+    if needs_data and first is not None and first.startswith("--data."):
+        raise ValueError(f"{first} comes before anything names a data module. Put it after --config or --data.")
 
 
 def stop(message: str) -> NoReturn:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from tqdm import tqdm
 
 from matex_pl.arguments import check_choices
+from matex_pl.console import progress
 from matex_pl.data.datamodule import FilmFilesDataModule, check_fractions, split_patients
 from matex_pl.data.study import Study
 from matex_pl.data.validation import BadRow, RuleError, drop_leaks, drop_repeats, place_of
@@ -328,10 +328,9 @@ def parse_rows(rows: Sequence[TableRow], study_of: Callable[[TableRow], Study]) 
     studies: list[Study] = []
     bad: list[BadRow] = []
     parts = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
-    bar = tqdm(total=len(rows), desc="rows", delay=2, leave=False, disable=None)
-    with bar, ThreadPoolExecutor() as pool:
-        for found in pool.map(lambda part: [_study_or_bad(row, study_of) for row in part], parts):
-            bar.update(len(found))
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(lambda part: [_study_or_bad(row, study_of) for row in part], parts)
+        for found in progress(read, f"rows, by {_ROWS}", len(parts)):
             studies += [made for made in found if isinstance(made, Study)]
             bad += [made for made in found if isinstance(made, BadRow)]
     return studies, bad

@@ -47,8 +47,8 @@ def choose_pairs(data: ChestXrayDataModule, split: str, number: int, seed: int, 
     Args:
         data: The data module, prepared.
         split: `train`, `val` or `test`.
-        number: How many at most.
-        seed: Of the choice.
+        number: Highest number of pairs; -1 for all.
+        seed: Random seed of the choice.
         boxed: Only studies with boxes, where the split has any.
     """
     studies = data.studies[split]
@@ -96,8 +96,8 @@ def other_phrases(phrases: Sequence[str], findings: Sequence[str]) -> list[str |
     same.
 
     Args:
-        phrases: What is said of each study.
-        findings: What each phrase is about; empty when unknown.
+        phrases: Phrase of each study.
+        findings: Finding that each phrase names; empty if unknown.
 
     Raises:
         ValueError: The two differ in length.

@@ -16,14 +16,14 @@ PACKAGES = ("matex_pl", "torch", "lightning", "open_clip_torch")
 
 
 def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataModule, seed: int) -> dict[str, Any]:
-    """What made a result, as plain types: when, the model, the data, the seed and the versions.
+    """Provenance of a result in plain types: time, model, data, seed and versions.
 
     Args:
         clip: The model.
         weights: Its `weight_hash`.
-        checkpoint: Where it came from.
+        checkpoint: Path or name that the model was loaded from.
         data: The data module.
-        seed: Of the run.
+        seed: Random seed of the run.
     """
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

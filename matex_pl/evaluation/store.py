@@ -72,7 +72,7 @@ class MapStore:
     Args:
         root: Folder of all stores; this one's is `root/<class>-<key>`.
         weights: `weight_hash` of the model.
-        method: What makes the maps.
+        method: Attribution method of the maps.
 
     Attributes:
         key: Hash of the method's class and settings, the weights and the version of this package.
@@ -191,10 +191,10 @@ def fill_store(
 
     Args:
         clip: The model.
-        method: What makes the maps.
-        store: Where they are kept.
+        method: Attribution method of the maps.
+        store: Store of the maps.
         batch: The pairs; the same pair may come twice.
-        keys: Of the pairs.
+        keys: Key of each pair, from `pair_keys`.
         size: Most pairs of one call; where the method's work is on the film, a call has all pairs of one film instead.
     """
     lacking = set(store.missing(keys))

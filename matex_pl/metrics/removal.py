@@ -26,9 +26,9 @@ RULES = ("map", "half", "rest")
 CONFIDENCE: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "confidence_drop": ("map", confidence_drop),
     "confidence_increase": ("map", confidence_increase),
-    "fixed_drop": ("half", confidence_drop),
-    "fixed_increase": ("half", confidence_increase),
-    "remove": ("rest", confidence_drop),
+    "confidence_drop@50": ("half", confidence_drop),
+    "confidence_increase@50": ("half", confidence_increase),
+    "top20_removal": ("rest", confidence_drop),
 }
 """By metric: the rule of what is left, and what is made of the scores before and after."""
 

@@ -82,13 +82,8 @@ def read_panels(folder: Path) -> list[Panel]:
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     if index.get("format") != 1:
         raise ValueError(f"{folder / INDEX} must have format 1, got {index.get('format')!r}. Run the benchmark again.")
-    return [
-        Panel(
-            entry["row"],
-            entry["kind"],
-            entry["study"],
-            entry["caption"],
-            (folder / Path(entry["file"]).name).read_bytes(),
-        )
-        for entry in index["panels"]
-    ]
+    panels = []
+    for entry in index["panels"]:
+        picture = folder / Path(entry.pop("file")).name
+        panels.append(Panel(**entry, jpeg=picture.read_bytes()))
+    return panels

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from matex_pl.visualization.draw import single_line
+from matex_pl.report.published import PUBLISHED
+from matex_pl.report.results import Difference, Method, Metric, Score
 
 MISSING = "\N{EN DASH}"
 PUBLISHED_COLUMNS = {
@@ -20,22 +20,191 @@ PUBLISHED_COLUMNS = {
     "increase": "Conf. incr.\N{NO-BREAK SPACE}↑",
     "roar": "ROAR+\N{NO-BREAK SPACE}↑",
 }
-MODALITIES = {"image": "film", "text": "phrase"}
-FEATURED = "Matex"
-
-Score = dict[str, Any]
-Row = dict[str, Any]
 
 
-def clean(value: Any) -> Any:
-    """The same plain data with every text on one line and without control characters, and null for NaN and Inf."""
-    if isinstance(value, str):
-        return single_line(value)
-    if isinstance(value, dict):
-        return {clean(key): clean(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+@dataclass(frozen=True)
+class Cell:
+    """A value as it is printed, with its interval; `best` marks the best of the methods or a sure difference."""
+
+    text: str = MISSING
+    interval: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Args:
+        label: E.g. `Confidence drop ↓`.
+        cells: By name of the line; a line without a cell gets a dash.
+        detail: What tells it from columns of the same label, e.g. the fill.
+        counted: E.g. `n = 100`.
+        published: Whether it repeats the paper.
+    """
+
+    label: str
+    cells: Mapping[str, Cell]
+    detail: str = ""
+    counted: str = ""
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """Name of a row, with a remark; controls stand below the methods."""
+
+    name: str
+    note: str = ""
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its controls set apart; `of` heads the names of the lines."""
+
+    title: str
+    lines: Sequence[Line]
+    columns: Sequence[Column] = field(default_factory=list)
+    of: str = "Method"
+
+    @property
+    def parts(self) -> list[tuple[bool, list[Line]]]:
+        """The methods and the controls, as far as there are any, each with whether they are controls."""
+        ordered = sorted(self.lines, key=lambda line: line.control)
+        return [(control, list(lines)) for control, lines in groupby(ordered, lambda line: line.control)]
+
+    @property
+    def heads(self) -> list[tuple[bool, int]]:
+        """Runs of columns as (published, how many); empty when nothing is published."""
+        runs = [(published, len(list(run))) for published, run in groupby(self.columns, lambda c: c.published)]
+        return runs if len(runs) > 1 else []
+
+    def cells(self, line: Line) -> list[Cell]:
+        """The cells of a line, in the order of the columns."""
+        return [column.cells.get(line.name, Cell()) for column in self.columns]
+
+
+def method_table(title: str, methods: Iterable[Method], columns: Sequence[Column]) -> Table | None:
+    """A table of methods; None without methods or columns."""
+    lines = [Line(method.name, method.note, method.control) for method in methods]
+    return Table(title, lines, columns) if lines and columns else None
+
+
+def score_column(metric: Metric, scores: Mapping[str, Score], methods: Sequence[Method], label: str = "") -> Column:
+    """A column of scores by name, the best of the methods marked; `label` replaces the metric's own."""
+    found = [scores[method.name] for method in methods if method.name in scores]
+    digits = decimals([end for score in found for end in (score.value, score.low, score.high)], metric.percent)
+    values = {m.name: scores[m.name].value for m in methods if m.name in scores and not m.control}
+    best = best_names(values, metric.higher_is_better, digits)
+    cells = {
+        name: Cell(number(score.value, digits), interval(score.value, score.low, score.high, digits), name in best)
+        for name, score in scores.items()
+    }
+    counted = count_pairs(score.n for score in found if score.value is not None)
+    return Column(label or metric.label + arrow(metric), cells, "" if label else metric.fill, counted)
+
+
+def difference_table(
+    title: str,
+    methods: Iterable[Method],
+    differences: Sequence[Difference],
+    *,
+    higher_is_better: bool | None,
+    percent: bool = False,
+) -> Table | None:
+    """Methods minus controls, a column per control; what is surely better is marked.
+
+    Args:
+        title: Of the table.
+        methods: In the order of the lines; those without a difference are left out.
+        differences: At most one for each method and control.
+        higher_is_better: Direction of the metric.
+        percent: Whether the metric is a percentage.
+    """
+    rows = {difference.row for difference in differences}
+    columns = []
+    for rival in dict.fromkeys(difference.against for difference in differences):
+        found = [difference for difference in differences if difference.against == rival]
+        digits = decimals([end for d in found for end in (d.difference, d.low, d.high)], percent)
+        cells = {
+            d.row: Cell(number(d.difference, digits, signed=True), certainty(d, digits), d.is_better(higher_is_better))
+            for d in found
+        }
+        counted = count_pairs(d.n for d in found if d.difference is not None)
+        columns.append(Column(f"minus {rival}", cells, counted=counted))
+    return method_table(title, [method for method in methods if method.name in rows], columns)
+
+
+def with_published(table: Table, modality: str, keys: Sequence[str]) -> Table:
+    """The table with the paper's columns `keys`; methods that were only published close it."""
+    figures = PUBLISHED[modality]
+    known = {line.name for line in table.lines}
+    only = [Line(name, "published only") for name in figures if name not in known]
+    columns = [
+        Column(
+            PUBLISHED_COLUMNS[key],
+            {name: Cell(with_spread(*entry[key])) for name, entry in figures.items()},
+            published=True,
+        )
+        for key in keys
+    ]
+    return replace(table, lines=[*table.lines, *only], columns=[*table.columns, *columns])
+
+
+def best_names(values: Mapping[str, float | None], higher_is_better: bool | None, digits: int) -> set[str]:
+    """Names of the best of at least two values; values that are printed alike share the mark."""
+    known = {name: value for name, value in values.items() if value is not None}
+    if len(known) < 2 or higher_is_better is None:
+        return set()
+    best = number((max if higher_is_better else min)(known.values()), digits)
+    return {name for name, value in known.items() if number(value, digits) == best}
+
+
+def arrow(metric: Metric) -> str:
+    """The better direction, tied to the label before it; empty without one."""
+    return {None: "", True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓"}[metric.higher_is_better]
+
+
+def decimals(values: Iterable[float | None], percent: bool) -> int:
+    """Decimals of values that stand together: two, or three if all of them are small shares."""
+    known = [abs(value) for value in values if value is not None]
+    return 3 if known and max(known) < 0.1 and not percent else 2
+
+
+def number(value: float | None, digits: int, *, signed: bool = False) -> str:
+    """The value with so many decimals, never -0 and with a plus if `signed`; a dash for none."""
+    return MISSING if value is None else f"{round(value, digits) + 0.0:{'+' * signed}.{digits}f}"
+
+
+def interval(value: float | None, low: float | None, high: float | None, digits: int) -> str:
+    """The interval as `0.77 to 0.90`; empty without a value or an end."""
+    return "" if None in (value, low, high) else f"{number(low, digits)} to {number(high, digits)}"
+
+
+def certainty(difference: Difference, digits: int) -> str:
+    """Interval and p-value of a difference, as far as it has them."""
+    ends = interval(difference.difference, difference.low, difference.high, digits)
+    p = difference.p_holm
+    if p is None:
+        return ends
+    return ", ".join(filter(None, [ends, "p < 0.001" if p < 0.001 else f"p = {p:.3f}"]))
+
+
+def with_spread(value: float, std: float | None = None) -> str:
+    """Mean and, if there is one, standard deviation, as the paper prints them."""
+    return number(value, 2) + ("" if std is None else f" ± {number(std, 2)}")
+
+
+def count_pairs(counts: Iterable[int | None]) -> str:
+    """The number of pairs behind the values of a column, `n = 88 to 100` if it varies; empty if unknown."""
+    known = {count for count in counts if count is not None}
+    return f"n = {' to '.join(map(str, sorted({min(known), max(known)})))}" if known else ""
+
+
+def percent(fraction: float) -> str:
+    """A share as `12.5 %`, the sign tied to the number."""
+    return f"{round(100 * fraction, 6):g}\N{NO-BREAK SPACE}%"
 
 
 def markdown(text: Any) -> str:
@@ -51,148 +220,3 @@ def environment(*, autoescape: bool) -> Environment:
     )
     environment.filters |= {"md": markdown, "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False)}
     return environment
-
-
-@dataclass(frozen=True)
-class Column:
-    """The head of a column: its label with the better direction, what tells it apart, and how many pairs it counts.
-
-    Args:
-        label: E.g. `Confidence drop ↓`.
-        detail: E.g. the fill.
-        counted: E.g. `n = 100`.
-        published: The column repeats the paper.
-    """
-
-    label: str
-    detail: str = ""
-    counted: str = ""
-    published: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A value as it is printed, with its interval; `best` among the methods that are no controls."""
-
-    text: str = MISSING
-    interval: str = ""
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of a table."""
-
-    name: str
-    note: str
-    cells: list[Cell]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with its controls set apart; `of` heads the names of the rows."""
-
-    title: str
-    columns: list[Column]
-    methods: list[Line]
-    controls: list[Line]
-    of: str = "Method"
-
-    @property
-    def heads(self) -> list[tuple[bool, int]]:
-        """Runs of columns as (published, how many); empty when nothing is published."""
-        runs = [(published, len(list(run))) for published, run in groupby(self.columns, lambda c: c.published)]
-        return runs if len(runs) > 1 else []
-
-
-def scored(results: dict[str, Any], modality: str) -> list[Row]:
-    """The rows of one modality that have scores: those of methods that refused the model are left out."""
-    return [row for row in results.get("rows") or [] if row.get("modality") == modality and not row.get("error")]
-
-
-def assemble(title: str, rows: Sequence[Row], columns: Sequence[tuple[Column, list[Cell]]]) -> Table | None:
-    """The table of these columns; None without rows or columns."""
-    if not rows or not columns:
-        return None
-    lines = [Line(row["name"], row.get("note") or "", [cells[i] for _, cells in columns]) for i, row in enumerate(rows)]
-    parts: dict[bool, list[Line]] = {False: [], True: []}
-    for row, line in zip(rows, lines, strict=True):
-        parts[bool(row.get("control"))].append(line)
-    return Table(title, [head for head, _ in columns], parts[False], parts[True])
-
-
-def _with_column(table: Table, head: Column, cells: dict[str, Cell]) -> Table:
-    """The table with a column more; rows that it does not name get a dash."""
-
-    def widen(lines: Iterable[Line]) -> list[Line]:
-        return [Line(line.name, line.note, [*line.cells, cells.get(line.name, Cell())]) for line in lines]
-
-    return Table(table.title, [*table.columns, head], widen(table.methods), widen(table.controls))
-
-
-def with_published(table: Table, published: dict[str, dict[str, Any]]) -> Table:
-    """The table with the published figures in columns of their own; methods that were only published close it."""
-    keys = list(dict.fromkeys(key for figures in published.values() for key in figures))
-    heads = [Column(PUBLISHED_COLUMNS.get(key, key), published=True) for key in keys]
-
-    def figures(name: str) -> list[Cell]:
-        return [_published_cell((published.get(name) or {}).get(key)) for key in keys]
-
-    def widen(lines: Iterable[Line]) -> list[Line]:
-        return [Line(line.name, line.note, line.cells + figures(line.name)) for line in lines]
-
-    known = {line.name for line in table.methods + table.controls}
-    only = [
-        Line(name, "published only", [Cell()] * len(table.columns) + figures(name))
-        for name in published
-        if name not in known
-    ]
-    return Table(table.title, table.columns + heads, widen(table.methods) + only, widen(table.controls))
-
-
-def _published_cell(figure: Sequence[float | None] | None) -> Cell:
-    """Mean and standard deviation as the paper prints them."""
-    if not figure or figure[0] is None:
-        return Cell()
-    return Cell(with_spread(figure[0], figure[1] if len(figure) > 1 else None))
-
-
-def with_spread(value: float, std: float | None) -> str:
-    """Mean and, if there is one, standard deviation, as the paper prints them."""
-    return number(value, 2) + ("" if std is None else f" ± {number(std, 2)}")
-
-
-def arrow(metric: dict[str, Any]) -> str:
-    """The better direction, tied to the label before it; empty without one."""
-    higher = metric.get("higher_is_better")
-    return "" if higher is None else "\N{NO-BREAK SPACE}" + ("↑" if higher else "↓")
-
-
-def best_value(metric: dict[str, Any], values: Sequence[float | None]) -> float | None:
-    """The best of at least two values, None where the metric has no better direction."""
-    found, higher = [value for value in values if value is not None], metric.get("higher_is_better")
-    if len(found) < 2 or higher is None:
-        return None
-    return max(found) if higher else min(found)
-
-
-def number(value: float | None, digits: int, *, signed: bool = False) -> str:
-    """The value with so many decimals and never -0, with its sign if it shall be `signed`; a dash for none."""
-    return MISSING if value is None else f"{round(value, digits) + 0.0:{'+' * signed}.{digits}f}"
-
-
-def interval(score: Score, digits: int) -> str:
-    """The interval as `0.77 to 0.90`; empty without a value or an end."""
-    if None in (score["value"], score.get("low"), score.get("high")):
-        return ""
-    return f"{number(score['low'], digits)} to {number(score['high'], digits)}"
-
-
-def quoted(name: str) -> str:
-    """The name, in quotation marks where a list of names would otherwise be read wrongly."""
-    return f"“{name}”" if re.search(r"[,;:]| and ", name) else name
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names as `a, b and c`; empty for none."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

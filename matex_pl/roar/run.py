@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from rich.console import Console
-
 from matex_pl.arguments import check_choice
 from matex_pl.console import duration
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.files import write_text
-from matex_pl.report.roar import add_to_report, roar_tables, write_roar
+from matex_pl.report.benchmark import add_to_report
+from matex_pl.report.results import RoarResult, parse
+from matex_pl.report.roar import roar_tables, write_roar
 from matex_pl.roar.cluster import RayOptions, check_gpus, check_ray, work_on_ray
 from matex_pl.roar.collect import collect
 from matex_pl.roar.make import make_plan
@@ -31,6 +32,8 @@ from matex_pl.roar.work import (
     work_in_processes,
 )
 from matex_pl.training.module import ClipModule, load_module
+
+log = logging.getLogger(__name__)
 
 EXECUTORS = ("local", "ray")
 _FAILURES_NAMED = 5
@@ -109,12 +112,11 @@ def run_roar(
         opened = make_plan(Path(out), data, explained, start, names, protocol, training, about)
     if executor == "ray":
         check_gpus(opened.training, ray)
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        _make_maps(opened, log)
+        _make_maps(opened)
         runs = take_shard(opened.runs(), shard)
         left = [run for run in runs if result(opened, run) is None]
-        log.print(f"{len(left)} of {len(runs)} runs to do, each of {opened.steps()} steps.")
+        log.info("%d of %d runs to do, each of %d steps.", len(left), len(runs), opened.steps())
         if executor == "ray" and left:
             work_on_ray(opened, left, ray)
         elif processes > 1 and left:
@@ -123,7 +125,7 @@ def run_roar(
             work_here(opened, left)
     except (KeyboardInterrupt, SystemExit):
         done = [result(opened, run) is not None for run in opened.runs()]
-        log.print(f"Stopped; {sum(done)} of {len(done)} runs are done, the same command continues.")
+        log.info("Stopped; %d of %d runs are done, the same command continues.", sum(done), len(done))
         raise
     return _summary(opened, runs)
 
@@ -154,15 +156,15 @@ def _initial_module(
     return module, " ".join(filter(None, [init_model, init_weights]))
 
 
-def _make_maps(plan: Plan, log: Console) -> None:
+def _make_maps(plan: Plan) -> None:
     if has_maps(plan):
         return
-    log.print("Making the maps that are missing.")
+    log.info("Making the maps that are missing.")
     prepare_maps(plan)
     for name, reason in plan.refusals().items():
-        log.print(f"{name} does not support the model and is left out: {reason}", markup=False)
+        log.warning("%s does not support the model and is left out: %s", name, reason)
     for name, trace in broken_maps(plan).items():
-        log.print(f"The maps of {name} failed, and so do its runs: {trace.strip().splitlines()[-1]}", markup=False)
+        log.warning("The maps of %s failed, and so do its runs: %s", name, trace.strip().splitlines()[-1])
 
 
 def _summary(plan: Plan, runs: Sequence[Run]) -> str:
@@ -244,9 +246,10 @@ def collect_roar(folder: str, report: str | None = None) -> str:
     return f"{roar_tables(results, is_short=True)}\n{folder}/report.html, table.md and results.json hold all of it."
 
 
-def write_results(plan: Plan) -> dict[str, Any]:
-    """The scores of a plan's runs, as `collect` returns them, which are also written into its folder."""
-    results = collect(plan)
-    write_text(plan.folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    write_roar(results, plan.folder)
-    return results
+def write_results(plan: Plan) -> RoarResult:
+    """The scores of a plan's runs, which are also written into its folder."""
+    content = collect(plan)
+    write_text(plan.folder / "results.json", json.dumps(content, indent=1, allow_nan=False))
+    result = parse(RoarResult, content)
+    write_roar(result, plan.folder)
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ from matex_pl.roar.drop import make_maps
 from matex_pl.roar.films import PlanFilms
 from matex_pl.roar.finetune import load_explained, train_run
 from matex_pl.roar.plan import Plan, Run
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 _LINE_SECONDS = 60.0
@@ -214,7 +217,7 @@ class Progress:
         now, is_more, self._ended = time.monotonic(), ended > self._ended, ended
         if self._bar.disable and is_more and ended < len(self.runs) and now >= self._next_line:
             rest = (now - self._start) / ended * (len(self.runs) - ended)
-            print(f"{ended} of {len(self.runs)} runs have ended, about {duration(rest)} left.", file=sys.stderr)
+            log.info("%d of %d runs have ended, about %s left.", ended, len(self.runs), duration(rest))
             self._next_line = now + _LINE_SECONDS
 
 

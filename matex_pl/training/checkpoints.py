@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and say by name why they are not read."""
+"""Checkpoint files: written whole or not at all, and refused with a reason if they cannot be read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from matex_pl.clip.weights import why_unreadable
+from matex_pl.clip.weights import no_checkpoint
 from matex_pl.files import remove_abandoned_parts, whole_file
 
 
@@ -32,7 +32,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             with whole_file(Path(path)) as part:
                 torch.save(checkpoint, part)
-        # Of a full disk torch says that a position is unexpected.
+        # On a full disk torch raises a RuntimeError about an unexpected position.
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise OSError(
@@ -53,8 +53,3 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise
         except Exception as error:
             raise no_checkpoint(path, error) from error
-
-
-def no_checkpoint(path: str | Path, error: BaseException) -> ValueError:
-    """What to raise of a checkpoint that could not be read: names the file, and the code or weights at fault."""
-    return ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}")

@@ -61,7 +61,7 @@ def gathered_loss(
     local_loss: bool = True,
     gather_with_grad: bool = True,
 ) -> Tensor:
-    """`contrastive_loss` of the pairs of all processes; the own ones alone outside of a process group.
+    """`contrastive_loss` of the pairs of all processes, or of the given pairs if there is one process.
 
     With `gather_with_grad` the mean of its gradients over the processes, which DDP takes, is the gradient that one
     process has on the whole batch.
@@ -70,9 +70,9 @@ def gathered_loss(
         image: `(B, D)` L2-normalised, of this process; every process has the same B.
         text: `(B, D)` L2-normalised.
         logit_scale: Scalar factor, not its logarithm.
-        phrases: What the B films are said to show: equal ones, in other processes too, are no negatives.
-        local_loss: The loss of the own pairs against all, whose mean over the processes is the loss of the batch;
-            otherwise every process computes the whole.
+        phrases: The B phrases of the pairs. Equal ones, in other processes too, are no negatives of each other.
+        local_loss: Loss of the process's own pairs against all pairs; its mean over the processes is the loss of the
+            batch. Otherwise every process computes the whole loss.
         gather_with_grad: Let gradients pass to the process that an embedding came from. Without it, gradients are
             those of the own embeddings alone, smaller by the number of processes, and `local_loss` is not possible.
 

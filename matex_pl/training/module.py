@@ -22,10 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from matex_pl.arguments import check_choices
 from matex_pl.clip.load import load_clip
 from matex_pl.clip.model import Clip
+from matex_pl.clip.weights import reading_checkpoint
 from matex_pl.data.datamodule import STAGES
 from matex_pl.data.study import Study, StudyBatch
 from matex_pl.files import check_folder
-from matex_pl.training.checkpoints import WholeCheckpointIO, no_checkpoint
+from matex_pl.training.checkpoints import WholeCheckpointIO
 from matex_pl.training.distributed import fingerprints, gather_rows, process_count
 from matex_pl.training.loss import contrastive_loss, gathered_loss, phrase_keys
 from matex_pl.training.scores import ImageTextRecall, ZeroShot
@@ -115,7 +116,7 @@ class ClipModule(LightningModule):
 
     def inputs(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
         """What the model takes of a batch: normalised images `(B, 3, H, W)` and tokens `(B, T)`."""
-        return self.clip.normalise(batch["image"]), self.clip.tokenize(batch["phrase"])
+        return self.clip.inputs(batch)
 
     def setup(self, stage: str) -> None:
         """Learn from the data module what to score, and the mean film.
@@ -437,9 +438,5 @@ def load_module(ckpt_path: str) -> ClipModule:
         FileNotFoundError: There is no such file.
         ValueError: The file is no checkpoint of `matex fit`.
     """
-    if not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"No checkpoint at {ckpt_path!r}. `matex fit` writes them below its log folder.")
-    try:
+    with reading_checkpoint(ckpt_path):
         return ClipModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
-    except Exception as error:
-        raise no_checkpoint(ckpt_path, error) from error

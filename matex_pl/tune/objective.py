@@ -132,8 +132,8 @@ def find_objective(name: str) -> Objective:
         return replace(FILLED[kind], name=name, fill=detail or "mean_film")
     raise ValueError(
         f"No objective {name!r}. Take one of {', '.join(PLAIN)}; one of {', '.join(AT_THRESHOLD)} at a threshold, as "
-        f"iou/0.3; one of {', '.join(FILLED)}, which may name a fill, as remove/blur ({', '.join(FILLS)}); or, for the "
-        f"words, one of {', '.join(TEXT)}."
+        f"iou/0.3; one of {', '.join(FILLED)}, which may name a fill, as top20_removal/blur "
+        f"({', '.join(FILLS)}); or, for the words, one of {', '.join(TEXT)}."
     )
 
 
@@ -278,9 +278,9 @@ AT_THRESHOLD: dict[str, tuple[type[Metric], Value]] = {
 CONFIDENCE: dict[str, type[Metric]] = {
     "confidence_drop": metrics.ConfidenceDrop,
     "confidence_increase": metrics.ConfidenceIncrease,
-    "fixed_drop": metrics.ConfidenceDrop,
-    "fixed_increase": metrics.ConfidenceIncrease,
-    "remove": metrics.RemovalDrop,
+    "confidence_drop@50": metrics.ConfidenceDrop,
+    "confidence_increase@50": metrics.ConfidenceIncrease,
+    "top20_removal": metrics.RemovalDrop,
 }
 FILLED = _by_name(
     *(Objective(kind, metric, partial(_confidence, kind), forwards=1) for kind, metric in CONFIDENCE.items()),

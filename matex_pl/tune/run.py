@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from matex_pl.training.module import load_module
 from matex_pl.tune.objective import Objective, boxless_objectives, find_objective
 from matex_pl.tune.outcome import describe, report, write_files
 from matex_pl.tune.search import AXES, attribute_pairs, choose_setting, make_grid, score_setting
+
+log = logging.getLogger(__name__)
 
 LAMBDA_S = [1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5]
 LAMBDA_C = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]
@@ -68,10 +70,10 @@ def tune_matex(
             (lower is better) and, where the data module has a thorax, `outside_thorax_mass`; `prompt_sensitivity`
             (against another study's phrase), `side_sensitivity` (against right and left exchanged) and `sanity`
             (against shuffled weights: the components once more for each block of the towers). With forwards of the
-            model for each setting: `confidence_drop`, `confidence_increase`, `fixed_drop`, `fixed_increase`, `remove`,
-            `insertion` and `deletion` (the gain, which orders settings as the AUC does), filled with the mean film or
-            with another fill, as `remove/blur`. For the words: `text_` before the first five of these, before
-            `mean_map_mass` or `sanity`.
+            model for each setting: `confidence_drop`, `confidence_increase`, `confidence_drop@50`,
+            `confidence_increase@50`, `top20_removal`, `insertion` and `deletion` (the gain, which orders settings as
+            the AUC does), filled with the mean film or with another fill, as `top20_removal/blur`. For the words:
+            `text_` before the first five of these, before `mean_map_mass` or `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
@@ -190,8 +192,11 @@ def _raster_size(cells: int, image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _announce(objective: Objective, settings: int, pairs: int) -> None:
-    print(
-        f"{objective.name} asks the model: {settings} settings of {pairs} pairs take "
-        f"{settings * pairs * objective.forwards} forwards of the {objective.side} tower.",
-        file=sys.stderr,
+    log.info(
+        "%s asks the model: %d settings of %d pairs take %d forwards of the %s tower.",
+        objective.name,
+        settings,
+        pairs,
+        settings * pairs * objective.forwards,
+        objective.side,
     )

@@ -135,10 +135,10 @@ def _draw_chest(chest: Mapping[str, Sequence[NDArray[np.float64]]]) -> tuple[Pic
         for curve in chest.get(part, ()):
             cv2.fillPoly(shades, [np.rint(curve * 2 * SIDE).astype(np.int32)], shade)
     # Rounds the corners.
-    shades = cv2.medianBlur(shades, 15)
-    borders = cv2.morphologyEx(shades, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-    opacity = OUTLINE_OPACITY * resize(borders.astype(np.float32), (SIDE, SIDE))
-    return resize(SHADES[shades], (SIDE, SIDE)), opacity[..., None]
+    rounded = cv2.medianBlur(shades, 15).astype(np.uint8)
+    borders = cv2.morphologyEx(rounded, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+    opacity = resize(np.float32(OUTLINE_OPACITY) * borders.astype(np.float32), (SIDE, SIDE))
+    return resize(SHADES[rounded], (SIDE, SIDE)), opacity[..., None]
 
 
 @dataclass(frozen=True)

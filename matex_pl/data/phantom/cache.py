@@ -19,8 +19,8 @@ import cv2
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from rich.progress import track
 
+from matex_pl.console import progress
 from matex_pl.data.phantom.film import Film, draw_film, film_rng
 from matex_pl.data.phantom.phrases import TEMPLATES, write_phrase
 from matex_pl.data.study import Study
@@ -122,7 +122,7 @@ def _write_films(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(names), size, size)).flush()
     chunks = [range(start, min(start + _CHUNK, len(names))) for start in range(0, len(names), _CHUNK)]
     studies: list[dict[str, Any]] = []
-    for part in track(_drawn(path, chunks, names, look, num_workers), "Drawing films", total=len(chunks)):
+    for part in progress(_drawn(path, chunks, names, look, num_workers), "drawing films", len(chunks)):
         studies.extend(part)
     studies.sort(key=lambda study: (study["image"], study["id"]))
     (folder / _STUDIES).write_text(json.dumps(studies), encoding="utf-8")

@@ -1,0 +1,127 @@
+"""The metrics of a benchmark: their names, directions and how to read them, in the order of the tables."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from torchmetrics import Metric
+
+from matex_pl import metrics as M
+from matex_pl.report.results import Metric as Column
+
+FILL_NAMES = {"mean_colour": "mean colour", "mean_film": "mean film", "blur": "blurred film"}
+# Fills by group, in the order of the tables; without one are the words.
+_FILLS = {
+    "paper": ("", "mean_colour", "mean_film"),
+    "confidence": ("", "mean_colour", "mean_film"),
+    "curves": ("blur", "mean_colour", "mean_film"),
+}
+_METRICS: dict[str, dict[str, tuple[type[Metric], str, str]]] = {
+    "localisation": {
+        "pointing_game": (M.PointingGame, "Pointing game", "Share of maps whose maximum lies in a box."),
+        "cnr": (
+            M.ContrastToNoise,
+            "CNR",
+            "Contrast of box and rest over their noise; negative if the rest is brighter.",
+        ),
+        "miou": (M.MeanIoU, "mIoU", "IoU of map and boxes, mean over the thresholds .1 to .5."),
+        "iou": (M.ThresholdedIoU, "IoU", "IoU at one threshold per method, which validation pairs chose."),
+        "acc50": (M.BoxAccuracy, "Acc@0.5", "Share of pairs whose best component, as a box, has an IoU above .5."),
+        "ap50": (M.AveragePrecision50, "AP50", "Average precision of all components as boxes, hits from an IoU of .5."),
+        "energy_in_box": (M.EnergyInBox, "Energy in box", "Share of the map's mass inside the boxes."),
+        "rank_accuracy": (M.RankAccuracy, "Rank accuracy", "Share of the K highest pixels in the boxes of K pixels."),
+    },
+    "paper": {
+        "confidence_drop": (
+            M.ConfidenceDrop,
+            "Drop",
+            "Drop in cosine similarity (percentage points) when only the highlighted region is kept.",
+        ),
+        "confidence_increase": (
+            M.ConfidenceIncrease,
+            "Increase",
+            "Percentage of pairs whose cosine similarity rises when only the highlighted region is kept.",
+        ),
+    },
+    "confidence": {
+        "confidence_drop@50": (
+            M.ConfidenceDrop,
+            "Drop, half kept",
+            "The drop with exactly half of the pixels or words kept, by rank.",
+        ),
+        "confidence_increase@50": (
+            M.ConfidenceIncrease,
+            "Increase, half kept",
+            "The increase with exactly half of the pixels or words kept, by rank.",
+        ),
+        "top20_removal": (
+            M.RemovalDrop,
+            "Drop, top fifth removed",
+            "Drop in cosine similarity (percentage points) when the highest fifth is removed.",
+        ),
+    },
+    "curves": {
+        "insertion": (
+            M.InsertionAUC,
+            "Insertion AUC",
+            "How soon the cosine rises as patches are inserted by rank, 1 at once; none if films score as their fill.",
+        ),
+        "deletion": (
+            M.DeletionAUC,
+            "Deletion AUC",
+            "How long the cosine stays as patches are deleted by rank; none if films score as their fill.",
+        ),
+    },
+    "sensitivity": {
+        "prompt_sensitivity": (
+            M.RankCorrelation,
+            "Prompt sensitivity",
+            "Rank correlation with the map under the phrase of another pair.",
+        ),
+        "side_sensitivity": (
+            M.SideSensitivity,
+            "Side sensitivity",
+            "Share of mass that changes sides when the phrase does.",
+        ),
+    },
+    "sanity": {
+        "sanity": (
+            M.RankCorrelation,
+            "Weight randomization",
+            "Rank correlation with the map while weights are shuffled, block by block.",
+        ),
+    },
+    "mass": {
+        "outside_thorax_mass": (
+            M.OutsideMass,
+            "Mass outside thorax",
+            "Share of the map's mass outside of where lungs and heart usually are.",
+        ),
+        "border_mass": (M.OutsideMass, "Mass at the border", "Share of the map's mass in the outer tenth of the film."),
+        "mean_map_mass": (
+            M.MapMass,
+            "Mean value",
+            "Mean of the map. A map of all ones has a perfect confidence drop: read the two together.",
+        ),
+    },
+}
+
+
+def metric_columns(keys: set[str]) -> dict[str, Column]:
+    """The columns of metrics such as `cnr` or `insertion/blur`, in the order of the tables."""
+    columns = {}
+    for group, metrics in _METRICS.items():
+        fills = _FILLS.get(group, ("",))
+        # A curve stands with itself under the other fills, a confidence with those under the same fill.
+        named = product(metrics, fills) if group == "curves" else ((name, fill) for fill in fills for name in metrics)
+        for name, fill in named:
+            metric, label, description = metrics[name]
+            columns[f"{name}/{fill}" if fill else name] = Column(
+                label=label,
+                group=group,
+                higher_is_better=metric.higher_is_better,
+                description=description,
+                fill=FILL_NAMES.get(fill, ""),
+                percent=group in ("paper", "confidence"),
+            )
+    return {key: column for key, column in columns.items() if key in keys}

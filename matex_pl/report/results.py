@@ -1,0 +1,357 @@
+"""The results of a benchmark and of ROAR+ as typed records, read once from their `results.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from matex_pl.visualization.draw import single_line
+
+BENCHMARK_FORMAT, ROAR_FORMAT = 2, 1
+MODALITIES = {"image": "film", "text": "phrase"}
+FEATURED = "Matex"
+# Highest p-value, after Holm's correction, of a difference that is more than noise.
+LEVEL = 0.05
+
+R = TypeVar("R", bound="Results")
+_CLASS: Any = Field(default="", validation_alias="class", serialization_alias="class")
+
+
+class Record(BaseModel):
+    """A part of a results file; a null stands for the default."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_default(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        return field.get_default(call_default_factory=True) if value is None and not field.is_required() else value
+
+    def plain(self) -> dict[str, Any]:
+        """The record as plain types, without what was not given."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+    def to_json(self) -> str:
+        """The record as the text of its file."""
+        return json.dumps(self.plain(), indent=1, allow_nan=False)
+
+
+class Score(Record):
+    """A value with its 95 % interval and the number of pairs behind it."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+class Difference(Record):
+    """One row minus a control: `difference`, its 95 % interval and the number of pairs or repeats behind it.
+
+    A paired test adds `p_holm`, the p-value after Holm's correction.
+    """
+
+    row: str
+    against: str
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    p_holm: float | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is a difference with an interval."""
+        return None not in (self.difference, self.low, self.high)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    def is_better(self, higher_is_better: bool | None) -> bool:
+        """Whether the row is surely better than the control; False for a metric without a better direction."""
+        if self.difference is None or not (self.is_measured and self.is_sure) or higher_is_better is None:
+            return False
+        return (self.difference > 0) == higher_is_better
+
+
+class Comparison(Difference):
+    """A difference in one metric of a benchmark."""
+
+    metric: str
+
+
+class PairedTest(Difference):
+    """A difference in ROAR+ at a fraction; None for the mean over the fractions."""
+
+    modality: str
+    fraction: float | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there were enough repeats for a test."""
+        return self.difference is not None and self.p_holm is not None
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the p-value after Holm's correction is below 0.05."""
+        return self.p_holm is not None and self.p_holm < LEVEL
+
+
+class Metric(Record):
+    """A metric as the tables show it.
+
+    Args:
+        label: Name without the fill.
+        group: `paper`, `localisation`, `confidence`, `curves`, `sensitivity`, `mass` or `sanity`.
+        higher_is_better: None for a metric without a better direction.
+        description: One sentence on how to read it.
+        fill: Name of the pixels that replace removed ones.
+        percent: A percentage of pairs, or percentage points of cosine.
+    """
+
+    label: str = ""
+    group: str = ""
+    higher_is_better: bool | None = None
+    description: str = ""
+    fill: str = ""
+    percent: bool = False
+
+    @property
+    def name(self) -> str:
+        """The label with the fill, if it has one."""
+        return f"{self.label} ({self.fill})" if self.fill else self.label
+
+
+class Curve(Record):
+    """Mean score `score[i]` over the pairs at the share `share[i]` of the patches."""
+
+    share: list[float] = []
+    score: list[float | None] = []
+
+
+class SanityCurve(Record):
+    """Mean rank correlation with the original maps after each stage of the weight randomization."""
+
+    stages: list[str] = []
+    correlation: list[float | None] = []
+
+
+class Method(Record):
+    """One method and the modality of its maps; names are unique within a modality.
+
+    A control is a reference that methods have to be better than. The error is the reason for refusing the model.
+    """
+
+    name: str
+    modality: Literal["image", "text"]
+    control: bool = False
+    method_class: str = _CLASS
+    settings: dict[str, Any] = {}
+    note: str = ""
+    key: str = ""
+    error: str = ""
+
+
+class MethodScores(Method):
+    """Scores by metric, and by finding and metric, of the maps of one modality of a method.
+
+    The threshold is that of the IoU, chosen on the validation split.
+    """
+
+    seconds_per_pair: float | None = None
+    threshold: float | None = None
+    scores: dict[str, Score] = {}
+    per_finding: dict[str, dict[str, Score]] = {}
+    curves: dict[str, Curve] = {}
+    sanity_curve: SanityCurve = SanityCurve()
+
+
+class RoarPoint(Record):
+    """ROAR+ at a fraction: mean and deviation over the repeats, `repeats` themselves, and dropped units per pair."""
+
+    fraction: float = 0.0
+    units: float | None = None
+    value: float | None = None
+    std: float | None = None
+    repeats: list[float | None] = []
+
+
+class RoarMethod(Method):
+    """ROAR+ of the maps of one modality of a method, at each fraction and as the mean over the fractions."""
+
+    points: list[RoarPoint] = []
+    mean: RoarPoint = RoarPoint()
+
+    def point(self, fraction: float) -> RoarPoint:
+        """The point at a fraction, an empty one if there is none."""
+        return next((point for point in self.points if math.isclose(point.fraction, fraction)), RoarPoint())
+
+
+class Model(Record, extra="allow"):
+    """The model that was explained; ROAR+ names `explained` and `start` weights, a benchmark `weights`."""
+
+    checkpoint: str = ""
+    weights: str = ""
+    explained: str = ""
+    start: str = ""
+    image_size: list[int] = []
+    grid: list[int] = []
+
+
+class Data(Record, extra="allow"):
+    """The pairs behind the results."""
+
+    data_class: str = _CLASS
+    split: str = ""
+    pairs: int | None = None
+    patients: int | None = None
+    boxed: int | None = None
+    findings: dict[str, int] = {}
+    fingerprint: str = ""
+    train_pairs: int | None = None
+    val_pairs: int | None = None
+
+
+class RoarSettings(Record, extra="allow"):
+    """Protocol and fine-tuning of ROAR+."""
+
+    fractions: list[float] = []
+    repeats: int | None = None
+    epochs: int | None = None
+    fill: str = ""
+    finetune: str = Field(default="", validation_alias=AliasChoices("finetune", "trained"))
+
+
+class CleanRun(Record):
+    """A fine-tuning on whole pairs."""
+
+    repeat: int
+    loss: float | None = None
+    metrics: dict[str, float | None] = {}
+
+
+class FailedRun(Record):
+    """A fine-tuning that ended with an error, and its log."""
+
+    run: str = Field(default="", validation_alias=AliasChoices("run", "cell"))
+    error: str = ""
+    log: str = ""
+
+
+class RunTime(Record):
+    """Number of planned and finished runs, seconds of the finished ones and the share outside training steps."""
+
+    runs: int | None = Field(default=None, validation_alias=AliasChoices("runs", "cells"))
+    done: int | None = None
+    seconds: float | None = None
+    other_share: float | None = None
+
+
+class Results(Record):
+    """The fields that both kinds of results have."""
+
+    created: str = ""
+    model: Model = Model()
+    data: Data = Data()
+    seed: int | None = None
+    versions: dict[str, str] = {}
+    machine: str = ""
+
+
+class BenchmarkResult(Results):
+    """The `results.json` of `matex benchmark`."""
+
+    format: Literal[2]
+    settings: dict[str, Any] = {}
+    forward_seconds_per_pair: float | None = None
+    metrics: dict[str, Metric] = {}
+    rows: list[MethodScores] = []
+    comparisons: list[Comparison] = []
+
+    def methods(self, modality: str) -> list[MethodScores]:
+        """The rows of a modality without those that refused the model."""
+        return [row for row in self.rows if row.modality == modality and not row.error]
+
+
+class RoarResult(Results):
+    """The `results.json` of `matex roar`."""
+
+    kind: Literal["roar"]
+    format: Literal[1]
+    settings: RoarSettings = RoarSettings()
+    rows: list[RoarMethod] = []
+    clean: list[CleanRun] = []
+    tests: list[PairedTest] = []
+    refused: dict[str, str] = {}
+    failed: list[FailedRun] = []
+    time: RunTime = RunTime()
+
+    def methods(self, modality: str) -> list[RoarMethod]:
+        """The measured rows of a modality: MATEX first, controls last, the others in their order."""
+        rows = [row for row in self.rows if row.modality == modality and not row.error]
+        return sorted(rows, key=lambda row: (row.control, row.method_class != FEATURED))
+
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities with a measured row."""
+        return [modality for modality in MODALITIES if self.methods(modality)]
+
+    def fractions(self, rows: Sequence[RoarMethod]) -> list[float]:
+        """All fractions, in ascending order."""
+        return sorted({*self.settings.fractions, *(point.fraction for row in rows for point in row.points)})
+
+
+def parse(kind: type[R], data: Mapping[str, Any], source: str = "results.json") -> R:
+    """The record of plain data, its texts on one line and null for NaN.
+
+    Args:
+        kind: `BenchmarkResult` or `RoarResult`.
+        data: Content of a results file.
+        source: Name of the file, for the error.
+
+    Raises:
+        ValueError: A key is missing or has a value of another type or format; the message names it.
+    """
+    try:
+        return kind.model_validate(clean(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        value = "missing" if first["type"] == "missing" else f"{first['input']!r:.60}"
+        command = "matex roar" if kind is RoarResult else "matex benchmark"
+        raise ValueError(
+            f"{source} is not a results.json of this version's `{command}`: {key} is {value} ({first['msg']}). Run "
+            f"`{command}` again; finished work is taken from disk."
+        ) from None
+
+
+def read(kind: type[R], path: Path) -> R:
+    """The record of a results file.
+
+    Raises:
+        ValueError: The file is damaged, or as in `parse`.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return parse(kind, data, str(path))
+
+
+def clean(value: Any) -> Any:
+    """The same plain data with every text on one line and without control characters, and null for NaN and Inf."""
+    if isinstance(value, str):
+        return single_line(value)
+    if isinstance(value, Mapping):
+        return {clean(key): clean(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

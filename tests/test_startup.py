@@ -1,0 +1,95 @@
+"""What a command imports: nothing that it does not need, so that help, refusals and `matex prior` come at once."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from matex_pl import ClipModule, attribution, data
+
+HEAVY = ("torch", "lightning", "open_clip", "torchvision", "torchmetrics", "scipy", "pandas", "matplotlib", "ray")
+OTHER_COMMANDS = ("ray", "matex_pl.report", "matex_pl.tune", "matex_pl.roar", "matex_pl.benchmark")
+# Prints the exit status and the modules after what the command printed.
+RUN = """
+import sys
+from matex_pl.cli import main
+try:
+    main()
+    status = 0
+except SystemExit as end:
+    status = end.code
+print("\\n".join(["", str(status), *sys.modules]))
+"""
+
+
+def run(*words: str) -> tuple[int, set[str]]:
+    """Exit status of a command line in a process of its own, and the modules that were imported for it."""
+    done = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    place = max(place for place, line in enumerate(lines) if line in ("0", "2"))
+    return int(lines[place]), set(lines[place + 1 :])
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (0, ["--help"]),
+        (0, ["--version"]),
+        (0, ["prior", "--help"]),
+        (0, ["explain", "--help"]),
+        (0, ["roar", "--help"]),
+        (0, ["roar", "collect", "--help"]),
+        (0, ["prior", "Left lower lobe consolidation."]),
+        (0, ["prior", "Cardiomegaly.", "--out=m.png", "--prior_shape=gaussian", "--laterality=paper"]),
+        (2, ["prior", "Cardiomegaly.", "--prior_shape=cone"]),
+        (2, []),
+        (2, ["train"]),
+        (2, ["fit"]),
+        (2, ["fit", "--config", "none.yaml"]),
+        (2, ["check-data", "-c", "none.yaml"]),
+        (2, ["benchmark", "--config", "phantom.yaml", "--out", "x"]),
+        (2, ["tune", "--ckpt_path", "x"]),
+        (2, ["explain", "film.png"]),
+        (2, ["roar", "run", "--config", "none.yaml"]),
+        (2, ["roar", "status"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_model_imports_no_torch(here: Path, status: int, words: list[str]) -> None:
+    ended, modules = run(*words)
+    assert ended == status
+    assert not modules & set(HEAVY)
+
+
+def test_explain_imports_no_trainer_and_no_other_command(here: Path) -> None:
+    shutil.copy(Path(__file__).with_name("tiny.json"), "tiny.json")
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(ClipModule("tiny.json"))
+    trainer.save_checkpoint("tiny.ckpt")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("film.png")
+    status, modules = run("explain", "film.png", "Left nodule.", "--ckpt_path", "tiny.ckpt")
+    assert status == 0
+    assert Path("panel.png").is_file()
+    assert not modules & {*OTHER_COMMANDS, "lightning", "albumentations", "matplotlib"}
+
+
+@pytest.mark.parametrize("package", [attribution, data])
+def test_public_names_are_found_when_they_are_asked_for(package: object) -> None:
+    names = package.__all__  # type: ignore[attr-defined]
+    assert dir(package) == sorted(names)
+    assert all(getattr(package, name).__name__ == name for name in names)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # type: ignore[attr-defined]  # noqa: B018
