@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,19 @@ def locked(plan: Plan, run: Run, pool: str = "") -> Iterator[bool]:
     is_mine = not pool or _holder(plan, run).partition(" ")[2] != f"{socket.gethostname()} {pool}"
     try:
         if is_mine:
-            for part in folder.glob(".*.part"):
-                part.unlink()
+            _remove_leftovers(folder)
             write_text(folder / _PID, _process(os.getpid(), pool))
         yield is_mine
     finally:
         if is_mine:
             (folder / _PID).unlink(missing_ok=True)
         lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the files that a killed process left in the folder of a run. The caller holds the lock."""
+    for path in (folder / _PID, *folder.glob(".*.part")):
+        path.unlink(missing_ok=True)
 
 
 def _process(pid: int, pool: str) -> str:
@@ -196,11 +201,10 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        # Files that killed processes left behind are removed with the lock.
         for run in self.plan.runs():
             if _holder(self.plan, run):
-                with locked(self.plan, run):
-                    pass
+                with suppress(Timeout), FileLock(self.plan.path(run) / _LOCK, timeout=0):
+                    _remove_leftovers(self.plan.path(run))
 
     def pending(self) -> list[Run]:
         """The runs that have not ended."""
@@ -245,7 +249,7 @@ def work_alone(plan: Plan, runs: Sequence[Run], show: Callable[[], None] = lambd
 
 
 def _attempt(plan: Plan, films: PlanFilms, run: Run) -> None:
-    """Run, and keep the result or the reason why there is none."""
+    """Train a run, and write its result, or the reason why there is none."""
     folder, on_interrupt = plan.path(run), signal.getsignal(signal.SIGINT)
     broken = broken_maps(plan).get(run.method)
     if broken is not None:
