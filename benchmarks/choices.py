@@ -1,10 +1,10 @@
-"""What MATEX's settings do to its maps, on phantom films, over several training seeds: writes docs/choices.md.
+"""What MATEX's settings do to its maps, on phantom images, over several training seeds: writes docs/choices.md.
 
     python benchmarks/choices.py --out docs/choices.md
 
 Trains a model per seed with `matex fit --config phantom.yaml` where none lies in `--runs`, computes the components of
 validation pairs once per target and weight, fuses them again for every setting, and scores each. The presets are then
-scored on test films, beside the controls and the single-pass methods.
+scored on test images, beside the controls and the single-pass methods.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from matex_pl.attribution import (
 )
 from matex_pl.attribution.core.fill import fill_images
 from matex_pl.attribution.core.target import Target
-from matex_pl.data import PhantomDataModule, StudyBatch, collate
+from matex_pl.data import ImageTextBatch, PhantomDataModule, collate
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, PointingGame
 from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
 from matex_pl.training import ClipModule, load_module
 
-# `Matex.measured()` in a tower of three blocks: every setting is varied alone around it, with and without the prior.
+# `Matex.recommended()` in a tower of three blocks: every setting is varied alone around it, with and without the prior.
 BASE: dict[str, Any] = {"grad_layers": 2, "explain": "margin", "fusion": "product"}
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "Target": {"explain": ["cosine", "margin"]},
@@ -66,8 +66,8 @@ PRESETS: dict[str, Matex] = {
     "`Matex.paper(lambda_s=1)`": Matex.paper(lambda_s=1.0),
     "`Matex()`": Matex(),
     "`Matex(delta=0)`": Matex(delta=0.0),
-    "`Matex.measured()`": Matex.measured(),
-    "`Matex.measured(lambda_s=1)`": Matex.measured(lambda_s=1.0),
+    "`Matex.recommended()`": Matex.recommended(),
+    "`Matex.recommended(lambda_s=1)`": Matex.recommended(lambda_s=1.0),
 }
 # These rows are for the pointing game alone: their confidence is not computed.
 WITHOUT_PRIOR = ", without the prior"
@@ -80,8 +80,8 @@ class Scores:
     def __init__(self) -> None:
         self.metrics = (PointingGame(), ConfidenceDrop(), ConfidenceIncrease(), MapMass())
 
-    def update(self, maps: Tensor, batch: StudyBatch, score: Tensor, kept: Tensor) -> None:
-        """Add a batch of maps `(B, H, W)`, with the cosines of the whole film and of what they keep."""
+    def update(self, maps: Tensor, batch: ImageTextBatch, score: Tensor, kept: Tensor) -> None:
+        """Add a batch of maps `(B, H, W)`, with the cosines of the whole image and of what they keep."""
         pointing, drop, increase, mass = self.metrics
         pointing.update(maps, batch["boxes"])
         drop.update(score, kept)
@@ -95,7 +95,7 @@ class Scores:
 
 # Per model, the metrics of each row.
 Table = list[dict[str, list[float]]]
-Maps = Callable[[ClipModule, StudyBatch, Tensor, Tensor], Iterator[tuple[str, Tensor]]]
+Maps = Callable[[ClipModule, ImageTextBatch, Tensor, Tensor], Iterator[tuple[str, Tensor]]]
 
 
 def main(
@@ -106,11 +106,11 @@ def main(
     num_pairs: int = 600,
     batch_size: int = 60,
 ) -> None:
-    """Write the study.
+    """Write the pair.
 
     Args:
         runs: Folder with a run per seed; what is missing is trained there.
-        data: Folder of the phantom films; drawn where they are missing.
+        data: Folder of the phantom images; drawn where they are missing.
         out: The Markdown file to write.
         seeds: Training seeds, at least three.
         num_pairs: Pairs with boxes of either split, spread over it.
@@ -144,7 +144,7 @@ def train(folder: Path, seed: int, data: Path) -> Path:
 def score(path: Path, root: str, split: str, maps: Maps, num_pairs: int, batch_size: int) -> dict[str, list[float]]:
     """The metrics of every row of maps on pairs with boxes of a split."""
     module = load_module(str(path))
-    fill = fill_images("mean_film", module.clip, module.clip.std)
+    fill = fill_images("mean_image", module.clip, module.clip.std)
     table: dict[str, Scores] = defaultdict(Scores)
     batches = list(pairs_with_boxes(module, root, split, num_pairs, batch_size))
     for batch in track(batches, f"{path.parts[-5]}, {split}"):
@@ -167,8 +167,8 @@ def score_words(path: Path, root: str, num_pairs: int, batch_size: int) -> dict[
     table = {layers: (ConfidenceDrop(), ConfidenceIncrease()) for layers in (1, 2)}
     for batch in pairs_with_boxes(module, root, "val", num_pairs, batch_size):
         images, tokens = module.inputs(batch)
-        method = Matex.measured(text_grad_layers=max(table))
-        maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
+        method = Matex.recommended(text_grad_layers=max(table))
+        maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
         for layers, metrics in table.items():
             text = Matex.fuse(maps.parts, text_grad_layers=layers).text
             with torch.no_grad():
@@ -182,27 +182,27 @@ def score_words(path: Path, root: str, num_pairs: int, batch_size: int) -> dict[
 
 def pairs_with_boxes(
     module: ClipModule, root: str, split: str, num_pairs: int, batch_size: int
-) -> Iterator[StudyBatch]:
+) -> Iterator[ImageTextBatch]:
     """Batches of pairs with boxes, spread over a split."""
-    films = PhantomDataModule(root=root, image_size=module.clip.image_size)
-    films.prepare_data()
-    films.setup("test" if split == "test" else "fit")
-    studies = films.dataset(split)
-    boxed = [index for index, study in enumerate(studies.studies) if study.boxes]
+    images = PhantomDataModule(root=root, image_size=module.clip.image_size)
+    images.prepare_data()
+    images.setup("test" if split == "test" else "fit")
+    pairs = images.dataset(split)
+    boxed = [index for index, pair in enumerate(pairs.pairs) if pair.boxes]
     boxed = boxed[:: max(1, len(boxed) // num_pairs)][:num_pairs]
     for start in range(0, len(boxed), batch_size):
-        yield collate([studies[index] for index in boxed[start : start + batch_size]])
+        yield collate([pairs[index] for index in boxed[start : start + batch_size]])
 
 
-def fused(module: ClipModule, batch: StudyBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+def fused(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A map for every setting: four sets of components, fused again for the rest."""
     parts = {
-        (explain, weight): Matex(
-            **BASE | {"explain": explain, "spatial_weight": weight, "flow": "rollout", "grad_layers": 3}
+        (target, weight): Matex(
+            **BASE | {"explain": target, "spatial_weight": weight, "flow": "rollout", "grad_layers": 3}
         )
-        .attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
+        .attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
         .parts
-        for explain in ("cosine", "margin")
+        for target in ("cosine", "margin")
         for weight in ("softmax", "loosened")
     }
 
@@ -218,29 +218,29 @@ def fused(module: ClipModule, batch: StudyBatch, images: Tensor, tokens: Tensor)
         yield name, fuse(**{argument: value})
 
 
-def compared(module: ClipModule, batch: StudyBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+def compared(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A map for every preset, control and single-pass method, the last under both targets."""
-    given = (module.clip, images, tokens, batch["phrase"], batch["film"])
+    given = (module.clip, images, tokens, batch["phrase"], batch["content_box"])
     for name, method in [*PRESETS.items(), ("`PriorOnly()`", PriorOnly()), ("`CenterMap()`", CenterMap())]:
         yield name, method.attribute(*given).image
-    for explain in get_args(Target):
-        for name, method in single_pass(explain).items():
-            yield f"{name}, {explain}", method.attribute(*given).image
+    for target in get_args(Target):
+        for name, method in single_pass(target).items():
+            yield f"{name}, {target}", method.attribute(*given).image
 
 
-def single_pass(explain: str) -> dict[str, AttributionMethod]:
+def single_pass(target: str) -> dict[str, AttributionMethod]:
     """The single-pass methods, the first two of which do not depend on what is explained."""
     return {
         # Eq. 1 alone, with a tau that leaves no weight to the layers below.
         "attention of the last block": Matex(alpha=0.0, beta=1.0, lambda_c=0.0, delta=0.0, tau=100.0),
         "rollout (Abnar and Zuidema)": Rollout(),
-        "Chefer, last block": Chefer(explain=explain),
-        "Chefer, all blocks": Chefer(start_layer=0, explain=explain),
-        "LeGrad": LeGrad(explain=explain),
-        "Grad-CAM, last block": GradCam(explain=explain),
-        "Grad-ECLIP": GradEclip(explain=explain),
-        "patch similarity": PatchSimilarity(explain=explain),
-        "saliency": Saliency(explain=explain),
+        "Chefer, last block": Chefer(target=target),
+        "Chefer, all blocks": Chefer(start_layer=0, target=target),
+        "LeGrad": LeGrad(target=target),
+        "Grad-CAM, last block": GradCam(target=target),
+        "Grad-ECLIP": GradEclip(target=target),
+        "patch similarity": PatchSimilarity(target=target),
+        "saliency": Saliency(target=target),
     }
 
 
@@ -260,17 +260,17 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def report(val: Table, seeds: Sequence[int], num_pairs: int) -> list[str]:
-    """The validation films, as lines of Markdown."""
+    """The validation images, as lines of Markdown."""
     base = ", ".join(f"{name}={value!r}" for name, value in BASE.items())
     lines = [
         "# What the settings of MATEX do",
         "",
         f"Written by `python benchmarks/choices.py`. {len(seeds)} models of `configs/phantom.yaml`, training seeds "
         f"{', '.join(map(str, seeds))}; every cell is the mean over the seeds, with the least and the greatest.",
-        f"{num_pairs} pairs with boxes of the validation films; every setting is varied alone around",
-        f"`Matex({base})`, in a tower of three blocks `Matex.measured()`; without the prior means `lambda_s=1`.",
-        "Confidence is of the image, in percent points of the cosine, with the mean film as the fill; a drop is better",
-        "when low, and is 0 for a map of ones: read the mass beside it in the test table.",
+        f"{num_pairs} pairs with boxes of the validation images; every setting is varied alone around",
+        f"`Matex({base})`, in a tower of three blocks `Matex.recommended()`; without the prior means `lambda_s=1`.",
+        "Confidence is of the image, in percent points of the cosine, with the mean image as the fill; a drop is",
+        "better when low, and is 0 for a map of ones: read the mass beside it in the test table.",
         "",
         "| setting | value | pointing game | to the base | without the prior | to the base | confidence drop | "
         "confidence increase |",
@@ -300,8 +300,8 @@ def report_words(words: Table) -> list[str]:
 
 
 def report_test(test: Table, num_pairs: int) -> list[str]:
-    """The test films, as lines of Markdown."""
-    lines = ["", "## Test films", "", f"Nothing was chosen here. {num_pairs} pairs with boxes.", ""]
+    """The test images, as lines of Markdown."""
+    lines = ["", "## Test images", "", f"Nothing was chosen here. {num_pairs} pairs with boxes.", ""]
     lines += [f"| method | {' | '.join(HEADER)} |", "|---|---|---|---|---|"]
     for name in sorted(test[0], key=lambda name: -mean(scores[name][0] for scores in test)):
         cells = [spread([scores[name][k] for scores in test], 1 if k in (1, 2) else 3) for k in range(4)]
@@ -311,7 +311,7 @@ def report_test(test: Table, num_pairs: int) -> list[str]:
 
 def ahead(test: Table) -> list[str]:
     """Which single-pass methods beat MATEX without its prior, and in how many of the models."""
-    ours = "`Matex.measured(lambda_s=1)`"
+    ours = "`Matex.recommended(lambda_s=1)`"
     lines = [f"Single-pass methods ahead of {ours} in the pointing game, and the difference:"]
     for name in test[0]:
         gained = [scores[name][0] - scores[ours][0] for scores in test]

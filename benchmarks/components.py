@@ -1,6 +1,6 @@
 """The README's second picture: the components of one phantom's map, and what the settings make of them.
 
-python benchmarks/components.py --ckpt_path runs/phantom/checkpoints/last.ckpt --study phantom-11004-1 \
+python benchmarks/components.py --ckpt_path runs/phantom/checkpoints/last.ckpt --pair phantom-11004-1 \
         --out docs/components.png
 """
 
@@ -39,24 +39,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(ckpt_path: str, study: str, out: str, side: int = 168) -> None:
+def main(ckpt_path: str, pair: str, out: str, side: int = 168) -> None:
     """Write the picture.
 
     Args:
         ckpt_path: A checkpoint of `matex fit --config phantom.yaml`.
-        study: Id of a test study.
+        pair: Id of a test pair.
         out: The PNG to write.
         side: Of each cell in pixels.
     """
     module = load_module(ckpt_path)
     data = PhantomDataModule(image_size=module.clip.image_size)
     data.setup("test")
-    batch = data.dataset("test").batch([study])
+    batch = data.dataset("test").batch([pair])
     images, tokens = module.inputs(batch)
-    maps = Matex.measured().attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
+    maps = Matex.recommended().attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
     size, parts = module.clip.image_size, maps.parts
     shown: dict[str, Tensor | None] = {
-        "film": None,
+        "content_box": None,
         "G, gradients": min_max(upsample(parts["grad"], size)),
         "F, attention flow": min_max(upsample(parts["flow"], size)),
         "C, consistency": min_max(upsample(parts["consistency"], size)),
@@ -64,15 +64,15 @@ def main(ckpt_path: str, study: str, out: str, side: int = 168) -> None:
         "MATEX": maps.image,
     }
     shown |= {name: Matex.fuse(parts, **changes).image for name, changes in SETTINGS.items()}
-    film = resize(np.repeat(batch["image"][0, 0].numpy()[..., None], 3, 2), (side, side))
-    pictures = {name: film if heat is None else over(film, heat[0]) for name, heat in shown.items()}
+    image = resize(np.repeat(batch["image"][0, 0].numpy()[..., None], 3, 2), (side, side))
+    pictures = {name: image if heat is None else over(image, heat[0]) for name, heat in shown.items()}
     print(save_png(out, picture_grid([captioned(name, picture) for name, picture in pictures.items()], columns=6)))
     print(batch["phrase"][0])
 
 
-def over(film: Picture, heat: Tensor) -> Picture:
-    """The map over the film, both at the film's size."""
-    return overlay(film, resize(heat.numpy(), (film.shape[1], film.shape[0])).clip(0, 1))
+def over(image: Picture, heat: Tensor) -> Picture:
+    """The map over the image, both at the image's size."""
+    return overlay(image, resize(heat.numpy(), (image.shape[1], image.shape[0])).clip(0, 1))
 
 
 def captioned(caption: str, picture: Picture) -> Picture:

@@ -48,7 +48,7 @@ def measure_cost(
     """Measure, on this machine, what every method costs; a Markdown table.
 
     Times are ratios to a plain forward of both towers without gradient, as open_clip runs them, on the same pairs in
-    the same round: the methods take turns, so that a slow minute of the machine falls on all of them. Films are noise
+    the same round: the methods take turns, so that a slow minute of the machine falls on all of them. Images are noise
     and phrases are the package's list of findings by side and zone; the weights are random, which changes no time.
 
     Args:
@@ -79,7 +79,7 @@ def measure_cost(
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     clip = load_clip(model).to(place, PRECISIONS[precision])
     # What it holds changes no time; without one, what fills with it would be refused.
-    clip.mean_film.fill_(0.5)
+    clip.mean_image.fill_(0.5)
     phrases = clip.tokenize(REFERENCES[:_PHRASES])
     lines = [
         f"{model}, {precision}, {_machine(place)}, torch {torch.__version__}; phrases of "
@@ -97,7 +97,7 @@ def methods_present() -> dict[str, AttributionMethod]:
         "Matex()": Matex(),
         "Matex(grad_layers='all')": Matex(grad_layers="all"),
         "Matex(flow='rollout')": Matex(flow="rollout"),
-        "Matex.measured()": Matex.measured(),
+        "Matex.recommended()": Matex.recommended(),
         "Chefer(start_layer=0), all": Chefer(start_layer=0),
     }
     for name in attribution.__all__:
@@ -116,7 +116,11 @@ def _table(clip: Clip, size: int, repeats: int) -> list[str]:
     }
     methods = methods_present()
     calls |= {name: partial(method.attribute, clip, images, tokens, phrases) for name, method in methods.items()}
-    own = {name: partial(_replay, _recorded(clip, calls[name])) for name, method in methods.items() if method.repeats}
+    own = {
+        name: partial(_replay, _recorded(clip, calls[name]))
+        for name, method in methods.items()
+        if method.perturbs_inputs
+    }
     times = _interleaved(calls | {f"forwards of {name}": call for name, call in own.items()}, repeats, clip, size)
     lines = [
         f"| batch {size} | time / plain forward | time / its own forwards | pairs per second | peak memory, MiB |",
@@ -198,14 +202,14 @@ def _interleaved(calls: dict[str, Call], repeats: int, clip: Clip, size: int) ->
 
 
 def _seconds(call: Call, device: torch.device) -> float:
-    _synchronise(device)
+    _synchronize(device)
     start = time.perf_counter()
     call()
-    _synchronise(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

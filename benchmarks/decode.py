@@ -1,11 +1,11 @@
-"""How fast films are read: a full decode by Pillow beside this package's reader and its cache, in one run.
+"""How fast images are read: a full decode by Pillow beside this package's reader and its cache, in one run.
 
     python benchmarks/decode.py
 
-Prints a Markdown table of films per second of one core's time, and how many times as many that is as Pillow's full
-decode with the resize that follows it. Without `--folder` it draws grey JPEGs of 2,500 x 3,000 pixels at quality 95,
-whose grain sets the length of the file: the films of MIMIC-CXR-JPG have about 1.5 MB. The ways take turns on the same
-films; the median over the rounds counts.
+Prints a Markdown table of images per second of one core's time, and how many times as many that is as Pillow's full
+decode with the resize that follows it. Without `--folder` it draws gray JPEGs of 2,500 x 3,000 pixels at quality 95,
+whose grain sets the length of the file: the images of MIMIC-CXR-JPG have about 1.5 MB. The ways take turns on the same
+images; the median over the rounds counts.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ import numpy as np
 from jsonargparse import auto_cli
 from PIL import Image
 
-from matex_pl.data.cache import FilmCache
-from matex_pl.data.images import read_film
-from matex_pl.data.phantom.film import draw_film
-from matex_pl.data.transforms import FilmTransform
+from matex_pl.data.cache import ImageCache
+from matex_pl.data.images import read_image
+from matex_pl.data.phantom.image import draw_phantom
+from matex_pl.data.transforms import ImageTransform
 
 WIDTH, HEIGHT = 2500, 3000
 GRAINS = (0.5, 1.5, 3.0)
 BASE = "Pillow, full decode and resize"
 
 
-def draw_films(folder: Path, number: int, grain: float) -> list[Path]:
-    """Phantom films at the size of a detector, with grain of that standard deviation, as JPEG of quality 95."""
+def draw_images(folder: Path, number: int, grain: float) -> list[Path]:
+    """Phantom images at the size of a detector, with grain of that standard deviation, as JPEG of quality 95."""
     folder.mkdir()
     paths = []
     for index in range(number):
         rng = np.random.default_rng(index)
-        film = cv2.resize(draw_film(index).image, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC).astype(np.float32)
-        noise = cv2.GaussianBlur(rng.normal(size=film.shape).astype(np.float32), (0, 0), 0.8)
-        film += noise * (grain / noise.std())
+        image = cv2.resize(draw_phantom(index).image, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC).astype(np.float32)
+        noise = cv2.GaussianBlur(rng.normal(size=image.shape).astype(np.float32), (0, 0), 0.8)
+        image += noise * (grain / noise.std())
         paths.append(folder / f"{index}.jpg")
-        cv2.imwrite(str(paths[-1]), np.clip(film, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])
+        cv2.imwrite(str(paths[-1]), np.clip(image, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])
     return paths
 
 
-def ways(size: int, cache: FilmCache) -> dict[str, Callable[[Path], object]]:
+def ways(size: int, cache: ImageCache) -> dict[str, Callable[[Path], object]]:
     """What is compared, by name: from a path to pixels."""
-    transform = FilmTransform((size, size))
+    transform = ImageTransform((size, size))
     height, width = transform.fit((HEIGHT, WIDTH))
 
     def pillow(path: Path, mode: str, resize: bool) -> np.ndarray:
@@ -59,14 +59,14 @@ def ways(size: int, cache: FilmCache) -> dict[str, Callable[[Path], object]]:
         BASE: lambda path: pillow(path, "L", True),
         "Pillow, full decode without the resize": lambda path: pillow(path, "L", False),
         "Pillow, full decode to RGB and resize": lambda path: pillow(path, "RGB", True),
-        "read_film, full size": lambda path: read_film(path),
-        "read_film, for the model": lambda path: read_film(path, transform.fit),
+        "read_image, full size": lambda path: read_image(path),
+        "read_image, for the model": lambda path: read_image(path, transform.fit),
         "from the cache": lambda path: cache.read(path, transform.fit, transform.settings),
     }
 
 
-def measure(paths: list[Path], size: int, rounds: int, cache: FilmCache) -> dict[str, float]:
-    """Seconds per film of each way, the median over rounds, after one that does not count."""
+def measure(paths: list[Path], size: int, rounds: int, cache: ImageCache) -> dict[str, float]:
+    """Seconds per image of each way, the median over rounds, after one that does not count."""
     taken: dict[str, list[float]] = {name: [] for name in ways(size, cache)}
     for _ in range(rounds + 1):
         for name, read in ways(size, cache).items():
@@ -82,18 +82,18 @@ def main(folder: str | None = None, number: int = 8, rounds: int = 5, size: int 
 
     Args:
         folder: JPEGs of one's own to measure on instead.
-        number: Films to read in each round.
-        rounds: Times that each way reads all films.
+        number: Images to read in each round.
+        rounds: Times that each way reads all images.
         size: Side of the model's square input.
     """
     with TemporaryDirectory() as made:
         if folder is not None:
             sets = [sorted(Path(folder).rglob("*.jpg"))[:number]]
         else:
-            sets = [draw_films(Path(made) / str(grain), number, grain) for grain in GRAINS]
-        columns = [measure(paths, size, rounds, FilmCache(Path(made) / "cache")) for paths in sets]
+            sets = [draw_images(Path(made) / str(grain), number, grain) for grain in GRAINS]
+        columns = [measure(paths, size, rounds, ImageCache(Path(made) / "cache")) for paths in sets]
         megabytes = [sum(path.stat().st_size for path in paths) / len(paths) / 1e6 for paths in sets]
-    print(f"| films per second of a core | {' | '.join(f'{length:.2f} MB' for length in megabytes)} |")
+    print(f"| images per second of a core | {' | '.join(f'{length:.2f} MB' for length in megabytes)} |")
     print(f"|---|{'---|' * len(sets)}")
     for name in columns[0]:
         cells = [f"{1 / column[name]:.0f} ({column[BASE] / column[name]:.1f}x)" for column in columns]

@@ -1,11 +1,11 @@
-"""Is any table of films read, or refused with a clear error: thousands of broken ones, each made from its seed.
+"""Is any table of images read, or refused with a clear error: thousands of broken ones, each made from its seed.
 
     python benchmarks/fuzz_manifests.py
     python benchmarks/fuzz_manifests.py --first 4711 --number 1      one again, with its traceback if it has one
 
 A right table is spoilt in up to four ways (cells, columns, bytes) and goes through `ManifestDataModule.setup`, through
-`matex check-data`'s function and, where that finds nothing wrong, with all of its films through the dataset. What comes
-out has to be studies with right boxes and films below the root, or an error that names the file and what is wrong.
+`matex check-data`'s function and, where that finds nothing wrong, with all of its images through the dataset. What
+comes out has to be pairs with right boxes and images below the root, or an error that names the file and what is wrong.
 Anything else is printed with its seed, and the status is 1. Counts of the outcomes are printed as a Markdown table.
 """
 
@@ -51,16 +51,16 @@ CLEAR = {
     "a mapped column is missing": r"^`columns` names .* which {} does not have",
     "no rows": r"^{} has a header and no rows",
     "no CSV": r"^{}, line \d+: .+",
-    "no studies in a split": r"^ManifestDataModule has no (train|val|test) studies, which",
+    "no pairs in a split": r"^ManifestDataModule has no (train|val|test) pairs, which",
 }
 
 Rows = list[dict[str, Any]]
 
 
-def films(root: Path) -> None:
-    """Films in `root/films`, and what is none: broken, empty, folders, links in and out and in a circle."""
+def images(root: Path) -> None:
+    """Images in `root/images`, and what is none: broken, empty, folders, links in and out and in a circle."""
     outside = root.parent / "outside.png"
-    folder = root / "films"
+    folder = root / "images"
     folder.mkdir(parents=True)
     for number in range(8):
         cv2.imwrite(str(folder / f"{number}.png"), np.full((HEIGHT, WIDTH), 20 * number, dtype=np.uint8))
@@ -79,10 +79,10 @@ def films(root: Path) -> None:
 
 
 PATHS = [
-    *(f"films/{name}.png" for name in ("half", "empty", "text", "folder", "link", "out", "circle", "nowhere", "pipe")),
-    *("../outside.png", "/etc/passwd", "films/../../outside.png", "films\\0.png", "..\\outside.png", "C:\\0.png"),
-    *("", " ", ".", "..", "/", "~", "films", "films/0.png/", "films//0.png", "./films/0.png", "films/0.png\0.png"),
-    *("films/" + "a" * 5000 + ".png", "a/" * 3000 + "0.png", "http://a.b/c.png", "films/\ud800.png", "films/ü.png"),
+    *(f"images/{name}.png" for name in ("half", "empty", "text", "folder", "link", "out", "circle", "nowhere", "pipe")),
+    *("../outside.png", "/etc/passwd", "images/../../outside.png", "images\\0.png", "..\\outside.png", "C:\\0.png"),
+    *("", " ", ".", "..", "/", "~", "images", "images/0.png/", "images//0.png", "./images/0.png", "images/0.png\0.png"),
+    *("images/" + "a" * 5000 + ".png", "a/" * 3000 + "0.png", "http://a.b/c.png", "images/\ud800.png", "images/ü.png"),
 ]
 WORDS = [
     *("", " ", "\0", "a\0b", "\ufffd", "\ud800", "\udcff half", "x" * 50_000, "word " * 5000, "\n", "a\nb", "\r\n"),
@@ -131,7 +131,7 @@ def right_rows(rng: random.Random) -> Rows:
     wanted = {name for name in ("id", "patient_id", "finding", "split", "boxes", "mask", "x") if rng.random() < 0.4}
     for number in range(rng.randrange(6, 9)):
         image = number % 8
-        row: dict[str, Any] = {"image": f"films/{image}.png", "phrase": f"Right effusion, film {number}."}
+        row: dict[str, Any] = {"image": f"images/{image}.png", "phrase": f"Right effusion, image {number}."}
         row |= {"id": f"s{number}", "patient_id": f"p{image}", "finding": rng.choice(["effusion", "mass", ""])}
         row |= {"split": ("train", "train", "val", "test")[image % 4], "boxes": "[[2, 3, 20, 15]]", "mask": ""}
         row |= {"x": 1, "y": 2, "w": 10, "h": 9}
@@ -268,17 +268,17 @@ def set_up(data: ManifestDataModule) -> str:
         warnings.simplefilter("always")
         data.setup("fit")
     root = str(data.root.resolve())
-    for study in (study for split in data.studies.values() for study in split):
-        right = study.phrase.strip() and study.id and study.patient_id
-        inside = os.path.commonpath([root, Path(study.image).absolute()]) == root
-        boxed = all(-1 <= x0 < x1 <= WIDTH + 1 and -1 <= y0 < y1 <= HEIGHT + 1 for x0, y0, x1, y1 in study.boxes)
+    for pair in (pair for split in data.pairs.values() for pair in split):
+        right = pair.phrase.strip() and pair.id and pair.patient_id
+        inside = os.path.commonpath([root, Path(pair.image).absolute()]) == root
+        boxed = all(-1 <= x0 < x1 <= WIDTH + 1 and -1 <= y0 < y1 <= HEIGHT + 1 for x0, y0, x1, y1 in pair.boxes)
         if not (right and inside and boxed):
-            raise AssertionError(f"{study} should have been refused")
+            raise AssertionError(f"{pair} should have been refused")
     return "read, bad rows left out" if any("Left out" in str(one.message) for one in said) else "read"
 
 
 def checked(data: ManifestDataModule) -> str:
-    """Check, write and read what was found; where nothing is wrong every film has to come out of the dataset."""
+    """Check, write and read what was found; where nothing is wrong every image has to come out of the dataset."""
     report = check_data(data, workers=1, out="bad.csv")
     report.text.encode()
     if report.bad:
@@ -286,8 +286,8 @@ def checked(data: ManifestDataModule) -> str:
         assert len(Path("bad.csv").read_text(encoding="utf-8").splitlines()) > len(report.bad)
         return "bad rows listed"
     data.on_bad_row = "error"
-    data.studies = {"train": data.list_studies()}
-    for sample in map(data.dataset("train").__getitem__, range(len(data.studies["train"]))):
+    data.pairs = {"train": data.list_pairs()}
+    for sample in map(data.dataset("train").__getitem__, range(len(data.pairs["train"]))):
         assert sample.image.shape == (3, 16, 16)
         assert sample.boxes.isfinite().all()
     return "right"
@@ -317,7 +317,7 @@ def main(number: int = 10_000, first: int = 0) -> None:
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve() / "root"
-        films(root)
+        images(root)
         os.chdir(folder)
         for seed in tqdm(range(first, first + number), disable=None):
             since = time.process_time()

@@ -1,6 +1,6 @@
 """The README's pictures: the panel of one phantom of the test split, or the contact sheet of every method on it.
 
-python benchmarks/panel.py --ckpt_path runs/phantom/checkpoints/last.ckpt --study phantom-11004-1 --out docs/panel.png
+python benchmarks/panel.py --ckpt_path runs/phantom/checkpoints/last.ckpt --pair phantom-11004-1 --out docs/panel.png
 python benchmarks/panel.py ... --method all --width 1440 --out docs/methods.png
 """
 
@@ -17,12 +17,12 @@ from matex_pl.training import load_module
 from matex_pl.visualization.draw import save_png
 
 
-def main(ckpt_path: str, study: str, out: str, width: int = 704, method: str = "matex") -> None:
+def main(ckpt_path: str, pair: str, out: str, width: int = 704, method: str = "matex") -> None:
     """Write the panel.
 
     Args:
         ckpt_path: A checkpoint of `matex fit --config phantom.yaml`.
-        study: Id of a test study.
+        pair: Id of a test pair.
         out: The PNG to write.
         width: Of the picture in pixels; smaller than a panel, for a small file.
         method: A shipped method by name, or `all` for a contact sheet.
@@ -30,7 +30,7 @@ def main(ckpt_path: str, study: str, out: str, width: int = 704, method: str = "
     module = load_module(ckpt_path)
     data = PhantomDataModule(image_size=module.clip.image_size)
     data.setup("test")
-    batch = data.dataset("test").batch([study])
+    batch = data.dataset("test").batch([pair])
     if method == "all":
         picture = compare_methods(module, shipped_methods(), batch)
     else:

@@ -3,7 +3,7 @@
     python benchmarks/pointing.py --data NihDataModule --data.root FOLDER --ckpt_path last.ckpt
 
 Prints a Markdown table. The mean box is the position-wise mean of the training split's boxes of the same finding; its
-peak is what somebody who knows the finding but not the film would point at.
+peak is what somebody who knows the finding but not the image would point at.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly
-from matex_pl.data import ChestXrayDataModule, StudyBatch, collate
+from matex_pl.data import ChestXrayDataModule, ImageTextBatch, collate
 from matex_pl.metrics.functional import box_masks, pointing_game
 from matex_pl.training import ClipModule, load_module
 
@@ -23,11 +23,11 @@ from matex_pl.training import ClipModule, load_module
 def methods() -> dict[str, AttributionMethod]:
     """Rows of the comparison, in order."""
     return {
-        "MATEX": Matex.measured(),
-        "MATEX, no prior": Matex.measured(lambda_s=1.0),
+        "MATEX": Matex.recommended(),
+        "MATEX, no prior": Matex.recommended(lambda_s=1.0),
         "MATEX, as printed": Matex.paper(),
         "phrase's prior": PriorOnly(),
-        "film's centre": CenterMap(),
+        "image's center": CenterMap(),
     }
 
 
@@ -35,19 +35,19 @@ def mean_boxes(data: ChestXrayDataModule, size: tuple[int, int]) -> dict[str, Te
     """Mean box mask `(H, W)` of each finding over the training split."""
     masks = defaultdict(list)
     train = data.dataset("train")
-    for index, study in enumerate(train.studies):
-        if study.boxes:
-            masks[study.finding].append(box_masks([train[index].boxes], size)[0].float())
+    for index, pair in enumerate(train.pairs):
+        if pair.boxes:
+            masks[pair.finding].append(box_masks([train[index].boxes], size)[0].float())
     return {finding: torch.stack(found).mean(0) for finding, found in masks.items()}
 
 
-def hits(module: ClipModule, batch: StudyBatch, means: dict[str, Tensor]) -> dict[str, Tensor]:
-    """1 or 0 per study of a batch and row of the comparison, `(B,)` each."""
+def hits(module: ClipModule, batch: ImageTextBatch, means: dict[str, Tensor]) -> dict[str, Tensor]:
+    """1 or 0 per pair of a batch and row of the comparison, `(B,)` each."""
     images, tokens = module.inputs(batch)
     masks = box_masks(batch["boxes"], module.clip.image_size)
     blank = torch.zeros(module.clip.image_size)
     maps = {
-        name: method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"]).image
+        name: method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"]).image
         for name, method in methods().items()
     }
     maps["mean box"] = torch.stack([means.get(finding, blank) for finding in batch["finding"]])
@@ -67,12 +67,12 @@ def main(data: ChestXrayDataModule, ckpt_path: str, split: str = "test", batch_s
     data.image_size = module.clip.image_size
     data.prepare_data()
     data.setup("test")
-    studies = data.dataset(split)
-    boxed = [index for index, study in enumerate(studies.studies) if study.boxes]
+    pairs = data.dataset(split)
+    boxed = [index for index, pair in enumerate(pairs.pairs) if pair.boxes]
     means = mean_boxes(data, module.clip.image_size)
     table: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for start in range(0, len(boxed), batch_size):
-        batch = collate([studies[index] for index in boxed[start : start + batch_size]])
+        batch = collate([pairs[index] for index in boxed[start : start + batch_size]])
         for name, found in hits(module, batch, means).items():
             for finding, hit in zip(batch["finding"], found.tolist(), strict=True):
                 table[finding][name].append(hit)

@@ -30,12 +30,12 @@ from PIL import Image
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap
 from matex_pl.clip import load_clip
-from matex_pl.data import PhantomDataModule, Study
-from matex_pl.data.cache import FilmCache
+from matex_pl.data import ImageTextPair, PhantomDataModule
+from matex_pl.data.cache import ImageCache
 from matex_pl.data.datamodule import EpochSampler
 from matex_pl.data.mimic import sentences_of
 from matex_pl.evaluation.store import MapStore, weight_hash
-from matex_pl.maps import AttributionMaps, min_max, upsample
+from matex_pl.maps import Attribution, min_max, upsample
 from matex_pl.training.loss import gathered_loss
 from matex_pl.training.scores import ImageTextRecall
 
@@ -75,7 +75,7 @@ def step_seconds(rank: int, folder: Path, processes: int) -> None:
     )
     module = ClipModule("models/phantom_vit.json", lr=1e-3)
     data = PhantomDataModule(
-        str(folder / "films"), 2_000, 2, 2, batch_size=64 // processes, num_workers=0, augment=False
+        str(folder / "images"), 2_000, 2, 2, batch_size=64 // processes, num_workers=0, augment=False
     )
     trainer.fit(module, data)
 
@@ -98,32 +98,32 @@ def timed(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def studies(number: int) -> list[Study]:
-    """Studies as a manifest of one finding and one box each makes them."""
+def pairs(number: int) -> list[ImageTextPair]:
+    """Pairs as a manifest of one finding and one box each makes them."""
     phrase = "There is a small left pleural effusion with adjacent atelectasis, unchanged."
     return [
-        Study(
+        ImageTextPair(
             id=f"s{50_000_000 + n}",
             patient_id=f"p{10_000_000 + n}",
-            film_id=f"f{n:032x}",
+            image_id=f"f{n:032x}",
             image=f"files/p10/p{10_000_000 + n}/s{50_000_000 + n}/{n:032x}.jpg",
             phrase=f"{phrase} {n}",
             boxes=((10.0 + n, 20.0, 30.0, 40.0),),
             finding="pleural effusion",
-            film_findings=("pleural effusion",),
+            image_findings=("pleural effusion",),
         )
         for n in range(number)
     ]
 
 
 def of_the_list() -> Iterator[tuple[str, str]]:
-    """The list of studies, and the order of an epoch."""
+    """The list of pairs, and the order of an epoch."""
     tracemalloc.start()
-    listed = studies(_PAIRS)
-    yield "list of studies, bytes per pair and process", f"{tracemalloc.get_traced_memory()[0] / _PAIRS:.0f}"
+    listed = pairs(_PAIRS)
+    yield "list of pairs, bytes per pair and process", f"{tracemalloc.get_traced_memory()[0] / _PAIRS:.0f}"
     tracemalloc.stop()
     clip = load_clip("ViT-B-32")
-    seconds = timed(lambda: [clip.count_tokens(study.phrase) for study in listed[:5_000]])
+    seconds = timed(lambda: [clip.count_tokens(pair.phrase) for pair in listed[:5_000]])
     yield "looking for phrases that are too long, microseconds per pair", f"{1e6 * seconds / 5_000:.0f}"
     sampler = EpochSampler(listed, 0)  # type: ignore[arg-type]
     seconds = timed(lambda: sum(1 for _ in sampler))
@@ -163,11 +163,11 @@ def of_the_store(folder: Path) -> Iterator[tuple[str, str]]:
     yield "opening a store, milliseconds per file of 64 pairs", f"{1e3 * opened / 64:.2f}"
 
 
-def made_up_maps(*, pixels: bool) -> AttributionMaps:
+def made_up_maps(*, pixels: bool) -> Attribution:
     """Maps of 64 pairs; with `pixels` their image maps do not follow from the patches."""
     grid = min_max(torch.rand(64, 7, 7))
     image = torch.rand(64, 224, 224) if pixels else min_max(upsample(grid, (224, 224)))
-    return AttributionMaps(image, grid, torch.rand(64, 77), torch.ones(64, 77, dtype=torch.bool), torch.rand(64))
+    return Attribution(image, grid, torch.rand(64, 77), torch.ones(64, 77, dtype=torch.bool), torch.rand(64))
 
 
 def of_the_weights(folder: Path) -> Iterator[tuple[str, str]]:
@@ -187,15 +187,15 @@ def of_the_weights(folder: Path) -> Iterator[tuple[str, str]]:
     yield "writing it, seconds", f"{seconds:.1f}"
 
 
-def of_a_real_step(pairs: int = 32) -> Iterator[tuple[str, str]]:
+def of_a_real_step(number: int = 32) -> Iterator[tuple[str, str]]:
     """A training step of ViT-B/32 with random weights on all cores, or on a GPU where there is one; by the clock."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     torch.set_num_threads(cores)
     clip = load_clip("ViT-B-32").to(device).train()
     optimizer = torch.optim.AdamW(clip.model.parameters(), lr=1e-5)
-    phrases = [study.phrase for study in studies(pairs)]
-    images, tokens = torch.randn(pairs, 3, 224, 224, device=device), clip.tokenize(phrases).to(device)
+    phrases = [pair.phrase for pair in pairs(number)]
+    images, tokens = torch.randn(number, 3, 224, 224, device=device), clip.tokenize(phrases).to(device)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
@@ -210,17 +210,17 @@ def of_a_real_step(pairs: int = 32) -> Iterator[tuple[str, str]]:
     torch.set_num_threads(threads)
     step = median(seconds[1:])
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores} cores"
-    yield f"training step of ViT-B/32, {pairs} pairs, float32, {where}, seconds by the clock", f"{step:.2f}"
-    yield "r, pairs per second", f"{pairs / step:.1f}"
+    yield f"training step of ViT-B/32, {number} pairs, float32, {where}, seconds by the clock", f"{step:.2f}"
+    yield "r, pairs per second", f"{number / step:.1f}"
 
 
-def of_the_films(folder: Path) -> Iterator[tuple[str, str]]:
-    """What the cache keeps of a film, and what reading MIMIC's reports takes before the first step."""
-    source = folder / "film.png"
+def of_the_images(folder: Path) -> Iterator[tuple[str, str]]:
+    """What the cache keeps of an image, and what reading MIMIC's reports takes before the first step."""
+    source = folder / "image.png"
     Image.fromarray(torch.randint(256, (600, 500), dtype=torch.uint8).numpy()).save(source)
-    FilmCache(folder / "kept").read(source, lambda size: (224, 224), "224 x 224")
+    ImageCache(folder / "kept").read(source, lambda size: (224, 224), "224 x 224")
     [kept] = (folder / "kept").rglob("*.npz")
-    yield "film of the cache, 224 x 224, bytes", f"{kept.stat().st_size:,}"
+    yield "image of the cache, 224 x 224, bytes", f"{kept.stat().st_size:,}"
     report = "FINDINGS: " + "The lungs are clear of consolidation. " * 12 + "\nIMPRESSION: No acute process is seen."
     for number in range(2_000):
         (folder / f"s{number}.txt").write_text(report, encoding="utf-8")
@@ -251,7 +251,7 @@ def main() -> None:
             seconds = json.loads((folder / f"loss{batch}").read_text(encoding="utf-8"))
             rows.append((f"loss and backward, 2 x {batch} pairs, milliseconds in each", f"{1e3 * seconds:.1f}"))
         rows += [*of_the_list(), *of_the_scores(), *of_the_store(folder), *of_the_weights(folder)]
-        rows += [*of_a_real_step(), *of_the_films(folder)]
+        rows += [*of_a_real_step(), *of_the_images(folder)]
     print("| what | measured |\n|---|---|")
     print("\n".join(f"| {what} | {value} |" for what, value in rows))
 

@@ -5,7 +5,7 @@
     python benchmarks/shortcut.py --plain runs/phantom/checkpoints/last.ckpt \
         --tagged runs/phantom_shortcut/version_0/checkpoints/last.ckpt --out docs/shortcut.png
 
-Prints a Markdown table over all test studies of the finding whose film carries the tag, and over the same films drawn
+Prints a Markdown table over all test pairs of the finding whose image carries the tag, and over the same images drawn
 without it, and makes a picture of the first of them.
 """
 
@@ -23,54 +23,54 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from matex_pl.attribution import AttributionMethod, GradCam, Matex
-from matex_pl.data import PhantomDataModule, Study, StudyBatch, collate
-from matex_pl.data.datamodule import FilmDataset
+from matex_pl.data import ImageTextBatch, ImageTextPair, PhantomDataModule, collate
+from matex_pl.data.datamodule import PairDataset
 from matex_pl.data.phantom.devices import draw_token
-from matex_pl.data.transforms import FilmTransform
+from matex_pl.data.transforms import ImageTransform
 from matex_pl.metrics.functional import box_masks, outside_mass, pointing_game
 from matex_pl.training import ClipModule, load_module
 from matex_pl.visualization.draw import Picture, save_png
 from matex_pl.visualization.sheet import Entry, contact_sheet
 
 METHODS: dict[str, AttributionMethod] = {
-    "MATEX, no prior": Matex.measured(lambda_s=1.0),
-    "MATEX": Matex.measured(),
+    "MATEX, no prior": Matex.recommended(lambda_s=1.0),
+    "MATEX": Matex.recommended(),
     "Grad-CAM": GradCam(),
 }
 
 
-def has_tag(film: NDArray[np.uint8]) -> bool:
+def has_tag(image: NDArray[np.uint8]) -> bool:
     """Whether a phantom `(h, w)` carries the tag."""
-    drawn = np.array(film)
+    drawn = np.array(image)
     draw_token(drawn)
-    return bool((drawn == film).all())
+    return bool((drawn == image).all())
 
 
-def read(data: PhantomDataModule, studies: list[Study]) -> list[StudyBatch]:
-    """The films of test studies as the data module draws them, with the tag or without, 64 at a time."""
-    films = FilmDataset(data, studies, data.dataset("test").transform)
-    return list(DataLoader(films, batch_size=64, collate_fn=collate))
+def read(data: PhantomDataModule, pairs: list[ImageTextPair]) -> list[ImageTextBatch]:
+    """The images of test pairs as the data module draws them, with the tag or without, 64 at a time."""
+    images = PairDataset(data, pairs, data.dataset("test").transform)
+    return list(DataLoader(images, batch_size=64, collate_fn=collate))
 
 
 def tag_zone(data: PhantomDataModule, module: ClipModule) -> Tensor:
     """The tag with half a patch around it, `(H, W)` bool in the model's frame."""
-    film = np.zeros((data.film_size, data.film_size), np.uint8)
-    draw_token(film)
-    rows, columns = np.nonzero(film)
+    image = np.zeros((data.stored_size, data.stored_size), np.uint8)
+    draw_token(image)
+    rows, columns = np.nonzero(image)
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     margin = 0.5 / torch.tensor(module.clip.grid).flip(0).repeat(2) * torch.tensor([-1, -1, 1, 1])
-    _, boxes, _ = FilmTransform(module.clip.image_size, data.resize_mode)(film, [box])
+    _, boxes, _ = ImageTransform(module.clip.image_size, data.resize_mode)(image, [box])
     return box_masks([boxes + margin], module.clip.image_size)[0]
 
 
 def measure(
-    module: ClipModule, method: AttributionMethod, batches: list[StudyBatch], thorax: Tensor, tag: Tensor
+    module: ClipModule, method: AttributionMethod, batches: list[ImageTextBatch], thorax: Tensor, tag: Tensor
 ) -> list[float]:
     """Share of the mass outside of the thorax, share of maxima on the tag, and pointing game."""
     values = []
     for batch in batches:
         images, tokens = module.inputs(batch)
-        maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"]).image
+        maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"]).image
         peak = pointing_game(maps, tag.expand_as(maps))
         hit = pointing_game(maps, box_masks(batch["boxes"], module.clip.image_size))
         values.append(torch.stack([outside_mass(maps, thorax[None]), peak, hit]))
@@ -78,19 +78,19 @@ def measure(
 
 
 @torch.no_grad()
-def says(module: ClipModule, batches: list[StudyBatch], findings: Sequence[str], finding: str) -> float:
-    """Share of films for which the prompt of this finding is the best of all."""
+def says(module: ClipModule, batches: list[ImageTextBatch], findings: Sequence[str], finding: str) -> float:
+    """Share of images for which the prompt of this finding is the best of all."""
     text = module.clip.encode_text(module.clip.tokenize([f"There is {name}." for name in findings]))
     best = [(module.clip.encode_image(module.inputs(batch)[0]) @ text.T).argmax(1) for batch in batches]
     return float((torch.cat(best) == findings.index(finding)).float().mean())
 
 
-def table(models: dict[str, ClipModule], films: dict[str, list[StudyBatch]], data: PhantomDataModule) -> str:
-    """Markdown: a row per model, films and method."""
-    head = ["trained", "test films", f"called {data.shortcut_finding}"]
+def table(models: dict[str, ClipModule], images: dict[str, list[ImageTextBatch]], data: PhantomDataModule) -> str:
+    """Markdown: a row per model, images and method."""
+    head = ["trained", "test images", f"called {data.shortcut_finding}"]
     head += ["method", "mass outside the thorax", "maxima on the tag", "pointing game"]
     rows = [head, ["---"] * len(head)]
-    for (trained, module), (shown, batches) in product(models.items(), films.items()):
+    for (trained, module), (shown, batches) in product(models.items(), images.items()):
         called = says(module, batches, data.findings, data.shortcut_finding)
         for name, method in METHODS.items():
             values = measure(module, method, batches, data.thorax(), tag_zone(data, module))
@@ -98,19 +98,20 @@ def table(models: dict[str, ClipModule], films: dict[str, list[StudyBatch]], dat
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def sheet(module: ClipModule, batch: StudyBatch, subtitle: str) -> Picture:
-    """All methods on a batch of one study, in one row."""
+def sheet(module: ClipModule, batch: ImageTextBatch, subtitle: str) -> Picture:
+    """All methods on a batch of one pair, in one row."""
     images, tokens = module.inputs(batch)
     found = [
-        method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"]) for method in METHODS.values()
+        method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
+        for method in METHODS.values()
     ]
     return contact_sheet(
-        film=np.ascontiguousarray(batch["image"][0, 0].numpy()),
+        image=np.ascontiguousarray(batch["image"][0, 0].numpy()),
         boxes=batch["boxes"][0].numpy(),
         phrase=batch["phrase"][0],
         tokens=module.clip.pieces(tokens[found[0].content]),
         entries=[
-            Entry(name, maps.image[0].numpy(), maps.text[0][maps.content[0]].tolist() if method.serves_text else None)
+            Entry(name, maps.image[0].numpy(), maps.text[0][maps.content[0]].tolist() if method.supports_text else None)
             for (name, method), maps in zip(METHODS.items(), found, strict=True)
         ],
         score=float(found[0].score[0]),
@@ -135,8 +136,8 @@ def main(
         tagged: The checkpoint of a model that was trained with the tag.
         plain: That of one that was trained without.
         out: The PNG to write.
-        root: Folder of the film cache.
-        shortcut: The share of films with the tag among those with the finding, as in training.
+        root: Folder of the image cache.
+        shortcut: The share of images with the tag among those with the finding, as in training.
         finding: The finding that the tag gives away, as in training.
         width: Of the picture in pixels.
     """
@@ -146,11 +147,11 @@ def main(
     without = PhantomDataModule(root, image_size=size)
     for data in (with_tag, without):
         data.setup("test")
-    studies = [s for s in with_tag.studies["test"] if s.finding == finding and has_tag(with_tag.read_film(s))]
-    films = {"with the tag": read(with_tag, studies), "without it": read(without, studies)}
-    print(f"{len(studies)} studies")
-    print(table(models, films, with_tag))
-    first = read(with_tag, studies[:1])[0]
+    pairs = [s for s in with_tag.pairs["test"] if s.finding == finding and has_tag(with_tag.read_image(s))]
+    images = {"with the tag": read(with_tag, pairs), "without it": read(without, pairs)}
+    print(f"{len(pairs)} pairs")
+    print(table(models, images, with_tag))
+    first = read(with_tag, pairs[:1])[0]
     picture = np.concatenate([sheet(module, first, f"trained {trained}") for trained, module in models.items()])
     height = round(picture.shape[0] * width / picture.shape[1])
     save_png(out, np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)))

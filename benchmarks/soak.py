@@ -113,7 +113,13 @@ def _bytes(path: Path, name: str) -> int:
 def soak(folder: Path, steps: int, every: int, workers: int, accelerator: str) -> list[list[float]]:
     """Train, and give the rows of the gauge."""
     data = PhantomDataModule(
-        str(folder / "films"), num_train=300, num_val=60, num_test=2, film_size=96, batch_size=16, num_workers=workers
+        str(folder / "images"),
+        num_train=300,
+        num_val=60,
+        num_test=2,
+        stored_size=96,
+        batch_size=16,
+        num_workers=workers,
     )
     gauge = Gauge(every)
     run = Trainer(

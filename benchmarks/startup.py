@@ -28,8 +28,8 @@ MATEX = {
     "matex fit, without a config": ["fit"],
     "matex prior": ["prior", PHRASE],
     "matex explain --help": ["explain", "--help"],
-    "matex explain, to the point of loading": ["explain", "film.png", PHRASE, "--ckpt_path", "none.ckpt"],
-    "matex explain, in whole": ["explain", "film.png", PHRASE, "--ckpt_path", "tiny.ckpt"],
+    "matex explain, to the point of loading": ["explain", "image.png", PHRASE, "--ckpt_path", "none.ckpt"],
+    "matex explain, in whole": ["explain", "image.png", PHRASE, "--ckpt_path", "tiny.ckpt"],
 }
 MAKE_CHECKPOINT = """
 from lightning.pytorch import Trainer
@@ -52,7 +52,7 @@ def measure_startup(rounds: int = 5, before: str | None = None) -> str:
         commands |= {(name, root): ["-m", "matex_pl.cli", *words] for name, words in MATEX.items()}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in commands}
     with tempfile.TemporaryDirectory() as folder:
-        cv2.imwrite(f"{folder}/film.png", np.random.default_rng(0).integers(0, 255, (90, 70), np.uint8))
+        cv2.imwrite(f"{folder}/image.png", np.random.default_rng(0).integers(0, 255, (90, 70), np.uint8))
         cpu_seconds(["-c", MAKE_CHECKPOINT.format(path=f"{folder}/tiny.ckpt")], str(ROOT), str(ROOT))
         for _ in track(range(rounds + 1), "Rounds"):
             for key, words in commands.items():

@@ -1,4 +1,4 @@
-"""Panels of the same few studies at every validation."""
+"""Panels of the same few pairs at every validation."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from lightning.pytorch.utilities import rank_zero_warn
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.callbacks.loggers import is_local, log_images
-from matex_pl.data.datamodule import ChestXrayDataModule, FilmDataset
-from matex_pl.data.study import Study
+from matex_pl.data.datamodule import ChestXrayDataModule, PairDataset
+from matex_pl.data.pair import ImageTextPair
 from matex_pl.explain import explain_batch
 from matex_pl.visualization.draw import Picture
 
 
 class AttributionMaps(Callback):
-    """Logs, for K fixed studies, where the model looked: film, boxes, map, shaded phrase and score.
+    """Logs, for K fixed pairs, where the model looked: image, boxes, map, shaded phrase and score.
 
-    Each study has one tag, `maps/<name>/<id>`, for the whole run, so that TensorBoard's slider runs through training.
-    Goes to every logger that takes images. The studies are chosen once, turn by turn over the findings, and kept with
+    Each pair has one tag, `maps/<name>/<id>`, for the whole run, so that TensorBoard's slider runs through training.
+    Goes to every logger that takes images. The pairs are chosen once, turn by turn over the findings, and kept with
     the checkpoint.
 
     Args:
-        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.measured()` by
+        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by
             default.
         name: Part of the tag, to have several methods side by side.
-        num_studies: K, when `study_ids` is left out.
-        study_ids: The studies to show, by id; they have to be in the split that is validated or tested.
+        num_pairs: K, when `pair_ids` is left out.
+        pair_ids: The pairs to show, by id; they have to be in the split that is validated or tested.
         every_n_validations: Log at the first validation and then at every n-th; 0 switches it off.
         show_text: Write the phrases and findings in the panels; with `false`, shaded bars stand in for the words. By
             default, only loggers that write to local disks get words, as `is_local` says. Patient ids are never in
-            panels; the id of the study always is.
+            panels; the id of the pair always is.
         log_text: Deprecated name of `show_text`.
     """
 
@@ -42,21 +42,21 @@ class AttributionMaps(Callback):
         self,
         method: AttributionMethod | str | None = None,
         name: str = "matex",
-        num_studies: int = 8,
-        study_ids: list[str] | None = None,
+        num_pairs: int = 8,
+        pair_ids: list[str] | None = None,
         every_n_validations: int = 1,
         show_text: bool | None = None,
         log_text: bool | None = None,
     ) -> None:
-        if num_studies < 1 or every_n_validations < 0:
+        if num_pairs < 1 or every_n_validations < 0:
             raise ValueError(
-                "num_studies must be at least 1 and every_n_validations at least 0, "
-                f"got {num_studies} and {every_n_validations}."
+                "num_pairs must be at least 1 and every_n_validations at least 0, "
+                f"got {num_pairs} and {every_n_validations}."
             )
-        self.method = load_method(method or Matex.measured())
+        self.method = load_method(method or Matex.recommended())
         self.name = name
-        self.num_studies = num_studies
-        self.study_ids = study_ids
+        self.num_pairs = num_pairs
+        self.pair_ids = pair_ids
         self.every_n_validations = every_n_validations
         self.show_text = log_text if show_text is None else show_text
         self.validations = 0
@@ -68,24 +68,24 @@ class AttributionMaps(Callback):
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many validations there were, and which studies are shown."""
+        """How many validations there were, and which pairs are shown."""
         return {"validations": self.validations, "chosen": self.chosen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the studies of the checkpoint."""
+        """Go on with the pairs of the checkpoint."""
         self.validations, self.chosen = state_dict["validations"], state_dict["chosen"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before training starts."""
         data = getattr(trainer, "datamodule", None)
-        if self.study_ids and isinstance(data, ChestXrayDataModule) and stage in ("fit", "validate", "test"):
-            self._check_ids({study.id for study in data.studies["test" if stage == "test" else "val"]})
+        if self.pair_ids and isinstance(data, ChestXrayDataModule) and stage in ("fit", "validate", "test"):
+            self._check_ids({pair.id for pair in data.pairs["test" if stage == "test" else "val"]})
 
     def _check_ids(self, there: set[str]) -> None:
-        missing = [name for name in self.study_ids or () if name not in there]
+        missing = [name for name in self.pair_ids or () if name not in there]
         if missing:
             raise ValueError(
-                f"AttributionMaps: no study {missing[0]!r} among {len(there)}, e.g. {min(there, default='none')!r}."
+                f"AttributionMaps: no pair {missing[0]!r} among {len(there)}, e.g. {min(there, default='none')!r}."
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,7 +97,7 @@ class AttributionMaps(Callback):
             self._log(trainer, pl_module, trainer.val_dataloaders, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the panels of test studies."""
+        """Log the panels of test pairs."""
         if self.every_n_validations:
             self._log(trainer, pl_module, trainer.test_dataloaders, "test")
 
@@ -105,19 +105,19 @@ class AttributionMaps(Callback):
         if not trainer.loggers:
             return
         data = getattr(loader, "dataset", None)
-        if not isinstance(data, FilmDataset):
+        if not isinstance(data, PairDataset):
             raise TypeError(
                 f"AttributionMaps needs the loader of a matex_pl data module, got one over {type(data).__name__}."
             )
         if split not in self.chosen:
-            self.chosen[split] = self.study_ids or choose_studies(data.studies, self.num_studies)
+            self.chosen[split] = self.pair_ids or choose_pairs(data.pairs, self.num_pairs)
         taken = 0
         for show_text in (True, False):
             loggers = [logger for logger in trainer.loggers if self._shows_text(logger) is show_text]
             if loggers:
                 panels = self._panels(trainer, module, data, self.chosen[split], show_text)
-                for study, panel in panels.items() if trainer.is_global_zero else ():
-                    taken += log_images(loggers, f"maps/{self.name}/{study}", panel, trainer.global_step)
+                for pair, panel in panels.items() if trainer.is_global_zero else ():
+                    taken += log_images(loggers, f"maps/{self.name}/{pair}", panel, trainer.global_step)
         if not taken:
             rank_zero_warn("None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger.")
 
@@ -125,10 +125,10 @@ class AttributionMaps(Callback):
         return is_local(logger) if self.show_text is None else self.show_text
 
     def _panels(
-        self, trainer: Trainer, module: Any, data: FilmDataset, studies: list[str], show_text: bool
+        self, trainer: Trainer, module: Any, data: PairDataset, pairs: list[str], show_text: bool
     ) -> dict[str, Picture]:
-        """The panels by study, on the first process those of all; each process explains its share."""
-        own = studies[trainer.global_rank :: trainer.world_size]
+        """The panels by pair, on the first process those of all; each process explains its share."""
+        own = pairs[trainer.global_rank :: trainer.world_size]
         panels: dict[str, Picture] = {}
         if own:
             subtitle = f"{self.name} | epoch {trainer.current_epoch}"
@@ -138,13 +138,13 @@ class AttributionMaps(Callback):
             return panels
         parts: list[Any] = [None] * trainer.world_size
         dist.gather_object(panels, parts if trainer.is_global_zero else None)
-        return {study: panel for part in parts if part for study, panel in part.items()}
+        return {pair: panel for part in parts if part for pair, panel in part.items()}
 
 
-def choose_studies(studies: Sequence[Study], number: int) -> list[str]:
-    """Ids of up to `number` studies: findings in turn, in the order of the split, those with boxes first."""
+def choose_pairs(pairs: Sequence[ImageTextPair], number: int) -> list[str]:
+    """Ids of up to `number` pairs: findings in turn, in the order of the split, those with boxes first."""
     queues: dict[str, list[str]] = {}
-    for study in sorted(studies, key=lambda study: not study.boxes):
-        queues.setdefault(study.finding, []).append(study.id)
+    for pair in sorted(pairs, key=lambda pair: not pair.boxes):
+        queues.setdefault(pair.finding, []).append(pair.id)
     turns = [queue[turn] for turn in range(number) for queue in queues.values() if turn < len(queue)]
     return turns[:number]

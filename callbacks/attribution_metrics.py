@@ -19,9 +19,9 @@ from matex_pl.attribution.core.fill import Fill, check_fill
 from matex_pl.attribution.shipped import load_method
 from matex_pl.clip.model import Clip
 from matex_pl.data.datamodule import ChestXrayDataModule
-from matex_pl.data.study import StudyBatch
+from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.pairs import embed_pairs, other_phrases, swapped_phrases
-from matex_pl.maps import AttributionMaps
+from matex_pl.maps import Attribution
 from matex_pl.metrics import (
     ConfidenceDrop,
     ConfidenceIncrease,
@@ -39,25 +39,25 @@ from matex_pl.metrics.removal import dropped_tokens, image_score, text_score
 class AttributionMetrics(Callback):
     """Logs how good a method's maps are, over the first batches of validation and of test.
 
-    Scalars, with `attribution/` in front: `pointing_game` and `cnr` over studies with boxes, `confidence_drop` and
+    Scalars, with `attribution/` in front: `pointing_game` and `cnr` over pairs with boxes, `confidence_drop` and
     `confidence_increase`, `mean_map_mass`, and for methods that serve text `text_confidence_drop` and
-    `text_confidence_increase`; for MATEX also `consistency_mean` and `consistency_min`, over patches and studies
+    `text_confidence_increase`; for MATEX also `consistency_mean` and `consistency_min`, over patches and pairs
     (near 1 everywhere, C does nothing). `ModelCheckpoint(monitor="attribution/pointing_game")` works.
 
     `outside_thorax_mass` is the share of the maps' mass where no lung and no heart is, if the trainer's data module
-    knows (`thorax()`), otherwise `border_mass` the share in the outer tenth of the film. It rises where a model reads
+    knows (`thorax()`), otherwise `border_mass` the share in the outer tenth of the image. It rises where a model reads
     something beside the patient. A prior draws the map to what the phrase names and hides that: log a method without.
 
     Args:
-        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.measured()` by
+        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by
             default.
         name: Put between `attribution/` and the scalar, to have several methods side by side; empty for none.
         num_batches: Batches per validation (or test), in each process, that are explained; -1 for all.
-        fill: What stands in for pixels that are not kept: `mean_film`, `mean_colour` (as published) or `blur`.
+        fill: What stands in for pixels that are not kept: `mean_image`, `mean_color` (as published) or `blur`.
         per_finding: Also log the pointing game and the mass outside (and the prompt sensitivity) of each finding, as
             `pointing_game/<finding>`.
         sensitivity: Also log how maps follow the phrase, which takes two to three times as long. `prompt_sensitivity`:
-            the rank correlation, over patches, of the maps under the true phrase and under that of another study of the
+            the rank correlation, over patches, of the maps under the true phrase and under that of another pair of the
             batch (see `other_phrases`), lower is better. `side_sensitivity`: the share of mass that moves to the other
             side of the patient when the phrase names that one, over phrases with a `named_side`, higher is better.
     """
@@ -67,7 +67,7 @@ class AttributionMetrics(Callback):
         method: AttributionMethod | str | None = None,
         name: str = "",
         num_batches: int = 4,
-        fill: Fill = "mean_film",
+        fill: Fill = "mean_image",
         per_finding: bool = False,
         sensitivity: bool = False,
     ) -> None:
@@ -76,7 +76,7 @@ class AttributionMetrics(Callback):
             raise ValueError(
                 f"num_batches must be positive, or -1 for all; got {num_batches}. To switch it off, leave it out."
             )
-        self.method = load_method(method or Matex.measured())
+        self.method = load_method(method or Matex.recommended())
         self.name = name
         self.num_batches = num_batches
         self.fill = fill
@@ -116,7 +116,7 @@ class AttributionMetrics(Callback):
             "confidence_drop": ConfidenceDrop,
             "confidence_increase": ConfidenceIncrease,
         }
-        if self.method.serves_text:
+        if self.method.supports_text:
             kinds |= {"text_confidence_drop": ConfidenceDrop, "text_confidence_increase": ConfidenceIncrease}
         if self.sensitivity:
             kinds |= {"prompt_sensitivity": RankCorrelation, "side_sensitivity": SideSensitivity}
@@ -146,7 +146,7 @@ class AttributionMetrics(Callback):
         if trainer.sanity_checking or 0 <= self.num_batches <= batch_idx:
             return
         clip, (images, tokens) = pl_module.clip, pl_module.inputs(batch)
-        maps = self.method.attribute(clip, images, tokens, batch["phrase"], batch["film"])
+        maps = self.method.attribute(clip, images, tokens, batch["phrase"], batch["content_box"])
         self._locate(maps.image, batch)
         if "consistency" in maps.parts:
             # The mean of what is one number per patch.
@@ -156,41 +156,41 @@ class AttributionMetrics(Callback):
         if self.sensitivity:
             self._change_phrases(clip, images, maps, batch)
 
-    def _locate(self, image_maps: Tensor, batch: StudyBatch) -> None:
+    def _locate(self, image_maps: Tensor, batch: ImageTextBatch) -> None:
         everyone = list(range(len(image_maps)))
         self._add("pointing_game", batch, everyone, image_maps, batch["boxes"])
         self._add("cnr", batch, everyone, image_maps, batch["boxes"])
         self._add("mean_map_mass", batch, everyone, image_maps)
-        self._add(self._outside, batch, everyone, image_maps, self._inside(image_maps, batch["film"]))
+        self._add(self._outside, batch, everyone, image_maps, self._inside(image_maps, batch["content_box"]))
 
-    def _inside(self, image_maps: Tensor, film: Tensor) -> Tensor:
-        """Where mass belongs, `(B, H, W)` bool: in the thorax, or off the border of the film."""
+    def _inside(self, image_maps: Tensor, content_box: Tensor) -> Tensor:
+        """Where mass belongs, `(B, H, W)` bool: in the thorax, or off the border of the image."""
         if self.thorax is not None:
             return self.thorax.to(image_maps.device).expand_as(image_maps)
-        return ~border_mask((image_maps.shape[1], image_maps.shape[2]), film)
+        return ~border_mask((image_maps.shape[1], image_maps.shape[2]), content_box)
 
-    def _change_phrases(self, clip: Clip, images: Tensor, maps: AttributionMaps, batch: StudyBatch) -> None:
+    def _change_phrases(self, clip: Clip, images: Tensor, maps: Attribution, batch: ImageTextBatch) -> None:
         rows, other = self._under(clip, images, batch, other_phrases(batch["phrase"], batch["finding"]))
         if other is not None:
             self._add("prompt_sensitivity", batch, rows, maps.grid[rows].flatten(1), other.grid.flatten(1))
         rows, other = self._under(clip, images, batch, swapped_phrases(batch["phrase"]))
         if other is not None:
             named = [named_side(batch["phrase"][row]) for row in rows]
-            self._add("side_sensitivity", batch, rows, maps.image[rows], other.image, named, batch["film"][rows])
+            self._add("side_sensitivity", batch, rows, maps.image[rows], other.image, named, batch["content_box"][rows])
 
     def _under(
-        self, clip: Clip, images: Tensor, batch: StudyBatch, phrases: list[str | None]
-    ) -> tuple[list[int], AttributionMaps | None]:
+        self, clip: Clip, images: Tensor, batch: ImageTextBatch, phrases: list[str | None]
+    ) -> tuple[list[int], Attribution | None]:
         """The rows that get a phrase in place of their own, and their maps under it; None without rows."""
         chosen = {row: phrase for row, phrase in enumerate(phrases) if phrase is not None}
         rows, texts = list(chosen), list(chosen.values())
         if not rows:
             return rows, None
         tokens = clip.tokenize(texts)
-        return rows, self.method.attribute(clip, images[rows], tokens, texts, batch["film"][rows])
+        return rows, self.method.attribute(clip, images[rows], tokens, texts, batch["content_box"][rows])
 
-    def _add(self, name: str, batch: StudyBatch, rows: list[int], *values: Any) -> None:
-        """Add the studies of these rows to a scalar, and to that of each one's finding where there is one.
+    def _add(self, name: str, batch: ImageTextBatch, rows: list[int], *values: Any) -> None:
+        """Add the pairs of these rows to a scalar, and to that of each one's finding where there is one.
 
         Args:
             name: The scalar.
@@ -217,13 +217,13 @@ class AttributionMetrics(Callback):
             self.metrics[name] = self._kept[name].to(device or self.metrics["cnr"].device)
         return self.metrics[name]
 
-    def _remove(self, clip: Clip, images: Tensor, tokens: Tensor, maps: AttributionMaps, ids: list[str]) -> None:
+    def _remove(self, clip: Clip, images: Tensor, tokens: Tensor, maps: Attribution, ids: list[str]) -> None:
         """Confidence after removal."""
         # Not those of the validation step: under autocast they would differ from what is held against them.
         image, text = embed_pairs(clip, images, tokens)
         score = (image * text).sum(-1)
         self._update_confidence("confidence", score, image_score(clip, images, maps.image, self.fill, text), ids)
-        if self.method.serves_text:
+        if self.method.supports_text:
             drop = dropped_tokens(maps.text, maps.content, "map")
             self._update_confidence("text_confidence", score, text_score(clip, tokens, drop, image), ids)
 
@@ -248,7 +248,7 @@ class AttributionMetrics(Callback):
             # A finding that none of the batches has is no reason to worry.
             if "/" not in name:
                 rank_zero_warn(
-                    f"{prefix}/{name} is NaN: none of the studies in the explained batches counts (no boxes, or no "
+                    f"{prefix}/{name} is NaN: none of the pairs in the explained batches counts (no boxes, or no "
                     "other phrase?)."
                 )
                 pl_module.log(f"{prefix}/{name}", value, sync_dist=True)

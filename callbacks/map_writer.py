@@ -27,13 +27,13 @@ class MapWriter(Callback):
     Does nothing within `fit`, where every validation has other weights.
 
     Args:
-        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.measured()` by
+        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by
             default.
         root: Folder of the stores; this one's is named after the method and a hash of its settings and the weights.
     """
 
     def __init__(self, method: AttributionMethod | str | None = None, root: str = "maps") -> None:
-        self.method = load_method(method or Matex.measured())
+        self.method = load_method(method or Matex.recommended())
         self.root = Path(root)
         self.store: MapStore | None = None
 
@@ -61,7 +61,9 @@ class MapWriter(Callback):
             chosen = [rows[key] for key in missing]
             images, tokens = pl_module.inputs(batch)
             phrases = [batch["phrase"][row] for row in chosen]
-            maps = self.method.attribute(pl_module.clip, images[chosen], tokens[chosen], phrases, batch["film"][chosen])
+            maps = self.method.attribute(
+                pl_module.clip, images[chosen], tokens[chosen], phrases, batch["content_box"][chosen]
+            )
             self.store.write(missing, maps)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -40,7 +40,7 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write all rows, in the order of the films, under a temporary name until they are complete."""
+        """Write all rows, in the order of the images, under a temporary name until they are complete."""
         rows = self._rows_of_all(trainer, predictions, batch_indices)
         path = self._file(trainer)
         if not trainer.is_global_zero:

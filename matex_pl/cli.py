@@ -15,21 +15,21 @@ from matex_pl.files import shipped_configs
 
 DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, where it looks.
 
-  matex fit --config phantom.yaml                         train on synthetic films, with maps and scores
+  matex fit --config phantom.yaml                         train on synthetic images, with maps and scores
   tensorboard --logdir runs                               look
-  matex test --config phantom.yaml --ckpt_path last       score the test films
-  matex explain film.png "Left lower lobe consolidation." --ckpt_path runs/phantom/checkpoints/last.ckpt
-                                                          one film, one picture; --method m2ib takes another method,
+  matex test --config phantom.yaml --ckpt_path last       score the test images
+  matex explain image.png "Left lower lobe consolidation." --ckpt_path runs/phantom/checkpoints/last.ckpt
+                                                          one image, one picture; --method m2ib takes another method,
                                                           --method all draws every one
   matex prior "Left lower lobe consolidation." --out prior.png
                                                           how a phrase is read, and the prior M that it gives
   matex benchmark --config phantom.yaml --ckpt_path runs/phantom/checkpoints/last.ckpt --out results
                                                           every method, every metric, with controls: tables and a page
   matex tune --config phantom.yaml --ckpt_path runs/phantom/checkpoints/last.ckpt --out tuned
-                                                          MATEX's weights, found on the validation films
+                                                          MATEX's weights, found on the validation images
   matex roar run --config roar_phantom.yaml               remove what maps mark, train again, see what the model lost;
                                                           `matex roar status FOLDER` and `collect FOLDER` say how far
-  matex check-data --config mine.yaml                     read every film and row once, and say what is wrong
+  matex check-data --config mine.yaml                     read every image and row once, and say what is wrong
 
 `matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
 `matex explain --help` and `matex prior --help` those of a picture, `matex benchmark --help` those of a comparison.
@@ -38,17 +38,17 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, 
 
 TRAINING = {
     "fit": "Train.",
-    "validate": "Score the validation films.",
-    "test": "Score the test films.",
+    "validate": "Score the validation images.",
+    "test": "Score the test images.",
     "predict": "Write a row per pair with its cosine, to a CSV.",
 }
 COMMANDS = {
-    "explain": "Write one panel of one film and one phrase.",
+    "explain": "Write one panel of one image and one phrase.",
     "prior": "Say how a phrase is read, and draw its prior M.",
     "benchmark": "Compare methods by every metric.",
-    "tune": "Find MATEX's weights on the validation films.",
+    "tune": "Find MATEX's weights on the validation images.",
     "roar": "Remove what maps mark, and train again.",
-    "check-data": "Read every film and row once.",
+    "check-data": "Read every image and row once.",
 }
 REQUIRED = {"benchmark": ("--ckpt_path", "--out"), "tune": ("--ckpt_path", "--out")}
 ON_DATA = {*TRAINING, "benchmark", "tune", "check-data"}

@@ -1,4 +1,4 @@
-"""Panels and contact sheets of studies, for the callbacks and for `matex explain`."""
+"""Panels and contact sheets of pairs, for the callbacks and for `matex explain`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from matex_pl.attribution import AttributionMethod
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
-from matex_pl.data.study import StudyBatch
-from matex_pl.maps import AttributionMaps
+from matex_pl.data.pair import ImageTextBatch
+from matex_pl.maps import Attribution
 from matex_pl.visualization.draw import DESIGN_WIDTH, Picture
 from matex_pl.visualization.panel import panel
 from matex_pl.visualization.sheet import Entry, contact_sheet
 
 
 def explain_batch(
-    module: Any, method: AttributionMethod, batch: StudyBatch, subtitle: str, *, show_text: bool = True
+    module: Any, method: AttributionMethod, batch: ImageTextBatch, subtitle: str, *, show_text: bool = True
 ) -> list[Picture]:
-    """One panel per study of the batch, `(h, w, 3)` uint8 each.
+    """One panel per pair of the batch, `(h, w, 3)` uint8 each.
 
     Args:
         module: A `ClipModule`, or any module with `clip` and `inputs`.
         method: The attribution method.
-        batch: Studies, on any device.
+        batch: Pairs, on any device.
         subtitle: Second line of the panels.
         show_text: Write the words of the phrase and the finding; otherwise a panel has bars for the words.
     """
@@ -36,15 +36,15 @@ def explain_batch(
 
 def draw_panels(
     clip: Clip,
-    maps: AttributionMaps,
-    batch: StudyBatch,
+    maps: Attribution,
+    batch: ImageTextBatch,
     tokens: Tensor,
     subtitle: str,
     width: int = DESIGN_WIDTH,
     *,
     show_text: bool = True,
 ) -> list[Picture]:
-    """One panel per study of the batch, `(h, width, 3)` uint8 each, from finished maps; see `explain_batch`."""
+    """One panel per pair of the batch, `(h, width, 3)` uint8 each, from finished maps; see `explain_batch`."""
     return [
         panel(
             heat=maps.image[row].float().cpu().numpy(),
@@ -53,19 +53,19 @@ def draw_panels(
             subtitle=subtitle,
             width=width,
             show_text=show_text,
-            **_study(clip, batch, tokens[row], maps.content[row], row, show_finding=show_text),
+            **_pair(clip, batch, tokens[row], maps.content[row], row, show_finding=show_text),
         )
         for row in range(len(batch["id"]))
     ]
 
 
-def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch: StudyBatch) -> Picture:
-    """A contact sheet of one study, `(h, w, 3)` uint8: its film, and the map and the words of each method.
+def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch: ImageTextBatch) -> Picture:
+    """A contact sheet of one pair, `(h, w, 3)` uint8: its image, and the map and the words of each method.
 
     Args:
         module: A `ClipModule`, or any module with `clip` and `inputs`.
         methods: Methods by the name to write under the map. One that refuses the model is shown with its reason.
-        batch: One study.
+        batch: One pair.
     """
     entries = []
     for name, method in progress(methods.items(), "methods"):
@@ -74,26 +74,28 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
         except NotImplementedError as error:
             entries.append(Entry(name, None, None, str(error)))
             continue
-        words = maps.text[0][maps.content[0]].tolist() if method.serves_text else None
+        words = maps.text[0][maps.content[0]].tolist() if method.supports_text else None
         entries.append(Entry(name, maps.image[0].float().cpu().numpy(), words, getattr(method, "explain", "")))
     if all(entry.heat is None for entry in entries):
         raise NotImplementedError(entries[0].note)
-    study = _study(module.clip, batch, tokens[0], maps.content[0], 0)
-    return contact_sheet(entries=entries, score=float(maps.score[0]), **study)
+    pair = _pair(module.clip, batch, tokens[0], maps.content[0], 0)
+    return contact_sheet(entries=entries, score=float(maps.score[0]), **pair)
 
 
-def _attribute(module: Any, method: AttributionMethod, batch: StudyBatch) -> tuple[AttributionMaps, Tensor]:
+def _attribute(module: Any, method: AttributionMethod, batch: ImageTextBatch) -> tuple[Attribution, Tensor]:
     images, tokens = module.inputs({**batch, "image": batch["image"].to(module.device)})
-    return method.attribute(module.clip, images, tokens, batch["phrase"], batch["film"].to(module.device)), tokens
+    return method.attribute(
+        module.clip, images, tokens, batch["phrase"], batch["content_box"].to(module.device)
+    ), tokens
 
 
-def _study(
-    clip: Clip, batch: StudyBatch, tokens: Tensor, content: Tensor, row: int, *, show_finding: bool = True
+def _pair(
+    clip: Clip, batch: ImageTextBatch, tokens: Tensor, content: Tensor, row: int, *, show_finding: bool = True
 ) -> dict[str, Any]:
-    """Arguments for a picture of the study in `row` that are the same for all methods."""
+    """Arguments for a picture of the pair in `row` that are the same for all methods."""
     finding = batch["finding"][row] if show_finding else ""
     return {
-        "film": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),
+        "content_box": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),
         "boxes": batch["boxes"][row].cpu().numpy(),
         "phrase": batch["phrase"][row],
         "tokens": clip.pieces(tokens[content]),

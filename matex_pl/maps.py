@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass
-class AttributionMaps:
+class Attribution:
     """Maps of B image-phrase pairs.
 
     Args:
@@ -92,7 +92,7 @@ def _extremes(flat: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def upsample(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear upsampling with half-pixel centres: `(B, Gh, Gw)` to `(B, H, W)`, or C maps each `(B, C, Gh, Gw)`."""
+    """Bilinear upsampling with half-pixel centers: `(B, Gh, Gw)` to `(B, H, W)`, or C maps each `(B, C, Gh, Gw)`."""
     maps = grid if grid.ndim == 4 else grid[:, None]
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False).view(*grid.shape[:-2], *size)
 
@@ -101,3 +101,7 @@ def patch_mean(image: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean of each patch: `(B, H, W)` to `(B, Gh, Gw)`, or C maps each `(B, C, H, W)`."""
     maps = image if image.ndim == 4 else image[:, None]
     return F.adaptive_avg_pool2d(maps, grid).view(*image.shape[:-2], *grid)
+
+
+# The name in 0.1.
+AttributionMaps = Attribution

@@ -36,20 +36,20 @@ def tiny_clip(tiny_json: str) -> Clip:
 
 
 @pytest.fixture(scope="session")
-def film_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("films")
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("images")
 
 
 @pytest.fixture
-def tiny_films(film_root: Path) -> PhantomDataModule:
-    """Twelve films for training, six for validation and for test, in 32 x 32 pixels."""
+def tiny_images(image_root: Path) -> PhantomDataModule:
+    """Twelve images for training, six for validation and for test, in 32 x 32 pixels."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     return PhantomDataModule(
-        root=str(film_root),
+        root=str(image_root),
         num_train=12,
         num_val=6,
         num_test=6,
-        film_size=64,
+        stored_size=64,
         image_size=32,
         batch_size=4,
         num_workers=0,

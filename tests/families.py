@@ -129,7 +129,7 @@ def family(name: str, dtype: torch.dtype = torch.float32) -> Clip:
     clip = load_clip(json.dumps({"model_cfg": {"embed_dim": EMBED_DIM} | CONFIGS[name]()}))
     # 7: a draw in which the gradients of every family have both signs.
     redraw(clip.model, torch.Generator().manual_seed(7 + FAMILIES.index(name)))
-    clip.mean_film.copy_(torch.linspace(0.2, 0.6, clip.mean_film.numel()).view_as(clip.mean_film))
+    clip.mean_image.copy_(torch.linspace(0.2, 0.6, clip.mean_image.numel()).view_as(clip.mean_image))
     return clip.to(dtype)
 
 

@@ -1,10 +1,10 @@
-"""Films that a tiny model learns to tell apart in seconds: one of four patterns in one of sixteen places."""
+"""Images that a tiny model learns to tell apart in seconds: one of four patterns in one of sixteen places."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from matex_pl.data import ChestXrayDataModule, Study
+from matex_pl.data import ChestXrayDataModule, ImageTextPair
 
 PATTERNS = {
     "stripes across": np.tile([[255], [0]], (4, 8)),
@@ -21,12 +21,12 @@ CONFIG = {
 }
 
 
-class PatternFilms(ChestXrayDataModule):
-    """Grey noise, 32 x 32, with a pattern of 8 x 8 pixels in one cell of the 4 x 4 raster, which its box says.
+class PatternImages(ChestXrayDataModule):
+    """Gray noise, 32 x 32, with a pattern of 8 x 8 pixels in one cell of the 4 x 4 raster, which its box says.
 
     Args:
-        number: Films for training; a tenth of it for validation and for test.
-        per_patient: Films of each patient.
+        number: Images for training; a tenth of it for validation and for test.
+        per_patient: Images of each patient.
     """
 
     def __init__(self, number: int = 160, per_patient: int = 1) -> None:
@@ -35,28 +35,28 @@ class PatternFilms(ChestXrayDataModule):
         self.per_patient = per_patient
         self.reads = 0
 
-    def list_studies(self) -> list[Study]:
-        """One phrase per film."""
+    def list_pairs(self) -> list[ImageTextPair]:
+        """One phrase per image."""
         splits = ["train"] * self.number + ["val"] * (self.number // 10) + ["test"] * (self.number // 10)
-        return [self._study(index, split) for index, split in enumerate(splits)]
+        return [self._pair(index, split) for index, split in enumerate(splits)]
 
-    def _study(self, index: int, split: str) -> Study:
+    def _pair(self, index: int, split: str) -> ImageTextPair:
         x, y, name = self._draw(index)
         box = (8.0 * x, 8.0 * y, 8.0 * x + 8, 8.0 * y + 8)
         patient = f"{split}-{index // self.per_patient}"
-        return Study(
-            f"film-{index}", patient, f"film-{index}", index, f"There is {name}.", (box,), name, (name,), split
+        return ImageTextPair(
+            f"image-{index}", patient, f"image-{index}", index, f"There is {name}.", (box,), name, (name,), split
         )
 
     def _draw(self, index: int) -> tuple[int, int, str]:
         rng = np.random.default_rng(index)
         return int(rng.integers(4)), int(rng.integers(4)), list(PATTERNS)[rng.integers(4)]
 
-    def read_film(self, study: Study) -> np.ndarray:
+    def read_image(self, pair: ImageTextPair) -> np.ndarray:
         """Pixels `(32, 32)`."""
         self.reads += 1
-        index = int(study.image)
+        index = int(pair.image)
         x, y, name = self._draw(index)
-        film = np.random.default_rng((index, 1)).integers(96, 160, (32, 32)).astype(np.uint8)
-        film[8 * y : 8 * y + 8, 8 * x : 8 * x + 8] = PATTERNS[name]
-        return film
+        image = np.random.default_rng((index, 1)).integers(96, 160, (32, 32)).astype(np.uint8)
+        image[8 * y : 8 * y + 8, 8 * x : 8 * x + 8] = PATTERNS[name]
+        return image

@@ -1,6 +1,6 @@
-"""Slow, literal versions of the equations, one study at a time: what the tests hold the library against.
+"""Slow, literal versions of the equations, one pair at a time: what the tests hold the library against.
 
-Nothing here is shared with the library but the phrase parser and the content mask. Studies, heads, layers, patches and
+Nothing here is shared with the library but the phrase parser and the content mask. Pairs, heads, layers, patches and
 pixels are loops, attention is the full softmax matrix, and the gradients are plain autograd over the whole towers,
 written out here: open_clip's own, CoCa's, CLIP's ResNet, vision transformers of timm and BERT of Hugging Face.
 
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class Layer:
-    """One block of one study, lists over heads: q (m, d), k and v (n, d), `attention` (m, n), o (m, d).
+    """One block of one pair, lists over heads: q (m, d), k and v (n, d), `attention` (m, n), o (m, d).
 
     A block of a tower asks with its own tokens, m = n; an attention pool asks with m queries of its own. `normed` are
     these tokens (n, width) behind the norm that stands before them, where one does.
@@ -69,7 +69,7 @@ class Layer:
 
 
 @dataclass
-class Reading:
+class Pooling:
     """How an embedding is read from the tokens of its tower.
 
     `kind` is "token" (one token, `pooled`), "mean" (of the tokens `pooled`) or "query" (the last block is an attention
@@ -97,7 +97,7 @@ class Tower:
 
     start: Callable[[Tensor], Tensor]
     blocks: list[Callable[[Tensor], tuple[Tensor, Layer]]]
-    head: Callable[[Tensor], tuple[Tensor, list[Layer], Reading]]
+    head: Callable[[Tensor], tuple[Tensor, list[Layer], Pooling]]
     grid: tuple[int, int] = (0, 0)
 
 
@@ -110,7 +110,7 @@ class Run:
 
     embedding: Tensor
     layers: list[Layer]
-    reading: Reading
+    reading: Pooling
     stream: list[Tensor]
 
 
@@ -160,8 +160,8 @@ def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
     """Rows of x through a layer norm, or unchanged where the model has none."""
     if isinstance(norm, nn.Identity):
         return x
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
 
 
 def raster(convolution: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
@@ -201,14 +201,14 @@ def native_image(visual: nn.Module, size: tuple[int, int]) -> Tower:
         tokens = torch.stack([visual.class_embedding, *patch_embeddings(image, visual.conv1)])
         return layer_norm(tokens + visual.positional_embedding, visual.ln_pre)
 
-    def head(tokens: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+    def head(tokens: Tensor) -> tuple[Tensor, list[Layer], Pooling]:
         if visual.attn_pool is not None:
             tokens, layer = coca_pool(visual.attn_pool, tokens)
-            return layer_norm(tokens[0], visual.ln_post) @ visual.proj, [layer], Reading("query", grid=grid)
+            return layer_norm(tokens[0], visual.ln_post) @ visual.proj, [layer], Pooling("query", grid=grid)
         tokens = layer_norm(tokens, visual.ln_post)
         if visual.pool_type == "avg":
-            return tokens[1:].mean(0) @ visual.proj, [], Reading("mean", list(range(1, len(tokens))), grid)
-        return tokens[0] @ visual.proj, [], Reading("token", [0], grid)
+            return tokens[1:].mean(0) @ visual.proj, [], Pooling("mean", list(range(1, len(tokens))), grid)
+        return tokens[0] @ visual.proj, [], Pooling("token", [0], grid)
 
     return Tower(start, [partial(open_clip_block, block) for block in visual.transformer.resblocks], head, grid)
 
@@ -234,10 +234,10 @@ def native_text(model: nn.Module, tokens: Tensor) -> Tower:
     def start(x: Tensor) -> Tensor:
         return (torch.cat([x, tower.cls_emb[None]]) if appended else x) + tower.positional_embedding
 
-    def head(x: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+    def head(x: Tensor) -> tuple[Tensor, list[Layer], Pooling]:
         read, projection = layer_norm(x[position], tower.ln_final), tower.text_projection
         embedding = linear(read, projection) if isinstance(projection, nn.Linear) else read @ projection
-        return embedding, [], Reading("token", [position])
+        return embedding, [], Pooling("token", [position])
 
     blocks = [partial(open_clip_block, block, hidden=hidden) for block in tower.transformer.resblocks]
     return Tower(start, blocks, head)
@@ -269,16 +269,16 @@ def timm_image(visual: nn.Module, size: tuple[int, int]) -> Tower:
         patches = torch.stack(patch_embeddings(image, trunk.patch_embed.proj))
         return torch.cat([*(token[0] for token in prefix), patches]) + trunk.pos_embed[0]
 
-    def head(tokens: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+    def head(tokens: Tensor) -> tuple[Tensor, list[Layer], Pooling]:
         tokens, layers = layer_norm(tokens, trunk.norm), []
         first = 0 if trunk.pool_include_prefix else len(tokens) - grid[0] * grid[1]
         if trunk.attn_pool is not None:
             pooled, layer = timm_pool(trunk.attn_pool, tokens[first:])
-            layers, reading = [layer], Reading("query", grid=grid)
+            layers, reading = [layer], Pooling("query", grid=grid)
         elif trunk.global_pool == "avg":
-            pooled, reading = tokens[first:].mean(0), Reading("mean", list(range(first, len(tokens))), grid)
+            pooled, reading = tokens[first:].mean(0), Pooling("mean", list(range(first, len(tokens))), grid)
         else:
-            pooled, reading = tokens[0], Reading("token", [0], grid)
+            pooled, reading = tokens[0], Pooling("token", [0], grid)
         pooled = layer_norm(pooled, trunk.fc_norm)
         return linear(pooled, visual.head.proj) if len(visual.head) else pooled, layers, reading
 
@@ -320,11 +320,11 @@ def resnet_image(visual: nn.Module, size: tuple[int, int]) -> Tower:
                 x = bottleneck(x, block)
         return x[0].flatten(1).T
 
-    def head(cells: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+    def head(cells: Tensor) -> tuple[Tensor, list[Layer], Pooling]:
         tokens = torch.cat([cells.mean(0, keepdim=True), cells]) + pool.positional_embedding
         q, k, v = (linear(tokens, z) for z in (pool.q_proj, pool.k_proj, pool.v_proj))
         layer = attend(q, k, v, pool.num_heads)
-        return linear(torch.cat(layer.output, 1), pool.c_proj)[0], [layer], Reading("token", [0], grid)
+        return linear(torch.cat(layer.output, 1), pool.c_proj)[0], [layer], Pooling("token", [0], grid)
 
     return Tower(start, [], head, grid)
 
@@ -347,15 +347,15 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor:
 def bert_text(tower: nn.Module, tokens: Tensor) -> Tower:
     """BERT, which reads its first token or the mean of all that are no pad tokens; no token sees a pad token."""
     pad, embed = tokens == tower.config.pad_token_id, tower.transformer.embeddings
-    reading = Reading("token", [0])
+    reading = Pooling("token", [0])
     if type(tower.pooler).__name__ == "MeanPooler":
-        reading = Reading("mean", [j for j in range(len(tokens)) if not pad[j]])
+        reading = Pooling("mean", [j for j in range(len(tokens)) if not pad[j]])
 
     def start(x: Tensor) -> Tensor:
         x = x + embed.token_type_embeddings.weight[0] + embed.position_embeddings.weight[: len(tokens)]
         return layer_norm(x, embed.LayerNorm)
 
-    def head(x: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+    def head(x: Tensor) -> tuple[Tensor, list[Layer], Pooling]:
         embedding = sum(x[j] for j in reading.pooled) / len(reading.pooled)
         if isinstance(tower.proj, nn.Linear):
             return linear(embedding, tower.proj), [], reading
@@ -397,23 +397,23 @@ def word_embeddings(clip: Clip, tokens: Tensor) -> Tensor:
     return table.weight[tokens].detach()
 
 
-def encode_image(clip: Clip, image: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+def encode_image(clip: Clip, image: Tensor) -> tuple[Tensor, list[Layer], Pooling]:
     """Unit embedding of one image (3, H, W), its layers with the attention pool last, and how it is read."""
     found = run(image_tower(clip, tuple(image.shape[1:])), image)
-    return found.embedding, found.layers, found.reading
+    return found.embedding, found.layers, found.pooling
 
 
-def encode_text(clip: Clip, tokens: Tensor) -> tuple[Tensor, list[Layer], Reading]:
+def encode_text(clip: Clip, tokens: Tensor) -> tuple[Tensor, list[Layer], Pooling]:
     """Unit embedding of one phrase (T,), its layers and how it is read; a block may have a token more than T."""
     # `requires_grad_()`: the graph must start somewhere when all weights are frozen.
     found = run(text_tower(clip, tokens), word_embeddings(clip, tokens).requires_grad_())
-    return found.embedding, found.layers, found.reading
+    return found.embedding, found.layers, found.pooling
 
 
 # --- how an embedding is read, block by block
 
 
-def row_weights(layers: list[Layer], reading: Reading) -> list[Tensor]:
+def row_weights(layers: list[Layer], reading: Pooling) -> list[Tensor]:
     """Per block, the weight of each of its query tokens, (m,), which sums to 1."""
     result = []
     for layer in layers:
@@ -431,7 +431,7 @@ def row_weights(layers: list[Layer], reading: Reading) -> list[Tensor]:
     return result
 
 
-def rows(layers: list[Layer], reading: Reading) -> list[Tensor]:
+def rows(layers: list[Layer], reading: Pooling) -> list[Tensor]:
     """Per block, the attention that the embedding pays to each token, (n,): the weighted rows, mean over heads."""
     result = []
     for layer, weights in zip(layers, row_weights(layers, reading), strict=True):
@@ -440,7 +440,7 @@ def rows(layers: list[Layer], reading: Reading) -> list[Tensor]:
     return result
 
 
-def counted(layers: list[Layer], reading: Reading) -> list[list[int]]:
+def counted(layers: list[Layer], reading: Pooling) -> list[list[int]]:
     """Per block, the query tokens whose gradients count: the one that is read, or all where several are."""
     result = []
     for layer in layers:
@@ -482,7 +482,7 @@ def loosened_term(layer: Layer, gradient: list[Tensor], among_rows: Sequence[int
 
 
 def gradient_maps(
-    layers: list[Layer], score: Tensor, reading: Reading, among: Sequence[int], last: Any, kind: str, skipped: int = 0
+    layers: list[Layer], score: Tensor, reading: Pooling, among: Sequence[int], last: Any, kind: str, skipped: int = 0
 ) -> list[list[Tensor]]:
     """Before the ReLU, for each of the last blocks that is not skipped, a value for each of the tokens `among`."""
     blocks = list(zip(layers, row_weights(layers, reading), counted(layers, reading), strict=True))
@@ -498,7 +498,7 @@ def gradient_maps(
     return result
 
 
-def rollout(layers: list[Layer], reading: Reading) -> Tensor:
+def rollout(layers: list[Layer], reading: Pooling) -> Tensor:
     """The product of all self-attention blocks, each with the residual path, read as the embedding is: (n,)."""
     blocks = layers[:-1] if reading.kind == "query" else layers
     # Under a pool, the weights of the tokens are its attention, and it has no residual path: its query is no token.
@@ -510,7 +510,7 @@ def rollout(layers: list[Layer], reading: Reading) -> Tensor:
     return sum(weights[j] * product[j] for j in range(len(weights)))
 
 
-def flow(layers: list[Layer], reading: Reading, among: Sequence[int], tau: float, kind: str) -> Tensor:
+def flow(layers: list[Layer], reading: Pooling, among: Sequence[int], tau: float, kind: str) -> Tensor:
     """Eq. (1), or the rollout of all layers, to the tokens `among`."""
     if kind == "rollout":
         rolled = rollout(layers, reading)
@@ -522,7 +522,7 @@ def flow(layers: list[Layer], reading: Reading, among: Sequence[int], tau: float
     return torch.stack(values)
 
 
-def consistency(layers: list[Layer], reading: Reading, among: Sequence[int], kappa: float) -> Tensor:
+def consistency(layers: list[Layer], reading: Pooling, among: Sequence[int], kappa: float) -> Tensor:
     """Eq. (2), with the population standard deviation over the layers."""
     seen, values = rows(layers, reading), []
     for i in among:
@@ -543,10 +543,10 @@ def prior(
     lambda_s: float,
     shape: str,
     laterality: str,
-    film: Sequence[float] = (0, 0, 1, 1),
+    content_box: Sequence[float] = (0, 0, 1, 1),
 ) -> Tensor:
     """M, pixel by pixel, in float64."""
-    x0, y0, x1, y1 = (float(edge) for edge in film)
+    x0, y0, x1, y1 = (float(edge) for edge in content_box)
     total = torch.zeros(size, dtype=torch.float64)
     seen = x0 < 1 and x1 > 0 and y0 < 1 and y1 > 0
     for row in range(size[0]):
@@ -585,7 +585,7 @@ def norm(z: Tensor) -> Tensor:
 
 
 def bilinear(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear interpolation between cell centres, pixel by pixel; outside the outermost centres the edge repeats."""
+    """Bilinear interpolation between cell centers, pixel by pixel; outside the outermost centers the edge repeats."""
     rows, columns = grid.shape
     value = grid.tolist()
     result = []
@@ -623,42 +623,47 @@ def cell_means(image: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def matex(
-    clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None, **changes: Any
+    clip: Clip,
+    images: Tensor,
+    tokens: Tensor,
+    phrases: Sequence[str],
+    content_box: Tensor | None = None,
+    **changes: Any,
 ) -> dict[str, Tensor]:
     """Maps of B pairs, one after the other: image, grid, text, score and the raw parts, stacked."""
     settings = DEFAULTS | changes
-    studies = []
+    pairs = []
     for b, phrase in enumerate(phrases):
-        rectangle = (0, 0, 1, 1) if film is None else film[b].tolist()
-        studies.append(one_study(clip, images[b], tokens[b], phrase, rectangle, settings))
-    return {name: torch.stack([study[name] for study in studies]) for name in studies[0]}
+        rectangle = (0, 0, 1, 1) if content_box is None else content_box[b].tolist()
+        pairs.append(one_pair(clip, images[b], tokens[b], phrase, rectangle, settings))
+    return {name: torch.stack([pair[name] for pair in pairs]) for name in pairs[0]}
 
 
-def one_study(
-    clip: Clip, image: Tensor, tokens: Tensor, phrase: str, film: Sequence[float], s: dict[str, Any]
+def one_pair(
+    clip: Clip, image: Tensor, tokens: Tensor, phrase: str, content_box: Sequence[float], s: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Maps, raster, raw parts and score of one pair."""
     with torch.enable_grad():
-        image_embedding, image_layers, image_reading = encode_image(clip, image.clone().requires_grad_())
-        text_embedding, text_layers, text_reading = encode_text(clip, tokens)
+        image_embedding, image_layers, image_pooling = encode_image(clip, image.clone().requires_grad_())
+        text_embedding, text_layers, text_pooling = encode_text(clip, tokens)
         cosine = (image_embedding * text_embedding).sum()
         score = cosine
         if s["explain"] == "margin":
             phrases = s["references"] or REFERENCES
             others = [encode_text(clip, clip.tokenize([other])[0])[0].detach() for other in phrases]
             score = (image_embedding * (text_embedding - sum(others) / len(others))).sum()
-        visual = image_side(image_layers, image_reading, score, phrase, film, tuple(image.shape[1:]), s)
+        visual = image_side(image_layers, image_pooling, score, phrase, content_box, tuple(image.shape[1:]), s)
         content = clip.content(tokens[None])[0].nonzero()[:, 0].tolist()
-        textual = text_side(text_layers, text_reading, score, content, len(tokens), s)
+        textual = text_side(text_layers, text_pooling, score, content, len(tokens), s)
     return {name: z.detach() for name, z in {**visual, **textual, "score": cosine}.items()}
 
 
 def image_side(
     layers: list[Layer],
-    reading: Reading,
+    reading: Pooling,
     score: Tensor,
     phrase: str,
-    film: Sequence[float],
+    content_box: Sequence[float],
     size: Any,
     s: dict[str, Any],
 ) -> dict[str, Tensor]:
@@ -671,7 +676,7 @@ def image_side(
     kappa = len(patches) if s["kappa"] == "tokens" else s["kappa"]
     stable = consistency(layers, reading, patches, kappa).reshape(grid)
     regions = parse_phrase(phrase).regions
-    drawn = {k: s[k] for k in ("lambda_s", "laterality")} | {"shape": s["prior_shape"], "film": film}
+    drawn = {k: s[k] for k in ("lambda_s", "laterality")} | {"shape": s["prior_shape"], "content_box": content_box}
     at_pixels = prior(regions, size, **drawn).to(grad.dtype)
     if s["fuse_at"] == "pixel":
         g, f, c = (bilinear(z, size) for z in (norm(grad), norm(flowed), stable))
@@ -684,7 +689,7 @@ def image_side(
 
 
 def text_side(
-    layers: list[Layer], reading: Reading, score: Tensor, content: list[int], length: int, s: dict[str, Any]
+    layers: list[Layer], reading: Pooling, score: Tensor, content: list[int], length: int, s: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Map of the phrase's tokens (T,) and what it is made of, 0 where `content` has none."""
     last = s["text_grad_layers"] or s["grad_layers"]
@@ -730,7 +735,7 @@ class Side:
 
 
 def sides(
-    clip: Clip, number: int, image: Tensor, tokens: Tensor, explain: str, references: Sequence[str] | None
+    clip: Clip, number: int, image: Tensor, tokens: Tensor, target: str, references: Sequence[str] | None
 ) -> tuple[Side, Side, Tensor]:
     """Image side and text side of one pair, and its cosine."""
     x, words = image.detach().clone().requires_grad_(), word_embeddings(clip, tokens).requires_grad_()
@@ -738,11 +743,11 @@ def sides(
     seen, said = run(towers[0], x), run(towers[1], words)
     image_embedding, text_embedding = seen.embedding.detach(), said.embedding.detach()
     direction = text_embedding
-    if explain == "margin":
+    if target == "margin":
         others = [encode_text(clip, clip.tokenize([other])[0])[0].detach() for other in references or REFERENCES]
         direction = text_embedding - sum(others) / len(others)
-    scale = clip.logit_scale.detach().exp() if explain == "logit" else 1
-    patches, content = list(seen.reading.patches), clip.content(tokens[None])[0].nonzero()[:, 0].tolist()
+    scale = clip.logit_scale.detach().exp() if target == "logit" else 1
+    patches, content = list(seen.pooling.patches), clip.content(tokens[None])[0].nonzero()[:, 0].tolist()
     visual = Side(clip, number, towers[0], x, direction * scale, patches, seen, tokens)
     textual = Side(clip, number, towers[1], words, image_embedding * scale, content, said, tokens)
     return visual, textual, (image_embedding * text_embedding).sum()
@@ -757,7 +762,7 @@ def both_sides(
     tokens: Tensor,
     image_values: Values,
     text_values: Values | None,
-    explain: str = "cosine",
+    target: str = "cosine",
     references: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Raw values of B pairs, one after the other, as all `raw_...` give them.
@@ -772,7 +777,7 @@ def both_sides(
     found = []
     with torch.enable_grad():
         for b in range(len(images)):
-            visual, textual, cosine = sides(clip, b, images[b], tokens[b], explain, references)
+            visual, textual, cosine = sides(clip, b, images[b], tokens[b], target, references)
             pair = {"score": cosine, **named(image_values(visual), "image", "")}
             if text_values is not None:
                 parts = named(text_values(textual), "text", "text_")
@@ -901,7 +906,7 @@ def raw_integrated_gradients(
 
 
 def filled(side: Side, fill: Tensor | None) -> Tensor:
-    """What stands for pixels that are not there, (3, H, W): the mean colour, one fill for all, or one for each pair."""
+    """What stands for pixels that are not there, (3, H, W): the mean color, one fill for all, or one for each pair."""
     if fill is None:
         return torch.zeros_like(side.x)
     return (fill[side.number] if fill.ndim == 4 else fill).to(side.x).expand_as(side.x)
@@ -1063,7 +1068,7 @@ def raw_rise(
     offsets: Tensor,
     keep: Tensor,
     keep_probability: float = 0.5,
-    centred: bool = False,
+    centered: bool = False,
     fill: Tensor | None = None,
     **explained: Any,
 ) -> dict[str, Tensor]:
@@ -1079,12 +1084,12 @@ def raw_rise(
     def pixels(side: Side) -> Tensor:
         masks = [rise_mask(g, o, tuple(side.x.shape[1:])) for g, o in zip(grids.to(side.x), offsets, strict=True)]
         scores = [masked_score(side, filled(side, fill), mask) for mask in masks]
-        return rise(scores, masks, keep_probability, centred)
+        return rise(scores, masks, keep_probability, centered)
 
     def words(side: Side) -> Tensor:
         stays = [row[side.among] for row in (keep[side.number] if keep.ndim == 3 else keep)]
         return rise(
-            [kept_words(side, row) for row in stays], [row.to(side.x) for row in stays], keep_probability, centred
+            [kept_words(side, row) for row in stays], [row.to(side.x) for row in stays], keep_probability, centered
         )
 
     return both_sides(clip, images, tokens, pixels, words, **explained)
@@ -1104,9 +1109,9 @@ def rise_mask(grid: Tensor, offset: Tensor, size: tuple[int, int]) -> Tensor:
     return drawn[top : top + size[0], left : left + size[1]]
 
 
-def rise(scores: list[Tensor], masks: list[Tensor], keep_probability: float, centred: bool) -> Tensor:
+def rise(scores: list[Tensor], masks: list[Tensor], keep_probability: float, centered: bool) -> Tensor:
     """Mean of the masks, each times its score, over the share that is kept."""
-    mean = sum(scores) / len(scores) if centred else 0
+    mean = sum(scores) / len(scores) if centered else 0
     return sum((s - mean) * m for s, m in zip(scores, masks, strict=True)) / (len(masks) * keep_probability)
 
 
@@ -1122,7 +1127,7 @@ def raw_chefer(
 
 def chefer(side: Side, start_layer: int) -> Tensor:
     """Chefer, Gur and Wolf 2021, eqs. (5) and (6), from one layer on; a pool asks, but no token asks its query."""
-    layers, reading = side.run.layers, side.run.reading
+    layers, reading = side.run.layers, side.run.pooling
     score = side.score(side.run)
     relevance = [head_mean(layer, score) for layer in layers[block_number(start_layer, len(layers)) :]]
     product = torch.eye(layers[0].attention[0].shape[1]).to(score)
@@ -1157,13 +1162,13 @@ def grad_eclip(side: Side, blocks: int) -> Tensor:
     if not side.among:
         return side.x.new_zeros(0)
     found = side.run
-    maps = gradient_maps(found.layers, side.score(found), found.reading, side.among, blocks, "loosened")
+    maps = gradient_maps(found.layers, side.score(found), found.pooling, side.among, blocks, "loosened")
     return sum(torch.stack(values) for values in maps).relu()
 
 
 def raw_rollout(clip: Clip, images: Tensor, tokens: Tensor, **explained: Any) -> dict[str, Tensor]:
     def rolled(side: Side) -> Tensor:
-        return rollout(side.run.layers, side.run.reading)[side.among]
+        return rollout(side.run.layers, side.run.pooling)[side.among]
 
     return both_sides(clip, images, tokens, rolled, rolled, **explained)
 
@@ -1259,7 +1264,7 @@ def raw_m2ib(
 
 def phrase_positions(side: Side) -> list[int]:
     """Tokens up to the one that is read, or those of BERT that are no pad tokens."""
-    last = side.run.reading.pooled[-1]
+    last = side.run.pooling.pooled[-1]
     if hasattr(getattr(side.clip.model, "text", None), "pooler"):
         pad = side.clip.model.text.config.pad_token_id
         return [j for j, token in enumerate(side.tokens.tolist()) if token != pad]
@@ -1273,7 +1278,7 @@ def m2ib(
     number = block_number(block, len(side.tower.blocks))
     hidden = side.run.stream[number + 1].detach()
     alpha = torch.full_like(hidden, 5).requires_grad_()
-    optimiser = torch.optim.Adam([alpha], lr=lr)
+    optimizer = torch.optim.Adam([alpha], lr=lr)
     seen = hidden
     for copies in noise.to(hidden):
         open_share = alpha.sigmoid()
@@ -1282,7 +1287,7 @@ def m2ib(
         scores = [bottled_score(side, number, hidden, open_share, counted, drawn) for drawn in copies]
         loss = beta * capacity[counted].mean() - sum(scores) / len(scores)
         alpha.grad = torch.autograd.grad(loss, alpha)[0]
-        optimiser.step()
+        optimizer.step()
     return (information(hidden, alpha.detach().sigmoid()) if after_last_update else seen).sum(1)
 
 
@@ -1318,7 +1323,7 @@ def raw_submodular_regions(
     collaboration: float = 5.0,
     pending: int = 8,
     fill: Tensor | None = None,
-    explain: str = "cosine",
+    target: str = "cosine",
     references: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Less is more (Chen et al. 2024), with the bidirectional search of its successor unless `pending` is 0.
@@ -1336,7 +1341,7 @@ def raw_submodular_regions(
     def pixels(side: Side) -> dict[str, Tensor]:
         groups, base = patch_groups(side.tower.grid, regions), filled(side, fill)
         everything = list(range(max(groups) + 1))
-        worth = region_scores(side, explain, list(references or REFERENCES))
+        worth = region_scores(side, target, list(references or REFERENCES))
         embeddings = [kept_regions(side, base, groups, [i]) for i in everything]
         known: dict[frozenset[int], tuple[Tensor, Tensor]] = {}
 
@@ -1365,7 +1370,7 @@ def raw_submodular_regions(
             "region": torch.tensor(groups),
         }
 
-    return both_sides(clip, images, tokens, pixels, None, explain=explain, references=references)
+    return both_sides(clip, images, tokens, pixels, None, target=target, references=references)
 
 
 def starts_and_rests(order: list[int]) -> tuple[list[list[int]], list[list[int]]]:
@@ -1386,7 +1391,7 @@ def kept_regions(side: Side, base: Tensor, groups: list[int], kept: Subset) -> T
 
 
 @torch.no_grad()
-def region_scores(side: Side, explain: str, references: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def region_scores(side: Side, target: str, references: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """What an embedding is worth: what is explained, and the confidence, of a softmax over phrase and references."""
     rows = [side.tokens]
     for phrase in references:
@@ -1399,7 +1404,7 @@ def region_scores(side: Side, explain: str, references: Sequence[str]) -> Callab
         logits = [side.clip.logit_scale.exp() * (embedding * word).sum() for word in classes]
         shares = [logit.exp() / sum(other.exp() for other in logits) for logit in logits]
         entropy = -sum(share * share.log() for share in shares)
-        score = shares[0] if explain == "probability" else (embedding * side.direction).sum()
+        score = shares[0] if target == "probability" else (embedding * side.direction).sum()
         return score, 1 - entropy / math.log(len(shares)) if len(shares) > 1 else torch.ones_like(entropy)
 
     return scores

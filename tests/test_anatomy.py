@@ -559,7 +559,7 @@ def test_phrase(text: str, expected: str) -> None:
     assert names(parse_phrase(text)) == as_set(expected)
 
 
-# Phrases labelled from the design alone, before the parser's output was seen. `\\n` in a file is a line break.
+# Phrases labeled from the design alone, before the parser's output was seen. `\\n` in a file is a line break.
 BLIND = sorted((Path(__file__).parent / "phrases").glob("*.tsv"))
 
 
@@ -783,10 +783,10 @@ def test_own_table(tmp_path: Path) -> None:
 
 
 def slow_prior(
-    regions: set[Region], size: tuple[int, int], strength: float, shape: str, paper: bool, film: tuple[float, ...]
+    regions: set[Region], size: tuple[int, int], strength: float, shape: str, paper: bool, image: tuple[float, ...]
 ) -> torch.Tensor:
     """Eqs. (3) to (5), pixel by pixel."""
-    x0, y0, x1, y1 = film
+    x0, y0, x1, y1 = image
     total = torch.zeros(size, dtype=torch.float64)
     for i in range(size[0]):
         for j in range(size[1]):
@@ -807,7 +807,7 @@ def slow_prior(
     return 1 + (strength - 1) * (total - total.min()) / spread if spread > 0 else torch.ones_like(total)
 
 
-FILMS = [(0.0, 0.0, 1.0, 1.0), (0.1, 0.0, 0.9, 1.0), (-0.2, -0.1, 1.2, 1.3)]
+IMAGES = [(0.0, 0.0, 1.0, 1.0), (0.1, 0.0, 0.9, 1.0), (-0.2, -0.1, 1.2, 1.3)]
 TEXTS = [
     "left lower lobe",
     "right apex",
@@ -817,18 +817,23 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("film", FILMS)
+@pytest.mark.parametrize("content_box", IMAGES)
 @pytest.mark.parametrize("laterality", ["patient", "paper"])
 @pytest.mark.parametrize("shape", ["parabola", "gaussian", "plateau"])
-def test_prior_against_the_equations(shape: str, laterality: str, film: tuple[float, ...]) -> None:
+def test_prior_against_the_equations(shape: str, laterality: str, image: tuple[float, ...]) -> None:
     named = [set(parse_phrase(text).regions) for text in TEXTS]
     maps = prior_maps(
-        named, (9, 14), shape=shape, laterality=laterality, film=torch.tensor([film] * len(named)), dtype=torch.float64
+        named,
+        (9, 14),
+        shape=shape,
+        laterality=laterality,
+        image=torch.tensor([image] * len(named)),
+        dtype=torch.float64,
     )
     for regions, drawn in zip(named, maps, strict=True):
-        expected = slow_prior(regions, (9, 14), 2.5, shape, laterality == "paper", film)
+        expected = slow_prior(regions, (9, 14), 2.5, shape, laterality == "paper", image)
         torch.testing.assert_close(drawn, expected, atol=1e-6, rtol=0)
-        single = prior_map(regions, (9, 14), shape=shape, laterality=laterality, film=film, dtype=torch.float64)
+        single = prior_map(regions, (9, 14), shape=shape, laterality=laterality, image=image, dtype=torch.float64)
         torch.testing.assert_close(drawn, single, atol=1e-12, rtol=0)
 
 
@@ -850,8 +855,8 @@ def test_prior_is_neutral() -> None:
     assert (prior_maps([[], left], (8, 8))[0] == 1).all()
     assert prior_maps([], (8, 8)).shape == (0, 8, 8)
     for shape in ("parabola", "gaussian", "plateau"):
-        assert (prior_map(left, (8, 8), shape=shape, film=(1.0, 0.0, 2.0, 1.0)) == 1).all()
-        assert (prior_map(left, (8, 8), shape=shape, film=(0.2, -3.0, 0.5, -0.1)) == 1).all()
+        assert (prior_map(left, (8, 8), shape=shape, image=(1.0, 0.0, 2.0, 1.0)) == 1).all()
+        assert (prior_map(left, (8, 8), shape=shape, image=(0.2, -3.0, 0.5, -0.1)) == 1).all()
 
 
 def test_equal_boxes_count_once() -> None:
@@ -868,13 +873,13 @@ def test_prior_dtype() -> None:
 
 def test_prior_refuses() -> None:
     left = [parse_phrase("left base").regions] * 2
-    film = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 0.5, 1.0]])
+    image = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 0.5, 1.0]])
     with pytest.raises(ValueError, match="study 's2' has no size"):
-        prior_maps(left, (8, 8), film=film, ids=["s1", "s2"])
+        prior_maps(left, (8, 8), image=image, ids=["s1", "s2"])
     with pytest.raises(ValueError, match="phrase 1 of the batch"):
-        prior_maps(left, (8, 8), film=film)
+        prior_maps(left, (8, 8), image=image)
     with pytest.raises(ValueError, match=r"film must be \(2, 4\)"):
-        prior_maps(left, (8, 8), film=film[0])
+        prior_maps(left, (8, 8), image=image[0])
     with pytest.raises(ValueError, match="lambda_s"):
         prior_maps(left, (8, 8), lambda_s=0.5)
     with pytest.raises(ValueError, match="shape must be"):

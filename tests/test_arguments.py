@@ -16,7 +16,7 @@ from matex_pl.metrics import EnergyInBox, EnergyPointingGame, RankAccuracy, Rele
 SHARED = {
     "image_size": "Side of the model's square input in pixels",
     "batch_size": "Pairs per batch and process",
-    "num_workers": "Processes that read and augment films",
+    "num_workers": "Processes that read and augment images",
     "resize_mode": "{longest,shortest,squash}",
     "augment": "Never a horizontal flip",
     "seed": "Random seed of shuffling, augmentation, splits",
@@ -87,7 +87,7 @@ def test_old_names_are_still_there() -> None:
 
 
 def test_python_callers_are_told_the_choices() -> None:
-    with pytest.raises(ValueError, match="fill must be one of mean_film, mean_colour, blur, got 'black'"):
+    with pytest.raises(ValueError, match="fill must be one of mean_image, mean_color, blur, got 'black'"):
         AttributionMetrics(fill="black")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kappa must be one of tokens, any float, got 'patches'"):
         Matex(kappa="patches")  # type: ignore[arg-type]

@@ -29,24 +29,24 @@ from matex_pl.metrics.removal import image_score
 from matex_pl.report.results import Score
 from matex_pl.training import load_module
 
-FILMS = {"num_train": 12, "num_val": 6, "num_test": 10, "film_size": 64, "batch_size": 4, "num_workers": 0}
+IMAGES = {"num_train": 12, "num_val": 6, "num_test": 10, "stored_size": 64, "batch_size": 4, "num_workers": 0}
 SMALL = {"num_pairs": 7, "validation_pairs": 3, "sanity_pairs": 3, "batch_size": 3, "steps": 4, "resamples": 100}
 CONTROLS = ["MATEX, delta = 0", "MATEX, usual places", "PriorOnly", "RandomMap", "CenterMap", "Mean box"]
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return tmp_path_factory.mktemp("films")
+def images(tmp_path_factory):
+    return tmp_path_factory.mktemp("images")
 
 
 @pytest.fixture
-def data(films):
-    return PhantomDataModule(root=str(films), **FILMS)
+def data(images):
+    return PhantomDataModule(root=str(images), **IMAGES)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, films):
-    """A model after two steps, which carries a mean film."""
+def checkpoint(tmp_path_factory, images):
+    """A model after two steps, which carries a mean image."""
     from lightning.pytorch import Trainer
 
     folder = tmp_path_factory.mktemp("run")
@@ -62,7 +62,7 @@ def checkpoint(tmp_path_factory, films):
         limit_val_batches=0,
     )
     module = ClipModule(str(Path(__file__).with_name("tiny.json")), lr=1e-3, warmup_steps=1)
-    trainer.fit(module, PhantomDataModule(root=str(films), **FILMS))
+    trainer.fit(module, PhantomDataModule(root=str(images), **IMAGES))
     trainer.save_checkpoint(folder / "last.ckpt")
     return folder / "last.ckpt"
 
@@ -78,17 +78,17 @@ def without_times(results):
     return {**results, "rows": rows, "created": "", "forward_seconds_per_pair": 0}
 
 
-def words(films, checkpoint, out, *more):
-    data = [f"--data.{name}={value}" for name, value in {**FILMS, "root": films}.items()]
+def words(images, checkpoint, out, *more):
+    data = [f"--data.{name}={value}" for name, value in {**IMAGES, "root": images}.items()]
     small = [f"--{name}={value}" for name, value in SMALL.items()]
     command = ["benchmark", "--config", "phantom.yaml", *data, "--ckpt_path", str(checkpoint), "--out", str(out)]
     return [*command, *small, *more]
 
 
 @pytest.mark.slow
-def test_every_shipped_method_from_the_command_line(tmp_path, films, checkpoint, capsys, monkeypatch):
+def test_every_shipped_method_from_the_command_line(tmp_path, images, checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("matex_pl.evaluation.compared.QUICK", {"Rise": {"masks": 6}, "KernelShap": {"samples": 6}})
-    main(words(films, checkpoint, tmp_path))
+    main(words(images, checkpoint, tmp_path))
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     image = [row for row in results["rows"] if row["modality"] == "image"]
@@ -98,12 +98,22 @@ def test_every_shipped_method_from_the_command_line(tmp_path, films, checkpoint,
     assert {"MATEX", "MATEX, as printed", "Rise", "KernelShap", "M2ib", "GradCam", "LeGrad"} <= shown
     assert "SubmodularRegions" not in shown
     assert {"PatchSimilarity", "CenterMap", "PriorOnly"}.isdisjoint(row["name"] for row in text)
-    assert next(row["note"] for row in image if row["name"] == "Rise") == "6 masks, fill: mean film"
-    wanted = {"pointing_game", "cnr", "miou", "iou", "acc50", "ap50", "energy_in_box", "rank_accuracy", "sanity"}
+    assert next(row["note"] for row in image if row["name"] == "Rise") == "6 masks, fill: mean image"
+    wanted = {
+        "pointing_game",
+        "cnr",
+        "miou",
+        "iou",
+        "acc50",
+        "ap50",
+        "energy_pointing_game",
+        "relevance_rank_accuracy",
+        "sanity",
+    }
     wanted |= {"prompt_sensitivity", "side_sensitivity", "outside_thorax_mass", "mean_map_mass"}
-    wanted |= {"insertion/blur", "insertion/mean_film", "deletion/mean_colour", "deletion/mean_film"}
+    wanted |= {"insertion/blur", "insertion/mean_image", "deletion/mean_color", "deletion/mean_image"}
     kinds = ("confidence_drop", "confidence_increase", "confidence_drop@50", "confidence_increase@50", "top20_removal")
-    wanted |= {f"{kind}/{fill}" for kind in kinds for fill in ("mean_colour", "mean_film")}
+    wanted |= {f"{kind}/{fill}" for kind in kinds for fill in ("mean_color", "mean_image")}
     for row in image:
         assert row["error"] == ""
         assert set(row["scores"]) == wanted
@@ -117,7 +127,7 @@ def test_every_shipped_method_from_the_command_line(tmp_path, films, checkpoint,
 
 
 def curves(clip, images, grid, fill, text, kind):
-    """Of each film: scores in steps of four patches `(5,)`, the area above the fill, and what the curve spans."""
+    """Of each image: scores in steps of four patches `(5,)`, the area above the fill, and what the curve spans."""
     height, width = (side // cells for side, cells in zip(clip.image_size, clip.grid, strict=True))
     for image, cells, phrase in zip(images, grid, text, strict=True):
         order = sorted(np.ndindex(*cells.shape), key=lambda cell: (-float(cells[cell]), cell))
@@ -136,14 +146,14 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     results = run(data, checkpoint, tmp_path)
     clip = load_module(str(checkpoint)).clip
     prepare_data(data, clip.image_size, "test")
-    studies = choose_pairs(data, "test", SMALL["num_pairs"], 0)
-    [batch] = read_pairs(data, "test", studies, 100)
-    assert results["data"]["pairs"] == len(studies) == SMALL["num_pairs"]
+    pairs = choose_pairs(data, "test", SMALL["num_pairs"], 0)
+    [batch] = read_pairs(data, "test", pairs, 100)
+    assert results["data"]["pairs"] == len(pairs) == SMALL["num_pairs"]
     about = results["data"]["settings"]
-    assert (about["film_size"], about["splits"]["test"], about["root"]) == (64, 10, str(data.root))
-    assert not {"trainer", "prepare_data_per_node", "studies"} & about.keys()
-    images, tokens = clip.normalise(batch["image"]), clip.tokenize(batch["phrase"])
-    maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["film"])
+    assert (about["stored_size"], about["splits"]["test"], about["root"]) == (64, 10, str(data.root))
+    assert not {"trainer", "prepare_data_per_node", "pairs"} & about.keys()
+    images, tokens = clip.normalize(batch["image"]), clip.tokenize(batch["phrase"])
+    maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["content_box"])
     masks = F.box_masks(batch["boxes"], clip.image_size)
     row = next(row for row in results["rows"] if row["name"] == "Chefer" and row["modality"] == "image")
     with torch.no_grad():
@@ -151,7 +161,7 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     rest = ~F.top_share(maps.image.flatten(1), 0.2).view_as(maps.image)
     order = maps.image.flatten(1).argsort(descending=True, stable=True)
     half = torch.zeros_like(order).scatter(1, order[:, : order.shape[1] // 2], 1).view_as(maps.image)
-    half_score = {fill: image_score(clip, images, half, fill, text) for fill in ("mean_colour", "mean_film")}
+    half_score = {fill: image_score(clip, images, half, fill, text) for fill in ("mean_color", "mean_image")}
     threshold = row["threshold"]
     found = F.components(maps.image, threshold)
     by_hand = {
@@ -159,37 +169,37 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
         "cnr": F.contrast_to_noise(maps.image, masks),
         "miou": F.mean_iou(maps.image, masks),
         "iou": F.iou(maps.image, masks, torch.tensor([threshold]))[:, 0],
-        "acc50": F.box_accuracy(found, batch["boxes"], len(studies)),
-        "energy_in_box": F.energy_pointing_game(maps.image, masks),
-        "rank_accuracy": F.relevance_rank_accuracy(maps.image, masks),
+        "acc50": F.box_accuracy(found, batch["boxes"], len(pairs)),
+        "energy_pointing_game": F.energy_pointing_game(maps.image, masks),
+        "relevance_rank_accuracy": F.relevance_rank_accuracy(maps.image, masks),
         "outside_thorax_mass": F.outside_mass(maps.image, data.thorax()[None]),
         "mean_map_mass": maps.image.mean((1, 2)),
-        "confidence_drop/mean_colour": F.confidence_drop(
-            score, image_score(clip, images, maps.image, "mean_colour", text)
+        "confidence_drop/mean_color": F.confidence_drop(
+            score, image_score(clip, images, maps.image, "mean_color", text)
         ),
-        "top20_removal/mean_film": F.confidence_drop(score, image_score(clip, images, rest, "mean_film", text)),
-        "confidence_drop@50/mean_colour": 100 * (score - half_score["mean_colour"]).clamp(min=0),
-        "confidence_increase@50/mean_film": 100.0 * (half_score["mean_film"] > score),
+        "top20_removal/mean_image": F.confidence_drop(score, image_score(clip, images, rest, "mean_image", text)),
+        "confidence_drop@50/mean_color": 100 * (score - half_score["mean_color"]).clamp(min=0),
+        "confidence_increase@50/mean_image": 100.0 * (half_score["mean_image"] > score),
     }
     for name, values in by_hand.items():
         assert row["scores"][name]["value"] == pytest.approx(float(values.nanmean()), abs=2e-4), name
         assert row["scores"][name]["n"] == int((~values.isnan()).sum())
     everything = [read_tensors(path)[0] for path in (tmp_path / "values").iterdir()]
-    for name in ("insertion/mean_film", "deletion/mean_colour"):
+    for name in ("insertion/mean_image", "deletion/mean_color"):
         kind, _, fill = name.partition("/")
-        by_film = list(curves(clip, images, maps.grid, fill, text, kind))
-        scores, gain, span = (np.array(column) for column in zip(*by_film, strict=True))
+        by_image = list(curves(clip, images, maps.grid, fill, text, kind))
+        scores, gain, span = (np.array(column) for column in zip(*by_image, strict=True))
         assert row["curves"][name]["score"] == pytest.approx(scores.mean(0), abs=1e-5), name
-        # Where films score less than their fill there is no value, but there are its parts.
+        # Where images score less than their fill there is no value, but there are its parts.
         own = next(kept for kept in everything if np.allclose(kept[f"image/curves/{name}"][:, 1:].T, scores, atol=1e-5))
         np.testing.assert_allclose(own[f"image/sums/{name}"], [gain, span], atol=1e-5)
-    assert row["scores"]["deletion/mean_colour"]["value"] == pytest.approx(gain.sum() / span.sum(), abs=1e-4)
+    assert row["scores"]["deletion/mean_color"]["value"] == pytest.approx(gain.sum() / span.sum(), abs=1e-4)
     hits = F.match_components(found, batch["boxes"])
     boxes = torch.tensor([len(box) for box in batch["boxes"]])
-    precision = F.average_precision(found.peak, hits, found.study, boxes)
+    precision = F.average_precision(found.peak, hits, found.pair, boxes)
     assert row["scores"]["ap50"]["value"] == pytest.approx(float(precision), abs=1e-5)
-    about = torch.tensor([study.finding == studies[0].finding for study in studies])
-    own = row["per_finding"][studies[0].finding]["cnr"]
+    about = torch.tensor([pair.finding == pairs[0].finding for pair in pairs])
+    own = row["per_finding"][pairs[0].finding]["cnr"]
     assert own["value"] == pytest.approx(float(by_hand["cnr"][about].nanmean()), abs=2e-4)
 
 
@@ -198,10 +208,10 @@ def test_text_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     results = run(data, checkpoint, tmp_path, methods=["chefer"])
     clip = load_module(str(checkpoint)).clip
     prepare_data(data, clip.image_size, "test")
-    studies = choose_pairs(data, "test", SMALL["num_pairs"], 0)
-    [batch] = read_pairs(data, "test", studies, 100)
-    images, tokens = clip.normalise(batch["image"]), clip.tokenize(batch["phrase"])
-    maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["film"])
+    pairs = choose_pairs(data, "test", SMALL["num_pairs"], 0)
+    [batch] = read_pairs(data, "test", pairs, 100)
+    images, tokens = clip.normalize(batch["image"]), clip.tokenize(batch["phrase"])
+    maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["content_box"])
     drops = {"confidence_drop": [], "confidence_drop@50": [], "top20_removal": []}
     for image, ids, values, content in zip(images, tokens, maps.text, clip.content(tokens), strict=True):
         places = sorted(content.nonzero().flatten().tolist(), key=lambda place, values=values: -float(values[place]))
@@ -226,8 +236,8 @@ def test_the_threshold_is_chosen_on_validation(tmp_path, data, checkpoint):
     clip = load_module(str(checkpoint)).clip
     prepare_data(data, clip.image_size, "val")
     [batch] = read_pairs(data, "val", choose_pairs(data, "val", SMALL["validation_pairs"], 0), 100)
-    images, tokens = clip.normalise(batch["image"]), clip.tokenize(batch["phrase"])
-    maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["film"]).image
+    images, tokens = clip.normalize(batch["image"]), clip.tokenize(batch["phrase"])
+    maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["content_box"]).image
     thresholds = torch.tensor(F.THRESHOLDS)
     best = F.iou(maps, F.box_masks(batch["boxes"], clip.image_size), thresholds).mean(0).argmax()
     row = next(row for row in results["rows"] if row["name"] == "Chefer" and row["modality"] == "image")
@@ -330,17 +340,17 @@ def test_interrupted_under_shuffled_weights_it_makes_only_what_is_missing(tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_twice_the_numbers_are_the_same(tmp_path, films, checkpoint):
+def test_killed_twice_the_numbers_are_the_same(tmp_path, images, checkpoint):
     methods = "--methods=[matex,chefer,grad_cam,rollout]"
     command = [sys.executable, "-m", "matex_pl.cli"]
-    subprocess.run([*command, *words(films, checkpoint, tmp_path / "whole", methods)], check=True, capture_output=True)
+    subprocess.run([*command, *words(images, checkpoint, tmp_path / "whole", methods)], check=True, capture_output=True)
     for files in (2, 9):
-        process = subprocess.Popen([*command, *words(films, checkpoint, tmp_path / "parts", methods)])
+        process = subprocess.Popen([*command, *words(images, checkpoint, tmp_path / "parts", methods)])
         while process.poll() is None and len(list((tmp_path / "parts").rglob("*.safetensors"))) < files:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    subprocess.run([*command, *words(films, checkpoint, tmp_path / "parts", methods)], check=True, capture_output=True)
+    subprocess.run([*command, *words(images, checkpoint, tmp_path / "parts", methods)], check=True, capture_output=True)
     one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "parts"))
     assert without_times(one) == without_times(other)
 
@@ -386,7 +396,7 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path, data, checkpoint,
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_of_the_command_line(tmp_path, films, checkpoint, capsys):
+def test_errors_of_the_command_line(tmp_path, images, checkpoint, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", "--ckpt_path", str(checkpoint), "--out", str(tmp_path)])
     assert "Give --config, a YAML of `matex fit`, or --data" in capsys.readouterr().err
@@ -396,7 +406,7 @@ def test_errors_of_the_command_line(tmp_path, films, checkpoint, capsys):
         (["--ckpt_path=none.ckpt"], "No checkpoint at 'none.ckpt'"),
     ):
         with pytest.raises(SystemExit) as end:
-            main(words(films, checkpoint, tmp_path, *more))
+            main(words(images, checkpoint, tmp_path, *more))
         assert end.value.code == 2
         assert message in capsys.readouterr().err
     broken = tmp_path / "no_data.yaml"
@@ -443,18 +453,18 @@ def test_nothing_else_has_the_name_of_a_control(tmp_path, name, method, settings
 
 
 class Boxless(PhantomDataModule):
-    """The same films, of which nobody has drawn where the finding is."""
+    """The same images, of which nobody has drawn where the finding is."""
 
-    def list_studies(self):
-        return [replace(study, boxes=()) for study in super().list_studies()]
+    def list_pairs(self):
+        return [replace(pair, boxes=()) for pair in super().list_pairs()]
 
 
-def test_without_boxes_the_controls_are_compared_by_what_the_model_says(tmp_path, films, data, checkpoint):
-    found = run(Boxless(root=str(films), **FILMS), checkpoint, tmp_path / "boxless")
+def test_without_boxes_the_controls_are_compared_by_what_the_model_says(tmp_path, images, data, checkpoint):
+    found = run(Boxless(root=str(images), **IMAGES), checkpoint, tmp_path / "boxless")
     compared = {comparison["metric"] for comparison in found["comparisons"]}
-    assert compared == {"top20_removal/mean_film", "insertion/mean_film", "deletion/mean_film"}
+    assert compared == {"top20_removal/mean_image", "insertion/mean_image", "deletion/mean_image"}
     page = (tmp_path / "boxless" / "report.html").read_text(encoding="utf-8")
-    assert "Drop, top fifth removed (mean film): MATEX minus each of these" in page
+    assert "Drop, top fifth removed (mean image): MATEX minus each of these" in page
     assert "Pointing game: MATEX minus" not in page
     boxed = run(data, checkpoint, tmp_path / "boxed")
     assert boxed["data"]["fingerprint"] != found["data"]["fingerprint"]
@@ -462,11 +472,11 @@ def test_without_boxes_the_controls_are_compared_by_what_the_model_says(tmp_path
 
 def test_mean_boxes_against_a_loop(data):
     prepare_data(data, (32, 32), "train")
-    studies = data.studies["train"]
-    means = mean_boxes(read_pairs(data, "train", studies, 5), (32, 32))
-    assert set(means) == {study.finding for study in studies}
+    pairs = data.pairs["train"]
+    means = mean_boxes(read_pairs(data, "train", pairs, 5), (32, 32))
+    assert set(means) == {pair.finding for pair in pairs}
     for finding, mean in means.items():
-        [batch] = read_pairs(data, "train", [study for study in studies if study.finding == finding], 100)
+        [batch] = read_pairs(data, "train", [pair for pair in pairs if pair.finding == finding], 100)
         count = sum(F.box_masks([boxes], (32, 32))[0].float() for boxes in batch["boxes"])
         torch.testing.assert_close(mean, count / count.max())
 
@@ -514,7 +524,7 @@ def test_intervals_of_nothing_and_of_constants():
     assert interval(Sums.of(torch.full((4,), 2.0)).score(drawn)) == (2, 2)
 
 
-def test_a_curve_of_films_that_score_as_their_fill_has_no_score():
+def test_a_curve_of_images_that_score_as_their_fill_has_no_score():
     spans = {"seen": torch.full((8,), 0.2), "unseen": torch.full((8,), -0.2), "unsure": torch.linspace(-1, 1.1, 8)}
     sums = {f"insertion/{name}": Sums(torch.ones(8), span.double()) for name, span in spans.items()}
     sums = {name: Sums(one.above.double(), one.below) for name, one in sums.items()}
@@ -537,7 +547,7 @@ def test_detections_of_batches_are_those_of_all_and_some_are_drawn_like_the_rest
     assert whole.hit.any()
     assert whole.count == 5
     some = torch.tensor([True, False, True, True, True, False])
-    assert (whole.among(some).count, len(whole.among(some).study)) == (3, int(some[whole.study].sum()))
+    assert (whole.among(some).count, len(whole.among(some).pair)) == (3, int(some[whole.pair].sum()))
     drawn = draw_patients([*"abcdef"], 20, 0)
     torch.testing.assert_close(whole.among(some).score(drawn), whole.score(drawn * some), equal_nan=True)
     assert 0 < float(whole.score()) < 1

@@ -14,10 +14,10 @@ from matex_pl import ClipModule
 from matex_pl.anatomy import named_side, swap_sides
 from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics
-from matex_pl.callbacks.attribution_maps import choose_studies
-from matex_pl.data import PhantomDataModule, Study, collate
+from matex_pl.callbacks.attribution_maps import choose_pairs
+from matex_pl.data import ImageTextPair, PhantomDataModule, collate
 from matex_pl.evaluation.pairs import other_phrases
-from matex_pl.metrics.base import StudyMetric
+from matex_pl.metrics.base import PairMetric
 from matex_pl.metrics.functional import border_mask, outside_mass, side_sensitivity, spearman
 
 TINY = str(Path(__file__).with_name("tiny.json"))
@@ -26,14 +26,14 @@ TEXT_SCALARS = {"text_confidence_drop", "text_confidence_increase"}
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return tmp_path_factory.mktemp("films")
+def images(tmp_path_factory):
+    return tmp_path_factory.mktemp("images")
 
 
 @pytest.fixture
-def data(films):
+def data(images):
     return PhantomDataModule(
-        root=str(films), num_train=12, num_val=8, num_test=8, film_size=96, batch_size=4, num_workers=0
+        root=str(images), num_train=12, num_val=8, num_test=8, stored_size=96, batch_size=4, num_workers=0
     )
 
 
@@ -71,7 +71,7 @@ class Counted(CenterMap):
 
 def test_maps_and_scalars_run_through_training(tmp_path, data, module):
     run = trainer(
-        tmp_path, AttributionMaps(num_studies=3), AttributionMetrics(), AttributionMetrics(CenterMap(), "center")
+        tmp_path, AttributionMaps(num_pairs=3), AttributionMetrics(), AttributionMetrics(CenterMap(), "center")
     )
     run.fit(module, data)
     logged = events(tmp_path)
@@ -98,7 +98,7 @@ def test_a_checkpoint_monitors_an_attribution_scalar(tmp_path, data, module):
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_both_work_outside_of_fit(tmp_path, data, module, verb):
-    callbacks = AttributionMaps(num_studies=2), AttributionMetrics(Matex.paper(), fill="blur", per_finding=True)
+    callbacks = AttributionMaps(num_pairs=2), AttributionMetrics(Matex.paper(), fill="blur", per_finding=True)
     scores = getattr(trainer(tmp_path, *callbacks), verb)(module, data, verbose=False)[0]
     assert {f"attribution/{name}" for name in IMAGE_SCALARS | TEXT_SCALARS} <= set(scores)
     assert any(name.startswith("attribution/pointing_game/") for name in scores)
@@ -110,8 +110,8 @@ def test_the_scalars_are_those_of_the_explained_batches(tmp_path, data, module):
     module.eval()
     batch = next(iter(data.val_dataloader()))
     images, tokens = module.inputs(batch)
-    maps = PriorOnly().attribute(module.clip, images, tokens, batch["phrase"], batch["film"]).image
-    fill = module.clip.normalise(module.clip.mean_film.expand(3, -1, -1))
+    maps = PriorOnly().attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"]).image
+    fill = module.clip.normalize(module.clip.mean_image.expand(3, -1, -1))
     with torch.no_grad():
         kept = module.clip.similarity(images * maps[:, None] + fill * (1 - maps[:, None]), tokens)
         drop = 100 * (module.clip.similarity(images, tokens) - kept).clamp(min=0).mean()
@@ -135,8 +135,8 @@ def explained(module, method, batch, phrases=None):
     """Maps of a batch, under other phrases where these are given."""
     module.eval()
     phrases = batch["phrase"] if phrases is None else phrases
-    images = module.clip.normalise(batch["image"])
-    return method.attribute(module.clip, images, module.clip.tokenize(phrases), phrases, batch["film"])
+    images = module.clip.normalize(batch["image"])
+    return method.attribute(module.clip, images, module.clip.tokenize(phrases), phrases, batch["content_box"])
 
 
 def test_mass_outside_of_the_thorax_and_for_foreign_data_at_the_border(tmp_path, data, module):
@@ -152,7 +152,7 @@ def test_mass_outside_of_the_thorax_and_for_foreign_data_at_the_border(tmp_path,
     for name in set(findings):
         own = outside[[finding == name for finding in findings]]
         assert scores[f"attribution/outside_thorax_mass/{name}"] == pytest.approx(float(own.nanmean()), abs=1e-5)
-    # What no study of the batches is about is not logged, as NaN or otherwise.
+    # What no pair of the batches is about is not logged, as NaN or otherwise.
     logged = {name.split("/")[2] for name in scores if name.startswith("attribution/outside_thorax_mass/")}
     assert logged == set(findings) < set(data.findings)
 
@@ -160,7 +160,7 @@ def test_mass_outside_of_the_thorax_and_for_foreign_data_at_the_border(tmp_path,
     same = ClipModule(TINY)
     foreign = trainer(tmp_path, AttributionMetrics(Matex(), num_batches=-1, fill="blur"))
     scores = foreign.validate(same, data.val_dataloader(), verbose=False)[0]
-    border = border_mask(tuple(maps.shape[1:]), torch.cat([batch["film"] for batch in batches]))
+    border = border_mask(tuple(maps.shape[1:]), torch.cat([batch["content_box"] for batch in batches]))
     expected = outside_mass(maps, ~border).nanmean()
     assert scores["attribution/border_mass"] == pytest.approx(float(expected), abs=1e-5)
     assert "attribution/outside_thorax_mass" not in scores
@@ -185,7 +185,7 @@ def test_sensitivity_to_another_phrase_and_to_the_other_side(tmp_path, data, mod
         prompts.append(spearman(true.grid.flatten(1), other.grid.flatten(1)))
         sides = [named_side(phrase) for phrase in batch["phrase"]]
         swapped = explained(module, method, batch, [swap_sides(phrase) for phrase in batch["phrase"]])
-        moved.append(side_sensitivity(true.image, swapped.image, sides, batch["film"]))
+        moved.append(side_sensitivity(true.image, swapped.image, sides, batch["content_box"]))
         findings += batch["finding"]
     prompts, moved = torch.cat(prompts), torch.cat(moved)
     assert 0 < moved.isnan().sum() < len(moved)
@@ -219,26 +219,26 @@ def test_a_batch_that_says_one_thing_has_no_prompt_sensitivity(tmp_path, data, m
     data.image_size = module.clip.image_size
     data.prepare_data()
     data.setup("validate")
-    films = data.dataset("val")
-    films.studies = films.studies[:1] * 2
-    loader = torch.utils.data.DataLoader(films, batch_size=2, collate_fn=collate)
+    images = data.dataset("val")
+    images.pairs = images.pairs[:1] * 2
+    loader = torch.utils.data.DataLoader(images, batch_size=2, collate_fn=collate)
     run = trainer(tmp_path, AttributionMetrics(sensitivity=True, fill="blur"))
     with pytest.warns(UserWarning, match="attribution/prompt_sensitivity is NaN"):
         scores = run.validate(module, loader, verbose=False)[0]
     assert torch.tensor(scores["attribution/prompt_sensitivity"]).isnan()
 
 
-def test_a_study_that_comes_twice_counts_once(tmp_path, data, module):
+def test_a_pair_that_comes_twice_counts_once(tmp_path, data, module):
     settings = {"num_batches": -1, "sensitivity": True, "per_finding": True, "fill": "blur"}
     scores = []
     for times in (1, 3):
         data.image_size = module.clip.image_size
         data.prepare_data()
         data.setup("validate")
-        films = data.dataset("val")
+        images = data.dataset("val")
         # The first batch again and again, as a sampler that fills up shards would bring it.
-        films.studies = films.studies[4:8] + films.studies[:4] * times
-        loader = torch.utils.data.DataLoader(films, batch_size=4, collate_fn=collate)
+        images.pairs = images.pairs[4:8] + images.pairs[:4] * times
+        loader = torch.utils.data.DataLoader(images, batch_size=4, collate_fn=collate)
         run = trainer(tmp_path, AttributionMetrics(PriorOnly(), **settings))
         scores.append(run.validate(module, loader, verbose=False)[0])
     once, thrice = ({name: value for name, value in found.items() if "attribution" in name} for found in scores)
@@ -253,10 +253,10 @@ def test_each_epoch_counts_anew_and_leaves_nothing_to_python_s_collector(tmp_pat
     gc.collect()
     gc.disable()
     try:
-        before = sum(isinstance(thing, StudyMetric) for thing in gc.get_objects())
+        before = sum(isinstance(thing, PairMetric) for thing in gc.get_objects())
         tested = run.test(module, data, verbose=False)[0]
         again = run.validate(module, data, verbose=False)[0]
-        after = sum(isinstance(thing, StudyMetric) for thing in gc.get_objects())
+        after = sum(isinstance(thing, PairMetric) for thing in gc.get_objects())
     finally:
         gc.enable()
     assert again == pytest.approx(first, nan_ok=True)
@@ -280,12 +280,12 @@ def test_metrics_explain_only_the_first_batches(tmp_path, data, module):
     assert method.calls == 2
 
 
-def test_the_shown_studies_survive_a_resume(tmp_path, data, module):
-    first = AttributionMaps(study_ids=None, num_studies=2, every_n_validations=3)
+def test_the_shown_pairs_survive_a_resume(tmp_path, data, module):
+    first = AttributionMaps(pair_ids=None, num_pairs=2, every_n_validations=3)
     run = trainer(tmp_path / "a", first, max_epochs=1)
     run.fit(module, data)
     run.save_checkpoint(tmp_path / "one.ckpt")
-    again = AttributionMaps(num_studies=5, every_n_validations=3)
+    again = AttributionMaps(num_pairs=5, every_n_validations=3)
     method = again.method = Counted()
     trainer(tmp_path / "b", again, max_epochs=3).fit(module, data, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert again.chosen == first.chosen
@@ -304,8 +304,8 @@ def test_explaining_changes_nothing_that_training_sees(tmp_path, data):
 
 
 def test_chosen_ids_are_checked_before_training(tmp_path, data, module):
-    with pytest.raises(ValueError, match="no study 'nobody' among"):
-        trainer(tmp_path, AttributionMaps(study_ids=["nobody"])).fit(module, data)
+    with pytest.raises(ValueError, match="no pair 'nobody' among"):
+        trainer(tmp_path, AttributionMaps(pair_ids=["nobody"])).fit(module, data)
 
 
 def test_two_under_one_name_are_refused(tmp_path, data, module):
@@ -326,25 +326,27 @@ def test_wrong_metric_settings_are_refused(settings):
         AttributionMetrics(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"num_studies": 0}, {"every_n_validations": -1}])
+@pytest.mark.parametrize("settings", [{"num_pairs": 0}, {"every_n_validations": -1}])
 def test_wrong_map_settings_are_refused(settings):
     with pytest.raises(ValueError, match="must be"):
         AttributionMaps(**settings)
 
 
-def test_studies_are_chosen_turn_by_turn_over_findings():
-    studies = [
-        Study(id=f"{finding}{number}", patient_id="", film_id="", image="", phrase="", finding=finding, boxes=boxes)
+def test_pairs_are_chosen_turn_by_turn_over_findings():
+    pairs = [
+        ImageTextPair(
+            id=f"{finding}{number}", patient_id="", image_id="", image="", phrase="", finding=finding, boxes=boxes
+        )
         for finding, boxes in (("edema", ((0, 0, 1, 1),)), ("nodule", ((0, 0, 1, 1),)), ("", ()))
         for number in range(3)
     ]
-    assert choose_studies(studies, 5) == ["edema0", "nodule0", "0", "edema1", "nodule1"]
-    assert len(choose_studies(studies, 50)) == 9
+    assert choose_pairs(pairs, 5) == ["edema0", "nodule0", "0", "edema1", "nodule1"]
+    assert len(choose_pairs(pairs, 50)) == 9
 
 
 def test_a_method_of_ones_own_plugs_in(tmp_path, data, module):
     class Corner(CenterMap):
-        def _draw(self, clip, phrases, film, device):
+        def _draw(self, clip, phrases, image, device):
             maps = torch.zeros(len(phrases), *clip.image_size)
             maps[:, 0, 0] = 1
             return maps

@@ -20,11 +20,11 @@ from matex_pl.clip import cut_text, load_clip, load_tokenizer
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_json: str) -> Path:
-    """Twelve films of 80 x 60 pixels, a tiny model, and a config for a table `t.csv`."""
+    """Twelve images of 80 x 60 pixels, a tiny model, and a config for a table `t.csv`."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "films").mkdir()
+    (tmp_path / "images").mkdir()
     for number in range(12):
-        cv2.imwrite(f"films/{number}.jpg", np.random.default_rng(number).integers(0, 255, (60, 80), dtype=np.uint8))
+        cv2.imwrite(f"images/{number}.jpg", np.random.default_rng(number).integers(0, 255, (60, 80), dtype=np.uint8))
     Path("tiny.json").write_text(tiny_json, encoding="utf-8")
     Path("mine.yaml").write_text(
         "model: {name: tiny.json}\n"
@@ -38,7 +38,7 @@ def _rows() -> list[dict[str, Any]]:
     phrases = ["Right effusion.", "Left effusion.", "Bilateral effusion.", "Cardiomegaly.", "No nodule.", "Mass."]
     return [
         {
-            "image": f"films/{n}.jpg",
+            "image": f"images/{n}.jpg",
             "phrase": phrases[n % 6],
             "patient_id": n // 2,
             "finding": ["effusion", "", "mass"][n % 3],
@@ -98,34 +98,34 @@ def test_every_fault_is_in_the_report(here: Path, capsys: pytest.CaptureFixture[
     rows = _rows()
     rows[0]["phrase"] = ""
     rows[1]["boxes"] = "[[0, 10, 90, 40]]"
-    rows[2]["image"] = "../films/2.jpg"
+    rows[2]["image"] = "../images/2.jpg"
     rows[3]["patient_id"] = 2
     rows[9]["phrase"] = "Mass in " + " ".join(f"word{n}" for n in range(30)) + " the very end."
     _write(rows)
-    whole = Path("films/6.jpg").read_bytes()
-    Path("films/6.jpg").write_bytes(whole[: len(whole) // 2])
-    Path("films/8.jpg").write_bytes(b"")
+    whole = Path("images/6.jpg").read_bytes()
+    Path("images/6.jpg").write_bytes(whole[: len(whole) // 2])
+    Path("images/8.jpg").write_bytes(b"")
     with pytest.raises(SystemExit) as end:
         main(["check-data", "--config=mine.yaml", "--out", "bad/rows.csv", "--workers=2"])
     assert end.value.code == 1
     text = capsys.readouterr().out
     for line, rule in {
         2: "the phrase is empty",
-        3: r"a box .* reaches outside of its film of 80 x 60, got '\[0\.0, 10\.0, 90\.0, 40\.0\]'",
-        4: r"the path leads out of the root '\.', got '\.\./films/2\.jpg'",
+        3: r"a box .* reaches outside of its image of 80 x 60, got '\[0\.0, 10\.0, 90\.0, 40\.0\]'",
+        4: r"the path leads out of the root '\.', got '\.\./images/2\.jpg'",
         6: "the patient is in two splits: val here, train in t.csv, line 5\n",
         7: "the patient is in two splits: val here, train in t.csv, line 5\n",
-        8: r"no readable image at '.*films/6\.jpg' \(image file is truncated.*, got 'films/6\.jpg'",
-        10: r"no readable image at '.*films/8\.jpg'.*, got 'films/8\.jpg'",
+        8: r"no readable image at '.*images/6\.jpg' \(image file is truncated.*, got 'images/6\.jpg'",
+        10: r"no readable image at '.*images/8\.jpg'.*, got 'images/8\.jpg'",
     }.items():
         assert re.search(rf"  t\.csv, line {line}: .*{rule}", text), rule
     assert "Phrases longer than the 16 tokens of tiny.json: 1" in text
-    assert re.search(r"t\.csv, line 11, films/9\.jpg: cut off: '.*the very end \.'", text)
+    assert re.search(r"t\.csv, line 11, images/9\.jpg: cut off: '.*the very end \.'", text)
     assert "Bad rows: 7" in text
     with Path("bad/rows.csv").open(newline="", encoding="utf-8") as file:
         listed = list(csv.DictReader(file))
     assert [int(row["line"]) for row in listed] == [2, 3, 4, 6, 7, 8, 10, 11]
-    assert [row["value"] for row in listed[-3:-1]] == ["films/6.jpg", "films/8.jpg"]
+    assert [row["value"] for row in listed[-3:-1]] == ["images/6.jpg", "images/8.jpg"]
     assert listed[-1]["rule"] == "the phrase is longer than the 16 tokens of tiny.json: this is cut off"
     assert listed[-1]["value"].endswith("the very end .")
 
@@ -141,7 +141,7 @@ def test_a_table_that_cannot_be_read_ends_with_status_2(here: Path, capsys: pyte
         main(["check-data", "--config", "mine.yaml"])
     assert end.value.code == 2
     assert "t.csv, line 2: the byte 0xf6 is not UTF-8. Save the file as UTF-8." in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"no films\. Give --config"):
+    with pytest.raises(SystemExit, match=r"no images\. Give --config"):
         main(["check-data"])
     _write(_rows())
     with pytest.raises(SystemExit, match="workers must be at least 1, got 0"):

@@ -16,7 +16,7 @@ import yaml
 from families import CONFIGS as FAMILY_CONFIGS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_ms_cxr import annotation_rows, write_annotations, write_films
+from test_ms_cxr import annotation_rows, write_annotations, write_images
 from test_report import plain, tables_of
 
 from matex_pl import attribution
@@ -33,7 +33,7 @@ SMALL_PHANTOM = [
         "num_train": 24,
         "num_val": 12,
         "num_test": 12,
-        "film_size": 96,
+        "stored_size": 96,
         "batch_size": 8,
         "num_workers": 0,
     }.items()
@@ -43,8 +43,8 @@ SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--model.warmup_
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return tmp_path_factory.mktemp("films")
+def images(tmp_path_factory):
+    return tmp_path_factory.mktemp("images")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def here(tmp_path, monkeypatch):
 
 
 def nih_folder(root: Path) -> Path:
-    """The layout of NIH ChestX-ray14 with 40 patients of one film each."""
+    """The layout of NIH ChestX-ray14 with 40 patients of one image each."""
     (root / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     names = [f"{patient:08d}_000" for patient in range(40)]
@@ -72,14 +72,14 @@ def nih_folder(root: Path) -> Path:
     return root
 
 
-def fit_phantom(films: Path, *more: str) -> None:
+def fit_phantom(images: Path, *more: str) -> None:
     main(
         [
             "fit",
             "--config",
             "phantom.yaml",
             "--model.name=tiny.json",
-            f"--data.root={films}",
+            f"--data.root={images}",
             *SMALL_PHANTOM,
             *SHORT,
             *more,
@@ -87,8 +87,8 @@ def fit_phantom(films: Path, *more: str) -> None:
     )
 
 
-def test_phantom_config_from_fit_to_explain(here, films, capsys):
-    fit_phantom(films)
+def test_phantom_config_from_fit_to_explain(here, images, capsys):
+    fit_phantom(images)
     logged = EventAccumulator(str(here / "runs" / "phantom" / "version_0"), size_guidance={"images": 0}).Reload().Tags()
     assert sum(tag.startswith("maps/matex/") for tag in logged["images"]) == 9
     beside = {f"attribution/{name}pointing_game" for name in ("", "no_prior/", "center/", "prior_only/")}
@@ -97,7 +97,7 @@ def test_phantom_config_from_fit_to_explain(here, films, capsys):
     )
 
     last = "runs/phantom/checkpoints/last.ckpt"
-    common = ["--config", "phantom.yaml", "--model.name=tiny.json", f"--data.root={films}", *SMALL_PHANTOM]
+    common = ["--config", "phantom.yaml", "--model.name=tiny.json", f"--data.root={images}", *SMALL_PHANTOM]
     main(["validate", *common, "--ckpt_path", last])
     main(["test", *common, "--ckpt_path", last])
     main(["predict", *common, "--ckpt_path", last])
@@ -108,27 +108,27 @@ def test_phantom_config_from_fit_to_explain(here, films, capsys):
     assert {"id", "phrase", "nodule"} <= rows[0].keys()
 
     Path("tiny.json").unlink()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("film.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("image.png")
     capsys.readouterr()
-    main(["explain", "film.png", "Left lower lobe consolidation.", "--ckpt_path", last, "--out", "out/panel.png"])
+    main(["explain", "image.png", "Left lower lobe consolidation.", "--ckpt_path", last, "--out", "out/panel.png"])
     assert "out/panel.png" in capsys.readouterr().out
     assert cv2.imread("out/panel.png").shape[1] == 880
-    main(["explain", "film.png", "Nodule.", "--ckpt_path", last, "--out", "center.png", "--method", "CenterMap"])
+    main(["explain", "image.png", "Nodule.", "--ckpt_path", last, "--out", "center.png", "--method", "CenterMap"])
     assert Path("center.png").is_file()
 
 
-def test_the_last_checkpoint_of_a_second_run_is_its_own(here, films):
+def test_the_last_checkpoint_of_a_second_run_is_its_own(here, images):
     """Every documented `--ckpt_path .../last.ckpt` is of the run before it."""
     Path("none.yaml").write_text("trainer: {limit_val_batches: 0}", encoding="utf-8")
     steps = []
     for epochs in (2, 1):
-        fit_phantom(films, "--config", "none.yaml", f"--trainer.max_epochs={epochs}")
+        fit_phantom(images, "--config", "none.yaml", f"--trainer.max_epochs={epochs}")
         checkpoint = torch.load("runs/phantom/checkpoints/last.ckpt", weights_only=True)
         steps.append(checkpoint["global_step"])
     assert steps[1] == steps[0] // 2
     assert [path.name for path in Path("runs/phantom/checkpoints").glob("last*")] == ["last.ckpt"]
     # And it is what a training goes on from.
-    fit_phantom(films, "--config", "none.yaml", "--trainer.max_epochs=3", "--ckpt_path=last")
+    fit_phantom(images, "--config", "none.yaml", "--trainer.max_epochs=3", "--ckpt_path=last")
     checkpoint = torch.load("runs/phantom/checkpoints/last.ckpt", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["global_step"]) == (2, 3 * steps[1])
     assert len(list(Path("runs/phantom/checkpoints").glob("last*"))) == 1
@@ -143,10 +143,10 @@ def test_no_shipped_config_puts_a_number_behind_last(config):
             assert settings["enable_version_counter"] is False
 
 
-def test_methods_by_name_and_all_of_them(here, films, capsys):
-    fit_phantom(films)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("film.png")
-    words = ["explain", "film.png", "Left lower lobe consolidation.", "--ckpt_path"]
+def test_methods_by_name_and_all_of_them(here, images, capsys):
+    fit_phantom(images)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("image.png")
+    words = ["explain", "image.png", "Left lower lobe consolidation.", "--ckpt_path"]
     words.append("runs/phantom/checkpoints/last.ckpt")
     main([*words, "--method", "m2ib", "--out", "named.png"])
     main([*words, "--method=m2ib", "--method.steps=1", "--out", "changed.png"])
@@ -155,7 +155,7 @@ def test_methods_by_name_and_all_of_them(here, films, capsys):
     main([*words, "--method", "M2ib", "--method.steps=1", "--out", "class.png"])
     assert np.array_equal(cv2.imread("changed.png"), cv2.imread("class.png"))
     main([*words, "--method", "all", "--out", "all.png"])
-    # The film and one tile per method, six in a row.
+    # The image and one tile per method, six in a row.
     assert cv2.imread("all.png").shape[1] == 1920
     with pytest.raises(SystemExit, match=r"No method 'm3ib'. Take one of center_map.*saliency"):
         main([*words, "--method", "m3ib"])
@@ -164,16 +164,16 @@ def test_methods_by_name_and_all_of_them(here, films, capsys):
         main([*words, "--method", "mine.yaml"])
 
 
-def test_every_shipped_method_works_inside_attribution_maps(here, films):
+def test_every_shipped_method_works_inside_attribution_maps(here, images):
     maps = [
         {
             "class_path": "matex_pl.callbacks.AttributionMaps",
-            "init_args": {"num_studies": 1, "name": name, "method": name},
+            "init_args": {"num_pairs": 1, "name": name, "method": name},
         }
         for name in method_names()
     ]
     Path("maps.yaml").write_text(json.dumps({"trainer": {"callbacks": maps}}), encoding="utf-8")
-    fit_phantom(films, "--config", "maps.yaml")
+    fit_phantom(images, "--config", "maps.yaml")
     logged = EventAccumulator(str(here / "runs" / "phantom" / "version_0"), size_guidance={"images": 0}).Reload().Tags()
     assert {tag.split("/")[1] for tag in logged["images"]} == set(method_names())
 
@@ -183,8 +183,8 @@ def test_there_is_a_shipped_setting_of_every_method():
     assert set(shipped_methods()) == kinds
 
 
-def test_shortcut_config_with_the_tag_and_without(here, films):
-    words = ["--model.name=tiny.json", f"--data.root={films}", *SMALL_PHANTOM, *SHORT]
+def test_shortcut_config_with_the_tag_and_without(here, images):
+    words = ["--model.name=tiny.json", f"--data.root={images}", *SMALL_PHANTOM, *SHORT]
     main(["fit", "--config", "phantom_shortcut.yaml", *words])
     main(["fit", "--config", "phantom_shortcut.yaml", *words, "--data.shortcut=0", "--trainer.logger.name=control"])
     scalars = []
@@ -198,14 +198,14 @@ def test_shortcut_config_with_the_tag_and_without(here, films):
     assert {f"attribution/{name}" for name in expected} <= scalars[0]
 
 
-def test_nih_config_from_scratch_and_from_a_checkpoint(here, films):
+def test_nih_config_from_scratch_and_from_a_checkpoint(here, images):
     root = nih_folder(here / "nih")
     words = ["--model.name=tiny.json", f"--data.root={root}", "--data.batch_size=8", "--data.num_workers=0", *SHORT]
     main(["fit", "--config", "nih.yaml", *words])
     logged = EventAccumulator(str(here / "runs" / "nih" / "version_0")).Reload().Tags()
     per_finding = {tag for tag in logged["scalars"] if tag.startswith("attribution/pointing_game/")}
     assert per_finding == {"attribution/pointing_game/lung nodule", "attribution/pointing_game/pleural effusion"}
-    fit_phantom(films)
+    fit_phantom(images)
     main(["fit", "--config", "nih.yaml", *words, "--model.pretrained=runs/phantom/checkpoints/last.ckpt"])
 
 
@@ -224,22 +224,22 @@ def test_configs_of_other_towers_run_on_small_ones(here, config, name):
     words = ["--model.name=small.json", "--model.pretrained=null", f"--data.root={root}", "--data.batch_size=8"]
     main(["fit", "--config", config, *words, "--data.num_workers=0", *SHORT])
     checkpoint = f"runs/{name}/checkpoints/last.ckpt"
-    film = next(Path(root).rglob("*.png"))
-    main(["explain", str(film), "Left effusion.", "--ckpt_path", checkpoint, "--out", "map.png"])
+    image = next(Path(root).rglob("*.png"))
+    main(["explain", str(image), "Left effusion.", "--ckpt_path", checkpoint, "--out", "map.png"])
     assert Path("map.png").is_file()
 
 
 def test_manifest_config_needs_an_image_and_a_phrase_only(here, capsys):
     root = nih_folder(here / "nih")
-    rows = [f"images/{path.name};Film {place}." for place, path in enumerate(sorted(root.rglob("*.png")))]
-    Path("films.csv").write_text("\n".join(["image;caption", *rows]), encoding="utf-8")
-    data = ["--config", "manifest.yaml", "--data.manifest=films.csv", "--data.columns={phrase: caption}"]
+    rows = [f"images/{path.name};Image {place}." for place, path in enumerate(sorted(root.rglob("*.png")))]
+    Path("images.csv").write_text("\n".join(["image;caption", *rows]), encoding="utf-8")
+    data = ["--config", "manifest.yaml", "--data.manifest=images.csv", "--data.columns={phrase: caption}"]
     data.append(f"--data.root={root}")
     main(["check-data", *data])
     assert "No bad rows." in capsys.readouterr().out
     few = ["--data.batch_size=8", "--data.num_workers=0", *SHORT]
     main(["fit", *data, "--model.name=tiny.json", "--model.pretrained=null", *few])
-    main(["explain", str(root / "images" / "00000003_000.png"), "Film 3.", "--ckpt_path", MANIFEST_CHECKPOINT])
+    main(["explain", str(root / "images" / "00000003_000.png"), "Image 3.", "--ckpt_path", MANIFEST_CHECKPOINT])
     assert Path("panel.png").is_file()
 
 
@@ -247,7 +247,7 @@ def fit_ms_cxr(here: Path, config: str, model: str) -> list[str]:
     """What a holder of MS-CXR runs, on a made-up copy of its layout and a small model; the options of the data."""
     rows = annotation_rows(20)
     write_annotations(here, rows)
-    write_films(here, [row["path"] for row in rows])
+    write_images(here, [row["path"] for row in rows])
     data = ["--config", config, "--data.root=.", "--data.cache_dir=kept"]
     main(["check-data", *data, "--model", model])
     words = [*data, f"--model.name={model}", "--model.pretrained=null", "--data.batch_size=8", "--data.num_workers=0"]
@@ -372,7 +372,7 @@ def test_an_unknown_config_lists_the_shipped_ones(here):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": "none.png"}, "There is no film at 'none.png'"),
+        ({"image": "none.png"}, "There is no image at 'none.png'"),
         ({"image": "tiny.json"}, "no readable image at 'tiny.json'"),
         ({"phrase": " "}, "The phrase is empty"),
         ({"ckpt_path": "none.ckpt"}, "No checkpoint at 'none.ckpt'"),
@@ -380,8 +380,8 @@ def test_an_unknown_config_lists_the_shipped_ones(here):
     ],
 )
 def test_explain_says_what_is_wrong(here, change, message):
-    Image.fromarray(np.zeros((64, 64), dtype=np.uint8)).save("film.png")
-    words = {"image": "film.png", "phrase": "Nodule.", "ckpt_path": "last.ckpt"} | change
+    Image.fromarray(np.zeros((64, 64), dtype=np.uint8)).save("image.png")
+    words = {"image": "image.png", "phrase": "Nodule.", "ckpt_path": "last.ckpt"} | change
     with pytest.raises(SystemExit, match=message):
         main(["explain", words["image"], words["phrase"], "--ckpt_path", words["ckpt_path"]])
     assert not Path("panel.png").exists()
@@ -395,7 +395,7 @@ def test_help_is_there(words, capsys):
     text = capsys.readouterr().out
     assert "explain" in text or "fit" in text
     if words == ["--help"]:
-        assert "matex explain film.png" in text
+        assert "matex explain image.png" in text
         assert "phantom.yaml" in text
 
 
@@ -413,8 +413,8 @@ def test_the_command_is_installed():
     assert "0.1.0" in done.stdout
 
 
-def test_checkpoints_hold_plain_types(here, films):
-    fit_phantom(films)
+def test_checkpoints_hold_plain_types(here, images):
+    fit_phantom(images)
     checkpoint = torch.load("runs/phantom/checkpoints/last.ckpt", weights_only=True)
     assert json.loads(json.dumps(checkpoint["hyper_parameters"]))["pretrained"] is None
 
@@ -433,12 +433,12 @@ def test_options_change_the_data_of_a_config(here, option, capsys):
     [
         (["fitt"], "invalid choice: 'fitt'"),
         ([], "required: COMMAND"),
-        (["fit"], "there are no films"),
-        (["test", "--ckpt_path=last"], "there are no films"),
+        (["fit"], "there are no images"),
+        (["test", "--ckpt_path=last"], "there are no images"),
         (["fit", "--data.root=x", "--config=phantom.yaml"], "--data.root comes before anything names a data module"),
         (["tune", "--config=phantom.yaml", "--out=x"], "required: --ckpt_path"),
         (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "no config 'none.yaml'"),
-        (["explain", "film.png"], "required: phrase, ckpt_path"),
+        (["explain", "image.png"], "required: phrase, ckpt_path"),
         (["roar", "walk"], "invalid choice: 'walk'"),
     ],
 )

@@ -66,7 +66,7 @@ def test_config_is_plain_and_keeps_the_preprocessing(tiny_json: str) -> None:
     model = load_clip(json.dumps(config))
     assert json.loads(json.dumps(model.config)) == model.config
     assert load_clip(json.dumps(model.config)).config == model.config
-    half = model.normalise(torch.full((1, 3, 32, 32), 0.75))
+    half = model.normalize(torch.full((1, 3, 32, 32), 0.75))
     torch.testing.assert_close(half, torch.ones(1, 3, 32, 32))
 
 
@@ -263,14 +263,14 @@ def test_images_of_another_size_are_refused(tiny_clip: Clip, size: tuple[int, in
     with pytest.raises(
         ValueError, match=rf"The images are \({size[0]}, {size[1]}\) pixels, the model takes \(32, 32\)"
     ):
-        tiny_clip.normalise(torch.zeros(2, 3, *size))
+        tiny_clip.normalize(torch.zeros(2, 3, *size))
 
 
-def test_normalise_takes_bytes_and_floats(tiny_clip: Clip) -> None:
+def test_normalize_takes_bytes_and_floats(tiny_clip: Clip) -> None:
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(tiny_clip.normalise(images), tiny_clip.normalise(images / 255))
-    grey = tiny_clip.normalise(torch.zeros(1, 3, 32, 32))
-    torch.testing.assert_close(grey[0, :, 0, 0], (-tiny_clip.mean / tiny_clip.std).flatten())
+    torch.testing.assert_close(tiny_clip.normalize(images), tiny_clip.normalize(images / 255))
+    gray = tiny_clip.normalize(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(gray[0, :, 0, 0], (-tiny_clip.mean / tiny_clip.std).flatten())
 
 
 def test_tokens_of_short_empty_and_long_phrases(tiny_clip: Clip) -> None:
@@ -283,7 +283,7 @@ def test_tokens_of_short_empty_and_long_phrases(tiny_clip: Clip) -> None:
     assert [tiny_clip.count_tokens(phrase) for phrase in phrases] == [6, 2, 2 + 40 * 2]
     assert tiny_clip.pieces(tokens[0][content[0]]) == [" left", " ef", "fusion", " ."]
     assert tiny_clip.pieces(tokens[1])[:2] == [" <start_of_text>", "<end_of_text>"]
-    assert tiny_clip.text_reading(tokens).position.tolist() == [5, 1, 15]
+    assert tiny_clip.text_pooling(tokens).position.tolist() == [5, 1, 15]
     assert tokens[2, -1] == EOT
     assert (tokens[0, 6:] == tiny_clip.pad_id).all()
 
@@ -355,7 +355,7 @@ def test_any_phrase_is_tokens(tiny_clip: Clip, kind: str, phrases: list[str]) ->
         assert torch.equal(row, model.tokenize([phrase])[0])
         if model.count_tokens(phrase) <= model.context_length:
             assert not cut_text(model.tokenizer, phrase)
-    position = model.text_reading(tokens).position
+    position = model.text_pooling(tokens).position
     assert ((position >= 0) & (position < model.context_length)).all()
     assert all(
         isinstance(piece, str) for row, kept in zip(tokens, content, strict=True) for piece in model.pieces(row[kept])
@@ -456,4 +456,4 @@ def test_embeddings_are_unit_vectors_and_similarity_is_their_cosine(tiny_clip: C
     image, text = tiny_clip.encode_image(images), tiny_clip.encode_text(tokens)
     torch.testing.assert_close(image.norm(dim=-1), torch.ones(3))
     torch.testing.assert_close(tiny_clip.similarity(images, tokens), (image * text).sum(-1))
-    assert tiny_clip.image_reading(images).position.tolist() == [0, 0, 0]
+    assert tiny_clip.image_pooling(images).position.tolist() == [0, 0, 0]

@@ -115,7 +115,7 @@ def _rows(found: Path, count: int) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_predictions_are_one_table_in_the_order_of_the_films(found: Path) -> None:
+def test_predictions_are_one_table_in_the_order_of_the_images(found: Path) -> None:
     one, two = _rows(found, 1), _rows(found, 2)
     assert [row["id"] for row in two] == [row["id"] for row in one]
     assert [float(row["cosine"]) for row in two] == pytest.approx([float(row["cosine"]) for row in one], abs=1e-6)
@@ -199,11 +199,11 @@ def test_each_process_goes_on_with_its_own_random_numbers(found: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_film_that_is_no_number_to_one_process_stops_both(found: Path) -> None:
+def test_a_image_that_is_no_number_to_one_process_stops_both(found: Path) -> None:
     message, bad = ((found / "nan" / name).read_text(encoding="utf-8") for name in ("error", "bad"))
     assert "FloatingPointError: The loss is nan in epoch 0 at step 1" in message
     assert f"The embeddings of {bad} are no numbers." in message
-    assert message.partition("with the studies ")[2].partition(".")[0].count(",") == 7
+    assert message.partition("with the pairs ")[2].partition(".")[0].count(",") == 7
     state = _kept(found / "nan" / "before_nan-epoch=0-step=1.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
 
@@ -242,10 +242,10 @@ def _launched(folder: Path, *launcher: str) -> dict[str, Any]:
         *("fit", f"--model.name={HERE / 'tiny.json'}", "--model.warmup_steps=1"),
         *("--data=matex_pl.data.PhantomDataModule", "--data.num_train=12", "--data.num_val=5", "--data.num_test=2"),
         *(
-            "--data.film_size=64",
+            "--data.stored_size=64",
             "--data.batch_size=4",
             "--data.num_workers=0",
-            f"--data.root={folder.parent / 'films'}",
+            f"--data.root={folder.parent / 'images'}",
         ),
         *("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
     ]
@@ -264,7 +264,7 @@ def _launched(folder: Path, *launcher: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def launched_by_lightning(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What the command line trains when it starts the second process itself, and the folder of its films' folder."""
+    """What the command line trains when it starts the second process itself, and the folder of its images' folder."""
     folder = tmp_path_factory.mktemp("launched")
     return _launched(folder / "lightning"), folder
 
@@ -274,7 +274,7 @@ def test_the_command_line_trains_on_two_processes(launched_by_lightning: tuple[d
     checkpoint, folder = launched_by_lightning
     assert checkpoint["rng_state"].shape[0] == 2
     assert not torch.equal(*checkpoint["rng_state"])
-    assert len(list((folder / "films").iterdir())) == 1
+    assert len(list((folder / "images").iterdir())) == 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Whose phrase a study is compared with."""
+"""Whose phrase a pair is compared with."""
 
 import pytest
 
@@ -22,7 +22,7 @@ from matex_pl.evaluation.pairs import other_phrases
         ([], [], []),
     ],
 )
-def test_the_next_study_about_something_else(phrases, findings, expected):
+def test_the_next_pair_about_something_else(phrases, findings, expected):
     assert other_phrases(phrases, findings) == expected
 
 

@@ -11,24 +11,24 @@ import torch
 from matex_pl.attribution import AttributionMethod, CenterMap, Chefer, Matex, Rise, Saliency
 from matex_pl.attribution.shipped import method_names, shipped_methods
 from matex_pl.clip import Clip, load_clip
-from matex_pl.data import PhantomDataModule, StudyBatch
+from matex_pl.data import ImageTextBatch, PhantomDataModule
 from matex_pl.evaluation.store import MapStore, describe_method, pair_keys, weight_hash
 from matex_pl.evaluation.tensors import read_head, write_tensors
-from matex_pl.maps import AttributionMaps
+from matex_pl.maps import Attribution
 
 FIELDS = ("image", "grid", "text", "content", "score")
 
 
 @pytest.fixture
-def batch(tiny_films: PhantomDataModule) -> StudyBatch:
-    tiny_films.prepare_data()
-    tiny_films.setup("test")
-    return next(iter(tiny_films.test_dataloader()))
+def batch(tiny_images: PhantomDataModule) -> ImageTextBatch:
+    tiny_images.prepare_data()
+    tiny_images.setup("test")
+    return next(iter(tiny_images.test_dataloader()))
 
 
-def _maps(clip: Clip, method: AttributionMethod, batch: StudyBatch) -> AttributionMaps:
-    images, tokens = clip.normalise(batch["image"]), clip.tokenize(batch["phrase"])
-    return method.attribute(clip, images, tokens, batch["phrase"], batch["film"])
+def _maps(clip: Clip, method: AttributionMethod, batch: ImageTextBatch) -> Attribution:
+    images, tokens = clip.normalize(batch["image"]), clip.tokenize(batch["phrase"])
+    return method.attribute(clip, images, tokens, batch["phrase"], batch["content_box"])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -36,14 +36,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "method", [Matex.measured(), Matex(fuse_at="grid"), Chefer(), Saliency(), Rise(masks=8, fill="blur"), CenterMap()]
+    "method",
+    [Matex.recommended(), Matex(fuse_at="grid"), Chefer(), Saliency(), Rise(masks=8, fill="blur"), CenterMap()],
 )
 def test_what_is_read_is_what_was_written(tmp_path, tiny_clip, batch, method):
     keys, maps = pair_keys(batch), _maps(tiny_clip, method, batch)
     store = MapStore(tmp_path, "weights", method)
     assert store.missing([*keys, "x"]) == [*keys, "x"]
-    store.write(keys[:1], AttributionMaps(*(getattr(maps, name)[:1] for name in FIELDS)))
-    store.write(keys[1:], AttributionMaps(*(getattr(maps, name)[1:] for name in FIELDS)))
+    store.write(keys[:1], Attribution(*(getattr(maps, name)[:1] for name in FIELDS)))
+    store.write(keys[1:], Attribution(*(getattr(maps, name)[1:] for name in FIELDS)))
     again = MapStore(tmp_path, "weights", method)
     assert again.missing([*keys, "x"]) == ["x"]
     read = again.read(keys[::-1])
@@ -60,17 +61,17 @@ def test_maps_of_patches_are_kept_without_their_pixels(tmp_path, tiny_clip, batc
     assert size[Saliency] - size[Chefer] > 0.9 * batch["image"][:, 0].numel() * 4
 
 
-def test_keys_tell_pixels_phrases_films_and_studies_apart(batch):
+def test_keys_tell_pixels_phrases_images_and_pairs_apart(batch):
     keys = pair_keys(batch)
     assert len(set(keys)) == len(keys)
     assert pair_keys(batch) == keys
     image = batch["image"].clone()
     image[0, 0, 0, 0] += 1
-    film = batch["film"].clone()
-    film[0, 0] += 0.01
+    content_box = batch["content_box"].clone()
+    content_box[0, 0] += 0.01
     for name, value in {
         "image": image,
-        "film": film,
+        "content_box": content_box,
         "phrase": ["Other.", *batch["phrase"][1:]],
         "id": ["other", *batch["id"][1:]],
     }.items():
@@ -83,13 +84,13 @@ def test_other_weights_or_settings_have_another_folder(tmp_path):
     folders = {
         MapStore(tmp_path, weights, method).folder
         for weights in ("a", "b")
-        for method in (Matex(), Matex(lambda_s=2.0), Chefer(), Chefer(explain="margin"))
+        for method in (Matex(), Matex(lambda_s=2.0), Chefer(), Chefer(target="margin"))
     }
     assert len(folders) == 8
     assert MapStore(tmp_path, "a", Matex()).folder in folders
 
 
-def test_the_hash_sees_every_weight_and_the_mean_film(tiny_clip, tiny_json):
+def test_the_hash_sees_every_weight_and_the_mean_image(tiny_clip, tiny_json):
     first = weight_hash(tiny_clip)
     assert weight_hash(tiny_clip) == first
     twin = load_clip(tiny_json)

@@ -17,28 +17,28 @@ from matex_pl.metrics.functional import keep_highlighted
 def clip() -> Clip:
     source = family("native")
     clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
-    clip.mean_film.copy_(torch.rand(clip.mean_film.shape))
+    clip.mean_image.copy_(torch.rand(clip.mean_image.shape))
     return clip
 
 
 def test_fills(clip: Clip) -> None:
     images = torch.randn(2, 3, *clip.image_size)
-    mean_film = fill_images("mean_film", clip, images)
-    torch.testing.assert_close(mean_film[0] * clip.std + clip.mean, clip.mean_film.expand(3, -1, -1))
-    assert (fill_images("mean_colour", clip, images) == 0).all()
+    mean_image = fill_images("mean_image", clip, images)
+    torch.testing.assert_close(mean_image[0] * clip.std + clip.mean, clip.mean_image.expand(3, -1, -1))
+    assert (fill_images("mean_color", clip, images) == 0).all()
     blurred = fill_images("blur", clip, images)
     assert blurred.shape == images.shape
     assert blurred.var() < images.var() / 4
     flat = torch.full_like(images, 0.7)
     torch.testing.assert_close(fill_images("blur", clip, flat), flat)
-    with pytest.raises(ValueError, match="mean_film, mean_colour, blur, got 'black'"):
+    with pytest.raises(ValueError, match="mean_image, mean_color, blur, got 'black'"):
         fill_images("black", clip, images)
 
 
-def test_a_model_without_a_mean_film_is_refused(clip: Clip) -> None:
-    clip.mean_film.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"mean of the training films.*fill='blur' or 'mean_colour'"):
-        fill_images("mean_film", clip, torch.randn(2, 3, *clip.image_size))
+def test_a_model_without_a_mean_image_is_refused(clip: Clip) -> None:
+    clip.mean_image.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"mean of the training images.*fill='blur' or 'mean_color'"):
+        fill_images("mean_image", clip, torch.randn(2, 3, *clip.image_size))
 
 
 @pytest.mark.parametrize("kind", FILLS)

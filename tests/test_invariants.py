@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, family
-from test_matex import FILM, REFERENCE_PHRASES, pairs
+from test_matex import IMAGE, REFERENCE_PHRASES, pairs
 from torch import Tensor, nn
 
 from matex_pl.attribution import (
@@ -42,14 +42,14 @@ from matex_pl.attribution.core.capture import GradBlock, borrowed, capture_atten
 from matex_pl.attribution.core.relevance import gradients_of
 from matex_pl.attribution.core.target import reference_mean
 from matex_pl.clip import Clip, load_clip
-from matex_pl.clip.towers import Reading
-from matex_pl.maps import AttributionMaps
+from matex_pl.clip.towers import Pooling
+from matex_pl.maps import Attribution
 
 MARGIN: dict[str, Any] = {"explain": "margin", "references": REFERENCE_PHRASES}
 METHODS: list[AttributionMethod] = [
     Matex(),
     Matex.paper(spatial_weight="loosened", flow="rollout"),
-    Matex.measured(references=REFERENCE_PHRASES),
+    Matex.recommended(references=REFERENCE_PHRASES),
     Chefer(),
     GradCam([-1, -2], variant="hires"),
     GradEclip(text_blocks=1),
@@ -84,7 +84,7 @@ def clip() -> Clip:
     return copy.deepcopy(original, {id(original.tokenizer): original.tokenizer})
 
 
-def assert_same(one: AttributionMaps, other: AttributionMaps, tolerance: float = 1e-6) -> None:
+def assert_same(one: Attribution, other: Attribution, tolerance: float = 1e-6) -> None:
     for name in ("image", "grid", "text", "score"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=tolerance, rtol=0)
     assert torch.equal(one.content, other.content)
@@ -96,7 +96,7 @@ def assert_same(one: AttributionMaps, other: AttributionMaps, tolerance: float =
 @pytest.mark.parametrize("method", METHODS, ids=named)
 def test_contract(method: AttributionMethod, clip: Clip) -> None:
     images, tokens, phrases = pairs(clip)
-    maps = method.attribute(clip, images, tokens, phrases, FILM)
+    maps = method.attribute(clip, images, tokens, phrases, IMAGE)
     count, size, grid = len(phrases), clip.image_size, clip.grid
     shapes = {"image": (count, *size), "grid": (count, *grid), "text": tuple(tokens.shape), "score": (count,)}
     for name, shape in shapes.items():
@@ -113,15 +113,15 @@ def test_contract(method: AttributionMethod, clip: Clip) -> None:
     torch.testing.assert_close(maps.score, clip.similarity(images, tokens).detach())
     assert isinstance(method.cost, str)
     assert method.deterministic
-    assert method.serves_text == bool(maps.text.any())
+    assert method.supports_text == bool(maps.text.any())
 
 
 @pytest.mark.parametrize("method", BORROWERS, ids=named)
 def test_maps_span_the_range(method: AttributionMethod, clip: Clip) -> None:
-    maps = method.attribute(clip, *pairs(clip), FILM)
+    maps = method.attribute(clip, *pairs(clip), IMAGE)
     assert (maps.image.flatten(1).amax(1) == 1).all()
     assert (maps.image.flatten(1).amin(1) == 0).all()
-    assert maps.text.amax(1).tolist() == ([1, 1, 0, 1, 1] if method.serves_text else [0] * 5)
+    assert maps.text.amax(1).tolist() == ([1, 1, 0, 1, 1] if method.supports_text else [0] * 5)
 
 
 def test_parts(clip: Clip) -> None:
@@ -140,13 +140,13 @@ def test_parts(clip: Clip) -> None:
 
 def test_controls(clip: Clip) -> None:
     batch = pairs(clip)
-    centre = CenterMap().attribute(clip, *batch).image[0]
-    torch.testing.assert_close(centre, centre.flip(0).flip(1))
-    corners = centre[[0, 0, -1, -1], [0, -1, 0, -1]]
+    center = CenterMap().attribute(clip, *batch).image[0]
+    torch.testing.assert_close(center, center.flip(0).flip(1))
+    corners = center[[0, 0, -1, -1], [0, -1, 0, -1]]
     torch.testing.assert_close(corners, torch.zeros(4))
-    assert centre.argmax() in [centre.shape[1] * y + x for y in (15, 16) for x in (23, 24)]
-    prior = PriorOnly().attribute(clip, *batch, FILM).image
-    drawn = Matex(lambda_s=2.0).attribute(clip, *batch, FILM).parts["prior"] - 1
+    assert center.argmax() in [center.shape[1] * y + x for y in (15, 16) for x in (23, 24)]
+    prior = PriorOnly().attribute(clip, *batch, IMAGE).image
+    drawn = Matex(lambda_s=2.0).attribute(clip, *batch, IMAGE).parts["prior"] - 1
     torch.testing.assert_close(prior, drawn)
     assert (prior[[1, 2]] == 0).all()
     with pytest.raises(ValueError, match="prior_shape must be one of"):
@@ -159,11 +159,11 @@ def test_controls(clip: Clip) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=named)
 def test_batched_equals_single(method: AttributionMethod, clip: Clip) -> None:
     images, tokens, phrases = pairs(clip)
-    together = method.attribute(clip, images, tokens, phrases, FILM)
+    together = method.attribute(clip, images, tokens, phrases, IMAGE)
     for b in range(len(phrases)):
         one = slice(b, b + 1)
-        alone = method.attribute(clip, images[one], tokens[one], phrases[one], FILM[one])
-        whole = AttributionMaps(*(getattr(together, n)[one] for n in ("image", "grid", "text", "content", "score")))
+        alone = method.attribute(clip, images[one], tokens[one], phrases[one], IMAGE[one])
+        whole = Attribution(*(getattr(together, n)[one] for n in ("image", "grid", "text", "content", "score")))
         assert_same(alone, whole, 1e-5)
 
 
@@ -180,10 +180,10 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 def test_same_in_every_grad_mode(
     method: AttributionMethod, context: Callable[[], AbstractContextManager[Any]], clip: Clip
 ) -> None:
-    expected = method.attribute(clip, *pairs(clip), FILM)
+    expected = method.attribute(clip, *pairs(clip), IMAGE)
     with context():
         images, tokens, phrases = pairs(clip)
-        assert_same(method.attribute(clip, images.clone(), tokens.clone(), phrases, FILM.clone()), expected)
+        assert_same(method.attribute(clip, images.clone(), tokens.clone(), phrases, IMAGE.clone()), expected)
 
 
 def patchy(clip: Clip) -> Clip:
@@ -237,7 +237,7 @@ def test_a_training_step_around_an_explanation_keeps_its_gradient(clip: Clip) ->
 
 @pytest.mark.parametrize("method", METHODS, ids=named)
 def test_bfloat16_weights(method: AttributionMethod, clip: Clip) -> None:
-    maps = method.attribute(clip.to(torch.bfloat16), *pairs(clip), FILM)
+    maps = method.attribute(clip.to(torch.bfloat16), *pairs(clip), IMAGE)
     for values in (maps.image, maps.grid, maps.text):
         assert values.dtype == torch.float32
         assert values.isfinite().all()
@@ -298,7 +298,7 @@ def test_given_back_after_success(
     in_use(clip)
     with context(), fastpath_set(fastpath):
         before = state(clip)
-        method.attribute(clip, *pairs(clip), FILM)
+        method.attribute(clip, *pairs(clip), IMAGE)
         after = state(clip)
         for name in before:
             assert_unchanged(before[name], after[name])
@@ -350,7 +350,7 @@ def test_given_back_after_an_exception(
 @pytest.mark.parametrize("method", [method for method in METHODS if isinstance(method, RERUN)], ids=named)
 def test_given_back_after_an_exception_in_a_later_forward(method: AttributionMethod, place: str, clip: Clip) -> None:
     """Which may begin behind a block, or at other token embeddings."""
-    if place == "ln_final" and not method.serves_text:
+    if place == "ln_final" and not method.supports_text:
         pytest.skip("the text tower runs once")
     expected = method.attribute(clip, *pairs(clip))
     in_use(clip)
@@ -387,7 +387,7 @@ def test_threads_wait_for_each_other(clip: Clip) -> None:
     score = bystander.similarity(images, tokens)
     attention = F.scaled_dot_product_attention
 
-    def explain(model: Clip) -> AttributionMaps:
+    def explain(model: Clip) -> Attribution:
         return [Matex().attribute(model, *pairs(model)) for _ in range(6)][-1]
 
     def look_on() -> list[Tensor]:
@@ -457,14 +457,14 @@ def test_nothing_is_kept(clip: Clip) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reference_mean_follows_a_fused_optimiser(dtype: torch.dtype, clip: Clip) -> None:
+def test_reference_mean_follows_a_fused_optimizer(dtype: torch.dtype, clip: Clip) -> None:
     clip.to(dtype)
-    optimiser = torch.optim.AdamW(clip.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, fused=True)
     for _ in range(2):
         before = reference_mean(clip, REFERENCE_PHRASES)
         assert reference_mean(clip, REFERENCE_PHRASES) is before
         clip.similarity(*pairs(clip)[:2]).sum().backward()
-        optimiser.step()
+        optimizer.step()
         after = reference_mean(clip, REFERENCE_PHRASES)
         assert not torch.equal(before, after)
         torch.testing.assert_close(after, clip.encode_text(clip.tokenize(REFERENCE_PHRASES)).float().mean(0))
@@ -533,8 +533,8 @@ def test_lengths_must_agree(clip: Clip) -> None:
         Matex().attribute(clip, images[:0], tokens[:0], [])
     with pytest.raises(ValueError, match=r"one of each, got.*'images': 4"):
         Matex().attribute(clip, images[:4], tokens, phrases)
-    with pytest.raises(ValueError, match="'film': 2"):
-        Matex().attribute(clip, images, tokens, phrases, FILM[:2])
+    with pytest.raises(ValueError, match="'image': 2"):
+        Matex().attribute(clip, images, tokens, phrases, IMAGE[:2])
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -606,23 +606,23 @@ def test_what_is_no_batch_of_the_model_is_refused(method: AttributionMethod, cli
     images, tokens, phrases = pairs(clip)
     with pytest.raises(ValueError, match=r"must be \(5, 3, 32, 48\) torch.float32 .* got \(5, 3, 48, 32\)"):
         method.attribute(clip, images.transpose(2, 3), tokens, phrases)
-    with pytest.raises(ValueError, match=r"got \(5, 3, 32, 48\) torch.float64. `clip.normalise` gives them"):
+    with pytest.raises(ValueError, match=r"got \(5, 3, 32, 48\) torch.float64. `clip.normalize` gives them"):
         method.attribute(clip, images.double(), tokens, phrases)
     with pytest.raises(ValueError, match="phrases must be a list, got the text 'mass!'"):
         method.attribute(clip, images, tokens, "mass!")
-    with pytest.raises(ValueError, match=r"film must be \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"image must be \(5, 4\)"):
         method.attribute(clip, images, tokens, phrases, torch.zeros(5, 3))
-    with pytest.raises(ValueError, match="film of study 'left lower lobe consolidation' has no size"):
+    with pytest.raises(ValueError, match="image of pair 'left lower lobe consolidation' has no size"):
         method.attribute(clip, images, tokens, phrases, torch.zeros(5, 4))
-    for image, words, film, message in (
+    for image, words, content_box, message in (
         (images[0], [], None, "at least one phrase"),
         (images[0], "mass", None, "at least one phrase, got 'mass'"),
         (images[:1], ["mass"], None, r"one image \(3, H, W\)"),
-        (images[0], ["mass"], torch.zeros(3), r"one film \(4,\)"),
+        (images[0], ["mass"], torch.zeros(3), r"one image \(4,\)"),
         (images[0, :, :8], ["mass"], None, r"must be \(1, 3, 32, 48\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            method.attribute_phrases(clip, image, words, film)
+            method.attribute_phrases(clip, image, words, content_box)
 
 
 def test_weights_of_inference_mode_are_refused() -> None:
@@ -686,7 +686,7 @@ def test_capture_of_every_family(name: str) -> None:
 def check_capture(clip: Clip) -> None:
     images, tokens, _ = pairs(clip)
     with borrowed(clip):
-        readings = (clip.image_reading(images), clip.text_reading(tokens))
+        readings = (clip.image_pooling(images), clip.text_pooling(tokens))
         towers = zip((clip.encode_image, clip.encode_text), (images, tokens), readings, strict=True)
         for encode, inputs, reading in towers:
             with capture_attention(reading, grad_from=0, full=True) as blocks:
@@ -706,7 +706,7 @@ def check_capture(clip: Clip) -> None:
                 check_rows(block, reading)
 
 
-def check_rows(block: GradBlock, reading: Reading) -> None:
+def check_rows(block: GradBlock, reading: Pooling) -> None:
     value, output = block.value.detach(), block.output.detach()
     torch.testing.assert_close(block.mean.sum(-1), torch.ones_like(block.mean[..., 0]))
     if reading.position is not None:
@@ -723,7 +723,7 @@ def test_text_is_cut_where_nothing_attends_to_it(name: str) -> None:
     tokens = clip.tokenize(["mass", "left base"])
     short, whole = clip.encode_text(tokens), F.normalize(clip.model.encode_text(tokens), dim=-1)
     torch.testing.assert_close(short, whole)
-    with torch.no_grad(), borrowed(clip), capture_attention(clip.text_reading(tokens), full=True) as blocks:
+    with torch.no_grad(), borrowed(clip), capture_attention(clip.text_pooling(tokens), full=True) as blocks:
         clip.encode_text(tokens)
     shortened = name not in ("bidirectional", "siglip", "coca")
     assert (blocks[0].mean.shape[-1] < tokens.shape[1]) == shortened
@@ -758,7 +758,7 @@ COMPILED: dict[str, Callable[[Clip], None]] = {
 def test_compiled_modules_are_explained_as_written(name: str, wrap: Callable[[Clip], None]) -> None:
     source = family(name)
     images, tokens, phrases = pairs(source)
-    method = Matex.measured(references=REFERENCE_PHRASES)
+    method = Matex.recommended(references=REFERENCE_PHRASES)
     expected = method.attribute(source, images, tokens, phrases)
     clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
     wrap(clip)
@@ -812,11 +812,11 @@ def test_every_family_is_given_back(method: AttributionMethod, name: str) -> Non
     source = family(name)
     clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
     batch = pairs(clip)
-    expected = method.attribute(clip, *batch, FILM)
+    expected = method.attribute(clip, *batch, IMAGE)
     clip.train().requires_grad_(False)
     clip.model.set_grad_checkpointing(True)
     before = state(clip)
-    assert_same(method.attribute(clip, *batch, FILM), expected)
+    assert_same(method.attribute(clip, *batch, IMAGE), expected)
     after = state(clip)
     for key in before:
         assert_unchanged(before[key], after[key])

@@ -47,10 +47,10 @@ def image():
 @pytest.mark.parametrize("kind", [TensorBoardLogger, FabricTensorBoardLogger])
 def test_tensorboard_event_reads_back(tmp_path, image, kind):
     logger = kind(tmp_path)
-    assert log_image(logger, "maps/val/study-1", image, 120)
+    assert log_image(logger, "maps/val/pair-1", image, 120)
     logger.experiment.flush()
     events = EventAccumulator(logger.log_dir).Reload()
-    (event,) = events.Images("maps/val/study-1")
+    (event,) = events.Images("maps/val/pair-1")
     assert (event.step, event.height, event.width) == (120, 20, 30)
 
 

@@ -74,14 +74,14 @@ def test_fingerprints_are_the_same_everywhere() -> None:
     assert fingerprints([]).shape == (0,)
 
 
-def _slow_recall(image: Tensor, text: Tensor, films: list[str], phrases: list[str], k: int) -> tuple[float, float]:
+def _slow_recall(image: Tensor, text: Tensor, images: list[str], phrases: list[str], k: int) -> tuple[float, float]:
     """Recall at k, both ways; a tie with a wrong one counts as lost."""
     rates = []
     for queries, keys in ((image, text), (text, image)):
         hits = 0
         for row, query in enumerate(queries):
             scores = [float(query @ key) for key in keys]
-            right = [n for n in range(len(keys)) if films[n] == films[row] or phrases[n] == phrases[row]]
+            right = [n for n in range(len(keys)) if images[n] == images[row] or phrases[n] == phrases[row]]
             best = max(scores[n] for n in right)
             hits += sum(scores[n] >= best for n in range(len(keys)) if n not in right) < k
         rates.append(hits / len(queries))
@@ -89,22 +89,22 @@ def _slow_recall(image: Tensor, text: Tensor, films: list[str], phrases: list[st
 
 
 def _pairs(count: int = 40) -> tuple[Tensor, Tensor, list[str], list[str], list[str]]:
-    """Embeddings with exact ties, films with several phrases, phrases on several films."""
+    """Embeddings with exact ties, images with several phrases, phrases on several images."""
     draw = random.Random(0)
     image, text = torch.randint(-1, 2, (2, count, 4), generator=torch.Generator().manual_seed(0)).float()
-    ids = [f"study {n}" for n in range(count)]
-    films = [f"film {draw.randrange(count // 2)}" for _ in ids]
+    ids = [f"pair {n}" for n in range(count)]
+    images = [f"image {draw.randrange(count // 2)}" for _ in ids]
     phrases = [f"phrase {draw.randrange(count // 2)}" for _ in ids]
-    return image, text, ids, films, phrases
+    return image, text, ids, images, phrases
 
 
 def test_retrieval_against_a_loop() -> None:
-    image, text, ids, films, phrases = _pairs()
+    image, text, ids, images, phrases = _pairs()
     metric = ImageTextRecall(ks=(1, 3, 10))
-    metric.update(image, text, ids, films, phrases)
+    metric.update(image, text, ids, images, phrases)
     found = metric.compute()
     for k in (1, 3, 10):
-        to_text, to_image = _slow_recall(image, text, films, phrases, k)
+        to_text, to_image = _slow_recall(image, text, images, phrases, k)
         assert float(found[f"image_to_text_recall@{k}"]) == pytest.approx(to_text)
         assert float(found[f"text_to_image_recall@{k}"]) == pytest.approx(to_image)
 
@@ -120,23 +120,23 @@ def test_retrieval_in_chunks_equals_the_whole() -> None:
     torch.testing.assert_close(metric.compute()["image_to_text_recall@5"], (ranks < 5).float().mean())
 
 
-def test_studies_that_come_twice_count_once() -> None:
-    image, text, ids, films, phrases = _pairs()
+def test_pairs_that_come_twice_count_once() -> None:
+    image, text, ids, images, phrases = _pairs()
     once, twice = ImageTextRecall(), ImageTextRecall()
-    once.update(image, text, ids, films, phrases)
+    once.update(image, text, ids, images, phrases)
     # As shards of several devices bring them, the end filled up from the start.
     for half in (slice(0, 25), slice(20, 40), slice(0, 3)):
-        twice.update(image[half], text[half], ids[half], films[half], phrases[half])
+        twice.update(image[half], text[half], ids[half], images[half], phrases[half])
     assert twice.compute() == once.compute()
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_halves_merge_to_the_whole() -> None:
-    image, text, ids, films, phrases = _pairs()
+    image, text, ids, images, phrases = _pairs()
     whole, first, second = ImageTextRecall(), ImageTextRecall(), ImageTextRecall()
-    whole.update(image, text, ids, films, phrases)
+    whole.update(image, text, ids, images, phrases)
     for metric, half in ((first, slice(0, 17)), (second, slice(17, 40))):
-        metric.update(image[half], text[half], ids[half], films[half], phrases[half])
+        metric.update(image[half], text[half], ids[half], images[half], phrases[half])
     first.merge_state(second)
     assert first.compute() == whole.compute()
     first.reset()
@@ -165,17 +165,17 @@ def _slow_auroc(scores: Tensor, labels: Tensor) -> float:
 
 
 def _graded(count: int = 30) -> tuple[Tensor, list[tuple[str, ...]], list[str]]:
-    """Cosines with ties, films with none, one or two of the findings; `c` is on all, `d` on none."""
+    """Cosines with ties, images with none, one or two of the findings; `c` is on all, `d` on none."""
     scores = torch.randint(-3, 4, (count, 4), generator=torch.Generator().manual_seed(0)) / 10
     draw = random.Random(1)
     names = [(*[name for name in "ab" if draw.random() < 0.4], "c") for _ in range(count)]
-    return scores, names, [f"film {n}" for n in range(count)]
+    return scores, names, [f"image {n}" for n in range(count)]
 
 
 def test_zero_shot_against_a_loop() -> None:
-    scores, names, films = _graded()
+    scores, names, images = _graded()
     metric = ZeroShot("abcd")
-    metric.update(scores, names, films)
+    metric.update(scores, names, images)
     found = metric.compute()
     best = ["abcd"[int(row.argmax())] for row in scores]
     assert float(found["zero_shot_top1"]) == pytest.approx(sum(b in n for b, n in zip(best, names, strict=True)) / 30)
@@ -183,23 +183,23 @@ def test_zero_shot_against_a_loop() -> None:
     assert float(found["zero_shot_auroc"]) == pytest.approx(sum(told) / 2)
 
 
-def test_films_without_a_finding_count_only_as_negatives() -> None:
+def test_images_without_a_finding_count_only_as_negatives() -> None:
     metric = ZeroShot(["edema", "nodule"])
     metric.update(
         torch.tensor([[0.3, 0.1], [0.4, 0.2], [0.1, 0.5]]), [["edema"], [], ["nodule", "else"]], ["a", "b", "c"]
     )
     found = metric.compute()
     assert found["zero_shot_top1"] == 1
-    # Edema: film a is above c but below b.
+    # Edema: image a is above c but below b.
     torch.testing.assert_close(found["zero_shot_auroc"], torch.tensor((0.5 + 1.0) / 2))
 
 
-def test_films_that_come_twice_count_once_and_halves_merge() -> None:
-    scores, names, films = _graded()
+def test_images_that_come_twice_count_once_and_halves_merge() -> None:
+    scores, names, images = _graded()
     whole, first, second = ZeroShot("abcd"), ZeroShot("abcd"), ZeroShot("abcd")
-    whole.update(scores, names, films)
-    first.update(scores[:20], names[:20], films[:20])
-    second.update(scores[10:], names[10:], films[10:])
+    whole.update(scores, names, images)
+    first.update(scores[:20], names[:20], images[:20])
+    second.update(scores[10:], names[10:], images[10:])
     first.merge_state(second)
     assert first.compute() == whole.compute()
 

@@ -1,4 +1,4 @@
-"""Films of one's own by a table: what is read, and what is refused with file, line, value and rule."""
+"""Images of one's own by a table: what is read, and what is refused with file, line, value and rule."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ HEIGHT, WIDTH = 60, 80
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Twelve films of 80 x 60 pixels, each of its own grey."""
-    (tmp_path / "films").mkdir()
+    """Twelve images of 80 x 60 pixels, each of its own gray."""
+    (tmp_path / "images").mkdir()
     for number in range(12):
-        cv2.imwrite(str(tmp_path / "films" / f"{number}.png"), np.full((HEIGHT, WIDTH), 20 * number, dtype=np.uint8))
+        cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), np.full((HEIGHT, WIDTH), 20 * number, dtype=np.uint8))
     return tmp_path
 
 
@@ -55,7 +55,7 @@ def _write(path: Path, rows: list[dict[str, Any]], separator: str = ",", encodin
 
 
 def _rows(number: int = 3, **cells: Any) -> list[dict[str, Any]]:
-    return [{"image": f"films/{n}.png", "phrase": f"Film {n}, größer.", **cells} for n in range(number)]
+    return [{"image": f"images/{n}.png", "phrase": f"Image {n}, größer.", **cells} for n in range(number)]
 
 
 def _module(manifest: Path, **settings: Any) -> ManifestDataModule:
@@ -71,21 +71,21 @@ def _bad(manifest: Path, **settings: Any) -> list[BadRow]:
 @pytest.mark.parametrize("separator", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
 def test_tables_of_every_form_say_the_same(root: Path, separator: str, encoding: str) -> None:
     rows = _rows(boxes="[[8, 6, 40, 30], [0, 0, 80, 60]]", finding="nodule", patient_id="p")
-    path = _write(root / "films.csv", rows, separator, encoding)
+    path = _write(root / "images.csv", rows, separator, encoding)
     lines = [json.dumps({**row, "boxes": json.loads(row["boxes"])}) for row in rows]
-    (root / "films.jsonl").write_text("\n".join(lines), encoding=encoding)
-    (root / "films.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
-    studies, bad = _module(path).checked_rows()
+    (root / "images.jsonl").write_text("\n".join(lines), encoding=encoding)
+    (root / "images.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    pairs, bad = _module(path).checked_rows()
     assert not bad
-    assert [study.phrase for study in studies] == [row["phrase"] for row in rows]
-    assert studies[1].boxes == [(8, 6, 40, 30), (0, 0, 80, 60)]
-    assert (studies[1].id, studies[1].patient_id, studies[1].finding) == ("films/1.png", "p", "nodule")
-    assert studies[1].size == (HEIGHT, WIDTH)
-    assert studies[1].source == (str(path), 3)
-    for name in ("films.jsonl", "films.csv.gz"):
+    assert [pair.phrase for pair in pairs] == [row["phrase"] for row in rows]
+    assert pairs[1].boxes == [(8, 6, 40, 30), (0, 0, 80, 60)]
+    assert (pairs[1].id, pairs[1].patient_id, pairs[1].finding) == ("images/1.png", "p", "nodule")
+    assert pairs[1].size == (HEIGHT, WIDTH)
+    assert pairs[1].source == (str(path), 3)
+    for name in ("images.jsonl", "images.csv.gz"):
         again = _module(root / name).checked_rows()[0]
         assert [(s.id, s.phrase, s.boxes, s.split) for s in again] == [
-            (s.id, s.phrase, s.boxes, s.split) for s in studies
+            (s.id, s.phrase, s.boxes, s.split) for s in pairs
         ]
 
 
@@ -96,9 +96,9 @@ def test_columns_are_mapped_and_root_is_set(root: Path) -> None:
     ]
     path = _write(root / "table.csv", rows)
     columns = {"image": "file", "phrase": "caption", "patient_id": "who", "split": "fold"}
-    studies, bad = _module(path, root=str(root / "films"), columns=columns).checked_rows()
+    pairs, bad = _module(path, root=str(root / "images"), columns=columns).checked_rows()
     assert not bad
-    assert [(s.phrase, s.patient_id, s.split) for s in studies] == [("Clear.", "7", "val"), ("Mass.", "8", "train")]
+    assert [(s.phrase, s.patient_id, s.split) for s in pairs] == [("Clear.", "7", "val"), ("Mass.", "8", "train")]
     with pytest.raises(ValueError, match=r"lacks the columns \['image'\]; it has \['file', 'caption'"):
         _module(path, columns={"phrase": "caption"}).checked_rows()
     with pytest.raises(ValueError, match=r"`columns` names \['fund'\], which .* does not have"):
@@ -109,59 +109,59 @@ def test_columns_are_mapped_and_root_is_set(root: Path) -> None:
 
 def test_one_column_may_be_several_of_ours(root: Path) -> None:
     path = _write(root / "t.csv", [{"file": row["image"], "phrase": row["phrase"]} for row in _rows()])
-    studies, bad = _module(path, columns={"image": "file", "id": "file", "patient_id": "file"}).checked_rows()
+    pairs, bad = _module(path, columns={"image": "file", "id": "file", "patient_id": "file"}).checked_rows()
     assert not bad
-    assert [(study.id, study.patient_id) for study in studies] == [(f"films/{n}.png",) * 2 for n in range(3)]
+    assert [(pair.id, pair.patient_id) for pair in pairs] == [(f"images/{n}.png",) * 2 for n in range(3)]
 
 
-def test_made_ids_are_no_films_and_do_not_hang_on_bad_rows(root: Path) -> None:
+def test_made_ids_are_no_images_and_do_not_hang_on_bad_rows(root: Path) -> None:
     for name in ("a", "a-2"):
-        (root / name).write_bytes((root / "films" / "0.png").read_bytes())
+        (root / name).write_bytes((root / "images" / "0.png").read_bytes())
     rows = [{"image": name, "phrase": f"Phrase {place}."} for place, name in enumerate(("a", "a", "a", "a-2"))]
     path = _write(root / "t.csv", rows)
-    studies, bad = _module(path).checked_rows()
+    pairs, bad = _module(path).checked_rows()
     assert not bad
-    assert [study.id for study in studies] == ["a", "a-3", "a-4", "a-2"]
+    assert [pair.id for pair in pairs] == ["a", "a-3", "a-4", "a-2"]
     rows[0]["phrase"] = rows[1]["phrase"] = ""
-    studies, bad = _module(_write(path, rows)).checked_rows()
+    pairs, bad = _module(_write(path, rows)).checked_rows()
     assert len(bad) == 2
-    assert [study.id for study in studies] == ["a-4", "a-2"]
+    assert [pair.id for pair in pairs] == ["a-4", "a-2"]
 
 
 @pytest.mark.parametrize(
-    ("film", "patient", "shows"),
+    ("content_box", "patient", "shows"),
     [
         ("p10000032/s5/x.png", "10000032", False),
         ("00000007_001.png", "7", False),
         ("00000007_001.png", "07", False),
         ("smith_jane/1.png", "Smith", False),
-        ("films/17.png", "7", True),
-        ("films/x.png", "10000032", True),
+        ("images/17.png", "7", True),
+        ("images/x.png", "10000032", True),
     ],
 )
-def test_made_ids_hold_no_patient(root: Path, film: str, patient: str, shows: bool) -> None:
-    (root / film).parent.mkdir(parents=True, exist_ok=True)
-    (root / film).write_bytes((root / "films" / "0.png").read_bytes())
-    rows = [{"image": film, "phrase": phrase, "patient_id": patient} for phrase in ("Clear.", "Mass.")]
-    studies, bad = _module(_write(root / "t.csv", rows)).checked_rows()
+def test_made_ids_hold_no_patient(root: Path, image: str, patient: str, shows: bool) -> None:
+    (root / image).parent.mkdir(parents=True, exist_ok=True)
+    (root / image).write_bytes((root / "images" / "0.png").read_bytes())
+    rows = [{"image": image, "phrase": phrase, "patient_id": patient} for phrase in ("Clear.", "Mass.")]
+    pairs, bad = _module(_write(root / "t.csv", rows)).checked_rows()
     assert not bad
     if shows:
-        assert [study.id for study in studies] == [film, f"{film}-2"]
+        assert [pair.id for pair in pairs] == [image, f"{image}-2"]
     else:
-        assert re.fullmatch("[0-9a-f]{12}", studies[0].id)
-        assert studies[1].id == f"{studies[0].id}-2"
+        assert re.fullmatch("[0-9a-f]{12}", pairs[0].id)
+        assert pairs[1].id == f"{pairs[0].id}-2"
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_a_bad_row_takes_its_study_with_it(root: Path, with_ids: bool) -> None:
+def test_a_bad_row_takes_its_pair_with_it(root: Path, with_ids: bool) -> None:
     rows = [dict(_rows(1)[0], x=x, y=6, w=10, h=12) for x in (1, 75, 30)] + [dict(_rows(2)[1], x=5, y=6, w=10, h=12)]
     if with_ids:
         rows = [{"id": row["image"], **row} for row in rows]
-    studies, bad = _module(path := _write(root / "t.csv", rows)).checked_rows()
-    assert [study.film_id for study in studies] == ["films/1.png"]
-    rule = f"another row of the same study is bad: {path}, line 3"
+    pairs, bad = _module(path := _write(root / "t.csv", rows)).checked_rows()
+    assert [pair.image_id for pair in pairs] == ["images/1.png"]
+    rule = f"another row of the same pair is bad: {path}, line 3"
     assert [(row.line, row.rule) for row in bad if row.line != 3] == [(2, rule), (4, rule)]
-    assert "outside of its film" in bad[1].rule
+    assert "outside of its image" in bad[1].rule
 
 
 def test_phrases_are_one_but_for_case_and_space(root: Path) -> None:
@@ -169,9 +169,9 @@ def test_phrases_are_one_but_for_case_and_space(root: Path) -> None:
         dict(_rows(1)[0], phrase=phrase, x=x, y=6, w=10, h=12)
         for x, phrase in enumerate(("Small effusion", "small  Effusion"))
     ]
-    (study,), bad = _module(_write(root / "t.csv", rows)).checked_rows()
+    (pair,), bad = _module(_write(root / "t.csv", rows)).checked_rows()
     assert not bad
-    assert (study.phrase, len(study.boxes)) == ("Small effusion", 2)
+    assert (pair.phrase, len(pair.boxes)) == ("Small effusion", 2)
 
 
 @pytest.mark.parametrize("cell", ['["a", "b"]', "true", '{"a": 1}', "NaN", "-Infinity"])
@@ -184,18 +184,18 @@ def test_json_cells_that_are_no_text_are_bad(root: Path, name: str, cell: str) -
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_rows_of_one_phrase_make_one_study(root: Path, with_ids: bool) -> None:
+def test_rows_of_one_phrase_make_one_pair(root: Path, with_ids: bool) -> None:
     rows = _rows(1) * 3 + _rows(2)[1:]
     rows = [dict(row, x=x, y=6, w=10, h=12) for row, x in zip(rows, (1, 20, 1, 5), strict=True)]
     rows.append({**rows[0], "phrase": "Another.", "x": "", "y": "", "w": "", "h": ""})
     if with_ids:
         rows = [{"id": f"{row['image']} {row['phrase']}", **row} for row in rows]
-    studies, bad = _module(_write(root / "t.csv", rows)).checked_rows()
+    pairs, bad = _module(_write(root / "t.csv", rows)).checked_rows()
     assert not bad
-    assert [study.boxes for study in studies] == [[(1, 6, 11, 18), (20, 6, 30, 18)], [(5, 6, 15, 18)], []]
-    assert len({study.id for study in studies}) == 3
+    assert [pair.boxes for pair in pairs] == [[(1, 6, 11, 18), (20, 6, 30, 18)], [(5, 6, 15, 18)], []]
+    assert len({pair.id for pair in pairs}) == 3
     if not with_ids:
-        assert [study.id for study in studies] == ["films/0.png", "films/1.png", "films/0.png-2"]
+        assert [pair.id for pair in pairs] == ["images/0.png", "images/1.png", "images/0.png-2"]
     with pytest.raises(ValueError, match=r"some of the columns x, y, w, h, but not \['h'\]"):
         _module(_write(root / "t.csv", _rows(x=1, y=1, w=1))).checked_rows()
 
@@ -205,11 +205,11 @@ def test_masks_give_boxes(root: Path) -> None:
     mask[10:20, 30:50], mask[40:60, 0:5] = 255, 255
     cv2.imwrite(str(root / "mask.png"), mask)
     cv2.imwrite(str(root / "small.png"), mask[:30])
-    studies, bad = _module(_write(root / "t.csv", _rows(mask="mask.png"))).checked_rows()
+    pairs, bad = _module(_write(root / "t.csv", _rows(mask="mask.png"))).checked_rows()
     assert not bad
-    assert sorted(studies[0].boxes) == [(0, 40, 5, 60), (30, 10, 50, 20)]
+    assert sorted(pairs[0].boxes) == [(0, 40, 5, 60), (30, 10, 50, 20)]
     bad = _bad(_write(root / "t.csv", _rows(1, mask="small.png")))
-    assert bad[0].rule == "the mask is 80 x 30 and its film 80 x 60"
+    assert bad[0].rule == "the mask is 80 x 30 and its image 80 x 60"
     cv2.imwrite(str(root / "faint.jpg"), (mask > 0).astype(np.uint8) * 40)
     bad = _bad(_write(root / "t.csv", _rows(1, mask="faint.jpg")))
     assert bad[0].rule == "the mask is a JPEG without a pixel above 127: save it as PNG"
@@ -220,7 +220,7 @@ def test_masks_give_boxes(root: Path) -> None:
     [
         ("one.png", np.uint8, (0, 1), [(10, 20, 30, 50)]),
         ("labels.png", np.uint8, (0, 2), [(10, 20, 30, 50)]),
-        ("grey.jpg", np.uint8, (0, 255), [(10, 20, 30, 50)]),
+        ("gray.jpg", np.uint8, (0, 255), [(10, 20, 30, 50)]),
         ("deep.png", np.uint16, (0, 1), [(10, 20, 30, 50)]),
         ("full.png", np.uint16, (65535, 65535), [(0, 0, WIDTH, HEIGHT)]),
         ("both.tif", np.uint16, (1, 65535), [(0, 0, WIDTH, HEIGHT)]),
@@ -243,24 +243,24 @@ def test_masks_mark_what_is_not_black(
     decoded = []
     monkeypatch.setattr(pixels, "_levels", lambda image, path: decoded.append(path) or _levels(image, path))
     monkeypatch.setattr(cv2, "imread", None)
-    (study,), bad = _module(_write(root / "t.csv", _rows(1, mask=name))).checked_rows()
+    (pair,), bad = _module(_write(root / "t.csv", _rows(1, mask=name))).checked_rows()
     assert not bad
-    assert list(study.boxes) == boxes
+    assert list(pair.boxes) == boxes
     assert decoded == [root / name]
 
 
 def test_many_rows_stay_in_their_order(root: Path) -> None:
     """They are read side by side."""
-    rows = [{**_rows()[n % 3], "phrase": f"Film {n}." if n % 7 else "", "id": str(n)} for n in range(300)]
-    studies, bad = _module(_write(root / "t.csv", rows)).checked_rows()
-    assert [study.id for study in studies] == [str(n) for n in range(300) if n % 7]
+    rows = [{**_rows()[n % 3], "phrase": f"Image {n}." if n % 7 else "", "id": str(n)} for n in range(300)]
+    pairs, bad = _module(_write(root / "t.csv", rows)).checked_rows()
+    assert [pair.id for pair in pairs] == [str(n) for n in range(300) if n % 7]
     assert [row.line for row in bad] == [n + 2 for n in range(0, 300, 7)]
 
 
 @pytest.mark.parametrize(
     ("cells", "value", "rule"),
     [
-        ({"image": "films/none.png"}, "films/none.png", "no such file"),
+        ({"image": "images/none.png"}, "images/none.png", "no such file"),
         ({"image": ""}, "", "image is missing"),
         ({"image": "../secret.png"}, "../secret.png", "leads out of the root"),
         ({"image": "/etc/hostname"}, "/etc/hostname", "leads out of the root"),
@@ -274,7 +274,7 @@ def test_many_rows_stay_in_their_order(root: Path) -> None:
         ({"boxes": '[["1_0", 6, 40, 30]]'}, "['1_0', 6, 40, 30]", "not four numbers"),
         ({"boxes": "[[40, 6, 8, 30]]"}, "[40.0, 6.0, 8.0, 30.0]", "inverted"),
         ({"boxes": "[[8, 6, 8, 30]]"}, "[8.0, 6.0, 8.0, 30.0]", "empty"),
-        ({"boxes": "[[8, 6, 82, 30]]"}, "[8.0, 6.0, 82.0, 30.0]", "outside of its film of 80 x 60"),
+        ({"boxes": "[[8, 6, 82, 30]]"}, "[8.0, 6.0, 82.0, 30.0]", "outside of its image of 80 x 60"),
         ({"boxes": "[[-2, 6, 40, 30]]"}, "[-2.0, 6.0, 40.0, 30.0]", "outside"),
         ({"split": "left"}, "left", "split is none of train"),
         ({"split": ""}, "", "split is none of"),
@@ -297,24 +297,24 @@ def test_bad_rows_are_named(root: Path, cells: dict[str, str], value: str, rule:
 
 def test_a_bad_row_is_told_to_be_in_two_splits_too(root: Path) -> None:
     rows = [{**row, "patient_id": "0", "split": "train"} for row in _rows(4)]
-    rows[1] |= {"split": "test", "image": "films/none.png"}
+    rows[1] |= {"split": "test", "image": "images/none.png"}
     rows[2] |= {"phrase": ""}
     rows[3] |= {"split": "test"}
     path = _write(root / "t.csv", rows)
-    studies, bad = _module(path).checked_rows()
+    pairs, bad = _module(path).checked_rows()
     leak = f"the patient is in two splits: test here, train in {path}, line 2"
     assert [(row.line, row.rule) for row in bad] == [
         (3, f"{leak}; and there is no such file below {str(root)!r}"),
         (4, "the phrase is empty"),
         (5, leak),
     ]
-    assert [study.film_id for study in studies] == ["films/0.png"]
+    assert [pair.image_id for pair in pairs] == ["images/0.png"]
 
 
-def test_unreadable_film_with_boxes_is_a_bad_row(root: Path) -> None:
-    (root / "films" / "1.png").write_bytes(b"no image")
+def test_unreadable_image_with_boxes_is_a_bad_row(root: Path) -> None:
+    (root / "images" / "1.png").write_bytes(b"no image")
     (bad,) = _bad(_write(root / "t.csv", _rows(boxes="[[8, 6, 40, 30]]")))
-    assert (bad.line, bad.value) == (3, "films/1.png")
+    assert (bad.line, bad.value) == (3, "images/1.png")
     assert "no readable image" in bad.rule
 
 
@@ -344,12 +344,12 @@ def test_broken_tables_are_named(root: Path) -> None:
         _module(root / "t.csv.gz").checked_rows()
     # A line break within quotes is part of a phrase, and so is a quote within one that does not begin with it.
     path.write_text('image,phrase\nfilms/0.png,"Clear,\ndry."\nfilms/1.png,A 3" mass.\n', encoding="utf-8")
-    assert [study.phrase for study in _module(path).checked_rows()[0]] == ["Clear, dry.", 'A 3" mass.']
+    assert [pair.phrase for pair in _module(path).checked_rows()[0]] == ["Clear, dry.", 'A 3" mass.']
     # An unquoted comma in a phrase; and lines that are no JSON.
     path.write_text("image,phrase\nfilms/0.png,Clear, dry.\nfilms/1.png,Mass.\n", encoding="utf-8")
     (bad,) = _bad(path)
     assert (bad.line, bad.rule) == (2, "the row has 3 cells and the header 2; quote cells that hold a separator")
-    (root / "t.jsonl").write_text('{"image": "films/0.png", "phrase": "x"}\n[1]\n{"image": 1\n', encoding="utf-8")
+    (root / "t.jsonl").write_text('{"image": "images/0.png", "phrase": "x"}\n[1]\n{"image": 1\n', encoding="utf-8")
     assert [(row.line, row.rule) for row in _bad(root / "t.jsonl")] == [
         (2, "the line is no JSON object"),
         (3, "the line is no JSON object"),
@@ -358,16 +358,16 @@ def test_broken_tables_are_named(root: Path) -> None:
 
 def test_skipped_rows_are_counted_and_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = _rows(12)
-    rows[3]["phrase"], rows[7]["image"] = "", "films/none.png"
+    rows[3]["phrase"], rows[7]["image"] = "", "images/none.png"
     path = _write(root / "t.csv", rows)
     monkeypatch.chdir(root)
     data = _module(path, on_bad_row="skip")
     with pytest.warns(UserWarning, match=r"listed in skipped_rows.csv: 2 bad rows:\n  .*line 5: the phrase is empty"):
         data.setup("fit")
-    assert sum(map(len, data.studies.values())) == 10
+    assert sum(map(len, data.pairs.values())) == 10
     with Path("skipped_rows.csv").open(newline="", encoding="utf-8") as file:
         listed = list(csv.DictReader(file))
-    assert [(row["line"], row["value"]) for row in listed] == [("5", ""), ("9", "films/none.png")]
+    assert [(row["line"], row["value"]) for row in listed] == [("5", ""), ("9", "images/none.png")]
     with pytest.raises(ValueError, match="on_bad_row must be one of error, skip, got 'ignore'"):
         _module(path, on_bad_row="ignore")
 
@@ -386,12 +386,12 @@ def test_skipped_rows_are_listed_beside_the_runs_log(root: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_worker_names_the_film_that_broke(root: Path, workers: int) -> None:
+def test_a_worker_names_the_image_that_broke(root: Path, workers: int) -> None:
     data = _module(_write(root / "t.csv", _rows(12)), num_workers=workers, batch_size=6)
     data.setup("fit")
-    Path(data.studies["train"][0].image).unlink()
-    Path(data.studies["train"][3].image).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"Study 'films/\d+\.png' \(.*films/\d+\.png\): (There is|no readable)"):
+    Path(data.pairs["train"][0].image).unlink()
+    Path(data.pairs["train"][3].image).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"Pair 'images/\d+\.png' \(.*images/\d+\.png\): (There is|no readable)"):
         list(data.train_dataloader())
 
 
@@ -462,8 +462,8 @@ def test_any_bytes_are_a_table_or_a_clear_error(tmp_path: Path, content: bytes) 
         (tmp_path / name).write_bytes(content)
         # Any other kind of error is a bug.
         with contextlib.suppress(ValueError):
-            studies, bad = _module(tmp_path / name).checked_rows()
-            assert not studies
+            pairs, bad = _module(tmp_path / name).checked_rows()
+            assert not pairs
             assert all(row.rule and row.line for row in bad)
 
 
@@ -480,21 +480,21 @@ BOX = st.tuples(*[st.floats(0, 1)] * 4).map(lambda ends: [*sorted(ends[::2]), *s
     resize_mode=st.sampled_from(["longest", "shortest", "squash"]),
 )
 def test_what_is_written_is_read(root: Path, phrases: list[str], box: list[float], form: str, resize_mode: Any) -> None:
-    """Any phrases, by CSV and JSON lines, come out as they went in, but for white space; and boxes of every film."""
+    """Any phrases, by CSV and JSON lines, come out as they went in, but for white space; and boxes of every image."""
     corners = [box[0] * WIDTH, box[2] * HEIGHT, box[1] * WIDTH, box[3] * HEIGHT]
-    rows = [{"image": f"films/{n}.png", "phrase": phrase, "boxes": [corners]} for n, phrase in enumerate(phrases)]
+    rows = [{"image": f"images/{n}.png", "phrase": phrase, "boxes": [corners]} for n, phrase in enumerate(phrases)]
     path = root / ("t.jsonl" if form == "jsonl" else "t.csv")
     if form == "jsonl":
         path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     else:
         _write(path, rows, form)
     data = _module(path, resize_mode=resize_mode, fractions=(1.0, 0.0, 0.0))
-    studies, bad = data.checked_rows()
+    pairs, bad = data.checked_rows()
     assert not bad
-    assert [study.phrase for study in studies] == [" ".join(phrase.split()) for phrase in phrases]
-    assert all(study.boxes == [tuple(corners)] for study in studies)
-    data.studies = {"train": studies, "val": [], "test": []}
-    batch = data.dataset("train").batch([studies[0].id])
+    assert [pair.phrase for pair in pairs] == [" ".join(phrase.split()) for phrase in phrases]
+    assert all(pair.boxes == [tuple(corners)] for pair in pairs)
+    data.pairs = {"train": pairs, "val": [], "test": []}
+    batch = data.dataset("train").batch([pairs[0].id])
     assert batch["image"].shape == (1, 3, 32, 32)
     assert all(((boxes >= 0) & (boxes <= 1)).all() for boxes in batch["boxes"])
 
@@ -503,16 +503,16 @@ def test_half_characters_and_boxes_of_nothing_are_bad_rows(root: Path, monkeypat
     """What a file cannot hold, or the transform would refuse in the midst of an epoch, is refused with its row."""
     monkeypatch.chdir(root)
     lines = [json.dumps(row) for row in _rows(4, boxes=[[0, 0, 9, 9]])]
-    lines[0] = lines[0].replace("Film", "\\ud800")
+    lines[0] = lines[0].replace("GrayImage", "\\ud800")
     lines[1] = lines[1].replace("[0, 0, 9, 9]", "[-1, 5, -0.5, 9]")
     lines[2] = lines[2].replace("[0, 0, 9, 9]", "[5, 5, 5.000001, 9]")
     (root / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
     data = _module(root / "t.jsonl", on_bad_row="skip", fractions=(1.0, 0.0, 0.0))
-    rules = ["characters of a wrong encoding", *["covers nothing of its film of 80 x 60"] * 2]
+    rules = ["characters of a wrong encoding", *["covers nothing of its image of 80 x 60"] * 2]
     for bad, rule in zip(data.checked_rows()[1], rules, strict=True):
         assert rule in bad.rule
     with pytest.warns(UserWarning, match="3 bad rows"):
-        assert len(data.list_studies()) == 1
+        assert len(data.list_pairs()) == 1
     assert "ud800" in Path("skipped_rows.csv").read_text(encoding="utf-8")
 
 

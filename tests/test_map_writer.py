@@ -37,21 +37,21 @@ class Counted(CenterMap):
     def settings(self) -> dict[str, object]:
         return {}
 
-    def attribute(self, clip, images, tokens, phrases, film=None):
+    def attribute(self, clip, images, tokens, phrases, content_box=None):
         self.pairs += len(phrases)
-        return super().attribute(clip, images, tokens, phrases, film)
+        return super().attribute(clip, images, tokens, phrases, content_box)
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_maps_of_a_split_are_those_of_the_method(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, verb: str
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path, verb: str
 ) -> None:
     module, root = ClipModule(tiny_json), tmp_path / "maps"
-    getattr(_trainer(tmp_path, MapWriter(Chefer(), str(root))), verb)(module, tiny_films)
+    getattr(_trainer(tmp_path, MapWriter(Chefer(), str(root))), verb)(module, tiny_images)
     module.eval()
-    batch = collate(list(tiny_films.dataset("val" if verb == "validate" else "test")))
+    batch = collate(list(tiny_images.dataset("val" if verb == "validate" else "test")))
     images, tokens = module.inputs(batch)
-    expected = Chefer().attribute(module.clip, images, tokens, batch["phrase"], batch["film"])
+    expected = Chefer().attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
     store = MapStore(root, weight_hash(module.clip), Chefer())
     assert len(store) == len(batch["id"])
     found = store.read(pair_keys(batch))
@@ -59,37 +59,37 @@ def test_maps_of_a_split_are_those_of_the_method(
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=0)
 
 
-def test_what_is_there_is_not_explained_again(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+def test_what_is_there_is_not_explained_again(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
     module, method = ClipModule(tiny_json), Counted()
     counts = []
     for limit in (1, 1.0, 1.0):
         writer = MapWriter(method, str(tmp_path / "maps"))
-        _trainer(tmp_path, writer, limit_test_batches=limit).test(module, tiny_films, verbose=False)
+        _trainer(tmp_path, writer, limit_test_batches=limit).test(module, tiny_images, verbose=False)
         counts.append(method.pairs)
-    pairs = len(tiny_films.studies["test"])
+    pairs = len(tiny_images.pairs["test"])
     assert counts == [4, pairs, pairs]
     with torch.no_grad():
         module.clip.logit_scale.add_(0.1)
-    _trainer(tmp_path, MapWriter(method, str(tmp_path / "maps"))).test(module, tiny_films, verbose=False)
+    _trainer(tmp_path, MapWriter(method, str(tmp_path / "maps"))).test(module, tiny_images, verbose=False)
     assert method.pairs == 2 * pairs
 
 
-def test_training_writes_no_maps(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+def test_training_writes_no_maps(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
     method = Counted()
     run = _trainer(tmp_path, MapWriter(method, str(tmp_path / "maps")), max_steps=1)
-    run.fit(ClipModule(tiny_json, warmup_steps=0), tiny_films)
+    run.fit(ClipModule(tiny_json, warmup_steps=0), tiny_images)
     assert method.pairs == 0
     assert not (tmp_path / "maps").exists()
 
 
 def test_a_folder_that_takes_no_files_is_refused_first(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("a file")
     method = Counted()
     for root in (tmp_path / "taken", tmp_path / "taken" / "maps", Path("/proc/maps")):
         with pytest.raises(OSError, match=rf"Nothing can be written in {root}: .*Give another folder"):
-            _trainer(tmp_path, MapWriter(method, str(root))).test(ClipModule(tiny_json), tiny_films)
+            _trainer(tmp_path, MapWriter(method, str(root))).test(ClipModule(tiny_json), tiny_images)
     assert method.pairs == 0
 
 
@@ -98,7 +98,7 @@ def test_the_command_line_writes_maps(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     shutil.copy(TINY, tmp_path)
     words = ["predict", "--config=phantom.yaml", "--model.name=tiny.json", "--data.num_train=8", "--data.num_val=2"]
-    words += ["--data.num_test=6", "--data.film_size=64", "--data.num_workers=0", "--data.root=films"]
+    words += ["--data.num_test=6", "--data.stored_size=64", "--data.num_workers=0", "--data.root=images"]
     main([*words, "--trainer.callbacks+=MapWriter", "--trainer.callbacks.method=chefer"])
     [folder] = (tmp_path / "maps").iterdir()
     assert folder.name.startswith("Chefer-")

@@ -25,8 +25,8 @@ from matex_pl.attribution.core.relevance import (
 )
 from matex_pl.attribution.matex import attention_flow, consistency, layer_weights
 from matex_pl.clip import Clip, load_clip
-from matex_pl.clip.towers import Reading
-from matex_pl.maps import AttributionMaps, min_max
+from matex_pl.clip.towers import Pooling
+from matex_pl.maps import Attribution, min_max
 
 # Several lengths, one content token, none, none that names a place, and one that is cut to the context length.
 PHRASES = [
@@ -36,7 +36,7 @@ PHRASES = [
     "right apical pneumothorax and small bilateral pleural effusions with an enlarged heart, as before",
     "nodule of the lung",
 ]
-FILM = torch.tensor(
+IMAGE = torch.tensor(
     [[0.1, 0.0, 0.9, 1.0], [0.0, 0.0, 1.0, 1.0], [0.2, 0.1, 0.8, 0.9], [-0.2, -0.1, 1.2, 1.3], [0.0, 0.3, 1.0, 1.4]]
 )
 REFERENCE_PHRASES = ["cardiomegaly", "right pleural effusion", "no finding in the left upper lobe"]
@@ -48,7 +48,7 @@ def pairs(clip: Clip, phrases: list[str] = PHRASES) -> tuple[Tensor, Tensor, lis
     return images, clip.tokenize(phrases), phrases
 
 
-def assert_agree(expected: dict[str, Tensor], maps: AttributionMaps, tolerance: float) -> None:
+def assert_agree(expected: dict[str, Tensor], maps: Attribution, tolerance: float) -> None:
     for name, wanted in expected.items():
         got = getattr(maps, name, None)
         got = maps.parts[name] if got is None else got
@@ -85,7 +85,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-# Every setting on a frame that is not square with films in it, the ones that touch the towers on every family.
+# Every setting on a frame that is not square with images in it, the ones that touch the towers on every family.
 CASES = [("native", settings) for settings in SETTINGS]
 TOWERS: list[dict[str, Any]] = [
     {},
@@ -99,13 +99,13 @@ CASES += [(name, settings) for name in FAMILIES if name != "native" for settings
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
-    clip, film = family(name, torch.float64), FILM
+    clip, content_box = family(name, torch.float64), IMAGE
     batch = pairs(clip)
     if name != "native":
         # The literal version is slow on towers of timm's size.
-        batch, film = (batch[0][:3], batch[1][:3], batch[2][:3]), FILM[:3]
-    expected = reference.matex(clip, *batch, film, **settings)
-    assert_agree(expected, Matex(**settings).attribute(clip, *batch, film), 1e-6)
+        batch, content_box = (batch[0][:3], batch[1][:3], batch[2][:3]), IMAGE[:3]
+    expected = reference.matex(clip, *batch, content_box, **settings)
+    assert_agree(expected, Matex(**settings).attribute(clip, *batch, content_box), 1e-6)
 
 
 PAPER: dict[str, Any] = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
@@ -116,17 +116,17 @@ MEASURED["references"] = REFERENCE_PHRASES
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [(Matex.paper(), PAPER), (Matex(), {}), (Matex.measured(references=REFERENCE_PHRASES), MEASURED)],
+    [(Matex.paper(), PAPER), (Matex(), {}), (Matex.recommended(references=REFERENCE_PHRASES), MEASURED)],
     ids=["paper", "default", "measured"],
 )
 def test_presets_in_float32(method: Matex, settings: dict[str, Any], name: str) -> None:
     """The library in float32 against the equations in float64, on the same weights."""
     clip, exact = family(name), family(name, torch.float64)
     images, tokens, phrases = (part[3:] for part in pairs(clip))
-    expected = reference.matex(exact, images.double(), tokens, phrases, FILM[3:], **settings)
+    expected = reference.matex(exact, images.double(), tokens, phrases, IMAGE[3:], **settings)
     # The norm of a map magnifies the rounding of its towers, most where they are deep.
     tolerance = 1e-5 if name == "native" else 5e-5
-    assert_agree(expected, method.attribute(clip, images, tokens, phrases, FILM[3:]), tolerance)
+    assert_agree(expected, method.attribute(clip, images, tokens, phrases, IMAGE[3:]), tolerance)
 
 
 def test_small_models_are_no_easy_case() -> None:
@@ -151,8 +151,8 @@ def test_softmax_terms_are_complete(name: str) -> None:
     images, tokens, _ = pairs(clip)
     with borrowed(clip):
         for encode, inputs, reading in (
-            (clip.encode_image, images, clip.image_reading(images)),
-            (clip.encode_text, tokens, clip.text_reading(tokens)),
+            (clip.encode_image, images, clip.image_pooling(images)),
+            (clip.encode_text, tokens, clip.text_pooling(tokens)),
         ):
             with capture_attention(reading, grad_from=0) as blocks:
                 embedding = encode(inputs)
@@ -176,9 +176,9 @@ def test_rows_are_a_share_of_all_attention(name: str) -> None:
     """What is read in each layer is a weighted mean of attention rows: with what prefix tokens get, it sums to 1."""
     clip = family(name)
     images = pairs(clip)[0]
-    with borrowed(clip), capture_attention(clip.image_reading(images), full=True) as blocks:
+    with borrowed(clip), capture_attention(clip.image_pooling(images), full=True) as blocks:
         clip.encode_image(images)
-    reading = clip.image_reading(images)
+    reading = clip.image_pooling(images)
     rows = attention_rows(blocks, reading)
     assert rows.shape == (len(images), len(blocks), clip.grid[0] * clip.grid[1])
     assert (rows.sum(2) <= 1 + 1e-5).all()
@@ -217,7 +217,7 @@ def test_consistency_of_one_layer_is_one() -> None:
 def test_rollout_of_one_layer_is_its_row() -> None:
     attention = torch.rand(2, 5, 5).softmax(-1)
     position = torch.tensor([0, 3])
-    reading, identity = Reading("token", 5, False, position=position), torch.eye(5)
+    reading, identity = Pooling("token", 5, False, position=position), torch.eye(5)
     expected = torch.stack([(attention[b, p] + identity[p]) / 2 for b, p in enumerate(position)])
     torch.testing.assert_close(rollout_row([attention], reading), expected)
     both = rollout_row([attention, attention.flip(0)], reading)
@@ -248,7 +248,7 @@ def test_a_prior_of_strength_one_is_no_prior(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(maps.text, without.text)
 
 
-def test_a_film_outside_the_frame_is_no_prior() -> None:
+def test_a_image_outside_the_frame_is_no_prior() -> None:
     clip = family("native")
     outside = torch.tensor([[1.0, 0.0, 2.0, 1.0]] * len(PHRASES))
     assert (Matex().attribute(clip, *pairs(clip), outside).parts["prior"] == 1).all()
@@ -305,7 +305,7 @@ def test_without_a_gradient_the_flow_is_left() -> None:
 def test_loosened_weight_of_equal_keys_is_one(name: str) -> None:
     clip = family(name)
     images, _, _ = pairs(clip)
-    reading = clip.image_reading(images)
+    reading = clip.image_pooling(images)
     with borrowed(clip), capture_attention(reading, grad_from=0) as blocks:
         clip.encode_image(images)
     block, weight = grad_blocks(blocks)[0], row_weights(blocks, reading)[0]
@@ -314,7 +314,7 @@ def test_loosened_weight_of_equal_keys_is_one(name: str) -> None:
     keep = torch.ones(len(images), reading.length, dtype=torch.bool)
     read = gradient.sum(2) if weight is not None else gradient[:, :, 0]
     expected = torch.einsum("bhd,bhnd->bn", read, block.value.detach())
-    torch.testing.assert_close(loosened_term(block, gradient, weight, reading, keep), reading.fit(expected))
+    torch.testing.assert_close(loosened_term(block, gradient, weight, reading, keep), reading.to_map(expected))
 
 
 # --- fused again, and many phrases on one image
@@ -339,9 +339,9 @@ CHANGES: list[dict[str, Any]] = [
 def test_fused_again_is_what_another_forward_gives(changes: dict[str, Any], name: str) -> None:
     clip = family(name)
     made = {"flow": "rollout", "grad_layers": 2, "beta": 0.4}
-    parts = Matex(**made).attribute(clip, *pairs(clip), FILM).parts
+    parts = Matex(**made).attribute(clip, *pairs(clip), IMAGE).parts
     before = {key: value.clone() for key, value in parts.items() if isinstance(value, Tensor)}
-    expected = Matex(**(made | changes)).attribute(clip, *pairs(clip), FILM)
+    expected = Matex(**(made | changes)).attribute(clip, *pairs(clip), IMAGE)
     elsewhere = Matex.fuse(parts, alpha=0.9, tau=0.9, lambda_s=1.5, laterality="paper").parts
     back = {"alpha": 0.5, "tau": 0.2, "lambda_s": 2.5, "laterality": "patient"} | changes
     for again in (Matex.fuse(parts, **changes), Matex.fuse(elsewhere, **back)):
@@ -378,7 +378,7 @@ def test_what_cannot_be_fused_again_says_so() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [Matex(), Matex(spatial_weight="loosened", flow="rollout"), Matex.measured(references=REFERENCE_PHRASES)],
+    [Matex(), Matex(spatial_weight="loosened", flow="rollout"), Matex.recommended(references=REFERENCE_PHRASES)],
     ids=["default", "loosened rollout", "measured"],
 )
 @pytest.mark.parametrize("name", FAMILIES)
@@ -387,13 +387,13 @@ def test_phrases_on_one_image_are_pairs(name: str, method: Matex) -> None:
     clip = family(name, torch.float64)
     images, tokens, phrases = pairs(clip)
     together = images[:1].expand(len(phrases), -1, -1, -1)
-    expected = method.attribute(clip, together, tokens, phrases, FILM[3].expand(len(phrases), 4))
+    expected = method.attribute(clip, together, tokens, phrases, IMAGE[3].expand(len(phrases), 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        maps = method.attribute_phrases(clip, images[0], phrases, FILM[3])
+        maps = method.attribute_phrases(clip, images[0], phrases, IMAGE[3])
     for field in ("image", "grid", "text", "content", "score"):
         torch.testing.assert_close(getattr(maps, field), getattr(expected, field), atol=1e-9, rtol=0)
-    alone = method.attribute_phrases(clip, images[0], phrases[:1], FILM[3])
+    alone = method.attribute_phrases(clip, images[0], phrases[:1], IMAGE[3])
     torch.testing.assert_close(alone.image[0], maps.image[0], atol=1e-9, rtol=0)
     assert Matex.fuse(maps.parts).image.equal(maps.image)
 

@@ -16,7 +16,7 @@ import pytorch_grad_cam
 import reference
 import torch
 from families import FAMILIES, family
-from test_matex import FILM, PHRASES, REFERENCE_PHRASES, assert_agree, pairs
+from test_matex import IMAGE, PHRASES, REFERENCE_PHRASES, assert_agree, pairs
 from torch import Tensor, nn
 
 from matex_pl import attribution
@@ -43,7 +43,7 @@ from matex_pl.attribution.core.fill import fill_images
 from matex_pl.attribution.kernel_shap import coalitions, patch_groups, shapley_regression
 from matex_pl.attribution.m2ib import capacity_of
 from matex_pl.clip import Clip
-from matex_pl.maps import AttributionMaps, min_max
+from matex_pl.maps import Attribution, min_max
 
 MARGIN: dict[str, Any] = {"explain": "margin", "references": REFERENCE_PHRASES[:2]}
 # One row per class, as cheap as still says something.
@@ -76,7 +76,7 @@ def batch(clip: Clip) -> tuple[Tensor, Tensor, list[str]]:
     return pairs(clip, PHRASES[1:])
 
 
-def assert_close_maps(one: AttributionMaps, other: AttributionMaps, tolerance: float = 1e-8) -> None:
+def assert_close_maps(one: Attribution, other: Attribution, tolerance: float = 1e-8) -> None:
     for name in ("image", "grid", "text", "score"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=tolerance, rtol=0)
     assert torch.equal(one.content, other.content)
@@ -86,9 +86,9 @@ def assert_close_maps(one: AttributionMaps, other: AttributionMaps, tolerance: f
             torch.testing.assert_close(part, other.parts[name], atol=tolerance, rtol=0)
 
 
-def rows(maps: AttributionMaps, among: slice) -> AttributionMaps:
+def rows(maps: Attribution, among: slice) -> Attribution:
     """The maps of some of the pairs, without parts."""
-    return AttributionMaps(*(getattr(maps, name)[among] for name in ("image", "grid", "text", "content", "score")))
+    return Attribution(*(getattr(maps, name)[among] for name in ("image", "grid", "text", "content", "score")))
 
 
 # --- the contract
@@ -109,21 +109,21 @@ def test_contract(method: AttributionMethod, name: str) -> None:
         with pytest.raises(NotImplementedError, match="image tower ModifiedResNet"):
             method.attribute(clip, images, tokens, phrases)
         return
-    maps = method.attribute(clip, images, tokens, phrases, FILM[1:])
+    maps = method.attribute(clip, images, tokens, phrases, IMAGE[1:])
     check_form(method, clip, maps, images, tokens)
-    assert_close_maps(method.attribute(clip, images, tokens, phrases, FILM[1:]), maps, 0)
+    assert_close_maps(method.attribute(clip, images, tokens, phrases, IMAGE[1:]), maps, 0)
     for b in (0, 3):
         one = slice(b, b + 1)
-        alone = method.attribute(clip, images[one], tokens[one], phrases[one], FILM[1:][one])
+        alone = method.attribute(clip, images[one], tokens[one], phrases[one], IMAGE[1:][one])
         assert_close_maps(rows(alone, slice(None)), rows(maps, one))
-    together = method.attribute(clip, images[:1].expand_as(images), tokens, phrases, FILM[3].expand(4, 4))
-    assert_close_maps(method.attribute_phrases(clip, images[0], phrases, FILM[3]), together)
+    together = method.attribute(clip, images[:1].expand_as(images), tokens, phrases, IMAGE[3].expand(4, 4))
+    assert_close_maps(method.attribute_phrases(clip, images[0], phrases, IMAGE[3]), together)
     for module in clip.modules():
         assert not {**module._forward_hooks, **module._forward_pre_hooks}
         assert "forward" not in vars(module)
 
 
-def check_form(method: AttributionMethod, clip: Clip, maps: AttributionMaps, images: Tensor, tokens: Tensor) -> None:
+def check_form(method: AttributionMethod, clip: Clip, maps: Attribution, images: Tensor, tokens: Tensor) -> None:
     """Shapes, ranges, dtypes, content and score."""
     count, content = len(images), clip.content(tokens)
     shapes = {"image": (count, *clip.image_size), "grid": (count, *clip.grid), "text": tokens.shape, "score": (count,)}
@@ -141,9 +141,11 @@ def check_form(method: AttributionMethod, clip: Clip, maps: AttributionMaps, ima
     assert torch.equal(maps.content, content)
     assert not maps.text[~content].any()
     assert not maps.text[1].any()
-    assert (maps.text[0].sum() == 1) == method.serves_text == bool(maps.text[2:].any())
+    assert (maps.text[0].sum() == 1) == method.supports_text == bool(maps.text[2:].any())
     torch.testing.assert_close(maps.score, clip.similarity(images, tokens).detach(), atol=1e-12, rtol=0)
-    assert all(len(part) == count for key, part in maps.parts.items() if isinstance(part, Tensor) and key != "film")
+    assert all(
+        len(part) == count for key, part in maps.parts.items() if isinstance(part, Tensor) and key != "content_box"
+    )
 
 
 # --- the slow literal versions
@@ -183,7 +185,7 @@ def material(method: Any, clip: Clip, images: Tensor, tokens: Tensor) -> dict[st
 
 
 def shap_material(method: KernelShap, clip: Clip, tokens: Tensor) -> dict[str, Any]:
-    """One bank for all films; of a phrase its own rows, at its content."""
+    """One bank for all images; of a phrase its own rows, at its content."""
     present, content = torch.ones(1, int(patch_groups(clip.grid).max()) + 1, dtype=torch.bool), clip.content(tokens)
     keep, weight = coalitions(present, method.samples, method.seed)
     text_keep, text_weight = coalitions(content, method.samples, method.seed)
@@ -210,7 +212,7 @@ CHEAP: list[Case] = [
     (Saliency, {}),
     (Saliency, MARGIN),
     (IntegratedGradients, {"steps": 3}),
-    (IntegratedGradients, {"steps": 2, "fill": "mean_film", **MARGIN}),
+    (IntegratedGradients, {"steps": 2, "fill": "mean_image", **MARGIN}),
     (Chefer, {}),
     (Chefer, {"start_layer": 0, "explain": "logit"}),
     (Chefer, {"start_layer": -2, **MARGIN}),
@@ -230,7 +232,7 @@ DEAR: list[Case] = [
     (GradCam, {"layers": [0, -9], **MARGIN}),
     (IntegratedGradients, {"steps": 3, "fill": "blur", "chunk_size": 4}),
     (KernelShap, {"samples": 24}),
-    (KernelShap, {"samples": 11, "fill": "mean_colour", "seed": 3, **MARGIN}),
+    (KernelShap, {"samples": 11, "fill": "mean_color", "seed": 3, **MARGIN}),
     (Rise, {"masks": 8, "keep_probability": 0.3, "centred": True, "fill": "blur", "cells": 3, "seed": 1, **MARGIN}),
     (M2ib, {"steps": 4, "copies": 2, **MARGIN}),
     (M2ib, {"block": 0, "beta": 0.5, "lr": 0.7, "steps": 3, "copies": 3, "after_last_update": True, "seed": 2}),
@@ -274,10 +276,10 @@ OUTSIDE: dict[str, Any] = {"explain": "margin", "references": REFERENCE_PHRASES}
 
 @pytest.mark.parametrize("name", ["native", "siglip", "biomedclip"])
 def test_saliency_is_that_of_captum(name: str) -> None:
-    clip, film, phrase = both_sides(name)
+    clip, content_box, phrase = both_sides(name)
     images, tokens, phrases = (part[3:4] for part in pairs(clip))
     maps = Saliency(**OUTSIDE).attribute(clip, images, tokens, phrases)
-    pixels, words = (captum.attr.Saliency(scores_of(side)).attribute(side.x[None])[0] for side in (film, phrase))
+    pixels, words = (captum.attr.Saliency(scores_of(side)).attribute(side.x[None])[0] for side in (content_box, phrase))
     torch.testing.assert_close(maps.image[0], reference.norm(pixels.amax(0)), atol=1e-9, rtol=0)
     found = reference.finished_text(words.norm(dim=1), phrase.among, tokens.shape[1])
     torch.testing.assert_close(maps.text[0], found, atol=1e-9, rtol=0)
@@ -285,14 +287,14 @@ def test_saliency_is_that_of_captum(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["native", "siglip", "biomedclip"])
 def test_integrated_gradients_are_those_of_captum(name: str) -> None:
-    clip, film, phrase = both_sides(name)
+    clip, content_box, phrase = both_sides(name)
     images, tokens, phrases = (part[3:4] for part in pairs(clip))
     parts = IntegratedGradients(steps=5, **OUTSIDE).attribute(clip, images, tokens, phrases).parts
     blank = tokens[0].clone()
     blank[phrase.among] = clip.pad_id
-    bases = (torch.zeros_like(film.x), reference.word_embeddings(clip, blank))
+    bases = (torch.zeros_like(content_box.x), reference.word_embeddings(clip, blank))
     # The nodes and weights of captum are float32.
-    for side, base, prefix in zip((film, phrase), bases, ("", "text_"), strict=True):
+    for side, base, prefix in zip((content_box, phrase), bases, ("", "text_"), strict=True):
         ours = captum.attr.IntegratedGradients(scores_of(side))
         arguments = {"n_steps": 5, "method": "gausslegendre", "return_convergence_delta": True}
         values, delta = ours.attribute(side.x[None], base[None], **arguments)
@@ -345,9 +347,9 @@ def cells() -> tuple[Clip, Tensor]:
     images, tokens, _ = pairs(clip)
     kept = (torch.arange(2**9)[:, None] >> torch.arange(9)) & 1
     shown = kept.unflatten(1, clip.grid).repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None].bool()
-    film = fill_images("mean_film", clip, images)
+    content_box = fill_images("mean_image", clip, images)
     with torch.no_grad():
-        parts = [clip.encode_image(torch.where(part, images[0], film)) for part in shown.split(64)]
+        parts = [clip.encode_image(torch.where(part, images[0], content_box)) for part in shown.split(64)]
         return clip, torch.cat(parts) @ clip.encode_text(tokens[:1])[0]
 
 
@@ -423,7 +425,7 @@ def test_the_bottleneck_is_that_of_a_hook_in_the_whole_model() -> None:
     method = M2ib(steps=5, copies=3, seed=4)
     drawn = noise(method, (3, 25, 32)).double()
     alpha = torch.full((1, 25, 32), 5.0, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.Adam([alpha], lr=1)
+    optimizer = torch.optim.Adam([alpha], lr=1)
     for eps in drawn:
         capacities: list[Tensor] = []
         with native_blocks(clip)[0][1].register_forward_hook(bottleneck(alpha, eps, capacities)):
@@ -431,7 +433,7 @@ def test_the_bottleneck_is_that_of_a_hook_in_the_whole_model() -> None:
         capacity = capacities[0]
         loss = 0.1 * capacity.mean() - (embeddings @ clip.encode_text(tokens)[0].detach()).mean()
         alpha.grad = torch.autograd.grad(loss, alpha)[0]
-        optimiser.step()
+        optimizer.step()
     expected = reference.norm(capacity[0].sum(1)[1:].detach()).view(clip.grid)
     maps = method.attribute(source, images, tokens, phrases)
     torch.testing.assert_close(maps.grid[0], expected, atol=1e-8, rtol=0)
@@ -534,12 +536,12 @@ def test_shapley_values_add_up(samples: int) -> None:
     """Exactly, however few coalitions they come from."""
     clip = family("native", torch.float64)
     images, tokens, phrases = pairs(clip)
-    parts = KernelShap(samples=samples, fill="mean_film").attribute(clip, images, tokens, phrases).parts
+    parts = KernelShap(samples=samples, fill="mean_image").attribute(clip, images, tokens, phrases).parts
     content = clip.content(tokens)
     empty = tokens.masked_fill(content, clip.pad_id)
     with torch.no_grad():
         full = clip.similarity(images, tokens)
-        blank = clip.normalise(clip.mean_film.expand(5, 3, -1, -1))
+        blank = clip.normalize(clip.mean_image.expand(5, 3, -1, -1))
         torch.testing.assert_close(parts["values"].sum(1), full - clip.similarity(blank, tokens))
         torch.testing.assert_close(parts["text_values"].sum(1), full - clip.similarity(images, empty))
     assert not parts["text_values"][~content].any()
@@ -554,7 +556,7 @@ def test_patches_of_a_group_share_its_value(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("matex_pl.attribution.kernel_shap.patch_groups", partial(patch_groups, most=6))
     clip = family("native", torch.float64)
     images, tokens, phrases = pairs(clip, ["left lower lobe"])
-    fill = fill_images("mean_film", clip, images)[0]
+    fill = fill_images("mean_image", clip, images)[0]
     expected = reference.raw_kernel_shap(clip, images, tokens, most=6, fill=fill)
     parts = KernelShap(samples=62).attribute(clip, images, tokens, phrases).parts
     torch.testing.assert_close(parts["values"], expected["values"], atol=1e-12, rtol=0)
@@ -572,15 +574,15 @@ def test_integrated_gradients_become_complete() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_film_that_is_its_fill_has_no_map(dtype: torch.dtype) -> None:
+def test_a_image_that_is_its_fill_has_no_map(dtype: torch.dtype) -> None:
     """Rather than one of rounding."""
     clip = family("native", dtype)
-    images = clip.normalise(clip.mean_film.expand(2, 3, -1, -1))
+    images = clip.normalize(clip.mean_image.expand(2, 3, -1, -1))
     _, tokens, phrases = pairs(clip, PHRASES[3:])
     for method in (
-        Rise(masks=9, centred=True, chunk_size=4),
+        Rise(masks=9, centered=True, chunk_size=4),
         KernelShap(samples=9, chunk_size=4),
-        IntegratedGradients(steps=2, fill="mean_film"),
+        IntegratedGradients(steps=2, fill="mean_image"),
         SubmodularRegions(regions=4),
     ):
         assert not method.attribute(clip, images, tokens, phrases).image.any()
@@ -589,17 +591,17 @@ def test_a_film_that_is_its_fill_has_no_map(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["native", "resnet", "biomedclip"])
 def test_the_last_block_alone(name: str) -> None:
     """Of one block, LeGrad is the positive gradient of the row that is read, and Chefer that times the attention."""
-    clip, film, phrase = both_sides(name)
+    clip, content_box, phrase = both_sides(name)
     images, tokens, phrases = (part[3:4] for part in pairs(clip))
     both = [method.attribute(clip, images, tokens, phrases) for method in (LeGrad(1, **OUTSIDE), Chefer(**OUTSIDE))]
-    for side in (film, phrase):
-        layer, position = side.run.layers[-1], side.run.reading.pooled[0]
+    for side in (content_box, phrase):
+        layer, position = side.run.layers[-1], side.run.pooling.pooled[0]
         gradients = torch.autograd.grad(side.score(side.run), layer.attention, retain_graph=True)
         read = [gradient[position, side.among] for gradient in gradients]
         seen = [attention[position, side.among] for attention in layer.attention]
         rows = [sum(g.relu() for g in read), sum((g * a).relu() for g, a in zip(read, seen, strict=True))]
         for maps, row in zip(both, rows, strict=True):
-            found = maps.grid[0].flatten() if side is film else maps.text[0, side.among]
+            found = maps.grid[0].flatten() if side is content_box else maps.text[0, side.among]
             torch.testing.assert_close(found, reference.norm(row.detach()), atol=1e-9, rtol=0)
 
 
@@ -643,9 +645,11 @@ def test_capacity_of_the_first_step_and_of_none() -> None:
     clip = family("native", torch.float64)
     images, tokens, phrases = pairs(clip)
     opened = M2ib(steps=1, copies=1).attribute(clip, images, tokens, phrases)
-    film, words = (opening(blocks[1], partial(clip.similarity, images, tokens)) for blocks in native_blocks(clip))
-    torch.testing.assert_close(opened.parts["capacity"], film.mean((1, 2)))
-    torch.testing.assert_close(opened.grid.flatten(1), min_max(film[:, 1:].sum(2)))
+    content_box, words = (
+        opening(blocks[1], partial(clip.similarity, images, tokens)) for blocks in native_blocks(clip)
+    )
+    torch.testing.assert_close(opened.parts["capacity"], content_box.mean((1, 2)))
+    torch.testing.assert_close(opened.grid.flatten(1), min_max(content_box[:, 1:].sum(2)))
     # Of a phrase what stands before the end of text counts, and the end.
     ends = (tokens.argmax(1) + 1).tolist()
     expected = torch.stack([row[:end].mean() for row, end in zip(words, ends, strict=True)])
@@ -684,7 +688,7 @@ def runs(clip: Clip) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
 
 
 def count_runs(method: AttributionMethod, phrases: list[str] | None = None) -> tuple[list[list[int]], list[list[int]]]:
-    """Of one call on three pairs, or on the phrases of one film."""
+    """Of one call on three pairs, or on the phrases of one image."""
     clip = family("native")
     images, tokens, three = (part[:3] for part in pairs(clip))
     # Blocks are counted once per model.
@@ -723,7 +727,7 @@ def test_random_masks_cost_a_forward_each() -> None:
 
 
 @pytest.mark.parametrize("method", [KernelShap(samples=40), Rise(masks=40)], ids=lambda method: type(method).__name__)
-def test_phrases_share_what_is_seen_of_their_film(method: AttributionMethod) -> None:
+def test_phrases_share_what_is_seen_of_their_image(method: AttributionMethod) -> None:
     image, _ = count_runs(method, ["mass", "left base", "edema"])
     assert sum(image[0]) == 1 + 40 + isinstance(method, KernelShap)
 
@@ -757,7 +761,7 @@ BAD: list[tuple[Callable[..., AttributionMethod], dict[str, Any], str]] = [
     (Chefer, {"explain": "probability"}, "explain must be one of cosine, margin, logit, got 'probability'"),
     (Saliency, {"references": []}, "references must name at least one phrase"),
     (IntegratedGradients, {"steps": 0}, "steps must be a number greater than 0, got 0"),
-    (IntegratedGradients, {"fill": "black"}, "fill must be one of mean_film, mean_colour, blur, got 'black'"),
+    (IntegratedGradients, {"fill": "black"}, "fill must be one of mean_image, mean_color, blur, got 'black'"),
     (IntegratedGradients, {"chunk_size": -1}, "chunk_size must be a number greater than 0, got -1"),
     (KernelShap, {"samples": 0}, "samples must be a number greater than 0, got 0"),
     (KernelShap, {"fill": "zero"}, "fill must be one of"),
@@ -789,10 +793,10 @@ def test_a_block_that_is_not_there(method: AttributionMethod) -> None:
         method.attribute(clip, *pairs(clip))
 
 
-@pytest.mark.parametrize("kind", [KernelShap, Rise, partial(IntegratedGradients, fill="mean_film")], ids=maker)
-def test_a_model_without_a_mean_film(kind: Callable[..., AttributionMethod]) -> None:
+@pytest.mark.parametrize("kind", [KernelShap, Rise, partial(IntegratedGradients, fill="mean_image")], ids=maker)
+def test_a_model_without_a_mean_image(kind: Callable[..., AttributionMethod]) -> None:
     source = family("native")
     clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
-    clip.mean_film.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"mean of the training films.*fill='blur' or 'mean_colour'"):
+    clip.mean_image.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"mean of the training images.*fill='blur' or 'mean_color'"):
         kind().attribute(clip, *pairs(clip))

@@ -45,7 +45,7 @@ def _maps(count: int = 8) -> Tensor:
 
 
 def _boxes(count: int = 8) -> list[Tensor]:
-    """None to three boxes per study, some overlapping, one over the whole frame."""
+    """None to three boxes per pair, some overlapping, one over the whole frame."""
     corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     boxes = [torch.cat([corner.amin(1), corner.amax(1)], 1)[: n % 4] for n, corner in enumerate(corners)]
     boxes[2] = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
@@ -354,10 +354,10 @@ def test_outside_mass_against_a_loop() -> None:
 
 
 def test_border_mask_against_a_loop() -> None:
-    films = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.0, 0.8, 1.0], [-0.5, 0.1, 1.5, 0.6]])
+    images = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.0, 0.8, 1.0], [-0.5, 0.1, 1.5, 0.6]])
     height, width = size = (20, 30)
-    masks = border_mask(size, films, 0.13)
-    for mask, (x0, y0, x1, y1) in zip(masks, films.tolist(), strict=True):
+    masks = border_mask(size, images, 0.13)
+    for mask, (x0, y0, x1, y1) in zip(masks, images.tolist(), strict=True):
         for row, column in np.ndindex(size):
             across = ((column + 0.5) / width - x0) / (x1 - x0)
             down = ((row + 0.5) / height - y0) / (y1 - y0)
@@ -366,18 +366,18 @@ def test_border_mask_against_a_loop() -> None:
     # A tenth on each side leaves 8 by 8 of 10 by 10.
     assert (~border_mask((10, 10))).sum() == 64
     with pytest.raises(ValueError, match="width must be in"):
-        border_mask(size, films, 10)
+        border_mask(size, images, 10)
 
 
-FILMS = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.1, 0.0, 0.63, 1.0], [-0.5, 0.2, 1.2, 0.77]])
+IMAGES = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.1, 0.0, 0.63, 1.0], [-0.5, 0.2, 1.2, 0.77]])
 
 
 def test_half_share_against_a_loop_over_small_squares() -> None:
     maps = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0))
-    found = half_share(maps, ["right", "left", "right"], FILMS)
+    found = half_share(maps, ["right", "left", "right"], IMAGES)
     fine = 100
     for heat, side, (x0, y0, x1, y1), value in zip(
-        maps, ("right", "left", "right"), FILMS.tolist(), found, strict=True
+        maps, ("right", "left", "right"), IMAGES.tolist(), found, strict=True
     ):
         # The share of each pixel by counting: the right of the patient is on the left of the image.
         middle = (x0 + x1) / 2
@@ -396,7 +396,7 @@ def test_half_share_of_known_maps() -> None:
     assert half_share(left_of_image, ["left"]) == 0
     # The middle column belongs to both halves.
     assert half_share(torch.ones(1, 4, 5), ["right"]) == 0.5
-    # A film in the right half of the frame: the mass is outside of it.
+    # An image in the right half of the frame: the mass is outside of it.
     assert half_share(left_of_image, ["right"], torch.tensor([[0.5, 0.0, 1.0, 1.0]])) == 0
     assert half_share(left_of_image, [""]).isnan()
     assert half_share(torch.zeros(1, 4, 5), ["right"]).isnan()
@@ -439,11 +439,11 @@ def test_curve_area_against_a_loop() -> None:
         ([0.0, 0.25, 0.5, 0.75, 1.0], curve_area(curve, blank, full)),
         (shares.tolist(), curve_area(curve, blank, full, shares)),
     ):
-        for study in range(3):
-            y = [float(score - blank[study]) for score in curve[:, study]]
+        for pair in range(3):
+            y = [float(score - blank[pair]) for score in curve[:, pair]]
             slow = sum((x[step + 1] - x[step]) * (y[step] + y[step + 1]) / 2 for step in range(4))
-            assert float(gain[study]) == pytest.approx(slow, abs=1e-6)
-            assert float(span[study]) == pytest.approx(float(full[study] - blank[study]))
+            assert float(gain[pair]) == pytest.approx(slow, abs=1e-6)
+            assert float(span[pair]) == pytest.approx(float(full[pair] - blank[pair]))
 
 
 def test_curve_area_of_straight_lines() -> None:

@@ -36,27 +36,27 @@ from matex_pl.metrics import (
     ThresholdedIoU,
     confidence,
     functional,
-    localisation,
+    localization,
     sensitivity,
 )
-from matex_pl.metrics.base import StudyMetric
+from matex_pl.metrics.base import PairMetric
 from matex_pl.metrics.functional import THRESHOLDS, box_masks
 
 matplotlib.use("Agg")
 
 SIZE = (9, 7)
-STUDIES = 8
-IDS = [f"study {index}" for index in range(STUDIES)]
+PAIRS = 8
+IDS = [f"pair {index}" for index in range(PAIRS)]
 SIDES = ["right", "left", "", "left", "right", "right", "", "left"]
 
 
 def _maps(seed: int = 0) -> Tensor:
-    return torch.randint(0, 6, (STUDIES, *SIZE), generator=torch.Generator().manual_seed(seed)) / 5
+    return torch.randint(0, 6, (PAIRS, *SIZE), generator=torch.Generator().manual_seed(seed)) / 5
 
 
 def _boxes() -> list[Tensor]:
-    """None to three boxes per study."""
-    corners = torch.rand(STUDIES, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    """None to three boxes per pair."""
+    corners = torch.rand(PAIRS, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     boxes = [torch.cat([corner.amin(1), corner.amax(1)], 1)[: n % 4] for n, corner in enumerate(corners)]
     boxes[2] = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     return boxes
@@ -67,14 +67,14 @@ def _masks() -> Tensor:
 
 
 def _scores(seed: int = 0) -> Tensor:
-    return torch.rand(STUDIES, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(PAIRS, generator=torch.Generator().manual_seed(seed))
 
 
 def _curves() -> Tensor:
-    """From the blank to the whole film, which scores higher in the sum, but not in every study."""
-    curves = torch.rand(5, STUDIES, generator=torch.Generator().manual_seed(0))
+    """From the blank to the whole image, which scores higher in the sum, but not in every pair."""
+    curves = torch.rand(5, PAIRS, generator=torch.Generator().manual_seed(0))
     curves[-1] += 0.2
-    assert 0 < (curves[-1] < curves[0]).sum() < STUDIES
+    assert 0 < (curves[-1] < curves[0]).sum() < PAIRS
     return curves
 
 
@@ -88,7 +88,7 @@ def _mean(values: Tensor) -> float:
 
 
 def _ratio(curves: Tensor) -> float:
-    """Of curves from the blank to the whole film, or back."""
+    """Of curves from the blank to the whole image, or back."""
     gain, span = functional.curve_area(curves, _curves()[0], _curves()[-1])
     return float(gain.sum() / span.sum())
 
@@ -97,23 +97,23 @@ def _precision() -> float:
     found = functional.components(_maps(), 0.5)
     hits = functional.match_components(found, _boxes())
     number = torch.tensor([len(box) for box in _boxes()])
-    return float(functional.average_precision(found.peak, hits, found.study, number))
+    return float(functional.average_precision(found.peak, hits, found.pair, number))
 
 
 @dataclass
 class Case:
-    """A metric, the arguments of `update` for some of the studies, and its value over all of them."""
+    """A metric, the arguments of `update` for some of the pairs, and its value over all of them."""
 
-    make: Callable[[], StudyMetric]
+    make: Callable[[], PairMetric]
     inputs: Callable[[list[int]], tuple[Any, ...]]
     value: Callable[[], float]
 
 
-def _boxed(make: Callable[[], StudyMetric], value: Callable[[], float]) -> Case:
+def _boxed(make: Callable[[], PairMetric], value: Callable[[], float]) -> Case:
     return Case(make, lambda rows: (_maps()[rows], _pick(_boxes(), rows)), value)
 
 
-def _scored(make: Callable[[], StudyMetric], function: Callable[[Tensor, Tensor], Tensor]) -> Case:
+def _scored(make: Callable[[], PairMetric], function: Callable[[Tensor, Tensor], Tensor]) -> Case:
     return Case(make, lambda rows: (_scores()[rows], _scores(1)[rows]), lambda: _mean(function(_scores(), _scores(1))))
 
 
@@ -136,7 +136,7 @@ CASES: dict[str, Case] = {
     "iou_given": _boxed(lambda: ThresholdedIoU(0.33), lambda: _mean(functional.iou(_maps(), _masks(), [0.33])[:, 0])),
     "box_accuracy": _boxed(
         lambda: BoxAccuracy(0.1, iou=0.2),
-        lambda: _mean(functional.box_accuracy(functional.components(_maps(), 0.1), _boxes(), STUDIES, 0.2)),
+        lambda: _mean(functional.box_accuracy(functional.components(_maps(), 0.1), _boxes(), PAIRS, 0.2)),
     ),
     "ap50": _boxed(AveragePrecision50, _precision),
     "correlation": Case(
@@ -159,8 +159,8 @@ CASES: dict[str, Case] = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def _seen(case: Case, *batches: list[int], named: bool = True) -> StudyMetric:
-    """The metric after batches of these studies."""
+def _seen(case: Case, *batches: list[int], named: bool = True) -> PairMetric:
+    """The metric after batches of these pairs."""
     metric = case.make()
     for rows in batches:
         metric.update(*case.inputs(rows), ids=_pick(IDS, rows) if named else None)
@@ -183,7 +183,7 @@ def test_a_class_reduces_its_function_over_updates(case: Case) -> None:
         assert metric.compute().dtype == torch.float32
         assert metric.compute().ndim == 0
         metric.reset()
-        metric.update(*case.inputs(list(range(STUDIES))))
+        metric.update(*case.inputs(list(range(PAIRS))))
         assert float(metric.compute()) == wanted
 
 
@@ -192,9 +192,9 @@ def test_repeats_count_once_by_id_and_always_without(case: Case) -> None:
     # Three times over, so that no class can come to the same value by chance.
     repeats = [[0, 1, 1, 1, 2, 3], [1, 4, 5], [1, 6, 7, 7, 1]]
     assert float(_seen(case, *repeats).compute()) == pytest.approx(case.value(), abs=1e-6)
-    doubled = float(_seen(case, list(range(STUDIES)), list(range(STUDIES)), named=False).compute())
+    doubled = float(_seen(case, list(range(PAIRS)), list(range(PAIRS)), named=False).compute())
     assert len(_seen(case, *repeats, named=False)._counted().nonzero()) == 14
-    assert len(_seen(case, *repeats)._counted().nonzero()) == STUDIES
+    assert len(_seen(case, *repeats)._counted().nonzero()) == PAIRS
     # What counts twice throughout is the same mean; a precision, too.
     assert doubled == pytest.approx(case.value(), abs=1e-6)
     uneven = float(_seen(case, [0, 1, 2, 3, 4, 5, 6, 7], [1, 1, 3, 1], named=False).compute())
@@ -202,7 +202,7 @@ def test_repeats_count_once_by_id_and_always_without(case: Case) -> None:
 
 
 @every_case
-def test_studies_with_and_without_id_may_be_mixed(case: Case) -> None:
+def test_pairs_with_and_without_id_may_be_mixed(case: Case) -> None:
     mixed = _seen(case, [0, 1, 2], [1, 2])
     for rows in ([3, 4, 5], [6, 7]):
         mixed.update(*case.inputs(rows))
@@ -210,7 +210,7 @@ def test_studies_with_and_without_id_may_be_mixed(case: Case) -> None:
 
 
 @every_case
-def test_the_order_of_studies_changes_nothing(case: Case) -> None:
+def test_the_order_of_pairs_changes_nothing(case: Case) -> None:
     assert float(_seen(case, [6, 2, 7], [0, 5, 3, 1], [4]).compute()) == pytest.approx(case.value(), abs=1e-6)
 
 
@@ -234,15 +234,15 @@ def test_states_merge_and_forward_gives_the_batch(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_nothing_is_nan_with_a_warning(case: Case) -> None:
     for metric in (case.make(), _seen(case, []), _seen(case, [], named=False)):
-        with pytest.warns(UserWarning, match="is NaN: none of the 0 studies counts"):
+        with pytest.warns(UserWarning, match="is NaN: none of the 0 pairs counts"):
             assert metric.compute().isnan()
 
 
 @pytest.mark.parametrize("make", [case.make for name, case in CASES.items() if "iou" in name or "ap50" in name])
-def test_studies_without_boxes_do_not_count(make: Callable[[], StudyMetric]) -> None:
+def test_pairs_without_boxes_do_not_count(make: Callable[[], PairMetric]) -> None:
     metric = make()
     metric.update(_maps()[:2], [torch.zeros(0, 4)] * 2)
-    with pytest.warns(UserWarning, match="none of the 2 studies counts"):
+    with pytest.warns(UserWarning, match="none of the 2 pairs counts"):
         assert metric.compute().isnan()
     metric.update(torch.ones(1, *SIZE), [torch.tensor([[0.0, 0.0, 1.0, 1.0]])])
     assert metric.compute() == 1 if not isinstance(metric, AveragePrecision50) else metric.compute() > 0
@@ -250,19 +250,19 @@ def test_studies_without_boxes_do_not_count(make: Callable[[], StudyMetric]) -> 
 
 @every_case
 def test_ids_of_another_number_are_refused(case: Case) -> None:
-    for ids in (["one"], "study 1", [*IDS, "more"]):
-        with pytest.raises(ValueError, match="ids must be a list of one id for each of 2 studies"):
+    for ids in (["one"], "pair 1", [*IDS, "more"]):
+        with pytest.raises(ValueError, match="ids must be a list of one id for each of 2 pairs"):
             case.make().update(*case.inputs([0, 1]), ids=ids)
 
 
 @pytest.mark.parametrize("name", ["pointing_game", "iou_best", "box_accuracy", "ap50"])
 def test_maps_and_boxes_of_different_number_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="2 maps, but boxes of 1 studies"):
+    with pytest.raises(ValueError, match="2 maps, but boxes of 1 pairs"):
         CASES[name].make().update(_maps()[:2], _boxes()[:1])
 
 
 @pytest.mark.parametrize("make", [ThresholdedIoU, BoxAccuracy, AveragePrecision50])
-def test_a_threshold_is_in_the_range_of_maps(make: Callable[[float], StudyMetric]) -> None:
+def test_a_threshold_is_in_the_range_of_maps(make: Callable[[float], PairMetric]) -> None:
     for threshold in (-0.1, 1.0, 50, math.nan):
         with pytest.raises(ValueError, match="threshold must be in"):
             make(threshold)
@@ -270,7 +270,7 @@ def test_a_threshold_is_in_the_range_of_maps(make: Callable[[float], StudyMetric
 
 @pytest.mark.filterwarnings("ignore:.*is NaN")
 def test_the_best_threshold_goes_to_another_split() -> None:
-    metric = _seen(CASES["iou_best"], list(range(STUDIES)))
+    metric = _seen(CASES["iou_best"], list(range(PAIRS)))
     means = [_mean(functional.iou(_maps(), _masks(), [t])[:, 0]) for t in THRESHOLDS]
     best = metric.best_threshold()
     # Maps of six values have the same IoU at several thresholds: the lowest is taken.
@@ -284,20 +284,20 @@ def test_the_best_threshold_goes_to_another_split() -> None:
 
 
 def test_an_area_is_a_ratio_of_means() -> None:
-    # The second model sees nothing in its film: its ratio alone would be -100.
+    # The second model sees nothing in its image: its ratio alone would be -100.
     curve = torch.tensor([[0.0, 0.0], [0.4, -0.1], [0.4, 0.001]])
     metric = InsertionAUC()
     metric.update(curve)
     gain = (0.2 + 0.4) / 2 + (-0.05 + (-0.1 + 0.001) / 2) / 2
     assert float(metric.compute()) == pytest.approx(gain / 0.401, abs=1e-6)
-    # Two films of NaN and of no span are left out, or leave nothing.
+    # Two images of NaN and of no span are left out, or leave nothing.
     metric.update(torch.full((3, 1), torch.nan))
     assert float(metric.compute()) == pytest.approx(gain / 0.401, abs=1e-6)
     flat = DeletionAUC()
     flat.update(torch.ones(3, 2))
     with pytest.warns(UserWarning, match="DeletionAUC is NaN"):
         assert flat.compute().isnan()
-    # A model to which films are less like their phrases than the fill is.
+    # A model to which images are less like their phrases than the fill is.
     less = InsertionAUC()
     less.update(torch.tensor([[0.3], [0.2], [0.1]]))
     with pytest.warns(UserWarning, match="InsertionAUC is NaN"):
@@ -320,7 +320,7 @@ def test_directions() -> None:
 
 @every_case
 def test_plot(case: Case) -> None:
-    metric = _seen(case, list(range(STUDIES)))
+    metric = _seen(case, list(range(PAIRS)))
     figure, axes = metric.plot()
     assert figure is axes.get_figure()
     assert float(axes.lines[0].get_ydata()[0]) == pytest.approx(case.value(), abs=1e-6)
@@ -329,7 +329,7 @@ def test_plot(case: Case) -> None:
     matplotlib.pyplot.close("all")
 
 
-@pytest.mark.parametrize("module", [confidence, localisation, sensitivity])
+@pytest.mark.parametrize("module", [confidence, localization, sensitivity])
 def test_examples(module: Any) -> None:
     failed, tried = doctest.testmod(module)
     assert not failed
@@ -338,7 +338,7 @@ def test_examples(module: Any) -> None:
 
 # --- two processes
 
-# Padded shards: study 0 comes in both, study 5 twice in one.
+# Padded shards: pair 0 comes in both, pair 5 twice in one.
 SHARDS = [[[0, 2], [4, 6, 1]], [[1, 3, 5], [5, 7, 0]]]
 
 
@@ -348,11 +348,11 @@ def _process(rank: int, folder: str) -> None:
     found: dict[str, list[float]] = {}
     for name, case in CASES.items():
         apart = _seen(case, *SHARDS[rank])
-        # All studies on one process, nothing on the other.
+        # All pairs on one process, nothing on the other.
         lopsided = _seen(case, *(SHARDS[0] + SHARDS[1] if rank else []))
         values = [float(apart.compute()), float(lopsided.compute())]
         # Afterwards each has its own again, and goes on.
-        apart.update(*case.inputs([2]), ids=["study 2"])
+        apart.update(*case.inputs([2]), ids=["pair 2"])
         values.append(float(apart.compute()))
         values.append(float(len(apart._gathered("keys"))))
         found[name] = values
@@ -370,4 +370,4 @@ def test_two_processes_with_repeats_are_one(tmp_path: Path) -> None:
         for name, case in CASES.items():
             assert found[name][:3] == [pytest.approx(case.value(), abs=1e-6)] * 3, name
             assert found[name][3] == sum(map(len, SHARDS[rank])) + 1
-        assert found["best_threshold"] == [_seen(CASES["iou_best"], list(range(STUDIES))).best_threshold()]
+        assert found["best_threshold"] == [_seen(CASES["iou_best"], list(range(PAIRS))).best_threshold()]

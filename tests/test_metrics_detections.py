@@ -30,13 +30,13 @@ def _maps(count: int = 10) -> Tensor:
 
 
 def _boxes(maps: Tensor, threshold: float = 0.6) -> list[Tensor]:
-    """Boxes near what is in the maps, so that some are found, some twice; none in two of the studies."""
+    """Boxes near what is in the maps, so that some are found, some twice; none in two of the pairs."""
     draw = torch.Generator().manual_seed(0)
     boxes = []
-    for study, heat in enumerate(maps.numpy()):
+    for pair, heat in enumerate(maps.numpy()):
         found = torch.tensor([box for box, _ in _slow_components(heat, threshold)]).view(-1, 4)
         shifted = found + 0.03 * torch.randn(found.shape, generator=draw)
-        boxes.append(torch.cat([shifted[: study % 4], found[:1] * 0.9]) if study % 5 else torch.zeros(0, 4))
+        boxes.append(torch.cat([shifted[: pair % 4], found[:1] * 0.9]) if pair % 5 else torch.zeros(0, 4))
     return boxes
 
 
@@ -85,21 +85,21 @@ def _slow_matches(found: list[tuple[Box, float]], boxes: list[Box]) -> list[bool
 def test_components_against_a_walk(threshold: float) -> None:
     maps = _maps()
     found = components(maps, threshold)
-    slow = [(study, *part) for study, heat in enumerate(maps.numpy()) for part in _slow_components(heat, threshold)]
-    assert found.study.tolist() == [study for study, _, _ in slow]
+    slow = [(pair, *part) for pair, heat in enumerate(maps.numpy()) for part in _slow_components(heat, threshold)]
+    assert found.pair.tolist() == [pair for pair, _, _ in slow]
     np.testing.assert_allclose(found.boxes.numpy(), np.array([box for _, box, _ in slow]).reshape(-1, 4), atol=1e-6)
     np.testing.assert_allclose(found.peak.numpy(), [peak for *_, peak in slow], atol=1e-6)
     assert (len(slow) > 20) == (0 < threshold < 1)
 
 
-def test_components_of_neighbouring_maps_do_not_touch() -> None:
+def test_components_of_neighboring_maps_do_not_touch() -> None:
     # The last row of one map, the first of the next, and corners that touch.
     maps = torch.zeros(3, 3, 3)
     maps[0, 2], maps[1, 0] = 0.5, 0.7
     maps[2, 0, 0] = maps[2, 1, 1] = 0.4
     maps[2, 2, 2] = 0.9
     found = components(maps, 0.3)
-    assert found.study.tolist() == [0, 1, 2]
+    assert found.pair.tolist() == [0, 1, 2]
     third = 1 / 3
     torch.testing.assert_close(
         found.boxes, torch.tensor([[0, 2 * third, 1, 1], [0, 0, 1, third], [0, 0, 1, 1]], dtype=torch.float32)
@@ -139,7 +139,7 @@ def test_best_box_needs_a_component_and_a_box() -> None:
     boxes = [torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.zeros(0, 4)]
     np.testing.assert_array_equal(best_box_iou(nothing, boxes, 2).numpy(), [0, math.nan])
     np.testing.assert_array_equal(box_accuracy(nothing, boxes, 2).numpy(), [0, math.nan])
-    with pytest.raises(ValueError, match="3 maps, but boxes of 2 studies"):
+    with pytest.raises(ValueError, match="3 maps, but boxes of 2 pairs"):
         best_box_iou(nothing, boxes, 3)
     # Half is not more than half.
     half = components(torch.tensor([[[1.0, 0.0]]]), 0.5)
@@ -181,7 +181,7 @@ def _overlap_with(maps: Tensor, box: Tensor) -> list[float]:
 def test_there_may_be_nothing_at_all() -> None:
     for maps, boxes in ((torch.zeros(0, 4, 4), []), (torch.zeros(2, 4, 4), [torch.zeros(0, 4)] * 2)):
         found = components(maps, 0.5)
-        assert not len(found.study)
+        assert not len(found.pair)
         assert found.boxes.shape == (0, 4)
         assert not len(match_components(found, boxes))
         assert best_box_iou(found, boxes, len(maps)).isnan().all()
@@ -205,68 +205,68 @@ def _slow_precision(scores: list[float], hits: list[bool], num_boxes: int) -> fl
     return area
 
 
-def _detections(count: int = 60, studies: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _detections(count: int = 60, pairs: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1)
     scores = torch.randint(0, 15, (count,), generator=draw) / 14
     hits = torch.rand(count, generator=draw) < scores
-    study = torch.randint(0, studies, (count,), generator=draw)
-    number = torch.stack([hits[study == index].sum() for index in range(studies)])
-    return scores, hits, study, number + torch.randint(0, 3, (studies,), generator=draw)
+    pair = torch.randint(0, pairs, (count,), generator=draw)
+    number = torch.stack([hits[pair == index].sum() for index in range(pairs)])
+    return scores, hits, pair, number + torch.randint(0, 3, (pairs,), generator=draw)
 
 
 def test_average_precision_against_a_loop() -> None:
-    scores, hits, study, number = _detections()
+    scores, hits, pair, number = _detections()
     wanted = _slow_precision(scores.tolist(), hits.tolist(), int(number.sum()))
     assert 0.2 < wanted < 0.9
-    assert float(average_precision(scores, hits, study, number)) == pytest.approx(wanted, abs=1e-6)
+    assert float(average_precision(scores, hits, pair, number)) == pytest.approx(wanted, abs=1e-6)
 
 
-def test_average_precision_of_resamples_is_that_of_the_studies_drawn() -> None:
-    scores, hits, study, number = _detections()
-    studies = len(number)
-    drawn = torch.randint(0, studies, (7, studies), generator=torch.Generator().manual_seed(2))
-    weights = torch.stack([row.bincount(minlength=studies) for row in drawn])
-    found = average_precision(scores, hits, study, number, weights)
+def test_average_precision_of_resamples_is_that_of_the_pairs_drawn() -> None:
+    scores, hits, pair, number = _detections()
+    pairs = len(number)
+    drawn = torch.randint(0, pairs, (7, pairs), generator=torch.Generator().manual_seed(2))
+    weights = torch.stack([row.bincount(minlength=pairs) for row in drawn])
+    found = average_precision(scores, hits, pair, number, weights)
     for value, rows in zip(found.tolist(), drawn.tolist(), strict=True):
-        again = [index for row in rows for index in (study == row).nonzero()[:, 0].tolist()]
+        again = [index for row in rows for index in (pair == row).nonzero()[:, 0].tolist()]
         count = sum(int(number[row]) for row in rows)
         wanted = _slow_precision(scores[again].tolist(), hits[again].tolist(), count)
         assert value == pytest.approx(wanted, abs=1e-6)
     assert len({round(value, 4) for value in found.tolist()}) > 4
-    once = average_precision(scores, hits, study, number, torch.ones(1, studies))
-    torch.testing.assert_close(once[0], average_precision(scores, hits, study, number))
+    once = average_precision(scores, hits, pair, number, torch.ones(1, pairs))
+    torch.testing.assert_close(once[0], average_precision(scores, hits, pair, number))
 
 
 def test_average_precision_of_many_resamples_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, hits, study, number = _detections()
+    scores, hits, pair, number = _detections()
     weights = torch.randint(0, 3, (9, len(number)), generator=torch.Generator().manual_seed(4))
-    whole = average_precision(scores, hits, study, number, weights)
+    whole = average_precision(scores, hits, pair, number, weights)
     monkeypatch.setattr("matex_pl.metrics.functional.detections._TABLE", 2 * len(scores))
-    assert torch.equal(average_precision(scores, hits, study, number, weights), whole)
+    assert torch.equal(average_precision(scores, hits, pair, number, weights), whole)
 
 
 def test_average_precision_does_not_depend_on_the_order() -> None:
-    scores, hits, study, number = _detections()
-    value = average_precision(scores, hits, study, number)
+    scores, hits, pair, number = _detections()
+    value = average_precision(scores, hits, pair, number)
     for seed in range(5):
         order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
-        torch.testing.assert_close(average_precision(scores[order], hits[order], study[order], number), value)
+        torch.testing.assert_close(average_precision(scores[order], hits[order], pair[order], number), value)
 
 
 def test_average_precision_of_known_cases() -> None:
-    number, study = torch.tensor([1, 1]), torch.tensor([0, 1])
+    number, pair = torch.tensor([1, 1]), torch.tensor([0, 1])
     yes, no = torch.tensor([True, True]), torch.tensor([False, False])
     scores = torch.tensor([0.9, 0.8])
-    assert average_precision(scores, yes, study, number) == 1
-    assert average_precision(scores, no, study, number) == 0
+    assert average_precision(scores, yes, pair, number) == 1
+    assert average_precision(scores, no, pair, number) == 0
     # Found at half of the boxes, and nothing after it.
-    assert average_precision(scores, torch.tensor([True, False]), study, number) == 0.5
+    assert average_precision(scores, torch.tensor([True, False]), pair, number) == 0.5
     # A false one before it, or at the same score.
-    assert average_precision(scores, torch.tensor([False, True]), study, number) == 0.25
-    assert average_precision(torch.ones(2), torch.tensor([True, False]), study, number) == 0.25
+    assert average_precision(scores, torch.tensor([False, True]), pair, number) == 0.25
+    assert average_precision(torch.ones(2), torch.tensor([True, False]), pair, number) == 0.25
     nothing = torch.zeros(0)
     assert average_precision(nothing, nothing.bool(), nothing.long(), number) == 0
-    assert average_precision(scores, no, study, torch.tensor([0, 0])).isnan()
+    assert average_precision(scores, no, pair, torch.tensor([0, 0])).isnan()
     weights = torch.tensor([[1, 0], [0, 1]])
-    found = average_precision(scores, torch.tensor([True, False]), study, torch.tensor([1, 0]), weights)
+    found = average_precision(scores, torch.tensor([True, False]), pair, torch.tensor([1, 0]), weights)
     np.testing.assert_array_equal(found.numpy(), [1, math.nan])

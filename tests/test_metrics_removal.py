@@ -1,4 +1,4 @@
-"""Scores of films and phrases with parts taken away, one image at a time and against grad-cam."""
+"""Scores of images and phrases with parts taken away, one image at a time and against grad-cam."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 def _pairs(clip: Clip, count: int = 3) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    images = clip.normalise(torch.rand(count, 3, *clip.image_size, generator=draw))
+    images = clip.normalize(torch.rand(count, 3, *clip.image_size, generator=draw))
     return images, clip.tokenize([PHRASES[index % 3] for index in range(count)])
 
 
@@ -144,7 +144,7 @@ def _slow_curve(clip: Clip, image: Tensor, grid: Tensor, filled: Tensor, text: T
     return scores
 
 
-@pytest.mark.parametrize(("name", "fill"), [("native", "blur"), ("resnet", "mean_film"), ("square", "mean_colour")])
+@pytest.mark.parametrize(("name", "fill"), [("native", "blur"), ("resnet", "mean_image"), ("square", "mean_color")])
 @pytest.mark.parametrize("kind", ["insertion", "deletion"])
 def test_patch_curve_against_a_loop(name: str, fill: str, kind: str) -> None:
     clip = family(name)
@@ -201,7 +201,7 @@ def test_ends_are_shared_between_kinds(fill: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Clip, "encode_image", lambda self, batch: encoded.append(len(batch)) or encode(self, batch))
     _, again = patch_curve(clip, images, grid, fill, text, "deletion", ends=ends)
     torch.testing.assert_close(again, deleted)
-    # 23 steps between the ends of three films, at most 32 images at a time.
+    # 23 steps between the ends of three images, at most 32 images at a time.
     assert sum(encoded) == 23 * 3
     assert max(encoded) == 30
 
@@ -280,7 +280,7 @@ def test_confidence_against_grad_cam(name: str) -> None:
     rises = IncreaseInConfidence()(images, maps.numpy(), targets, model)
     with torch.no_grad():
         score = clip.similarity(images, tokens)
-    kept = image_score(clip, images, maps, "mean_colour", text)
+    kept = image_score(clip, images, maps, "mean_color", text)
     drop, increase = ConfidenceDrop(), ConfidenceIncrease()
     drop.update(score, kept)
     increase.update(score, kept)

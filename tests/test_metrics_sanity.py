@@ -1,4 +1,4 @@
-"""Parameters randomised in stages: which, in what order, and that nothing else is touched."""
+"""Parameters randomized in stages: which, in what order, and that nothing else is touched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matex_pl.attribution.core.capture import borrowed, count_blocks
 from matex_pl.attribution.core.target import reference_mean
 from matex_pl.clip import Clip, towers
 from matex_pl.metrics.functional import spearman
-from matex_pl.metrics.sanity import randomised, stages
+from matex_pl.metrics.sanity import randomized, stages
 
 PHRASES = ["left lower lobe nodule", "small right effusion"]
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -28,7 +28,7 @@ def _weights(clip: Clip) -> dict[str, Tensor]:
 
 def _inputs(clip: Clip) -> tuple[Tensor, Tensor]:
     images = torch.rand(2, 3, *clip.image_size, generator=torch.Generator().manual_seed(0))
-    return clip.normalise(images), clip.tokenize(PHRASES)
+    return clip.normalize(images), clip.tokenize(PHRASES)
 
 
 def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
@@ -42,7 +42,7 @@ def test_every_parameter_changes_and_stages_only_add(name: str) -> None:
     parameters = dict(clip.named_parameters())
     seen: set[str] = set()
     last: dict[str, Tensor] = before
-    for stage, copied in randomised(clip):
+    for stage, copied in randomized(clip):
         weights = _weights(copied)
         changed = _changed(last, weights)
         # What an earlier stage has changed stays as that left it.
@@ -105,7 +105,7 @@ def test_stages_go_from_the_output_to_the_input(name: str, tower: int) -> None:
     depth = len(whole) - 1
     with torch.no_grad():
         score = clip.similarity(*_inputs(clip))
-    for index, (stage, copied) in enumerate(randomised(clip)):
+    for index, (stage, copied) in enumerate(randomized(clip)):
         stream = _stream(copied, tower)
         # The stage `block -k` is the k-th after the head; what enters that block is still as it was.
         reached = depth + 1 if stage == "embeddings" else min(index, depth)
@@ -127,7 +127,7 @@ def test_the_seed_decides() -> None:
     clip = family("square")
 
     def last(seed: int) -> dict[str, Tensor]:
-        return _weights(list(randomised(clip, seed))[-1][1])
+        return _weights(list(randomized(clip, seed))[-1][1])
 
     first = last(0)
     assert not _changed(first, last(0))
@@ -140,13 +140,13 @@ def test_a_parameter_of_two_numbers_changes_too() -> None:
     clip.model.visual.ln_post.bias.data.fill_(0)
     clip.model.visual.ln_post.bias.data[3] = 1
     for seed in range(40):
-        _, copied = next(randomised(clip, seed))
+        _, copied = next(randomized(clip, seed))
         bias = copied.model.visual.ln_post.bias
         assert bias[3] == 0
         assert bias.sum() == 1
     # All equal: nothing to shuffle.
     clip.model.visual.ln_post.bias.data.fill_(1)
-    assert (next(randomised(clip))[1].model.visual.ln_post.bias == 1).all()
+    assert (next(randomized(clip))[1].model.visual.ln_post.bias == 1).all()
 
 
 def test_the_same_weights_are_shuffled_alike_when_compiled() -> None:
@@ -154,7 +154,7 @@ def test_the_same_weights_are_shuffled_alike_when_compiled() -> None:
     compiled = copy.deepcopy(clip)
     compiled.model.visual = torch.compile(compiled.model.visual)
     before = _weights(compiled)
-    for (stage, one), (other_stage, other) in zip(randomised(clip), randomised(compiled), strict=True):
+    for (stage, one), (other_stage, other) in zip(randomized(clip), randomized(compiled), strict=True):
         assert stage == other_stage
         plain = {key.replace("_orig_mod.", ""): tensor for key, tensor in _weights(other).items()}
         assert not _changed(_weights(one), plain)
@@ -165,14 +165,14 @@ def test_the_same_weights_are_shuffled_alike_when_compiled() -> None:
 def test_copies_are_like_the_model(trainable: bool) -> None:
     clip = copy.deepcopy(family("biomedclip")).requires_grad_(trainable)
     with torch.inference_mode():
-        copies = [copied for _, copied in randomised(clip)]
+        copies = [copied for _, copied in randomized(clip)]
     for copied in copies:
         assert not any(weight.is_inference() for weight in copied.parameters())
         assert {weight.requires_grad for weight in copied.parameters()} == {trainable}
         assert all(weight.is_leaf for weight in copied.parameters())
         assert not any(module.training for module in copied.modules())
         assert copied.tokenizer is clip.tokenizer
-        assert torch.equal(copied.mean_film, clip.mean_film)
+        assert torch.equal(copied.mean_image, clip.mean_image)
     ours = {weight.data_ptr() for weight in clip.parameters()}
     assert not ours & {weight.data_ptr() for copied in copies for weight in copied.parameters()}
 
@@ -180,7 +180,7 @@ def test_copies_are_like_the_model(trainable: bool) -> None:
 @pytest.mark.parametrize("name", ["native", "biomedclip", "siglip"])
 def test_what_is_kept_by_weights_does_not_leak_between_copies(name: str) -> None:
     clip = family(name)
-    method = Matex(explain="margin", references=["small nodule", "right upper lobe mass"])
+    method = Matex(target="margin", references=["small nodule", "right upper lobe mass"])
 
     def fresh(model: Clip) -> Clip:
         """The same weights in a model that nothing has seen."""
@@ -188,7 +188,7 @@ def test_what_is_kept_by_weights_does_not_leak_between_copies(name: str) -> None
 
     images, tokens = _inputs(clip)
     original = method.attribute(clip, images, tokens, PHRASES)
-    for _, copied in randomised(clip):
+    for _, copied in randomized(clip):
         for model in (copied, clip):
             with borrowed(model), torch.no_grad():
                 known = reference_mean(model, PHRASES)

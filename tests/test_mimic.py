@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ms_cxr import write_films
+from test_ms_cxr import write_images
 
 from matex_pl.cli import main
 from matex_pl.data import MimicCxrDataModule
@@ -21,7 +21,7 @@ REPORT = """                                 FINAL REPORT
  FINDINGS:
 
  There is a small left pleural effusion.  The heart is mildly
- enlarged, film {n}.  Normal.
+ enlarged, image {n}.  Normal.
 
  IMPRESSION:
  1.  Small left effusion of 1.5 cm.
@@ -29,32 +29,32 @@ REPORT = """                                 FINAL REPORT
 
  NOTIFICATION:  Discussed with the ordering doctor by phone.
 """
-FINDINGS = ["There is a small left pleural effusion.", "The heart is mildly enlarged, film {n}."]
+FINDINGS = ["There is a small left pleural effusion.", "The heart is mildly enlarged, image {n}."]
 IMPRESSION = ["Small left effusion of 1.5 cm.", "No pneumothorax is seen."]
 
 
-def _path(patient: int, film: str) -> str:
-    return f"files/p10/p{10000000 + patient}/s{50000000 + patient}/{film}.jpg"
+def _path(patient: int, image: str) -> str:
+    return f"files/p10/p{10000000 + patient}/s{50000000 + patient}/{image}.jpg"
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Sixteen patients with a frontal and a lateral film each; reports in a folder of their own."""
+    """Sixteen patients with a frontal and a lateral image each; reports in a folder of their own."""
     splits = ["dicom_id,study_id,subject_id,split"]
     views = ["dicom_id,subject_id,study_id,ViewPosition,Rows"]
     names = ["train"] * 10 + ["validate"] * 3 + ["test"] * 3
     paths = []
     for patient in range(16):
-        for film, view in ((f"f{patient}", "PA" if patient % 2 else "AP"), (f"l{patient}", "LATERAL")):
-            splits.append(f"{film},{50000000 + patient},{10000000 + patient},{names[patient]}")
-            views.append(f"{film},{10000000 + patient},{50000000 + patient},{view},3000")
-            paths.append(_path(patient, film))
+        for image, view in ((f"f{patient}", "PA" if patient % 2 else "AP"), (f"l{patient}", "LATERAL")):
+            splits.append(f"{image},{50000000 + patient},{10000000 + patient},{names[patient]}")
+            views.append(f"{image},{10000000 + patient},{50000000 + patient},{view},3000")
+            paths.append(_path(patient, image))
         report = tmp_path / "reports" / Path(_path(patient, "x")).parent.with_suffix(".txt")
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(REPORT.replace("{n}", str(patient)), encoding="utf-8")
     (tmp_path / f"{SPLIT_FILE}.gz").write_bytes(gzip.compress("\n".join(splits).encode()))
     (tmp_path / METADATA_FILE).write_text("\n".join(views), encoding="utf-8")
-    write_films(tmp_path, paths, (60, 50))
+    write_images(tmp_path, paths, (60, 50))
     return tmp_path
 
 
@@ -73,20 +73,20 @@ def test_sections_and_sentences() -> None:
     assert sentences_of("", ["findings"]) == []
 
 
-def test_frontal_films_with_the_splits_of_the_file(root: Path) -> None:
+def test_frontal_images_with_the_splits_of_the_file(root: Path) -> None:
     data = _module(root)
-    studies, bad = data.checked_rows()
+    pairs, bad = data.checked_rows()
     assert not bad
-    assert [study.id for study in studies] == [f"f{patient}" for patient in range(16)]
-    assert [study.split for study in studies] == ["train"] * 10 + ["val"] * 3 + ["test"] * 3
-    assert studies[3].patient_id == "10000003"
-    assert studies[3].image == str(root / _path(3, "f3"))
-    for place, study in enumerate(studies):
-        assert study.phrase in [sentence.replace("{n}", str(place)) for sentence in FINDINGS + IMPRESSION]
+    assert [pair.id for pair in pairs] == [f"f{patient}" for patient in range(16)]
+    assert [pair.split for pair in pairs] == ["train"] * 10 + ["val"] * 3 + ["test"] * 3
+    assert pairs[3].patient_id == "10000003"
+    assert pairs[3].image == str(root / _path(3, "f3"))
+    for place, pair in enumerate(pairs):
+        assert pair.phrase in [sentence.replace("{n}", str(place)) for sentence in FINDINGS + IMPRESSION]
     assert len(_module(root, views=[]).checked_rows()[0]) == 32
     assert len(_module(root, views=["PA"]).checked_rows()[0]) == 8
     only = _module(root, sections=["impression"]).checked_rows()[0]
-    assert {study.phrase for study in only} == set(IMPRESSION)
+    assert {pair.phrase for pair in only} == set(IMPRESSION)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -116,13 +116,13 @@ def test_validation_keeps_its_sentences(root: Path) -> None:
     data = _module(root)
     data.setup("fit")
     phrases = [[phrase for batch in data.val_dataloader() for phrase in batch["phrase"]] for _ in range(2)]
-    assert phrases[0] == phrases[1] == [study.phrase for study in data.studies["val"]]
+    assert phrases[0] == phrases[1] == [pair.phrase for pair in data.pairs["val"]]
 
 
 def test_what_is_missing_is_said(root: Path) -> None:
     report = root / "reports" / Path(_path(2, "x")).parent.with_suffix(".txt")
     report.write_text("FINAL REPORT\n COMPARISON: None of the day before.\n", encoding="utf-8")
-    with pytest.warns(UserWarning, match="1 of 16 films have no sentence in findings or impression"):
+    with pytest.warns(UserWarning, match="1 of 16 images have no sentence in findings or impression"):
         assert len(_module(root).checked_rows()[0]) == 15
     report.unlink()
     (root / _path(5, "f5")).unlink()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from matex_pl import ClipModule
 from matex_pl.clip import load_clip
-from matex_pl.data import PhantomDataModule, Study, collate
+from matex_pl.data import ImageTextPair, PhantomDataModule, collate
 from matex_pl.training.loss import gathered_loss
 from matex_pl.training.module import decay_groups, freeze_parameters, warmup_cosine
 from matex_pl.training.scores import ImageTextRecall
@@ -42,13 +42,13 @@ def _trained(model: nn.Module) -> set[str]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_plain_use_with_defaults(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     module = ClipModule(tiny_json)
     before = {name: value.clone() for name, value in module.clip.model.named_parameters()}
     trainer = Trainer(max_epochs=2, accelerator="cpu")
-    trainer.fit(module, tiny_films)
+    trainer.fit(module, tiny_images)
     assert {f"val/{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} <= set(
         trainer.callback_metrics
     )
@@ -56,42 +56,42 @@ def test_plain_use_with_defaults(
         trainer.callback_metrics
     )
     assert all(not torch.equal(value, before[name]) for name, value in module.clip.model.named_parameters())
-    assert module.clip.mean_film.isfinite().all()
-    assert set(trainer.test(module, tiny_films, verbose=False)[0]) >= {"test/loss", "test/zero_shot_auroc"}
-    rows = [row for batch in trainer.predict(module, tiny_films) for row in batch]
-    assert [row["id"] for row in rows] == [study.id for study in tiny_films.studies["test"]]
-    assert set(rows[0]) == {"id", "phrase", "cosine", *tiny_films.findings}
+    assert module.clip.mean_image.isfinite().all()
+    assert set(trainer.test(module, tiny_images, verbose=False)[0]) >= {"test/loss", "test/zero_shot_auroc"}
+    rows = [row for batch in trainer.predict(module, tiny_images) for row in batch]
+    assert [row["id"] for row in rows] == [pair.id for pair in tiny_images.pairs["test"]]
+    assert set(rows[0]) == {"id", "phrase", "cosine", *tiny_images.findings}
     assert all(-1 <= row["cosine"] <= 1 for row in rows)
 
 
-def test_scores_are_those_of_the_embeddings(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_embeddings(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
     module = ClipModule(tiny_json)
-    found = _trainer(tmp_path).validate(module, tiny_films, verbose=False)[0]
-    batch = collate(list(tiny_films.dataset("val")))
+    found = _trainer(tmp_path).validate(module, tiny_images, verbose=False)[0]
+    batch = collate(list(tiny_images.dataset("val")))
     with torch.no_grad():
         image, text = module.eval()(batch)
     metric = ImageTextRecall()
-    metric.update(image, text, batch["id"], batch["film_id"], batch["phrase"])
+    metric.update(image, text, batch["id"], batch["image_id"], batch["phrase"])
     for name, value in metric.compute().items():
         assert found[f"val/{name}"] == pytest.approx(float(value))
 
 
-def test_loaders_without_a_data_module(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
-    tiny_films.setup("fit")
-    loader = DataLoader(tiny_films.dataset("val"), batch_size=4, collate_fn=collate)
+def test_loaders_without_a_data_module(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
+    tiny_images.setup("fit")
+    loader = DataLoader(tiny_images.dataset("val"), batch_size=4, collate_fn=collate)
     module, trainer = ClipModule(tiny_json), _trainer(tmp_path)
     trainer.fit(module, loader, loader)
     assert "val/image_to_text_recall@1" in trainer.callback_metrics
     assert not any("zero_shot" in name for name in trainer.callback_metrics)
-    assert module.clip.mean_film.isnan().all()
+    assert module.clip.mean_image.isnan().all()
     named = ClipModule(tiny_json, findings=["edema", "pneumothorax"])
     assert "val/zero_shot_top1" in _trainer(tmp_path).validate(named, loader, verbose=False)[0]
 
 
-def test_own_findings_and_prompts(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+def test_own_findings_and_prompts(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
     module = ClipModule(tiny_json, findings=["edema", "nodule"], prompt="There is {finding}.")
     module.eval()
-    _trainer(tmp_path).validate(module, tiny_films, verbose=False)
+    _trainer(tmp_path).validate(module, tiny_images, verbose=False)
     assert module.findings == ("edema", "nodule")
     with torch.no_grad():
         prompts = module.clip.encode_text(module.clip.tokenize(["There is edema.", "There is nodule."]))
@@ -108,13 +108,13 @@ FROZEN = {
 
 @pytest.mark.parametrize("freeze", FROZEN)
 def test_freeze_trains_the_rest_and_no_more(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, freeze: str
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path, freeze: str
 ) -> None:
     module = ClipModule(tiny_json, freeze=freeze, lr=1e-3, warmup_steps=0)
     names = [name for name, _ in module.clip.model.named_parameters()]
     assert _trained(module.clip.model) == {name for name in names if not FROZEN[freeze](name)}
     before = {name: value.clone() for name, value in module.clip.model.named_parameters()}
-    _trainer(tmp_path, max_steps=2, limit_val_batches=1).fit(module, tiny_films)
+    _trainer(tmp_path, max_steps=2, limit_val_batches=1).fit(module, tiny_images)
     changed = {name for name, value in module.clip.model.named_parameters() if not torch.equal(value, before[name])}
     assert changed == _trained(module.clip.model)
 
@@ -122,7 +122,7 @@ def test_freeze_trains_the_rest_and_no_more(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_trained_parameter_gets_a_gradient(name: str) -> None:
     module = ClipModule(json.dumps(family(name).config))
-    images = module.clip.normalise(torch.rand(3, 3, *module.clip.image_size))
+    images = module.clip.normalize(torch.rand(3, 3, *module.clip.image_size))
     phrases = ["left effusion", "small mass", "right lung"]
     image, text = module.clip.encode_image(images), module.clip.encode_text(module.clip.tokenize(phrases))
     gathered_loss(image, text, module.clip.logit_scale.exp(), phrases).backward()
@@ -193,7 +193,7 @@ def test_warmup_and_cosine() -> None:
     assert warmup_cosine(5, 5, 5) == 1
 
 
-def test_learning_rate_over_a_run(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+def test_learning_rate_over_a_run(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
     rates = []
 
     class Rates(ClipModule):
@@ -201,16 +201,18 @@ def test_learning_rate_over_a_run(tiny_json: str, tiny_films: PhantomDataModule,
             rates.append(self.optimizers().param_groups[0]["lr"])
 
     _trainer(tmp_path, max_steps=6, max_epochs=-1, limit_val_batches=0).fit(
-        Rates(tiny_json, lr=0.01, warmup_steps=2), tiny_films
+        Rates(tiny_json, lr=0.01, warmup_steps=2), tiny_images
     )
     assert rates == pytest.approx([0.01 * warmup_cosine(step, 2, 6) for step in range(6)])
 
 
-def test_training_without_an_end_and_long_warmup(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+def test_training_without_an_end_and_long_warmup(
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"Set trainer\.max_epochs or trainer\.max_steps"):
-        _trainer(tmp_path, max_epochs=-1).fit(ClipModule(tiny_json), tiny_films)
+        _trainer(tmp_path, max_epochs=-1).fit(ClipModule(tiny_json), tiny_images)
     with pytest.warns(UserWarning, match="ends after 2 steps, within its warm-up of 200"):
-        _trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(ClipModule(tiny_json), tiny_films)
+        _trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(ClipModule(tiny_json), tiny_images)
 
 
 @pytest.mark.parametrize(("start", "end"), [(9.0, math.log(50)), (-3.0, 0.0), (2.0, 2.0)])
@@ -225,35 +227,35 @@ def test_logit_scale_is_clamped(tiny_json: str, start: float, end: float) -> Non
 class LongPhrases(PhantomDataModule):
     """Phantoms whose first phrase of each split is as long as a report."""
 
-    def list_studies(self) -> list[Study]:
-        studies = super().list_studies()
-        firsts = {study.split: study.id for study in reversed(studies)}.values()
-        return [replace(study, phrase="No effusion. " * 20 if study.id in firsts else "Edema.") for study in studies]
+    def list_pairs(self) -> list[ImageTextPair]:
+        pairs = super().list_pairs()
+        firsts = {pair.split: pair.id for pair in reversed(pairs)}.values()
+        return [replace(pair, phrase="No effusion. " * 20 if pair.id in firsts else "Edema.") for pair in pairs]
 
 
 @pytest.mark.filterwarnings("default:.*are longer than the model's")
-def test_cut_phrases_are_reported_per_study(tiny_json: str, film_root: Path, tmp_path: Path) -> None:
-    sizes = {"num_train": 12, "num_val": 6, "num_test": 6, "film_size": 64, "batch_size": 4, "num_workers": 0}
-    data = LongPhrases(root=str(film_root), **sizes)
+def test_cut_phrases_are_reported_per_pair(tiny_json: str, image_root: Path, tmp_path: Path) -> None:
+    sizes = {"num_train": 12, "num_val": 6, "num_test": 6, "stored_size": 64, "batch_size": 4, "num_workers": 0}
+    data = LongPhrases(root=str(image_root), **sizes)
     with pytest.warns(UserWarning, match="longer than the model's 16 tokens") as caught:
         _trainer(tmp_path, max_steps=1, limit_val_batches=1).fit(ClipModule(tiny_json), data)
     told = [str(warning.message) for warning in caught if "longer than the model's 16 tokens" in str(warning.message)]
     assert len(told) == 2
     for split, message in zip(("train", "val"), told, strict=True):
-        assert message.startswith(f"1 of {len(data.studies[split])} {split} phrases")
-        assert message.endswith(f": {data.studies[split][0].id}")
+        assert message.startswith(f"1 of {len(data.pairs[split])} {split} phrases")
+        assert message.endswith(f": {data.pairs[split][0].id}")
 
 
-def test_short_phrases_are_not_reported(tiny_films: PhantomDataModule, tiny_json: str, tmp_path: Path) -> None:
+def test_short_phrases_are_not_reported(tiny_images: PhantomDataModule, tiny_json: str, tmp_path: Path) -> None:
     config = json.loads(tiny_json)
     config["model_cfg"]["text_cfg"]["context_length"] = 77
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*are longer than")
-        _trainer(tmp_path).validate(ClipModule(json.dumps(config)), tiny_films, verbose=False)
+        _trainer(tmp_path).validate(ClipModule(json.dumps(config)), tiny_images, verbose=False)
 
 
 def test_checkpoint_rebuilds_the_module_anywhere(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
     start.mkdir()
@@ -263,7 +265,7 @@ def test_checkpoint_rebuilds_the_module_anywhere(
     torch.save(load_clip("model.json").model.state_dict(), "weights.pt")
     module = ClipModule("model.json", "weights.pt", betas=(0.9, 0.95), findings=["edema"], freeze="text")
     trainer = _trainer(start)
-    trainer.fit(module, tiny_films)
+    trainer.fit(module, tiny_images)
     trainer.save_checkpoint(elsewhere / "last.ckpt")
     Path("model.json").unlink()
     Path("weights.pt").unlink()
@@ -274,16 +276,16 @@ def test_checkpoint_rebuilds_the_module_anywhere(
     state, others = module.state_dict(), again.state_dict()
     assert state.keys() == others.keys()
     assert all(torch.equal(state[name], others[name]) for name in state)
-    assert again.clip.mean_film.isfinite().all()
+    assert again.clip.mean_image.isfinite().all()
     assert again.clip.config == module.clip.config
     assert _trained(again.clip.model) == _trained(module.clip.model)
 
 
 def test_a_loaded_checkpoint_does_not_touch_the_random_numbers_of_a_new_run(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
     trainer = _trainer(tmp_path, max_steps=1, limit_val_batches=0)
-    trainer.fit(ClipModule(tiny_json), tiny_films)
+    trainer.fit(ClipModule(tiny_json), tiny_images)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     draws = []
 
@@ -294,17 +296,17 @@ def test_a_loaded_checkpoint_does_not_touch_the_random_numbers_of_a_new_run(
     for seed in (1, 2):
         module = Draws.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
         torch.manual_seed(seed)
-        _trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, tiny_films)
+        _trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, tiny_images)
     assert draws[0] != draws[1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resumed_run_ends_as_an_uninterrupted_one(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, workers: int
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path, workers: int
 ) -> None:
     config = json.loads(tiny_json)
     config["model_cfg"]["vision_cfg"]["patch_dropout"] = 0.5
-    tiny_films.num_workers = workers
+    tiny_images.num_workers = workers
 
     class SaveFirstEpoch(Callback):
         def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -313,35 +315,35 @@ def test_resumed_run_ends_as_an_uninterrupted_one(
 
     torch.manual_seed(0)
     whole, resumed = (ClipModule(json.dumps(config), lr=1e-3, warmup_steps=1) for _ in range(2))
-    _trainer(tmp_path, max_epochs=3, callbacks=[SaveFirstEpoch()]).fit(whole, tiny_films)
+    _trainer(tmp_path, max_epochs=3, callbacks=[SaveFirstEpoch()]).fit(whole, tiny_images)
     trainer = _trainer(tmp_path, max_epochs=3)
-    trainer.fit(resumed, tiny_films, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    trainer.fit(resumed, tiny_images, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
     state, others = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(state[name], others[name]) for name in state)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_precisions_with_clipping(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, precision: str
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path, precision: str
 ) -> None:
     module = ClipModule(tiny_json, freeze="none")
     trainer = _trainer(tmp_path, precision=precision, gradient_clip_val=1.0, limit_train_batches=2)
-    trainer.fit(module, tiny_films)
+    trainer.fit(module, tiny_images)
     assert trainer.callback_metrics["val/loss"].isfinite()
 
 
 def test_size_of_the_data_module_is_checked_first(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
-    tiny_films.image_size = (64, 64)
+    tiny_images.image_size = (64, 64)
     with pytest.raises(ValueError, match=r"image_size is \(64, 64\), the model takes \(32, 32\)"):
-        _trainer(tmp_path).fit(ClipModule(tiny_json), tiny_films)
-    tiny_films.image_size = None
-    _trainer(tmp_path, fast_dev_run=True).fit(ClipModule(tiny_json), tiny_films)
+        _trainer(tmp_path).fit(ClipModule(tiny_json), tiny_images)
+    tiny_images.image_size = None
+    _trainer(tmp_path, fast_dev_run=True).fit(ClipModule(tiny_json), tiny_images)
 
 
-def test_no_validation_at_all(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
-    _trainer(tmp_path, limit_val_batches=0).fit(ClipModule(tiny_json), tiny_films)
+def test_no_validation_at_all(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
+    _trainer(tmp_path, limit_val_batches=0).fit(ClipModule(tiny_json), tiny_images)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +357,7 @@ def test_no_validation_at_all(tiny_json: str, tiny_films: PhantomDataModule, tmp
         ({"lr": -1e-3}, "lr must be positive"),
         ({"warmup_steps": -1}, "warmup_steps not negative"),
         ({"max_logit_scale": 0.5}, "Give the factor, not its log"),
-        ({"prompt": "a film"}, r"prompt must contain \{finding\}, got 'a film'"),
+        ({"prompt": "an image"}, r"prompt must contain \{finding\}, got 'an image'"),
     ],
 )
 def test_bad_arguments_are_refused(tiny_json: str, arguments: dict, message: str) -> None:

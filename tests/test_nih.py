@@ -1,4 +1,4 @@
-"""The NIH films on a small made-up copy of the distribution's layout."""
+"""The NIH images on a small made-up copy of the distribution's layout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def distribution(tmp_path: Path) -> Write:
-    """Writes a copy: label and box rows, and a film of height x width per label row."""
+    """Writes a copy: label and box rows, and an image of height x width per label row."""
 
     def write(
         labels: list[tuple[str, str, str]] = LABELS,
@@ -63,16 +63,16 @@ def distribution(tmp_path: Path) -> Write:
     return write
 
 
-def _studies(root: Path, **settings: object) -> dict[str, object]:
+def _pairs(root: Path, **settings: object) -> dict[str, object]:
     data = NihDataModule(str(root), image_size=64, num_workers=0, **settings)
-    return {study.id: study for study in data.list_studies()}
+    return {pair.id: pair for pair in data.list_pairs()}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 @pytest.mark.parametrize("header", [BOX_HEADER, QUOTED_BOX_HEADER])
-def test_studies_of_films(distribution: Write, suffix: str, header: str) -> None:
-    studies = _studies(distribution(suffix=suffix, box_header=header))
-    assert set(studies) == {
+def test_pairs_of_images(distribution: Write, suffix: str, header: str) -> None:
+    pairs = _pairs(distribution(suffix=suffix, box_header=header))
+    assert set(pairs) == {
         "00000001_000-infiltration",
         "00000001_000-lung_mass",
         "00000001_001-normal",
@@ -81,26 +81,24 @@ def test_studies_of_films(distribution: Write, suffix: str, header: str) -> None
         "00000004_000-cardiomegaly",
         "00000004_000-pleural_thickening",
     }
-    infiltration = studies["00000001_000-infiltration"]
+    infiltration = pairs["00000001_000-infiltration"]
     assert infiltration.boxes == [(50, 100, 75, 140)]
-    assert infiltration.film_findings == ("infiltration", "lung mass")
+    assert infiltration.image_findings == ("infiltration", "lung mass")
     assert infiltration.patient_id == "1"
     assert infiltration.image.endswith(f"images/part_1/00000001_000{suffix}")
-    assert studies["00000001_000-lung_mass"].boxes == []
-    assert len(studies["00000002_000-pleural_effusion"].boxes) == 2
-    assert studies["00000001_001-normal"].finding == ""
-    assert studies["00000001_001-normal"].film_findings == ()
+    assert pairs["00000001_000-lung_mass"].boxes == []
+    assert len(pairs["00000002_000-pleural_effusion"].boxes) == 2
+    assert pairs["00000001_001-normal"].finding == ""
+    assert pairs["00000001_001-normal"].image_findings == ()
 
 
 def test_boxes_are_scaled_per_axis(distribution: Write) -> None:
     root = distribution(size=(256, 512))
-    assert _studies(root)["00000001_000-infiltration"].boxes == [(50, 50, 75, 70)]
+    assert _pairs(root)["00000001_000-infiltration"].boxes == [(50, 50, 75, 70)]
     data = NihDataModule(str(root), fractions=(0.5, 0.25, 0.25), image_size=64, resize_mode="squash", num_workers=0)
     data.setup("fit")
-    split, study = next(
-        (split, s) for split, found in data.studies.items() for s in found if s.finding == "infiltration"
-    )
-    sample = data.dataset(split)[data.studies[split].index(study)]
+    split, pair = next((split, s) for split, found in data.pairs.items() for s in found if s.finding == "infiltration")
+    sample = data.dataset(split)[data.pairs[split].index(pair)]
     torch.testing.assert_close(sample.boxes, torch.tensor([[100, 200, 150, 280]]) / 1024)
 
 
@@ -113,9 +111,9 @@ def test_stored_orientation_is_ignored(distribution: Write, tmp_path: Path) -> N
     exif[0x0112] = 6  # turned by 90 degrees
     Image.fromarray(np.full((30, 60), 80, dtype=np.uint8)).save(path, exif=exif)
     data = NihDataModule(str(root), image_size=64)
-    study = next(study for study in data.list_studies() if study.finding == "infiltration")
-    assert data.read_film(study).shape == (30, 60)
-    assert study.boxes[0][2] < 60
+    pair = next(pair for pair in data.list_pairs() if pair.finding == "infiltration")
+    assert data.read_image(pair).shape == (30, 60)
+    assert pair.boxes[0][2] < 60
 
 
 @pytest.mark.parametrize("boxed_only", [False, True])
@@ -124,12 +122,12 @@ def test_no_patient_in_two_splits(distribution: Write, boxed_only: bool) -> None
     root = distribution(labels, [(image, "Effusion", (10, 10, 20, 20)) for image, _, _ in labels], size=(8, 8))
     data = NihDataModule(str(root), boxed_only=boxed_only, image_size=8)
     data.setup("fit")
-    patients = [{study.patient_id for study in data.studies[split]} for split in ("train", "val", "test")]
+    patients = [{pair.patient_id for pair in data.pairs[split]} for split in ("train", "val", "test")]
     assert [len(found) for found in patients] == [14, 2, 4]
     assert len(set.union(*patients)) == 20
     other = NihDataModule(str(root), image_size=8, seed=1)
     other.setup("fit")
-    assert {study.patient_id for study in other.studies["val"]} != patients[1]
+    assert {pair.patient_id for pair in other.pairs["val"]} != patients[1]
 
 
 def test_split_patients_does_not_depend_on_order() -> None:
@@ -142,9 +140,9 @@ def test_split_patients_does_not_depend_on_order() -> None:
 
 def test_side_is_told_only_on_request(distribution: Write) -> None:
     root = distribution(size=(256, 512))
-    plain, sided = _studies(root), _studies(root, name_side=True)
+    plain, sided = _pairs(root), _pairs(root, name_side=True)
     words = ("right", "left", "bilateral")
-    assert not any(word in study.phrase.lower() for study in plain.values() for word in words)
+    assert not any(word in pair.phrase.lower() for pair in plain.values() for word in words)
     assert "right infiltration" in sided["00000001_000-infiltration"].phrase.lower()
     assert "bilateral pleural effusion" in sided["00000002_000-pleural_effusion"].phrase.lower()
     # No box, no side; the heart has none.
@@ -160,21 +158,18 @@ def test_side_word() -> None:
 
 
 def test_boxed_only(distribution: Write) -> None:
-    studies = _studies(distribution(), boxed_only=True)
-    assert {study.finding for study in studies.values()} == {"infiltration", "pleural effusion", "cardiomegaly"}
-    assert all(study.boxes for study in studies.values())
-    # What else is on the film is still known.
-    assert studies["00000004_000-cardiomegaly"].film_findings == ("cardiomegaly", "pleural thickening")
+    pairs = _pairs(distribution(), boxed_only=True)
+    assert {pair.finding for pair in pairs.values()} == {"infiltration", "pleural effusion", "cardiomegaly"}
+    assert all(pair.boxes for pair in pairs.values())
+    # What else is on the image is still known.
+    assert pairs["00000004_000-cardiomegaly"].image_findings == ("cardiomegaly", "pleural thickening")
 
 
 def test_phrases_depend_on_the_seed_alone(distribution: Write) -> None:
     root = distribution()
-    assert [s.phrase for s in _studies(root).values()] == [s.phrase for s in _studies(root).values()]
+    assert [s.phrase for s in _pairs(root).values()] == [s.phrase for s in _pairs(root).values()]
     many = {
-        study.phrase
-        for seed in range(12)
-        for study in _studies(root, seed=seed).values()
-        if study.finding == "lung mass"
+        pair.phrase for seed in range(12) for pair in _pairs(root, seed=seed).values() if pair.finding == "lung mass"
     }
     assert len(many) > 2
     assert all(phrase[0].isupper() and phrase.endswith(".") for phrase in many)
@@ -183,18 +178,18 @@ def test_phrases_depend_on_the_seed_alone(distribution: Write) -> None:
 def test_missing_images_are_counted(distribution: Write) -> None:
     root = distribution()
     (root / "images" / "part_1" / "00000003_000.png").unlink()
-    with pytest.warns(UserWarning, match=rf"1 of 5 films of {LABEL_FILE} are not below"):
-        assert not any(name.startswith("00000003") for name in _studies(root))
+    with pytest.warns(UserWarning, match=rf"1 of 5 images of {LABEL_FILE} are not below"):
+        assert not any(name.startswith("00000003") for name in _pairs(root))
     for path in root.rglob("*.png"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="None of the 5 films"):
-        _studies(root)
+    with pytest.raises(FileNotFoundError, match="None of the 5 images"):
+        _pairs(root)
 
 
 def test_complete_copy_warns_of_nothing(distribution: Write) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _studies(distribution())
+        _pairs(distribution())
 
 
 def test_missing_files_are_named(distribution: Write, tmp_path: Path) -> None:
@@ -203,7 +198,7 @@ def test_missing_files_are_named(distribution: Write, tmp_path: Path) -> None:
     root = distribution()
     (root / BOX_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{BOX_FILE} is missing. data.root should hold"):
-        _studies(root)
+        _pairs(root)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +215,7 @@ def test_missing_files_are_named(distribution: Write, tmp_path: Path) -> None:
 def test_bad_box_rows_are_named(distribution: Write, box: tuple[object, ...], message: str) -> None:
     root = distribution(boxes=[BOXES[0], ("00000002_000.png", "Effusion", box)])
     with pytest.raises(ValueError, match=rf"{BOX_FILE}, {message}" if message.startswith("line") else message):
-        _studies(root)
+        _pairs(root)
 
 
 def test_missing_columns_are_named(distribution: Write) -> None:
@@ -246,7 +241,7 @@ def test_rows_with_empty_cells_and_blank_lines(distribution: Write) -> None:
         read_labels(root / LABEL_FILE)
 
 
-def test_film_listed_twice_is_refused(distribution: Write) -> None:
+def test_image_listed_twice_is_refused(distribution: Write) -> None:
     root = distribution([*LABELS, LABELS[0]])
     with pytest.raises(ValueError, match=r"ids are not unique, e\.g\. 00000001_000-infiltration"):
         NihDataModule(str(root)).setup("fit")
@@ -259,13 +254,13 @@ def test_unreadable_images_are_named(distribution: Write) -> None:
     data = NihDataModule(str(root), fractions=(0.5, 0.25, 0.25), image_size=64, num_workers=0)
     data.setup("fit")
     split, place = next(
-        (split, n) for split, found in data.studies.items() for n, s in enumerate(found) if s.image == str(plain)
+        (split, n) for split, found in data.pairs.items() for n, s in enumerate(found) if s.image == str(plain)
     )
     with pytest.raises(ValueError, match=r"00000003_000-normal.*00000003_000\.png.*no readable image"):
         data.dataset(split)[place]
     boxed.write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"no readable image at '.*00000002_000\.png'"):
-        _studies(root)
+        _pairs(root)
 
 
 def test_bad_fractions_are_refused() -> None:

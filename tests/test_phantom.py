@@ -1,4 +1,4 @@
-"""The synthetic films, their boxes and phrases, and the cache on disk."""
+"""The synthetic images, their boxes and phrases, and the cache on disk."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ import yaml
 
 from matex_pl.anatomy import named_side, parse_phrase, swap_sides
 from matex_pl.data import PhantomDataModule
-from matex_pl.data.phantom import FINDINGS, Film, cache, draw_film, film_cache, write_phrase
+from matex_pl.data.phantom import FINDINGS, GrayImage, cache, draw_phantom, phantom_cache, write_phrase
 from matex_pl.data.phantom.canvas import Canvas
 from matex_pl.data.phantom.devices import Device, draw_token
-from matex_pl.data.phantom.film import PlacedFinding, film_build, film_rng
 from matex_pl.data.phantom.findings import plan_findings, reshape_build
+from matex_pl.data.phantom.image import PlacedFinding, phantom_build, phantom_rng
 from matex_pl.data.phantom.module import thorax_share
 from matex_pl.data.phantom.phrases import TEMPLATES
 from matex_pl.data.phantom.thorax import SIDES, draw_thorax, sample_build
 
-NUM_FILMS = 120
+NUM_IMAGES = 120
 SPLITS = {"train": 6, "val": 2, "test": 2}
 
 DENIAL = re.compile(r"\b(?:No|Without|There is no)\b[^.]*\.", re.IGNORECASE)
@@ -55,61 +55,63 @@ NAMED = {
 
 
 @pytest.fixture(scope="module")
-def films() -> list[Film]:
-    return [draw_film(index) for index in range(NUM_FILMS)]
+def images() -> list[GrayImage]:
+    return [draw_phantom(index) for index in range(NUM_IMAGES)]
 
 
 def _plans(count: int) -> list[tuple]:
-    return [plan_findings(film_rng(index, 0, "plan")) for index in range(count)]
+    return [plan_findings(phantom_rng(index, 0, "plan")) for index in range(count)]
 
 
-def _phrases(films: list[Film]) -> list[tuple[Film, PlacedFinding, str]]:
+def _phrases(images: list[GrayImage]) -> list[tuple[GrayImage, PlacedFinding, str]]:
     rng = np.random.default_rng(0)
     return [
         (
-            film,
+            image,
             finding,
-            write_phrase(finding, rng, film_findings=[other.name for other in film.findings], device=film.device),
+            write_phrase(finding, rng, image_findings=[other.name for other in image.findings], device=image.device),
         )
-        for film in films
-        for finding in film.findings
+        for image in images
+        for finding in image.findings
         for _ in range(5)
     ]
 
 
-def _boxed(film: Film) -> np.ndarray:
-    inside = np.zeros(film.image.shape, bool)
-    for finding in film.findings:
+def _boxed(image: GrayImage) -> np.ndarray:
+    inside = np.zeros(image.image.shape, bool)
+    for finding in image.findings:
         for x0, y0, x1, y1 in finding.boxes:
             inside[int(y0) : int(y1), int(x0) : int(x1)] = True
     return inside
 
 
-def test_films_are_the_same_in_another_process(films: list[Film]) -> None:
-    script = "from matex_pl.data.phantom import draw_film; f = draw_film(7); print(f.findings, int(f.image.sum()))"
+def test_images_are_the_same_in_another_process(images: list[GrayImage]) -> None:
+    script = (
+        "from matex_pl.data.phantom import draw_phantom; f = draw_phantom(7); print(f.findings, int(f.image.sum()))"
+    )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == f"{films[7].findings} {int(films[7].image.sum())}"
+    assert printed.strip() == f"{images[7].findings} {int(images[7].image.sum())}"
 
 
-def test_films_differ_by_index_and_seed(films: list[Film]) -> None:
-    assert not np.array_equal(films[0].image, films[1].image)
-    assert not np.array_equal(films[0].image, draw_film(0, seed=1).image)
+def test_images_differ_by_index_and_seed(images: list[GrayImage]) -> None:
+    assert not np.array_equal(images[0].image, images[1].image)
+    assert not np.array_equal(images[0].image, draw_phantom(0, seed=1).image)
 
 
 def test_size_scales_boxes() -> None:
-    small, large = draw_film(3, size=112), draw_film(3, size=224)
+    small, large = draw_phantom(3, size=112), draw_phantom(3, size=224)
     assert large.image.shape == (224, 224)
     for a, b in zip(small.findings, large.findings, strict=True):
         np.testing.assert_allclose(np.array(a.boxes) * 2, b.boxes, atol=8)
 
 
-def test_shortcut_changes_only_the_corner_of_the_finding(films: list[Film]) -> None:
+def test_shortcut_changes_only_the_corner_of_the_finding(images: list[GrayImage]) -> None:
     with_it = 0
-    for index, film in enumerate(films[:40]):
-        tagged = draw_film(index, shortcut=1.0, shortcut_finding="nodule")
-        changed = np.argwhere(tagged.image != film.image)
-        assert tagged.findings == film.findings
-        if any(finding.name == "nodule" for finding in film.findings):
+    for index, image in enumerate(images[:40]):
+        tagged = draw_phantom(index, shortcut=1.0, shortcut_finding="nodule")
+        changed = np.argwhere(tagged.image != image.image)
+        assert tagged.findings == image.findings
+        if any(finding.name == "nodule" for finding in image.findings):
             with_it += 1
             assert changed.min(0)[0] > 0.88 * 192
             assert changed.max(0)[1] < 0.13 * 192
@@ -119,7 +121,7 @@ def test_shortcut_changes_only_the_corner_of_the_finding(films: list[Film]) -> N
 
 
 def test_shortcut_probability() -> None:
-    share = np.mean([film_rng(index, 0, "shortcut").random() < 0.3 for index in range(2000)])
+    share = np.mean([phantom_rng(index, 0, "shortcut").random() < 0.3 for index in range(2000)])
     assert share == pytest.approx(0.3, abs=0.04)
 
 
@@ -128,12 +130,12 @@ def _inside(zone: np.ndarray, box: tuple[float, ...]) -> float:
     return float(zone[y0:y1, x0:x1].mean())
 
 
-def test_thorax_holds_the_findings_and_not_the_token(films: list[Film]) -> None:
-    # Other films than those that the zone was counted on.
+def test_thorax_holds_the_findings_and_not_the_token(images: list[GrayImage]) -> None:
+    # Other images than those that the zone was counted on.
     zone = PhantomDataModule(image_size=192, seed=1).thorax().numpy()
     shares = {name: [] for name in FINDINGS}
-    for film in films:
-        for finding in film.findings:
+    for image in images:
+        for finding in image.findings:
             shares[finding.name] += [_inside(zone, box) for box in finding.boxes]
             for x0, y0, x1, y1 in finding.boxes:
                 assert zone[int((y0 + y1) / 2), int((x0 + x1) / 2)]
@@ -151,14 +153,16 @@ def test_thorax_holds_the_findings_and_not_the_token(films: list[Film]) -> None:
 def test_thorax_is_counted_on_the_drawn_cavities_and_hearts() -> None:
     drawn = []
     for index in range(5):
-        plans = plan_findings(film_rng(index, 3, "plan"))
-        build = film_build(index, 3)
-        reshaped = reshape_build(sample_build(film_rng(index, 3, "anatomy")), plans, film_rng(index, 3, "reshape"))
+        plans = plan_findings(phantom_rng(index, 3, "plan"))
+        build = phantom_build(index, 3)
+        reshaped = reshape_build(
+            sample_build(phantom_rng(index, 3, "anatomy")), plans, phantom_rng(index, 3, "reshape")
+        )
         assert build == reshaped
         canvas = Canvas(64, midline=build.midline, tilt=build.tilt)
-        chest = draw_thorax(canvas, build, film_rng(index, 3, "texture"))
+        chest = draw_thorax(canvas, build, phantom_rng(index, 3, "texture"))
         drawn.append(np.maximum.reduce([chest.heart, *chest.lungs.values()]) > 0.5)
-    differs = np.abs(thorax_share(64, seed=3, num_films=5) - np.mean(drawn, axis=0)) > 1e-6
+    differs = np.abs(thorax_share(64, seed=3, num_images=5) - np.mean(drawn, axis=0)) > 1e-6
     # Heart and lungs are drawn one by one there, so that half-covered pixels of both are covered by neither.
     assert differs.mean() < 0.005
 
@@ -185,20 +189,20 @@ def test_thorax_in_the_models_frame() -> None:
 )
 def test_wrong_arguments_name_the_way_out(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        draw_film(0, **arguments)
+        draw_phantom(0, **arguments)
 
 
 def test_first_names_and_counts_are_balanced() -> None:
     plans = _plans(4500)
-    first = Counter(film[0].name for film in plans)
+    first = Counter(image[0].name for image in plans)
     assert set(first) == set(FINDINGS)
     assert max(first.values()) / min(first.values()) < 1.3
-    counts = Counter(len(film) for film in plans)
+    counts = Counter(len(image) for image in plans)
     assert counts[1] / len(plans) == pytest.approx(0.70, abs=0.03)
     assert counts[3] / len(plans) == pytest.approx(0.08, abs=0.02)
 
 
-def test_findings_on_a_film_do_not_share_a_name_or_a_third_of_a_lung() -> None:
+def test_findings_on_a_image_do_not_share_a_name_or_a_third_of_a_lung() -> None:
     for plans in _plans(1000):
         assert len({plan.name for plan in plans}) == len(plans)
         cells = [
@@ -207,9 +211,9 @@ def test_findings_on_a_film_do_not_share_a_name_or_a_third_of_a_lung() -> None:
         assert len(set(cells)) == len(cells)
 
 
-def test_boxes_lie_on_the_film_and_on_the_patients_side(films: list[Film]) -> None:
-    for film in films:
-        for finding in film.findings:
+def test_boxes_lie_on_the_image_and_on_the_patients_side(images: list[GrayImage]) -> None:
+    for image in images:
+        for finding in image.findings:
             assert len(finding.boxes) == (2 if finding.side == "both" else 1)
             for box in finding.boxes:
                 x0, y0, x1, y1 = box
@@ -223,45 +227,45 @@ def test_boxes_lie_on_the_film_and_on_the_patients_side(films: list[Film]) -> No
                 assert middle > 96
 
 
-def test_boxes_hold_the_change(films: list[Film]) -> None:
-    """Most of what a finding changes is in its box, and little of the film outside changes."""
-    for index, film in enumerate(films[:60]):
+def test_boxes_hold_the_change(images: list[GrayImage]) -> None:
+    """Most of what a finding changes is in its box, and little of the image outside changes."""
+    for index, image in enumerate(images[:60]):
         # Volume loss and a large heart also move the outlines of organs.
-        if {finding.name for finding in film.findings} & {"atelectasis", "cardiomegaly"}:
+        if {finding.name for finding in image.findings} & {"atelectasis", "cardiomegaly"}:
             continue
-        healthy = draw_film(index, show_findings=False)
-        change = np.abs(film.image.astype(float) - healthy.image)
-        inside = _boxed(film)
+        healthy = draw_phantom(index, show_findings=False)
+        change = np.abs(image.image.astype(float) - healthy.image)
+        inside = _boxed(image)
         assert change[inside].mean() > 8
         assert change[~inside].mean() < 0.15 * change[inside].mean()
-        for finding in film.findings:
+        for finding in image.findings:
             for x0, y0, x1, y1 in finding.boxes:
                 assert change[int(y0) : int(y1), int(x0) : int(x1)].mean() > 5
 
 
-def test_heart_is_large_only_with_cardiomegaly(films: list[Film]) -> None:
-    widths = [f.boxes[0][2] - f.boxes[0][0] for film in films for f in film.findings if f.name == "cardiomegaly"]
+def test_heart_is_large_only_with_cardiomegaly(images: list[GrayImage]) -> None:
+    widths = [f.boxes[0][2] - f.boxes[0][0] for image in images for f in image.findings if f.name == "cardiomegaly"]
     assert widths
     assert min(widths) / 192 > 0.38
-    healthy = [draw_film(index, show_findings=False) for index in range(3)]
-    assert all(film.findings == () for film in healthy)
+    healthy = [draw_phantom(index, show_findings=False) for index in range(3)]
+    assert all(image.findings == () for image in healthy)
 
 
-def test_no_phrase_denies_a_finding_of_its_film(films: list[Film]) -> None:
+def test_no_phrase_denies_a_finding_of_its_image(images: list[GrayImage]) -> None:
     denials = 0
-    for film, _, phrase in _phrases(films):
+    for image, _, phrase in _phrases(images):
         for denial in DENIAL.findall(phrase):
             denials += 1
-            for finding in film.findings:
+            for finding in image.findings:
                 assert not any(word in denial.lower() for word in WORDS[finding.name]), phrase
         normal_heart = re.search(r"(heart|silhouette|contours).*\bnormal\b", phrase, re.IGNORECASE)
-        assert not (normal_heart and any(f.name == "cardiomegaly" for f in film.findings)), phrase
+        assert not (normal_heart and any(f.name == "cardiomegaly" for f in image.findings)), phrase
     assert denials > 50
 
 
-def test_phrases_name_the_finding_and_mostly_its_place(films: list[Film]) -> None:
+def test_phrases_name_the_finding_and_mostly_its_place(images: list[GrayImage]) -> None:
     placed, total = 0, 0
-    for _, finding, phrase in _phrases(films):
+    for _, finding, phrase in _phrases(images):
         assert any(word in phrase.lower() for word in NAMED[finding.name]), phrase
         assert "{" not in phrase
         assert len(phrase.split()) < 30, phrase
@@ -271,9 +275,9 @@ def test_phrases_name_the_finding_and_mostly_its_place(films: list[Film]) -> Non
     assert 0.8 < placed / total < 0.97
 
 
-def test_phrases_never_name_the_other_side(films: list[Film]) -> None:
+def test_phrases_never_name_the_other_side(images: list[GrayImage]) -> None:
     other = {"right": r"\bleft\b|\bL[UL]L\b|lingula", "left": r"\bright\b|\bR[UML]L\b"}
-    for _, finding, phrase in _phrases([Film(f.image, f.findings) for f in films]):
+    for _, finding, phrase in _phrases([GrayImage(f.image, f.findings) for f in images]):
         if finding.side in other:
             assert not re.search(other[finding.side], phrase, re.IGNORECASE), phrase
 
@@ -317,25 +321,25 @@ def test_device_sentences_follow_the_device() -> None:
     assert any("Right chest pacemaker" in phrase for phrase in phrases)
 
 
-def test_cache_holds_the_films_and_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, studies = film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
+def test_cache_holds_the_images_and_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, pairs = phantom_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
     assert images.shape == (10, 64, 64)
-    np.testing.assert_array_equal(images[8], draw_film(8, size=64).image)
-    assert studies[0].id == "phantom-00000-1"
-    assert Counter({s.film_id: s.split for s in studies}.values()) == Counter(SPLITS)
-    study = next(s for s in studies if s.image == 8)
-    assert study.boxes == draw_film(8, size=64).findings[0].boxes
-    assert study.finding in study.film_findings
+    np.testing.assert_array_equal(images[8], draw_phantom(8, size=64).image)
+    assert pairs[0].id == "phantom-00000-1"
+    assert Counter({s.image_id: s.split for s in pairs}.values()) == Counter(SPLITS)
+    pair = next(s for s in pairs if s.image == 8)
+    assert pair.boxes == draw_phantom(8, size=64).findings[0].boxes
+    assert pair.finding in pair.image_findings
 
-    monkeypatch.setattr(cache, "_write_films", lambda *_: pytest.fail("drawn twice"))
-    again, same = film_cache(tmp_path, splits=SPLITS, size=64, num_workers=2)
-    assert same == studies
+    monkeypatch.setattr(cache, "_write_images", lambda *_: pytest.fail("drawn twice"))
+    again, same = phantom_cache(tmp_path, splits=SPLITS, size=64, num_workers=2)
+    assert same == pairs
     assert not again.flags.writeable
 
 
 def test_cache_key_follows_the_settings(tmp_path: Path) -> None:
     for arguments in ({}, {"seed": 1}, {"shortcut": 0.5}, {"shortcut_finding": "nodule"}):
-        film_cache(tmp_path, splits={"train": 1}, size=64, **arguments)
+        phantom_cache(tmp_path, splits={"train": 1}, size=64, **arguments)
     assert len(_contents(tmp_path)) == 4
 
 
@@ -346,13 +350,13 @@ def test_interrupted_run_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_draw_chunk", killed)
         with pytest.raises(KeyboardInterrupt):
-            film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
+            phantom_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
     assert _contents(tmp_path) == []
-    assert len(film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)[0]) == 10
+    assert len(phantom_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)[0]) == 10
 
 
 def test_two_runs_at_once_draw_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, drawn = cache._write_films, []
+    write, drawn = cache._write_images, []
 
     def slow(folder: Path, *rest: object) -> None:
         drawn.append(folder)
@@ -360,9 +364,9 @@ def test_two_runs_at_once_draw_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         time.sleep(0.5)
         write(folder, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cache, "_write_films", slow)
+    monkeypatch.setattr(cache, "_write_images", slow)
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(film_cache, tmp_path, splits=SPLITS, size=64, num_workers=1) for _ in range(2)]
+        runs = [pool.submit(phantom_cache, tmp_path, splits=SPLITS, size=64, num_workers=1) for _ in range(2)]
     assert [len(run.result()[0]) for run in runs] == [10, 10]
     assert len(drawn) == 1
     assert len(_contents(tmp_path)) == 1
@@ -371,23 +375,23 @@ def test_two_runs_at_once_draw_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_processes_draw_the_same_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_worker_count", lambda wanted, _: wanted)
-    one, studies = film_cache(tmp_path / "one", splits={"train": 70}, size=64, num_workers=1)
-    two, same = film_cache(tmp_path / "two", splits={"train": 70}, size=64, num_workers=2)
+    one, pairs = phantom_cache(tmp_path / "one", splits={"train": 70}, size=64, num_workers=1)
+    two, same = phantom_cache(tmp_path / "two", splits={"train": 70}, size=64, num_workers=2)
     np.testing.assert_array_equal(one, two)
-    assert studies == same
-    records = json.loads(_contents(tmp_path / "two")[0].joinpath("studies.json").read_text())
-    assert [record["id"] for record in records] == [study.id for study in studies]
+    assert pairs == same
+    records = json.loads(_contents(tmp_path / "two")[0].joinpath("pairs.json").read_text())
+    assert [record["id"] for record in records] == [pair.id for pair in pairs]
 
 
-def test_a_killed_run_leaves_no_processes_and_no_films(tmp_path: Path) -> None:
-    code = "from matex_pl.data.phantom import film_cache; import sys; "
-    code += "film_cache(sys.argv[1], splits={'train': 20000}, size=192, num_workers=3)"
+def test_a_killed_run_leaves_no_processes_and_no_images(tmp_path: Path) -> None:
+    code = "from matex_pl.data.phantom import phantom_cache; import sys; "
+    code += "phantom_cache(sys.argv[1], splits={'train': 20000}, size=192, num_workers=3)"
     run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
     try:
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-        assert _comes_true(lambda: len(children.read_text().split()) == 3 and any(tmp_path.glob(".*/films.npy")))
+        assert _comes_true(lambda: len(children.read_text().split()) == 3 and any(tmp_path.glob(".*/images.npy")))
         workers = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
-        assert _comes_true(lambda: np.load(next(tmp_path.glob(".*/films.npy")), mmap_mode="r")[0].any())
+        assert _comes_true(lambda: np.load(next(tmp_path.glob(".*/images.npy")), mmap_mode="r")[0].any())
     finally:
         run.kill()
         run.wait()
@@ -415,17 +419,17 @@ def _runs(process: Path) -> bool:
 
 
 def test_what_a_killed_run_left_is_removed_and_what_is_in_work_is_not(tmp_path: Path) -> None:
-    folder = Path(film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)[0].filename).parent
+    folder = Path(phantom_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)[0].filename).parent
     key = folder.name
     shutil.rmtree(folder)
-    # Of a killed run of these films, and of other films.
+    # Of a killed run of these images, and of other images.
     gone, other = tmp_path / f".{key}-gone", tmp_path / ".other-0"
     for unfinished in (gone, other):
         unfinished.mkdir()
-        (unfinished / "films.npy").write_bytes(b"half")
-    film_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
+        (unfinished / "images.npy").write_bytes(b"half")
+    phantom_cache(tmp_path, splits=SPLITS, size=64, num_workers=1)
     assert set(_contents(tmp_path)) == {folder, other}
-    assert {path.name for path in folder.iterdir()} == {"films.npy", "studies.json"}
+    assert {path.name for path in folder.iterdir()} == {"images.npy", "pairs.json"}
 
 
 def _contents(root: Path) -> list[Path]:

@@ -154,7 +154,7 @@ def test_a_table_of_your_own(prior):
         (["--regions", "broken.yaml"], "'broken.yaml' is no readable YAML file of regions"),
         (["--regions", "list.yaml"], "list.yaml: a region table maps zone -> side"),
         (["--regions", "box.yaml"], "box.yaml: box of left lower needs 0 <= u0 < u1"),
-        (["--colour", "red"], "colour"),
+        (["--color", "red"], "color"),
     ],
 )
 def test_errors_end_with_status_2_and_leave_nothing(here, capsys, words, message):

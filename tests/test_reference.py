@@ -92,11 +92,11 @@ METHODS = (
 TOKENS_ONLY = ("patch_similarity", "m2ib")
 
 
-def both(name: str, number: int = 1, explain: str = "cosine") -> tuple[reference.Side, reference.Side]:
+def both(name: str, number: int = 1, target: str = "cosine") -> tuple[reference.Side, reference.Side]:
     """The image side and the text side of one pair."""
     clip = family(name, torch.float64)
     images, tokens = pairs(clip)
-    return reference.sides(clip, number, images[number], tokens[number], explain, PHRASES[:2])[:2]
+    return reference.sides(clip, number, images[number], tokens[number], target, PHRASES[:2])[:2]
 
 
 def material(name: str, method: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def test_a_tail_from_the_stream_gives_the_embedding(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_last_layer_is_read_as_the_tower_is(name: str) -> None:
-    for side in both(name, explain="margin"):
+    for side in both(name, target="margin"):
         score, last = side.score(side.run), len(side.run.layers) - 1
         torch.testing.assert_close(reference.layer_score(side, last), score, atol=1e-12, rtol=0)
         if last:
@@ -223,7 +223,7 @@ def test_rise_masks() -> None:
 
 
 def test_rise_of_a_score_that_says_what_is_kept() -> None:
-    """Centred, the mean over many masks is the share that each entry adds."""
+    """Centered, the mean over many masks is the share that each entry adds."""
     masks = list((torch.rand(4000, 3, generator=torch.Generator().manual_seed(1)) < 0.5).double())
     adds = torch.tensor([1.0, -2.0, 0.5]).double()
     found = reference.rise([(mask * adds).sum() + 3 for mask in masks], masks, 0.5, True)
@@ -235,7 +235,7 @@ def test_rise_of_a_score_that_says_what_is_kept() -> None:
 @pytest.mark.parametrize("name", ["square", "siglip", "coca", "prefixed", "biomedclip", "average"])
 def test_a_patch_alone_is_read_as_it_would_stand_there(name: str) -> None:
     side, _ = both(name)
-    last, kind = side.run.stream[-1], side.run.reading.kind
+    last, kind = side.run.stream[-1], side.run.pooling.kind
     for i, value in list(zip(side.among, reference.patch_similarity(side), strict=True))[:3]:
         if kind == "token":
             alone = torch.cat([last[i][None], last[1:]])
@@ -275,7 +275,7 @@ def test_blocks_are_named_from_either_end() -> None:
 def test_logits_are_explained_as_scaled_cosines() -> None:
     clip = family("square", torch.float64)
     images, tokens = pairs(clip)
-    cosine, logit = (reference.raw_chefer(clip, images, tokens, explain=explain) for explain in ("cosine", "logit"))
+    cosine, logit = (reference.raw_chefer(clip, images, tokens, target=target) for target in ("cosine", "logit"))
     for which in ("image", "text"):
         # Of one layer alone, the relevance of all but the class token is linear in the scale.
         torch.testing.assert_close(logit[which], cosine[which] * clip.logit_scale.detach().exp())

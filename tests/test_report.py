@@ -28,7 +28,7 @@ HOSTILE = [
     "&lt;b&gt;",
 ]
 LOADING = ("src", "href", "xlink:href", "srcset", "poster", "action", "data", "background", "formaction")
-FILLS = {"mean_colour": "mean colour", "mean_film": "mean film"}
+FILLS = {"mean_color": "mean color", "mean_image": "mean image"}
 UP, DOWN = "\N{NO-BREAK SPACE}↑", "\N{NO-BREAK SPACE}↓"
 
 
@@ -47,16 +47,16 @@ METRICS = {
     "pointing_game": metric("Pointing game", "localisation", True),
     "cnr": metric("Contrast to noise", "localisation", True),
     "miou": metric("Mean IoU", "localisation", True),
-    "energy_in_box": metric("Energy in the boxes", "localisation", True),
+    "energy_pointing_game": metric("Energy in the boxes", "localisation", True),
     **{f"confidence_drop/{f}": metric("Confidence drop", "paper", False, f, True) for f in FILLS},
     **{f"confidence_increase/{f}": metric("Confidence increase", "paper", True, f, True) for f in FILLS},
     **{f"top20_removal/{f}": metric("Drop when removed", "confidence", True, f, True) for f in FILLS},
     "confidence_drop": metric("Confidence drop", "paper", False, None, True),
     "confidence_increase": metric("Confidence increase", "paper", True, None, True),
     "insertion/blur": metric("Insertion", "curves", True, "blur"),
-    "insertion/mean_film": metric("Insertion", "curves", True, "mean_film"),
-    "deletion/mean_colour": metric("Deletion", "curves", False, "mean_colour"),
-    "deletion/mean_film": metric("Deletion", "curves", False, "mean_film"),
+    "insertion/mean_image": metric("Insertion", "curves", True, "mean_image"),
+    "deletion/mean_color": metric("Deletion", "curves", False, "mean_color"),
+    "deletion/mean_image": metric("Deletion", "curves", False, "mean_image"),
     "prompt_sensitivity": metric("Prompt sensitivity", "sensitivity", False),
     "outside_thorax_mass": metric("Mass outside the thorax", "mass", None),
     "mean_map_mass": metric("Mean map mass", "mass", None),
@@ -64,7 +64,7 @@ METRICS = {
 }
 FINDINGS = ("nodule", "effusion", "pneumothorax", "cardiomegaly", "consolidation")
 METHODS = ("MATEX", "MATEX, as printed", "M2IB", "Grad-ECLIP", "Chefer et al.", "RISE", "Saliency", "Attention rollout")
-CONTROLS = ("Prior of the phrase", "Centre of the film", "Noise")
+CONTROLS = ("Prior of the phrase", "Center of the image", "Noise")
 
 
 DIFFERENCES = (
@@ -135,7 +135,7 @@ def fake_results(methods=METHODS, controls=CONTROLS, findings=FINDINGS, refuses=
     comparisons = [
         {"row": name, "against": against, "metric": key, "n": 100, **difference}
         for name, differences in compared
-        for key in ("pointing_game", "confidence_drop/mean_film")
+        for key in ("pointing_game", "confidence_drop/mean_image")
         for against, difference in zip(rivals, differences, strict=False)
         if against != name
     ]
@@ -175,7 +175,7 @@ def fake_panels(folder, rows=METHODS):
     rng = np.random.default_rng(1)
     picture = encode(rng.integers(0, 255, (60, 110, 3), dtype=np.uint8))
     return [
-        Panel(name, kind, f"study-{kind}", f"{name} on {kind}, cosine 0.31", picture)
+        Panel(name, kind, f"pair-{kind}", f"{name} on {kind}, cosine 0.31", picture)
         for kind in ("best", "worst", "random")
         for name in rows
     ]
@@ -201,7 +201,7 @@ def hostile():
 
 
 def with_values(values, key, spread=0.1):
-    """The small results with these values of one metric for the maps of the film, and intervals to each side."""
+    """The small results with these values of one metric for the maps of the image, and intervals to each side."""
     results = small()
     for row in results["rows"]:
         if row["modality"] == "image":
@@ -298,9 +298,9 @@ def write(folder, results, panels=()):
     return tuple((folder / name).read_text(encoding="utf-8") for name in ("report.html", "tables.md"))
 
 
-LOCALISATION = "Localisation, maps of the film"
-TABLE_1 = "Table 1: maps of the film"
-MASS = "Where the mass lies, maps of the film"
+LOCALIZATION = "Localization, maps of the image"
+TABLE_1 = "Table 1: maps of the image"
+MASS = "Where the mass lies, maps of the image"
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +378,7 @@ def test_the_page_loads_nothing(report, attacked):
         assert policy.startswith("default-src 'none'")
 
 
-def test_the_page_opens_with_a_chart_a_table_and_three_films(report):
+def test_the_page_opens_with_a_chart_a_table_and_three_images(report):
     html = report[0]
     opening = Page(html[: html.index("<details")])
     assert list(opening.plots()) == [f"Pointing game{UP}"]
@@ -407,8 +407,8 @@ def test_matplotlib_is_left_as_it_was_and_the_same_results_give_the_same_page(tm
 
 def test_best_is_in_the_direction_of_the_metric():
     results = with_values({"MATEX": 0.2, "M2IB": 0.7, CONTROLS[0]: 0.9}, "pointing_game")
-    assert bold(tables(results), LOCALISATION) == ["M2IB"]
-    results = with_values({"MATEX": 20.0, "M2IB": 70.0, CONTROLS[0]: 1.0}, "confidence_drop/mean_colour")
+    assert bold(tables(results), LOCALIZATION) == ["M2IB"]
+    results = with_values({"MATEX": 20.0, "M2IB": 70.0, CONTROLS[0]: 1.0}, "confidence_drop/mean_color")
     assert bold(tables(results), TABLE_1) == ["MATEX"]
     results = with_values({"MATEX": 0.2, "M2IB": 0.7, CONTROLS[0]: 0.9}, "outside_thorax_mass")
     assert bold(tables(results), MASS) == []
@@ -416,15 +416,15 @@ def test_best_is_in_the_direction_of_the_metric():
 
 def test_ties_as_printed_share_the_mark():
     results = with_values({"MATEX": 0.701, "M2IB": 0.703, CONTROLS[0]: 0.1}, "pointing_game")
-    assert bold(tables(results), LOCALISATION) == ["MATEX", "M2IB"]
+    assert bold(tables(results), LOCALIZATION) == ["MATEX", "M2IB"]
 
 
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_no_value_is_never_the_best(value):
     text = tables(with_values({"MATEX": value, "M2IB": 0.1, CONTROLS[0]: 0.9}, "pointing_game"))
-    found = table_of(text, LOCALISATION)
+    found = table_of(text, LOCALIZATION)
     assert (found["MATEX"][0], found["M2IB"][0]) == (MISSING, "0.10 (0.00 to 0.20)")
-    assert bold(text, LOCALISATION) == []
+    assert bold(text, LOCALIZATION) == []
 
 
 def test_one_method_alone_is_never_the_best():
@@ -454,12 +454,12 @@ def test_interval_and_count_stand_with_the_value():
     results = small()
     row = results["rows"][0]
     row["scores"]["pointing_game"] = {"value": 0.84, "low": 0.77, "high": 0.9, "n": 88}
-    row["scores"]["confidence_drop/mean_film"] = {"value": 1.5, "low": None, "high": None, "n": 100}
+    row["scores"]["confidence_drop/mean_image"] = {"value": 1.5, "low": None, "high": None, "n": 100}
     text = tables(results)
-    found = table_of(text, LOCALISATION)
+    found = table_of(text, LOCALIZATION)
     assert (found[""][0], found["MATEX"][0]) == (f"Pointing game{UP} (n = 88 to 100)", "0.84 (0.77 to 0.90)")
     drop = table_of(text, TABLE_1)
-    assert drop["MATEX"][drop[""].index(f"Confidence drop{DOWN} (mean film, n = 100)")] == "1.50"
+    assert drop["MATEX"][drop[""].index(f"Confidence drop{DOWN} (mean image, n = 100)")] == "1.50"
 
 
 def test_small_shares_get_a_third_decimal_and_zero_no_sign():
@@ -480,10 +480,10 @@ def test_published_figures_stand_in_their_own_columns():
 
 def test_a_method_that_refuses_is_named_with_its_reason(report):
     refused = METHODS[-1]
-    assert refused not in table_of(report[1], LOCALISATION)
+    assert refused not in table_of(report[1], LOCALIZATION)
     assert refused not in table_of(report[1], "Cost")
-    assert f"{refused} (film): No attention weights in this tower." in Page(report[0]).words()
-    assert f"- Left out: {refused} (film): No attention weights in this tower." in report[1]
+    assert f"{refused} (image): No attention weights in this tower." in Page(report[0]).words()
+    assert f"- Left out: {refused} (image): No attention weights in this tower." in report[1]
 
 
 def test_cost_in_seconds_and_forwards():
@@ -523,7 +523,7 @@ def test_comparisons_are_drawn_for_matex_and_listed_for_all(report):
     captions = [caption for caption in Page(report[0]).plots() if "minus" in caption]
     assert captions == [
         "Pointing game: MATEX minus each of these; right of the line is better",
-        "Confidence drop (mean film): MATEX minus each of these; left of the line is better",
+        "Confidence drop (mean image): MATEX minus each of these; left of the line is better",
     ]
     title = f"Each method minus each control: Pointing game{UP}"
     found = table_of(report[1], title)
@@ -533,7 +533,7 @@ def test_comparisons_are_drawn_for_matex_and_listed_for_all(report):
     assert found[METHODS[1]][0] == MISSING
     # Where less is better, more is worse.
     assert bold(report[1], title) == ["MATEX"]
-    assert bold(report[1], f"Each method minus each control: Confidence drop (mean film){DOWN}") == []
+    assert bold(report[1], f"Each method minus each control: Confidence drop (mean image){DOWN}") == []
 
 
 def test_the_prior_is_warned_of_where_it_is_used():
@@ -566,13 +566,13 @@ def test_what_is_absent_is_a_dash(tmp_path, change):
             row.update(scores=None, per_finding=None, curves=None, sanity_curve=None, settings=None, note=None)
     html, text = write(tmp_path, results)
     assert not re.search(r"\b(nan|None|Undefined)\b", Page(html).words() + text)
-    assert "Nothing was localised" in Page(html).words()
+    assert "Nothing was localized" in Page(html).words()
 
 
 def test_results_of_almost_nothing(tmp_path):
     html, text = write(tmp_path, {"format": 2, "rows": []})
-    assert "Nothing was localised" in html
-    assert "Nothing was localised" in text
+    assert "Nothing was localized" in html
+    assert "Nothing was localized" in text
     assert not Page(html).all("table")
 
 
@@ -580,7 +580,7 @@ def test_without_boxes_the_rest_is_there(tmp_path):
     results = small()
     results["data"]["boxed"] = 0
     for row in results["rows"]:
-        for key in ("pointing_game", "cnr", "miou", "energy_in_box"):
+        for key in ("pointing_game", "cnr", "miou", "energy_pointing_game"):
             if key in row["scores"]:
                 row["scores"][key] = {"value": None, "low": None, "high": None, "n": 0}
     for comparison in results["comparisons"]:
@@ -588,11 +588,11 @@ def test_without_boxes_the_rest_is_there(tmp_path):
     html, text = write(tmp_path, results)
     words = Page(html).words()
     assert "No pair has a box, so pointing is not measured." in words
-    assert "Nothing was localised" in words
+    assert "Nothing was localized" in words
     assert "minus" not in words
-    assert "## Insertion and deletion, maps of the film" in text
+    assert "## Insertion and deletion, maps of the image" in text
     # The order is then drawn by the first metric that there is.
-    assert next(iter(Page(html).plots())) == f"Confidence drop (mean colour){DOWN}"
+    assert next(iter(Page(html).plots())) == f"Confidence drop (mean color){DOWN}"
 
 
 def test_panels_stand_with_their_method(tmp_path):

@@ -89,7 +89,7 @@ def roar(**changes):
             "val_pairs": 240,
             "fingerprint": "ee" * 10,
         },
-        "settings": {"fractions": list(FRACTIONS), "repeats": 3, "epochs": 10, "fill": "mean_film", "seed": 0},
+        "settings": {"fractions": list(FRACTIONS), "repeats": 3, "epochs": 10, "fill": "mean_image", "seed": 0},
         "versions": {"matex_pl": "0.1.0"},
         "machine": "two cores",
         "rows": [*rows_of("image"), *rows_of("text")],
@@ -150,8 +150,8 @@ def drawn(figure):
 
 
 def test_scores_stand_in_the_papers_form():
-    film, phrase = printed(roar())[:2]
-    assert film[0] == [
+    image, phrase = printed(roar())[:2]
+    assert image[0] == [
         "Method",
         "ROAR+\N{NO-BREAK SPACE}↑ (10\N{NO-BREAK SPACE}% dropped: 4.9 patches per pair, 3 repeats)",
         "ROAR+\N{NO-BREAK SPACE}↑ (25\N{NO-BREAK SPACE}% dropped: 12.2 patches per pair, 3 repeats)",
@@ -159,15 +159,15 @@ def test_scores_stand_in_the_papers_form():
         "ROAR+\N{NO-BREAK SPACE}↑ (mean over the fractions, 3 repeats)",
         "Published: ROAR+\N{NO-BREAK SPACE}↑",
     ]
-    assert film[1] == ["MATEX", "11.00 ± 1.00", "22.00 ± 2.00", "33.00 ± 3.00", "22.00 ± 2.00", MISSING]
-    assert [line[0] for line in film[1:3]] == ["MATEX", "M2ib"]
-    assert film[-1] == ["Control: RandomMap", "2.00 ± 1.00", "3.00 ± 1.00", "4.00 ± 1.00", "3.00 ± 1.00", MISSING]
+    assert image[1] == ["MATEX", "11.00 ± 1.00", "22.00 ± 2.00", "33.00 ± 3.00", "22.00 ± 2.00", MISSING]
+    assert [line[0] for line in image[1:3]] == ["MATEX", "M2ib"]
+    assert image[-1] == ["Control: RandomMap", "2.00 ± 1.00", "3.00 ± 1.00", "4.00 ± 1.00", "3.00 ± 1.00", MISSING]
     assert "tokens per pair" in phrase[0][1]
 
 
 def test_a_point_without_a_repeat_is_a_dash_and_never_averaged():
-    film = printed(roar())[0]
-    assert film[2] == [
+    image = printed(roar())[0]
+    assert image[2] == [
         "M2ib",
         "21.00 ± 1.00",
         "6.00 ± 1.00",
@@ -204,19 +204,19 @@ def test_better_is_what_is_more_than_noise(difference, p, is_better):
 
 def test_differences_from_noise_stand_with_interval_and_p():
     text = roar_tables(read(roar()))
-    over_all = table_of(text, "Each method minus each control: Maps of the film, mean over the fractions")
+    over_all = table_of(text, "Each method minus each control: Maps of the image, mean over the fractions")
     assert over_all == {
         "": ["minus RandomMap (n = 3)"],
         "MATEX": ["+20.00 (19.00 to 21.00, p = 0.012)"],
         "M2ib": [MISSING],
     }
-    tenth = table_of(text, "Each method minus each control: Maps of the film, 10\N{NO-BREAK SPACE}% dropped")
+    tenth = table_of(text, "Each method minus each control: Maps of the image, 10\N{NO-BREAK SPACE}% dropped")
     assert tenth["MATEX"] == ["+9.00 (8.00 to 10.00, p = 0.200)"]
     assert tenth["M2ib"] == ["-19.00 (-20.00 to -18.00, p < 0.001)"]
     assert re.findall(r"\*\*([+-].*?)\*\*", text) == ["+20.00"]
     short = roar_tables(read(roar()), is_short=True)
     assert "mean over the fractions" in short
-    assert "Maps of the film, 10" not in short
+    assert "Maps of the image, 10" not in short
 
 
 def test_one_repeat_has_no_deviation_and_no_test(tmp_path):
@@ -240,15 +240,15 @@ def test_failed_trainings_and_refused_methods_are_named(tmp_path):
     assert "1 training failed" in page
     assert "repeat-1/image/M2ib/0.5 : Out of memory. (log cells/x/log.txt)" in page
     assert "Left out: M2ib: No attention weights." in page
-    film = printed(results)[0]
-    assert [line[0] for line in film if line[0].startswith("M2ib")] == ["M2ib (published only)"]
+    image = printed(results)[0]
+    assert [line[0] for line in image if line[0].startswith("M2ib")] == ["M2ib (published only)"]
     assert drawn(roar_figure(read(results), "image"))[0] == ["MATEX", "RandomMap"]
 
 
 def test_clean_losses_settings_and_time_are_told():
     text = roar_tables(read(roar()))
     assert "| repeat-2 | 4.250 | 0.7500 |" in text
-    assert "- fill: mean\\_film" in text
+    assert "- fill: mean\\_image" in text
     assert "- 39 of 40 trainings done, 2 h 3 min in all, 92\N{NO-BREAK SPACE}% of it inside training steps" in text
     assert "explained weights abababababababab, trained from cdcdcdcdcdcdcdcd." in text
 
@@ -355,7 +355,7 @@ def test_the_folder_has_tables_pictures_and_a_page_of_its_own(tmp_path):
     assert not page.all("script")
     assert len(page.all("caption")) == len(page.all("table"))
     # What it opens with: the curves of both modalities and the scores beside the published ones.
-    assert list(page.plots())[:2] == ["ROAR+, maps of the film", "ROAR+, maps of the phrase"]
+    assert list(page.plots())[:2] == ["ROAR+, maps of the image", "ROAR+, maps of the phrase"]
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == roar_tables(read(roar()))
 
 
@@ -372,7 +372,7 @@ def test_one_modality_only(tmp_path):
     text = [row for row in roar()["rows"] if row["modality"] == "text"]
     write_roar(read(roar(rows=text)), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES[2:]
-    assert "maps of the film" not in (tmp_path / "report.html").read_text(encoding="utf-8").lower()
+    assert "maps of the image" not in (tmp_path / "report.html").read_text(encoding="utf-8").lower()
 
 
 def test_a_reader_never_sees_half_of_it(tmp_path, monkeypatch):
@@ -478,7 +478,7 @@ def test_panels_survive_the_disk(tmp_path):
         read_panels(tmp_path)
 
 
-FILMS = {"num_train": 8, "num_val": 3, "num_test": 5, "film_size": 64, "batch_size": 4, "num_workers": 0}
+IMAGES = {"num_train": 8, "num_val": 3, "num_test": 5, "stored_size": 64, "batch_size": 4, "num_workers": 0}
 SMALL = {"num_pairs": 4, "validation_pairs": 2, "sanity_pairs": 1, "steps": 2, "resamples": 100}
 
 
@@ -487,7 +487,7 @@ def command(tmp_path_factory):
     """Words of a small benchmark without its folder."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    data = PhantomDataModule(root=str(folder / "films"), **FILMS)
+    data = PhantomDataModule(root=str(folder / "images"), **IMAGES)
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -497,7 +497,7 @@ def command(tmp_path_factory):
     trainer = Trainer(accelerator="cpu", max_steps=2, limit_val_batches=0, num_sanity_val_steps=0, **quiet)
     trainer.fit(ClipModule(str(Path(__file__).with_name("tiny.json")), warmup_steps=1), data)
     trainer.save_checkpoint(folder / "last.ckpt")
-    words = [f"--data.{name}={value}" for name, value in {**FILMS, "root": folder / "films"}.items()]
+    words = [f"--data.{name}={value}" for name, value in {**IMAGES, "root": folder / "images"}.items()]
     words += [f"--{name}={value}" for name, value in SMALL.items()]
     words += ["--ckpt_path", str(folder / "last.ckpt"), "--methods", "matex"]
     return ["benchmark", "--config", "phantom.yaml", *words]
@@ -550,8 +550,8 @@ def test_a_benchmark_gets_measured_roar_beside_the_published(bench):
     assert photos(after) == photos(before) != []
     assert "published only" not in after.words("p")
     assert "ROAR+ is published only." not in text
-    film, phrase = paper_tables(text)
-    for table, inside in ((film, ""), (phrase, " (other settings)")):
+    image, phrase = paper_tables(text)
+    for table, inside in ((image, ""), (phrase, " (other settings)")):
         heads = [plain(cell) for cell in table[0]]
         assert heads[-4].startswith("ROAR+\N{NO-BREAK SPACE}↑ (10\N{NO-BREAK SPACE}% dropped")
         assert heads[-1] == "Published: ROAR+\N{NO-BREAK SPACE}↑"
@@ -560,7 +560,7 @@ def test_a_benchmark_gets_measured_roar_beside_the_published(bench):
         assert values["Control: RandomMap"] == "2.00 ± 1.00"
         assert values["MATEX, as printed"] == values["M2ib"] == MISSING
     assert "Failed, and a dash or a gap here: repeat-1/image/M2ib/0.5" in after.words()
-    assert {"ROAR+, maps of the film", "ROAR+, maps of the phrase"} <= after.plots().keys()
+    assert {"ROAR+, maps of the image", "ROAR+, maps of the phrase"} <= after.plots().keys()
 
 
 def test_the_next_benchmark_there_shows_it_too(bench, command):

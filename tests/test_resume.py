@@ -21,7 +21,7 @@ class KillDuringSecondEpoch(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _fit(folder: Path, films: Path, *more: str) -> int:
+def _fit(folder: Path, images: Path, *more: str) -> int:
     folder.mkdir(exist_ok=True)
     words = [
         "fit",
@@ -29,13 +29,13 @@ def _fit(folder: Path, films: Path, *more: str) -> int:
         "phantom.yaml",
         f"--model.name={TINY}",
         "--model.warmup_steps=1",
-        f"--data.root={films}",
+        f"--data.root={images}",
     ]
     words += [
         "--data.num_train=24",
         "--data.num_val=12",
         "--data.num_test=2",
-        "--data.film_size=96",
+        "--data.stored_size=96",
         "--data.batch_size=8",
     ]
     words += ["--trainer.max_epochs=3", "--trainer.deterministic=true", *more]
@@ -54,10 +54,10 @@ def _last(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_killed_in_the_second_epoch_and_resumed(tmp_path):
-    films, whole, broken = tmp_path / "films", tmp_path / "whole", tmp_path / "broken"
-    assert _fit(whole, films) == 0
-    assert _fit(broken, films, "--trainer.callbacks+=test_resume.KillDuringSecondEpoch") == -signal.SIGKILL
-    assert _fit(broken, films, "--ckpt_path=last") == 0
+    images, whole, broken = tmp_path / "images", tmp_path / "whole", tmp_path / "broken"
+    assert _fit(whole, images) == 0
+    assert _fit(broken, images, "--trainer.callbacks+=test_resume.KillDuringSecondEpoch") == -signal.SIGKILL
+    assert _fit(broken, images, "--ckpt_path=last") == 0
     expected, found = _last(whole), _last(broken)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

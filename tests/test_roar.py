@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from patterns import CONFIG, PatternFilms
+from patterns import CONFIG, PatternImages
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,12 +21,12 @@ from matex_pl import ClipModule
 from matex_pl.attribution import RandomMap
 from matex_pl.callbacks import RoarPlus
 from matex_pl.cli import main
-from matex_pl.data.images import Film
+from matex_pl.data.images import GrayImage
 from matex_pl.evaluation.compared import BLURRED, RANDOM
 from matex_pl.roar.collect import _holm, _paired, collect
 from matex_pl.roar.drop import drop_of, top_units
-from matex_pl.roar.films import PlanFilms
 from matex_pl.roar.finetune import RoarModule, build_module, train_run
+from matex_pl.roar.images import PlanImages
 from matex_pl.roar.make import BOXES, make_plan, plan_methods
 from matex_pl.roar.plan import Plan, Protocol, Run, Training, read_plan, take_shard
 from matex_pl.roar.work import prepare_maps, work_here
@@ -39,10 +39,10 @@ def _module(**settings) -> ClipModule:
     return ClipModule(json.dumps(CONFIG), warmup_steps=0, **settings)
 
 
-def _plan(folder: Path, methods=("chefer",), training=QUICK, films=40, data=None, module=None, **protocol) -> Plan:
+def _plan(folder: Path, methods=("chefer",), training=QUICK, images=40, data=None, module=None, **protocol) -> Plan:
     module = module or _module()
     protocol = Protocol(**{"fractions": [0.25], "repeats": 2, **protocol})
-    data = data or PatternFilms(films)
+    data = data or PatternImages(images)
     return make_plan(folder, data, module, module, methods, protocol, training, {"checkpoint": "here"})
 
 
@@ -80,11 +80,11 @@ def test_units_are_counted_exactly(fraction, units, dropped):
         assert dropped in (0, units) or value[row].min() > value[~row].max()
 
 
-@pytest.mark.parametrize("fill", ["mean_film", "mean_colour", "blur"])
+@pytest.mark.parametrize("fill", ["mean_image", "mean_color", "blur"])
 def test_only_dropped_patches_and_tokens_change(tmp_path, fill):
     plan = _plan(tmp_path, fill=fill)
-    films, module = PlanFilms(tmp_path), build_module(plan).eval()
-    batch = films.batch([3, 5])
+    stored, module = PlanImages(tmp_path), build_module(plan).eval()
+    batch = stored.batch([3, 5])
     whole, tokens = ClipModule.inputs(module, batch)
     drop = torch.zeros(2, 4, 4, dtype=torch.bool)
     drop[0, 1, 2] = drop[1, 3, 0] = True
@@ -95,11 +95,11 @@ def test_only_dropped_patches_and_tokens_change(tmp_path, fill):
     for row, y, x in ((0, 1, 2), (1, 3, 0)):
         for v in range(8 * y, 8 * y + 8):
             for u in range(8 * x, 8 * x + 8):
-                if fill == "mean_film":
+                if fill == "mean_image":
                     for channel in range(3):
-                        value = module.clip.mean_film[0, v, u]
+                        value = module.clip.mean_image[0, v, u]
                         expected[row, channel, v, u] = (value - module.clip.mean[channel]) / module.clip.std[channel]
-                elif fill == "mean_colour":
+                elif fill == "mean_color":
                     expected[row, :, v, u] = 0
                 else:
                     expected[row, :, v, u] = images[row, :, v, u]
@@ -119,73 +119,73 @@ def test_validation_is_whole_unless_asked(tmp_path, monkeypatch, corrupt_val):
         return inputs(self, batch)
 
     monkeypatch.setattr(RoarModule, "inputs", seen)
-    train_run(plan, PlanFilms(tmp_path), Run(0, BOXES, "image", 0.25))
+    train_run(plan, PlanImages(tmp_path), Run(0, BOXES, "image", 0.25))
     assert is_dropped == {True: {True}, False: {corrupt_val}}
 
 
 def test_what_a_method_marks_most_is_dropped(tmp_path):
     plan = _plan(tmp_path)
     prepare_maps(plan)
-    films = PlanFilms(tmp_path)
-    train, _ = films.split(0.8, 0)
-    boxes = drop_of(plan, films, Run(0, BOXES, "image", 1 / 16))["drop_patches"]
+    images = PlanImages(tmp_path)
+    train, _ = images.split(0.8, 0)
+    boxes = drop_of(plan, images, Run(0, BOXES, "image", 1 / 16))["drop_patches"]
     for row in train:
-        x0, y0, *_ = films.studies[row].boxes[0]
+        x0, y0, *_ = images.pairs[row].boxes[0]
         assert boxes[row].nonzero().tolist() == [[y0 // 8, x0 // 8]]
-    ((name, tokens),) = drop_of(plan, films, Run(0, "Chefer", "text", 0.25)).items()
-    content = plan_content(plan, films, train)
+    ((name, tokens),) = drop_of(plan, images, Run(0, "Chefer", "text", 0.25)).items()
+    content = plan_content(plan, images, train)
     assert name == "drop_tokens"
     assert tokens[train].sum(1).tolist() == [int(0.25 * number) for number in content.sum(1).tolist()]
     assert not (tokens[train] & ~content).any()
 
 
-def plan_content(plan, films, rows):
+def plan_content(plan, images, rows):
     clip = build_module(plan).clip
-    return clip.content(clip.tokenize([films.studies[row].phrase for row in rows]))
+    return clip.content(clip.tokenize([images.pairs[row].phrase for row in rows]))
 
 
-# The films.
+# The images.
 
 
-def test_films_are_decoded_once_and_stay_as_the_data_module_gives_them(tmp_path):
-    data = PatternFilms(40)
+def test_images_are_decoded_once_and_stay_as_the_data_module_gives_them(tmp_path):
+    data = PatternImages(40)
     plan = _plan(tmp_path, data=data)
-    # Once for the plan; the mean film of a model without one reads the training films too.
+    # Once for the plan; the mean image of a model without one reads the training images too.
     module_reads = 40
     assert data.reads == 40 + module_reads
     _run(plan)
     assert data.reads == 40 + module_reads
-    films, wanted = PlanFilms(tmp_path), data.dataset("train").batch([f"film-{index}" for index in range(40)])
-    batch = films.batch(range(40))
+    images, wanted = PlanImages(tmp_path), data.dataset("train").batch([f"image-{index}" for index in range(40)])
+    batch = images.batch(range(40))
     assert torch.equal(batch["image"], wanted["image"])
-    torch.testing.assert_close(batch["film"], wanted["film"])
+    torch.testing.assert_close(batch["content_box"], wanted["content_box"])
     for one, other in zip(batch["boxes"], wanted["boxes"], strict=True):
         torch.testing.assert_close(one, other)
     assert batch["phrase"] == wanted["phrase"]
 
 
-def test_films_are_opened_as_a_training_opens_them(tmp_path, monkeypatch):
-    def half(self, study, transform):
-        return Film(self.read_film(study)[::2, ::2], (32, 32))
+def test_images_are_opened_as_a_training_opens_them(tmp_path, monkeypatch):
+    def half(self, pair, transform):
+        return GrayImage(self.read_image(pair)[::2, ::2], (32, 32))
 
-    monkeypatch.setattr(PatternFilms, "open_film", half)
-    data = PatternFilms(20)
+    monkeypatch.setattr(PatternImages, "open_image", half)
+    data = PatternImages(20)
     _plan(tmp_path, data=data)
-    wanted = data.dataset("train").batch([f"film-{index}" for index in range(20)])
-    batch = PlanFilms(tmp_path).batch(range(20))
+    wanted = data.dataset("train").batch([f"image-{index}" for index in range(20)])
+    batch = PlanImages(tmp_path).batch(range(20))
     assert torch.equal(batch["image"], wanted["image"])
     for one, other in zip(batch["boxes"], wanted["boxes"], strict=True):
         torch.testing.assert_close(one, other)
 
 
 def test_a_repeat_splits_by_patient_and_the_next_one_otherwise(tmp_path):
-    _plan(tmp_path, data=PatternFilms(40, per_patient=4))
-    films = PlanFilms(tmp_path)
-    splits = [films.split(0.8, seed) for seed in (0, 0, 1)]
+    _plan(tmp_path, data=PatternImages(40, per_patient=4))
+    images = PlanImages(tmp_path)
+    splits = [images.split(0.8, seed) for seed in (0, 0, 1)]
     assert splits[0] == splits[1] != splits[2]
     for train, val in splits:
         assert (len(train), len(val)) == (32, 8)
-        assert not {films.studies[row].patient_id for row in train} & {films.studies[row].patient_id for row in val}
+        assert not {images.pairs[row].patient_id for row in train} & {images.pairs[row].patient_id for row in val}
 
 
 def test_a_repeat_has_the_same_batches_for_every_method(tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_repeat_has_the_same_batches_for_every_method(tmp_path, monkeypatch):
     monkeypatch.setattr(RoarModule, "inputs", noted)
     for run in (Run(0), Run(0, BOXES, "image", 0.25), Run(1)):
         seen.append([])
-        train_run(plan, PlanFilms(tmp_path), run)
+        train_run(plan, PlanImages(tmp_path), run)
     assert seen[0] == seen[1] != seen[2]
     # 32 of 40 pairs to train on, in two batches; the second epoch has another order.
     trained = [ids for is_training, ids in seen[0] if is_training]
@@ -217,15 +217,15 @@ def test_a_fraction_of_nothing_gives_exactly_the_clean_loss(tmp_path):
 
 
 def test_a_run_is_a_function_of_its_description(tmp_path):
-    plan = _plan(tmp_path, films=40)
-    films = PlanFilms(tmp_path)
-    first = train_run(plan, films, Run(1, BOXES, "image", 0.25))
+    plan = _plan(tmp_path, images=40)
+    images = PlanImages(tmp_path)
+    first = train_run(plan, images, Run(1, BOXES, "image", 0.25))
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    again = train_run(read_plan(tmp_path), films, Run(1, BOXES, "image", 0.25))
+    again = train_run(read_plan(tmp_path), images, Run(1, BOXES, "image", 0.25))
     assert torch.equal(torch.get_rng_state(), state)
     assert first["loss"] == again["loss"]
-    assert first["loss"] != train_run(plan, films, Run(0, BOXES, "image", 0.25))["loss"]
+    assert first["loss"] != train_run(plan, images, Run(0, BOXES, "image", 0.25))["loss"]
 
 
 def test_runs_leave_nothing_in_memory(tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_what_is_trained(tmp_path, finetune, monkeypatch):
     monkeypatch.setattr(
         "matex_pl.roar.finetune.build_module", lambda *arguments: kept.append(build_module(*arguments)) or kept[-1]
     )
-    train_run(plan, PlanFilms(tmp_path), Run(0))
+    train_run(plan, PlanImages(tmp_path), Run(0))
     before = dict(build_module(plan).named_parameters())
     changed = {name for name, value in kept[0].named_parameters() if not torch.equal(value, before[name])}
     changed -= {"clip.model.logit_scale"}
@@ -271,7 +271,7 @@ def test_what_is_trained(tmp_path, finetune, monkeypatch):
 @pytest.mark.slow
 def test_true_boxes_score_above_noise_and_smooth_noise_near_noise(tmp_path):
     training = Training(epochs=12, batch_size=16, lr=3e-3, warmup_steps=5, accelerator="cpu")
-    found = _run(_plan(tmp_path, (), training, films=200, modalities=["image"], fractions=[1 / 16], repeats=3))
+    found = _run(_plan(tmp_path, (), training, images=200, modalities=["image"], fractions=[1 / 16], repeats=3))
     points = {row["name"]: row["points"][0] for row in found["rows"]}
     boxes, noise, smooth = (points[name] for name in (BOXES, RANDOM, BLURRED))
     spread = max(point["std"] for point in points.values())
@@ -353,7 +353,7 @@ def test_smooth_noise_is_smooth(tiny_clip):
     [
         ({"fractions": [10]}, r"fractions must be in \[0, 1\], got 10. Give a share"),
         ({"fractions": [0.1, 0.1]}, "each once"),
-        ({"modalities": ["film"]}, "modalities must be one of image, text, got 'film'"),
+        ({"modalities": ["content_box"]}, "modalities must be one of image, text, got 'image'"),
         ({"repeats": 0}, "repeats must be at least 1"),
         ({"fill": "white"}, "fill must be one of"),
         ({"train_share": 1.0}, "train_share must be in"),
@@ -378,7 +378,7 @@ def test_methods_are_named_once_and_controls_are_always_there():
 
 def test_one_patient_cannot_be_split(tmp_path):
     with pytest.raises(ValueError, match="20 pairs of 1 patients cannot be split"):
-        _plan(tmp_path, data=PatternFilms(20, per_patient=99))
+        _plan(tmp_path, data=PatternImages(20, per_patient=99))
 
 
 def test_a_shard_is_every_nth_run():
@@ -393,9 +393,9 @@ def test_a_shard_is_every_nth_run():
 # From where users enter.
 
 
-def test_the_command_with_the_shipped_config(tmp_path, film_root, capsys):
+def test_the_command_with_the_shipped_config(tmp_path, image_root, capsys):
     module = _module()
-    data = PatternFilms(20)
+    data = PatternImages(20)
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, num_sanity_val_steps=0,
@@ -403,8 +403,8 @@ def test_the_command_with_the_shipped_config(tmp_path, film_root, capsys):
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     words = [
-        "roar", "run", "--config", "roar_phantom.yaml", f"--data.root={film_root}", "--data.num_train=20",
-        "--data.film_size=64", "--data.num_workers=0", "--processes=1", "--methods=chefer", "--protocol.repeats=1",
+        "roar", "run", "--config", "roar_phantom.yaml", f"--data.root={image_root}", "--data.num_train=20",
+        "--data.stored_size=64", "--data.num_workers=0", "--processes=1", "--methods=chefer", "--protocol.repeats=1",
         "--protocol.fractions=[0.5]", "--training.epochs=1", "--training.batch_size=8",
         f"--ckpt_path={tmp_path / 'last.ckpt'}", f"--out={tmp_path / 'roar'}",
     ]  # fmt: skip
@@ -429,7 +429,7 @@ def test_the_command_with_the_shipped_config(tmp_path, film_root, capsys):
 
 def _fit(tmp_path, name, callbacks, **settings):
     torch.manual_seed(1)
-    module, data = _module(lr=1e-3), PatternFilms(20)
+    module, data = _module(lr=1e-3), PatternImages(20)
     logger = TensorBoardLogger(str(tmp_path), name=name, version="")
     trainer = Trainer(
         accelerator="cpu", max_epochs=2, logger=logger, callbacks=callbacks, enable_progress_bar=False,
@@ -449,7 +449,7 @@ def test_the_callback_logs_curves_table_and_scores_and_leaves_the_training_alone
     plan = read_plan(Path(trainer.log_dir) / "roar")
     untrained, begun = _module(lr=1e-3).state_dict(), build_module(plan).state_dict()
     wanted = untrained if start == "before" else module.state_dict()
-    assert all(torch.equal(begun[name], wanted[name]) for name in wanted if "mean_film" not in name)
+    assert all(torch.equal(begun[name], wanted[name]) for name in wanted if "mean_image" not in name)
     events = EventAccumulator(trainer.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
     found = collect(plan)
     for row in found["rows"]:
@@ -474,7 +474,7 @@ def test_the_callback_needs_this_projects_module_and_data(tmp_path):
         RoarPlus(start="middle")
     callback = RoarPlus(out=str(tmp_path))
     trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback])
-    data = PatternFilms(20)
+    data = PatternImages(20)
     data.setup("fit")
     with pytest.raises(
         TypeError, match="RoarPlus needs a ClipModule and a data module of matex_pl, got ClipModule and"

@@ -26,7 +26,7 @@ from matex_pl.roar.cluster import init_settings
 from matex_pl.roar.finetune import RoarModule
 from matex_pl.roar.plan import read_plan
 
-FILMS = {"num_train": 14, "num_val": 2, "num_test": 2, "film_size": 64, "batch_size": 4, "num_workers": 0}
+IMAGES = {"num_train": 14, "num_val": 2, "num_test": 2, "stored_size": 64, "batch_size": 4, "num_workers": 0}
 ROWS = ("chefer", "randommap", "randommap-blurred", "centermap", "true-boxes")
 RUNS = ["repeat-0/clean", *(f"repeat-0/image/{row}/0.5" for row in ROWS)]
 WAIT = 300
@@ -47,7 +47,7 @@ def config(tmp_path_factory):
     from matex_pl import ClipModule
 
     folder = tmp_path_factory.mktemp("roar")
-    data = {"class_path": "matex_pl.data.PhantomDataModule", "init_args": {"root": str(folder / "films"), **FILMS}}
+    data = {"class_path": "matex_pl.data.PhantomDataModule", "init_args": {"root": str(folder / "images"), **IMAGES}}
     torch.manual_seed(0)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, enable_checkpointing=False, **quiet)
@@ -232,13 +232,13 @@ def run_and_log(words, log, failing):
     """Run with a line in `log` for each attempt; before its first end, the other process must have begun as well."""
     train = roar_work.train_run
 
-    def logged(plan, films, run):
+    def logged(plan, images, run):
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{os.getpid()} {run.id}\n")
         wait_for(lambda: len({line.split()[0] for line in log.read_text(encoding="utf-8").splitlines()}) == 2)
         if run.id == failing:
             raise RuntimeError("boom")
-        return train(plan, films, run)
+        return train(plan, images, run)
 
     roar_work.train_run = logged
     main(words)
@@ -270,10 +270,10 @@ def stop_in_first_run(words):
     """Stop this process within its first run, until somebody wakes it."""
     train = roar_work.train_run
 
-    def stopped(plan, films, run):
+    def stopped(plan, images, run):
         os.kill(os.getpid(), signal.SIGSTOP)
         roar_work.train_run = train
-        return train(plan, films, run)
+        return train(plan, images, run)
 
     roar_work.train_run = stopped
     main(words)
@@ -323,14 +323,14 @@ import os, sys, time
 if any("matex_pl.roar" in word or "default_worker" in word for word in sys.orig_argv):
     from matex_pl.roar import work
     train = work.train_run
-    def train_run(plan, films, run):
+    def train_run(plan, images, run):
         with open(os.environ["ROAR_LOG"], "a") as file:
             file.write(f"{os.getpid()} {run.id}\\n")
         if run.id == os.environ.get("ROAR_DIE"):
             os._exit(7)
         if "ROAR_WAIT" in os.environ:
             time.sleep(1000)
-        return train(plan, films, run)
+        return train(plan, images, run)
     work.train_run = train_run
 '''
 
@@ -448,10 +448,10 @@ def test_without_ray(made, monkeypatch, capsys):
 def fail_in(monkeypatch, name, error):
     train = roar_work.train_run
 
-    def fail(plan, films, run):
+    def fail(plan, images, run):
         if run.id == name:
             raise error
-        return train(plan, films, run)
+        return train(plan, images, run)
 
     monkeypatch.setattr(roar_work, "train_run", fail)
 

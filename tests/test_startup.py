@@ -62,7 +62,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (2, ["check-data", "-c", "none.yaml"]),
         (2, ["benchmark", "--config", "phantom.yaml", "--out", "x"]),
         (2, ["tune", "--ckpt_path", "x"]),
-        (2, ["explain", "film.png"]),
+        (2, ["explain", "image.png"]),
         (2, ["roar", "run", "--config", "none.yaml"]),
         (2, ["roar", "status"]),
     ],
@@ -79,8 +79,8 @@ def test_explain_imports_no_trainer_and_no_other_command(here: Path) -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(ClipModule("tiny.json"))
     trainer.save_checkpoint("tiny.ckpt")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("film.png")
-    status, modules = run("explain", "film.png", "Left nodule.", "--ckpt_path", "tiny.ckpt")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("image.png")
+    status, modules = run("explain", "image.png", "Left nodule.", "--ckpt_path", "tiny.ckpt")
     assert status == 0
     assert Path("panel.png").is_file()
     assert not modules & {*OTHER_COMMANDS, "lightning", "albumentations", "matplotlib"}

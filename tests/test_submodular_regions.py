@@ -52,7 +52,7 @@ def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
     clip = family(name, torch.float64)
     images, tokens, phrases = (part[1 : 2 + (settings["regions"] == 6)] for part in pairs(clip))
     slow = {key: value for key, value in settings.items() if key != "fill"}
-    fill = fill_images(settings.get("fill", "mean_film"), clip, images).expand_as(images)
+    fill = fill_images(settings.get("fill", "mean_image"), clip, images).expand_as(images)
     raw = raw_submodular_regions(clip, images, tokens, fill=fill, references=REFERENCES, **slow)
     expected = reference.finish(clip, raw, images, tokens)
     maps = SubmodularRegions(references=REFERENCES, **settings).attribute(clip, images, tokens, phrases)
@@ -94,7 +94,7 @@ def test_plain_search_is_brute_force() -> None:
     settings = {"regions": 6, "confidence": 0.0, "effectiveness": 0.0, "consistency": 1.0, "collaboration": 3.0}
     maps = SubmodularRegions(pending=0, **settings).attribute(clip, images, tokens, phrases)
     region = maps.parts["region"][0].view(clip.grid).repeat_interleave(8, 0).repeat_interleave(8, 1)
-    fill = fill_images("mean_film", clip, images)[0]
+    fill = fill_images("mean_image", clip, images)[0]
 
     def score(subset: list[int]) -> float:
         shown = torch.where(torch.isin(region, torch.tensor(subset)), images[0], fill)
@@ -158,7 +158,7 @@ def test_equal_regions_keep_their_order(pending: int) -> None:
 
 
 def test_a_score_of_one_region_ranks_it_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the whole method, with a tower that sees the brightness of one region of each film."""
+    """Through the whole method, with a tower that sees the brightness of one region of each image."""
     clip = family("native", torch.float64)
     images, tokens, phrases = pairs(clip)
     places = [0, 2, 3, 5, 1]
@@ -202,16 +202,16 @@ def test_effectiveness() -> None:
 
 
 @pytest.mark.parametrize("explain", ["cosine", "margin", "probability"])
-def test_batched_equals_single(explain: str) -> None:
+def test_batched_equals_single(target: str) -> None:
     clip = family("native", torch.float64)
     images, tokens, phrases = pairs(clip)
     together = [
-        SubmodularRegions(12, pending=3, chunk_size=size, explain=explain, references=REFERENCES).attribute(
+        SubmodularRegions(12, pending=3, chunk_size=size, target=target, references=REFERENCES).attribute(
             clip, images, tokens, phrases
         )
         for size in (128, 7)
     ]
-    method = SubmodularRegions(12, pending=3, explain=explain, references=REFERENCES)
+    method = SubmodularRegions(12, pending=3, target=target, references=REFERENCES)
     for b in range(len(phrases)):
         one = slice(b, b + 1)
         alone = method.attribute(clip, images[one], tokens[one], phrases[one])
@@ -222,11 +222,11 @@ def test_batched_equals_single(explain: str) -> None:
 
 
 @pytest.mark.parametrize("explain", ["cosine", "probability"])
-@pytest.mark.parametrize("fill", ["mean_film", "blur"])
-def test_phrases_of_one_image(fill: str, explain: str) -> None:
+@pytest.mark.parametrize("fill", ["mean_image", "blur"])
+def test_phrases_of_one_image(fill: str, target: str) -> None:
     clip = family("native", torch.float64)
     images, tokens, phrases = pairs(clip)
-    method = SubmodularRegions(6, pending=2, fill=fill, explain=explain, references=REFERENCES)
+    method = SubmodularRegions(6, pending=2, fill=fill, target=target, references=REFERENCES)
     pairwise = method.attribute(clip, images[:1].expand(5, -1, -1, -1), tokens, phrases)
     together = method.attribute_phrases(clip, images[0], phrases)
     torch.testing.assert_close(together.image, pairwise.image, atol=1e-6, rtol=0)
@@ -241,7 +241,7 @@ def test_the_phrase_is_one_class() -> None:
     images, tokens, phrases = small(clip)
 
     def found(references: list[str]) -> Any:
-        method = SubmodularRegions(6, explain="probability", references=references)
+        method = SubmodularRegions(6, target="probability", references=references)
         return method.attribute(clip, images, tokens, phrases)
 
     with_it, without = found([*REFERENCE_PHRASES, phrases[1]]), found(REFERENCE_PHRASES)
@@ -258,10 +258,10 @@ def test_probabilities_of_margins_are_those_of_cosines() -> None:
     clip = family("native", torch.float64)
     weights = {"confidence": 1.0, "effectiveness": 0.0, "consistency": 0.0, "collaboration": 0.0}
     orders = [
-        SubmodularRegions(6, **weights, explain=explain, references=REFERENCES)
+        SubmodularRegions(6, **weights, target=target, references=REFERENCES)
         .attribute(clip, *small(clip))
         .parts["order"]
-        for explain in ("cosine", "margin", "probability")
+        for target in ("cosine", "margin", "probability")
     ]
     assert torch.equal(orders[0], orders[1])
     assert torch.equal(orders[0], orders[2])
@@ -336,7 +336,7 @@ def small_without_words(clip: Clip) -> tuple[Tensor, Tensor, list[str]]:
         ({"confidence": -0.5}, "confidence is a weight, a number of at least 0, got -0.5"),
         ({"effectiveness": float("nan")}, "effectiveness is a weight, .* got nan"),
         ({"confidence": 0, "effectiveness": 0, "consistency": 0, "collaboration": 0}, "all 0: there is nothing"),
-        ({"fill": "black"}, "fill must be one of mean_film, mean_colour, blur, got 'black'"),
+        ({"fill": "black"}, "fill must be one of mean_image, mean_color, blur, got 'black'"),
         ({"explain": "logit"}, "explain must be one of cosine, margin, probability, got 'logit'"),
         ({"references": []}, "references must name at least one phrase"),
     ],
@@ -350,6 +350,6 @@ def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
 def test_a_model_without_the_fill_is_refused() -> None:
     source = family("square", torch.float64)
     clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
-    clip.mean_film.fill_(torch.nan)
-    with pytest.raises(ValueError, match="fill='mean_film' needs the mean of the training films"):
+    clip.mean_image.fill_(torch.nan)
+    with pytest.raises(ValueError, match="fill='mean_image' needs the mean of the training images"):
         SubmodularRegions().attribute(clip, *small(clip))

@@ -88,19 +88,19 @@ WAYS = ("explain", "benchmark", "pretrained", "fit", "test")
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_checkpoint_that_would_run_code_is_refused_by_its_name(
-    tiny_json: str, tiny_films: PhantomDataModule, checkpoint: Path, way: str
+    tiny_json: str, tiny_images: PhantomDataModule, checkpoint: Path, way: str
 ) -> None:
     trace = checkpoint.with_name("trace")
     evil = _changed(checkpoint, "evil.ckpt", lambda content: content.update(callbacks=Touch(trace)))
     with pytest.raises(ValueError, match=r"evil\.ckpt is no .*it would run posix\.system"):
-        _uses(evil, tiny_films, tiny_json)[way]()
+        _uses(evil, tiny_images, tiny_json)[way]()
     assert not trace.exists()
 
 
 def test_the_command_line_refuses_it_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint.parent)
     evil = _changed(checkpoint, "evil.ckpt", lambda content: content.update(callbacks=Touch(Path("trace"))))
-    Path("film.png").write_bytes(b"")
+    Path("image.png").write_bytes(b"")
     words = ["test", "--config=phantom.yaml", "--data.num_test=2", f"--ckpt_path={evil}"]
     with pytest.raises(ValueError, match=r"evil\.ckpt is no checkpoint .*it would run posix\.system"):
         main(words)
@@ -113,11 +113,11 @@ def test_the_command_line_refuses_it_too(checkpoint: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 def test_weights_that_are_no_numbers_are_named(
-    tiny_json: str, tiny_films: PhantomDataModule, checkpoint: Path, way: str, bad: float
+    tiny_json: str, tiny_images: PhantomDataModule, checkpoint: Path, way: str, bad: float
 ) -> None:
     spoilt = _changed(checkpoint, "bad.ckpt", lambda content: _weight(content, "ln_final.weight")[3].fill_(bad))
     with pytest.raises(ValueError, match=r"bad\.ckpt.* holds NaN or Inf in .*ln_final\.weight \(1 tensors\)"):
-        _uses(spoilt, tiny_films, tiny_json)[way]()
+        _uses(spoilt, tiny_images, tiny_json)[way]()
 
 
 def _weight(content: dict[str, Any], name: str) -> torch.Tensor:
@@ -126,12 +126,12 @@ def _weight(content: dict[str, Any], name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_of_another_shape_are_named(
-    tiny_json: str, tiny_films: PhantomDataModule, checkpoint: Path, way: str
+    tiny_json: str, tiny_images: PhantomDataModule, checkpoint: Path, way: str
 ) -> None:
     wide = {"clip.model.ln_final.weight": torch.ones(48)}
     spoilt = _changed(checkpoint, "wide.ckpt", lambda content: content["state_dict"].update(wide))
     with pytest.raises((ValueError, RuntimeError), match=r"(?s)size mismatch for .*ln_final\.weight.*48"):
-        _uses(spoilt, tiny_films, tiny_json)[way]()
+        _uses(spoilt, tiny_images, tiny_json)[way]()
 
 
 def _other_tokenizer(content: dict[str, Any]) -> None:
@@ -140,12 +140,12 @@ def _other_tokenizer(content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_another_tokenizer_is_named(tiny_json: str, tiny_films: PhantomDataModule, checkpoint: Path, way: str) -> None:
+def test_another_tokenizer_is_named(tiny_json: str, tiny_images: PhantomDataModule, checkpoint: Path, way: str) -> None:
     spoilt = _changed(checkpoint, "other.ckpt", _other_tokenizer)
     with pytest.raises(
         ValueError, match=r"other\.ckpt.* was trained with the tokenizer a/tokenizer, this model has CLIP's"
     ):
-        _uses(spoilt, tiny_films, tiny_json)[way]()
+        _uses(spoilt, tiny_images, tiny_json)[way]()
 
 
 def test_checkpoints_without_a_mark_and_of_another_context_length_are_taken(tiny_json: str, checkpoint: Path) -> None:
@@ -157,8 +157,8 @@ def test_checkpoints_without_a_mark_and_of_another_context_length_are_taken(tiny
     assert load_clip(json.dumps(longer), str(checkpoint)).context_length == 24
 
 
-class BadFilm(ClipModule):
-    """Whatever a study's film is, the model sees no numbers in it."""
+class BadImage(ClipModule):
+    """Whatever a pair's image is, the model sees no numbers in it."""
 
     bad = ""
 
@@ -170,36 +170,36 @@ class BadFilm(ClipModule):
 
 def _finite(path: Path) -> dict[str, torch.Tensor]:
     state = torch.load(path, weights_only=True)["state_dict"]
-    assert all(value.isfinite().all() for name, value in state.items() if name != "clip.mean_film")
+    assert all(value.isfinite().all() for name, value in state.items() if name != "clip.mean_image")
     return state
 
 
-def test_a_loss_that_is_nan_names_the_studies_and_keeps_the_weights(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+def test_a_loss_that_is_nan_names_the_pairs_and_keeps_the_weights(
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
-    tiny_films.setup("fit")
-    batches = [batch["id"] for batch in tiny_films.train_dataloader()]
-    module = BadFilm(tiny_json, warmup_steps=0, lr=1e-3)
+    tiny_images.setup("fit")
+    batches = [batch["id"] for batch in tiny_images.train_dataloader()]
+    module = BadImage(tiny_json, warmup_steps=0, lr=1e-3)
     module.bad = batches[2][1]
     with pytest.raises(FloatingPointError, match="The loss is nan in epoch 0 at step 2") as caught:
-        _trainer(tmp_path, limit_val_batches=0).fit(module, tiny_films)
+        _trainer(tmp_path, limit_val_batches=0).fit(module, tiny_images)
     message = str(caught.value)
-    assert f"with the studies {', '.join(batches[2])}." in message
+    assert f"with the pairs {', '.join(batches[2])}." in message
     assert f"The embeddings of {module.bad} are no numbers." in message
     path = tmp_path / "before_nan-epoch=0-step=2.ckpt"
     assert str(path) in message
     state = _finite(path)
     assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
-    # It can be gone on from, once the film is mended.
+    # It can be gone on from, once the image is mended.
     module.bad = ""
     run = _trainer(tmp_path, limit_val_batches=0, max_epochs=2)
-    run.fit(ClipModule(tiny_json, warmup_steps=0, lr=1e-3), tiny_films, ckpt_path=path, weights_only=True)
+    run.fit(ClipModule(tiny_json, warmup_steps=0, lr=1e-3), tiny_images, ckpt_path=path, weights_only=True)
     assert run.global_step > 2
     assert float(run.callback_metrics["train/loss"]) < 5
 
 
 def test_a_gradient_that_is_no_number_does_not_reach_the_weights(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
     class Spoilt(ClipModule):
         def on_after_backward(self) -> None:
@@ -209,14 +209,14 @@ def test_a_gradient_that_is_no_number_does_not_reach_the_weights(
     module = Spoilt(tiny_json, warmup_steps=0, lr=1e-3)
     run = _trainer(tmp_path, limit_val_batches=0, accumulate_grad_batches=2, gradient_clip_val=1.0)
     with pytest.raises(FloatingPointError, match="The norm of the gradient is inf in epoch 0 at step 1") as caught:
-        run.fit(module, tiny_films)
-    batches = [batch["id"] for batch in tiny_films.train_dataloader()]
-    assert f"with the studies {', '.join(batches[2] + batches[3])}." in str(caught.value)
+        run.fit(module, tiny_images)
+    batches = [batch["id"] for batch in tiny_images.train_dataloader()]
+    assert f"with the pairs {', '.join(batches[2] + batches[3])}." in str(caught.value)
     _finite(tmp_path / "before_nan-epoch=0-step=1.ckpt")
 
 
 def test_weights_that_are_spoilt_already_are_not_kept_as_good_ones(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
     class Spoilt(ClipModule):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -224,7 +224,7 @@ def test_weights_that_are_spoilt_already_are_not_kept_as_good_ones(
                 torch.nn.init.constant_(self.clip.model.ln_final.weight, torch.nan)
 
     with pytest.raises(FloatingPointError, match="The weights are no numbers either: go on from an earlier"):
-        _trainer(tmp_path, limit_val_batches=0).fit(Spoilt(tiny_json, warmup_steps=0), tiny_films)
+        _trainer(tmp_path, limit_val_batches=0).fit(Spoilt(tiny_json, warmup_steps=0), tiny_images)
     assert not list(tmp_path.rglob("before_nan*"))
 
 
@@ -251,7 +251,7 @@ def _logged(
     """What a remote logger got, and the panels with words and without."""
     torch.manual_seed(0)
     module, remote = ClipModule(tiny_json), Elsewhere()
-    callback = AttributionMaps(CenterMap(), num_studies=2, show_text=show_text)
+    callback = AttributionMaps(CenterMap(), num_pairs=2, show_text=show_text)
     _trainer(folder, callback, logger=[TensorBoardLogger(folder), remote]).validate(module, data, verbose=False)
     batch = data.dataset("val").batch(callback.chosen["val"])
     panels = {
@@ -269,9 +269,9 @@ def _logged(
 
 @pytest.mark.parametrize(("show_text", "shown"), [(None, False), (False, False), (True, True)])
 def test_words_leave_the_machine_only_when_asked(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path, show_text: bool | None, shown: bool
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path, show_text: bool | None, shown: bool
 ) -> None:
-    remote, panels, _ = _logged(tiny_json, tiny_films, tmp_path, show_text)
+    remote, panels, _ = _logged(tiny_json, tiny_images, tmp_path, show_text)
     assert len(remote.pictures) == 2
     for tag, picture in remote.pictures.items():
         assert np.array_equal(picture, panels[shown][tag])
@@ -279,13 +279,13 @@ def test_words_leave_the_machine_only_when_asked(
 
 
 def test_a_panel_without_words_is_the_same_for_all_of_their_lengths(
-    tiny_json: str, tiny_films: PhantomDataModule
+    tiny_json: str, tiny_images: PhantomDataModule
 ) -> None:
-    tiny_films.setup("fit")
+    tiny_images.setup("fit")
     module = ClipModule(tiny_json).eval()
     pictures = []
     for phrase, finding in (("Edema here.", "edema"), ("Nodule gone.", "nodule")):
-        batch = {**tiny_films.dataset("val").batch([tiny_films.studies["val"][0].id])}
+        batch = {**tiny_images.dataset("val").batch([tiny_images.pairs["val"][0].id])}
         batch |= {"phrase": [phrase], "finding": [finding]}
         module.clip.pieces = lambda tokens: [" word"] * len(tokens)
         maps = explain_batch(module, Unworded(), batch, "", show_text=False)
@@ -298,8 +298,8 @@ def test_a_panel_without_words_is_the_same_for_all_of_their_lengths(
 class Unworded(CenterMap):
     """The same score and relevance whatever the words."""
 
-    def attribute(self, clip: Any, images: Any, tokens: Any, phrases: Any, film: Any = None) -> Any:
-        maps = super().attribute(clip, images, tokens, phrases, film)
+    def attribute(self, clip: Any, images: Any, tokens: Any, phrases: Any, image: Any = None) -> Any:
+        maps = super().attribute(clip, images, tokens, phrases, image)
         maps.score = torch.zeros(1)
         maps.content = torch.zeros_like(maps.content)
         maps.content[:, 1:4] = True
@@ -312,14 +312,14 @@ def test_tensorboard_on_an_address_is_elsewhere(tmp_path: Path) -> None:
     assert not is_local(Elsewhere())
 
 
-def test_no_patient_id_is_logged(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+def test_no_patient_id_is_logged(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
     class Secret(PhantomDataModule):
-        def list_studies(self) -> list[Any]:
-            return [type(study)(**{**vars(study), "patient_id": "MRN4711"}) for study in super().list_studies()]
+        def list_pairs(self) -> list[Any]:
+            return [type(pair)(**{**vars(pair), "patient_id": "MRN4711"}) for pair in super().list_pairs()]
 
-    sizes = {"num_train": 12, "num_val": 6, "num_test": 6, "film_size": 64, "batch_size": 4, "num_workers": 0}
-    data = Secret(root=str(tiny_films.root), **sizes)
-    callbacks = [AttributionMaps(CenterMap(), num_studies=2), PredictionWriter(str(tmp_path / "rows.csv"))]
+    sizes = {"num_train": 12, "num_val": 6, "num_test": 6, "stored_size": 64, "batch_size": 4, "num_workers": 0}
+    data = Secret(root=str(tiny_images.root), **sizes)
+    callbacks = [AttributionMaps(CenterMap(), num_pairs=2), PredictionWriter(str(tmp_path / "rows.csv"))]
     run = _trainer(tmp_path, *callbacks, logger=TensorBoardLogger(tmp_path))
     module = ClipModule(tiny_json, warmup_steps=0)
     run.fit(module, data)
@@ -341,7 +341,7 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path: Path) -> None:
 
 
 def test_predictions_that_cannot_be_written_are_not_made(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
 
@@ -351,7 +351,7 @@ def test_predictions_that_cannot_be_written_are_not_made(
 
     run = _trainer(tmp_path, PredictionWriter(str(tmp_path / "file" / "rows.csv")))
     with pytest.raises(OSError, match=r"Nothing can be written in .*file"):
-        run.predict(Never(tiny_json), tiny_films)
+        run.predict(Never(tiny_json), tiny_images)
 
 
 def test_what_a_killed_process_left_half_written_goes_after_an_hour(checkpoint: Path) -> None:
@@ -384,7 +384,7 @@ def _no_room(self: Path, *_: Any, **__: Any) -> None:
 
 
 def test_a_log_folder_that_is_a_file_stops_before_training(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
     (tmp_path / "runs").write_text("a file")
     steps = []
@@ -395,12 +395,12 @@ def test_a_log_folder_that_is_a_file_stops_before_training(
 
     run = _trainer(tmp_path, Steps(), logger=TensorBoardLogger(tmp_path / "runs" / "logs"))
     with pytest.raises(OSError, match="runs"):
-        run.fit(ClipModule(tiny_json), tiny_films)
+        run.fit(ClipModule(tiny_json), tiny_images)
     assert not steps
 
 
 def test_a_checkpoint_folder_that_takes_no_files_stops_before_training(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
 
@@ -412,15 +412,15 @@ def test_a_checkpoint_folder_that_takes_no_files_stops_before_training(
         last = ModelCheckpoint(folder, filename="last")
         run = _trainer(tmp_path, last, logger=TensorBoardLogger(tmp_path / "logs"))
         with pytest.raises(OSError, match=rf"Nothing can be written in {folder}: {reason}\. Give another folder"):
-            run.fit(Never(tiny_json), tiny_films)
+            run.fit(Never(tiny_json), tiny_images)
 
 
 def test_a_second_run_in_one_log_folder_keeps_the_first(
-    tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
 ) -> None:
     for count in (1, 2):
         logger = TensorBoardLogger(tmp_path, name="run")
-        _trainer(tmp_path, logger=logger, max_steps=1, limit_val_batches=0).fit(ClipModule(tiny_json), tiny_films)
+        _trainer(tmp_path, logger=logger, max_steps=1, limit_val_batches=0).fit(ClipModule(tiny_json), tiny_images)
         assert len(list((tmp_path / "run").iterdir())) == count
         assert len(list(tmp_path.rglob("*.ckpt"))) == count
 
@@ -460,7 +460,7 @@ def _half(source: Any, target: Any, **_: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "full"])
-def test_a_checkpoint_that_is_not_written_leaves_the_one_before(tmp_path: Path, film_root: Path, how: str) -> None:
+def test_a_checkpoint_that_is_not_written_leaves_the_one_before(tmp_path: Path, image_root: Path, how: str) -> None:
     code = f"""
 import warnings; warnings.simplefilter("ignore")
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -470,7 +470,7 @@ from pathlib import Path
 import json
 from matex_pl import ClipModule
 from matex_pl.data import PhantomDataModule
-data = PhantomDataModule(root={str(film_root)!r}, num_train=12, num_val=6, num_test=6, film_size=64, num_workers=0)
+data = PhantomDataModule(root={str(image_root)!r}, num_train=12, num_val=6, num_test=6, stored_size=64, num_workers=0)
 last = ModelCheckpoint({str(tmp_path)!r}, filename="last", enable_version_counter=False)
 run = _trainer(Path({str(tmp_path)!r}), FailSecondEpoch({how!r}), last, max_epochs=3, limit_val_batches=0)
 run.fit(ClipModule(json.dumps(TINY), warmup_steps=0), data)
@@ -482,18 +482,20 @@ run.fit(ClipModule(json.dumps(TINY), warmup_steps=0), data)
     ), done.stderr
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["epoch"] == 0
-    assert load_module(str(tmp_path / "last.ckpt")).clip.mean_film.isfinite().all()
+    assert load_module(str(tmp_path / "last.ckpt")).clip.mean_image.isfinite().all()
 
 
 @pytest.mark.parametrize("way", ["explain", "fit", "test"])
-def test_half_a_checkpoint_is_none(tiny_json: str, tiny_films: PhantomDataModule, checkpoint: Path, way: str) -> None:
+def test_half_a_checkpoint_is_none(tiny_json: str, tiny_images: PhantomDataModule, checkpoint: Path, way: str) -> None:
     content = checkpoint.read_bytes()
     for size in (0, 5000, len(content) - 100):
         checkpoint.write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"plain\.ckpt is no checkpoint"):
-            _uses(checkpoint, tiny_films, tiny_json)[way]()
+            _uses(checkpoint, tiny_images, tiny_json)[way]()
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tiny_json: str, tiny_films: PhantomDataModule, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_there_is_named(
+    tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path
+) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
-        _uses(tmp_path / "none.ckpt", tiny_films, tiny_json)["fit"]()
+        _uses(tmp_path / "none.ckpt", tiny_images, tiny_json)["fit"]()

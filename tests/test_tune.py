@@ -27,8 +27,8 @@ from matex_pl.benchmark.bench import BenchmarkRun, Settings
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.cli import main
 from matex_pl.clip import Clip
-from matex_pl.data import PhantomDataModule, Study
-from matex_pl.data.study import StudyBatch
+from matex_pl.data import ImageTextPair, PhantomDataModule
+from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.compared import MethodEntry, compared_rows
 from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
 from matex_pl.metrics import functional as F
@@ -37,7 +37,7 @@ from matex_pl.tune import tune_matex
 from matex_pl.tune.outcome import describe
 
 TINY = Path(__file__).with_name("tiny.json")
-PHANTOMS = {"num_train": 12, "num_val": 8, "num_test": 8, "film_size": 96, "batch_size": 4, "num_workers": 0}
+PHANTOMS = {"num_train": 12, "num_val": 8, "num_test": 8, "stored_size": 96, "batch_size": 4, "num_workers": 0}
 AXES = ("grad_layers", "prior_shape", "lambda_s", "lambda_c", "tau")
 # Eight settings, six pairs.
 SMALL: dict[str, Any] = {"lambda_s": [1.5, 3.5], "lambda_c": [0.2, 0.6], "tau": [0.2, 2.0], "num_pairs": 6}
@@ -45,17 +45,17 @@ SETTING: dict[str, Any] = {"lambda_s": 3.5, "lambda_c": 0.6, "tau": 2.0}
 
 
 class Boxed(PhantomDataModule):
-    """Only studies with boxes, which the benchmark prefers."""
+    """Only pairs with boxes, which the benchmark prefers."""
 
-    def list_studies(self) -> list[Study]:
-        return [study for study in super().list_studies() if study.boxes]
+    def list_pairs(self) -> list[ImageTextPair]:
+        return [pair for pair in super().list_pairs() if pair.boxes]
 
 
 class Boxless(PhantomDataModule):
-    """Studies without boxes."""
+    """Pairs without boxes."""
 
-    def list_studies(self) -> list[Study]:
-        return [replace(study, boxes=()) for study in super().list_studies()]
+    def list_pairs(self) -> list[ImageTextPair]:
+        return [replace(pair, boxes=()) for pair in super().list_pairs()]
 
 
 class Blind(Boxed):
@@ -68,37 +68,37 @@ class Blind(Boxed):
 class Placeless(Boxed):
     """Phrases that name no place."""
 
-    def list_studies(self) -> list[Study]:
-        return [replace(study, phrase="nodule") for study in super().list_studies()]
+    def list_pairs(self) -> list[ImageTextPair]:
+        return [replace(pair, phrase="nodule") for pair in super().list_pairs()]
 
 
 class SidelessTest(Boxed):
     """Phrases that name a side on validation pairs alone."""
 
-    def list_studies(self) -> list[Study]:
-        return [replace(s, phrase="nodule" if s.split == "test" else "left mass") for s in super().list_studies()]
+    def list_pairs(self) -> list[ImageTextPair]:
+        return [replace(s, phrase="nodule" if s.split == "test" else "left mass") for s in super().list_pairs()]
 
 
 class OnePatient(Boxed):
     """One patient in each split."""
 
-    def list_studies(self) -> list[Study]:
-        return [replace(study, patient_id=study.split) for study in super().list_studies()]
+    def list_pairs(self) -> list[ImageTextPair]:
+        return [replace(pair, patient_id=pair.split) for pair in super().list_pairs()]
 
 
 class LowerLeft(Boxed):
     """One finding, in the lower left lung."""
 
-    def list_studies(self) -> list[Study]:
+    def list_pairs(self) -> list[ImageTextPair]:
         told = {"phrase": "left lower lobe consolidation", "boxes": ((48.0, 58.0, 96.0, 96.0),)}
-        return [replace(study, **told) for study in super().list_studies()]
+        return [replace(pair, **told) for pair in super().list_pairs()]
 
 
 class Speck(LowerLeft):
     """The same as a box of 3 x 3 pixels of the image, one of the model."""
 
-    def list_studies(self) -> list[Study]:
-        return [replace(study, boxes=((80.0, 80.0, 83.0, 83.0),)) for study in super().list_studies()]
+    def list_pairs(self) -> list[ImageTextPair]:
+        return [replace(pair, boxes=((80.0, 80.0, 83.0, 83.0),)) for pair in super().list_pairs()]
 
 
 class Planted(Matex):
@@ -129,15 +129,15 @@ class NoWork(Matex):
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("films")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("images")
 
 
-def phantoms(films: Path, kind: type[PhantomDataModule] = PhantomDataModule) -> PhantomDataModule:
-    return kind(root=str(films), **PHANTOMS)
+def phantoms(images: Path, kind: type[PhantomDataModule] = PhantomDataModule) -> PhantomDataModule:
+    return kind(root=str(images), **PHANTOMS)
 
 
-def train(name: str, films: Path, path: Path) -> str:
+def train(name: str, images: Path, path: Path) -> str:
     torch.manual_seed(0)
     run = Trainer(
         accelerator="cpu",
@@ -148,41 +148,43 @@ def train(name: str, films: Path, path: Path) -> str:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    run.fit(ClipModule(name, lr=1e-3, warmup_steps=0), phantoms(films))
+    run.fit(ClipModule(name, lr=1e-3, warmup_steps=0), phantoms(images))
     run.save_checkpoint(path)
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def ckpt_path(films: Path) -> str:
-    return train(str(TINY), films, films / "tiny.ckpt")
+def ckpt_path(images: Path) -> str:
+    return train(str(TINY), images, images / "tiny.ckpt")
 
 
 @pytest.fixture(scope="module")
-def wide(films: Path) -> str:
+def wide(images: Path) -> str:
     """A checkpoint whose frame is not square: the square images have a border on both sides."""
     model = json.loads(TINY.read_text(encoding="utf-8"))
     model["vision_cfg"]["image_size"] = [32, 48]
-    return train(json.dumps(model), films, films / "wide.ckpt")
+    return train(json.dumps(model), images, images / "wide.ckpt")
 
 
 Tune = Callable[..., tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def tune(films: Path, ckpt_path: str, tmp_path: Path) -> Tune:
+def tune(images: Path, ckpt_path: str, tmp_path: Path) -> Tune:
     """The text and the content of `tune.json`."""
 
     def run(
         kind: type[PhantomDataModule] = PhantomDataModule, out: str = "out", ckpt: str = ckpt_path, **settings: Any
     ) -> tuple[str, dict[str, Any]]:
-        text = tune_matex(phantoms(films, kind), ckpt, str(tmp_path / out), **SMALL | settings)
+        text = tune_matex(phantoms(images, kind), ckpt, str(tmp_path / out), **SMALL | settings)
         return text, json.loads((tmp_path / out / "tune.json").read_text(encoding="utf-8"))
 
     return run
 
 
-def read(ckpt_path: str, data: PhantomDataModule, split: str, number: int, **chosen: bool) -> tuple[Clip, StudyBatch]:
+def read(
+    ckpt_path: str, data: PhantomDataModule, split: str, number: int, **chosen: bool
+) -> tuple[Clip, ImageTextBatch]:
     """The model and the pairs as one batch."""
     clip = load_module(ckpt_path).clip
     prepare_data(data, clip.image_size, split)
@@ -194,11 +196,11 @@ def read(ckpt_path: str, data: PhantomDataModule, split: str, number: int, **cho
 
 
 @pytest.fixture(scope="module")
-def benched(films: Path, ckpt_path: str) -> dict[str, Any]:
+def benched(images: Path, ckpt_path: str) -> dict[str, Any]:
     """Scores of `matex benchmark` for the validation pairs, under the method's own setting and another."""
     settings = Settings("val", -1, 8, 99, 3, "quick", 16, 100, 0)
-    bench = BenchmarkRun.open(load_module(ckpt_path).clip, phantoms(films, Boxed), films / "bench", settings)
-    methods = {"own": Matex.measured(), "setting": Matex.measured(**SETTING)}
+    bench = BenchmarkRun.open(load_module(ckpt_path).clip, phantoms(images, Boxed), images / "bench", settings)
+    methods = {"own": Matex.recommended(), "setting": Matex.recommended(**SETTING)}
     return {name: bench.score(MethodEntry(name, method)) for name, method in methods.items()}
 
 
@@ -207,28 +209,38 @@ def benchmark_score(scored: Any, name: str) -> float:
     if name == "ap50":
         return float(values.detections.score())
     filled = name.startswith(("confidence", "top20_removal", "insertion", "deletion")) and "/" not in name
-    sums = values.sums[f"{name}/mean_film" if filled else name.removeprefix("text_")]
+    sums = values.sums[f"{name}/mean_image" if filled else name.removeprefix("text_")]
     # The denominator of a curve's area is the same under every setting.
     return float(sums.above.mean() if name.startswith(("insertion", "deletion")) else sums.score())
 
 
-HIGHER = ["pointing_game", "cnr", "miou", "energy_in_box", "rank_accuracy", "iou", "acc50", "ap50", "side_sensitivity"]
+HIGHER = [
+    "pointing_game",
+    "cnr",
+    "miou",
+    "energy_pointing_game",
+    "relevance_rank_accuracy",
+    "iou",
+    "acc50",
+    "ap50",
+    "side_sensitivity",
+]
 HIGHER += [
     "confidence_increase",
-    "confidence_increase@50/mean_colour",
+    "confidence_increase@50/mean_color",
     "top20_removal",
-    "top20_removal/mean_colour",
+    "top20_removal/mean_color",
     "insertion",
 ]
 HIGHER += ["text_confidence_increase", "text_confidence_increase@50", "text_top20_removal"]
-LOWER = ["outside_thorax_mass", "mean_map_mass", "prompt_sensitivity", "sanity", "confidence_drop/mean_colour"]
-LOWER += ["confidence_drop", "confidence_drop@50", "deletion/mean_colour"]
+LOWER = ["outside_thorax_mass", "mean_map_mass", "prompt_sensitivity", "sanity", "confidence_drop/mean_color"]
+LOWER += ["confidence_drop", "confidence_drop@50", "deletion/mean_color"]
 LOWER += ["text_mean_map_mass", "text_sanity", "text_confidence_drop", "text_confidence_drop@50"]
 
 
 @pytest.mark.parametrize("name", [*HIGHER, *LOWER])
 def test_objectives_are_the_metrics_of_the_benchmark(
-    films: Path,
+    images: Path,
     ckpt_path: str,
     tmp_path: Path,
     benched: dict[str, Any],
@@ -241,7 +253,7 @@ def test_objectives_are_the_metrics_of_the_benchmark(
     batch_size = 3 if name.startswith("top20_removal") else 4
     objective = f"{name}/{benched['setting'].values['image'].threshold}" if at_threshold else name
     words = ["tune", f"--data={Boxed.__module__}.Boxed", f"--ckpt_path={ckpt_path}", f"--out={tmp_path}"]
-    words += [f"--data.{key}={value}" for key, value in {"root": films, **PHANTOMS}.items()]
+    words += [f"--data.{key}={value}" for key, value in {"root": images, **PHANTOMS}.items()]
     words += [f"--objective={objective}", "--num_pairs=-1", f"--batch_size={batch_size}", "--raster=32"]
     main([*words, *(f"--{key}=[{value}]" for key, value in SETTING.items())])
     result = json.loads((tmp_path / "tune.json").read_text(encoding="utf-8"))
@@ -273,15 +285,17 @@ FUSIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", FUSIONS, ids=str)
 @pytest.mark.parametrize("name", ["cnr", "border_mass", "outside_thorax_mass"])
 def test_settings_are_compared_on_fused_maps_of_the_raster(
-    films: Path, wide: str, tune: Tune, name: str, settings: dict[str, Any]
+    images: Path, wide: str, tune: Tune, name: str, settings: dict[str, Any]
 ) -> None:
     axes = {"grad_layers": [1, 2], "prior_shape": ["gaussian", "plateau"]}
     method = Matex(**settings, grad_layers=1)
     text, result = tune(Boxed, ckpt=wide, method=method, objective=name, raster=24, **axes)
     assert "32 settings on a raster of 16 x 24 took" in text
     assert result["raster"] == [16, 24]
-    clip, batch = read(wide, phantoms(films, Boxed), "val", 6, boxed=name == "cnr")
-    maps = Matex(**settings, grad_layers=2).attribute(clip, *model_inputs(clip, batch), batch["phrase"], batch["film"])
+    clip, batch = read(wide, phantoms(images, Boxed), "val", 6, boxed=name == "cnr")
+    maps = Matex(**settings, grad_layers=2).attribute(
+        clip, *model_inputs(clip, batch), batch["phrase"], batch["content_box"]
+    )
     y, x = torch.meshgrid((torch.arange(16) + 0.5) / 16, (torch.arange(24) + 0.5) / 24, indexing="ij")
     for row in result["settings"][:: 1 if name == "cnr" else 7]:
         image = Matex.fuse(maps.parts | {"size": (16, 24)}, **method.settings | {key: row[key] for key in AXES}).image
@@ -296,19 +310,19 @@ def test_settings_are_compared_on_fused_maps_of_the_raster(
             inner = ((x - 0.5).abs() < 0.8 / 3) & ((y - 0.5).abs() < 0.4)
             values = (image * ~inner).sum((1, 2)) / image.sum((1, 2))
         else:
-            cells = phantoms_thorax(films, clip).unfold(0, 2, 2).unfold(1, 2, 2).float().mean((2, 3))
+            cells = phantoms_thorax(images, clip).unfold(0, 2, 2).unfold(1, 2, 2).float().mean((2, 3))
             values = (image * (cells <= 0.5)).sum((1, 2)) / image.sum((1, 2))
         assert row["score"] == pytest.approx(float(values.nanmean()), abs=1e-5)
 
 
-def phantoms_thorax(films: Path, clip: Clip) -> Tensor:
-    data = phantoms(films)
+def phantoms_thorax(images: Path, clip: Clip) -> Tensor:
+    data = phantoms(images)
     data.image_size = clip.image_size
     return data.thorax()
 
 
 def test_a_box_smaller_than_a_raster_cell_counts(tune: Tune) -> None:
-    _, result = tune(Speck, method=Planted(), objective="energy_in_box", raster=5)
+    _, result = tune(Speck, method=Planted(), objective="energy_pointing_game", raster=5)
     assert result["raster"] == [5, 5]
     assert all(row["score"] > 0 for row in result["settings"])
 
@@ -333,17 +347,17 @@ def test_forwards_are_announced(tune: Tune, capsys: pytest.CaptureFixture[str], 
     assert len(set(scores)) > 1
 
 
-def test_a_confidence_drop_is_that_of_the_model(films: Path, ckpt_path: str, tune: Tune) -> None:
+def test_a_confidence_drop_is_that_of_the_model(images: Path, ckpt_path: str, tune: Tune) -> None:
     _, result = tune(objective="confidence_drop")
-    clip, batch = read(ckpt_path, phantoms(films), "val", 6, boxed=False)
-    images, tokens = model_inputs(clip, batch)
-    fill = clip.normalise(clip.mean_film.expand(1, 3, -1, -1))
+    clip, batch = read(ckpt_path, phantoms(images), "val", 6, boxed=False)
+    pixels, tokens = model_inputs(clip, batch)
+    fill = clip.normalize(clip.mean_image.expand(1, 3, -1, -1))
     for row in (result["settings"][0], result["settings"][-1]):
-        method = Matex.measured(**{name: row[name] for name in ("lambda_s", "lambda_c", "tau")})
-        maps = method.attribute(clip, images, tokens, batch["phrase"], batch["film"]).image[:, None]
+        method = Matex.recommended(**{name: row[name] for name in ("lambda_s", "lambda_c", "tau")})
+        maps = method.attribute(clip, pixels, tokens, batch["phrase"], batch["content_box"]).image[:, None]
         with torch.no_grad():
-            kept = clip.similarity(images * maps + fill * (1 - maps), tokens)
-            drop = 100 * (clip.similarity(images, tokens) - kept).clamp(min=0)
+            kept = clip.similarity(pixels * maps + fill * (1 - maps), tokens)
+            drop = 100 * (clip.similarity(pixels, tokens) - kept).clamp(min=0)
         assert row["score"] == pytest.approx(float(drop.mean()), abs=1e-4)
 
 
@@ -358,7 +372,7 @@ def test_the_ends_of_curves_are_computed_once(tune: Tune, monkeypatch: pytest.Mo
     numbers = []
     for taus in ([0.2], [0.2, 0.4, 2.0]):
         encoded[0] = 0
-        tune(objective="insertion/mean_colour", method=Matex(lambda_s=1.5, lambda_c=0.2, tau=0.2), tau=taus)
+        tune(objective="insertion/mean_color", method=Matex(lambda_s=1.5, lambda_c=0.2, tau=0.2), tau=taus)
         numbers.append(encoded[0])
     # Four settings and the test pairs under a winner, then twelve: 15 forwards each of six pairs.
     assert numbers[1] - numbers[0] == 8 * 15 * 6
@@ -469,7 +483,7 @@ def test_a_prior_without_a_place_is_not_tuned(tune: Tune) -> None:
 # --- the files and the text
 
 
-def test_the_command_writes_what_it_found(films: Path, ckpt_path: str, tmp_path: Path, tune: Tune) -> None:
+def test_the_command_writes_what_it_found(images: Path, ckpt_path: str, tmp_path: Path, tune: Tune) -> None:
     text, result = tune(grad_layers=[1, 2], prior_shape=["gaussian", "parabola"], out="new/tuned")
     out = tmp_path / "new" / "tuned"
     assert sorted(path.name for path in out.iterdir()) == ["surface.png", "surface.svg", "tune.json", "tuned.yaml"]
@@ -479,12 +493,12 @@ def test_the_command_writes_what_it_found(films: Path, ckpt_path: str, tmp_path:
     tuned = load_method(str(out / "tuned.yaml"))
     assert isinstance(tuned, Matex)
     assert tuned.settings == result["winner"]
-    assert result["own"] == Matex.measured().settings
+    assert result["own"] == Matex.recommended().settings
     for split, part in (("val", "validation"), ("test", "test")):
-        clip, batch = read(ckpt_path, phantoms(films), split, 6)
+        clip, batch = read(ckpt_path, phantoms(images), split, 6)
         masks = F.box_masks(batch["boxes"], clip.image_size)
-        for name, method in (("own", Matex.measured()), ("winner", tuned)):
-            maps = method.attribute(clip, *model_inputs(clip, batch), batch["phrase"], batch["film"]).image
+        for name, method in (("own", Matex.recommended()), ("winner", tuned)):
+            maps = method.attribute(clip, *model_inputs(clip, batch), batch["phrase"], batch["content_box"]).image
             assert result[part][name] == pytest.approx(float(F.pointing_game(maps, masks).mean()))
     assert result["validation"]["winner"] >= result["validation"]["own"]
     assert result["seconds"]["settings"] / result["seconds"]["components"] == pytest.approx(result["ratio"])
@@ -493,11 +507,11 @@ def test_the_command_writes_what_it_found(films: Path, ckpt_path: str, tmp_path:
     assert "tau 2" in (out / "surface.svg").read_text(encoding="utf-8")
 
 
-def test_tuned_yaml_goes_wherever_a_method_does(films: Path, tmp_path: Path, tune: Tune) -> None:
+def test_tuned_yaml_goes_wherever_a_method_does(images: Path, tmp_path: Path, tune: Tune) -> None:
     # With a kappa that no shipped method has.
     _, result = tune(method=Matex(kappa=3.0))
     path = str(tmp_path / "out" / "tuned.yaml")
-    maps, metrics = AttributionMaps(path, num_studies=1), AttributionMetrics(path, num_batches=1)
+    maps, metrics = AttributionMaps(path, num_pairs=1), AttributionMetrics(path, num_batches=1)
     run = Trainer(
         accelerator="cpu",
         max_steps=1,
@@ -511,7 +525,7 @@ def test_tuned_yaml_goes_wherever_a_method_does(films: Path, tmp_path: Path, tun
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    run.fit(ClipModule(str(TINY), lr=1e-3, warmup_steps=0), phantoms(films))
+    run.fit(ClipModule(str(TINY), lr=1e-3, warmup_steps=0), phantoms(images))
     assert "attribution/pointing_game" in run.callback_metrics
     assert maps.validations == 1
     row = next(row for row in compared_rows([path], "quick") if row.name == "tuned")
@@ -556,9 +570,9 @@ def test_no_file_is_left_half_written(tune: Tune, tmp_path: Path, monkeypatch: p
     [
         ("iou/0.3", "iou above 0.3, higher is better"),
         ("border_mass", "border mass, lower is better"),
-        ("top20_removal/mean_colour", "top20 removal (mean colour), higher is better"),
-        ("insertion", "insertion gain (mean film), higher is better"),
-        ("deletion/mean_colour", "deletion area above the fill alone (mean colour), lower is better"),
+        ("top20_removal/mean_color", "top20 removal (mean color), higher is better"),
+        ("insertion", "insertion gain (mean image), higher is better"),
+        ("deletion/mean_color", "deletion area above the fill alone (mean color), lower is better"),
         ("text_sanity", "text sanity, lower is better"),
     ],
 )
@@ -581,7 +595,7 @@ def test_the_test_pairs_have_the_last_word(tune: Tune, low: float, high: float, 
 
 
 def test_patients_are_drawn_whole(tune: Tune) -> None:
-    """One patient leaves nothing to draw; the same studies of as many patients do."""
+    """One patient leaves nothing to draw; the same pairs of as many patients do."""
     one, many = (
         tune(kind, method=Matex(), objective="cnr", out=kind.__name__)[1]["test"] for kind in (OnePatient, Boxed)
     )
@@ -593,11 +607,11 @@ def test_patients_are_drawn_whole(tune: Tune) -> None:
     assert one["pairs"] == many["pairs"] == 6
 
 
-def test_studies_that_do_not_count_are_left_out(tune: Tune) -> None:
+def test_pairs_that_do_not_count_are_left_out(tune: Tune) -> None:
     text, result = tune(SidelessTest, objective="side_sensitivity")
     assert result["test"]["own"] is None
     assert result["winner"] != result["own"]
-    assert "No test study counts" in text
+    assert "No test pair counts" in text
     text, result = tune(Placeless, objective="side_sensitivity")
     assert {row["score"] for row in result["settings"]} == {None}
     assert result["winner"] == result["own"]
@@ -615,7 +629,7 @@ def figure(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 def test_the_picture_marks_both_settings(tune: Tune, figure: list[Figure]) -> None:
     method = Planted(fusion="product", lambda_s=2.0, lambda_c=0.35)
     axes = {"lambda_s": [2.0, 3.0], "lambda_c": [0.2, 0.35, 0.5], "tau": [0.2, 1.0]}
-    _, result = tune(LowerLeft, method=method, objective="energy_in_box", **axes)
+    _, result = tune(LowerLeft, method=method, objective="energy_pointing_game", **axes)
     first, second, bar = figure[0].axes
     assert [panel.get_title() for panel in (first, second)] == ["tau 0.2", "tau 1"]
     scores = np.array([row["score"] for row in result["settings"]]).reshape(2, 3, 2)
@@ -657,7 +671,7 @@ def test_the_picture_shows_the_best_blocks_and_shape(tune: Tune, figure: list[Fi
         ({"objective": "iou"}, "at a threshold, as iou/0.3"),
         ({"objective": "iou/30"}, "No objective"),
         ({"objective": "ap50"}, "at a threshold, as iou/0.3"),
-        ({"objective": "top20_removal/grey"}, "No objective"),
+        ({"objective": "top20_removal/gray"}, "No objective"),
         ({"objective": "top20_removal/"}, "No objective"),
         ({"objective": "text_top20_removal/blur"}, "No objective"),
         ({"tau": []}, "tau names no value"),
@@ -677,22 +691,31 @@ def test_the_picture_shows_the_best_blocks_and_shape(tune: Tune, figure: list[Fi
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_be_tuned_is_refused_before_anything_is_read(
-    films: Path, tmp_path: Path, arguments: dict[str, Any], message: str
+    images: Path, tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        tune_matex(phantoms(films), "missing.ckpt", str(tmp_path / "out"), **arguments)
+        tune_matex(phantoms(images), "missing.ckpt", str(tmp_path / "out"), **arguments)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_boxes_some_objectives_are_left(tmp_path: Path, tune: Tune) -> None:
-    message = r"pointing_game needs boxes, and no val study of Boxless has any\. Take .* needs none: "
+    message = r"pointing_game needs boxes, and no val pair of Boxless has any\. Take .* needs none: "
     with pytest.raises(ValueError, match=message) as refused:
         tune(Boxless, method=NoWork())
     assert not (tmp_path / "out").exists()
     left = str(refused.value).partition("needs none: ")[2].removesuffix(".").split(", ")
     needless = {"border_mass", "mean_map_mass", "prompt_sensitivity", "side_sensitivity", "sanity", "text_sanity"}
     assert needless | {"top20_removal", "text_top20_removal", "insertion"} <= set(left)
-    assert not {"pointing_game", "cnr", "miou", "energy_in_box", "rank_accuracy", "iou", "acc50", "ap50"} & set(left)
+    assert not {
+        "pointing_game",
+        "cnr",
+        "miou",
+        "energy_pointing_game",
+        "relevance_rank_accuracy",
+        "iou",
+        "acc50",
+        "ap50",
+    } & set(left)
     assert "border mass, lower is better" in tune(Boxless, objective="border_mass")[0]
 
 
@@ -703,7 +726,7 @@ def test_the_thorax_has_to_be_known(tmp_path: Path, tune: Tune) -> None:
 
 
 def test_the_default_grid_holds_the_settings_of_measured() -> None:
-    own, defaults = Matex.measured(), inspect.signature(tune_matex).parameters
+    own, defaults = Matex.recommended(), inspect.signature(tune_matex).parameters
     axes = {name: defaults[name].default for name in ("lambda_s", "lambda_c", "tau")}
     assert all(getattr(own, name) in values for name, values in axes.items())
     ends = [(min(axes[name]), max(axes[name])) for name in ("lambda_s", "lambda_c")]

@@ -11,9 +11,9 @@ LEFT, RIGHT, TOP = 20, 420, 88
 
 
 def arguments(**changes):
-    """A valid call: a gray 112-pixel film, no heat, no box, a two-word phrase."""
+    """A valid call: a gray 112-pixel image, no heat, no box, a two-word phrase."""
     base = {
-        "film": np.full((112, 112), 100, np.uint8),
+        "content_box": np.full((112, 112), 100, np.uint8),
         "heat": np.zeros((112, 112)),
         "boxes": np.zeros((0, 4)),
         "phrase": "Pleural effusion",
@@ -42,19 +42,19 @@ def test_size_depends_on_width_lines_and_aspect_alone():
     assert shape[1:] == (880, 3)
     long = arguments(tokens=[" effusion"] * 77, relevance=[0.5] * 77, phrase="effusion " * 77)
     assert panel(**long).shape == shape
-    assert panel(**arguments(film=np.zeros((224, 224, 3), np.uint8), heat=np.zeros((224, 224)))).shape == shape
+    assert panel(**arguments(image=np.zeros((224, 224, 3), np.uint8), heat=np.zeros((224, 224)))).shape == shape
     assert panel(**arguments(boxes=[[0.1, 0.1, 0.4, 0.4]], title="", subtitle="", score=-1.0)).shape == shape
     assert panel(**arguments(), width=440).shape[1] == 440
     assert panel(**arguments(), text_lines=1).shape[0] < shape[0]
-    tall = panel(**arguments(film=np.zeros((200, 100), np.uint8), heat=np.zeros((200, 100))))
+    tall = panel(**arguments(image=np.zeros((200, 100), np.uint8), heat=np.zeros((200, 100))))
     assert tall.shape[0] == shape[0] + SIDE
 
 
 def test_panel_is_deterministic_and_leaves_its_inputs_alone():
     call = arguments(heat=hot_pixel(3, 4), boxes=np.array([[-0.1, 0.2, 0.5, 1.2]]))
-    film, heat, boxes = call["film"].copy(), call["heat"].copy(), call["boxes"].copy()
+    image, heat, boxes = call["content_box"].copy(), call["heat"].copy(), call["boxes"].copy()
     np.testing.assert_array_equal(panel(**call), panel(**call))
-    for before, after in ((film, call["film"]), (heat, call["heat"]), (boxes, call["boxes"])):
+    for before, after in ((image, call["content_box"]), (heat, call["heat"]), (boxes, call["boxes"])):
         np.testing.assert_array_equal(before, after)
 
 
@@ -105,8 +105,8 @@ def test_boxes_that_show_nothing_are_as_no_box():
 def test_heat_shows_only_where_the_map_is_positive_and_only_on_the_right():
     heat = np.zeros((112, 112))
     heat[56:, :56] = 0.6
-    film, mapped = pictures(panel(**arguments(heat=heat), side_markers=False))
-    assert (film == 100).all()
+    image, mapped = pictures(panel(**arguments(heat=heat), side_markers=False))
+    assert (image == 100).all()
     changed = (mapped != 100).any(-1)
     assert changed[SIDE // 2 + 4 :, : SIDE // 2 - 4].all()
     assert not changed[: SIDE // 2 - 14].any()
@@ -114,10 +114,10 @@ def test_heat_shows_only_where_the_map_is_positive_and_only_on_the_right():
 
 
 def test_overlay_gets_stronger_with_the_map():
-    film = np.full((1, 5, 3), 60, np.uint8)
+    image = np.full((1, 5, 3), 60, np.uint8)
     heat = np.linspace(0, 1, 5, dtype=np.float32)[None]
-    mixed = overlay(film, heat)
-    np.testing.assert_array_equal(mixed[0, 0], film[0, 0])
+    mixed = overlay(image, heat)
+    np.testing.assert_array_equal(mixed[0, 0], image[0, 0])
     distance = np.abs(mixed.astype(int) - 60).sum(-1)[0]
     assert (np.diff(distance) > 0).all()
 
@@ -208,9 +208,12 @@ def test_missing_letters_are_marked_and_panels_without_text_are_bars():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"film": np.zeros((112, 112))}, r"film must be \(H, W\) or \(H, W, 3\) uint8, got \(112, 112\) float64"),
-        ({"film": np.zeros((3, 112, 112), np.uint8)}, r"film must be .* got \(3, 112, 112\)"),
-        ({"heat": np.zeros((7, 7))}, r"heat must have the film's .*\(112, 112\), got \(7, 7\)"),
+        (
+            {"content_box": np.zeros((112, 112))},
+            r"image must be \(H, W\) or \(H, W, 3\) uint8, got \(112, 112\) float64",
+        ),
+        ({"content_box": np.zeros((3, 112, 112), np.uint8)}, r"image must be .* got \(3, 112, 112\)"),
+        ({"heat": np.zeros((7, 7))}, r"heat must have the image's .*\(112, 112\), got \(7, 7\)"),
         ({"heat": np.full((112, 112), 1.5)}, r"heat must be in \[0, 1\], got values from 1.5 to 1.5"),
         ({"heat": np.full((112, 112), np.nan)}, r"heat must be in \[0, 1\], got values from nan"),
         ({"boxes": [0.1, 0.1, 0.2, 0.2]}, r"boxes must be \(K, 4\)"),
@@ -228,19 +231,19 @@ def test_errors_name_what_is_wrong(changes, message):
 
 
 def test_a_grid_places_pictures_row_by_row():
-    films = [np.full((10 + i, 20), 50 * i + 5, np.uint8) for i in range(3)]
-    sheet = picture_grid(films, columns=2, gap=4)
+    images = [np.full((10 + i, 20), 50 * i + 5, np.uint8) for i in range(3)]
+    sheet = picture_grid(images, columns=2, gap=4)
     assert sheet.shape == (4 + 2 * (12 + 4), 4 + 2 * (20 + 4), 3)
     assert [int(sheet[y, x, 0]) for y, x in ((10, 14), (10, 38), (26, 14))] == [5, 55, 105]
     assert tuple(sheet[26, 38]) == BACKGROUND
 
 
 def test_a_grid_names_what_is_wrong():
-    film = np.zeros((4, 4), np.uint8)
+    image = np.zeros((4, 4), np.uint8)
     with pytest.raises(ValueError, match="at least one picture"):
         picture_grid([], columns=2)
     with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
-        picture_grid([film], columns=0)
+        picture_grid([image], columns=0)
 
 
 def test_save_png_makes_folders_and_reads_back(tmp_path):

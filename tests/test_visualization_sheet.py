@@ -11,9 +11,9 @@ SIDE, GAP, TOP, CELL, WORDS = 266, 20, 120, 411, 58
 
 
 def arguments(entries=5, **changes):
-    """A valid call: a gray 56-pixel film, no box, and so many methods that find nothing."""
+    """A valid call: a gray 56-pixel image, no box, and so many methods that find nothing."""
     base = {
-        "film": np.full((56, 56), 100, np.uint8),
+        "content_box": np.full((56, 56), 100, np.uint8),
         "boxes": np.zeros((0, 4)),
         "phrase": "Pleural effusion",
         "tokens": [" pleural", " effusion"],
@@ -37,7 +37,7 @@ def blob(row, column):
 
 
 def cell(sheet, index):
-    """A tile of three columns with what stands under it; 0 is the film."""
+    """A tile of three columns with what stands under it; 0 is the image."""
     left, top = GAP + index % 3 * (SIDE + GAP), TOP + index // 3 * (CELL + GAP)
     return sheet[top : top + CELL, left : left + SIDE]
 
@@ -60,7 +60,7 @@ def test_size_depends_on_width_columns_lines_entries_and_aspect_alone():
     assert contact_sheet(**arguments(nothing, boxes=[[0.1, 0.1, 0.4, 0.4]], title="", subtitle="")).shape == shape
     assert contact_sheet(**arguments(side_markers=False, score=-1.0)).shape == shape
     large = [entry(heat=np.zeros((112, 112))) for _ in range(5)]
-    assert contact_sheet(**arguments(large, film=np.zeros((112, 112, 3), np.uint8))).shape == shape
+    assert contact_sheet(**arguments(large, image=np.zeros((112, 112, 3), np.uint8))).shape == shape
     assert contact_sheet(**arguments(text_lines=1)).shape[0] < shape[0]
 
 
@@ -90,9 +90,9 @@ def test_tiles_lie_within_the_sheet(columns):
 
 
 @pytest.mark.parametrize("size", [(56, 28), (28, 56), (3, 56), (56, 3), (1, 1)])
-def test_tiles_have_the_films_aspect(size):
+def test_tiles_have_the_images_aspect(size):
     heat = np.zeros(size)
-    call = arguments([entry(heat=heat), entry(heat=None, note="why " * 20)], film=np.full(size, 100, np.uint8))
+    call = arguments([entry(heat=heat), entry(heat=None, note="why " * 20)], image=np.full(size, 100, np.uint8))
     sheet = contact_sheet(**call, side_markers=False)
     height = round(SIDE * size[0] / size[1])
     assert sheet.shape[0] - contact_sheet(**arguments(2)).shape[0] == height - SIDE
@@ -102,9 +102,9 @@ def test_tiles_have_the_films_aspect(size):
 def test_sheet_is_deterministic_and_leaves_its_inputs_alone():
     heat, boxes = blob(10, 40), np.array([[-0.1, 0.2, 0.5, 1.2]])
     call = arguments([entry(heat=heat)], boxes=boxes)
-    before = [array.copy() for array in (call["film"], heat, boxes)]
+    before = [array.copy() for array in (call["content_box"], heat, boxes)]
     np.testing.assert_array_equal(contact_sheet(**call), contact_sheet(**call))
-    for old, new in zip(before, (call["film"], heat, boxes), strict=True):
+    for old, new in zip(before, (call["content_box"], heat, boxes), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
@@ -125,7 +125,7 @@ def test_all_maps_are_on_one_scale():
         assert (tile(sheet, index)[40:] == expected[0, 0]).all()
 
 
-def test_film_comes_first_without_heat_or_words():
+def test_image_comes_first_without_heat_or_words():
     sheet = contact_sheet(**arguments([entry(heat=blob(30, 30))] * 2), side_markers=False)
     assert (tile(sheet, 0) == 100).all()
     assert (tile(sheet, 1) != 100).any()
@@ -236,13 +236,13 @@ def test_no_text_is_refused_or_changes_the_size(text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"film": np.zeros((56, 56))}, "film must be (H, W) or (H, W, 3) uint8, got (56, 56) float64"),
+        ({"content_box": np.zeros((56, 56))}, "image must be (H, W) or (H, W, 3) uint8, got (56, 56) float64"),
         ({"boxes": [[10, 10, 90, 90]]}, "boxes must be in [0, 1] of the frame"),
         ({"entries": []}, "contact_sheet needs at least one entry, got none"),
         ({"columns": 0}, "columns must be at least 1, got 0"),
         ({"text_lines": 0}, "text_lines must be at least 1, got 0"),
         ({"width": 395}, "A width of 395 pixels leaves 3 columns 119 pixels each, but a tile needs 120."),
-        ({"heat": np.zeros((7, 7))}, "heat of 'Rise' must have the film's (H, W) = (56, 56), got (7, 7)"),
+        ({"heat": np.zeros((7, 7))}, "heat of 'Rise' must have the image's (H, W) = (56, 56), got (7, 7)"),
         ({"heat": np.full((56, 56), 1.5)}, "heat of 'Rise' must be in [0, 1], got values from 1.5 to 1.5"),
         ({"heat": np.full((56, 56), np.nan)}, "heat of 'Rise' must be in [0, 1], got values from nan"),
         ({"relevance": [0.5]}, "relevance of 'Rise' must be one value per token: got shape (1,) for 2 tokens"),

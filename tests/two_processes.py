@@ -27,12 +27,12 @@ from torch import Tensor
 
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
-from matex_pl.callbacks import AttributionMaps as LoggedMaps
+from matex_pl.callbacks import Attribution as LoggedMaps
 from matex_pl.callbacks import AttributionMetrics, MapWriter, PredictionWriter, RoarPlus
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule
 from matex_pl.evaluation import store
-from matex_pl.maps import AttributionMaps
+from matex_pl.maps import Attribution
 from matex_pl.roar.plan import Protocol, Training
 from matex_pl.training.distributed import gather_rows
 from matex_pl.training.loss import contrastive_loss, gathered_loss, same_phrase
@@ -47,10 +47,10 @@ def model(patch_dropout: float = 0.0) -> ClipModule:
     return ClipModule(json.dumps({**TINY, "vision_cfg": vision}), lr=1e-3, warmup_steps=1)
 
 
-def films(folder: Path, batch_size: int) -> PhantomDataModule:
-    """Films for validation and for test make 7 pairs each."""
+def images(folder: Path, batch_size: int) -> PhantomDataModule:
+    """Images for validation and for test make 7 pairs each."""
     return PhantomDataModule(
-        str(folder / "films"), 14, 6, 4, 64, image_size=32, batch_size=batch_size, num_workers=0, augment=True
+        str(folder / "images"), 14, 6, 4, 64, image_size=32, batch_size=batch_size, num_workers=0, augment=True
     )
 
 
@@ -108,17 +108,17 @@ def fit(rank: int, folder: Path, processes: int) -> None:
     """Two epochs with maps and their metrics; the first is kept."""
     out = folder / f"fit{processes}"
     callbacks = [
-        LoggedMaps(Matex(), num_studies=3),
+        LoggedMaps(Matex(), num_pairs=3),
         AttributionMetrics(Matex(), num_batches=-1, per_finding=True),
         TrainLosses(folder / f"fit{processes}.losses"),
         SaveFirstEpoch(out / "first.ckpt"),
     ]
     run = trainer(out, processes, *callbacks, logger=TensorBoardLogger(out, name="tb", version="0"), max_epochs=2)
     module = model()
-    run.fit(module, films(folder, 8 // processes))
+    run.fit(module, images(folder, 8 // processes))
     keep(folder / f"fit{processes}.pt", module, run)
     trainer(out, processes, PredictionWriter(str(out / "predictions.csv"))).predict(
-        module, films(folder, 4), return_predictions=False
+        module, images(folder, 4), return_predictions=False
     )
 
 
@@ -127,7 +127,7 @@ def resume(rank: int, folder: Path, start: int, processes: int) -> None:
     run = trainer(folder, processes, max_epochs=2)
     module = model()
     first = folder / f"fit{start}" / "first.ckpt"
-    run.fit(module, films(folder, 8 // processes), ckpt_path=first, weights_only=True)
+    run.fit(module, images(folder, 8 // processes), ckpt_path=first, weights_only=True)
     keep(folder / f"resume{start}{processes}.pt", module, run)
 
 
@@ -138,12 +138,12 @@ def dropout(folder: Path) -> None:
         out.mkdir()
         callbacks = [Draws(out), *([] if start else [SaveFirstEpoch(out / "first.ckpt")])]
         module, run = model(0.5), trainer(out, 2, *callbacks, max_epochs=2, precision="32-true")
-        run.fit(module, films(folder, 4), ckpt_path=start, weights_only=True)
+        run.fit(module, images(folder, 4), ckpt_path=start, weights_only=True)
         keep(folder / f"{name}.pt", module, run)
 
 
-class BadFilm(ClipModule):
-    """Sees no numbers in the second film of the second process, at the second step."""
+class BadImage(ClipModule):
+    """Sees no numbers in the second image of the second process, at the second step."""
 
     def inputs(self, batch: Any) -> tuple[Tensor, Tensor]:
         images, tokens = super().inputs(batch)
@@ -154,12 +154,12 @@ class BadFilm(ClipModule):
 
 
 def nan(folder: Path) -> None:
-    """A film that stops both processes."""
+    """An image that stops both processes."""
     out = folder / "nan"
     out.mkdir()
     try:
-        module = BadFilm(json.dumps(TINY), warmup_steps=0)
-        trainer(out, 2, max_epochs=1, limit_val_batches=0, precision="32-true").fit(module, films(folder, 4))
+        module = BadImage(json.dumps(TINY), warmup_steps=0)
+        trainer(out, 2, max_epochs=1, limit_val_batches=0, precision="32-true").fit(module, images(folder, 4))
     except Exception as error:
         (out / "error").write_text(str(error), encoding="utf-8")
 
@@ -172,7 +172,9 @@ class ForeignFindings(PhantomDataModule):
 
 def metrics_of_some(rank: int, folder: Path, processes: int) -> None:
     """Findings that only one of the processes sees, of maps that are the same for all."""
-    data = ForeignFindings(str(folder / "films"), 14, 6, 4, 64, image_size=32, batch_size=4 // processes, num_workers=0)
+    data = ForeignFindings(
+        str(folder / "images"), 14, 6, 4, 64, image_size=32, batch_size=4 // processes, num_workers=0
+    )
     metrics = AttributionMetrics(CenterMap(), num_batches=-1, per_finding=True)
     run = trainer(folder, processes, metrics)
     run.validate(model(), data, verbose=False)
@@ -185,18 +187,18 @@ class Counted(CenterMap):
     def __init__(self, log: str = "") -> None:
         self.log = log
 
-    def attribute(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Any, film: Any = None) -> AttributionMaps:
+    def attribute(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Any, image: Any = None) -> Attribution:
         with Path(self.log).open("a", encoding="utf-8") as file:
             file.writelines(f"{phrase}\n" for phrase in phrases)
-        return super().attribute(clip, images, tokens, phrases, film)
+        return super().attribute(clip, images, tokens, phrases, image)
 
 
 def maps(rank: int, folder: Path, processes: int, limit: int = 0) -> None:
-    """The maps of the validation films, as far as the process or the disk lets it."""
+    """The maps of the validation images, as far as the process or the disk lets it."""
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     run = trainer(folder, processes, MapWriter(Counted(str(folder / "log")), str(folder / "maps")), precision="32-true")
-    run.validate(model(), films(folder.parent, 4 // processes), verbose=False)
+    run.validate(model(), images(folder.parent, 4 // processes), verbose=False)
 
 
 def maps_killed(rank: int, folder: Path) -> None:
@@ -237,7 +239,7 @@ def roar(folder: Path) -> None:
         ["chefer"], Protocol(fractions=[0.5], repeats=1), Training(epochs=1, batch_size=4), out=str(folder / "roar")
     )
     run = trainer(folder, 2, callback, max_epochs=1, num_sanity_val_steps=0, enable_checkpointing=False)
-    run.fit(model(), datamodule=films(folder, 4))
+    run.fit(model(), datamodule=images(folder, 4))
 
 
 def keep(path: Path, module: ClipModule, run: Trainer) -> None:
@@ -292,7 +294,7 @@ def main(folder: Path) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    films(folder, 4).prepare_data()
+    images(folder, 4).prepare_data()
     fork(shared_loss, str(folder), processes=2)
     for processes in (1, 2):
         for function in (fit, metrics_of_some):

@@ -27,16 +27,23 @@ def prior_map(
     lambda_s: float = 2.5,
     shape: PriorShape = "parabola",
     laterality: Laterality = "patient",
-    film: Tensor | Sequence[float] | None = None,
+    content_box: Tensor | Sequence[float] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """M of one phrase, shape (H, W), in [1, lambda_s]; see `prior_maps`. `film` is `(4,)`."""
+    """M of one phrase, shape (H, W), in [1, lambda_s]; see `prior_maps`. `content_box` is `(4,)`."""
     import torch
 
-    film = None if film is None else torch.as_tensor(film)[None]
+    content_box = None if content_box is None else torch.as_tensor(content_box)[None]
     return prior_maps(
-        [regions], size, lambda_s=lambda_s, shape=shape, laterality=laterality, film=film, device=device, dtype=dtype
+        [regions],
+        size,
+        lambda_s=lambda_s,
+        shape=shape,
+        laterality=laterality,
+        content_box=content_box,
+        device=device,
+        dtype=dtype,
     )[0]
 
 
@@ -47,7 +54,7 @@ def prior_maps(
     lambda_s: float = 2.5,
     shape: PriorShape = "parabola",
     laterality: Laterality = "patient",
-    film: Tensor | None = None,
+    content_box: Tensor | None = None,
     ids: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -63,29 +70,29 @@ def prior_maps(
         shape: `parabola`, eqs. (3) and (4) as printed; `gaussian`, the box edge at two sigma, neither clamped nor cut;
             `plateau`, 1 on the inner half of each axis and linear to 0 at the border.
         laterality: `patient`, the patient's right on the left of the image; `paper`, the mirror of it, as printed.
-        film: `(B, 4)` x0, y0, x1, y1 of the film in the frame, [0, 1], x to the right, y down; it may reach outside.
-            The whole frame by default.
-        ids: Names of the studies, for errors.
-        device: Where to compute; where `film` is, by default.
+        content_box: `(B, 4)` x0, y0, x1, y1 of the image in the frame, [0, 1], x to the right, y down; it may reach
+            outside. The whole frame by default.
+        ids: Names of the pairs, for errors.
+        device: Where to compute; where `content_box` is, by default.
         dtype: Type of the result, float32 by default; the arithmetic is float32 or better.
 
     Raises:
-        ValueError: An argument is out of range, or a film has no size.
+        ValueError: An argument is out of range, or an image has no size.
     """
     import torch
 
-    _check(len(regions), size, lambda_s, shape, laterality, film, ids)
+    _check(len(regions), size, lambda_s, shape, laterality, content_box, ids)
     if device is None:
-        device = film.device if film is not None else torch.device("cpu")
+        device = content_box.device if content_box is not None else torch.device("cpu")
     dtype = dtype or torch.float32
     work = torch.promote_types(dtype, torch.float32)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device, dtype=work).expand(len(regions), 4)
-    film = whole if film is None else film.to(device=device, dtype=work)
+    content_box = whole if content_box is None else content_box.to(device=device, dtype=work)
     boxes, counted = _padded_boxes(regions)
     return _prior(
         torch.tensor(boxes, device=device, dtype=work),
         torch.tensor(counted, device=device),
-        film,
+        content_box,
         [torch.arange(pixels, device=device, dtype=work) for pixels in size],
         lambda_s,
         shape,
@@ -109,9 +116,9 @@ def prior_array(
     """
     _check(1, size, lambda_s, shape, laterality, None, None)
     boxes, counted = _padded_boxes([regions])
-    film = np.array([[0, 0, 1, 1]], np.float32)
+    content_box = np.array([[0, 0, 1, 1]], np.float32)
     pixels = [np.arange(side, dtype=np.float32) for side in size]
-    return _prior(boxes.astype(np.float32), counted, film, pixels, lambda_s, shape, laterality, np)[0]
+    return _prior(boxes.astype(np.float32), counted, content_box, pixels, lambda_s, shape, laterality, np)[0]
 
 
 def _check(
@@ -120,7 +127,7 @@ def _check(
     lambda_s: float,
     shape: str,
     laterality: str,
-    film: Tensor | None,
+    content_box: Tensor | None,
     ids: Sequence[str] | None,
 ) -> None:
     check_choice("shape", shape, get_args(PriorShape))
@@ -129,24 +136,29 @@ def _check(
         raise ValueError(f"size must be (H, W) of at least one pixel, got {size}.")
     if not lambda_s >= 1:
         raise ValueError(f"lambda_s must be at least 1 (1 switches the prior off), got {lambda_s}.")
-    if film is not None:
-        check_films(film, count, ids)
+    if content_box is not None:
+        check_content_boxes(content_box, count, ids)
 
 
-def check_films(film: Tensor, count: int, ids: Sequence[str] | None = None) -> None:
-    """Refuse rectangles of films that are not `(count, 4)` with x0 < x1 and y0 < y1; `ids` name the studies.
+def check_content_boxes(content_box: Tensor, count: int, ids: Sequence[str] | None = None) -> None:
+    """Refuse rectangles of images that are not `(count, 4)` with x0 < x1 and y0 < y1; `ids` name the pairs.
 
     Raises:
-        ValueError: The shape differs, or a film has no size.
+        ValueError: The shape differs, or an image has no size.
     """
-    if tuple(film.shape) != (count, 4):
-        raise ValueError(f"film must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(film.shape)}.")
-    bad = ~((film[:, 0] < film[:, 2]) & (film[:, 1] < film[:, 3]) & film.isfinite().all(1))
+    if tuple(content_box.shape) != (count, 4):
+        raise ValueError(f"image must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(content_box.shape)}.")
+    bad = ~(
+        (content_box[:, 0] < content_box[:, 2])
+        & (content_box[:, 1] < content_box[:, 3])
+        & content_box.isfinite().all(1)
+    )
     if bad.any():
         at = int(bad.nonzero()[0])
-        name = f"study {ids[at]!r}" if ids is not None else f"phrase {at} of the batch"
+        name = f"pair {ids[at]!r}" if ids is not None else f"phrase {at} of the batch"
         raise ValueError(
-            f"The film of {name} has no size: {film[at].tolist()} must be x0 < x1, y0 < y1 in parts of the frame."
+            f"The content_box of {name} has no size: {content_box[at].tolist()}. Give x0 < x1 and y0 < y1 in parts of "
+            "the frame."
         )
 
 
@@ -165,27 +177,27 @@ def _padded_boxes(regions: Sequence[Iterable[Region]]) -> tuple[NDArray[np.float
 def _prior(
     boxes: Any,
     counted: Any,
-    film: Any,
+    content_box: Any,
     pixels: Sequence[Any],
     lambda_s: float,
     shape: str,
     laterality: str,
     xp: ModuleType,
 ) -> Any:
-    """M (B, H, W) from boxes (B, R, 4), which of them count (B, R), films (B, 4), and the numbers (H,) and (W,)."""
-    y = _on_film(pixels[0], film[:, 1], film[:, 3])
-    x = _on_film(pixels[1], film[:, 0], film[:, 2])
+    """M (B, H, W) from boxes (B, R, 4), which of them count (B, R), images (B, 4), and the numbers (H,) and (W,)."""
+    y = _on_content(pixels[0], content_box[:, 1], content_box[:, 3])
+    x = _on_content(pixels[1], content_box[:, 0], content_box[:, 2])
     if laterality == "paper":
         x = 1 - x
     across = _profile(_within(x, boxes[..., 0], boxes[..., 2]), shape, xp)
     down = _profile(_within(y, boxes[..., 1], boxes[..., 3]), shape, xp)
-    inside = (film[:, 0] < 1) & (film[:, 2] > 0) & (film[:, 1] < 1) & (film[:, 3] > 0)
+    inside = (content_box[:, 0] < 1) & (content_box[:, 2] > 0) & (content_box[:, 1] < 1) & (content_box[:, 3] > 0)
     total = xp.einsum("brh,brw->bhw", down * (counted & inside[:, None])[..., None], across)
     return 1 + (lambda_s - 1) * _normed(total, xp)
 
 
-def _on_film(pixels: Any, low: Any, high: Any) -> Any:
-    """Pixel centres in coordinates of the film, (B, pixels): 0 at its edge `low`, 1 at `high`."""
+def _on_content(pixels: Any, low: Any, high: Any) -> Any:
+    """Pixel centers in coordinates of the image, (B, pixels): 0 at its edge `low`, 1 at `high`."""
     centers = (pixels + 0.5) / len(pixels)
     return (centers - low[:, None]) / (high - low)[:, None]
 

@@ -9,14 +9,14 @@ from inspect import signature
 from operator import and_
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from matex_pl.anatomy.prior import check_films
+from matex_pl.anatomy.prior import check_content_boxes
 
-# `matex explain --help` names this class, and answers without torch.
+# `matex target --help` names this class, and answers without torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
     from matex_pl.clip.model import Clip
-    from matex_pl.maps import AttributionMaps
+    from matex_pl.maps import Attribution
 
 
 class AttributionMethod(ABC):
@@ -24,14 +24,14 @@ class AttributionMethod(ABC):
 
     Class attributes say what a caller has to know before calling:
         deterministic: The same input gives the same map.
-        serves_text: `text` is a map of the method, not zeros.
-        repeats: The work is many forwards of each film, which `attribute_phrases` does once for all phrases.
+        supports_text: `text` is a map of the method, not zeros.
+        perturbs_inputs: The work is many forwards of each image, which `attribute_phrases` does once for all phrases.
         cost: Work of one call, in words, in forwards of both towers.
     """
 
     deterministic: ClassVar[bool] = True
-    serves_text: ClassVar[bool] = True
-    repeats: ClassVar[bool] = False
+    supports_text: ClassVar[bool] = True
+    perturbs_inputs: ClassVar[bool] = False
     cost: ClassVar[str]
 
     @property
@@ -45,52 +45,53 @@ class AttributionMethod(ABC):
 
     @abstractmethod
     def attribute(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
-    ) -> AttributionMaps:
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+    ) -> Attribution:
         """Maps of B pairs.
 
         Args:
             clip: The model; it is given back as it came.
-            images: `(B, 3, H, W)` in the model's normalised frame.
+            images: `(B, 3, H, W)` in the model's normalized frame.
             tokens: `(B, T)` of the phrases, cut to the context length.
             phrases: The B phrases in full; the spatial prior is read from them.
-            film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the input frame; all of it by default.
+            content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the input frame; all of it by
+                default.
         """
 
     def attribute_phrases(
-        self, clip: Clip, image: Tensor, phrases: Sequence[str], film: Tensor | None = None
-    ) -> AttributionMaps:
+        self, clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+    ) -> Attribution:
         """Maps of one image and P phrases: what `attribute` gives for P pairs.
 
         Args:
             clip: The model; it is given back as it came.
-            image: `(3, H, W)` in the model's normalised frame.
+            image: `(3, H, W)` in the model's normalized frame.
             phrases: The P phrases.
-            film: `(4,)` rectangle of the film in the input frame; all of it by default.
+            content_box: `(4,)` rectangle of the image in the input frame; all of it by default.
         """
-        tokens, film = check_phrases(clip, image, phrases, film)
-        return self.attribute(clip, image.expand(len(phrases), -1, -1, -1), tokens, phrases, film)
+        tokens, content_box = check_phrases(clip, image, phrases, content_box)
+        return self.attribute(clip, image.expand(len(phrases), -1, -1, -1), tokens, phrases, content_box)
 
 
-def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None) -> None:
+def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> None:
     """Refuse what cannot be explained before any work is done.
 
     Raises:
         ValueError: Lengths differ or are 0, the images are not of the model's frame and dtype, an image holds NaN or
-            Inf, or a film has no size; the message names the sample.
+            Inf, or an image has no size; the message names the sample.
     """
     if isinstance(phrases, str):
         raise ValueError(f"phrases must be a list, got the text {phrases!r}. Put it in brackets.")
     lengths = {"images": len(images), "tokens": len(tokens), "phrases": len(phrases)}
-    if film is not None:
-        lengths["film"] = len(film)
+    if content_box is not None:
+        lengths["content_box"] = len(content_box)
     if len(set(lengths.values())) > 1 or not len(images):
         raise ValueError(f"A pair needs one of each, got {lengths}.")
     wanted = (len(images), 3, *clip.image_size)
     if tuple(images.shape) != wanted or images.dtype != clip.std.dtype:
         raise ValueError(
-            f"images must be {wanted} {clip.std.dtype} in the model's normalised frame, got {tuple(images.shape)} "
-            f"{images.dtype}. `clip.normalise` gives them."
+            f"images must be {wanted} {clip.std.dtype} in the model's normalized frame, got {tuple(images.shape)} "
+            f"{images.dtype}. `clip.normalize` gives them."
         )
     finite = images.isfinite().flatten(1).all(1)
     if not finite.all():
@@ -98,28 +99,28 @@ def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[st
         raise ValueError(
             f"The image of sample {index} ({phrases[index]!r}) holds NaN or Inf; nothing can be explained from it."
         )
-    if film is not None:
-        check_films(film, len(phrases), phrases)
+    if content_box is not None:
+        check_content_boxes(content_box, len(phrases), phrases)
 
 
 def check_phrases(
-    clip: Clip, image: Tensor, phrases: Sequence[str], film: Tensor | None
+    clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens of P phrases on one image, and the film for each, `(P, 4)`; refuses what `check_pairs` would.
+    """Tokens of P phrases on one image, and the image for each, `(P, 4)`; refuses what `check_pairs` would.
 
     Raises:
         ValueError: As in `check_pairs`, or there are no phrases, or more than one image.
     """
     if isinstance(phrases, str) or not len(phrases):
         raise ValueError(f"phrases must be a list of at least one phrase, got {phrases!r}.")
-    if image.ndim != 3 or (film is not None and tuple(film.shape) != (4,)):
+    if image.ndim != 3 or (content_box is not None and tuple(content_box.shape) != (4,)):
         raise ValueError(
-            f"attribute_phrases takes one image (3, H, W) and one film (4,), got {tuple(image.shape)}"
-            + ("." if film is None else f" and {tuple(film.shape)}.")
+            f"attribute_phrases takes one image (3, H, W) and one image (4,), got {tuple(image.shape)}"
+            + ("." if content_box is None else f" and {tuple(content_box.shape)}.")
         )
     tokens = clip.tokenize(phrases)
-    check_pairs(clip, image[None], tokens[:1], phrases[:1], None if film is None else film[None])
-    return tokens, None if film is None else film.expand(len(phrases), 4)
+    check_pairs(clip, image[None], tokens[:1], phrases[:1], None if content_box is None else content_box[None])
+    return tokens, None if content_box is None else content_box.expand(len(phrases), 4)
 
 
 def check_scores(score: Tensor, phrases: Sequence[str], *components: Tensor) -> None:

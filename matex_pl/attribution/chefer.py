@@ -12,11 +12,11 @@ from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.capture import GradBlock, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import first_row, gradient_by_attention, gradients_of
-from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
-from matex_pl.clip.towers import Reading
+from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.towers import Pooling
 
 
-class Chefer(TwoSided):
+class Chefer(TwoTowerMethod):
     """Transformer-MM-Explainability (Chefer, Gur and Wolf 2021).
 
     R <- R + mean over heads of max(0, A * dS/dA) times R, from the first of the blocks on; the map is what is read of R
@@ -24,7 +24,7 @@ class Chefer(TwoSided):
     attention pool's query is no token: its row of max(0, A * dS/dA) begins the product.
 
     Released code: a backward per layer, half precision on a GPU, and the cosine times exp(logit_scale), which is
-    `explain="logit"`; it divides the words by their sum. Only class tokens and ends of text are read there.
+    `target="logit"`; it divides the words by their sum. Only class tokens and ends of text are read there.
 
     Args:
         start_layer: First block whose attention counts, by index from 0 or from the end; -1, the last block, is the
@@ -39,28 +39,28 @@ class Chefer(TwoSided):
     def __init__(
         self,
         start_layer: int = -1,
-        explain: Literal["cosine", "margin", "logit"] = "cosine",
+        target: Literal["cosine", "margin", "logit"] = "cosine",
         references: list[str] | None = None,
     ) -> None:
         check_choices(Chefer.__init__, locals())
         super().__init__(references=references)
-        self.explain = explain
+        self.target = target
         self.start_layer = start_layer
 
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """One forward, recording the attention of the blocks that count."""
-        start = block_index(self.start_layer, side.depth)
-        with capture_attention(side.reading, grad_from=start) as blocks:
-            embedding = side.encode()
+        start = block_index(self.start_layer, tower.depth)
+        with capture_attention(tower.pooling, grad_from=start) as blocks:
+            embedding = tower.encode()
 
-        def find(direction: Tensor) -> Raw:
-            scale = side.clip.logit_scale.exp() if self.explain == "logit" else 1
+        def relevance_for(direction: Tensor) -> Relevance:
+            scale = tower.clip.logit_scale.exp() if self.target == "logit" else 1
             counted = grad_blocks(blocks)
             gradients = gradients_of(embedding, [block.output for block in counted], direction * scale)
             passed = [_passed_on(*pair) for pair in zip(counted, gradients, strict=True)]
-            return Raw(_relevance(passed, side.reading))
+            return Relevance(_relevance(passed, tower.pooling))
 
-        return embedding, find
+        return embedding, relevance_for
 
 
 def _passed_on(block: GradBlock, gradient: Tensor) -> Tensor:
@@ -68,14 +68,14 @@ def _passed_on(block: GradBlock, gradient: Tensor) -> Tensor:
     return (block.attention() * gradient_by_attention(block, gradient)).relu().mean(1)
 
 
-def _relevance(passed: Sequence[Tensor], reading: Reading) -> Tensor:
+def _relevance(passed: Sequence[Tensor], pooling: Pooling) -> Tensor:
     """What is read of R at the tokens of the map, `(B, length)`.
 
     Where tokens are averaged it is that of R - I: the identity gives each of them the same, which drowns the rest.
     """
-    start, passed = first_row(passed, reading)
-    row = start if reading.kind == "query" else torch.zeros_like(start)
+    start, passed = first_row(passed, pooling)
+    row = start if pooling.kind == "query" else torch.zeros_like(start)
     for matrix in reversed(passed):
         step = torch.einsum("bn,bnm->bm", start, matrix)
         start, row = start + step, row + step
-    return reading.fit(row)
+    return pooling.to_map(row)

@@ -16,33 +16,33 @@ from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scores
 from matex_pl.attribution.core.capture import borrowed
 from matex_pl.clip.model import Clip
-from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
+from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
 
 
 class Control(AttributionMethod):
     """Maps that need the model for the score alone."""
 
-    serves_text: ClassVar[bool] = False
+    supports_text: ClassVar[bool] = False
     cost: ClassVar[str] = "1 forward, for the score"
 
     def attribute(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
-    ) -> AttributionMaps:
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+    ) -> Attribution:
         """Maps of B pairs; see `AttributionMethod.attribute`."""
-        check_pairs(clip, images, tokens, phrases, film)
+        check_pairs(clip, images, tokens, phrases, content_box)
         with borrowed(clip):
             score = full_precision(clip.similarity(images, tokens))
             check_scores(score, phrases)
-            image = self._draw(clip, images, phrases, film)
+            image = self._draw(clip, images, phrases, content_box)
             content = clip.content(tokens)
             text = self._draw_words(images, tokens, phrases)
             # A single word has the value 1, where there is a side of words at all.
-            text = token_map(text, content) if self.serves_text else text
+            text = token_map(text, content) if self.supports_text else text
             grid = patch_mean(image, clip.grid)
-            return AttributionMaps(image, grid, text, content, score)
+            return Attribution(image, grid, text, content, score)
 
     @abstractmethod
-    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:
         """Image maps `(B, H, W)` in [0, 1]."""
 
     def _draw_words(self, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Tensor:
@@ -53,15 +53,15 @@ class Control(AttributionMethod):
 class RandomMap(Control):
     """Noise: a number per patch, drawn evenly and enlarged as any map, and one per content token.
 
-    Each pair has noise of its own, which depends on the seed, the film and the phrase, and on nothing else.
+    Each pair has noise of its own, which depends on the seed, the image and the phrase, and on nothing else.
 
     Args:
         seed: Random seed of the noise.
-        blur: Standard deviation of a Gaussian over neighbouring patches, and words, that the noise is smoothed with, in
-            patches and in tokens; 0 for none. So neighbours are as alike as they are in maps of methods.
+        blur: Standard deviation of a Gaussian over neighboring patches, and words, that the noise is smoothed with, in
+            patches and in tokens; 0 for none. So neighbors are as alike as they are in maps of methods.
     """
 
-    serves_text: ClassVar[bool] = True
+    supports_text: ClassVar[bool] = True
 
     def __init__(self, seed: int = 0, blur: float = 0.0) -> None:
         if not 0 <= blur < torch.inf:
@@ -69,7 +69,7 @@ class RandomMap(Control):
         self.seed = seed
         self.blur = blur
 
-    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:
         grid = self._noise("film", images, phrases, clip.grid)
         return min_max(upsample(min_max(grid), clip.image_size))
 
@@ -100,9 +100,9 @@ def _blurred(noise: Tensor, sigma: float) -> Tensor:
 
 
 class CenterMap(Control):
-    """The centre of the frame: 1 there, falling linearly with the distance to 0 in the corners."""
+    """The center of the frame: 1 there, falling linearly with the distance to 0 in the corners."""
 
-    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:
         device, (height, width) = images.device, clip.image_size
         y = torch.linspace(-1, 1, height, device=device)[:, None]
         x = torch.linspace(-1, 1, width, device=device)[None]
@@ -126,14 +126,14 @@ class PriorOnly(Control):
         self.laterality = laterality
         self.knowledge_prior = knowledge_prior
 
-    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:
         regions = [parse_phrase(phrase, knowledge_prior=self.knowledge_prior).regions for phrase in phrases]
         prior = prior_maps(
             regions,
             clip.image_size,
             shape=self.prior_shape,
             laterality=self.laterality,
-            film=film,
+            content_box=content_box,
             ids=phrases,
             device=images.device,
         )

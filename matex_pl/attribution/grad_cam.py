@@ -12,12 +12,12 @@ from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.relevance import gradients_of
 from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.target import Target
-from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.towers import original
 from matex_pl.maps import full_precision, min_max
 
 
-class GradCam(TwoSided):
+class GradCam(TwoTowerMethod):
     """Grad-CAM (Selvaraju et al. 2017) and HiResCAM (Draelos and Carin 2020) on the tokens that enter a block.
 
     `gradcam` is max(0, sum over channels of (mean over tokens of g) * a) with a the input of the block's norm and
@@ -43,44 +43,44 @@ class GradCam(TwoSided):
         self,
         layers: list[int] | None = None,
         variant: Literal["gradcam", "hires"] = "gradcam",
-        explain: Target = "cosine",
+        target: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
-        super().__init__(explain, references)
+        super().__init__(target, references)
         check_choices(GradCam.__init__, locals())
         if layers is not None and not layers:
             raise ValueError("layers must name at least one block; leave it out for the last.")
         self.layers = [-1] if layers is None else list(layers)
         self.variant = variant
 
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """One forward, recording the tokens that enter the layers."""
-        stream = Stream(side.blocks or [original(side.clip.model.visual).attnpool])
+        stream = Stream(tower.blocks or [original(tower.clip.model.visual).attnpool])
         places = sorted({block_index(layer, len(stream.blocks)) for layer in self.layers})
         with stream.capture(cut=places[:1]):
-            embedding = side.encode()
+            embedding = tower.encode()
 
-        def find(direction: Tensor) -> Raw:
+        def relevance_for(direction: Tensor) -> Relevance:
             handles = [self._tokens(stream, place) for place in places]
-            keep = side.keep.expand(len(direction), -1)
+            keep = tower.keep.expand(len(direction), -1)
             gradients = gradients_of(embedding, handles, direction)
-            maps = [self._layer(side, *pair, keep) for pair in zip(handles, gradients, strict=True)]
-            return Raw(torch.stack(maps).mean(0))
+            maps = [self._layer(tower, *pair, keep) for pair in zip(handles, gradients, strict=True)]
+            return Relevance(torch.stack(maps).mean(0))
 
-        return embedding, find
+        return embedding, relevance_for
 
     def _tokens(self, stream: Stream, place: int) -> Tensor:
         before = stream.before[place]
         return before if self.variant == "gradcam" else stream.normed.get(place, before)
 
-    def _layer(self, side: Side, tokens: Tensor, gradient: Tensor, keep: Tensor) -> Tensor:
-        tokens, gradient = (full_precision(_at_map(side, part)) for part in (tokens.detach(), gradient))
+    def _layer(self, tower: Tower, tokens: Tensor, gradient: Tensor, keep: Tensor) -> Tensor:
+        tokens, gradient = (full_precision(_at_map(tower, part)) for part in (tokens.detach(), gradient))
         if self.variant == "gradcam":
             kept = keep[..., None] * gradient
             gradient = kept.sum(1, keepdim=True) / keep.sum(1).clamp(min=1)[:, None, None]
-        return min_max((gradient * tokens).sum(-1).relu(), keep=keep, dtype=side.clip.std.dtype)
+        return min_max((gradient * tokens).sum(-1).relu(), keep=keep, dtype=tower.clip.std.dtype)
 
 
-def _at_map(side: Side, stream: Tensor) -> Tensor:
+def _at_map(tower: Tower, stream: Tensor) -> Tensor:
     """What enters a block at the tokens of the map `(B, length, C)`; a ResNet's is `(B, C, Gh, Gw)`."""
-    return stream.flatten(2).transpose(1, 2) if stream.ndim == 4 else side.tokens_of(stream)
+    return stream.flatten(2).transpose(1, 2) if stream.ndim == 4 else tower.tokens_of(stream)

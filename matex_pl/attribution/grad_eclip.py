@@ -12,13 +12,13 @@ from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.capture import capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradients_of, loosened_term, row_weights
 from matex_pl.attribution.core.target import Target
-from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
 
 
-class GradEclip(TwoSided):
+class GradEclip(TwoTowerMethod):
     """Grad-ECLIP (Zhao et al. 2024): sum over channels of dS/do * v_i, weighted by norm(cos(q, k_i)), clipped at 0.
 
-    q, k, v and o (the attention's output before its projection) are those of all heads, side by side, and the gradient
+    q, k, v and o (the attention's output before its projection) are those of all heads, side by tower, and the gradient
     is that of the row that is pooled. Several blocks are summed before the clipping.
 
     Released code: explains a copy of the tower whose last blocks attend with one head over the full width; here the
@@ -38,27 +38,27 @@ class GradEclip(TwoSided):
         self,
         image_blocks: int = 1,
         text_blocks: int = 8,
-        explain: Target = "cosine",
+        target: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
-        super().__init__(explain, references)
+        super().__init__(target, references)
         check_positive(image_blocks=image_blocks, text_blocks=text_blocks)
         self.image_blocks = image_blocks
         self.text_blocks = text_blocks
 
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """One forward, recording q, k, v and o of the last blocks."""
-        number = self.image_blocks if isinstance(side, ImageSide) else self.text_blocks
-        start = block_index(-number, side.depth)
-        with capture_attention(side.reading, grad_from=start) as blocks:
-            embedding = side.encode()
+        number = self.image_blocks if isinstance(tower, ImageTower) else self.text_blocks
+        start = block_index(-number, tower.depth)
+        with capture_attention(tower.pooling, grad_from=start) as blocks:
+            embedding = tower.encode()
 
-        def find(direction: Tensor) -> Raw:
+        def relevance_for(direction: Tensor) -> Relevance:
             counted = grad_blocks(blocks)
             gradients = gradients_of(embedding, [block.output for block in counted], direction)
-            weights = row_weights(blocks, side.reading)[start:]
+            weights = row_weights(blocks, tower.pooling)[start:]
             triples = zip(counted, gradients, weights, strict=True)
-            terms = [loosened_term(*triple, side.reading, side.keep) for triple in triples]
-            return Raw(torch.stack(terms).sum(0).relu())
+            terms = [loosened_term(*triple, tower.pooling, tower.keep) for triple in triples]
+            return Relevance(torch.stack(terms).sum(0).relu())
 
-        return embedding, find
+        return embedding, relevance_for

@@ -12,7 +12,7 @@ from torch import Tensor
 from matex_pl.arguments import check_choices, check_positive
 from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
 from matex_pl.attribution.core.target import Target
-from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TextSide, TwoSided
+from matex_pl.attribution.core.two_tower import ImageTower, Relevance, TextTower, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.maps import differ
@@ -20,10 +20,10 @@ from matex_pl.maps import differ
 MAX_FEATURES = 64
 
 
-class KernelShap(TwoSided):
+class KernelShap(TwoTowerMethod):
     """Kernel SHAP (Lundberg and Lee 2017): the values whose sums over coalitions come closest to their scores.
 
-    Features of a film are its patches, in square groups where there are more than 64; of a phrase its content tokens.
+    Features of an image are its patches, in square groups where there are more than 64; of a phrase its content tokens.
     What is left out is filled, or replaced by pad tokens. The values add up to S(all) - S(nothing) exactly. Where
     `samples` reaches, all coalitions are taken and the values are the Shapley values; otherwise they are drawn in pairs
     with their complements, one bank for all pairs of a call. The map is the positive part.
@@ -34,7 +34,7 @@ class KernelShap(TwoSided):
 
     Args:
         samples: Coalitions, at most.
-        fill: What stands in for removed pixels: `mean_film`, `mean_colour` (as published) or `blur`.
+        fill: What stands in for removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         seed: Random seed of the coalitions.
         chunk_size: Most samples in one forward, or the batch where that is larger.
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
@@ -44,20 +44,20 @@ class KernelShap(TwoSided):
     and `text_values` `(B, T)`.
     """
 
-    repeats: ClassVar[bool] = True
+    perturbs_inputs: ClassVar[bool] = True
     cost: ClassVar[str] = "2 forwards, and `samples` forwards of either tower, fewer where a phrase has few words"
 
     def __init__(
         self,
         samples: int = 512,
-        fill: Fill = "mean_film",
+        fill: Fill = "mean_image",
         seed: int = 0,
         chunk_size: int = 128,
-        explain: Target = "cosine",
+        target: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
         check_choices(KernelShap.__init__, locals())
-        super().__init__(explain, references)
+        super().__init__(target, references)
         check_positive(samples=samples, chunk_size=chunk_size)
         self.samples = samples
         self.fill = fill
@@ -68,38 +68,38 @@ class KernelShap(TwoSided):
         """Refuse a model without the fill."""
         check_fill(self.fill, clip)
 
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """One forward; the coalitions need the direction."""
-        embedding = side.encode()
+        embedding = tower.encode()
 
-        def find(direction: Tensor) -> Raw:
+        def relevance_for(direction: Tensor) -> Relevance:
             whole = (embedding * direction).sum(-1)
-            if isinstance(side, ImageSide):
-                values = self._film(side, direction, whole)
+            if isinstance(tower, ImageTower):
+                values = self._image(tower, direction, whole)
             else:
-                assert isinstance(side, TextSide)
-                values = self._words(side, direction, whole)
-            return Raw(values.relu(), {"values": values})
+                assert isinstance(tower, TextTower)
+                values = self._words(tower, direction, whole)
+            return Relevance(values.relu(), {"values": values})
 
-        return embedding, find
+        return embedding, relevance_for
 
-    def _film(self, side: ImageSide, direction: Tensor, whole: Tensor) -> Tensor:
-        groups = patch_groups(side.clip.grid).to(direction.device)
+    def _image(self, tower: ImageTower, direction: Tensor, whole: Tensor) -> Tensor:
+        groups = patch_groups(tower.clip.grid).to(direction.device)
         present = torch.ones(1, int(groups.max()) + 1, dtype=torch.bool, device=direction.device)
         keep, weight = coalitions(present, self.samples, self.seed)
-        fill = fill_images(self.fill, side.clip, side.inputs)
+        fill = fill_images(self.fill, tower.clip, tower.inputs)
         shown = torch.cat([keep.new_zeros(1, *keep.shape[1:]), keep])[:, 0, groups]
-        rows = progress(shown.split(max(1, self.chunk_size // len(side.inputs))), "coalitions")
-        size = side.clip.image_size
-        scores = torch.cat([side.score_kept(_enlarged(part.to(direction), size), fill, direction) for part in rows])
-        values = shapley_regression(keep, weight, present, scores[1:], scores[0], whole, side.clip.std.dtype)
+        rows = progress(shown.split(max(1, self.chunk_size // len(tower.inputs))), "coalitions")
+        size = tower.clip.image_size
+        scores = torch.cat([tower.score_kept(_enlarged(part.to(direction), size), fill, direction) for part in rows])
+        values = shapley_regression(keep, weight, present, scores[1:], scores[0], whole, tower.clip.std.dtype)
         return (values / groups.flatten().bincount())[:, groups.flatten()]
 
-    def _words(self, side: TextSide, direction: Tensor, whole: Tensor) -> Tensor:
-        keep, weight = coalitions(side.keep, self.samples, self.seed)
+    def _words(self, tower: TextTower, direction: Tensor, whole: Tensor) -> Tensor:
+        keep, weight = coalitions(tower.keep, self.samples, self.seed)
         shown = torch.cat([keep.new_zeros(1, *keep.shape[1:]), keep])
-        scores = side.score_kept(shown, direction, self.chunk_size)
-        return shapley_regression(keep, weight, side.keep, scores[1:], scores[0], whole, side.clip.std.dtype)
+        scores = tower.score_kept(shown, direction, self.chunk_size)
+        return shapley_regression(keep, weight, tower.keep, scores[1:], scores[0], whole, tower.clip.std.dtype)
 
 
 def patch_groups(grid: tuple[int, int], most: int = MAX_FEATURES) -> Tensor:

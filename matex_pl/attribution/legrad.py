@@ -12,10 +12,10 @@ from matex_pl.attribution.core.capture import GradBlock, capture_attention, grad
 from matex_pl.attribution.core.relevance import gradient_by_attention, gradients_of
 from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.target import Target
-from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
 
 
-class LeGrad(TwoSided):
+class LeGrad(TwoTowerMethod):
     """LeGrad (Bousselham et al. 2024): mean over blocks, heads and queries of max(0, ds_l/dA_l).
 
     s_l is the score that the tower's own head gives when it reads the tokens behind block l, and A_l the attention of
@@ -33,36 +33,36 @@ class LeGrad(TwoSided):
     cost: ClassVar[str] = "1 forward, 1 backward, and the tower's head once per block"
 
     def __init__(
-        self, num_blocks: int | None = None, explain: Target = "cosine", references: list[str] | None = None
+        self, num_blocks: int | None = None, target: Target = "cosine", references: list[str] | None = None
     ) -> None:
-        super().__init__(explain, references)
+        super().__init__(target, references)
         check_positive(num_blocks=1 if num_blocks is None else num_blocks)
         self.num_blocks = num_blocks
 
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """One forward in which each block begins anew, so that its score depends on its own attention alone."""
-        stream = Stream(side.blocks)
-        start = 0 if self.num_blocks is None else max(side.depth - self.num_blocks, 0)
-        own = range(start, len(side.blocks))
-        with stream.capture(cut=own), capture_attention(side.reading, grad_from=start) as blocks:
-            embedding = side.encode()
+        stream = Stream(tower.blocks)
+        start = 0 if self.num_blocks is None else max(tower.depth - self.num_blocks, 0)
+        own = range(start, len(tower.blocks))
+        with stream.capture(cut=own), capture_attention(tower.pooling, grad_from=start) as blocks:
+            embedding = tower.encode()
 
-        def find(direction: Tensor) -> Raw:
+        def relevance_for(direction: Tensor) -> Relevance:
             counted = grad_blocks(blocks)
             rows: list[Tensor] = []
             if own:
                 with torch.enable_grad(), stream.resumed(own[-1], torch.cat(stream.behind[start:])):
-                    reads = side.encode_stream(len(own))
-                rows += _rows(side, counted[: len(own)], reads, direction, len(own))
-            if side.depth > len(side.blocks):
-                rows += _rows(side, counted[-1:], embedding, direction)
-            return Raw(torch.stack(rows).mean(0))
+                    reads = tower.encode_stream(len(own))
+                rows += _rows(tower, counted[: len(own)], reads, direction, len(own))
+            if tower.depth > len(tower.blocks):
+                rows += _rows(tower, counted[-1:], embedding, direction)
+            return Relevance(torch.stack(rows).mean(0))
 
-        return embedding, find
+        return embedding, relevance_for
 
 
-def _rows(side: Side, blocks: list[GradBlock], embedding: Tensor, direction: Tensor, copies: int = 1) -> list[Tensor]:
+def _rows(tower: Tower, blocks: list[GradBlock], embedding: Tensor, direction: Tensor, copies: int = 1) -> list[Tensor]:
     """`(B, length)` per block."""
     gradients = gradients_of(embedding, [block.output for block in blocks], direction, copies=copies)
     pairs = zip(blocks, gradients, strict=True)
-    return [side.reading.fit(gradient_by_attention(*pair).relu().mean((1, 2))) for pair in pairs]
+    return [tower.pooling.to_map(gradient_by_attention(*pair).relu().mean((1, 2))) for pair in pairs]

@@ -12,14 +12,14 @@ from matex_pl.arguments import check_positive
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.target import Target
-from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import image_blocks, not_explained, original
 from matex_pl.console import progress
 from matex_pl.maps import full_precision
 
 
-class M2ib(TwoSided):
+class M2ib(TwoTowerMethod):
     """M2IB (Wang, Rudner and Wilson 2023): how much of each token has to pass a bottleneck for the pair to agree.
 
     Behind a block each number h of the stream becomes z = lambda h + (1 - lambda) eps with standard normal noise eps
@@ -31,7 +31,7 @@ class M2ib(TwoSided):
     In phrases the tokens up to the pooled one take part (all that are no padding, where the first is pooled), so that
     padding changes nothing; the others pass as they are.
 
-    Released code: the same for a film, pair by pair, with forwards of the whole model. For phrases it averages the
+    Released code: the same for an image, pair by pair, with forwards of the whole model. For phrases it averages the
     capacity over all positions it is given, padding included, min-maxes over the special tokens too, and its wrapper of
     OpenAI's weights reads the last position instead of the end of text. Here log(1 - lambda) cannot underflow to an
     infinite capacity.
@@ -65,10 +65,10 @@ class M2ib(TwoSided):
         after_last_update: bool = False,
         seed: int = 0,
         chunk_size: int = 80,
-        explain: Target = "cosine",
+        target: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
-        super().__init__(explain, references)
+        super().__init__(target, references)
         check_positive(beta=beta, lr=lr, steps=steps, copies=copies, chunk_size=chunk_size)
         self.block = block
         self.beta = beta
@@ -86,55 +86,57 @@ class M2ib(TwoSided):
             reason = "there is no stream of tokens for a bottleneck"
             raise NotImplementedError(not_explained("image", original(visual), reason))
 
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """One forward, recording the tokens behind the block."""
-        stream = Stream(side.blocks)
-        place = block_index(self.block, len(side.blocks))
+        stream = Stream(tower.blocks)
+        place = block_index(self.block, len(tower.blocks))
         with stream.capture():
-            embedding = side.encode()
-        hidden, counted = stream.behind[place], _counted(side, stream.behind[place].shape[1])
+            embedding = tower.encode()
+        hidden, counted = stream.behind[place], _counted(tower, stream.behind[place].shape[1])
 
-        def find(direction: Tensor) -> Raw:
+        def relevance_for(direction: Tensor) -> Relevance:
             size = max(1, self.chunk_size // self.copies)
             chunks = []
             for rows in progress(torch.arange(len(direction), device=direction.device).split(size), "bottlenecks"):
                 # One image serves all phrases.
                 own = rows if len(hidden) > 1 else rows.new_zeros(len(rows))
-                part = side.rows(rows)
+                part = tower.rows(rows)
                 chunks.append(self._capacity(part, stream, place, hidden[own], counted[own], direction[rows]))
             capacity = torch.cat(chunks)
             mean = capacity.sum((1, 2)) / (counted.sum(1) * capacity.shape[2])
-            return Raw(side.tokens_of(capacity).sum(-1), {"capacity": mean})
+            return Relevance(tower.tokens_of(capacity).sum(-1), {"capacity": mean})
 
-        return embedding, find
+        return embedding, relevance_for
 
     def _capacity(
-        self, side: Side, stream: Stream, place: int, hidden: Tensor, counted: Tensor, direction: Tensor
+        self, tower: Tower, stream: Stream, place: int, hidden: Tensor, counted: Tensor, direction: Tensor
     ) -> Tensor:
         """Capacity `(B, n, C)` of each number of the stream, 0 where it is not counted."""
         clean, counted = full_precision(hidden), counted[..., None]
         alpha = torch.full_like(clean, 5.0)
-        optimiser = torch.optim.Adam([alpha], lr=self.lr)
+        optimizer = torch.optim.Adam([alpha], lr=self.lr)
         generator = torch.Generator().manual_seed(self.seed)
         numbers = counted.sum((1, 2)) * clean.shape[2]
         for _ in range(self.steps if self.after_last_update else self.steps - 1):
-            noise = self._noise(side, clean, generator)
+            noise = self._noise(tower, clean, generator)
             with torch.enable_grad():
                 alpha.requires_grad_()
                 share = torch.where(counted, alpha.sigmoid(), 1)
                 mixed = torch.lerp(noise, clean, share).to(hidden)
                 with stream.resumed(place, mixed.flatten(0, 1)):
-                    score = (full_precision(side.encode_stream(self.copies)) * direction.repeat(self.copies, 1)).sum(-1)
+                    score = (full_precision(tower.encode_stream(self.copies)) * direction.repeat(self.copies, 1)).sum(
+                        -1
+                    )
                 lost = (capacity_of(alpha, clean) * counted).sum((1, 2)) / numbers
                 loss = (self.beta * lost).sum() - score.sum() / self.copies
             alpha.grad = torch.autograd.grad(loss, alpha)[0]
             alpha.requires_grad_(False)
-            optimiser.step()
+            optimizer.step()
         return capacity_of(alpha, clean) * counted
 
-    def _noise(self, side: Side, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    def _noise(self, tower: Tower, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """`(copies, 1, n, C)`, the same for each phrase whatever the longest of its batch is."""
-        length = max(hidden.shape[1], side.reading.length)
+        length = max(hidden.shape[1], tower.pooling.length)
         noise = torch.randn(self.copies, 1, length, hidden.shape[2], generator=generator)
         return noise[:, :, : hidden.shape[1]].to(hidden)
 
@@ -146,12 +148,12 @@ def capacity_of(alpha: Tensor, hidden: Tensor) -> Tensor:
     return -0.5 * (1 + 2 * F.logsigmoid(-alpha) - (kept * hidden) ** 2 - noise**2)
 
 
-def _counted(side: Side, tokens: int) -> Tensor:
+def _counted(tower: Tower, tokens: int) -> Tensor:
     """Which of the tokens of a block the bottleneck acts on, `(B, n)` bool."""
-    place = torch.arange(tokens, device=side.inputs.device)
-    if isinstance(side, ImageSide):
-        return torch.ones(len(side.inputs), tokens, dtype=torch.bool, device=place.device)
-    position = side.reading.position
+    place = torch.arange(tokens, device=tower.inputs.device)
+    if isinstance(tower, ImageTower):
+        return torch.ones(len(tower.inputs), tokens, dtype=torch.bool, device=place.device)
+    position = tower.pooling.position
     if position is not None and (position > 0).all():
         return place <= position[:, None]
-    return side.inputs[:, :tokens] != side.clip.pad_id
+    return tower.inputs[:, :tokens] != tower.clip.pad_id

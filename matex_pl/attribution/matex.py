@@ -25,8 +25,8 @@ from matex_pl.attribution.core.relevance import (
 )
 from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
 from matex_pl.clip.model import Clip
-from matex_pl.clip.towers import Reading
-from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
+from matex_pl.clip.towers import Pooling
+from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
 
 
 def layer_weights(num_layers: int, tau: float) -> Tensor:
@@ -78,7 +78,7 @@ class Matex(AttributionMethod):
         skip_layers: Number of first image blocks whose gradients never count, whatever `grad_layers` is; one block
             always counts.
         spatial_weight: `softmax` (the attention row per head, as printed) or `loosened` (Grad-ECLIP's).
-        tau: Temperature of eq. 1; larger favours deeper layers. The paper gives none; 0.2 puts half the mass on the
+        tau: Temperature of eq. 1; larger favors deeper layers. The paper gives none; 0.2 puts half the mass on the
             last 3 of 12.
         flow: `sum` (eq. 1) or `rollout` (Abnar and Zuidema).
         kappa: Scale of the deviation in eq. 2: a number (1 in the paper), or `tokens`: the number of patches or of
@@ -89,7 +89,7 @@ class Matex(AttributionMethod):
         delta: Weight of the gradients under the prior, eq. 6; 0.2 in the paper. 0 takes the prior out of either fusion.
         lambda_s: Strength of the prior, eq. 5; 2.5 in the paper, tuned in 1.5 to 3.5; 1 takes the prior out.
         prior_shape: `parabola` (eqs. 3 and 4), `gaussian` or `plateau`.
-        laterality: `patient` (the patient's right is on the left of the film) or `paper` (as printed, mirrored).
+        laterality: `patient` (the patient's right is on the left of the image) or `paper` (as printed, mirrored).
         fuse_at: `pixel` or `grid`, where eq. 6 is evaluated.
         fusion: `sum` (eq. 6) or `product`: norm((alpha G + gamma C G + beta F) * M ** prior_power), where delta has no
             weight, but still switches.
@@ -103,7 +103,7 @@ class Matex(AttributionMethod):
     attention_layers `(B, L, Gh, Gw)`, and from them grad, flow, consistency `(B, Gh, Gw)` raw; prior `(B, H, W)` and
     prior_grid `(B, Gh, Gw)`; text_grad_blocks `(B, K, T)`, text_attention_layers `(B, L, T)`, text_grad, text_flow and
     text_consistency `(B, T)` raw and 0 off content; rollout and text_rollout where `flow` is that; regions and spans,
-    a list per pair; phrases, film, content, score and the settings.
+    a list per pair; phrases, image, content, score and the settings.
     """
 
     cost: ClassVar[str] = (
@@ -131,7 +131,7 @@ class Matex(AttributionMethod):
         fusion: Literal["sum", "product"] = "sum",
         prior_power: float = 2.0,
         knowledge_prior: bool = False,
-        explain: Target = "cosine",
+        target: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
         check_choices(Matex.__init__, locals())
@@ -142,7 +142,7 @@ class Matex(AttributionMethod):
             raise ValueError(
                 "alpha, beta, lambda_c and delta are 0, so that the map would be empty. Raise one of them."
             )
-        if explain == "margin" and references is not None and not references:
+        if target == "margin" and references is not None and not references:
             raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
         self.grad_layers = grad_layers
         self.text_grad_layers = text_grad_layers
@@ -162,7 +162,7 @@ class Matex(AttributionMethod):
         self.fusion = fusion
         self.prior_power = prior_power
         self.knowledge_prior = knowledge_prior
-        self.explain = explain
+        self.target = target
         self.references = list(REFERENCES if references is None else references)
 
     @classmethod
@@ -181,8 +181,8 @@ class Matex(AttributionMethod):
         return cls(**(settings | changes))
 
     @classmethod
-    def measured(cls, **changes: Any) -> Matex:
-        """What a study on phantom validation films picked (docs/choices.md): the margin, the product, most blocks.
+    def recommended(cls, **changes: Any) -> Matex:
+        """The settings that a study on phantom validation images picked: the margin, the product, most blocks.
 
         All blocks of the text tower count, and all but the first of the image tower.
         """
@@ -195,26 +195,29 @@ class Matex(AttributionMethod):
         }
         return cls(**(settings | changes))
 
+    # The name in 0.1.
+    measured = recommended
+
     def attribute(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
-    ) -> AttributionMaps:
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+    ) -> Attribution:
         """Maps of B pairs; see `AttributionMethod.attribute`."""
-        check_pairs(clip, images, tokens, phrases, film)
-        return self._explain(clip, images, tokens, phrases, film)
+        check_pairs(clip, images, tokens, phrases, content_box)
+        return self._explain(clip, images, tokens, phrases, content_box)
 
     def attribute_phrases(
-        self, clip: Clip, image: Tensor, phrases: Sequence[str], film: Tensor | None = None
-    ) -> AttributionMaps:
+        self, clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+    ) -> Attribution:
         """Maps of one image and P phrases, from one forward of the image; see `AttributionMethod.attribute_phrases`."""
-        tokens, film = check_phrases(clip, image, phrases, film)
-        return self._explain(clip, image[None], tokens, phrases, film)
+        tokens, content_box = check_phrases(clip, image, phrases, content_box)
+        return self._explain(clip, image[None], tokens, phrases, content_box)
 
     @classmethod
-    def fuse(cls, parts: dict[str, Any], **changes: Any) -> AttributionMaps:
+    def fuse(cls, parts: dict[str, Any], **changes: Any) -> Attribution:
         """The maps of `parts` with some settings changed, without another forward.
 
         What is not named stays as the parts were made; `Matex.fuse(parts, **Matex.paper(grad_layers=1).settings)` would
-        change all of it. `spatial_weight`, `explain`, `references` and more blocks or another `flow` than were computed
+        change all of it. `spatial_weight`, `target`, `references` and more blocks or another `flow` than were computed
         need another `attribute`.
 
         Args:
@@ -258,15 +261,15 @@ class Matex(AttributionMethod):
         return last_blocks(self.grad_layers, layers, self.skip_layers), last_blocks(text, text_layers)
 
     def _explain(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None
-    ) -> AttributionMaps:
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None
+    ) -> Attribution:
         """Maps of B pairs, or of one image and B phrases."""
         with borrowed(clip):
             images, tokens = images.detach().clone(), tokens.clone()
             parts = self._components(clip, images, tokens)
             check_scores(parts["score"], phrases, *parts.values())
             parts |= self._read(phrases) | {
-                "film": None if film is None else film.clone(),
+                "content_box": None if content_box is None else content_box.clone(),
                 "phrases": list(phrases),
                 "size": clip.image_size,
                 "dtype": clip.std.dtype,
@@ -284,19 +287,19 @@ class Matex(AttributionMethod):
         layers, text_layers = count_blocks(clip, images, tokens)
         last, text_last = self.depths(layers, text_layers)
         start, text_start = layers - last, text_layers - text_last
-        reading, text_reading, content = clip.image_reading(images), clip.text_reading(tokens), clip.content(tokens)
-        reference = reference_mean(clip, self.references) if self.explain == "margin" else None
+        pooling, text_pooling, content = clip.image_pooling(images), clip.text_pooling(tokens), clip.content(tokens)
+        reference = reference_mean(clip, self.references) if self.target == "margin" else None
         full = self.flow == "rollout"
-        with capture_attention(reading, grad_from=start, full=full) as blocks:
+        with capture_attention(pooling, grad_from=start, full=full) as blocks:
             image = clip.encode_image(images)
-        with capture_attention(text_reading, grad_from=text_start, full=full) as text_blocks:
+        with capture_attention(text_pooling, grad_from=text_start, full=full) as text_blocks:
             text = clip.encode_text(tokens)
         score, by_image, by_text = directions(full_precision(image.detach()), full_precision(text.detach()), reference)
-        gradients = gradients_of(image, self._handles(blocks, reading), by_image)
-        text_gradients = gradients_of(text, self._handles(text_blocks, text_reading), by_text)
-        patches = torch.ones_like(by_image[:1, :1], dtype=torch.bool).expand(1, reading.length)
-        parts = self._tower(blocks, gradients, reading, patches)
-        text_parts = self._tower(text_blocks, text_gradients, text_reading, content)
+        gradients = gradients_of(image, self._handles(blocks, pooling), by_image)
+        text_gradients = gradients_of(text, self._handles(text_blocks, text_pooling), by_text)
+        patches = torch.ones_like(by_image[:1, :1], dtype=torch.bool).expand(1, pooling.length)
+        parts = self._tower(blocks, gradients, pooling, patches)
+        text_parts = self._tower(text_blocks, text_gradients, text_pooling, content)
         return {
             **{name: _on_raster(part, clip.grid, len(tokens)) for name, part in parts.items()},
             **{f"text_{name}": part for name, part in text_parts.items()},
@@ -304,32 +307,32 @@ class Matex(AttributionMethod):
             "score": score,
         }
 
-    def _handles(self, blocks: Sequence[Block], reading: Reading) -> list[Tensor]:
+    def _handles(self, blocks: Sequence[Block], pooling: Pooling) -> list[Tensor]:
         """What the gradients of the blocks are taken by; see `softmax_term`."""
-        by_value = reading.position is None and self.spatial_weight == "softmax"
+        by_value = pooling.position is None and self.spatial_weight == "softmax"
         return [block.value if by_value else block.output for block in grad_blocks(blocks)]
 
     def _tower(
-        self, blocks: Sequence[Block], gradients: Sequence[Tensor], reading: Reading, keep: Tensor
+        self, blocks: Sequence[Block], gradients: Sequence[Tensor], pooling: Pooling, keep: Tensor
     ) -> dict[str, Tensor]:
-        """Components of one side at the tokens of the map; `loosened` normalises over those of `keep`."""
+        """Components of one side at the tokens of the map; `loosened` normalizes over those of `keep`."""
         last = grad_blocks(blocks)
         if self.spatial_weight == "softmax":
-            terms = [reading.fit(softmax_term(*pair, reading)) for pair in zip(last, gradients, strict=True)]
+            terms = [pooling.to_map(softmax_term(*pair, pooling)) for pair in zip(last, gradients, strict=True)]
         else:
-            weights = row_weights(blocks, reading)[-len(gradients) :]
+            weights = row_weights(blocks, pooling)[-len(gradients) :]
             triples = zip(last, gradients, weights, strict=True)
-            terms = [loosened_term(*triple, reading, keep) for triple in triples]
-        parts = {"grad_blocks": torch.stack(terms, 1), "attention_layers": attention_rows(blocks, reading)}
+            terms = [loosened_term(*triple, pooling, keep) for triple in triples]
+        parts = {"grad_blocks": torch.stack(terms, 1), "attention_layers": attention_rows(blocks, pooling)}
         if self.flow == "rollout":
-            parts["rollout"] = rollout_row([block.mean for block in blocks], reading)
+            parts["rollout"] = rollout_row([block.mean for block in blocks], pooling)
         return parts
 
-    def _fuse(self, parts: dict[str, Any]) -> AttributionMaps:
+    def _fuse(self, parts: dict[str, Any]) -> Attribution:
         """Parts with this method's components, and the maps that they give."""
         parts = parts | self._derive(parts) | self._prior(parts) | {"settings": self.settings}
         image, raster = self._fuse_image(parts)
-        return AttributionMaps(image, raster, self._fuse_text(parts), parts["content"], parts["score"], parts)
+        return Attribution(image, raster, self._fuse_text(parts), parts["content"], parts["score"], parts)
 
     def _derive(self, parts: dict[str, Any]) -> dict[str, Tensor]:
         """A_grad, A_flow and C of both sides from their blocks and layers, raw.
@@ -352,14 +355,14 @@ class Matex(AttributionMethod):
         }
 
     def _prior(self, parts: dict[str, Any]) -> dict[str, Tensor]:
-        """M at the pixels and, drawn anew, at the centres of the patches."""
+        """M at the pixels and, drawn anew, at the centers of the patches."""
         draw = partial(
             prior_maps,
             parts["regions"],
             lambda_s=self.lambda_s,
             shape=self.prior_shape,
             laterality=self.laterality,
-            film=parts["film"],
+            content_box=parts["content_box"],
             ids=parts["phrases"],
             device=parts["score"].device,
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from matex_pl.attribution.core.stream import Stream
-from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import image_blocks, not_explained, original
 from matex_pl.maps import full_precision
 
 
-class PatchSimilarity(TwoSided):
+class PatchSimilarity(TwoTowerMethod):
     """Cosine of each patch with the phrase, the patch's last token taken through the tower's head alone.
 
     The token stands where the class token does, or is all that there is to average or to attend to. CLIP trains the
@@ -25,7 +25,7 @@ class PatchSimilarity(TwoSided):
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
-    serves_text: ClassVar[bool] = False
+    supports_text: ClassVar[bool] = False
     cost: ClassVar[str] = "1 forward, and the tower's head once per patch"
 
     def check(self, clip: Clip) -> None:
@@ -34,16 +34,16 @@ class PatchSimilarity(TwoSided):
         if not image_blocks(visual):
             raise NotImplementedError(not_explained("image", original(visual), "it has no patch tokens to read alone"))
 
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """One forward, recording the tokens behind the last block."""
-        stream = Stream(side.blocks)
+        stream = Stream(tower.blocks)
         with stream.capture():
-            embedding = side.encode()
+            embedding = tower.encode()
         tokens = stream.behind[-1]
-        patches = side.tokens_of(tokens)
+        patches = tower.tokens_of(tokens)
         others = tokens.shape[1] - patches.shape[1]
         # As many copies as there are tokens beside the patches: whichever of them the head reads, it is the patch.
         alone = patches.flatten(0, 1)[:, None].expand(-1, others + 1, -1)
-        with stream.resumed(len(side.blocks) - 1, alone):
-            read = full_precision(side.encode_stream(1)).unflatten(0, patches.shape[:2])
-        return embedding, lambda direction: Raw((read * direction[:, None]).sum(-1))
+        with stream.resumed(len(tower.blocks) - 1, alone):
+            read = full_precision(tower.encode_stream(1)).unflatten(0, patches.shape[:2])
+        return embedding, lambda direction: Relevance((read * direction[:, None]).sum(-1))

@@ -12,59 +12,59 @@ from torch import Tensor
 from matex_pl.arguments import check_choices, check_positive
 from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
 from matex_pl.attribution.core.target import Target
-from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TextSide, TwoSided
+from matex_pl.attribution.core.two_tower import ImageTower, Relevance, TextTower, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.maps import differ
 
 
-class Rise(TwoSided):
+class Rise(TwoTowerMethod):
     """RISE (Petsiuk, Das and Saenko 2018): sum over masks m of S(x m + fill (1 - m)) m / (masks * keep_probability).
 
-    A mask is a coarse grid of zeros and ones, enlarged bilinearly to one cell more than the film and cut out at a
+    A mask is a coarse grid of zeros and ones, enlarged bilinearly to one cell more than the image and cut out at a
     random place. Phrases: each content token is kept or replaced by a pad token. All pairs of a call see the same
     masks, made on the device in chunks.
 
-    Released code: explains a class probability, fills with the mean colour, and its scripts take 6000 masks of 8 cells
+    Released code: explains a class probability, fills with the mean color, and its scripts take 6000 masks of 8 cells
     with probability 0.1; its enlargement mirrors at the border of the grid, where this repeats the edge.
 
     Args:
         masks: Number of masks (4000 for the smaller network of the paper).
-        cells: Side of the coarse grid.
+        grid_size: Tower of the coarse grid.
         keep_probability: Probability in (0, 1) that a cell or a token is kept.
-        centred: Subtract the mean score over the masks from each score first: a cosine is far from 0 whatever is shown,
+        centered: Subtract the mean score over the masks from each score first: a cosine is far from 0 whatever is shown,
             and with few masks that constant times their unevenness is most of the map.
-        fill: What stands in for removed pixels: `mean_film`, `mean_colour` (as published) or `blur`.
+        fill: What stands in for removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         seed: Random seed of the masks.
         chunk_size: Most samples in one forward, or the batch where that is larger.
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
-    repeats: ClassVar[bool] = True
+    perturbs_inputs: ClassVar[bool] = True
     cost: ClassVar[str] = "1 forward, and `masks` forwards of either tower, fewer where a phrase has few words"
 
     def __init__(
         self,
         masks: int = 4000,
-        cells: int = 7,
+        grid_size: int = 7,
         keep_probability: float = 0.5,
-        centred: bool = False,
-        fill: Fill = "mean_film",
+        centered: bool = False,
+        fill: Fill = "mean_image",
         seed: int = 0,
         chunk_size: int = 128,
-        explain: Target = "cosine",
+        target: Target = "cosine",
         references: list[str] | None = None,
     ) -> None:
         check_choices(Rise.__init__, locals())
-        super().__init__(explain, references)
-        check_positive(masks=masks, cells=cells, chunk_size=chunk_size)
+        super().__init__(target, references)
+        check_positive(masks=masks, grid_size=grid_size, chunk_size=chunk_size)
         if not 0 < keep_probability < 1:
             raise ValueError(f"keep_probability must be between 0 and 1, got {keep_probability}.")
         self.masks = masks
-        self.cells = cells
+        self.grid_size = grid_size
         self.keep_probability = keep_probability
-        self.centred = centred
+        self.centered = centered
         self.fill = fill
         self.seed = seed
         self.chunk_size = chunk_size
@@ -73,14 +73,14 @@ class Rise(TwoSided):
         """Refuse a model without the fill."""
         check_fill(self.fill, clip)
 
-    def look(self, side: Side) -> Look:
+    def trace(self, side: Tower) -> Trace:
         """One forward; the masks need the direction."""
-        if isinstance(side, ImageSide):
-            return side.encode(), partial(self._film, side)
-        assert isinstance(side, TextSide)
+        if isinstance(side, ImageTower):
+            return side.encode(), partial(self._image, side)
+        assert isinstance(side, TextTower)
         return side.encode(), partial(self._words, side)
 
-    def _film(self, side: ImageSide, direction: Tensor) -> Raw:
+    def _image(self, side: ImageTower, direction: Tensor) -> Relevance:
         fill = fill_images(self.fill, side.clip, side.inputs)
         grids, shifts = (part.to(direction.device) for part in self.bank(side.clip.image_size))
         size = max(1, self.chunk_size // len(side.inputs))
@@ -91,27 +91,27 @@ class Rise(TwoSided):
             scores.append(side.score_kept(masks, fill, direction))
             weighted += torch.einsum("sb,shw->bhw", scores[-1], masks)
             kept += masks.sum(0)
-        if self.centred:
+        if self.centered:
             score = torch.cat(scores)
             weighted -= score.mean(0)[:, None, None] * kept
             # What is left of scores that are all the same is rounding.
             weighted *= differ(score, side.clip.std.dtype)[:, None, None]
-        return Raw(weighted / (self.masks * self.keep_probability))
+        return Relevance(weighted / (self.masks * self.keep_probability))
 
-    def _words(self, side: TextSide, direction: Tensor) -> Raw:
+    def _words(self, side: TextTower, direction: Tensor) -> Relevance:
         generator = torch.Generator().manual_seed(self.seed)
         keep = torch.rand(self.masks, side.inputs.shape[1], generator=generator) < self.keep_probability
         keep = keep.to(direction.device)
         score = side.score_kept(keep[:, None], direction, self.chunk_size)
-        score = (score - score.mean(0)) * differ(score, side.clip.std.dtype) if self.centred else score
+        score = (score - score.mean(0)) * differ(score, side.clip.std.dtype) if self.centered else score
         values = torch.einsum("sb,st->bt", score, keep.to(score))
-        return Raw(values / (self.masks * self.keep_probability) * side.keep)
+        return Relevance(values / (self.masks * self.keep_probability) * side.keep)
 
     def bank(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Coarse grids `(masks, cells, cells)` bool and the places `(masks, 2)` of their cut-outs, on the CPU."""
+        """Coarse grids `(masks, grid_size, grid_size)` bool and the places `(masks, 2)` of their crops, on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
-        grids = torch.rand(self.masks, self.cells, self.cells, generator=generator) < self.keep_probability
-        cell = torch.tensor([ceil(side / self.cells) for side in size])
+        grids = torch.rand(self.masks, self.grid_size, self.grid_size, generator=generator) < self.keep_probability
+        cell = torch.tensor([ceil(side / self.grid_size) for side in size])
         shifts = (torch.rand(self.masks, 2, generator=generator) * cell).long()
         return grids, shifts
 
@@ -123,7 +123,7 @@ def draw_masks(grids: Tensor, shifts: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _interpolation(shift: Tensor, side: int, cells: int) -> Tensor:
-    """Share of each cell in each pixel along one axis, `(S, side, cells)`: bilinear, with half-pixel centres."""
+    """Share of each cell in each pixel along one axis, `(S, side, cells)`: bilinear, with half-pixel centers."""
     enlarged = (cells + 1) * ceil(side / cells)
     place = (torch.arange(side, device=shift.device) + shift[:, None] + 0.5) * cells / enlarged - 0.5
     distance = place.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=shift.device)

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from matex_pl.attribution.core.capture import capture_attention
 from matex_pl.attribution.core.relevance import rollout_row
-from matex_pl.attribution.core.two_tower import Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
 
 
-class Rollout(TwoSided):
+class Rollout(TwoTowerMethod):
     """Attention rollout (Abnar and Zuidema 2020): the product over layers of rownorm(mean over heads of A + I).
 
-    It sees the attention alone: the map of a film is the same for every phrase, and that of a phrase for every film.
+    It sees the attention alone: the map of an image is the same for every phrase, and that of a phrase for every image.
     What the embedding is read from begins the product: the pooled token, equal shares, or an attention pool's row.
 
     Released code: for text encoders, without a choice of row; copies of it for CLIP often start at the last layer, and
@@ -26,13 +26,13 @@ class Rollout(TwoSided):
     def __init__(self) -> None:
         super().__init__()
 
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """One forward, recording all attention."""
-        with capture_attention(side.reading, full=True) as blocks:
-            embedding = side.encode()
+        with capture_attention(tower.pooling, full=True) as blocks:
+            embedding = tower.encode()
 
-        def find(direction: Tensor) -> Raw:
-            row = rollout_row([block.mean for block in blocks], side.reading)
-            return Raw(row.expand(len(direction), -1))
+        def relevance_for(direction: Tensor) -> Relevance:
+            row = rollout_row([block.mean for block in blocks], tower.pooling)
+            return Relevance(row.expand(len(direction), -1))
 
-        return embedding, find
+        return embedding, relevance_for

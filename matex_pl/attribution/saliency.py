@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from matex_pl.attribution.core.relevance import gradients_of
-from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.maps import full_precision
 
 
-class Saliency(TwoSided):
+class Saliency(TwoTowerMethod):
     """Gradients (Simonyan et al. 2014): the largest over channels of abs(dS/dx) per pixel.
 
     Per token the L2 norm of the gradient by its embedding, as a token has no channels that could be told apart.
@@ -26,14 +26,14 @@ class Saliency(TwoSided):
 
     cost: ClassVar[str] = "1 forward and 1 backward"
 
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """One forward with gradient from pixels or token embeddings on."""
         with torch.enable_grad():
-            signal = side.signal.detach().requires_grad_()
-            embedding = side.encode_signal(signal)
+            signal = tower.signal.detach().requires_grad_()
+            embedding = tower.encode_signal(signal)
 
-        def find(direction: Tensor) -> Raw:
+        def relevance_for(direction: Tensor) -> Relevance:
             gradient = full_precision(gradients_of(embedding, [signal], direction)[0])
-            return Raw(gradient.abs().amax(1) if isinstance(side, ImageSide) else gradient.norm(dim=-1))
+            return Relevance(gradient.abs().amax(1) if isinstance(tower, ImageTower) else gradient.norm(dim=-1))
 
-        return embedding, find
+        return embedding, relevance_for

@@ -13,18 +13,18 @@ from torch import Tensor
 from matex_pl.arguments import check_choices, check_positive
 from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
 from matex_pl.attribution.core.target import reference_embeddings, reference_mean
-from matex_pl.attribution.core.two_tower import ImageSide, Look, Raw, Side, TwoSided
+from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.attribution.kernel_shap import patch_groups
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.maps import full_precision
 
 
-class SubmodularRegions(TwoSided):
+class SubmodularRegions(TwoTowerMethod):
     """Less is more (Chen et al. 2024), with the bidirectional search of LiMA (Chen et al. 2025); for offline use.
 
     The formulas are those of the released code (SMDL-Attribution, LIMA). Regions are the patches, in squares of the
-    smallest side that gives at most `regions` of them. x_S is the film with the regions of S kept and the others
+    smallest side that gives at most `regions` of them. x_S is the image with the regions of S kept and the others
     filled, V all regions. They are ordered by greedy search for large F(S), the weighted sum of
 
         consistency    S(x_S)
@@ -42,9 +42,9 @@ class SubmodularRegions(TwoSided):
     where the first brings all there is the map is empty: read `parts` then.
 
     What the authors' code does otherwise, and what is done here:
-        - S is the probability of a class of a closed set: `explain="probability"`. Other targets keep the formulas.
+        - S is the probability of a class of a closed set: `target="probability"`. Other targets keep the formulas.
         - Regions are superpixels, what is removed is black, and CLIP gets the channels in reverse. Here squares of
-          patches as in Kernel SHAP, the film's fill, the channels as they are.
+          patches as in Kernel SHAP, the image's fill, the channels as they are.
         - Where the best candidate is among the `pending`, Q has one fewer to choose from; with `pending` 1 and equal
           scores none, and the code fails. Here there are always `pending` others.
         - Values are written where a region is not black, over 0, the maximum: a black border lights up. Here they go by
@@ -54,14 +54,14 @@ class SubmodularRegions(TwoSided):
         - The entropy has 1e-7 in its logarithm. Here it is exact.
 
     Args:
-        regions: Most regions of a film.
+        regions: Most regions of an image.
         confidence: Weight of the confidence. The four defaults are those of LiMA's ablations; the first paper has 1
             each, and LiMA's script for CLIP 0, 0.05, 1, 1 in the order of these arguments.
         effectiveness: Weight of the effectiveness.
         consistency: Weight of the consistency.
         collaboration: Weight of the collaboration.
         pending: Candidates for the least important region of a round; 0 searches from the most important end alone.
-        fill: What stands in for removed pixels: `mean_film`, `mean_colour` or `blur`.
+        fill: What stands in for removed pixels: `mean_image`, `mean_color` or `blur`.
         chunk_size: Most images in one forward.
         explain: S: `cosine`, `margin`, the cosine less its mean over `references`, or `probability`, the phrase's share
             in the softmax. The softmax of margins is that of cosines.
@@ -72,8 +72,8 @@ class SubmodularRegions(TwoSided):
     S(x_{S_r}) and S(x_{V without S_r}) from r = 0; gains `(B, R)`, G_r - G_{r-1}; and region `(B, N)`, of each patch.
     """
 
-    serves_text: ClassVar[bool] = False
-    repeats: ClassVar[bool] = True
+    supports_text: ClassVar[bool] = False
+    perturbs_inputs: ClassVar[bool] = True
     cost: ClassVar[str] = "1594 forwards of the image tower for 49 regions, see `forwards`, and 1 of the text tower"
 
     def __init__(
@@ -84,9 +84,9 @@ class SubmodularRegions(TwoSided):
         consistency: float = 20.0,
         collaboration: float = 5.0,
         pending: int = 8,
-        fill: Fill = "mean_film",
+        fill: Fill = "mean_image",
         chunk_size: int = 128,
-        explain: Literal["cosine", "margin", "probability"] = "cosine",
+        target: Literal["cosine", "margin", "probability"] = "cosine",
         references: list[str] | None = None,
     ) -> None:
         check_choices(SubmodularRegions.__init__, locals())
@@ -96,7 +96,7 @@ class SubmodularRegions(TwoSided):
             raise ValueError(f"regions must be at least 2, got {regions}: one region has no order.")
         if pending < 0:
             raise ValueError(f"pending must be at least 0, got {pending}. 0 searches from one end alone.")
-        self.explain = explain
+        self.target = target
         self.confidence = confidence
         self.effectiveness = effectiveness
         self.consistency = consistency
@@ -110,7 +110,8 @@ class SubmodularRegions(TwoSided):
     def forwards(self, regions: int | None = None) -> int:
         """Images through the image tower per pair of `attribute`, for this number of regions; by default the most.
 
-        The film, the fill, and each region alone and away: the first 2 + 2 * regions. Phrases on one film share these.
+        The image, the fill, and each region alone and away: the first 2 + 2 * regions. Phrases on one image share
+        these.
         """
         regions = self.regions if regions is None else regions
         later = search_rounds(regions, self.pending)[1:]
@@ -120,19 +121,19 @@ class SubmodularRegions(TwoSided):
         """Refuse a model without the fill."""
         check_fill(self.fill, clip)
 
-    def look(self, side: Side) -> Look:
-        """What no phrase changes: the film, the fill, and each region alone and away."""
-        assert isinstance(side, ImageSide)
-        groups = patch_groups(side.clip.grid, self.regions).to(side.inputs.device)
-        views = _Views(side, groups, fill_images(self.fill, side.clip, side.inputs), self.chunk_size)
+    def trace(self, tower: Tower) -> Trace:
+        """What no phrase changes: the image, the fill, and each region alone and away."""
+        assert isinstance(tower, ImageTower)
+        groups = patch_groups(tower.clip.grid, self.regions).to(tower.inputs.device)
+        views = _Views(tower, groups, fill_images(self.fill, tower.clip, tower.inputs), self.chunk_size)
         every = torch.eye(int(groups.max()) + 1, dtype=torch.bool, device=groups.device)
-        whole = side.encode()
+        whole = tower.encode()
         blank = views.embeddings(every.new_zeros(len(whole), 1, len(every)))
         alone = views.of(every.expand(len(whole), -1, -1))
         ends = torch.stack([blank, full_precision(whole)[:, None]])
 
-        def find(direction: Tensor) -> Raw:
-            judge = self._judge(side.clip, direction)
+        def relevance_for(direction: Tensor) -> Relevance:
+            judge = self._judge(tower.clip, direction)
             singles, seen = judge.seen(alone), judge.seen(ends)
 
             def look_at(members: Tensor, candidates: Tensor) -> Seen:
@@ -148,20 +149,20 @@ class SubmodularRegions(TwoSided):
             values = torch.zeros_like(gains).scatter(1, order, -gains.abs().cumsum(1))
             region = groups.flatten().expand(len(order), -1)
             parts = {"order": order, "insertion": insertion, "deletion": deletion, "gains": gains, "region": region}
-            return Raw(values.gather(1, region), parts)
+            return Relevance(values.gather(1, region), parts)
 
-        return whole, find
+        return whole, relevance_for
 
     def _judge(self, clip: Clip, direction: Tensor) -> _Judge:
-        if self.explain != "probability" and not self.weights.confidence:
+        if self.target != "probability" and not self.weights.confidence:
             return _Judge(direction)
         once = [self.references.index(phrase) for phrase in dict.fromkeys(self.references)]
         others = reference_embeddings(clip, self.references)[once]
-        if self.explain == "margin":
+        if self.target == "margin":
             # As the direction is; it adds the same to all logits of an image.
             others = others - reference_mean(clip, self.references)
         apart = (direction[:, None] - others).norm(dim=2) > torch.finfo(clip.std.dtype).eps ** 0.5
-        return _Judge(direction, others, apart, full_precision(clip.logit_scale).exp(), self.explain == "probability")
+        return _Judge(direction, others, apart, full_precision(clip.logit_scale).exp(), self.target == "probability")
 
 
 @dataclass
@@ -186,20 +187,20 @@ class Weights:
 
 
 class _Views:
-    """Embeddings of films with some of their regions.
+    """Embeddings of images with some of their regions.
 
     Args:
-        side: One film for all pairs, or one each.
+        tower: One image for all pairs, or one each.
         groups: `(Gh, Gw)` region of each patch.
         fill: Pixels from `fill_images`.
         chunk_size: Most images in one forward.
     """
 
-    def __init__(self, side: ImageSide, groups: Tensor, fill: Tensor, chunk_size: int) -> None:
-        enlarged = torch.nn.functional.interpolate(groups[None, None].double(), side.clip.image_size, mode="nearest")
+    def __init__(self, tower: ImageTower, groups: Tensor, fill: Tensor, chunk_size: int) -> None:
+        enlarged = torch.nn.functional.interpolate(groups[None, None].double(), tower.clip.image_size, mode="nearest")
         self.pixels = enlarged[0, 0].long()
-        self.side = side
-        self.fill = fill.expand_as(side.inputs)
+        self.tower = tower
+        self.fill = fill.expand_as(tower.inputs)
         self.chunk_size = chunk_size
 
     def of(self, subsets: Tensor) -> Tensor:
@@ -209,17 +210,17 @@ class _Views:
 
     def embeddings(self, keep: Tensor) -> Tensor:
         """With the regions `keep` `(B, k, R)` bool: `(B, k, D)`."""
-        film = torch.arange(len(keep), device=keep.device).clamp(max=len(self.side.inputs) - 1)
-        rows = zip(
+        rows = torch.arange(len(keep), device=keep.device).clamp(max=len(self.tower.inputs) - 1)
+        chunks = zip(
             keep.flatten(0, 1).split(self.chunk_size),
-            film.repeat_interleave(keep.shape[1]).split(self.chunk_size),
+            rows.repeat_interleave(keep.shape[1]).split(self.chunk_size),
             strict=True,
         )
-        return torch.cat([self._encode(*row) for row in rows]).unflatten(0, keep.shape[:2])
+        return torch.cat([self._encode(*chunk) for chunk in chunks]).unflatten(0, keep.shape[:2])
 
-    def _encode(self, keep: Tensor, film: Tensor) -> Tensor:
+    def _encode(self, keep: Tensor, rows: Tensor) -> Tensor:
         shown = keep[:, None, self.pixels]
-        return full_precision(self.side.encode(torch.where(shown, self.side.inputs[film], self.fill[film])))
+        return full_precision(self.tower.encode(torch.where(shown, self.tower.inputs[rows], self.fill[rows])))
 
 
 @dataclass

@@ -18,7 +18,7 @@ from matex_pl.attribution import AttributionMethod
 from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, sanity_check, text_values
 from matex_pl.benchmark.prepare import PreparedBatch, prepare_pairs
 from matex_pl.clip.model import Clip
-from matex_pl.data import ChestXrayDataModule, Study
+from matex_pl.data import ChestXrayDataModule, ImageTextPair
 from matex_pl.evaluation.compared import BUDGETS, MethodEntry, mean_box_row
 from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
 from matex_pl.evaluation.store import MapStore, fill_store, weight_hash
@@ -88,8 +88,8 @@ class BenchmarkRun:
         clip: The model, on its device.
         weights: Its `weight_hash`.
         data: The data module.
-        studies: The n studies.
-        pairs: The same in batches.
+        pairs: The n pairs.
+        batches: The same in batches.
         validation: Pairs that choose thresholds.
         thorax: `(H, W)` bool, the usual place of lungs and heart, if the data module knows it.
         folder: Folder of maps and values.
@@ -99,8 +99,8 @@ class BenchmarkRun:
     clip: Clip
     weights: str
     data: ChestXrayDataModule
-    studies: list[Study]
-    pairs: list[PreparedBatch]
+    pairs: list[ImageTextPair]
+    batches: list[PreparedBatch]
     validation: list[PreparedBatch]
     thorax: Tensor | None
     folder: Path
@@ -110,18 +110,18 @@ class BenchmarkRun:
     def open(cls, clip: Clip, data: ChestXrayDataModule, folder: Path, settings: Settings) -> BenchmarkRun:
         """Choose the pairs, read them and embed them."""
         prepare_data(data, clip.image_size, settings.split, "val")
-        if clip.mean_film.isnan().any():
+        if clip.mean_image.isnan().any():
             prepare_data(data, clip.image_size, "train")
-            clip.mean_film.copy_(data.mean_film())
-        studies = choose_pairs(data, settings.split, settings.num_pairs, settings.seed)
+            clip.mean_image.copy_(data.mean_image())
+        pairs = choose_pairs(data, settings.split, settings.num_pairs, settings.seed)
         held_out = choose_pairs(data, "val", settings.validation_pairs, settings.seed)
         size = settings.batch_size
         return cls(
             clip=clip,
             weights=weight_hash(clip),
             data=data,
-            studies=studies,
-            pairs=prepare_pairs(clip, read_pairs(data, settings.split, studies, size), studies),
+            pairs=pairs,
+            batches=prepare_pairs(clip, read_pairs(data, settings.split, pairs, size), pairs),
             validation=prepare_pairs(clip, read_pairs(data, "val", held_out, size), held_out),
             thorax=data.thorax(),
             folder=folder,
@@ -131,24 +131,24 @@ class BenchmarkRun:
     @property
     def keys(self) -> list[str]:
         """Keys of the n pairs in the map store."""
-        return [key for batch in self.pairs for key in batch.keys]
+        return [key for batch in self.batches for key in batch.keys]
 
     @property
     def boxes(self) -> list[list[list[float]]]:
         """Boxes of the n pairs, and of those that choose thresholds."""
-        return [box.tolist() for batch in [*self.pairs, *self.validation] for box in batch.batch["boxes"]]
+        return [box.tolist() for batch in [*self.batches, *self.validation] for box in batch.batch["boxes"]]
 
     def at(self, place: int) -> tuple[PreparedBatch, int]:
-        """The batch of a study, and its row there."""
-        return self.pairs[place // self.settings.batch_size], place % self.settings.batch_size
+        """The batch of a pair, and its row there."""
+        return self.batches[place // self.settings.batch_size], place % self.settings.batch_size
 
     def mean_box_row(self) -> list[MethodEntry]:
-        """The mean box of each finding over training films; no row without training boxes."""
-        if not self.data.studies["train"]:
+        """The mean box of each finding over training images; no row without training boxes."""
+        if not self.data.pairs["train"]:
             return []
-        studies = [study for study in choose_pairs(self.data, "train", _MEAN_OF, self.settings.seed) if study.boxes]
-        train = read_pairs(self.data, "train", studies, self.settings.batch_size)
-        return mean_box_row(train, [batch.batch for batch in [*self.pairs, *self.validation]], self.clip.image_size)
+        pairs = [pair for pair in choose_pairs(self.data, "train", _MEAN_OF, self.settings.seed) if pair.boxes]
+        train = read_pairs(self.data, "train", pairs, self.settings.batch_size)
+        return mean_box_row(train, [batch.batch for batch in [*self.batches, *self.validation]], self.clip.image_size)
 
     def score(self, row: MethodEntry) -> MethodResult:
         """The values of the row's maps; computed once."""
@@ -172,13 +172,13 @@ class BenchmarkRun:
 
     def _key(self, store: MapStore) -> str:
         """Hash of all that decides the values."""
-        everything = [*self.pairs, *self.validation]
+        everything = [*self.batches, *self.validation]
         return fingerprint(
             {
                 "format": 3,
                 "maps": store.key,
                 "pairs": [batch.keys for batch in everything],
-                "phrases": [[batch.other, batch.swapped] for batch in self.pairs],
+                "phrases": [[batch.other, batch.swapped] for batch in self.batches],
                 "boxes": self.boxes,
                 "thorax": None if self.thorax is None else self.thorax.int().flatten().tolist(),
                 "settings": [self.settings.steps, self.settings.sanity_pairs, self.settings.seed],
@@ -188,7 +188,7 @@ class BenchmarkRun:
 
     def _make_maps(self, method: AttributionMethod, store: MapStore) -> None:
         size = self.settings.batch_size
-        for batch in self.pairs:
+        for batch in self.batches:
             fill_store(self.clip, method, store, *batch.variants(), size)
         for batch in self.validation:
             fill_store(self.clip, method, store, batch.batch, batch.keys, size)
@@ -198,33 +198,33 @@ class BenchmarkRun:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The values of both modalities and the cost, to be kept; until then, `path` keeps the sanity check."""
         threshold = chosen_threshold(store, self.validation, self.clip.image_size)
-        values = {"image": image_values(self.clip, store, self.pairs, threshold, self.thorax, self.settings.steps)}
-        if method.serves_text:
-            values["text"] = text_values(self.clip, store, self.pairs)
-        few = _first(self.pairs, self.settings.sanity_pairs)
+        values = {"image": image_values(self.clip, store, self.batches, threshold, self.thorax, self.settings.steps)}
+        if method.supports_text:
+            values["text"] = text_values(self.clip, store, self.batches)
+        few = _first(self.batches, self.settings.sanity_pairs)
         stages = list(sanity_check(self.clip, method, store, few, self.settings.seed, path))
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {"seconds": self._time(method)}
         for modality, part in values.items():
-            part.add_sanity([(name, correlation[modality]) for name, correlation in stages], len(self.studies))
+            part.add_sanity([(name, correlation[modality]) for name, correlation in stages], len(self.pairs))
             packed, about[modality] = part.packed()
             tensors |= {f"{modality}/{name}": tensor for name, tensor in packed.items()}
         return tensors, about
 
     def _time(self, method: AttributionMethod) -> list[float]:
         """Seconds per pair of the method, and of a plain forward of both towers, taken in turns."""
-        batch = self.pairs[0].part(0, _TIMED_PAIRS)
+        batch = self.batches[0].part(0, _TIMED_PAIRS)
         images, tokens = batch.inputs(self.clip)
-        phrases, film = batch.batch["phrase"], batch.batch["film"].to(images.device)
+        phrases, content_box = batch.batch["phrase"], batch.batch["content_box"].to(images.device)
 
         def explain() -> None:
-            method.attribute(self.clip, images, tokens, phrases, film)
+            method.attribute(self.clip, images, tokens, phrases, content_box)
 
         @torch.no_grad()
         def forward() -> None:
             self.clip.similarity(images, tokens)
 
-        rounds = [(_seconds(explain), _seconds(forward)) for _ in range(1 if method.repeats else 3)]
+        rounds = [(_seconds(explain), _seconds(forward)) for _ in range(1 if method.perturbs_inputs else 3)]
         return [median(column) / len(phrases) for column in zip(*rounds, strict=True)]
 
 

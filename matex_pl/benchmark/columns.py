@@ -9,12 +9,12 @@ from torchmetrics import Metric
 from matex_pl import metrics as M
 from matex_pl.report.results import Metric as Column
 
-FILL_NAMES = {"mean_colour": "mean colour", "mean_film": "mean film", "blur": "blurred film"}
+FILL_NAMES = {"mean_color": "mean color", "mean_image": "mean image", "blur": "blurred image"}
 # Fills by group, in the order of the tables; without one are the words.
 _FILLS = {
-    "paper": ("", "mean_colour", "mean_film"),
-    "confidence": ("", "mean_colour", "mean_film"),
-    "curves": ("blur", "mean_colour", "mean_film"),
+    "paper": ("", "mean_color", "mean_image"),
+    "confidence": ("", "mean_color", "mean_image"),
+    "curves": ("blur", "mean_color", "mean_image"),
 }
 _METRICS: dict[str, dict[str, tuple[type[Metric], str, str]]] = {
     "localisation": {
@@ -28,8 +28,12 @@ _METRICS: dict[str, dict[str, tuple[type[Metric], str, str]]] = {
         "iou": (M.ThresholdedIoU, "IoU", "IoU at one threshold per method, which validation pairs chose."),
         "acc50": (M.BoxAccuracy, "Acc@0.5", "Share of pairs whose best component, as a box, has an IoU above .5."),
         "ap50": (M.AveragePrecision50, "AP50", "Average precision of all components as boxes, hits from an IoU of .5."),
-        "energy_in_box": (M.EnergyInBox, "Energy in box", "Share of the map's mass inside the boxes."),
-        "rank_accuracy": (M.RankAccuracy, "Rank accuracy", "Share of the K highest pixels in the boxes of K pixels."),
+        "energy_pointing_game": (M.EnergyPointingGame, "Energy in box", "Share of the map's mass inside the boxes."),
+        "relevance_rank_accuracy": (
+            M.RelevanceRankAccuracy,
+            "Rank accuracy",
+            "Share of the K highest pixels in the boxes of K pixels.",
+        ),
     },
     "paper": {
         "confidence_drop": (
@@ -64,12 +68,12 @@ _METRICS: dict[str, dict[str, tuple[type[Metric], str, str]]] = {
         "insertion": (
             M.InsertionAUC,
             "Insertion AUC",
-            "How soon the cosine rises as patches are inserted by rank, 1 at once; none if films score as their fill.",
+            "How soon the cosine rises as patches are inserted by rank, 1 at once; none if images score as their fill.",
         ),
         "deletion": (
             M.DeletionAUC,
             "Deletion AUC",
-            "How long the cosine stays as patches are deleted by rank; none if films score as their fill.",
+            "How long the cosine stays as patches are deleted by rank; none if images score as their fill.",
         ),
     },
     "sensitivity": {
@@ -97,7 +101,11 @@ _METRICS: dict[str, dict[str, tuple[type[Metric], str, str]]] = {
             "Mass outside thorax",
             "Share of the map's mass outside of where lungs and heart usually are.",
         ),
-        "border_mass": (M.OutsideMass, "Mass at the border", "Share of the map's mass in the outer tenth of the film."),
+        "border_mass": (
+            M.OutsideMass,
+            "Mass at the border",
+            "Share of the map's mass in the outer tenth of the image.",
+        ),
         "mean_map_mass": (
             M.MapMass,
             "Mean value",

@@ -1,4 +1,4 @@
-"""The contribution of each study to every metric of a method."""
+"""The contribution of each pair to every metric of a method."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from matex_pl.attribution import AttributionMethod
 from matex_pl.benchmark.prepare import PreparedBatch
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
-from matex_pl.data.study import StudyBatch
+from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.intervals import Detections, Sums, estimate
 from matex_pl.evaluation.store import MapStore
 from matex_pl.evaluation.tensors import read_head, read_tensors, write_tensors
-from matex_pl.maps import AttributionMaps
+from matex_pl.maps import Attribution
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.removal import (
     RULES,
@@ -30,12 +30,12 @@ from matex_pl.metrics.removal import (
     patch_curve,
     text_score,
 )
-from matex_pl.metrics.sanity import randomised
+from matex_pl.metrics.sanity import randomized
 from matex_pl.report.results import Score
 
-# The published form and the one that is no finding on a radiograph; insertion is published with a blurred film.
-CONFIDENCE_FILLS = ("mean_colour", "mean_film")
-CURVES = (("insertion", "blur"), ("insertion", "mean_film"), ("deletion", "mean_colour"), ("deletion", "mean_film"))
+# The published form and the one that is no finding on a radiograph; insertion is published with a blurred image.
+CONFIDENCE_FILLS = ("mean_color", "mean_image")
+CURVES = (("insertion", "blur"), ("insertion", "mean_image"), ("deletion", "mean_color"), ("deletion", "mean_image"))
 
 
 def image_values(
@@ -45,14 +45,14 @@ def image_values(
 
     Args:
         clip: The model.
-        store: Holds the maps of the pairs, and of their films with other phrases.
-        pairs: The studies.
+        store: Holds the maps of the pairs, and of their images with other phrases.
+        pairs: The pairs.
         threshold: Of the IoU and of the boxes.
         thorax: `(H, W)` bool, where lungs and heart usually are, if known.
         steps: Most steps of the insertion and deletion curves.
     """
     found, curves, detections = [], [], []
-    for batch in progress(pairs, "scoring films"):
+    for batch in progress(pairs, "scoring images"):
         maps = _on(store.read(batch.keys), clip)
         components = F.components(maps.image, threshold)
         detections.append(Detections.of(components, batch.batch["boxes"]))
@@ -69,13 +69,13 @@ def image_values(
     return values
 
 
-def _on(maps: AttributionMaps, clip: Clip) -> AttributionMaps:
+def _on(maps: Attribution, clip: Clip) -> Attribution:
     """The maps on the model's device."""
     fields = ("image", "grid", "text", "content", "score")
-    return AttributionMaps(*(getattr(maps, name).to(clip.std.device) for name in fields))
+    return Attribution(*(getattr(maps, name).to(clip.std.device) for name in fields))
 
 
-def _locate(maps: Tensor, batch: StudyBatch, threshold: float, components: F.Components) -> dict[str, Tensor]:
+def _locate(maps: Tensor, batch: ImageTextBatch, threshold: float, components: F.Components) -> dict[str, Tensor]:
     boxes = [box.to(maps.device) for box in batch["boxes"]]
     masks = F.box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
     return {
@@ -84,16 +84,16 @@ def _locate(maps: Tensor, batch: StudyBatch, threshold: float, components: F.Com
         "miou": F.mean_iou(maps, masks),
         "iou": F.iou(maps, masks, torch.tensor([threshold], device=maps.device))[:, 0],
         "acc50": F.box_accuracy(components, boxes, len(maps)),
-        "energy_in_box": F.energy_pointing_game(maps, masks),
-        "rank_accuracy": F.relevance_rank_accuracy(maps, masks),
+        "energy_pointing_game": F.energy_pointing_game(maps, masks),
+        "relevance_rank_accuracy": F.relevance_rank_accuracy(maps, masks),
     }
 
 
-def _mass(maps: Tensor, batch: StudyBatch, thorax: Tensor | None) -> dict[str, Tensor]:
+def _mass(maps: Tensor, batch: ImageTextBatch, thorax: Tensor | None) -> dict[str, Tensor]:
     mass = {"mean_map_mass": maps.flatten(1).mean(1)}
     if thorax is not None:
         return mass | {"outside_thorax_mass": F.outside_mass(maps, thorax[None].to(maps.device))}
-    border = F.border_mask((maps.shape[1], maps.shape[2]), batch["film"].to(maps.device))
+    border = F.border_mask((maps.shape[1], maps.shape[2]), batch["content_box"].to(maps.device))
     return mass | {"border_mass": F.outside_mass(maps, ~border)}
 
 
@@ -118,16 +118,16 @@ def _curves(clip: Clip, pairs: PreparedBatch, grid: Tensor, steps: int) -> dict[
     }
 
 
-def _sensitivity(store: MapStore, pairs: PreparedBatch, maps: AttributionMaps) -> dict[str, Tensor]:
-    """How much the map heeds the phrase: under another study's, and with the sides exchanged."""
+def _sensitivity(store: MapStore, pairs: PreparedBatch, maps: Attribution) -> dict[str, Tensor]:
+    """How much the map heeds the phrase: under another pair's, and with the sides exchanged."""
     grid = maps.grid
     other = store.read(pairs.other_keys).grid.to(grid)
     same = torch.tensor([phrase is None for phrase in pairs.other], device=grid.device)
     swapped = store.read(pairs.swapped_keys).image.to(grid)
-    film = pairs.batch["film"].to(grid.device)
+    content_box = pairs.batch["content_box"].to(grid.device)
     return {
         "prompt_sensitivity": F.spearman(grid.flatten(1), other.flatten(1)).masked_fill(same, torch.nan),
-        "side_sensitivity": F.side_sensitivity(maps.image, swapped, pairs.sides, film),
+        "side_sensitivity": F.side_sensitivity(maps.image, swapped, pairs.sides, content_box),
     }
 
 
@@ -175,7 +175,7 @@ def sanity_check(
     """
     kept = {} if read_head(path) is None else read_tensors(path)[0]
     original = [_on(store.read(batch.keys), clip) for batch in pairs]
-    for name, broken in progress(randomised(clip, seed), "randomising"):
+    for name, broken in progress(randomized(clip, seed), "randomizing"):
         if f"{name}/image" not in kept:
             for modality, correlation in _correlations(broken, method, pairs, original).items():
                 kept[f"{name}/{modality}"] = correlation
@@ -184,14 +184,14 @@ def sanity_check(
 
 
 def _correlations(
-    clip: Clip, method: AttributionMethod, pairs: Sequence[PreparedBatch], original: Sequence[AttributionMaps]
+    clip: Clip, method: AttributionMethod, pairs: Sequence[PreparedBatch], original: Sequence[Attribution]
 ) -> dict[str, Tensor]:
     """Rank correlation of the model's maps of each batch with the original ones, `(m,)` by modality, on the CPU."""
     image, text = [], []
     for batch, before in zip(pairs, original, strict=True):
         images, tokens = batch.inputs(clip)
-        film = batch.batch["film"].to(images.device)
-        after = method.attribute(clip, images, tokens, batch.batch["phrase"], film)
+        content_box = batch.batch["content_box"].to(images.device)
+        after = method.attribute(clip, images, tokens, batch.batch["phrase"], content_box)
         image.append(F.spearman(after.grid.flatten(1), before.grid.flatten(1)))
         text.append(F.spearman(after.text, before.text, before.content))
     return {"image": torch.cat(image).cpu(), "text": torch.cat(text).cpu()}
@@ -199,7 +199,7 @@ def _correlations(
 
 @dataclass
 class Values:
-    """The contributions of the n studies to the metrics of one modality of a method.
+    """The contributions of the n pairs to the metrics of one modality of a method.
 
     Args:
         sums: By metric.
@@ -207,7 +207,7 @@ class Values:
         threshold: Of the IoU, chosen on validation.
         detections: For the average precision; None for text maps.
         stages: Names of the stages of the weight randomization.
-        correlation: `(stages, m)` of the maps of each stage with the original ones, over the first m studies.
+        correlation: `(stages, m)` of the maps of each stage with the original ones, over the first m pairs.
     """
 
     sums: dict[str, Sums] = field(default_factory=dict)
@@ -222,7 +222,7 @@ class Values:
 
         Args:
             stages: Name and rank correlations `(m,)` of each stage.
-            number: Number n of studies.
+            number: Number n of pairs.
         """
         self.stages = [name for name, _ in stages]
         self.correlation = torch.stack([found for _, found in stages])
@@ -230,21 +230,21 @@ class Values:
         mean[: self.correlation.shape[1]] = self.correlation.nanmean(0)
         self.sums["sanity"] = Sums.of(mean)
 
-    def scores(self, studies: Tensor, drawn: Tensor) -> dict[str, Score]:
+    def scores(self, pairs: Tensor, drawn: Tensor) -> dict[str, Score]:
         """Every metric with its interval, by name.
 
         Args:
-            studies: `(n,)` bool, the studies that count.
+            pairs: `(n,)` bool, the pairs that count.
             drawn: `(R, n)` of `draw_patients`.
         """
-        found: dict[str, Sums | Detections] = {name: sums.among(studies) for name, sums in self.sums.items()}
+        found: dict[str, Sums | Detections] = {name: sums.among(pairs) for name, sums in self.sums.items()}
         if self.detections is not None:
-            found["ap50"] = self.detections.among(studies)
+            found["ap50"] = self.detections.among(pairs)
         scores = {
             name: Score.model_validate(estimate(part.score()[0], part.score(drawn), part.count))
             for name, part in found.items()
         }
-        empty = [name for name in self.curves if not self.sums[name].among(studies).spans(drawn)]
+        empty = [name for name in self.curves if not self.sums[name].among(pairs).spans(drawn)]
         return scores | {name: Score(n=0) for name in empty}
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,7 +13,7 @@ from matex_pl.anatomy import named_side
 from matex_pl.attribution.core.fill import FILLS
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
-from matex_pl.data.study import Study, StudyBatch
+from matex_pl.data.pair import ImageTextBatch, ImageTextPair
 from matex_pl.evaluation.pairs import embed_pairs, model_inputs, other_phrases, swapped_phrases, with_phrases
 from matex_pl.evaluation.store import pair_keys
 from matex_pl.metrics.removal import end_scores
@@ -21,22 +21,22 @@ from matex_pl.metrics.removal import end_scores
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch of B pairs, and the same films with other phrases.
+    """A batch of B pairs, and the same images with other phrases.
 
     Args:
         batch: The loader's batch, on the CPU.
         image: Image embeddings `(B, D)`.
         text: Text embeddings `(B, D)`.
-        other: Another study's phrase for each film; None if all phrases are alike.
+        other: Another pair's phrase for each image; None if all phrases are alike.
         swapped: Each phrase with right and left exchanged; None if it does not name a single side.
         sides: The single side that each phrase names, or an empty text.
         keys: Keys of the pairs in the map store.
-        other_keys: Keys of the films with the other phrases, or with their own instead of None.
-        swapped_keys: Keys of the films with the swapped phrases, or with their own instead of None.
+        other_keys: Keys of the images with the other phrases, or with their own instead of None.
+        swapped_keys: Keys of the images with the swapped phrases, or with their own instead of None.
         blank: Scores `(B,)` of the fill alone, by fill.
     """
 
-    batch: StudyBatch
+    batch: ImageTextBatch
     image: Tensor
     text: Tensor
     other: list[str | None]
@@ -53,7 +53,7 @@ class PreparedBatch:
         return (self.image * self.text).sum(1)
 
     def inputs(self, clip: Clip) -> tuple[Tensor, Tensor]:
-        """Normalised images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
+        """Normalized images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
         return model_inputs(clip, self.batch)
 
     def part(self, start: int, end: int) -> PreparedBatch:
@@ -64,23 +64,21 @@ class PreparedBatch:
             cut[name] = {key: column[start:end] for key, column in getattr(self, name).items()}
         return PreparedBatch(**cut)
 
-    def variants(self) -> tuple[StudyBatch, list[str]]:
-        """The pairs, the films with other and those with swapped phrases as one batch, and their keys."""
+    def variants(self) -> tuple[ImageTextBatch, list[str]]:
+        """The pairs, the images with other and those with swapped phrases as one batch, and their keys."""
         batches = [self.batch, with_phrases(self.batch, self.other), with_phrases(self.batch, self.swapped)]
         return _joined(batches), [*self.keys, *self.other_keys, *self.swapped_keys]
 
 
-def prepare_pairs(clip: Clip, batches: Sequence[StudyBatch], studies: Sequence[Study]) -> list[PreparedBatch]:
+def prepare_pairs(clip: Clip, batches: Sequence[ImageTextBatch], pairs: Sequence[ImageTextPair]) -> list[PreparedBatch]:
     """Embed the pairs, and choose the phrases that sensitivity is measured with."""
-    phrases = [study.phrase for study in studies]
-    others = dict(
-        zip((study.id for study in studies), other_phrases(phrases, [s.finding for s in studies]), strict=True)
-    )
+    phrases = [pair.phrase for pair in pairs]
+    others = dict(zip((pair.id for pair in pairs), other_phrases(phrases, [s.finding for s in pairs]), strict=True))
     prepared = []
     for batch in progress(batches, "embedding"):
         images, tokens = model_inputs(clip, batch)
         image, text = embed_pairs(clip, images, tokens)
-        other, swapped = [others[study] for study in batch["id"]], swapped_phrases(batch["phrase"])
+        other, swapped = [others[pair] for pair in batch["id"]], swapped_phrases(batch["phrase"])
         prepared.append(
             PreparedBatch(
                 batch=batch,
@@ -98,7 +96,7 @@ def prepare_pairs(clip: Clip, batches: Sequence[StudyBatch], studies: Sequence[S
     return prepared
 
 
-def _joined(batches: Sequence[StudyBatch]) -> StudyBatch:
+def _joined(batches: Sequence[ImageTextBatch]) -> ImageTextBatch:
     """Several batches as one."""
     parts: dict[str, Any] = {}
     for name in batches[0]:
@@ -106,4 +104,4 @@ def _joined(batches: Sequence[StudyBatch]) -> StudyBatch:
         parts[name] = (
             torch.cat(columns) if isinstance(columns[0], Tensor) else [item for part in columns for item in part]
         )
-    return cast(StudyBatch, parts)
+    return cast(ImageTextBatch, parts)

@@ -21,16 +21,16 @@ from matex_pl.explain import draw_panels
 from matex_pl.report.gallery import Panel, encode
 from matex_pl.report.results import BENCHMARK_FORMAT, BenchmarkResult, Comparison, Curve, MethodScores, SanityCurve
 
-COMPARED = ("pointing_game", "cnr", "energy_in_box")
-COMPARED_WITHOUT_BOXES = ("top20_removal/mean_film", "insertion/mean_film", "deletion/mean_film")
+COMPARED = ("pointing_game", "cnr", "energy_pointing_game")
+COMPARED_WITHOUT_BOXES = ("top20_removal/mean_image", "insertion/mean_image", "deletion/mean_image")
 _PANEL_WIDTH, _RANDOM_PANELS = 600, 2
 
 
 def results(run: BenchmarkRun, scored: Sequence[MethodResult], checkpoint: str) -> BenchmarkResult:
     """The results of all methods, as they are written to `results.json`."""
-    drawn = draw_patients([study.patient_id for study in run.studies], run.settings.resamples, run.settings.seed)
+    drawn = draw_patients([pair.patient_id for pair in run.pairs], run.settings.resamples, run.settings.seed)
     rows = [_method_scores(run, result, "image", drawn) for result in scored]
-    rows += [_method_scores(run, result, "text", drawn) for result in scored if result.row.method.serves_text]
+    rows += [_method_scores(run, result, "text", drawn) for result in scored if result.row.method.supports_text]
     origin = provenance(run.clip, run.weights, checkpoint, run.data, run.settings.seed)
     content = origin | {
         "format": BENCHMARK_FORMAT,
@@ -48,24 +48,24 @@ def results(run: BenchmarkRun, scored: Sequence[MethodResult], checkpoint: str) 
 def _about_data(run: BenchmarkRun) -> dict[str, object]:
     return {
         "split": run.settings.split,
-        "pairs": len(run.studies),
-        "patients": len({study.patient_id for study in run.studies}),
-        "boxed": sum(bool(study.boxes) for study in run.studies),
-        "findings": dict(sorted(Counter(study.finding for study in run.studies if study.finding).items())),
+        "pairs": len(run.pairs),
+        "patients": len({pair.patient_id for pair in run.pairs}),
+        "boxed": sum(bool(pair.boxes) for pair in run.pairs),
+        "findings": dict(sorted(Counter(pair.finding for pair in run.pairs if pair.finding).items())),
         "fingerprint": _fingerprint(run),
         "validation_pairs": sum(len(batch.keys) for batch in run.validation),
-        "sanity_pairs": min(run.settings.sanity_pairs, len(run.studies)),
+        "sanity_pairs": min(run.settings.sanity_pairs, len(run.pairs)),
     }
 
 
 def _fingerprint(run: BenchmarkRun) -> str:
-    """Hash of films, phrases, boxes, findings and patients, and of the pairs that choose thresholds."""
+    """Hash of images, phrases, boxes, findings and patients, and of the pairs that choose thresholds."""
     return fingerprint(
         {
-            "pairs": run.keys,
+            "keys": run.keys,
             "validation": [batch.keys for batch in run.validation],
             "boxes": run.boxes,
-            "studies": [[study.finding, study.patient_id] for study in run.studies],
+            "pairs": [[pair.finding, pair.patient_id] for pair in run.pairs],
         }
     )
 
@@ -73,9 +73,9 @@ def _fingerprint(run: BenchmarkRun) -> str:
 def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn: Tensor) -> MethodScores:
     """One row of the tables; without scores if the method refuses the model."""
     row, values = result.row, result.values.get(modality, Values())
-    findings = sorted({study.finding for study in run.studies} - {""})
-    about = {name: torch.tensor([study.finding == name for study in run.studies]) for name in findings}
-    everything = torch.ones(len(run.studies), dtype=torch.bool)
+    findings = sorted({pair.finding for pair in run.pairs} - {""})
+    about = {name: torch.tensor([pair.finding == name for pair in run.pairs]) for name in findings}
+    everything = torch.ones(len(run.pairs), dtype=torch.bool)
     content = {
         "name": row.name,
         "modality": modality,
@@ -88,7 +88,7 @@ def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn
         "error": result.error,
         "threshold": values.threshold,
         "scores": values.scores(everything, drawn),
-        "per_finding": {name: values.scores(studies, drawn) for name, studies in about.items()},
+        "per_finding": {name: values.scores(pairs, drawn) for name, pairs in about.items()},
         "curves": {
             name: Curve(share=shares.tolist(), score=scores.mean(1).tolist())
             for name, (shares, scores) in values.curves.items()
@@ -108,7 +108,7 @@ def _sanity_curve(values: Values) -> SanityCurve:
 def _comparisons(run: BenchmarkRun, scored: Sequence[MethodResult], drawn: Tensor) -> list[Comparison]:
     """Differences of each method to each control, on the same draws of patients."""
     measured = [(result.row, result.values["image"].sums) for result in scored if "image" in result.values]
-    compared = COMPARED if any(study.boxes for study in run.studies) else COMPARED_WITHOUT_BOXES
+    compared = COMPARED if any(pair.boxes for pair in run.pairs) else COMPARED_WITHOUT_BOXES
     found = []
     for row, sums in ((row, sums) for row, sums in measured if not row.control):
         for control, others in ((other, sums) for other, sums in measured if other.control):
@@ -120,26 +120,26 @@ def _comparisons(run: BenchmarkRun, scored: Sequence[MethodResult], drawn: Tenso
 
 
 def panels(run: BenchmarkRun, result: MethodResult) -> list[Panel]:
-    """The best and the worst study of a method by the energy in the boxes, and two studies that the seed draws."""
+    """The best and the worst pair of a method by the energy in the boxes, and two pairs that the seed draws."""
     if "image" not in result.values:
         return []
-    energy = result.values["image"].sums["energy_in_box"]
+    energy = result.values["image"].sums["energy_pointing_game"]
     counted = energy.below.nonzero()[:, 0]
     order = counted[energy.above[counted].argsort(stable=True)].tolist()
     chosen = [("best", order[-1]), ("worst", order[0])] if order else []
-    drawn = np.random.default_rng(run.settings.seed).permutation(len(run.studies))[:_RANDOM_PANELS]
+    drawn = np.random.default_rng(run.settings.seed).permutation(len(run.pairs))[:_RANDOM_PANELS]
     return [_panel(run, result, kind, place) for kind, place in [*chosen, *(("random", int(i)) for i in drawn)]]
 
 
 def _panel(run: BenchmarkRun, result: MethodResult, kind: str, place: int) -> Panel:
     batch, row = run.at(place)
-    study = batch.part(row, row + 1)
-    maps, tokens = result.store.read(study.keys), run.clip.tokenize(study.batch["phrase"]).cpu()
-    picture = draw_panels(run.clip, maps, study.batch, tokens, result.row.name, _PANEL_WIDTH)[0]
-    energy = result.values["image"].sums["energy_in_box"]
+    pair = batch.part(row, row + 1)
+    maps, tokens = result.store.read(pair.keys), run.clip.tokenize(pair.batch["phrase"]).cpu()
+    picture = draw_panels(run.clip, maps, pair.batch, tokens, result.row.name, _PANEL_WIDTH)[0]
+    energy = result.values["image"].sums["energy_pointing_game"]
     share = f"{float(energy.above[place]):.2f} of the mass in the boxes" if energy.below[place] else "no boxes"
-    caption = f"{study.batch['phrase'][0]} ({share})"
-    return Panel(result.row.name, kind, study.batch["id"][0], caption, encode(picture))
+    caption = f"{pair.batch['phrase'][0]} ({share})"
+    return Panel(result.row.name, kind, pair.batch["id"][0], caption, encode(picture))
 
 
 def summary(result: BenchmarkResult) -> str:

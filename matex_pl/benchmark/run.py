@@ -41,8 +41,8 @@ def run_benchmark(
 
     Maps are computed once and kept in `OUT/maps`, scores in `OUT/values`: a second run takes them from there, another
     weight or setting makes new ones, and a run that was stopped goes on where it was. MATEX without its prior (and so
-    each Matex of a YAML file), MATEX with the usual places of findings, the phrase's prior alone, noise, the film's
-    centre and, where training films have boxes, the mean box of the finding are always among the rows.
+    each Matex of a YAML file), MATEX with the usual places of findings, the phrase's prior alone, noise, the image's
+    center and, where training images have boxes, the mean box of the finding are always among the rows.
 
     Args:
         data: The data module.

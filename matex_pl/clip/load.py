@@ -44,7 +44,7 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
         ConnectionError: The weights have to be downloaded and cannot be.
     """
     config = _json_config(name)
-    size = None if image_size is None else list(towers.pair(image_size))
+    size = None if image_size is None else list(towers.height_width(image_size))
     file = pretrained if pretrained and Path(pretrained).is_file() else None
     if config is None:
         model, tokenizer, config = _from_open_clip(name, None if file else pretrained, size, has_file=file is not None)
@@ -95,7 +95,7 @@ def input_size(name: str) -> tuple[int, int]:
     """Height and width in pixels of what a model takes, without the model; see `load_clip` for the names."""
     config = _json_config(name)
     described = open_clip.get_model_config(name) if config is None else config["model_cfg"]
-    return towers.pair(described["vision_cfg"].get("image_size", 224))
+    return towers.height_width(described["vision_cfg"].get("image_size", 224))
 
 
 def cut_text(tokenizer: Any, phrase: str) -> str:
@@ -138,7 +138,7 @@ def _resized(config: dict[str, Any], size: list[int] | None, name: str) -> dict[
         ValueError: The image tower is of one size only.
     """
     vision = config["vision_cfg"]
-    if size is not None and towers.pair(vision.get("image_size", 224)) != tuple(size):
+    if size is not None and towers.height_width(vision.get("image_size", 224)) != tuple(size):
         if isinstance(vision.get("layers"), list):
             raise ValueError(
                 f"image_size={size} does not fit {short(name)}: its ResNet pools a raster of fixed size. Leave it out."
@@ -153,7 +153,7 @@ def _check_patches(model: Any, name: str) -> None:
     patch = getattr(getattr(getattr(visual, "trunk", None), "patch_embed", visual), "patch_size", None)
     if patch is None:
         return
-    size, patch = towers.pair(visual.image_size), towers.pair(patch)
+    size, patch = towers.height_width(visual.image_size), towers.height_width(patch)
     if size[0] % patch[0] or size[1] % patch[1]:
         raise ValueError(f"The input of {short(name)}, {size} pixels, is not a whole number of its {patch} patches.")
 

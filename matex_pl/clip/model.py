@@ -13,7 +13,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
 from matex_pl.clip import towers
-from matex_pl.clip.towers import Reading
+from matex_pl.clip.towers import Pooling
 from matex_pl.clip.weights import refuse_nan, short
 
 _KEPT_PHRASES = 65_536
@@ -32,7 +32,7 @@ class Clip(nn.Module):
         config: `{"model_cfg": ..., "preprocess_cfg": ...}` in the form of open_clip's `open_clip_config.json`; plain
             types only, so that a checkpoint can carry it and `load_clip` can rebuild the model from it.
 
-    `mean_film` `(1, H, W)` in [0, 1] is the position-wise mean of the training films, which stands in for removed
+    `mean_image` `(1, H, W)` in [0, 1] is the position-wise mean of the training images, which stands in for removed
     pixels; NaN until a data module gives it.
     """
 
@@ -40,7 +40,7 @@ class Clip(nn.Module):
     model: Any
     mean: Tensor
     std: Tensor
-    mean_film: Tensor
+    mean_image: Tensor
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: dict[str, Any]) -> None:
         super().__init__()
@@ -52,12 +52,18 @@ class Clip(nn.Module):
         for name in ("mean", "std"):
             values = torch.tensor(preprocess[name], dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
-        self.register_buffer("mean_film", torch.full((1, *self.image_size), torch.nan))
+        self.register_buffer("mean_image", torch.full((1, *self.image_size), torch.nan))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load weights; the mean image of a checkpoint of 0.1 is called `mean_film`."""
+        if f"{prefix}mean_film" in state_dict:
+            state_dict[f"{prefix}mean_image"] = state_dict.pop(f"{prefix}mean_film")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the input, in pixels."""
-        return towers.pair(self.model.visual.image_size)
+        return towers.height_width(self.model.visual.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -84,8 +90,8 @@ class Clip(nn.Module):
         tokenizer = getattr(self.tokenizer, "tokenizer", None)
         return int(getattr(tokenizer, "pad_token_id", None) or 0)
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images in the model's normalised frame: `(B, 3, H, W)` uint8, or float in [0, 1], to float.
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in the model's normalized frame: `(B, 3, H, W)` uint8, or float in [0, 1], to float.
 
         Raises:
             ValueError: The images have another size than the model's input.
@@ -100,8 +106,8 @@ class Clip(nn.Module):
         return ((images - self.mean) / self.std).to(self.std.dtype)
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """What the model takes of a batch: normalised images `(B, 3, H, W)` and tokens `(B, T)`."""
-        return self.normalise(batch["image"]), self.tokenize(batch["phrase"])
+        """What the model takes of a batch: normalized images `(B, 3, H, W)` and tokens `(B, T)`."""
+        return self.normalize(batch["image"]), self.tokenize(batch["phrase"])
 
     def tokenize(self, phrases: Sequence[str]) -> Tensor:
         """Token ids of the phrases, padded and cut to the context length: `(B, T)` on the model's device."""
@@ -178,28 +184,28 @@ class Clip(nn.Module):
             texts = [to_text([re.sub("^##(?=.)", "", piece)]).strip() for piece in raw]
         return [" " * begin + text for begin, text in zip(begins, texts, strict=True)]
 
-    def image_reading(self, images: Tensor) -> Reading:
+    def image_pooling(self, images: Tensor) -> Pooling:
         """How the image tower reads the embeddings of images from its tokens.
 
         Raises:
             NotImplementedError: In a way that maps do not know; the message names the tower and says why.
         """
-        return towers.image_reading(self.model.visual, images)
+        return towers.image_pooling(self.model.visual, images)
 
-    def text_reading(self, tokens: Tensor) -> Reading:
+    def text_pooling(self, tokens: Tensor) -> Pooling:
         """How the text tower reads the embeddings of tokens `(B, T)`.
 
         Raises:
             NotImplementedError: In a way that maps do not know; the message names the tower and says why.
         """
-        return towers.text_reading(self.model, tokens)
+        return towers.text_pooling(self.model, tokens)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """L2-normalised image embeddings of normalised images: `(B, 3, H, W)` to `(B, D)`."""
+        """L2-normalized image embeddings of normalized images: `(B, 3, H, W)` to `(B, D)`."""
         return F.normalize(self.model.encode_image(images), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """L2-normalised text embeddings of tokens: `(B, T)` to `(B, D)`; see `towers.encode_text`."""
+        """L2-normalized text embeddings of tokens: `(B, T)` to `(B, D)`; see `towers.encode_text`."""
         return F.normalize(towers.encode_text(self.model, tokens), dim=-1)
 
     def similarity(self, images: Tensor, tokens: Tensor) -> Tensor:

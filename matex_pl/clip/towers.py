@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 
 @dataclass(frozen=True)
-class Reading:
+class Pooling:
     """How the embeddings of B samples are read from the tokens of one tower.
 
     `token`: from the token at `position` (class token, end of text). `mean`: the average of the tokens in `pooled`.
@@ -40,13 +40,13 @@ class Reading:
     position: Tensor | None = None
     pooled: Tensor | None = None
 
-    def fit(self, values: Tensor) -> Tensor:
+    def to_map(self, values: Tensor) -> Tensor:
         """Values of all tokens of a block `(..., n)` at the tokens of the map `(..., length)`; 0 where it has none."""
         missing = self.length - values.shape[-1]
         return F.pad(values, (missing, 0) if self.from_end else (0, missing))
 
-    def spread(self, values: Tensor, tokens: int) -> Tensor:
-        """The inverse of `fit`: values `(..., m)` at all n `tokens` of a block; 0 at the others."""
+    def from_map(self, values: Tensor, tokens: int) -> Tensor:
+        """The inverse of `to_map`: values `(..., m)` at all n `tokens` of a block; 0 at the others."""
         missing = tokens - values.shape[-1]
         return F.pad(values, (missing, 0) if self.from_end else (0, missing))
 
@@ -73,10 +73,10 @@ def patch_grid(visual: nn.Module) -> tuple[int, int]:
         size = isqrt(len(tower.attnpool.positional_embedding) - 1)
     if size is None:
         raise NotImplementedError(not_explained("image", tower, "it keeps no raster of patches (`grid_size`)"))
-    return pair(size)
+    return height_width(size)
 
 
-def image_reading(visual: nn.Module, images: Tensor) -> Reading:
+def image_pooling(visual: nn.Module, images: Tensor) -> Pooling:
     """How the image tower reads the embeddings of `images` `(B, 3, H, W)`.
 
     Raises:
@@ -87,17 +87,17 @@ def image_reading(visual: nn.Module, images: Tensor) -> Reading:
     patches = rows * columns
     kind, reason = _image_kind(tower)
     if kind == "token":
-        return Reading(kind, patches, True, position=torch.zeros(len(images), dtype=torch.long, device=images.device))
+        return Pooling(kind, patches, True, position=torch.zeros(len(images), dtype=torch.long, device=images.device))
     if kind == "mean":
         pooled = torch.ones(len(images), patches, dtype=torch.bool, device=images.device)
-        return Reading(kind, patches, True, pooled=pooled)
+        return Pooling(kind, patches, True, pooled=pooled)
     if kind == "query":
-        return Reading(kind, patches, True)
+        return Pooling(kind, patches, True)
     raise NotImplementedError(not_explained("image", tower, reason))
 
 
 def _image_kind(tower: Any) -> tuple[str, str]:
-    """Kind of reading of an image tower, or "" and why it has none that is known."""
+    """Kind of pooling of an image tower, or "" and why it has none that is known."""
     if isinstance(tower, ModifiedResNet):
         return "token", ""
     if isinstance(tower, VisionTransformer):
@@ -144,13 +144,13 @@ def image_blocks(visual: nn.Module) -> list[nn.Module]:
 
 
 def image_depth(visual: nn.Module) -> int:
-    """Number of attention blocks that an image tower with a known reading is made of, its attention pool included."""
+    """Number of attention blocks that an image tower with a known pooling is made of, its attention pool included."""
     tower = original(visual)
     pool = isinstance(tower, ModifiedResNet) or getattr(getattr(tower, "trunk", tower), "attn_pool", None) is not None
     return len(image_blocks(tower)) + pool
 
 
-def text_reading(model: nn.Module, tokens: Tensor) -> Reading:
+def text_pooling(model: nn.Module, tokens: Tensor) -> Pooling:
     """How the text tower of a model reads the embeddings of `tokens` `(B, T)`.
 
     Raises:
@@ -159,8 +159,8 @@ def text_reading(model: nn.Module, tokens: Tensor) -> Reading:
     tower, length = text_tower(model), tokens.shape[1]
     rule = _text_rule(tower)
     if rule == "MeanPooler":
-        return Reading("mean", length, False, pooled=tokens != tower.config.pad_token_id)
-    return Reading("token", length, False, position=_text_position(tower, tokens, rule))
+        return Pooling("mean", length, False, pooled=tokens != tower.config.pad_token_id)
+    return Pooling("token", length, False, position=_text_position(tower, tokens, rule))
 
 
 def _text_rule(tower: Any) -> str | None:
@@ -215,7 +215,7 @@ def token_embedding(model: nn.Module) -> nn.Module:
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
-    """Text embeddings of `tokens` `(B, T)`, `(B, D)`, not normalised or normalised, as the tower gives them.
+    """Text embeddings of `tokens` `(B, T)`, `(B, D)`, not normalized or normalized, as the tower gives them.
 
     What comes after the longest phrase of the batch is left out where no pooled token attends to it: in causal towers
     that pool at the end of text, and in Hugging Face towers, which mask the padding. Phrases of this field fill a
@@ -251,6 +251,6 @@ def not_explained(side: str, tower: nn.Module, reason: str) -> str:
     )
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
     """A size as (height, width)."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

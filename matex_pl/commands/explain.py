@@ -22,17 +22,17 @@ def main(words: Sequence[str]) -> None:
         import_all(attribution)
     parser = ArgumentParser(
         prog="matex explain",
-        description="Write one panel: where the model looks on a film, and which words matter.",
+        description="Write one panel: where the model looks on an image, and which words matter.",
         epilog=f"Shipped settings: {', '.join(method_names())}.",
         parser_mode=NAMED_METHODS,
     )
-    parser.add_argument("image", help="The film: PNG, JPEG, DICOM.")
+    parser.add_argument("image", help="The image: PNG, JPEG, DICOM.")
     parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
-    parser.add_function_arguments(explain_film, skip={"image", "phrase"}, sub_configs=True)
-    print(explain_film(**vars(parser.instantiate(parser.parse_args(list(words))))))
+    parser.add_function_arguments(explain_image, skip={"image", "phrase"}, sub_configs=True)
+    print(explain_image(**vars(parser.instantiate(parser.parse_args(list(words))))))
 
 
-def explain_film(
+def explain_image(
     image: str,
     phrase: str,
     ckpt_path: str,
@@ -40,39 +40,39 @@ def explain_film(
     method: AttributionMethod | str | None = None,
     resize_mode: ResizeMode = "longest",
 ) -> Path:
-    """Write one panel: where the model looks on a film for a phrase, and which words matter.
+    """Write one panel: where the model looks on an image for a phrase, and which words matter.
 
     Args:
-        image: The film: PNG, JPEG, DICOM and more; see `read_film`.
+        image: The image: PNG, JPEG, DICOM and more; see `read_image`.
         phrase: A sentence as a report words it, e.g. "Left lower lobe consolidation."
         ckpt_path: A checkpoint of `matex fit`.
         out: The picture to write.
-        method: What makes the map, `Matex.measured()` by default: the name of a shipped setting (`m2ib`), a YAML file
-            with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of every shipped one.
-        resize_mode: How the film gets into the model's frame: `longest`, `shortest` or `squash`, as in training.
+        method: What makes the map, `Matex.recommended()` by default: the name of a shipped setting (`m2ib`), a YAML
+            file with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of every shipped one.
+        resize_mode: How the image gets into the model's frame: `longest`, `shortest` or `squash`, as in training.
 
     Returns:
         The path of the picture.
     """
     from matex_pl.attribution import Matex
     from matex_pl.clip import load_trained
-    from matex_pl.data.images import film_size, read_film
-    from matex_pl.data.study import Sample, Study, collate
-    from matex_pl.data.transforms import FilmTransform
+    from matex_pl.data.images import read_image, read_size
+    from matex_pl.data.pair import ImageTextPair, Sample, collate
+    from matex_pl.data.transforms import ImageTransform
     from matex_pl.explain import compare_methods, explain_batch
     from matex_pl.visualization.draw import save_png
 
     if not phrase.strip():
         raise ValueError("The phrase is empty. Give a sentence as a report words it, in quotes.")
-    single = None if method == "all" else load_method(method or Matex.measured())
+    single = None if method == "all" else load_method(method or Matex.recommended())
     # A wrong path should be said before a model is loaded.
-    film_size(image)
+    read_size(image)
     clip = load_trained(ckpt_path)
     module = SimpleNamespace(clip=clip, inputs=clip.inputs, device=clip.std.device)
-    transform = FilmTransform(clip.image_size, resize_mode)
-    film = read_film(image, transform.target_size)
-    study = Study(id=Path(image).name, patient_id="", film_id=Path(image).name, image=image, phrase=phrase)
-    batch = collate([Sample(study, *transform(film.pixels, size=film.size))])
+    transform = ImageTransform(clip.image_size, resize_mode)
+    stored = read_image(image, transform.target_size)
+    pair = ImageTextPair(id=Path(image).name, patient_id="", image_id=Path(image).name, image=image, phrase=phrase)
+    batch = collate([Sample(pair, *transform(stored.pixels, size=stored.size))])
     if single is None:
         return save_png(out, compare_methods(module, shipped_methods(), batch))
     return save_png(out, explain_batch(module, single, batch, type(single).__name__)[0])

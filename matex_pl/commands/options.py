@@ -112,7 +112,7 @@ def check_words(command: str, words: Sequence[str], required: Sequence[str] = ()
         config_path(name)
     first = next((option for option in options if option.startswith(("-c", "--config", "--data"))), None)
     if needs_data and first is None and not configs:
-        raise ValueError("there are no films. Give --config, a YAML of `matex fit`, or --data, a data module.")
+        raise ValueError("there are no images. Give --config, a YAML of `matex fit`, or --data, a data module.")
     if needs_data and first is not None and first.startswith("--data."):
         raise ValueError(f"{first} comes before anything names a data module. Put it after --config or --data.")
 

@@ -155,7 +155,7 @@ def _level(parsed: ParsedPhrase, lambda_s: float) -> str:
 
 def _caption(parsed: ParsedPhrase) -> str:
     keys = [(parsed.spans, "highlighted: names a region"), (parsed.ignored, "struck through: ignored")]
-    return "; ".join(["schematic outline, not a film", *(text for spans, text in keys if spans)])
+    return "; ".join(["schematic outline, not an image", *(text for spans, text in keys if spans)])
 
 
 def _marked(phrase: str, parsed: ParsedPhrase) -> str:

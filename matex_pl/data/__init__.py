@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from matex_pl.data.mimic import MimicCxrDataModule
     from matex_pl.data.ms_cxr import MsCxrDataModule
     from matex_pl.data.nih import NihDataModule
+    from matex_pl.data.pair import ImageTextBatch, ImageTextPair, collate
     from matex_pl.data.phantom.module import PhantomDataModule
-    from matex_pl.data.study import Study, StudyBatch, collate
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -22,20 +22,23 @@ else:
             "MsCxrDataModule": "ms_cxr",
             "NihDataModule": "nih",
             "PhantomDataModule": "phantom.module",
-            "Study": "study",
-            "StudyBatch": "study",
-            "collate": "study",
+            "ImageTextPair": "pair",
+            "ImageTextBatch": "pair",
+            "collate": "pair",
+            # Names in 0.1.
+            "Study": "pair",
+            "StudyBatch": "pair",
         },
     )
 
 __all__ = [
     "ChestXrayDataModule",
+    "ImageTextBatch",
+    "ImageTextPair",
     "ManifestDataModule",
     "MimicCxrDataModule",
     "MsCxrDataModule",
     "NihDataModule",
     "PhantomDataModule",
-    "Study",
-    "StudyBatch",
     "collate",
 ]

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from matex_pl.data.images import Film, TargetSize, read_film
+from matex_pl.data.images import GrayImage, TargetSize, read_image
 from matex_pl.files import check_folder, remove_abandoned_parts, whole_file
 
-# Goes into the names of cached films: raise it when the same file gives other pixels than before.
+# Goes into the names of cached images: raise it when the same file gives other pixels than before.
 _CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
-class FilmCache:
-    """A folder of films that are decoded and resized already, one file each.
+class ImageCache:
+    """A folder of images that are decoded and resized already, one file each.
 
-    A file's name is a digest of the film's path, its length and time of change, and the settings: a changed film or
+    A file's name is a digest of the image's path, its length and time of change, and the settings: a changed image or
     setting makes a new one. Processes may share a folder.
 
     Args:
-        folder: Made when the first film is kept.
+        folder: Made when the first image is kept.
     """
 
     folder: Path
@@ -34,7 +34,7 @@ class FilmCache:
         """Make the folder and remove what killed processes left half-written there.
 
         Raises:
-            OSError: Nothing can be written there, and no film is kept there.
+            OSError: Nothing can be written there, and no image is kept there.
         """
         try:
             check_folder(self.folder)
@@ -48,8 +48,8 @@ class FilmCache:
 
     def read(
         self, path: str | Path, target_size: TargetSize, settings: str, *, apply_exif_orientation: bool = True
-    ) -> Film:
-        """A film from the cache, or else from its file; see `read_film`.
+    ) -> GrayImage:
+        """An image from the cache, or else from its file; see `read_image`.
 
         Where it cannot be kept, say on a full disk, it is only read, with a warning at the first of them.
 
@@ -57,20 +57,20 @@ class FilmCache:
             path: The file.
             target_size: The size to resize to.
             settings: All that `target_size` depends on.
-            apply_exif_orientation: Turn the film as its EXIF orientation says.
+            apply_exif_orientation: Turn the image as its EXIF orientation says.
         """
         kept = self._place(path, f"{settings} apply_exif_orientation={apply_exif_orientation}")
-        film = _kept_film(kept)
-        if film is None:
-            film = read_film(path, target_size, apply_exif_orientation=apply_exif_orientation)
-            self._keep(film, kept)
-        return film
+        image = _kept_image(kept)
+        if image is None:
+            image = read_image(path, target_size, apply_exif_orientation=apply_exif_orientation)
+            self._keep(image, kept)
+        return image
 
-    def _keep(self, film: Film, place: Path) -> None:
+    def _keep(self, image: GrayImage, place: Path) -> None:
         try:
-            # Parts lie above the films: to find those of killed processes takes no look through all films.
+            # Parts lie above the images: to find those of killed processes takes no look through all images.
             with whole_file(place, self.folder) as part, part.open("wb") as file:
-                np.savez(file, pixels=film.pixels, size=np.array(film.size))
+                np.savez(file, pixels=image.pixels, size=np.array(image.size))
         except OSError as error:
             _warn_uncached(self.folder, error.strerror or str(error))
 
@@ -79,18 +79,18 @@ class FilmCache:
             path = Path(path).resolve()
             state = path.stat()
         except OSError as error:
-            raise FileNotFoundError(f"There is no film at {str(path)!r}.") from error
+            raise FileNotFoundError(f"There is no image at {str(path)!r}.") from error
         text = f"{_CACHE_VERSION} {path} {state.st_size} {state.st_mtime_ns} {settings}"
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.npz"
 
 
-def _kept_film(path: Path) -> Film | None:
-    """A film of the cache; None where it is not there, or cannot be read."""
+def _kept_image(path: Path) -> GrayImage | None:
+    """An image of the cache; None where it is not there, or cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as kept:
             height, width = (int(side) for side in kept["size"])
-            return Film(kept["pixels"], (height, width))
+            return GrayImage(kept["pixels"], (height, width))
     # Broken bytes raise all kinds of errors here too.
     except Exception:
         return None
@@ -98,7 +98,7 @@ def _kept_film(path: Path) -> Film | None:
 
 @lru_cache
 def _warn_uncached(folder: Path, reason: str) -> None:
-    """Warn once in a process that films are not kept."""
+    """Warn once in a process that images are not kept."""
     warnings.warn(
-        f"No more films can be kept in cache_dir {folder} ({reason}); they are read anew each time.", stacklevel=2
+        f"No more images can be kept in cache_dir {folder} ({reason}); they are read anew each time.", stacklevel=2
     )

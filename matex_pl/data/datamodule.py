@@ -1,4 +1,4 @@
-"""What all data modules share: splits of studies, loaders that a resumed run can repeat, and the mean film."""
+"""What all data modules share: splits of pairs, loaders that a resumed run can repeat, and the mean image."""
 
 from __future__ import annotations
 
@@ -19,62 +19,62 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from matex_pl.arguments import check_choices
-from matex_pl.data.cache import FilmCache
-from matex_pl.data.images import Film, read_film
-from matex_pl.data.study import Sample, Study, StudyBatch, collate
-from matex_pl.data.transforms import FilmTransform, ResizeMode
+from matex_pl.data.cache import ImageCache
+from matex_pl.data.images import GrayImage, read_image
+from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, collate
+from matex_pl.data.transforms import ImageTransform, ResizeMode
 
 SPLITS = ("train", "val", "test")
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 """Splits that each stage of a trainer reads."""
 
-_MEAN_FILM_FROM = 512
+_MEAN_IMAGE_FROM = 512
 _RESIZE_MODES: dict[str, ResizeMode] = {"pad": "longest", "crop": "shortest", "squash": "squash"}
 
 
-class FilmDataset(Dataset[Sample]):
-    """Studies with their pixels in the model's frame.
+class PairDataset(Dataset[Sample]):
+    """Pairs with their pixels in the model's frame.
 
     Args:
         data: The data module, which reads the pixels.
-        studies: What the dataset holds, in order.
-        transform: From a stored film to the model's frame.
+        pairs: What the dataset holds, in order.
+        transform: From a stored image to the model's frame.
     """
 
-    def __init__(self, data: ChestXrayDataModule, studies: Sequence[Study], transform: FilmTransform) -> None:
+    def __init__(self, data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], transform: ImageTransform) -> None:
         self.data = data
-        self.studies = studies
+        self.pairs = pairs
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.studies)
+        return len(self.pairs)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """A sample by index, or by (epoch, index), from which augmentation and `draw_study` take their draws."""
+        """A sample by index, or by (epoch, index), from which augmentation and `draw_pair` take their draws."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        study = self.studies[index]
+        pair = self.pairs[index]
         seed = int(np.random.SeedSequence((self.data.seed, epoch, index)).generate_state(1)[0])
         if isinstance(key, tuple):
-            study = self.data.draw_study(study, seed)
+            pair = self.data.draw_pair(pair, seed)
         try:
-            film = self.data.open_film(study, self.transform)
-            return Sample(study, *self.transform(film.pixels, study.boxes, size=film.size, seed=seed))
+            image = self.data.open_image(pair, self.transform)
+            return Sample(pair, *self.transform(image.pixels, pair.boxes, size=image.size, seed=seed))
         except (OSError, ValueError) as error:
-            raise ValueError(f"Study {study.id!r} ({study.image}): {error}") from error
+            raise ValueError(f"Pair {pair.id!r} ({pair.image}): {error}") from error
 
-    def batch(self, ids: Sequence[str]) -> StudyBatch:
-        """The named studies as one batch, in the order of `ids`.
+    def batch(self, ids: Sequence[str]) -> ImageTextBatch:
+        """The named pairs as one batch, in the order of `ids`.
 
         Raises:
             KeyError: An id is not in the dataset.
             ValueError: No id is given.
         """
         if not ids:
-            raise ValueError("A batch needs at least one study id, got none.")
-        place = {study.id: index for index, study in enumerate(self.studies)}
+            raise ValueError("A batch needs at least one pair id, got none.")
+        place = {pair.id: index for index, pair in enumerate(self.pairs)}
         missing = [name for name in ids if name not in place]
         if missing:
-            raise KeyError(f"No study {missing[0]!r} among {len(place)}, e.g. {next(iter(place), 'none')!r}.")
+            raise KeyError(f"No pair {missing[0]!r} among {len(place)}, e.g. {next(iter(place), 'none')!r}.")
         return collate([self[place[name]] for name in ids])
 
 
@@ -86,7 +86,7 @@ class EpochSampler(DistributedSampler):
     theirs has the pairs of one process with a batch W times as large.
     """
 
-    def __init__(self, dataset: FilmDataset, seed: int) -> None:
+    def __init__(self, dataset: PairDataset, seed: int) -> None:
         together = dist.is_available() and dist.is_initialized()
         count, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
         if len(dataset) < count:
@@ -104,22 +104,22 @@ class EpochLoader(DataLoader):
     """A loader that asks its sampler, and starts its workers, at the first batch rather than at `iter`.
 
     Lightning calls `iter` while it sets up a run, and tells a sampler the epoch of a resumed run only after that:
-    workers would have fetched films of epoch 0 by then.
+    workers would have fetched images of epoch 0 by then.
     """
 
-    def __iter__(self) -> Iterator[StudyBatch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[ImageTextBatch]:  # type: ignore[override]
         yield from super().__iter__()
 
 
 class ChestXrayDataModule(LightningDataModule, ABC):
-    """Base of the data modules: a subclass lists its studies and reads a film.
+    """Base of the data modules: a subclass lists its pairs and reads an image.
 
     Without a trainer: give `image_size`, call `setup("fit")`, and take `dataset("val")` or the loaders.
 
     Args:
         image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
         batch_size: Pairs per batch and process.
-        num_workers: Processes that read and augment films.
+        num_workers: Processes that read and augment images.
         resize_mode: How an image gets into the model's frame: `longest` fits its longest side and pads with black,
             `shortest` fits its shortest side and crops to the middle, `squash` stretches it.
         augment: Mild geometric and intensity changes in training. Never a horizontal flip.
@@ -127,7 +127,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         geometry: Deprecated name of `resize_mode`, with `pad` for `longest` and `crop` for `shortest`.
     """
 
-    studies: dict[str, list[Study]]
+    pairs: dict[str, list[ImageTextPair]]
 
     def __init__(
         self,
@@ -151,75 +151,75 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         if seed < 0 or num_workers < 0:
             raise ValueError(f"seed and num_workers must not be negative, got {seed} and {num_workers}.")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        FilmTransform(self.image_size or (8, 8))
+        ImageTransform(self.image_size or (8, 8))
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.resize_mode = resize_mode
         self.augment = augment
         self.seed = seed
-        self.studies = {}
+        self.pairs = {}
 
     @abstractmethod
-    def list_studies(self) -> list[Study]:
-        """All studies of all splits, without reading pixels."""
+    def list_pairs(self) -> list[ImageTextPair]:
+        """All pairs of all splits, without reading pixels."""
 
     @abstractmethod
-    def read_film(self, study: Study) -> np.ndarray:
-        """Pixels of a study's film, `(h, w)` uint8."""
+    def read_image(self, pair: ImageTextPair) -> np.ndarray:
+        """Pixels of a pair's image, `(h, w)` uint8."""
 
-    def draw_study(self, study: Study, seed: int) -> Study:
-        """The study as one epoch of training sees it, say with another sentence of its report; itself by default.
+    def draw_pair(self, pair: ImageTextPair, seed: int) -> ImageTextPair:
+        """The pair as one epoch of training sees it, say with another sentence of its report; itself by default.
 
         Args:
-            study: One of the listed studies.
-            seed: Random seed that belongs to the epoch and the study.
+            pair: One of the listed pairs.
+            seed: Random seed that belongs to the epoch and the pair.
         """
-        return study
+        return pair
 
-    def phrases_of(self, study: Study) -> list[str]:
-        """All phrases that `draw_study` may give a study."""
-        return [study.phrase]
+    def phrases_of(self, pair: ImageTextPair) -> list[str]:
+        """All phrases that `draw_pair` may give a pair."""
+        return [pair.phrase]
 
-    def open_film(self, study: Study, transform: FilmTransform) -> Film:
-        """A study's film for a transform, perhaps at the size that it needs already."""
-        pixels = self.read_film(study)
-        return Film(pixels, (pixels.shape[0], pixels.shape[1]))
+    def open_image(self, pair: ImageTextPair, transform: ImageTransform) -> GrayImage:
+        """A pair's image for a transform, perhaps at the size that it needs already."""
+        pixels = self.read_image(pair)
+        return GrayImage(pixels, (pixels.shape[0], pixels.shape[1]))
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """Findings that the films are labelled with, by name."""
-        named = {finding for split in self.studies.values() for study in split for finding in study.film_findings}
+        """Findings that the images are labeled with, by name."""
+        named = {finding for split in self.pairs.values() for pair in split for finding in pair.image_findings}
         return tuple(sorted(named))
 
     def setup(self, stage: str) -> None:
-        """List the studies, once.
+        """List the pairs, once.
 
         Raises:
-            ValueError: A split that this stage needs is empty, an id is taken twice, or a study is in no known split.
+            ValueError: A split that this stage needs is empty, an id is taken twice, or a pair is in no known split.
         """
-        if not self.studies:
-            self.studies = _by_split(self.list_studies())
+        if not self.pairs:
+            self.pairs = _by_split(self.list_pairs())
         for split in STAGES[stage]:
-            if not self.studies[split]:
-                counts = {name: len(found) for name, found in self.studies.items()}
-                raise ValueError(
-                    f"{type(self).__name__} has no {split} studies, which {stage!r} needs; it has {counts}."
-                )
+            if not self.pairs[split]:
+                counts = {name: len(found) for name, found in self.pairs.items()}
+                raise ValueError(f"{type(self).__name__} has no {split} pairs, which {stage!r} needs; it has {counts}.")
 
-    def dataset(self, split: str, *, augment: bool = False) -> FilmDataset:
-        """The studies of a split with their pixels.
+    def dataset(self, split: str, *, augment: bool = False) -> PairDataset:
+        """The pairs of a split with their pixels.
 
         Raises:
-            RuntimeError: The studies are not listed yet.
+            RuntimeError: The pairs are not listed yet.
         """
-        return FilmDataset(self, self._listed()[split], FilmTransform(self._frame(), self.resize_mode, augment=augment))
+        return PairDataset(
+            self, self._listed()[split], ImageTransform(self._frame(), self.resize_mode, augment=augment)
+        )
 
-    def _listed(self) -> dict[str, list[Study]]:
-        if not self.studies:
+    def _listed(self) -> dict[str, list[ImageTextPair]]:
+        if not self.pairs:
             raise RuntimeError(
-                f"{type(self).__name__} has listed no studies yet. Call setup('fit') or setup('test') first."
+                f"{type(self).__name__} has listed no pairs yet. Call setup('fit') or setup('test') first."
             )
-        return self.studies
+        return self.pairs
 
     def _frame(self) -> tuple[int, int]:
         if self.image_size is not None:
@@ -229,11 +229,11 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         clip: Any = self.trainer.lightning_module.clip
         return clip.image_size
 
-    def mean_film(self) -> Tensor:
-        """Position-wise mean of up to 512 training films in the model's frame, `(1, H, W)` in [0, 1]."""
+    def mean_image(self) -> Tensor:
+        """Position-wise mean of up to 512 training images in the model's frame, `(1, H, W)` in [0, 1]."""
         data = self.dataset(next(name for name in SPLITS if self._listed()[name]))
-        films = {study.film_id: index for index, study in enumerate(data.studies)}
-        chosen = sorted(films.values())[:: math.ceil(len(films) / _MEAN_FILM_FROM)]
+        images = {pair.image_id: index for index, pair in enumerate(data.pairs)}
+        chosen = sorted(images.values())[:: math.ceil(len(images) / _MEAN_IMAGE_FROM)]
         return torch.stack([data[index].image[:1] for index in chosen]).float().mean(0) / 255
 
     def thorax(self) -> Tensor | None:
@@ -262,7 +262,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         """Test pairs, in order."""
         return self.test_dataloader()
 
-    def _loader(self, data: FilmDataset, sampler: EpochSampler | None = None, *, drop_last: bool = False) -> DataLoader:
+    def _loader(self, data: PairDataset, sampler: EpochSampler | None = None, *, drop_last: bool = False) -> DataLoader:
         return EpochLoader(
             data,
             batch_size=self.batch_size,
@@ -281,8 +281,8 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return {**self.__dict__, "trainer": None}
 
 
-class FilmFilesDataModule(ChestXrayDataModule):
-    """Base of the data modules whose films are files: `Study.image` is a path. A subclass lists its studies.
+class ImageFilesDataModule(ChestXrayDataModule):
+    """Base of the data modules whose images are files: `ImageTextPair.image` is a path. A subclass lists its pairs.
 
     Args:
         cache_dir: Folder for decoded images, resized for the model, so that each file is decoded once; none by default.
@@ -290,58 +290,58 @@ class FilmFilesDataModule(ChestXrayDataModule):
     """
 
     apply_exif_orientation = True
-    """Whether films are turned as the EXIF orientation of their files says; boxes are in pixels of what that gives."""
+    """Whether images are turned as the EXIF orientation of their files says; boxes are in pixels of what that gives."""
 
     def __init__(self, cache_dir: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.cache = FilmCache(Path(cache_dir)) if cache_dir else None
+        self.cache = ImageCache(Path(cache_dir)) if cache_dir else None
 
     def setup(self, stage: str) -> None:
-        """List the studies, once, and say how many boxes a crop cuts.
+        """List the pairs, once, and say how many boxes a crop cuts.
 
         Raises:
             OSError: Nothing can be written in `cache_dir`.
-            ValueError: As in `ChestXrayDataModule.setup`; or a box covers nothing of its film.
+            ValueError: As in `ChestXrayDataModule.setup`; or a box covers nothing of its image.
         """
         if self.cache is not None:
             self.cache.prepare()
         super().setup(stage)
         # Without a model and a size there is no frame yet.
         if self.resize_mode == "shortest" and (self.image_size is not None or self.trainer is not None):
-            boxed = [study for split in STAGES[stage] for study in self.studies[split] if study.boxes and study.size]
-            cut, lost = count_cut_boxes(FilmTransform(self._frame(), self.resize_mode), boxed)
+            boxed = [pair for split in STAGES[stage] for pair in self.pairs[split] if pair.boxes and pair.size]
+            cut, lost = count_cut_boxes(ImageTransform(self._frame(), self.resize_mode), boxed)
             if cut:
-                total = sum(len(study.boxes) for study in boxed)
+                total = sum(len(pair.boxes) for pair in boxed)
                 rank_zero_warn(
                     f"resize_mode: shortest cuts {cut} of {total} boxes, {lost} of them wholly; longest keeps them all."
                 )
 
-    def read_film(self, study: Study) -> np.ndarray:
-        """Pixels of a film, `(h, w)` uint8, at the size of its file."""
-        return read_film(str(study.image), apply_exif_orientation=self.apply_exif_orientation).pixels
+    def read_image(self, pair: ImageTextPair) -> np.ndarray:
+        """Pixels of an image, `(h, w)` uint8, at the size of its file."""
+        return read_image(str(pair.image), apply_exif_orientation=self.apply_exif_orientation).pixels
 
-    def open_film(self, study: Study, transform: FilmTransform) -> Film:
-        """A study's film at the size that the transform needs, from the cache if there is one."""
-        path, target_size, turn = str(study.image), transform.target_size, self.apply_exif_orientation
+    def open_image(self, pair: ImageTextPair, transform: ImageTransform) -> GrayImage:
+        """A pair's image at the size that the transform needs, from the cache if there is one."""
+        path, target_size, turn = str(pair.image), transform.target_size, self.apply_exif_orientation
         if self.cache is None:
-            return read_film(path, target_size, apply_exif_orientation=turn)
+            return read_image(path, target_size, apply_exif_orientation=turn)
         return self.cache.read(path, target_size, transform.settings, apply_exif_orientation=turn)
 
 
-def count_cut_boxes(transform: FilmTransform, studies: Iterable[Study]) -> tuple[int, int]:
-    """How many boxes of the studies whose size is known lose a part to a crop, and how many of them all."""
-    counts = [transform.count_cut(study.boxes, study.size) for study in studies if study.size]
+def count_cut_boxes(transform: ImageTransform, pairs: Iterable[ImageTextPair]) -> tuple[int, int]:
+    """How many boxes of the pairs whose size is known lose a part to a crop, and how many of them all."""
+    counts = [transform.count_cut(pair.boxes, pair.size) for pair in pairs if pair.size]
     return sum(cut for cut, _ in counts), sum(lost for _, lost in counts)
 
 
-def _by_split(studies: Sequence[Study]) -> dict[str, list[Study]]:
-    twice = [name for name, count in Counter(study.id for study in studies).items() if count > 1]
+def _by_split(pairs: Sequence[ImageTextPair]) -> dict[str, list[ImageTextPair]]:
+    twice = [name for name, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if twice:
-        raise ValueError(f"{len(twice)} study ids are not unique, e.g. {', '.join(twice[:3])}.")
-    lost = next((study for study in studies if study.split not in SPLITS), None)
+        raise ValueError(f"{len(twice)} pair ids are not unique, e.g. {', '.join(twice[:3])}.")
+    lost = next((pair for pair in pairs if pair.split not in SPLITS), None)
     if lost is not None:
-        raise ValueError(f"Study {lost.id!r} is in the split {lost.split!r}; splits are {', '.join(SPLITS)}.")
-    return {split: [study for study in studies if study.split == split] for split in SPLITS}
+        raise ValueError(f"Pair {lost.id!r} is in the split {lost.split!r}; splits are {', '.join(SPLITS)}.")
+    return {split: [pair for pair in pairs if pair.split == split] for split in SPLITS}
 
 
 def check_fractions(fractions: Sequence[float]) -> None:

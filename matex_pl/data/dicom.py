@@ -1,4 +1,4 @@
-"""DICOM films as they are meant to be seen: the only file that knows pydicom."""
+"""DICOM images as they are meant to be seen: the only file that knows pydicom."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_dicom_size(path: Path) -> tuple[int, int]:
 
 
 def read_dicom(path: Path) -> np.ndarray:
-    """Levels of the first frame, `(h, w)` float32 in [0, 1], bright where the film is.
+    """Levels of the first frame, `(h, w)` float32 in [0, 1], bright where the image is.
 
     Rescale or modality table, then the first VOI table or window, over whose range the levels go; without a usable one
     from the darkest to the brightest pixel. An empty tag says nothing. MONOCHROME1, whose low values are bright, is
@@ -71,7 +71,7 @@ def read_dicom(path: Path) -> np.ndarray:
 def warn_of_others(path: Path, number: int, kind: str) -> None:
     """Warn that a file holds `number` images of a `kind`, "frames" or "pages", if it is more than one."""
     if number > 1:
-        # Not only in the first process: each of several reads its own films.
+        # Not only in the first process: each of several reads its own images.
         warnings.warn(f"{path} has {number} {kind}; the first one is taken.", stacklevel=2)
 
 

@@ -1,4 +1,4 @@
-"""From a film's file to its pixels: every format, at the size that is needed, upright, and kept for the next time."""
+"""From an image's file to its pixels: every format, at the size that is needed, upright, and kept for the next time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 TargetSize = Callable[[Size], Size]
-"""The size to which a film of some size is resized."""
+"""The size to which an image of some size is resized."""
 
 ResizeMode = Literal["longest", "shortest", "squash"]
 """The side by which an image fills the model's input, in open_clip's words."""
@@ -50,8 +50,8 @@ _POLARITY_TAG, _WHITE_IS_ZERO = 0x0106, 0
 
 
 @dataclass(frozen=True)
-class Film:
-    """Pixels of a film, perhaps at another size than that of its file.
+class GrayImage:
+    """Pixels of an image, perhaps at another size than that of its file.
 
     Args:
         pixels: `(h, w)` uint8.
@@ -62,18 +62,20 @@ class Film:
     size: Size
 
 
-def read_film(path: str | Path, target_size: TargetSize | None = None, *, apply_exif_orientation: bool = True) -> Film:
-    """A film of any supported kind as grey levels.
+def read_image(
+    path: str | Path, target_size: TargetSize | None = None, *, apply_exif_orientation: bool = True
+) -> GrayImage:
+    """An image of any supported kind as gray levels.
 
-    PNG, JPEG, TIFF, BMP, WebP and, with the extra `dicom`, DICOM. Colours become luminance, what is transparent
-    becomes black. More than 8 bits are kept until after resizing and run from the film's darkest to its brightest
+    PNG, JPEG, TIFF, BMP, WebP and, with the extra `dicom`, DICOM. Colors become luminance, what is transparent
+    becomes black. More than 8 bits are kept until after resizing and run from the image's darkest to its brightest
     pixel, in DICOM over its window. Where a JPEG may be smaller it is decoded at a half, a quarter or an eighth,
     which blurs a little.
 
     Args:
         path: The file.
         target_size: The size to resize to, from that of the file; the file's own by default.
-        apply_exif_orientation: Turn the film as the EXIF orientation of the file says.
+        apply_exif_orientation: Turn the image as the EXIF orientation of the file says.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -84,15 +86,15 @@ def read_film(path: str | Path, target_size: TargetSize | None = None, *, apply_
 
 
 def read_levels(path: str | Path) -> np.ndarray:
-    """Grey levels of an image's file, upright, `(h, w)`, as many as it has: 1 of 65,535 is more than black, which is 0.
+    """Gray levels of an image's file, upright, `(h, w)`, as many as it has: 1 of 65,535 is more than black, which is 0.
 
-    uint8, or numbers of more bits, of DICOM those of its window; errors as of `read_film`.
+    uint8, or numbers of more bits, of DICOM those of its window; errors as of `read_image`.
     """
     return _opened(path, _stored_levels)
 
 
-def film_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
-    """Height and width of a film's file, from its header; see `read_film` for the arguments and errors."""
+def read_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
+    """Height and width of an image's file, from its header; see `read_image` for the arguments and errors."""
     return _opened(path, lambda file: _header_size(file, apply_exif_orientation=apply_exif_orientation))
 
 
@@ -102,7 +104,7 @@ def is_jpeg(path: Path) -> bool:
         return file.read(len(_JPEG_START)) == _JPEG_START
 
 
-def resize_film(pixels: np.ndarray, size: Size) -> np.ndarray:
+def resize_image(pixels: np.ndarray, size: Size) -> np.ndarray:
     """Pixels `(h, w)` at another size: averaged where it is smaller, interpolated where it is larger."""
     if pixels.shape == size:
         return pixels
@@ -114,7 +116,7 @@ def _opened(path: str | Path, read: Callable[[Path], T]) -> T:
     """What `read` makes of the file; whatever goes wrong on the way is said as a reason."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"There is no film at {str(path)!r}.")
+        raise FileNotFoundError(f"There is no image at {str(path)!r}.")
     try:
         return read(file)
     except ImportError:
@@ -138,7 +140,7 @@ def _header_size(path: Path, *, apply_exif_orientation: bool) -> Size:
         return height, width
 
 
-def _decode(path: Path, target_size: TargetSize | None, *, apply_exif_orientation: bool) -> Film:
+def _decode(path: Path, target_size: TargetSize | None, *, apply_exif_orientation: bool) -> GrayImage:
     if is_dicom(path):
         return _finished(read_dicom(path), target_size)
     try:
@@ -150,17 +152,17 @@ def _decode(path: Path, target_size: TargetSize | None, *, apply_exif_orientatio
         return _finished(_stretched(_deep_jpeg(path)), target_size)
 
 
-def _decode_image(image: Image.Image, path: Path, target_size: TargetSize | None, orientation: int) -> Film:
-    """The film of an image that is open, but not decoded yet."""
+def _decode_image(image: Image.Image, path: Path, target_size: TargetSize | None, orientation: int) -> GrayImage:
+    """The image of an image that is open, but not decoded yet."""
     warn_of_others(path, getattr(image, "n_frames", 1), "pages")
     size = _stored_size(image, orientation)
     if image.format == "JPEG" and target_size is not None:
         # `draft` takes width and height as they are stored.
         target = target_size(size) if orientation in _TURNED else target_size(size)[::-1]
-        return Film(_turned(_decode_reduced(image, target), orientation), size)
+        return GrayImage(_turned(_decode_reduced(image, target), orientation), size)
     levels = _turned(_levels(image, path), orientation)
-    film = _finished(levels if levels.dtype == np.uint8 else _stretched(levels), target_size)
-    return Film(film.pixels, size)
+    finished = _finished(levels if levels.dtype == np.uint8 else _stretched(levels), target_size)
+    return GrayImage(finished.pixels, size)
 
 
 def _stored_levels(path: Path) -> np.ndarray:
@@ -181,8 +183,8 @@ def _decode_reduced(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
     scale = max(round(width / image.size[0]), 1)
     levels = np.asarray(image.convert("L"))
     if scale == 1:
-        return resize_film(levels, target[::-1])
-    # The last column and row may reach beyond the film by a part of a pixel, which OpenCV would count in.
+        return resize_image(levels, target[::-1])
+    # The last column and row may reach beyond the image by a part of a pixel, which OpenCV would count in.
     down, across = (
         _shares(target[1], levels.shape[0], height / scale),
         _shares(target[0], levels.shape[1], width / scale),
@@ -191,16 +193,16 @@ def _decode_reduced(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
 
 
 @lru_cache(256)
-def _shares(cells: int, pixels: int, extent: float) -> np.ndarray:
-    """Which share each pixel has in the mean of each of `cells` equal parts of [0, extent], `(cells, pixels)`."""
-    ends = np.linspace(0, extent, cells + 1)[:, None]
+def _shares(parts: int, pixels: int, extent: float) -> np.ndarray:
+    """Which share each pixel has in the mean of each of `parts` equal parts of [0, extent], `(parts, pixels)`."""
+    ends = np.linspace(0, extent, parts + 1)[:, None]
     start, stop = np.maximum(ends[:-1], np.arange(pixels)), np.minimum(ends[1:], np.arange(pixels) + 1)
     overlap = np.maximum(stop - start, 0)
     return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _levels(image: Image.Image, path: Path) -> np.ndarray:
-    """Grey levels `(h, w)`, the darker the lower: uint8, or numbers of more bits."""
+    """Gray levels `(h, w)`, the darker the lower: uint8, or numbers of more bits."""
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image)
         if not np.isfinite(pixels).all():
@@ -210,7 +212,7 @@ def _levels(image: Image.Image, path: Path) -> np.ndarray:
         highest = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else pixels.max()
         return highest - pixels if dark_is_high else pixels
     if image.format == "PNG" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):
-        # Pillow keeps 8 bits of colours. It is asked first, because OpenCV does not mind a file that ends early.
+        # Pillow keeps 8 bits of colors. It is asked first, because OpenCV does not mind a file that ends early.
         image.load()
         return _luminance(np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -219,9 +221,9 @@ def _levels(image: Image.Image, path: Path) -> np.ndarray:
 
 
 def _luminance(pixels: np.ndarray) -> np.ndarray:
-    """Grey levels of blue, green, red and perhaps opacity `(h, w, 3 or 4)` uint16."""
-    grey = cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY)
-    return grey if pixels.shape[2] == 3 else grey * (pixels[..., 3] / np.float32(65535))
+    """Gray levels of blue, green, red and perhaps opacity `(h, w, 3 or 4)` uint16."""
+    gray = cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY)
+    return gray if pixels.shape[2] == 3 else gray * (pixels[..., 3] / np.float32(65535))
 
 
 def _stretched(pixels: np.ndarray) -> np.ndarray:
@@ -231,13 +233,13 @@ def _stretched(pixels: np.ndarray) -> np.ndarray:
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
-def _finished(levels: np.ndarray, target_size: TargetSize | None) -> Film:
-    """Levels, uint8 or float32 in [0, 1], as a film of the size that `target_size` says."""
+def _finished(levels: np.ndarray, target_size: TargetSize | None) -> GrayImage:
+    """Levels, uint8 or float32 in [0, 1], as an image of the size that `target_size` says."""
     height, width = levels.shape
-    pixels = levels if target_size is None else resize_film(levels, target_size((height, width)))
+    pixels = levels if target_size is None else resize_image(levels, target_size((height, width)))
     if pixels.dtype != np.uint8:
         pixels = np.rint(pixels * 255).clip(0, 255).astype(np.uint8)
-    return Film(pixels, (height, width))
+    return GrayImage(pixels, (height, width))
 
 
 def _deep_jpeg(path: Path) -> np.ndarray:

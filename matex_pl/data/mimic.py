@@ -1,4 +1,4 @@
-"""MIMIC-CXR for fine-tuning: frontal films with a sentence of their report, another one in each epoch."""
+"""MIMIC-CXR for fine-tuning: frontal radiographs with a sentence of their report, another one in each epoch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from matex_pl.data.ms_cxr import find_film
-from matex_pl.data.study import Study
+from matex_pl.data.ms_cxr import find_mimic_image
+from matex_pl.data.study import ImageTextPair
 from matex_pl.data.table import TableDataModule, TableRow, parse_rows, read_table, read_text
 from matex_pl.data.validation import BadRow, RuleError, path_below, split_name, text
 
@@ -29,17 +29,17 @@ _FEWEST_WORDS = 3
 
 
 class MimicCxrDataModule(TableDataModule):
-    """MIMIC-CXR-JPG with the reports of MIMIC-CXR: one study per film, whose phrase is a sentence of its report.
+    """MIMIC-CXR-JPG with the reports of MIMIC-CXR: one pair per image, whose phrase is a sentence of its report.
 
     Both need a credentialed account and are not part of this package. In training each epoch draws another sentence,
     by the seed; validation and test keep one. Reports without the sections are left out and counted. There are no
-    boxes: `MsCxrDataModule` has them for some of these films.
+    boxes: `MsCxrDataModule` has them for some of these images.
 
     Args:
         root: Folder of MIMIC-CXR-JPG: `files/p10/p10000032/s50414267/....jpg`, `mimic-cxr-2.0.0-split.csv` and
             `mimic-cxr-2.0.0-metadata.csv`, both also gzipped (`.csv.gz`).
         reports: Folder of the reports, `files/p10/p10000032/s50414267.txt`; `root` by default.
-        views: Positions of the films to take, of the metadata; all films, and no metadata, when empty.
+        views: Positions of the images to take, of the metadata; all images, and no metadata, when empty.
         sections: Sections of the reports to take sentences from.
         kwargs: Arguments of `TableDataModule`, but for `fractions`.
     """
@@ -52,7 +52,7 @@ class MimicCxrDataModule(TableDataModule):
         sections: Sequence[Section] = SECTIONS,
         **kwargs: Any,
     ) -> None:
-        # The split file names the split of each film: there is none to draw, and so no such argument.
+        # The split file names the split of each image: there is none to draw, and so no such argument.
         super().__init__(fractions=(1.0, 0.0, 0.0), **kwargs)
         if not sections or not set(sections) <= set(SECTIONS):
             raise ValueError(f"sections must be some of {', '.join(SECTIONS)}, got {list(sections)}.")
@@ -62,56 +62,56 @@ class MimicCxrDataModule(TableDataModule):
         self.sections = list(sections)
         self._sentences: dict[str, list[str]] = {}
 
-    def read_rows(self) -> tuple[list[Study], list[BadRow]]:
-        """One study per film of the views whose report has a sentence."""
+    def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
+        """One pair per image of the views whose report has a sentence."""
         rows, bad = read_table(_plain_or_gzipped(self.root / SPLIT_FILE), {}, _SPLIT_COLUMNS)
         if self.views:
-            frontal, unread = self._films_of_views()
+            frontal, unread = self._images_of_views()
             bad += unread
             rows = [row for row in rows if text(row.cells, "dicom_id") in frontal]
         sentences: dict[str, list[str]] = {}
-        studies, wrong = parse_rows(rows, lambda row: self._study(row, sentences))
+        studies, wrong = parse_rows(rows, lambda row: self._pair(row, sentences))
         told = [study for study in studies if study.phrase]
         if len(told) < len(studies):
             rank_zero_warn(
-                f"{len(studies) - len(told)} of {len(studies)} films have no sentence in {' or '.join(self.sections)} "
+                f"{len(studies) - len(told)} of {len(studies)} images have no sentence in {' or '.join(self.sections)} "
                 "of their reports; left out."
             )
         return told, bad + wrong
 
-    def _films_of_views(self) -> tuple[set[str], list[BadRow]]:
-        """Films of the views, and bad rows of the metadata."""
+    def _images_of_views(self) -> tuple[set[str], list[BadRow]]:
+        """Images of the views, and bad rows of the metadata."""
         path = _plain_or_gzipped(self.root / METADATA_FILE)
         rows, bad = read_table(path, {}, ("dicom_id", "ViewPosition"))
         found = {text(row.cells, "dicom_id") for row in rows if text(row.cells, "ViewPosition") in self.views}
         if not found:
             known = sorted({text(row.cells, "ViewPosition") for row in rows} - {""})
-            raise ValueError(f"No film of {path} has one of the views {self.views}; there are {known}.")
+            raise ValueError(f"No image of {path} has one of the views {self.views}; there are {known}.")
         return found, bad
 
-    def _study(self, row: TableRow, sentences: dict[str, list[str]]) -> Study:
-        """The study of a film; its phrase is empty if its report has no sentence.
+    def _pair(self, row: TableRow, sentences: dict[str, list[str]]) -> ImageTextPair:
+        """The pair of an image; its phrase is empty if its report has no sentence.
 
         Args:
             row: Row of the split file.
-            sentences: Sentences of the reports that are read already, by study; those of this film are added.
+            sentences: Sentences of the reports that are read already, by pair; those of this image are added.
         """
-        film, study, patient = (text(row.cells, name) for name in ("dicom_id", "study_id", "subject_id"))
+        image, study, patient = (text(row.cells, name) for name in ("dicom_id", "study_id", "subject_id"))
         folder = f"files/p{patient[:2]}/p{patient}"
-        path = find_film(self.root, f"{folder}/s{study}/{film}.jpg")
+        path = find_mimic_image(self.root, f"{folder}/s{study}/{image}.jpg")
         if study not in sentences:
             sentences[study] = self._read_report(f"{folder}/s{study}.txt")
-        self._sentences[film] = sentences[study]
-        found = Study(
-            id=film,
+        self._sentences[image] = sentences[study]
+        found = ImageTextPair(
+            id=image,
             patient_id=patient,
-            film_id=film,
+            image_id=image,
             image=str(path),
             phrase="",
             split=split_name(text(row.cells, "split")),
             source=row.source,
         )
-        return self.draw_study(found, self.seed) if sentences[study] else found
+        return self.draw_pair(found, self.seed) if sentences[study] else found
 
     def _read_report(self, name: str) -> list[str]:
         for path in (name, name.removeprefix("files/")):
@@ -120,12 +120,12 @@ class MimicCxrDataModule(TableDataModule):
                 return sentences_of(read_text(place), self.sections)
         raise RuleError(name, f"there is no such report below {str(self.reports)!r}")
 
-    def phrases_of(self, study: Study) -> list[str]:
+    def phrases_of(self, study: ImageTextPair) -> list[str]:
         """All sentences of the report: any may be drawn."""
         return self._sentences[study.id]
 
-    def draw_study(self, study: Study, seed: int) -> Study:
-        """The study with a sentence of its report that the seed draws."""
+    def draw_pair(self, study: ImageTextPair, seed: int) -> ImageTextPair:
+        """The pair with a sentence of its report that the seed draws."""
         sentences = self._sentences[study.id]
         rng = np.random.default_rng([seed, *study.id.encode()])
         return replace(study, phrase=sentences[rng.integers(len(sentences))])

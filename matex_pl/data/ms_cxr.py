@@ -12,9 +12,9 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.arguments import check_choices
-from matex_pl.data.images import film_size
-from matex_pl.data.manifest import merge_boxes, with_film_findings, with_ids
-from matex_pl.data.study import Study
+from matex_pl.data.images import read_size
+from matex_pl.data.manifest import merge_boxes, with_ids, with_image_findings
+from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import (
     TableDataModule,
     TableRow,
@@ -48,14 +48,14 @@ _SUFFIXES = (".jpg", ".png", ".jpeg", ".dcm")
 
 
 class MsCxrDataModule(TableDataModule):
-    """MS-CXR 1.0 and 1.1: one study per phrase and category on a film, with all of its boxes.
+    """MS-CXR 1.0 and 1.1: one pair per phrase and category on an image, with all of its boxes.
 
     Both need a credentialed account and are not part of this package. `root` is the folder of MIMIC-CXR-JPG, which
     holds `files/p10/p10000032/s50414267/....jpg` (or starts at `p10/`); down-sized copies do, as boxes are scaled by
     the file's size over `image_width` and `image_height`. The patient is read from the path.
 
     Args:
-        root: Folder of the films.
+        root: Folder of the images.
         annotations: The CSV or the COCO-style JSON of MS-CXR; by default the one `MS_CXR_Local_Alignment_*` in `root`.
         split_file: MIMIC's `mimic-cxr-2.0.0-split.csv`, also gzipped. Its splits come before those of MS-CXR; how many
             phrases the two put elsewhere is reported.
@@ -81,36 +81,36 @@ class MsCxrDataModule(TableDataModule):
         self.split_file = split_file
         self.splits = splits
 
-    def read_rows(self) -> tuple[list[Study], list[BadRow]]:
-        """One study per phrase and category on a film."""
+    def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
+        """One pair per phrase and category on an image."""
         path = find_annotations(self.root, self.annotations)
         rows, bad = read_coco(path) if path.suffix == ".json" else read_table(path, {}, COLUMNS)
         official = read_splits(Path(self.split_file)) if self.split_file else None
-        studies, wrong = parse_rows(rows, lambda row: self._study(row, official))
-        studies, wrong = drop_broken(fill_splits(studies), wrong, rows, _key)
-        wrong = flag_patient_leakage(studies, wrong, rows, lambda row: self._owner(row.cells, official))
-        studies = merge_boxes(with_ids(studies, rows, _film, _key))
+        pairs, wrong = parse_rows(rows, lambda row: self._pair(row, official))
+        pairs, wrong = drop_broken(fill_splits(pairs), wrong, rows, _key)
+        wrong = flag_patient_leakage(pairs, wrong, rows, lambda row: self._owner(row.cells, official))
+        pairs = merge_boxes(with_ids(pairs, rows, _image, _key))
         if official is not None:
-            own = {_film(row): str(row.cells.get("split") or "").strip() for row in rows}
-            _report_disagreement(studies, own)
-        return with_film_findings(studies), bad + wrong
+            own = {_image(row): str(row.cells.get("split") or "").strip() for row in rows}
+            _report_disagreement(pairs, own)
+        return with_image_findings(pairs), bad + wrong
 
-    def _study(self, row: TableRow, official: Mapping[str, str] | None) -> Study:
+    def _pair(self, row: TableRow, official: Mapping[str, str] | None) -> ImageTextPair:
         cells = row.cells
-        path, film = find_film(self.root, text(cells, "path")), text(cells, "dicom_id")
-        size = film_size(path)
+        path, image = find_mimic_image(self.root, text(cells, "path")), text(cells, "dicom_id")
+        size = read_size(path)
         boxes = scale_boxes(
             box_of_cells([cells.get(name) for name in "xywh"]),
             (cells.get("image_height"), cells.get("image_width")),
             size,
         )
-        if not film:
+        if not image:
             raise RuleError("", "the dicom_id is missing")
         patient, split = self._owner(cells, official)
-        return Study(
+        return ImageTextPair(
             id="",
             patient_id=patient,
-            film_id=film,
+            image_id=image,
             image=str(path),
             phrase=check_phrase(text(cells, "label_text")),
             boxes=boxes,
@@ -124,23 +124,23 @@ class MsCxrDataModule(TableDataModule):
         """Patient and split of a row; no split where the files name none, or are not asked.
 
         Raises:
-            RuleError: The path names no patient, the split file lacks the film, or the split is none.
+            RuleError: The path names no patient, the split file lacks the image, or the split is none.
         """
-        film, patient = text(cells, "dicom_id"), patient_of(text(cells, "path"))
-        if official is not None and film not in official:
-            raise RuleError(film, f"the film is not in {self.split_file}")
+        image, patient = text(cells, "dicom_id"), patient_of(text(cells, "path"))
+        if official is not None and image not in official:
+            raise RuleError(image, f"the image is not in {self.split_file}")
         own = text(cells, "split") if self.splits == "file" else ""
-        split = official[film] if official is not None else own
+        split = official[image] if official is not None else own
         return patient, split_name(split) if split else ""
 
 
 def _key(row: TableRow) -> tuple[str, ...]:
-    """What rows of one phrase and category on a film share."""
-    return _film(row), fold(row.cells.get("label_text")), fold(row.cells.get("category_name"))
+    """What rows of one phrase and category on an image share."""
+    return _image(row), fold(row.cells.get("label_text")), fold(row.cells.get("category_name"))
 
 
-def _film(row: TableRow) -> str:
-    """The film that a row names, whatever stands there."""
+def _image(row: TableRow) -> str:
+    """The image that a row names, whatever stands there."""
     return str(row.cells.get("dicom_id")).strip()
 
 
@@ -167,7 +167,7 @@ def find_annotations(root: Path, given: str | None) -> Path:
 def read_coco(path: Path) -> tuple[list[TableRow], list[BadRow]]:
     """Rows of the COCO-style JSON, under the names of the CSV's columns; the source names the annotation.
 
-    The file holds more image records than films; they are found by their ids, and told apart by their paths.
+    The file holds more image records than images; they are found by their ids, and told apart by their paths.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -230,7 +230,7 @@ def read_splits(path: Path) -> dict[str, str]:
     return {text(row.cells, "dicom_id"): text(row.cells, "split") for row in rows}
 
 
-def find_film(root: Path, path: str) -> Path:
+def find_mimic_image(root: Path, path: str) -> Path:
     """The file of MIMIC's path below `root`: with or without `files/`, as another kind of image too.
 
     Raises:
@@ -254,16 +254,16 @@ def patient_of(path: str) -> str:
     """
     found = _PATIENT.search(path)
     if found is None:
-        raise RuleError(path, "the path names no patient and study as in files/p10/p10000032/s50414267/")
+        raise RuleError(path, "the path names no patient and pair as in files/p10/p10000032/s50414267/")
     return found[1]
 
 
 def scale_boxes(boxes: Sequence[Box], annotated: Sequence[Any], size: tuple[int, int]) -> list[Box]:
-    """Boxes of a film of the annotated size, in pixels of its file.
+    """Boxes of an image of the annotated size, in pixels of its file.
 
     Args:
-        boxes: `(x0, y0, x1, y1)` in pixels of the film as it was annotated.
-        annotated: Height and width of that film, as they are written.
+        boxes: `(x0, y0, x1, y1)` in pixels of the image as it was annotated.
+        annotated: Height and width of that image, as they are written.
         size: Height and width of the file.
 
     Raises:
@@ -280,11 +280,11 @@ def scale_boxes(boxes: Sequence[Box], annotated: Sequence[Any], size: tuple[int,
     return [(x0 * x, y0 * y, x1 * x, y1 * y) for x0, y0, x1, y1 in boxes]
 
 
-def _report_disagreement(studies: Sequence[Study], own: Mapping[str, str]) -> None:
-    known = [study for study in studies if own.get(study.film_id)]
-    other = [study for study in known if SPLIT_NAMES.get(own[study.film_id].lower()) != study.split]
+def _report_disagreement(pairs: Sequence[ImageTextPair], own: Mapping[str, str]) -> None:
+    known = [pair for pair in pairs if own.get(pair.image_id)]
+    other = [pair for pair in known if SPLIT_NAMES.get(own[pair.image_id].lower()) != pair.split]
     if other:
         rank_zero_warn(
             f"{len(other)} of {len(known)} phrases are in another split in MS-CXR than in MIMIC's split file, which is "
-            f"taken: {', '.join(study.id for study in other[:3])}{', ...' if len(other) > 3 else ''}"
+            f"taken: {', '.join(pair.id for pair in other[:3])}{', ...' if len(other) > 3 else ''}"
         )

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from matex_pl.data.datamodule import FilmFilesDataModule, check_fractions, split_patients
-from matex_pl.data.images import film_size
-from matex_pl.data.study import Study
+from matex_pl.data.datamodule import ImageFilesDataModule, check_fractions, split_patients
+from matex_pl.data.images import read_size
+from matex_pl.data.pair import ImageTextPair
 
 BOX_FILE, LABEL_FILE = "BBox_List_2017.csv", "Data_Entry_2017_v2020.csv"
 _LABEL_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
@@ -45,8 +45,8 @@ _NORMAL = ("No acute cardiopulmonary abnormality.", "Normal chest radiograph.", 
 Box = tuple[float, float, float, float]
 
 
-class NihDataModule(FilmFilesDataModule):
-    """The NIH films: one study per film and label, with a box where a radiologist drew one.
+class NihDataModule(ImageFilesDataModule):
+    """The NIH images: one pair per image and label, with a box where a radiologist drew one.
 
     There are no reports; phrases come from templates over the label. `root` holds `BBox_List_2017.csv`,
     `Data_Entry_2017_v2020.csv` and `images/` (searched below, `.png` or `.jpg` at any size; matched by stem). Rows
@@ -54,11 +54,11 @@ class NihDataModule(FilmFilesDataModule):
 
     Args:
         root: Folder of the distribution.
-        boxed_only: Leave out films without a box, and labels without one on films that have some.
+        boxed_only: Leave out images without a box, and labels without one on images that have some.
         name_side: Put the side of the box into the phrase. It then tells a map where to look: report results with and
             without.
         fractions: Shares of the patients in train, val and test.
-        kwargs: Arguments of `FilmFilesDataModule`.
+        kwargs: Arguments of `ImageFilesDataModule`.
     """
 
     # Boxes are in the pixels as they are stored.
@@ -79,57 +79,59 @@ class NihDataModule(FilmFilesDataModule):
         self.name_side = name_side
         self.fractions = fractions
 
-    def list_studies(self) -> list[Study]:
-        """One study per film and label.
+    def list_pairs(self) -> list[ImageTextPair]:
+        """One pair per image and label.
 
         Raises:
-            FileNotFoundError: A CSV file is missing, or no film of it is below `root`.
+            FileNotFoundError: A CSV file is missing, or no image of it is below `root`.
             ValueError: A row cannot be read; the message names file and line.
         """
         labels, boxes, files = read_labels(self.root / LABEL_FILE), read_boxes(self.root / BOX_FILE), self._find_files()
-        here = [row for row in labels if row["film"] in files]
+        here = [row for row in labels if row["image"] in files]
         if not here:
             raise FileNotFoundError(
-                f"None of the {len(labels)} films of {LABEL_FILE} is below {self.root} as .png or .jpg. "
+                f"None of the {len(labels)} images of {LABEL_FILE} is below {self.root} as .png or .jpg. "
                 "Unpack the distribution's images there, or set data.root to the folder that holds both CSV files."
             )
         if len(here) < len(labels):
             missing = len(labels) - len(here)
-            rank_zero_warn(f"{missing} of {len(labels)} films of {LABEL_FILE} are not below {self.root}; left out.")
+            rank_zero_warn(f"{missing} of {len(labels)} images of {LABEL_FILE} are not below {self.root}; left out.")
         splits = split_patients((row["patient"] for row in here), self.fractions, self.seed)
         return [
-            study
+            pair
             for row in here
-            for study in self._studies_of(row, boxes.get(row["film"], {}), files[row["film"]], splits[row["patient"]])
+            for pair in self._pairs_of(row, boxes.get(row["image"], {}), files[row["image"]], splits[row["patient"]])
         ]
 
     def _find_files(self) -> dict[str, Path]:
         found = sorted(self.root.rglob("*"))
         return {path.stem: path for path in found if path.suffix.lower() in {".png", ".jpg", ".jpeg"}}
 
-    def _studies_of(self, row: dict[str, Any], boxes: dict[str, list[Box]], path: Path, split: str) -> Iterator[Study]:
-        film = row["film"]
+    def _pairs_of(
+        self, row: dict[str, Any], boxes: dict[str, list[Box]], path: Path, split: str
+    ) -> Iterator[ImageTextPair]:
+        image = row["image"]
         named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
         told = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
-        size = film_size(path, apply_exif_orientation=False) if boxes else None
+        size = read_size(path, apply_exif_orientation=False) if boxes else None
         for finding in told:
             drawn = boxes.get(finding, [])
-            yield Study(
-                id=f"{film}-{finding.replace(' ', '_') or 'normal'}",
+            yield ImageTextPair(
+                id=f"{image}-{finding.replace(' ', '_') or 'normal'}",
                 patient_id=row["patient"],
-                film_id=film,
+                image_id=image,
                 image=str(path),
-                phrase=self._phrase(film, finding, drawn),
+                phrase=self._phrase(image, finding, drawn),
                 boxes=[_scale_box(box, size) for box in drawn] if size else (),
                 finding=finding,
-                film_findings=tuple(named),
+                image_findings=tuple(named),
                 split=split,
                 size=size,
             )
 
-    def _phrase(self, film: str, finding: str, boxes: list[Box]) -> str:
+    def _phrase(self, image: str, finding: str, boxes: list[Box]) -> str:
         """A sentence about the finding, whose boxes are in the 1024 x 1024 frame."""
-        rng = np.random.default_rng([self.seed, *f"{film}/{finding}".encode()])
+        rng = np.random.default_rng([self.seed, *f"{image}/{finding}".encode()])
         if not finding:
             return str(rng.choice(_NORMAL))
         side = side_word(boxes) if self.name_side and finding not in _WITHOUT_SIDE else ""
@@ -143,7 +145,7 @@ def finding_name(label: str) -> str:
 
 
 def read_labels(path: Path) -> list[dict[str, Any]]:
-    """Rows of the label file: `film`, `patient` and `labels`.
+    """Rows of the label file: `image`, `patient` and `labels`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -154,12 +156,12 @@ def read_labels(path: Path) -> list[dict[str, Any]]:
         if not (image and labels and patient):
             cells = dict(zip(_LABEL_COLUMNS, (image, labels, patient), strict=True))
             raise ValueError(f"{path}, line {line}: a cell is empty in {cells}.")
-        rows.append({"film": Path(image).stem, "patient": patient, "labels": labels.split("|")})
+        rows.append({"image": Path(image).stem, "patient": patient, "labels": labels.split("|")})
     return rows
 
 
 def read_boxes(path: Path) -> dict[str, dict[str, list[Box]]]:
-    """Boxes by film and finding, `(x0, y0, x1, y1)` in pixels of the 1024 x 1024 frame.
+    """Boxes by image and finding, `(x0, y0, x1, y1)` in pixels of the 1024 x 1024 frame.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -195,12 +197,12 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]
 
 
 def side_word(boxes: list[Box]) -> str:
-    """The patient's side of boxes in the 1024 x 1024 frame: the patient's right is on the left of the film."""
+    """The patient's side of boxes in the 1024 x 1024 frame: the patient's right is on the left of the image."""
     sides = {"right" if (x0 + x1) / 2 < BOX_FRAME / 2 else "left" for x0, _, x1, _ in boxes}
     return "bilateral" if len(sides) == 2 else "".join(sides)
 
 
 def _scale_box(box: Box, size: tuple[int, int]) -> Box:
-    """A box of the 1024 x 1024 frame in pixels of a film of that height and width."""
+    """A box of the 1024 x 1024 frame in pixels of an image of that height and width."""
     y, x = size[0] / BOX_FRAME, size[1] / BOX_FRAME
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y

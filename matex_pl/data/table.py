@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from matex_pl.arguments import check_choices
 from matex_pl.console import progress
-from matex_pl.data.datamodule import FilmFilesDataModule, check_fractions, split_patients
-from matex_pl.data.study import Study
+from matex_pl.data.datamodule import ImageFilesDataModule, check_fractions, split_patients
+from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.validation import BadRow, RuleError, drop_leaks, drop_repeats, place_of
 from matex_pl.files import whole_file
 
@@ -189,8 +189,8 @@ def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[st
     return list(header) if rows else list(wanted), rows, bad
 
 
-class TableDataModule(FilmFilesDataModule):
-    """Base of the data modules that read a table of films: what happens to bad rows, and splits by patient.
+class TableDataModule(ImageFilesDataModule):
+    """Base of the data modules that read a table of images: what happens to bad rows, and splits by patient.
 
     A subclass reads its rows and says which of them are bad; repeated ids and patients in two splits are found here.
 
@@ -198,7 +198,7 @@ class TableDataModule(FilmFilesDataModule):
         fractions: Shares of the patients in train, val and test, where the files name no splits.
         on_bad_row: `error` stops with a list of the bad rows; `skip` leaves them out, counts them, and lists them in
             `skipped_rows.csv` in the log folder, or in the current one without a trainer.
-        kwargs: Arguments of `FilmFilesDataModule`.
+        kwargs: Arguments of `ImageFilesDataModule`.
     """
 
     def __init__(
@@ -214,32 +214,32 @@ class TableDataModule(FilmFilesDataModule):
         self.on_bad_row = on_bad_row
 
     @abstractmethod
-    def read_rows(self) -> tuple[list[Study], list[BadRow]]:
-        """Studies of the rows that are right, without a split where the table names none, and the other rows."""
+    def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
+        """Pairs of the rows that are right, without a split where the table names none, and the other rows."""
 
-    def checked_rows(self) -> tuple[list[Study], list[BadRow]]:
-        """All studies that can be used, with their splits, and all bad rows, without reading pixels.
+    def checked_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
+        """All pairs that can be used, with their splits, and all bad rows, without reading pixels.
 
         Raises:
             FileNotFoundError: A table is missing.
             ValueError: A table cannot be read at all.
         """
-        studies, bad = self.read_rows()
-        studies, repeats = drop_repeats(studies)
-        if any(not study.split for study in studies):
-            splits = split_patients((study.patient_id for study in studies), self.fractions, self.seed)
-            studies = [replace(study, split=study.split or splits[study.patient_id]) for study in studies]
-        studies, leaks = drop_leaks(studies)
-        return studies, sorted([*bad, *repeats, *leaks], key=lambda row: (row.file, row.line))
+        pairs, bad = self.read_rows()
+        pairs, repeats = drop_repeats(pairs)
+        if any(not pair.split for pair in pairs):
+            splits = split_patients((pair.patient_id for pair in pairs), self.fractions, self.seed)
+            pairs = [replace(pair, split=pair.split or splits[pair.patient_id]) for pair in pairs]
+        pairs, leaks = drop_leaks(pairs)
+        return pairs, sorted([*bad, *repeats, *leaks], key=lambda row: (row.file, row.line))
 
-    def list_studies(self) -> list[Study]:
-        """All studies whose rows are right.
+    def list_pairs(self) -> list[ImageTextPair]:
+        """All pairs whose rows are right.
 
         Raises:
             FileNotFoundError: A table is missing.
             ValueError: A table cannot be read, or has bad rows and `on_bad_row` is `error`; the message names them.
         """
-        studies, bad = self.checked_rows()
+        pairs, bad = self.checked_rows()
         if bad and self.on_bad_row == "error":
             raise ValueError(
                 f"{_several(bad)}\nCorrect them, or leave them out by on_bad_row: skip. `matex check-data` lists all."
@@ -248,7 +248,7 @@ class TableDataModule(FilmFilesDataModule):
             place = self._skipped_path()
             write_bad_rows(place, bad)
             rank_zero_warn(f"Left out, listed in {place}: {_several(bad)}")
-        return studies
+        return pairs
 
     def _skipped_path(self) -> Path:
         if self.trainer is None:
@@ -272,31 +272,31 @@ def _several(bad: Sequence[BadRow]) -> str:
 
 
 def drop_broken(
-    studies: Sequence[Study],
+    pairs: Sequence[ImageTextPair],
     bad: Sequence[BadRow],
     rows: Sequence[TableRow],
     key_of: Callable[[TableRow], tuple[str, ...]],
-) -> tuple[list[Study], list[BadRow]]:
-    """The studies without those of which another row is bad, and all bad rows: a part of the boxes is no truth.
+) -> tuple[list[ImageTextPair], list[BadRow]]:
+    """The pairs without those of which another row is bad, and all bad rows: a part of the boxes is no truth.
 
     Args:
-        studies: One per row that is right.
+        pairs: One per row that is right.
         bad: The other rows.
         rows: All of them.
-        key_of: What rows of one study share.
+        key_of: What rows of one pair share.
     """
     keys = {row.source: key_of(row) for row in rows}
     broken = {keys[row.file, row.line]: place_of((row.file, row.line)) for row in reversed(bad)}
     lost = [
-        BadRow(*study.source, "", f"another row of the same study is bad: {broken[keys[study.source]]}")
-        for study in studies
-        if keys[study.source] in broken
+        BadRow(*pair.source, "", f"another row of the same pair is bad: {broken[keys[pair.source]]}")
+        for pair in pairs
+        if keys[pair.source] in broken
     ]
-    return [study for study in studies if keys[study.source] not in broken], [*bad, *lost]
+    return [pair for pair in pairs if keys[pair.source] not in broken], [*bad, *lost]
 
 
 def flag_patient_leakage(
-    studies: Sequence[Study],
+    pairs: Sequence[ImageTextPair],
     bad: Sequence[BadRow],
     rows: Iterable[TableRow],
     owner_of: Callable[[TableRow], tuple[str, str]],
@@ -304,7 +304,7 @@ def flag_patient_leakage(
     """The bad rows, those of a patient who is in another split elsewhere with that rule too.
 
     Args:
-        studies: Those that are right.
+        pairs: Those that are right.
         bad: The other rows.
         rows: All of them.
         owner_of: Patient and split of a row, empty where it names none.
@@ -316,29 +316,31 @@ def flag_patient_leakage(
             patient, split = owner_of(cells[row.file, row.line])
         except RuleError:
             continue
-        owners.append(Study("", patient, "", "", "", split=split, source=(row.file, row.line)))
-    _, leaks = drop_leaks([study for study in (*studies, *owners) if study.patient_id and study.split])
+        owners.append(ImageTextPair("", patient, "", "", "", split=split, source=(row.file, row.line)))
+    _, leaks = drop_leaks([pair for pair in (*pairs, *owners) if pair.patient_id and pair.split])
     rules = {(leak.file, leak.line): leak.rule for leak in leaks}
     told = ((row, rules.get((row.file, row.line))) for row in bad)
     return [replace(row, rule=f"{leak}; and {row.rule}") if leak else row for row, leak in told]
 
 
-def parse_rows(rows: Sequence[TableRow], study_of: Callable[[TableRow], Study]) -> tuple[list[Study], list[BadRow]]:
-    """The studies of the rows that are right, and the others; rows are read side by side, as far as files are."""
-    studies: list[Study] = []
+def parse_rows(
+    rows: Sequence[TableRow], pair_of: Callable[[TableRow], ImageTextPair]
+) -> tuple[list[ImageTextPair], list[BadRow]]:
+    """The pairs of the rows that are right, and the others; rows are read side by side, as far as files are."""
+    pairs: list[ImageTextPair] = []
     bad: list[BadRow] = []
     parts = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
     with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda part: [_study_or_bad(row, study_of) for row in part], parts)
+        read = pool.map(lambda part: [_pair_or_bad(row, pair_of) for row in part], parts)
         for found in progress(read, f"rows, by {_ROWS}", len(parts)):
-            studies += [made for made in found if isinstance(made, Study)]
+            pairs += [made for made in found if isinstance(made, ImageTextPair)]
             bad += [made for made in found if isinstance(made, BadRow)]
-    return studies, bad
+    return pairs, bad
 
 
-def _study_or_bad(row: TableRow, study_of: Callable[[TableRow], Study]) -> Study | BadRow:
+def _pair_or_bad(row: TableRow, pair_of: Callable[[TableRow], ImageTextPair]) -> ImageTextPair | BadRow:
     try:
-        return study_of(row)
+        return pair_of(row)
     except RuleError as error:
         return error.at(row.source)
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""From a stored film to the model's frame: the only file that knows albumentations.
+"""From a stored image to the model's frame: the only file that knows albumentations.
 
-Films are never flipped: the patient's right and left are part of the phrase.
+Images are never flipped: the patient's right and left are part of the phrase.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from matex_pl.arguments import check_choices
-from matex_pl.data.images import ResizeMode, Size, resize_film
+from matex_pl.data.images import ResizeMode, Size, resize_image
 
 if TYPE_CHECKING:
     import albumentations as A
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 cv2.setNumThreads(0)
 
 
-class FilmTransform:
-    """A film with its boxes in the model's frame; see `__call__`.
+class ImageTransform:
+    """An image with its boxes in the model's frame; see `__call__`.
 
     Args:
         size: Height and width of the model's input.
@@ -35,7 +35,7 @@ class FilmTransform:
     """
 
     def __init__(self, size: tuple[int, int], resize_mode: ResizeMode = "longest", *, augment: bool = False) -> None:
-        check_choices(FilmTransform.__init__, locals())
+        check_choices(ImageTransform.__init__, locals())
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"The model's input must have a positive height and width, got {tuple(size)}.")
         self.size = (int(size[0]), int(size[1]))
@@ -44,7 +44,7 @@ class FilmTransform:
 
     @property
     def settings(self) -> str:
-        """What `target_size` depends on, for the names of cached films."""
+        """What `target_size` depends on, for the names of cached images."""
         return f"{self.size[0]}x{self.size[1]} {self.resize_mode}"
 
     def target_size(self, size: Size) -> Size:
@@ -56,25 +56,26 @@ class FilmTransform:
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
     def __call__(
-        self, film: np.ndarray, boxes: Sequence[Sequence[float]] = (), *, size: Size | None = None, seed: int = 0
+        self, pixels: np.ndarray, boxes: Sequence[Sequence[float]] = (), *, size: Size | None = None, seed: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Image `(3, H, W)` uint8, boxes `(K, 4)` and the film's rectangle `(4,)` in [0, 1] of the model's frame.
+        """Image `(3, H, W)` uint8, boxes `(K, 4)` and the image's rectangle `(4,)` in [0, 1] of the model's frame.
 
-        Boxes that a crop or augmentation moves out of the frame are dropped; the film's rectangle may reach outside.
+        Boxes that a crop or augmentation moves out of the frame are dropped; the image's rectangle may reach outside.
 
         Args:
-            film: `(h, w)` uint8.
-            boxes: `x0, y0, x1, y1` each, in pixels of the film as it is stored.
-            size: Height and width of the film as it is stored, where `film` is at another size; `film`'s by default.
+            pixels: `(h, w)` uint8.
+            boxes: `x0, y0, x1, y1` each, in pixels of the image as it is stored.
+            size: Height and width of the image as it is stored, where `pixels` is at another size; that of `pixels` by
+                default.
             seed: Random seed of the augmentation.
 
         Raises:
-            ValueError: The film has another form, or a box covers nothing of it.
+            ValueError: The image has another form, or a box covers nothing of it.
         """
-        if film.ndim != 2 or film.dtype != np.uint8 or not film.size:
-            raise ValueError(f"a film is (h, w) uint8, got {film.shape} {film.dtype}.")
-        stored = size or (film.shape[0], film.shape[1])
-        framed, drawn, corners = self._frame(film, _clipped(boxes, stored), stored)
+        if pixels.ndim != 2 or pixels.dtype != np.uint8 or not pixels.size:
+            raise ValueError(f"a pixels is (h, w) uint8, got {pixels.shape} {pixels.dtype}.")
+        stored = size or (pixels.shape[0], pixels.shape[1])
+        framed, drawn, corners = self._frame(pixels, _clipped(boxes, stored), stored)
         if self.augmentation is not None:
             self.augmentation.set_random_seed(seed)
             out = self.augmentation(image=framed, bboxes=drawn, keypoints=corners)
@@ -84,11 +85,11 @@ class FilmTransform:
         return image, _tensor(drawn / scale), _tensor(_rectangle(corners) / scale)
 
     def count_cut(self, boxes: Sequence[Sequence[float]], size: Size) -> tuple[int, int]:
-        """How many boxes of a film lose a part to the crop, and how many of them all.
+        """How many boxes of an image lose a part to the crop, and how many of them all.
 
         Args:
-            boxes: `x0, y0, x1, y1` each, in pixels of the film.
-            size: Height and width of the film.
+            boxes: `x0, y0, x1, y1` each, in pixels of the image.
+            size: Height and width of the image.
         """
         laid, _ = self._laid(_clipped(boxes, size), size)
         inside = self._inside(laid)
@@ -96,10 +97,10 @@ class FilmTransform:
         is_cut = (np.abs(laid - np.clip(laid, 0, np.array([self.size[1], self.size[0]] * 2))) >= 1).any(1)
         return int((is_cut | ~inside).sum()), int((~inside).sum())
 
-    def _frame(self, film: np.ndarray, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Film, boxes and the film's corners, clockwise from the upper left, in pixels of the model's frame."""
+    def _frame(self, image: np.ndarray, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image, boxes and the image's corners, clockwise from the upper left, in pixels of the model's frame."""
         drawn, (left, top, width, height) = self._laid(boxes, stored)
-        pixels = resize_film(film, (height, width))
+        pixels = resize_image(image, (height, width))
         framed = np.zeros(self.size, dtype=np.uint8)
         part = pixels[max(-top, 0) : self.size[0] - top, max(-left, 0) : self.size[1] - left]
         framed[max(top, 0) : max(top, 0) + part.shape[0], max(left, 0) : max(left, 0) + part.shape[1]] = part
@@ -109,10 +110,10 @@ class FilmTransform:
         return framed, np.clip(kept, 0, np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)), corners
 
     def _laid(self, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-        """Boxes in pixels of the model's frame, and left, top, width and height of the film in it."""
+        """Boxes in pixels of the model's frame, and left, top, width and height of the image in it."""
         height, width = self.target_size(stored)
         left, top = (self.size[1] - width) // 2, (self.size[0] - height) // 2
-        # From the whole pixels that the film got, so that boxes follow them exactly.
+        # From the whole pixels that the image got, so that boxes follow them exactly.
         scale = np.array([width / stored[1], height / stored[0]], dtype=np.float32)
         origin = np.array([left, top], dtype=np.float32)
         return boxes * np.tile(scale, 2) + np.tile(origin, 2), (left, top, width, height)
@@ -123,16 +124,16 @@ class FilmTransform:
         return (drawn[:, 2] > 0) & (drawn[:, 3] > 0) & (drawn[:, 0] < width) & (drawn[:, 1] < height)
 
 
-def _clipped(boxes: Sequence[Sequence[float]], film_size: Size) -> np.ndarray:
-    """The boxes `(K, 4)` without what lies outside of the film."""
-    height, width = film_size
+def _clipped(boxes: Sequence[Sequence[float]], stored_size: Size) -> np.ndarray:
+    """The boxes `(K, 4)` without what lies outside of the image."""
+    height, width = stored_size
     drawn = np.array(boxes, dtype=np.float32).reshape(-1, 4)
     clipped = np.clip(drawn, 0, np.array([width, height] * 2, dtype=np.float32))
     # Written so that NaN fails too.
     empty = ~((clipped[:, 2:] > clipped[:, :2]).all(1))
     if empty.any():
         raise ValueError(
-            f"the box {drawn[empty][0].tolist()} (x0, y0, x1, y1) covers nothing of the {width} x {height} film."
+            f"the box {drawn[empty][0].tolist()} (x0, y0, x1, y1) covers nothing of the {width} x {height} image."
         )
     return clipped
 

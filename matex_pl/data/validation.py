@@ -1,4 +1,4 @@
-"""Rows of a table of films: what may be wrong with one, as pure functions that name the rule."""
+"""Rows of a table of images: what may be wrong with one, as pure functions that name the rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from matex_pl.data.study import Study
+from matex_pl.data.pair import ImageTextPair
 
 Box = tuple[float, float, float, float]
 
@@ -22,10 +22,10 @@ SPLIT_NAMES = {
 """Our splits by the names that files give them, in lower case."""
 
 _TOLERANCE = 1.0
-"""By how many pixels a box may reach outside of its film: a scaled and rounded one does."""
+"""By how many pixels a box may reach outside of its image: a scaled and rounded one does."""
 
 _LEAST = 0.01
-"""Pixels that a box has to have in its film on each side: in single precision less may be nothing."""
+"""Pixels that a box has to have in its image on each side: in single precision less may be nothing."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RuleError(ValueError):
 
 
 def find_image(root: Path, name: str) -> Path:
-    """The file of a film below `root`.
+    """The file of an image below `root`.
 
     Raises:
         RuleError: The name is empty, leads out of the root, or nothing is there.
@@ -179,11 +179,11 @@ def check_box(box: Box) -> Box:
 
 
 def check_inside(boxes: Iterable[Box], size: tuple[int, int]) -> None:
-    """Refuse boxes that reach outside of a film by more than a pixel, or have no part in it.
+    """Refuse boxes that reach outside of an image by more than a pixel, or have no part in it.
 
     Args:
-        boxes: In pixels of the film.
-        size: Height and width of the film.
+        boxes: In pixels of the image.
+        size: Height and width of the image.
 
     Raises:
         RuleError: One does, or has none.
@@ -191,41 +191,41 @@ def check_inside(boxes: Iterable[Box], size: tuple[int, int]) -> None:
     height, width = size
     for box in boxes:
         if min(box[:2]) < -_TOLERANCE or box[2] > width + _TOLERANCE or box[3] > height + _TOLERANCE:
-            raise RuleError(list(box), f"a box (x0, y0, x1, y1) reaches outside of its film of {width} x {height}")
+            raise RuleError(list(box), f"a box (x0, y0, x1, y1) reaches outside of its image of {width} x {height}")
         inside = min(box[2], width) - max(box[0], 0), min(box[3], height) - max(box[1], 0)
         if min(inside) < _LEAST:
-            raise RuleError(list(box), f"a box (x0, y0, x1, y1) covers nothing of its film of {width} x {height}")
+            raise RuleError(list(box), f"a box (x0, y0, x1, y1) covers nothing of its image of {width} x {height}")
 
 
-def drop_repeats(studies: Sequence[Study]) -> tuple[list[Study], list[BadRow]]:
-    """The studies without those whose id came before, and those."""
-    seen: dict[str, Study] = {}
+def drop_repeats(pairs: Sequence[ImageTextPair]) -> tuple[list[ImageTextPair], list[BadRow]]:
+    """The pairs without those whose id came before, and those."""
+    seen: dict[str, ImageTextPair] = {}
     bad = []
-    for study in studies:
-        first = seen.setdefault(study.id, study)
-        if first is not study:
-            bad.append(BadRow(*study.source, study.id, f"the id is taken already by {place_of(first.source)}"))
+    for pair in pairs:
+        first = seen.setdefault(pair.id, pair)
+        if first is not pair:
+            bad.append(BadRow(*pair.source, pair.id, f"the id is taken already by {place_of(first.source)}"))
     return list(seen.values()), bad
 
 
-def fill_splits(studies: Sequence[Study]) -> list[Study]:
-    """The studies, those without a split in the one that other rows name for their patient."""
-    known = {study.patient_id: study.split for study in reversed(studies) if study.split}
-    return [replace(study, split=study.split or known.get(study.patient_id, "")) for study in studies]
+def fill_splits(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
+    """The pairs, those without a split in the one that other rows name for their patient."""
+    known = {pair.patient_id: pair.split for pair in reversed(pairs) if pair.split}
+    return [replace(pair, split=pair.split or known.get(pair.patient_id, "")) for pair in pairs]
 
 
-def drop_leaks(studies: Sequence[Study]) -> tuple[list[Study], list[BadRow]]:
-    """The studies without those whose patient came before in another split, and those."""
-    first: dict[str, Study] = {}
+def drop_leaks(pairs: Sequence[ImageTextPair]) -> tuple[list[ImageTextPair], list[BadRow]]:
+    """The pairs without those whose patient came before in another split, and those."""
+    first: dict[str, ImageTextPair] = {}
     kept, bad = [], []
-    for study in studies:
-        known = first.setdefault(study.patient_id, study)
-        if known.split == study.split:
-            kept.append(study)
+    for pair in pairs:
+        known = first.setdefault(pair.patient_id, pair)
+        if known.split == pair.split:
+            kept.append(pair)
             continue
-        rule = f"the patient is in two splits: {study.split} here, {known.split} in {place_of(known.source)}"
+        rule = f"the patient is in two splits: {pair.split} here, {known.split} in {place_of(known.source)}"
         # Ids of patients reach no log; file and line say who it is.
-        bad.append(BadRow(*study.source, "", rule))
+        bad.append(BadRow(*pair.source, "", rule))
     return kept, bad
 
 
@@ -235,8 +235,8 @@ def place_of(source: tuple[str, int]) -> str:
     return f"{file}, line {line}" if line else file
 
 
-def film_name(root: Path, path: Path) -> str:
-    """The path of a film from the root on, with slashes."""
+def image_name(root: Path, path: Path) -> str:
+    """The path of an image from the root on, with slashes."""
     return Path(os.path.relpath(path, root)).as_posix()
 
 

@@ -15,7 +15,7 @@ from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly,
 from matex_pl.attribution.controls import Control
 from matex_pl.attribution.shipped import load_method, method_names
 from matex_pl.clip.model import Clip
-from matex_pl.data.study import StudyBatch
+from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.tensors import fingerprint
 from matex_pl.metrics.functional import box_masks
 
@@ -45,7 +45,7 @@ class MethodEntry:
 
 
 class _MeanBox(Control):
-    """The share of training films that have a box of the same finding at each place: a guess that sees no film.
+    """The share of training images that have a box of the same finding at each place: a guess that sees no image.
 
     Args:
         finding_of: The finding of each phrase; a phrase of none gets a map of zeros.
@@ -58,18 +58,18 @@ class _MeanBox(Control):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells these boxes from others: a hash, since the boxes are as many as the training films."""
+        """What tells these boxes from others: a hash, since the boxes are as many as the training images."""
         sums = {finding: mean.double().cumsum(0).sum(1).tolist() for finding, mean in self.means.items()}
         return {"boxes": fingerprint(sums), "findings": sorted(self.means), "phrases": fingerprint(self.finding_of)}
 
-    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], film: Tensor | None) -> Tensor:
+    def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:
         blank = torch.zeros(clip.image_size)
         maps = [self.means.get(self.finding_of.get(phrase, ""), blank) for phrase in phrases]
         return torch.stack(maps).to(images.device)
 
 
 def mean_box_row(
-    train: Sequence[StudyBatch], compared: Sequence[StudyBatch], size: tuple[int, int]
+    train: Sequence[ImageTextBatch], compared: Sequence[ImageTextBatch], size: tuple[int, int]
 ) -> list[MethodEntry]:
     """The mean box of each finding over training pairs, where these have any.
 
@@ -85,7 +85,7 @@ def mean_box_row(
     return [MethodEntry(MEAN_BOX, _MeanBox(dict(pairs), means), True, note)] if means else []
 
 
-def mean_boxes(batches: Sequence[StudyBatch], size: tuple[int, int]) -> dict[str, Tensor]:
+def mean_boxes(batches: Sequence[ImageTextBatch], size: tuple[int, int]) -> dict[str, Tensor]:
     """Mean box mask `(H, W)` of each finding over training pairs, from 0 to its highest place at 1."""
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size))
     for batch in batches:
@@ -112,7 +112,7 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[MethodEntr
     rows.sort(key=lambda row: row.name not in versions)
     if MATEX in versions and PRINTED not in versions:
         rows.insert(1, MethodEntry(PRINTED, Matex.paper(), note="equations and numbers of the paper"))
-    always = [row for row in controls(versions.get(MATEX, Matex.measured())) if row.name != BLURRED]
+    always = [row for row in controls(versions.get(MATEX, Matex.recommended())) if row.name != BLURRED]
     always[1:1] = [_without_prior(name, matex) for name, matex in versions.items() if name not in (MATEX, PRINTED)]
     settings = {row.name: row.method.settings for row in always}
     rows += always

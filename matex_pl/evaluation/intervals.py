@@ -1,4 +1,4 @@
-"""Scores over studies and their intervals by bootstrap over patients: the studies of a patient are drawn together."""
+"""Scores over pairs and their intervals by bootstrap over patients: the pairs of a patient are drawn together."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from matex_pl.metrics import functional as F
 
 
 class Score(Protocol):
-    """A score over n studies that can be drawn again."""
+    """A score over n pairs that can be drawn again."""
 
     def score(self, drawn: Tensor | None = None) -> Tensor:
-        """The score `(1,)`, or `(R,)` when each study is drawn `(R, n)` times; NaN where nothing counts."""
+        """The score `(1,)`, or `(R,)` when each pair is drawn `(R, n)` times; NaN where nothing counts."""
 
     @property
     def count(self) -> int:
-        """Number of studies that count."""
+        """Number of pairs that count."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """A score over studies as a ratio of sums: the mean of a value has the weight 1 wherever it counts.
+    """A score over pairs as a ratio of sums: the mean of a value has the weight 1 wherever it counts.
 
     Args:
-        above: `(n,)` what each study adds above the line.
+        above: `(n,)` what each pair adds above the line.
         below: `(n,)` what it adds below.
     """
 
@@ -41,12 +41,12 @@ class Sums:
         """The mean of values `(n,)`, of which NaN does not count."""
         return cls(values.nan_to_num(0).double(), (~values.isnan()).double())
 
-    def among(self, studies: Tensor) -> Sums:
-        """The same over some of the studies, `(n,)` bool."""
-        return Sums(self.above * studies, self.below * studies)
+    def among(self, pairs: Tensor) -> Sums:
+        """The same over some of the pairs, `(n,)` bool."""
+        return Sums(self.above * pairs, self.below * pairs)
 
     def score(self, drawn: Tensor | None = None) -> Tensor:
-        """The score `(1,)`, or `(R,)` when each study is drawn `(R, n)` times; NaN where nothing counts.
+        """The score `(1,)`, or `(R,)` when each pair is drawn `(R, n)` times; NaN where nothing counts.
 
         Also where what is below the line, which a curve can make negative, sums to less than 0.
         """
@@ -60,60 +60,60 @@ class Sums:
 
     @property
     def count(self) -> int:
-        """Number of studies that count."""
+        """Number of pairs that count."""
         return int((self.below != 0).sum())
 
 
 @dataclass(frozen=True)
 class Detections:
-    """The average precision of d components as boxes, over n studies.
+    """The average precision of d components as boxes, over n pairs.
 
     Args:
         peak: `(d,)` score of each.
         hit: `(d,)` bool, which of them find a box.
-        study: `(d,)` long, the study of each.
-        num_boxes: `(n,)` number of boxes of each study.
+        pair: `(d,)` long, the pair of each.
+        num_boxes: `(n,)` number of boxes of each pair.
     """
 
     peak: Tensor
     hit: Tensor
-    study: Tensor
+    pair: Tensor
     num_boxes: Tensor
 
     @classmethod
     def of(cls, components: F.Components, boxes: Sequence[Tensor]) -> Detections:
-        """Components of B maps, and the boxes of their studies."""
+        """Components of B maps, and the boxes of their pairs."""
         hit = F.match_components(components, [box.to(components.boxes) for box in boxes])
         number = torch.tensor([len(box) for box in boxes])
-        return cls(components.peak.cpu(), hit.cpu(), components.study.cpu(), number)
+        return cls(components.peak.cpu(), hit.cpu(), components.pair.cpu(), number)
 
     @classmethod
     def joined(cls, parts: Sequence[Detections]) -> Detections:
-        """Those of several batches, whose studies follow each other."""
+        """Those of several batches, whose pairs follow each other."""
         starts = np.cumsum([0, *(len(part.num_boxes) for part in parts[:-1])]).tolist()
-        study = [part.study + start for part, start in zip(parts, starts, strict=True)]
+        pair = [part.pair + start for part, start in zip(parts, starts, strict=True)]
         columns = zip(*((part.peak, part.hit, part.num_boxes) for part in parts), strict=True)
         peak, hit, num_boxes = map(torch.cat, map(list, columns))
-        return cls(peak, hit, torch.cat(study), num_boxes)
+        return cls(peak, hit, torch.cat(pair), num_boxes)
 
-    def among(self, studies: Tensor) -> Detections:
-        """The same over some of the studies, `(n,)` bool."""
-        kept = studies[self.study]
-        return Detections(self.peak[kept], self.hit[kept], self.study[kept], self.num_boxes * studies)
+    def among(self, pairs: Tensor) -> Detections:
+        """The same over some of the pairs, `(n,)` bool."""
+        kept = pairs[self.pair]
+        return Detections(self.peak[kept], self.hit[kept], self.pair[kept], self.num_boxes * pairs)
 
     def score(self, drawn: Tensor | None = None) -> Tensor:
-        """The average precision `(1,)`, or `(R,)` when each study is drawn `(R, n)` times; NaN without boxes."""
+        """The average precision `(1,)`, or `(R,)` when each pair is drawn `(R, n)` times; NaN without boxes."""
         drawn = torch.ones(1, len(self.num_boxes)) if drawn is None else drawn
-        return F.average_precision(self.peak, self.hit, self.study, self.num_boxes, drawn)
+        return F.average_precision(self.peak, self.hit, self.pair, self.num_boxes, drawn)
 
     @property
     def count(self) -> int:
-        """Number of studies with boxes."""
+        """Number of pairs with boxes."""
         return int((self.num_boxes > 0).sum())
 
 
 def draw_patients(patients: Sequence[str], resamples: int, seed: int) -> Tensor:
-    """How often each study is drawn when as many patients are drawn as there are, with replacement: `(R, n)`."""
+    """How often each pair is drawn when as many patients are drawn as there are, with replacement: `(R, n)`."""
     names, place = np.unique(np.asarray(patients), return_inverse=True)
     drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
     return torch.from_numpy(drawn[:, place]).double()
@@ -129,7 +129,7 @@ def interval(scores: Tensor) -> tuple[float, float] | None:
 
 
 def estimate(score: Tensor, drawn: Tensor, count: int) -> dict[str, float | int | None]:
-    """A score, its 95 % interval and the number of studies behind it, for JSON: NaN becomes None."""
+    """A score, its 95 % interval and the number of pairs behind it, for JSON: NaN becomes None."""
     low, high = interval(drawn) or (None, None)
     return {"value": plain(float(score)), "low": low, "high": high, "n": count}
 

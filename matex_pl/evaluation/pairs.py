@@ -12,15 +12,15 @@ from torch.utils.data import DataLoader
 from matex_pl.anatomy import named_side, swap_sides
 from matex_pl.attribution.core.capture import borrowed
 from matex_pl.clip.model import Clip
-from matex_pl.data.datamodule import ChestXrayDataModule, FilmDataset
-from matex_pl.data.study import Study, StudyBatch, collate
+from matex_pl.data.datamodule import ChestXrayDataModule, PairDataset
+from matex_pl.data.pair import ImageTextBatch, ImageTextPair, collate
 from matex_pl.maps import full_precision
 
 STAGE_OF = {"train": "fit", "val": "validate", "test": "test"}
 
 
 def prepare_data(data: ChestXrayDataModule, image_size: tuple[int, int], *splits: str) -> None:
-    """List the studies of a data module, without a trainer.
+    """List the pairs of a data module, without a trainer.
 
     Args:
         data: The data module.
@@ -41,35 +41,39 @@ def prepare_data(data: ChestXrayDataModule, image_size: tuple[int, int], *splits
         data.setup(STAGE_OF[split])
 
 
-def choose_pairs(data: ChestXrayDataModule, split: str, number: int, seed: int, *, boxed: bool = True) -> list[Study]:
-    """Up to `number` studies of a split, drawn by the seed and in the order of the split; -1 for all of them.
+def choose_pairs(
+    data: ChestXrayDataModule, split: str, number: int, seed: int, *, boxed: bool = True
+) -> list[ImageTextPair]:
+    """Up to `number` pairs of a split, drawn by the seed and in the order of the split; -1 for all of them.
 
     Args:
         data: The data module, prepared.
         split: `train`, `val` or `test`.
         number: Highest number of pairs; -1 for all.
         seed: Random seed of the choice.
-        boxed: Only studies with boxes, where the split has any.
+        boxed: Only pairs with boxes, where the split has any.
     """
-    studies = data.studies[split]
-    with_boxes = [study for study in studies if study.boxes]
-    studies = with_boxes if boxed and with_boxes else studies
-    if number < 0 or number >= len(studies):
-        return list(studies)
-    order = np.random.default_rng(seed).permutation(len(studies))[:number]
-    return [studies[index] for index in sorted(order)]
+    pairs = data.pairs[split]
+    with_boxes = [pair for pair in pairs if pair.boxes]
+    pairs = with_boxes if boxed and with_boxes else pairs
+    if number < 0 or number >= len(pairs):
+        return list(pairs)
+    order = np.random.default_rng(seed).permutation(len(pairs))[:number]
+    return [pairs[index] for index in sorted(order)]
 
 
-def read_pairs(data: ChestXrayDataModule, split: str, studies: list[Study], batch_size: int) -> list[StudyBatch]:
-    """The studies with their pixels as batches of up to `batch_size`, each film decoded once."""
-    films = FilmDataset(data, studies, data.dataset(split).transform)
-    loader = DataLoader(films, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate)
+def read_pairs(
+    data: ChestXrayDataModule, split: str, pairs: list[ImageTextPair], batch_size: int
+) -> list[ImageTextBatch]:
+    """The pairs with their pixels as batches of up to `batch_size`, each image decoded once."""
+    images = PairDataset(data, pairs, data.dataset(split).transform)
+    loader = DataLoader(images, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate)
     return list(loader)
 
 
-def model_inputs(clip: Clip, batch: StudyBatch) -> tuple[Tensor, Tensor]:
-    """Normalised images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
-    return clip.normalise(batch["image"].to(clip.std.device)), clip.tokenize(batch["phrase"])
+def model_inputs(clip: Clip, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+    """Normalized images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
+    return clip.normalize(batch["image"].to(clip.std.device)), clip.tokenize(batch["phrase"])
 
 
 def embed_pairs(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,10 +82,10 @@ def embed_pairs(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Ten
         return full_precision(clip.encode_image(images)), full_precision(clip.encode_text(tokens))
 
 
-def with_phrases(batch: StudyBatch, phrases: Sequence[str | None]) -> StudyBatch:
-    """The films with other phrases; the own one in place of None."""
+def with_phrases(batch: ImageTextBatch, phrases: Sequence[str | None]) -> ImageTextBatch:
+    """The images with other phrases; the own one in place of None."""
     own = batch["phrase"]
-    return cast(StudyBatch, {**batch, "phrase": [new or old for new, old in zip(phrases, own, strict=True)]})
+    return cast(ImageTextBatch, {**batch, "phrase": [new or old for new, old in zip(phrases, own, strict=True)]})
 
 
 def swapped_phrases(phrases: Sequence[str]) -> list[str | None]:
@@ -90,20 +94,20 @@ def swapped_phrases(phrases: Sequence[str]) -> list[str | None]:
 
 
 def other_phrases(phrases: Sequence[str], findings: Sequence[str]) -> list[str | None]:
-    """For each of B studies another study's phrase: of the next one, cyclic, that is about another finding.
+    """For each of B pairs another pair's phrase: of the next one, cyclic, that is about another finding.
 
     Where no finding is another one (or none is known), of the next one with another wording; None where all say the
     same.
 
     Args:
-        phrases: Phrase of each study.
+        phrases: Phrase of each pair.
         findings: Finding that each phrase names; empty if unknown.
 
     Raises:
         ValueError: The two differ in length.
     """
     if len(phrases) != len(findings):
-        raise ValueError(f"There are {len(phrases)} phrases, but findings of {len(findings)} studies.")
+        raise ValueError(f"There are {len(phrases)} phrases, but findings of {len(findings)} pairs.")
     return [_other_phrase(row, phrases, findings) for row in range(len(phrases))]
 
 

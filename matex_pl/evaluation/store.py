@@ -15,15 +15,15 @@ from torch import Tensor
 from matex_pl import __version__
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.clip.model import Clip
-from matex_pl.data.study import StudyBatch
+from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.tensors import _about, fingerprint, read_head, read_tensors, write_tensors
-from matex_pl.maps import AttributionMaps, min_max, upsample
+from matex_pl.maps import Attribution, min_max, upsample
 
 _FIELDS = ("grid", "text", "content", "score")
 
 
 def weight_hash(clip: Clip) -> str:
-    """SHA-256, in hex, of what decides the model's numbers: its config, weights and mean film, names and dtypes."""
+    """SHA-256, in hex, of what decides the model's numbers: its config, weights and mean image, names and dtypes."""
     digest = sha256(json.dumps(clip.config, sort_keys=True).encode())
     for name, value in sorted(clip.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -52,13 +52,15 @@ def describe_method(method: AttributionMethod) -> dict[str, Any]:
         ) from error
 
 
-def pair_keys(batch: StudyBatch) -> list[str]:
-    """A key per pair: its id, and a hash of its pixels, its phrase and the film's place in the frame."""
+def pair_keys(batch: ImageTextBatch) -> list[str]:
+    """A key per pair: its id, and a hash of its pixels, its phrase and the image's place in the frame."""
     pixels = batch["image"].cpu().contiguous()
     keys = []
-    for name, image, phrase, film in zip(batch["id"], pixels, batch["phrase"], batch["film"].tolist(), strict=True):
+    for name, image, phrase, content_box in zip(
+        batch["id"], pixels, batch["phrase"], batch["content_box"].tolist(), strict=True
+    ):
         digest = blake2b(image.numpy().tobytes(), digest_size=10)
-        digest.update(json.dumps([phrase, film]).encode())
+        digest.update(json.dumps([phrase, content_box]).encode())
         keys.append(f"{name}:{digest.hexdigest()}")
     return keys
 
@@ -133,7 +135,7 @@ class MapStore:
         """Those of the keys that have no map yet."""
         return [key for key in keys if key not in self._files]
 
-    def write(self, keys: Sequence[str], maps: AttributionMaps) -> None:
+    def write(self, keys: Sequence[str], maps: Attribution) -> None:
         """Keep the maps of B pairs under their keys."""
         tensors = {name: getattr(maps, name) for name in _FIELDS}
         if not torch.equal(_enlarged(maps.grid, maps.image.shape[-2:]), maps.image):
@@ -143,14 +145,14 @@ class MapStore:
         write_tensors(path, tensors, {**self._about, "pairs": list(keys), "size": size})
         self._files.update(dict.fromkeys(keys, path))
 
-    def read(self, keys: Sequence[str]) -> AttributionMaps:
+    def read(self, keys: Sequence[str]) -> Attribution:
         """The maps of the keys, in their order, on the CPU; without parts.
 
         Raises:
             KeyError: A pair has no map here.
         """
         fields: dict[str, Any] = self._read(keys, ("image", *_FIELDS))
-        return AttributionMaps(**fields)
+        return Attribution(**fields)
 
     def read_units(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """`grid`, `text`, `content` and `score` of the maps of the keys, as `read` gives them; the pixels stay on disk.
@@ -185,7 +187,7 @@ def _enlarged(grid: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def fill_store(
-    clip: Clip, method: AttributionMethod, store: MapStore, batch: StudyBatch, keys: Sequence[str], size: int
+    clip: Clip, method: AttributionMethod, store: MapStore, batch: ImageTextBatch, keys: Sequence[str], size: int
 ) -> None:
     """Make the maps of the pairs that the store does not have, and keep them as they come.
 
@@ -195,26 +197,27 @@ def fill_store(
         store: Store of the maps.
         batch: The pairs; the same pair may come twice.
         keys: Key of each pair, from `pair_keys`.
-        size: Most pairs of one call; where the method's work is on the film, a call has all pairs of one film instead.
+        size: Most pairs of one call; where the method's work is on the image, a call has all pairs of one image
+            instead.
     """
     lacking = set(store.missing(keys))
     rows = list({key: row for row, key in enumerate(keys) if key in lacking}.values())
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    for group in _films(batch, rows) if method.repeats else chunks:
+    for group in _images(batch, rows) if method.perturbs_inputs else chunks:
         store.write([keys[row] for row in group], _attribute(clip, method, batch, group))
 
 
-def _films(batch: StudyBatch, rows: Sequence[int]) -> list[list[int]]:
-    films: dict[str, list[int]] = {}
+def _images(batch: ImageTextBatch, rows: Sequence[int]) -> list[list[int]]:
+    images: dict[str, list[int]] = {}
     for row in rows:
-        films.setdefault(batch["film_id"][row], []).append(row)
-    return list(films.values())
+        images.setdefault(batch["image_id"][row], []).append(row)
+    return list(images.values())
 
 
-def _attribute(clip: Clip, method: AttributionMethod, batch: StudyBatch, rows: Sequence[int]) -> AttributionMaps:
+def _attribute(clip: Clip, method: AttributionMethod, batch: ImageTextBatch, rows: Sequence[int]) -> Attribution:
     device = clip.std.device
-    images = clip.normalise(batch["image"][rows].to(device))
-    phrases, films = [batch["phrase"][row] for row in rows], batch["film"][rows].to(device)
-    if method.repeats:
-        return method.attribute_phrases(clip, images[0], phrases, films[0])
-    return method.attribute(clip, images, clip.tokenize(phrases), phrases, films)
+    images = clip.normalize(batch["image"][rows].to(device))
+    phrases, boxes = [batch["phrase"][row] for row in rows], batch["content_box"][rows].to(device)
+    if method.perturbs_inputs:
+        return method.attribute_phrases(clip, images[0], phrases, boxes[0])
+    return method.attribute(clip, images, clip.tokenize(phrases), phrases, boxes)

@@ -1,10 +1,10 @@
 """Attribution quality: pure functions in `functional`, torchmetrics classes over them here.
 
-`removal` runs the model on films and phrases with parts taken away, `sanity` on randomised parameters.
+`removal` runs the model on images and phrases with parts taken away, `sanity` on randomized parameters.
 """
 
 from matex_pl.metrics.confidence import ConfidenceDrop, ConfidenceIncrease, DeletionAUC, InsertionAUC, RemovalDrop
-from matex_pl.metrics.localisation import (
+from matex_pl.metrics.localization import (
     AveragePrecision50,
     BoxAccuracy,
     ContrastToNoise,

@@ -1,4 +1,4 @@
-"""What all metrics of attribution share: numbers of each study, repeats left out, and the mean of what counts."""
+"""What all metrics of attribution share: numbers of each pair, repeats left out, and the mean of what counts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from matex_pl.metrics.functional import box_masks
 from matex_pl.training.distributed import fingerprints, first_of_each
 
 
-class StudyMetric(Metric):
-    """Keeps C numbers of each study; a subclass says in `_reduce` what becomes of them.
+class PairMetric(Metric):
+    """Keeps C numbers of each pair; a subclass says in `_reduce` what becomes of them.
 
-    Studies that come twice, as padded shards bring them, count once where `update` gets their ids, also across
+    Pairs that come twice, as padded shards bring them, count once where `update` gets their ids, also across
     processes; those that come without an id all count. NaN with a warning when nothing counts.
     """
 
@@ -35,16 +35,16 @@ class StudyMetric(Metric):
         self.add_state("keys", default=[], dist_reduce_fx="cat")
 
     def _add(self, values: Tensor, ids: Sequence[str] | None) -> None:
-        """Keep the numbers of B studies, `(B,)` or `(B, C)`."""
+        """Keep the numbers of B pairs, `(B,)` or `(B, C)`."""
         values = values.detach().float().view(len(values), self.columns)
         if ids is not None and (isinstance(ids, str) or len(ids) != len(values)):
-            raise ValueError(f"ids must be a list of one id for each of {len(values)} studies, got {ids!r}.")
+            raise ValueError(f"ids must be a list of one id for each of {len(values)} pairs, got {ids!r}.")
         known = torch.zeros(len(values), 2, dtype=torch.long) if ids is None else _keys(ids)
         self.values.append(values)
         self.keys.append(known.to(values.device))
 
     def _empty(self) -> dict[str, Tensor]:
-        """What each list of states holds where no study came: a process without one has to join in all the same."""
+        """What each list of states holds where no pair came: a process without one has to join in all the same."""
         return {
             "values": torch.zeros(0, self.columns, device=self.device),
             "keys": torch.zeros(0, 2, dtype=torch.long, device=self.device),
@@ -64,17 +64,17 @@ class StudyMetric(Metric):
         return counted
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes, also where one of them has seen no study."""
+        """Gather the states of all processes, also where one of them has seen no pair."""
         for name, empty in self._empty().items():
             if isinstance(getattr(self, name), list) and not getattr(self, name):
                 getattr(self, name).append(empty)
         super().sync(*args, **kwargs)
 
     def compute(self) -> Tensor:
-        """The result over all studies, a float32 scalar."""
+        """The result over all pairs, a float32 scalar."""
         value = self._reduce(self._gathered("values")[self._counted()])
         if value.isnan():
-            rank_zero_warn(f"{type(self).__name__} is NaN: none of the {len(self._gathered('keys'))} studies counts.")
+            rank_zero_warn(f"{type(self).__name__} is NaN: none of the {len(self._gathered('keys'))} pairs counts.")
         return value
 
     def _reduce(self, values: Tensor) -> Tensor:
@@ -86,20 +86,20 @@ class StudyMetric(Metric):
         return self._plot(val, ax)
 
 
-class StudyMean(StudyMetric):
-    """Mean over studies; NaN values do not count."""
+class PairMean(PairMetric):
+    """Mean over pairs; NaN values do not count."""
 
     def _reduce(self, values: Tensor) -> Tensor:
         return values.nanmean()
 
 
-class BoxMean(StudyMean):
-    """Mean over studies with boxes."""
+class BoxMean(PairMean):
+    """Mean over pairs with boxes."""
 
     higher_is_better = True
 
     def update(self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the studies' ids."""
+        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the pairs' ids."""
         self._add(self._score(maps, masks_of(maps, boxes)), ids)
 
     def _score(self, maps: Tensor, masks: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def masks_of(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         ValueError: There are not as many lists of boxes as maps.
     """
     if len(maps) != len(boxes):
-        raise ValueError(f"There are {len(maps)} maps, but boxes of {len(boxes)} studies.")
+        raise ValueError(f"There are {len(maps)} maps, but boxes of {len(boxes)} pairs.")
     return box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
 
 

@@ -1,4 +1,4 @@
-"""What the score loses or gains when the film or the phrase is kept or taken away in parts."""
+"""What the score loses or gains when the image or the phrase is kept or taken away in parts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.base import StudyMean, StudyMetric
+from matex_pl.metrics.base import PairMean, PairMetric
 
 
-class ConfidenceDrop(StudyMean):
+class ConfidenceDrop(PairMean):
     """Mean loss of score, 100 * max(0, S - S'), when only what is highlighted is kept.
 
     Example:
@@ -25,7 +25,7 @@ class ConfidenceDrop(StudyMean):
     plot_lower_bound = 0.0
 
     def update(self, score: Tensor, kept_score: Tensor, ids: Sequence[str] | None = None) -> None:
-        """Add B pairs: the score as it is and that of what is left, `(B,)` each, and the studies' ids."""
+        """Add B pairs: the score as it is and that of what is left, `(B,)` each, and the pairs' ids."""
         self._add(functional.confidence_drop(score, kept_score), ids)
 
 
@@ -42,8 +42,8 @@ class RemovalDrop(ConfidenceDrop):
     higher_is_better = True
 
 
-class ConfidenceIncrease(StudyMean):
-    """Percentage of studies whose score rises when only what is highlighted is kept.
+class ConfidenceIncrease(PairMean):
+    """Percentage of pairs whose score rises when only what is highlighted is kept.
 
     Example:
         >>> metric = ConfidenceIncrease()
@@ -57,15 +57,15 @@ class ConfidenceIncrease(StudyMean):
     plot_upper_bound = 100.0
 
     def update(self, score: Tensor, kept_score: Tensor, ids: Sequence[str] | None = None) -> None:
-        """Add B pairs: the score as it is and that of what is left, `(B,)` each, and the studies' ids."""
+        """Add B pairs: the score as it is and that of what is left, `(B,)` each, and the pairs' ids."""
         self._add(functional.confidence_increase(score, kept_score), ids)
 
 
-class CurveArea(StudyMetric):
-    """Area under the curves of many studies over what they could span, sum(gain) / sum(span): a ratio of means.
+class CurveArea(PairMetric):
+    """Area under the curves of many pairs over what they could span, sum(gain) / sum(span): a ratio of means.
 
-    A mean of ratios would be that of the few studies whose span S_full - S_blank is about 0. NaN where the spans do not
-    sum to more than 0: to that model the whole films are no more like their phrases than the fill is.
+    A mean of ratios would be that of the few pairs whose span S_full - S_blank is about 0. NaN where the spans do not
+    sum to more than 0: to that model the whole images are no more like their phrases than the fill is.
     """
 
     columns = 2
@@ -77,7 +77,7 @@ class CurveArea(StudyMetric):
         Args:
             curve: `(S + 1, B)` scores.
             shares: `(S + 1,)` the share of patches of each; evenly spread by default.
-            ids: Ids of the B studies.
+            ids: Ids of the B pairs.
         """
         areas = functional.curve_area(curve, *functional.curve_ends(curve, self.kind), shares)
         self._add(torch.stack(areas, 1), ids)
@@ -88,7 +88,7 @@ class CurveArea(StudyMetric):
 
 
 class InsertionAUC(CurveArea):
-    """Area under the score while patches are inserted in the map's order (Petsiuk et al. 2018), 0 blank, 1 whole film.
+    """Area under the score while patches are inserted in the map's order (Petsiuk et al. 2018), 0 blank, 1 whole image.
 
     Example:
         >>> metric = InsertionAUC()
@@ -102,7 +102,7 @@ class InsertionAUC(CurveArea):
 
 
 class DeletionAUC(CurveArea):
-    """Area under the score while patches are deleted in the map's order (Petsiuk et al. 2018), 0 blank, 1 whole film.
+    """Area under the score while patches are deleted in the map's order (Petsiuk et al. 2018), 0 blank, 1 whole image.
 
     Example:
         >>> metric = DeletionAUC()

@@ -1,4 +1,4 @@
-"""The score of films and phrases with parts taken away. Runs the model, which comes back as it went."""
+"""The score of images and phrases with parts taken away. Runs the model, which comes back as it went."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIDENCE: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
 
 
 def kept_pixels(maps: Tensor, rule: str) -> Tensor:
-    """What is left of the films by a rule, `(B, H, W)` as `image_score` takes it.
+    """What is left of the images by a rule, `(B, H, W)` as `image_score` takes it.
 
     Args:
         maps: `(B, H, W)` in [0, 1].
@@ -69,17 +69,17 @@ def confidence_values(score: Tensor, left: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def image_score(clip: Clip, images: Tensor, keep: Tensor, fill: str, text: Tensor) -> Tensor:
-    """Cosine of each pair when only `keep` of the film is kept, `(B,)`; the rest is filled. One forward.
+    """Cosine of each pair when only `keep` of the image is kept, `(B,)`; the rest is filled. One forward.
 
     Args:
         clip: The model.
-        images: `(B, 3, H, W)` normalised.
+        images: `(B, 3, H, W)` normalized.
         keep: `(B, H, W)` bool, or float in [0, 1] where a pixel is kept in part.
-        fill: `mean_film`, `mean_colour` or `blur`, see `fill_images`.
-        text: `(B, D)` L2-normalised embeddings of the phrases.
+        fill: `mean_image`, `mean_color` or `blur`, see `fill_images`.
+        text: `(B, D)` L2-normalized embeddings of the phrases.
 
     Raises:
-        ValueError: There is no such fill, or the model carries no mean film.
+        ValueError: There is no such fill, or the model carries no mean image.
     """
     with borrowed(clip):
         kept = keep_highlighted(images, keep, fill_images(fill, clip, images))
@@ -93,23 +93,23 @@ def text_score(clip: Clip, tokens: Tensor, drop: Tensor, image: Tensor) -> Tenso
         clip: The model.
         tokens: `(B, T)`.
         drop: `(B, T)` bool.
-        image: `(B, D)` L2-normalised embeddings of the films.
+        image: `(B, D)` L2-normalized embeddings of the images.
     """
     with borrowed(clip):
         return _cosine(clip.encode_text(drop_tokens(tokens, drop, clip.pad_id)), image)
 
 
 def end_scores(clip: Clip, images: Tensor, fill: str, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The two ends of every `patch_curve`: cosine of the fill alone and of the whole film, `(B,)` each.
+    """The two ends of every `patch_curve`: cosine of the fill alone and of the whole image, `(B,)` each.
 
     Args:
         clip: The model.
-        images: `(B, 3, H, W)` normalised.
-        fill: `mean_film`, `mean_colour` or `blur`.
-        text: `(B, D)` L2-normalised embeddings of the phrases.
+        images: `(B, 3, H, W)` normalized.
+        fill: `mean_image`, `mean_color` or `blur`.
+        text: `(B, D)` L2-normalized embeddings of the phrases.
 
     Raises:
-        ValueError: There is no such fill, or the model carries no mean film.
+        ValueError: There is no such fill, or the model carries no mean image.
     """
     with borrowed(clip):
         blank = clip.encode_image(fill_images(fill, clip, images))
@@ -129,15 +129,15 @@ def patch_curve(
 ) -> tuple[Tensor, Tensor]:
     """The score while patches come into the fill (insertion) or make way for it (deletion), in the order of the map.
 
-    Patches are the cells of the grid, the highest first, ties in raster order. S is `steps`, or the number of patches
+    Patches are the places of the grid, the highest first, ties in raster order. S is `steps`, or the number of patches
     where that is smaller; the S + 1 numbers of patches are spread evenly and include none and all.
 
     Args:
         clip: The model.
-        images: `(B, 3, H, W)` normalised.
+        images: `(B, 3, H, W)` normalized.
         grid: `(B, Gh, Gw)` the maps at patch resolution.
-        fill: `mean_film`, `mean_colour` or `blur`.
-        text: `(B, D)` L2-normalised embeddings of the phrases.
+        fill: `mean_image`, `mean_color` or `blur`.
+        text: `(B, D)` L2-normalized embeddings of the phrases.
         kind: `insertion` or `deletion`.
         steps: Most steps.
         chunk_size: Most images in one forward, or the batch where that is larger.
@@ -147,7 +147,7 @@ def patch_curve(
         Share of patches inserted or deleted `(S + 1,)`, and the scores `(S + 1, B)`.
 
     Raises:
-        ValueError: There is no such kind or fill, a number is not positive, or the model carries no mean film.
+        ValueError: There is no such kind or fill, a number is not positive, or the model carries no mean image.
     """
     check_choice("kind", kind, KINDS)
     check_positive(steps=steps, chunk_size=chunk_size)
@@ -156,7 +156,7 @@ def patch_curve(
     counts = patch_counts(patches, steps, grid.device)
     with borrowed(clip):
         filled = fill_images(fill, clip, images)
-        rank = enlarge_cells(_ranks(grid), images)
+        rank = enlarge_grid(_ranks(grid), images)
         scores = [blank if kind == "insertion" else full]
         # Without chunks of no images.
         for some in counts[1:-1].split(max(1, chunk_size // len(images))) if len(counts) > 2 else ():
@@ -174,7 +174,7 @@ def patch_counts(patches: int, steps: int, device: torch.device | None = None) -
 
 
 def _score_kept(clip: Clip, images: Tensor, keep: Tensor, filled: Tensor, text: Tensor) -> Tensor:
-    """Cosines `(S, B)` of S cuts of each film, by masks `(S, B, H, W)` bool."""
+    """Cosines `(S, B)` of S cuts of each image, by masks `(S, B, H, W)` bool."""
     kept = torch.where(keep[:, :, None], images, filled)
     embeddings = clip.encode_image(kept.flatten(0, 1))
     return _cosine(embeddings.view(*keep.shape[:2], -1), text)
@@ -186,11 +186,11 @@ def _ranks(grid: Tensor) -> Tensor:
     return order.argsort(dim=1).view_as(grid)
 
 
-def enlarge_cells(grid: Tensor, images: Tensor) -> Tensor:
-    """What the cell of each pixel holds: `(B, Gh, Gw)` to `(B, H, W)` of the images."""
+def enlarge_grid(grid: Tensor, images: Tensor) -> Tensor:
+    """The value of the grid at each pixel: `(B, Gh, Gw)` to `(B, H, W)` of the images."""
     for axis in (1, 2):
-        pixels, cells = images.shape[axis + 1], grid.shape[axis]
-        grid = grid.index_select(axis, torch.arange(pixels, device=grid.device) * cells // pixels)
+        pixels, places = images.shape[axis + 1], grid.shape[axis]
+        grid = grid.index_select(axis, torch.arange(pixels, device=grid.device) * places // pixels)
     return grid
 
 

@@ -1,4 +1,4 @@
-"""Sanity checks for saliency maps (Adebayo et al. 2018): the model with its parameters randomised, stage by stage."""
+"""Sanity checks for saliency maps (Adebayo et al. 2018): the model with its parameters randomized, stage by stage."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _BEFORE = {
 _STEM = {"conv1", "bn1", "conv2", "bn2", "conv3", "bn3"}
 
 
-def randomised(clip: Clip, seed: int = 0) -> Iterator[tuple[str, Clip]]:
-    """Copies of the model with ever more of its parameters randomised, from the output to the input.
+def randomized(clip: Clip, seed: int = 0) -> Iterator[tuple[str, Clip]]:
+    """Copies of the model with ever more of its parameters randomized, from the output to the input.
 
     First what lies behind the last block of both towers (`head`: projections, final norms, pools), then block by block
     from the last, both towers together (`block -1`, `block -2`, ...), at last what lies before the first
     (`embeddings`). Each stage keeps the earlier ones. The blocks of a ResNet are its four layers.
 
-    Randomised is a parameter whose entries are shuffled, by a generator of its own from the seed and its name. This
+    Randomized is a parameter whose entries are shuffled, by a generator of its own from the seed and its name. This
     keeps their distribution, so that no tower saturates, and forgets none: `reset_parameters` of modules misses
     parameters that belong to none that has it, a fifth of CLIP's. What stays: parameters whose entries are all equal,
     the logit scale and bias, which no map depends on, and buffers.
@@ -58,7 +58,7 @@ def randomised(clip: Clip, seed: int = 0) -> Iterator[tuple[str, Clip]]:
 
 
 def stages(clip: Clip) -> dict[str, list[str]]:
-    """Names of the stages in the order of `randomised`, and of the parameters of `clip` that each adds."""
+    """Names of the stages in the order of `randomized`, and of the parameters of `clip` that each adds."""
     model = clip.model
     image, text = _image_blocks(model), towers.text_blocks(model)
     depth = max(len(image), len(text))

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.base import StudyMean
+from matex_pl.metrics.base import PairMean
 
 
-class RankCorrelation(StudyMean):
-    """Mean rank correlation of two maps of each study; lower is better.
+class RankCorrelation(PairMean):
+    """Mean rank correlation of two maps of each pair; lower is better.
 
-    Sanity: the map of the model and that of a model with randomised parameters (`sanity.randomised`; Adebayo et al.
-    2018). Prompt sensitivity: the map under the true phrase and under that of another study. A method whose maps stay
+    Sanity: the map of the model and that of a model with randomized parameters (`sanity.randomized`; Adebayo et al.
+    2018). Prompt sensitivity: the map under the true phrase and under that of another pair. A method whose maps stay
     as they are explains neither the model nor the phrase. Constant maps have no order and do not count.
 
     Example:
@@ -32,19 +32,19 @@ class RankCorrelation(StudyMean):
     def update(
         self, maps: Tensor, others: Tensor, among: Tensor | None = None, ids: Sequence[str] | None = None
     ) -> None:
-        """Add the maps of B studies under either condition.
+        """Add the maps of B pairs under either condition.
 
         Args:
             maps: `(B, ...)`.
             others: `(B, ...)`.
             among: `(B, ...)` bool, the entries that take part (content tokens); all by default.
-            ids: Ids of the B studies.
+            ids: Ids of the B pairs.
         """
         among = None if among is None else among.flatten(1)
         self._add(functional.spearman(maps.flatten(1), others.flatten(1), among), ids)
 
 
-class SideSensitivity(StudyMean):
+class SideSensitivity(PairMean):
     """Mean share of the map's mass that moves to the other side when the phrase names that one; -1 to 1.
 
     Example:
@@ -65,23 +65,23 @@ class SideSensitivity(StudyMean):
         maps: Tensor,
         swapped: Tensor,
         sides: Sequence[str],
-        film: Tensor | None = None,
+        content_box: Tensor | None = None,
         ids: Sequence[str] | None = None,
     ) -> None:
-        """Add B studies; those that name no side do not count.
+        """Add B pairs; those that name no side do not count.
 
         Args:
             maps: `(B, H, W)` under the true phrases.
             swapped: `(B, H, W)` under the phrases with right and left exchanged.
             sides: The side that each true phrase names: `right`, `left` or an empty text.
-            film: `(B, 4)` rectangle of the film in [0, 1] of the frame; all of it by default.
-            ids: Ids of the B studies.
+            content_box: `(B, 4)` rectangle of the image in [0, 1] of the frame; all of it by default.
+            ids: Ids of the B pairs.
         """
-        self._add(functional.side_sensitivity(maps, swapped, sides, film), ids)
+        self._add(functional.side_sensitivity(maps, swapped, sides, content_box), ids)
 
 
-class OutsideMass(StudyMean):
-    """Mean share of the map's mass outside of a zone: of the thorax, or within the border of the film.
+class OutsideMass(PairMean):
+    """Mean share of the map's mass outside of a zone: of the thorax, or within the border of the image.
 
     Example:
         >>> import torch
@@ -96,11 +96,11 @@ class OutsideMass(StudyMean):
     plot_upper_bound = 1.0
 
     def update(self, maps: Tensor, inside: Tensor, ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, H, W)`, their zones `(B, H, W)` bool or `(1, H, W)` for all, and the studies' ids."""
+        """Add B maps `(B, H, W)`, their zones `(B, H, W)` bool or `(1, H, W)` for all, and the pairs' ids."""
         self._add(functional.outside_mass(maps, inside), ids)
 
 
-class MapMass(StudyMean):
+class MapMass(PairMean):
     """Mean value of the maps. A map of all ones has a perfect confidence drop; its mass of 1 says so.
 
     Example:
@@ -116,5 +116,5 @@ class MapMass(StudyMean):
     plot_upper_bound = 1.0
 
     def update(self, maps: Tensor, ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, ...)` in [0, 1], and the studies' ids."""
+        """Add B maps `(B, ...)` in [0, 1], and the pairs' ids."""
         self._add(maps.flatten(1).mean(1), ids)

@@ -49,7 +49,7 @@ GROUPS = {
     "mass": "Where the mass lies",
     "sanity": "Sanity",
 }
-PAPER = {"image": "Table 1: maps of the film", "text": "Table 2: maps of the phrase"}
+PAPER = {"image": "Table 1: maps of the image", "text": "Table 2: maps of the phrase"}
 PRIOR_CLASSES = (FEATURED, "PriorOnly")
 PANEL_KINDS = ("best", "random", "worst")
 # In the folder of a benchmark.
@@ -68,7 +68,7 @@ def write_report(
         roar: ROAR+, shown if it was measured with maps of the same weights.
     """
     panels = [
-        Panel(single_line(p.row), single_line(p.kind), single_line(p.study), single_line(p.caption), p.jpeg)
+        Panel(single_line(p.row), single_line(p.kind), single_line(p.pair), single_line(p.caption), p.jpeg)
         for p in panels
     ]
     content = _content(result, roar)
@@ -256,7 +256,7 @@ def cost_table(result: BenchmarkResult) -> Table | None:
         Column("Seconds per pair", {name: Cell(f"{time:.3g}") for name, time in seconds.items()}),
         Column("Times a plain forward", {n: Cell(f"{time / forward:.3g}") for n, time in seconds.items() if forward}),
     ]
-    # A method takes as long for the maps of the phrase, which come with those of the film.
+    # A method takes as long for the maps of the phrase, which come with those of the image.
     rows = {row.name: row for row in result.rows if row.name in seconds}
     return method_table("Cost", rows.values(), columns)
 
@@ -342,7 +342,7 @@ def _forest_plots(result: BenchmarkResult) -> list[Plot]:
 
 
 def _ranking_plot(result: BenchmarkResult) -> Plot | None:
-    """The image maps by the first measured metric, localisation before others: the best on top, the controls apart."""
+    """The image maps by the first measured metric, localization before others: the best on top, the controls apart."""
     rows = result.methods("image")
     measured = sorted(_measured(rows, result.metrics), key=lambda key: result.metrics[key].group != "localisation")
     if not measured:

@@ -25,14 +25,14 @@ class Panel:
     Args:
         row: Name of the method's row.
         kind: How the pair was chosen: `best`, `worst` or `random`.
-        study: Its study.
+        pair: Its pair.
         caption: One sentence, which is also the picture's alternative text.
         jpeg: The picture as a JPEG file, see `encode`.
     """
 
     row: str
     kind: str
-    study: str
+    pair: str
     caption: str
     jpeg: bytes
 

@@ -127,7 +127,7 @@ def curve_plot(
     def drawer(title: str, strokes: Sequence[Stroke]) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             for stroke in sorted(strokes, key=lambda stroke: stroke.color is not None):
-                style = {"color": MUTED, "linewidth": 0.8}
+                style: dict[str, Any] = {"color": MUTED, "linewidth": 0.8}
                 if stroke.color is not None:
                     style = {"color": COLORS[stroke.color], "linestyle": LINES[stroke.color], "linewidth": 1.8}
                 axes.plot(stroke.x, as_floats(stroke.y), label=stroke.label, **style)
@@ -147,10 +147,10 @@ def _plot(caption: str, drawers: Sequence[Callable[[Axes], None]], height: float
         frames = figure.subplots(1, len(drawers), squeeze=False)[0]
         for axes, draw in zip(frames, drawers, strict=True):
             draw(axes)
-        labelled: dict[str, Any] = {}
+        labeled: dict[str, Any] = {}
         for axes in figure.axes:
-            labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        add_legend(figure, labelled, 3)
+            labeled |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        add_legend(figure, labeled, 3)
     return Plot(caption, save(figure, "svg"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SOURCE = "Imran, Lee and Lee, tables 1 and 2: MS-CXR, CLIP ViT-B/32; another model and other films than here"
+SOURCE = "Imran, Lee and Lee, tables 1 and 2: MS-CXR, CLIP ViT-B/32; another model and other images than here"
 
 # Tables 1 and 2 of the paper, mean and deviation on MS-CXR with OpenAI's ViT-B/32, by the rows of this benchmark.
 PUBLISHED: dict[str, dict[str, dict[str, tuple[float, float]]]] = {

@@ -13,7 +13,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from matex_pl.visualization.draw import single_line
 
 BENCHMARK_FORMAT, ROAR_FORMAT = 2, 1
-MODALITIES = {"image": "film", "text": "phrase"}
+MODALITIES = {"image": "content_box", "text": "phrase"}
 FEATURED = "Matex"
 # Highest p-value, after Holm's correction, of a difference that is more than noise.
 LEVEL = 0.05
@@ -110,7 +110,7 @@ class Metric(Record):
 
     Args:
         label: Name without the fill.
-        group: `paper`, `localisation`, `confidence`, `curves`, `sensitivity`, `mass` or `sanity`.
+        group: `paper`, `localization`, `confidence`, `curves`, `sensitivity`, `mass` or `sanity`.
         higher_is_better: None for a metric without a better direction.
         description: One sentence on how to read it.
         fill: Name of the pixels that replace removed ones.

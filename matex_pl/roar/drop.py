@@ -14,7 +14,7 @@ from matex_pl.console import progress
 from matex_pl.evaluation.store import MapStore, fill_store
 from matex_pl.maps import patch_mean
 from matex_pl.metrics.functional import box_masks, top_share
-from matex_pl.roar.films import PlanFilms
+from matex_pl.roar.images import PlanImages
 from matex_pl.roar.plan import Plan, PlanMethod, Run
 
 _AT_ONCE = 32
@@ -32,30 +32,30 @@ def build_method(method: PlanMethod) -> AttributionMethod:
     return parser.instantiate(parser.parse_object({"method": method.method})).method
 
 
-def make_maps(plan: Plan, films: PlanFilms, method: PlanMethod, clip: Clip) -> None:
+def make_maps(plan: Plan, images: PlanImages, method: PlanMethod, clip: Clip) -> None:
     """Make the missing maps of a method, of all pairs that some run drops from.
 
     Raises:
         NotImplementedError: The method does not support the model.
     """
-    built, store, rows = build_method(method), map_store(plan, method), dropped_rows(plan, films)
+    built, store, rows = build_method(method), map_store(plan, method), dropped_rows(plan, images)
     chunks = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
     for chunk in progress(chunks, method.name):
-        keys = [films.keys[row] for row in chunk]
+        keys = [images.keys[row] for row in chunk]
         if store.missing(keys):
-            fill_store(clip, built, store, films.batch(chunk), keys, _AT_ONCE)
+            fill_store(clip, built, store, images.batch(chunk), keys, _AT_ONCE)
 
 
-def dropped_rows(plan: Plan, films: PlanFilms) -> list[int]:
+def dropped_rows(plan: Plan, images: PlanImages) -> list[int]:
     """Pairs that some run drops from: those in the training split of any repeat, or all."""
     protocol = plan.protocol
     if protocol.corrupt_val:
-        return list(range(len(films.studies)))
-    trained = [films.split(protocol.train_share, protocol.seed + repeat)[0] for repeat in range(protocol.repeats)]
+        return list(range(len(images.pairs)))
+    trained = [images.split(protocol.train_share, protocol.seed + repeat)[0] for repeat in range(protocol.repeats)]
     return sorted(set().union(*trained))
 
 
-def drop_of(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Tensor]:
+def drop_of(plan: Plan, images: PlanImages, run: Run) -> dict[str, Tensor]:
     """The parts that a run drops of each of n pairs, as `RoarModule` takes them in a batch.
 
     They are the floor(fraction * units) highest units of a pair in the maps of the run's method; ties in an order of
@@ -67,13 +67,13 @@ def drop_of(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Tensor]:
     if not run.method:
         return {}
     method = next(method for method in plan.methods if method.name == run.method)
-    rows = dropped_rows(plan, films)
+    rows = dropped_rows(plan, images)
     if method.method is None:
-        values, among = _boxed_patches(plan, films, rows)
+        values, among = _boxed_patches(plan, images, rows)
     else:
-        values, among = _mapped_units(plan, films, method, run.modality, rows)
+        values, among = _mapped_units(plan, images, method, run.modality, rows)
     # Pairs that no run drops from have no map, and drop nothing.
-    all_values = torch.zeros(len(films.studies), values.shape[1])
+    all_values = torch.zeros(len(images.pairs), values.shape[1])
     all_among = torch.zeros(all_values.shape, dtype=torch.bool)
     all_values[rows], all_among[rows] = values, among
     drop = top_units(all_values, all_among, run.fraction, plan.protocol.seed + run.repeat)
@@ -97,19 +97,19 @@ def top_units(values: Tensor, among: Tensor, fraction: float, seed: int) -> Tens
 
 
 def _mapped_units(
-    plan: Plan, films: PlanFilms, method: PlanMethod, modality: str, rows: Sequence[int]
+    plan: Plan, images: PlanImages, method: PlanMethod, modality: str, rows: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Values of the units in a method's maps, and which units take part."""
-    units = map_store(plan, method).read_units([films.keys[row] for row in rows])
+    units = map_store(plan, method).read_units([images.keys[row] for row in rows])
     if modality == "text":
         return units["text"], units["content"]
     grid = units["grid"].flatten(1)
     return grid, torch.ones_like(grid, dtype=torch.bool)
 
 
-def _boxed_patches(plan: Plan, films: PlanFilms, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The share of each patch that lies in a box, the best possible map of the film; all patches take part."""
+def _boxed_patches(plan: Plan, images: PlanImages, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The share of each patch that lies in a box, the best possible map of the image; all patches take part."""
     model = plan.about["model"]
-    masks = box_masks([films.boxes(row) for row in rows], tuple(model["image_size"])).float()
+    masks = box_masks([images.boxes(row) for row in rows], tuple(model["image_size"])).float()
     grid = patch_mean(masks, tuple(model["grid"])).flatten(1)
     return grid, torch.ones_like(grid, dtype=torch.bool)

@@ -17,41 +17,41 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from matex_pl.attribution.core.fill import drop_tokens, fill_images
-from matex_pl.data.study import StudyBatch
+from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.tensors import read_tensors, write_tensors
-from matex_pl.metrics.removal import enlarge_cells
+from matex_pl.metrics.removal import enlarge_grid
 from matex_pl.roar.drop import drop_of
-from matex_pl.roar.films import PlanFilms
+from matex_pl.roar.images import PlanImages
 from matex_pl.roar.plan import Plan, Run, Training
 from matex_pl.training.module import ClipModule
 
 
 class RoarModule(ClipModule):
-    """`ClipModule` on pairs of which parts are dropped, in the model's normalised frame and its tokens.
+    """`ClipModule` on pairs of which parts are dropped, in the model's normalized frame and its tokens.
 
     A batch may hold `drop_patches` `(B, Gh, Gw)` and `drop_tokens` `(B, T)` bool.
     """
 
-    fill: str = "mean_film"
+    fill: str = "mean_image"
 
-    def inputs(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
-        """Normalised images `(B, 3, H, W)` with dropped patches filled, tokens `(B, T)` with pads for dropped ones."""
+    def inputs(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+        """Normalized images `(B, 3, H, W)` with dropped patches filled, tokens `(B, T)` with pads for dropped ones."""
         images, tokens = super().inputs(batch)
         patches, words = batch.get("drop_patches"), batch.get("drop_tokens")
         if isinstance(patches, Tensor):
             filled = fill_images(self.fill, self.clip, images)
-            images = torch.where(enlarge_cells(patches, images)[:, None], filled, images)
+            images = torch.where(enlarge_grid(patches, images)[:, None], filled, images)
         if isinstance(words, Tensor):
             tokens = drop_tokens(tokens, words, self.clip.pad_id)
         return images, tokens
 
 
-def train_run(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Any]:
+def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
     """Fine-tune from the plan's weights and validate; the scores depend on the plan and the run alone.
 
     Args:
         plan: The experiment.
-        films: Its pairs.
+        images: Its pairs.
         run: What is dropped.
 
     Returns:
@@ -65,13 +65,13 @@ def train_run(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Any]:
     with _isolated(training.threads):
         seed = protocol.seed + run.repeat
         torch.manual_seed(seed)
-        train, val = films.split(protocol.train_share, seed)
-        drop = drop_of(plan, films, run)
-        module, stopwatch = build_module(plan, films.findings), _Stopwatch()
+        train, val = images.split(protocol.train_share, seed)
+        drop = drop_of(plan, images, run)
+        module, stopwatch = build_module(plan, images.findings), _Stopwatch()
         trainer = _trainer(training, stopwatch, plan.path(run))
         trainer.fit(
             module,
-            films.loader(
+            images.loader(
                 train,
                 training.batch_size,
                 drop,
@@ -80,12 +80,12 @@ def train_run(plan: Plan, films: PlanFilms, run: Run) -> dict[str, Any]:
                 # An incomplete last batch is left out, unless it is the only one.
                 drop_last=len(train) >= training.batch_size,
             ),
-            films.loader(val, training.batch_size, drop if protocol.corrupt_val else {}),
+            images.loader(val, training.batch_size, drop if protocol.corrupt_val else {}),
         )
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not math.isfinite(scores["val/loss"]):
         raise ValueError(f"The validation loss of {run.id} is {scores['val/loss']}. Lower training.lr.")
-    # A score may be undefined on few films, like an AUROC where all have the finding.
+    # A score may be undefined on few images, like an AUROC where all have the finding.
     known = {name: value for name, value in scores.items() if name.startswith("val/") and math.isfinite(value)}
     return {
         "run": run.id,

@@ -12,14 +12,14 @@ from filelock import FileLock
 from matex_pl.attribution import Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.clip.model import Clip
-from matex_pl.data import ChestXrayDataModule, Study
+from matex_pl.data import ChestXrayDataModule, ImageTextPair
 from matex_pl.evaluation.compared import CENTER, PRIOR, RANDOM, USUAL_PLACES, WITHOUT_PRIOR, controls, method_row
 from matex_pl.evaluation.pairs import choose_pairs, prepare_data
 from matex_pl.evaluation.provenance import PACKAGES
 from matex_pl.evaluation.store import describe_method, weight_hash
 from matex_pl.evaluation.tensors import fingerprint
-from matex_pl.roar.films import split_rows, write_films
 from matex_pl.roar.finetune import write_module
+from matex_pl.roar.images import split_rows, write_images
 from matex_pl.roar.plan import Plan, PlanMethod, Protocol, Training, check_same, has_plan, read_plan, slug
 from matex_pl.training.module import ClipModule
 
@@ -52,27 +52,27 @@ def make_plan(
         ValueError: The folder holds another plan, a method is unknown or named twice, there are too few pairs, or the
             two models do not fit each other.
     """
-    studies = _pairs(data, explained.clip.image_size, protocol)
-    if explained.clip.mean_film.isnan().any():
-        explained.clip.mean_film.copy_(data.mean_film())
+    pairs = _pairs(data, explained.clip.image_size, protocol)
+    if explained.clip.mean_image.isnan().any():
+        explained.clip.mean_image.copy_(data.mean_image())
     _check_start(explained.clip, start.clip)
-    start.clip.mean_film.copy_(explained.clip.mean_film)
+    start.clip.mean_image.copy_(explained.clip.mean_image)
     described = {
         "model": about | _about_model(explained.clip, start.clip),
-        "data": _about_data(data, studies),
+        "data": _about_data(data, pairs),
         "versions": {name: version(name) for name in PACKAGES},
     }
-    found = plan_methods(methods, described["data"]["boxed"], len(studies))
+    found = plan_methods(methods, described["data"]["boxed"], len(pairs))
     plan = Plan(folder, protocol, training, found, described)
     folder.mkdir(parents=True, exist_ok=True)
-    # Two that start at once decode the films once.
+    # Two that start at once decode the images once.
     with FileLock(folder / ".lock"):
         if has_plan(folder):
             check_same(read_plan(folder), plan)
             return plan
         for part in folder.glob(".*.part"):
             part.unlink()
-        write_films(data, studies, folder)
+        write_images(data, pairs, folder)
         write_module(explained, folder / "explained.safetensors")
         write_module(start, folder / "start.safetensors")
         plan.write()
@@ -102,25 +102,25 @@ def _about_model(explained: Clip, start: Clip) -> dict[str, Any]:
     }
 
 
-def _about_data(data: ChestXrayDataModule, studies: Sequence[Study]) -> dict[str, Any]:
+def _about_data(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair]) -> dict[str, Any]:
     return {
         "class": type(data).__name__,
-        "pairs": len(studies),
-        "patients": len({study.patient_id for study in studies}),
-        "boxed": sum(bool(study.boxes) for study in studies),
-        "fingerprint": fingerprint([[study.id, study.phrase, study.boxes] for study in studies]),
+        "pairs": len(pairs),
+        "patients": len({pair.patient_id for pair in pairs}),
+        "boxed": sum(bool(pair.boxes) for pair in pairs),
+        "fingerprint": fingerprint([[pair.id, pair.phrase, pair.boxes] for pair in pairs]),
     }
 
 
-def _pairs(data: ChestXrayDataModule, image_size: tuple[int, int], protocol: Protocol) -> list[Study]:
+def _pairs(data: ChestXrayDataModule, image_size: tuple[int, int], protocol: Protocol) -> list[ImageTextPair]:
     """The pairs of the experiment, from all of its splits."""
     prepare_data(data, image_size, *protocol.splits)
-    data.studies["roar"] = [study for split in protocol.splits for study in data.studies[split]]
-    studies = choose_pairs(data, "roar", protocol.num_pairs, protocol.seed, boxed=False)
-    del data.studies["roar"]
-    # Fails here if there are too few patients, before the films are decoded.
-    split_rows(studies, protocol.train_share, protocol.seed)
-    return studies
+    data.pairs["roar"] = [pair for split in protocol.splits for pair in data.pairs[split]]
+    pairs = choose_pairs(data, "roar", protocol.num_pairs, protocol.seed, boxed=False)
+    del data.pairs["roar"]
+    # Fails here if there are too few patients, before the images are decoded.
+    split_rows(pairs, protocol.train_share, protocol.seed)
+    return pairs
 
 
 def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMethod]:
@@ -142,8 +142,8 @@ def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMet
         PlanMethod(
             entry.name,
             describe_method(entry.method),
-            # The prior changes the map of the film alone.
-            entry.method.serves_text and entry.name != WITHOUT_PRIOR,
+            # The prior changes the map of the image alone.
+            entry.method.supports_text and entry.name != WITHOUT_PRIOR,
             entry.control,
             entry.note,
         )

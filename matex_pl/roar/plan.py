@@ -25,12 +25,12 @@ class Protocol:
 
     Args:
         modalities: `image`, `text` or both; each run removes from one of them.
-        fractions: Shares of units that are dropped: patches of a film, content tokens of a phrase.
+        fractions: Shares of units that are dropped: patches of an image, content tokens of a phrase.
         repeats: Number of repeats, each with its own split, order of batches and random draws.
         num_pairs: Number of pairs drawn from the splits; -1 for all.
         splits: Splits of the data module that provide the pairs. They are pooled and split again by patient.
         train_share: Share of the patients to train on.
-        fill: Replacement of dropped patches: `mean_film`, `mean_colour` (as published) or `blur`.
+        fill: Replacement of dropped patches: `mean_image`, `mean_color` (as published) or `blur`.
         corrupt_val: Drop from the validation pairs as well, as ROAR did (Hooker et al. 2019); off in ROAR+.
         seed: Random seed for the choice of pairs, the splits, the trainings and the order among equal units.
     """
@@ -41,7 +41,7 @@ class Protocol:
     num_pairs: int = -1
     splits: list[Literal["train", "val", "test"]] = field(default_factory=lambda: ["train"])
     train_share: float = 0.8
-    fill: Fill = "mean_film"
+    fill: Fill = "mean_image"
     corrupt_val: bool = False
     seed: int = 0
 
@@ -125,14 +125,14 @@ class PlanMethod:
     Args:
         name: Name in the tables.
         method: `class_path` and `init_args` of the attribution method; None for the true boxes.
-        serves_text: It has maps of the words.
+        supports_text: It has maps of the words.
         control: A reference for the other methods: a baseline, or, the true boxes, an upper limit.
         note: Remark for the tables.
     """
 
     name: str
     method: dict[str, Any] | None
-    serves_text: bool
+    supports_text: bool
     control: bool = False
     note: str = ""
 
@@ -168,7 +168,7 @@ def slug(name: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment in a folder that holds everything a run needs: films, phrases, weights and, later, maps.
+    """An experiment in a folder that holds everything a run needs: images, phrases, weights and, later, maps.
 
     Args:
         folder: Folder of the plan.
@@ -200,7 +200,7 @@ class Plan:
         return [
             method
             for method in self.methods
-            if method.name not in refused and (modality == "image" or method.serves_text)
+            if method.name not in refused and (modality == "image" or method.supports_text)
         ]
 
     def steps(self) -> int:

@@ -62,7 +62,7 @@ def run_roar(
 
     A plan is made in `OUT`: pairs, decoded once, weights and, once per method, maps. Then its runs follow, each a
     fine-tuning from the same weights. The runs of a repeat share split, order of the batches and one clean run. Noise,
-    smoothed noise and, if films have boxes, these are always among the methods. The same command continues a plan that
+    smoothed noise and, if images have boxes, these are always among the methods. The same command continues a plan that
     was stopped, and works alongside in a second terminal. When all runs are done it writes the tables.
 
     Args:

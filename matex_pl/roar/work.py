@@ -25,8 +25,8 @@ from tqdm import tqdm
 from matex_pl.console import duration
 from matex_pl.files import write_text
 from matex_pl.roar.drop import make_maps
-from matex_pl.roar.films import PlanFilms
 from matex_pl.roar.finetune import load_explained, train_run
+from matex_pl.roar.images import PlanImages
 from matex_pl.roar.plan import Plan, Run
 
 log = logging.getLogger(__name__)
@@ -46,14 +46,14 @@ def prepare_maps(plan: Plan) -> None:
             return
         for part in (plan.folder / "maps").rglob(".*.part"):
             part.unlink()
-        films, clip = PlanFilms(plan.folder), load_explained(plan).clip
+        images, clip = PlanImages(plan.folder), load_explained(plan).clip
         if plan.training.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
             clip = clip.to("cuda")
         refused, broken = {}, {}
         for method in plan.methods:
             try:
                 if method.method is not None:
-                    make_maps(plan, films, method, clip)
+                    make_maps(plan, images, method, clip)
             except NotImplementedError as error:
                 refused[method.name] = str(error)
             except Exception:
@@ -236,19 +236,19 @@ def work_alone(plan: Plan, runs: Sequence[Run], show: Callable[[], None] = lambd
         show: Called after each run.
         pool: Name of the pool that this process belongs to; see `locked`.
     """
-    films = PlanFilms(plan.folder)
+    images = PlanImages(plan.folder)
     while pending := [run for run in runs if not has_ended(plan, run)]:
         for run in pending:
             with locked(plan, run, pool) as is_mine:
                 # Another process may have ended it since the list was made.
                 if is_mine and not has_ended(plan, run):
-                    _attempt(plan, films, run)
+                    _attempt(plan, images, run)
             show()
         if not all(has_ended(plan, run) for run in pending):
             time.sleep(POLL_SECONDS)
 
 
-def _attempt(plan: Plan, films: PlanFilms, run: Run) -> None:
+def _attempt(plan: Plan, images: PlanImages, run: Run) -> None:
     """Train a run, and write its result, or the reason why there is none."""
     folder, on_interrupt = plan.path(run), signal.getsignal(signal.SIGINT)
     broken = broken_maps(plan).get(run.method)
@@ -256,7 +256,7 @@ def _attempt(plan: Plan, films: PlanFilms, run: Run) -> None:
         write_text(folder / _ERROR, broken)
         return
     try:
-        write_text(folder / RESULT, json.dumps(train_run(plan, films, run), allow_nan=False))
+        write_text(folder / RESULT, json.dumps(train_run(plan, images, run), allow_nan=False))
     except Exception:
         # One broken run must not take the others with it; it is named at the end, and never averaged over.
         write_text(folder / _ERROR, traceback.format_exc())

@@ -34,8 +34,8 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, positives
     With one positive per row it is CLIP's loss (Radford et al. 2021).
 
     Args:
-        image: `(B, D)` L2-normalised.
-        text: `(B, D)` L2-normalised.
+        image: `(B, D)` L2-normalized.
+        text: `(B, D)` L2-normalized.
         logit_scale: Scalar factor, not its logarithm.
         positives: `(B, B)` bool, symmetric, true on the diagonal.
     """
@@ -67,8 +67,8 @@ def gathered_loss(
     process has on the whole batch.
 
     Args:
-        image: `(B, D)` L2-normalised, of this process; every process has the same B.
-        text: `(B, D)` L2-normalised.
+        image: `(B, D)` L2-normalized, of this process; every process has the same B.
+        text: `(B, D)` L2-normalized.
         logit_scale: Scalar factor, not its logarithm.
         phrases: The B phrases of the pairs. Equal ones, in other processes too, are no negatives of each other.
         local_loss: Loss of the process's own pairs against all pairs; its mean over the processes is the loss of the

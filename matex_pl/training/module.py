@@ -1,4 +1,4 @@
-"""Fine-tuning a CLIP model on films and phrases, as a LightningModule."""
+"""Fine-tuning a CLIP model on images and phrases, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from matex_pl.clip.load import load_clip
 from matex_pl.clip.model import Clip
 from matex_pl.clip.weights import reading_checkpoint
 from matex_pl.data.datamodule import STAGES
-from matex_pl.data.study import Study, StudyBatch
+from matex_pl.data.pair import ImageTextBatch, ImageTextPair
 from matex_pl.files import check_folder
 from matex_pl.training.checkpoints import WholeCheckpointIO
 from matex_pl.training.distributed import fingerprints, gather_rows, process_count
@@ -41,7 +41,7 @@ _FINAL_NORMS = ("visual.ln_post.", "visual.trunk.norm.", "visual.trunk.fc_norm."
 
 
 class ClipModule(LightningModule):
-    """CLIP on chest films: symmetric contrastive training, with retrieval and zero-shot scores in validation and test.
+    """CLIP on chest radiographs: symmetric contrastive training; retrieval and zero-shot scores in validation and test.
 
     Logs `train/loss`, `train/logit_scale`, and for `val` and `test`: `loss`, `image_to_text_recall@{1,5,10}`,
     `text_to_image_recall@{1,5,10}`, and, where the data module names findings, `zero_shot_top1` and `zero_shot_auroc`.
@@ -114,12 +114,12 @@ class ClipModule(LightningModule):
         # Lightning keeps the modes it finds, and `load_clip` gives a model in eval mode.
         self.train()
 
-    def inputs(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
-        """What the model takes of a batch: normalised images `(B, 3, H, W)` and tokens `(B, T)`."""
+    def inputs(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+        """What the model takes of a batch: normalized images `(B, 3, H, W)` and tokens `(B, T)`."""
         return self.clip.inputs(batch)
 
     def setup(self, stage: str) -> None:
-        """Learn from the data module what to score, and the mean film.
+        """Learn from the data module what to score, and the mean image.
 
         Raises:
             NotImplementedError: The strategy keeps a part of each weight in each process.
@@ -138,12 +138,12 @@ class ClipModule(LightningModule):
         if self.findings:
             scores = {split: ZeroShot(self.findings) for split in ("val", "test")}
             self.zero_shot = nn.ModuleDict(scores).to(self.device)
-        if self.clip.mean_film.isnan().any() and hasattr(data, "mean_film"):
+        if self.clip.mean_image.isnan().any() and hasattr(data, "mean_image"):
             # Read once, not by every process.
-            film: Any = data.mean_film() if self.trainer.is_global_zero else None
-            self.clip.mean_film.copy_(self.trainer.strategy.broadcast(film))
-        for split in STAGES[stage] if hasattr(data, "studies") and self.trainer.is_global_zero else ():
-            self._report_cut_phrases(split, data.studies[split])
+            image: Any = data.mean_image() if self.trainer.is_global_zero else None
+            self.clip.mean_image.copy_(self.trainer.strategy.broadcast(image))
+        for split in STAGES[stage] if hasattr(data, "pairs") and self.trainer.is_global_zero else ():
+            self._report_cut_phrases(split, data.pairs[split])
 
     def _refuse_shards(self) -> None:
         strategy = self.trainer.strategy
@@ -167,12 +167,12 @@ class ClipModule(LightningModule):
                 "data module, which then asks the model."
             )
 
-    def _report_cut_phrases(self, split: str, studies: Sequence[Study]) -> None:
+    def _report_cut_phrases(self, split: str, pairs: Sequence[ImageTextPair]) -> None:
         limit = self.clip.context_length
-        cut = [study.id for study in studies if self.clip.count_tokens(study.phrase) > limit]
+        cut = [pair.id for pair in pairs if self.clip.count_tokens(pair.phrase) > limit]
         if cut:
             rank_zero_warn(
-                f"{len(cut)} of {len(studies)} {split} phrases are longer than the model's {limit} tokens and are cut "
+                f"{len(cut)} of {len(pairs)} {split} phrases are longer than the model's {limit} tokens and are cut "
                 f"(the spatial prior still reads them whole): {', '.join(cut[:5])}{', ...' if len(cut) > 5 else ''}"
             )
 
@@ -186,12 +186,12 @@ class ClipModule(LightningModule):
                 part.eval()
         return self
 
-    def forward(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
-        """L2-normalised embeddings of a batch's images and phrases, `(B, D)` each."""
+    def forward(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+        """L2-normalized embeddings of a batch's images and phrases, `(B, D)` each."""
         images, tokens = self.inputs(batch)
         return self.clip.encode_image(images), self.clip.encode_text(tokens)
 
-    def training_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Contrastive loss of a batch."""
         image, text = self(batch)
         loss = gathered_loss(
@@ -225,17 +225,17 @@ class ClipModule(LightningModule):
 
         Args:
             what: What is no number.
-            spoilt: Studies of this process whose embeddings are none.
+            spoilt: Pairs of this process whose embeddings are none.
 
         Raises:
-            FloatingPointError: With the ids of the studies since the last step, and the path of the checkpoint.
+            FloatingPointError: With the ids of the pairs since the last step, and the path of the checkpoint.
         """
         found: list[Any] = [(self._step_ids, spoilt)] * process_count()
         if process_count() > 1:
             dist.all_gather_object(found, found[0])
         ids = [name for part in found for name in part[0]]
         spoilt = [name for part in found for name in part[1]]
-        message = f"{what} in epoch {self.current_epoch} at step {self.global_step}, with the studies {', '.join(ids)}."
+        message = f"{what} in epoch {self.current_epoch} at step {self.global_step}, with the pairs {', '.join(ids)}."
         if spoilt:
             message += f" The embeddings of {', '.join(spoilt)} are no numbers."
         if all(parameter.isfinite().all() for parameter in self.parameters()):
@@ -245,7 +245,7 @@ class ClipModule(LightningModule):
             message += f" The weights from before are in {path}."
         else:
             message += " The weights are no numbers either: go on from an earlier checkpoint."
-        raise FloatingPointError(f"{message} Look at these films and phrases, or lower the learning rate.")
+        raise FloatingPointError(f"{message} Look at these images and phrases, or lower the learning rate.")
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
@@ -262,23 +262,23 @@ class ClipModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_predict_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: StudyBatch, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
         """Add a batch to the validation scores; returns its embeddings, for callbacks to share."""
         return self._score(batch, "val")
 
-    def test_step(self, batch: StudyBatch, batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
         """Add a batch to the test scores; returns its embeddings, for callbacks to share."""
         return self._score(batch, "test")
 
-    def _score(self, batch: StudyBatch, split: str) -> dict[str, Tensor]:
+    def _score(self, batch: ImageTextBatch, split: str) -> dict[str, Tensor]:
         image, text = self(batch)
         self._log_loss(split, image, text, batch)
-        self.retrieval[split].update(image, text, batch["id"], batch["film_id"], batch["phrase"])
+        self.retrieval[split].update(image, text, batch["id"], batch["image_id"], batch["phrase"])
         if self.zero_shot is not None:
-            self.zero_shot[split].update(image @ self._prompts.T, batch["film_findings"], batch["film_id"])
+            self.zero_shot[split].update(image @ self._prompts.T, batch["image_findings"], batch["image_id"])
         return {"image": image, "text": text}
 
-    def _log_loss(self, split: str, image: Tensor, text: Tensor, batch: StudyBatch) -> None:
+    def _log_loss(self, split: str, image: Tensor, text: Tensor, batch: ImageTextBatch) -> None:
         """The loss of a batch of all processes, without the pairs that came before: samplers fill up shards with them.
 
         So it is that of one process with a batch as large as theirs together.
@@ -309,12 +309,12 @@ class ClipModule(LightningModule):
                 self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "zero_shot_top1", sync_dist=True)
             metric.reset()
 
-    def predict_step(self, batch: StudyBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: ImageTextBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One row per pair: id, phrase, cosine, and the cosine with each finding's prompt."""
         image, text = self(batch)
         rows = [
-            {"id": study, "phrase": phrase, "cosine": float(cosine)}
-            for study, phrase, cosine in zip(batch["id"], batch["phrase"], (image * text).sum(-1), strict=True)
+            {"id": pair, "phrase": phrase, "cosine": float(cosine)}
+            for pair, phrase, cosine in zip(batch["id"], batch["phrase"], (image * text).sum(-1), strict=True)
         ]
         if self.zero_shot is not None:
             for row, cosines in zip(rows, (image @ self._prompts.T).tolist(), strict=True):
@@ -340,7 +340,7 @@ class ClipModule(LightningModule):
             decay_groups(self.clip.model, self.hparams["weight_decay"]),
             lr=self.hparams["lr"],
             betas=self.hparams["betas"],
-            # In mixed precision Lightning refuses to clip the gradients of a fused optimiser.
+            # In mixed precision Lightning refuses to clip the gradients of a fused optimizer.
             fused=not str(self.trainer.precision).endswith("mixed"),
         )
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, int(steps)))

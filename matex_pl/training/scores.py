@@ -29,7 +29,7 @@ def auroc(scores: Tensor, labels: Tensor) -> Tensor:
 class ImageTextRecall(Metric):
     """Recall at k over all pairs seen, both ways: a dict `image_to_text_recall@k`, `text_to_image_recall@k`.
 
-    A pair with the same phrase or the same film counts as right too. Pairs that come twice, as padded shards bring
+    A pair with the same phrase or the same image counts as right too. Pairs that come twice, as padded shards bring
     them, count once. NaN when there are none.
 
     Example:
@@ -52,13 +52,13 @@ class ImageTextRecall(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(
-        self, image: Tensor, text: Tensor, ids: Sequence[str], film_ids: Sequence[str], phrases: Sequence[str]
+        self, image: Tensor, text: Tensor, ids: Sequence[str], image_ids: Sequence[str], phrases: Sequence[str]
     ) -> None:
-        """Add B pairs: embeddings `(B, D)`, and the names that tell repeats, films and phrases apart."""
+        """Add B pairs: embeddings `(B, D)`, and the names that tell repeats, images and phrases apart."""
         phrases = [_plain(phrase) for phrase in phrases]
         self.image.append(image.detach().float())
         self.text.append(text.detach().float())
-        self.keys.append(torch.stack([fingerprints(names) for names in (ids, film_ids, phrases)], 1).to(image.device))
+        self.keys.append(torch.stack([fingerprints(names) for names in (ids, image_ids, phrases)], 1).to(image.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Shares in [0, 1] of the queries whose best positive is among the first k."""
@@ -67,9 +67,13 @@ class ImageTextRecall(Metric):
             return {f"{way}_recall@{k}": torch.tensor(torch.nan) for way in ranks for k in self.ks}
         keys = dim_zero_cat(self.keys)
         first = first_of_each(keys[:, 0])
-        image, text, film, phrase = dim_zero_cat(self.image)[first], dim_zero_cat(self.text)[first], *keys[first, 1:].T
-        for rows in torch.arange(len(film), device=film.device).split(1024):
-            positives = (film[rows, None] == film) | (phrase[rows, None] == phrase)
+        image, text, image_key, phrase_key = (
+            dim_zero_cat(self.image)[first],
+            dim_zero_cat(self.text)[first],
+            *keys[first, 1:].T,
+        )
+        for rows in torch.arange(len(image_key), device=image_key.device).split(1024):
+            positives = (image_key[rows, None] == image_key) | (phrase_key[rows, None] == phrase_key)
             ranks["image_to_text"].append(best_positive_rank(image[rows] @ text.T, positives))
             ranks["text_to_image"].append(best_positive_rank(text[rows] @ image.T, positives))
         return {
@@ -82,15 +86,15 @@ RetrievalRecall = ImageTextRecall
 
 
 class ZeroShot(Metric):
-    """Zero-shot classification of films by one prompt per finding: a dict `zero_shot_top1`, `zero_shot_auroc`.
+    """Zero-shot classification of images by one prompt per finding: a dict `zero_shot_top1`, `zero_shot_auroc`.
 
-    Top-1 is right when the best prompt names a finding that the film has; films without a finding do not count there.
-    The AUROC is the mean over findings that some films have and others lack. Each film counts once. NaN where nothing
+    Top-1 is right when the best prompt names a finding that the image has; images without a finding do not count there.
+    The AUROC is the mean over findings that some images have and others lack. Each image counts once. NaN where nothing
     counts, and where a cosine is NaN.
 
     Example:
         >>> metric = ZeroShot(["edema", "nodule"])
-        >>> metric.update(torch.tensor([[0.3, 0.1], [0.2, 0.4]]), [["edema"], ["nodule"]], ["film 1", "film 2"])
+        >>> metric.update(torch.tensor([[0.3, 0.1], [0.2, 0.4]]), [["edema"], ["nodule"]], ["image 1", "image 2"])
         >>> metric.compute()
         {'zero_shot_top1': tensor(1.), 'zero_shot_auroc': tensor(1.)}
     """
@@ -99,26 +103,26 @@ class ZeroShot(Metric):
     full_state_update = False
     scores: list[Tensor]
     labels: list[Tensor]
-    films: list[Tensor]
+    images: list[Tensor]
 
     def __init__(self, findings: Sequence[str]) -> None:
         super().__init__()
         self.findings = tuple(findings)
-        for name in ("scores", "labels", "films"):
+        for name in ("scores", "labels", "images"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, scores: Tensor, film_findings: Sequence[Sequence[str]], film_ids: Sequence[str]) -> None:
-        """Add B films: cosines with the F prompts `(B, F)`, the findings each has, and its name."""
-        labels = [[finding in found for finding in self.findings] for found in film_findings]
+    def update(self, scores: Tensor, image_findings: Sequence[Sequence[str]], image_ids: Sequence[str]) -> None:
+        """Add B images: cosines with the F prompts `(B, F)`, the findings each has, and its name."""
+        labels = [[finding in found for finding in self.findings] for found in image_findings]
         self.scores.append(scores.detach().float())
         self.labels.append(torch.tensor(labels, device=scores.device).view(scores.shape))
-        self.films.append(fingerprints(film_ids).to(scores.device))
+        self.images.append(fingerprints(image_ids).to(scores.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Both scores in [0, 1]."""
-        if not len(self.films):
+        if not len(self.images):
             return {"zero_shot_top1": torch.tensor(torch.nan), "zero_shot_auroc": torch.tensor(torch.nan)}
-        first = first_of_each(dim_zero_cat(self.films))
+        first = first_of_each(dim_zero_cat(self.images))
         scores, labels = dim_zero_cat(self.scores)[first], dim_zero_cat(self.labels)[first].bool()
         # A model that gives NaN has no order of findings.
         spoilt = 0 * scores.sum()

@@ -1,4 +1,4 @@
-"""The settings of MATEX that suit a model and its films: what `matex tune` runs."""
+"""The settings of MATEX that suit a model and its images: what `matex tune` runs."""
 
 from matex_pl.tune.run import tune_matex
 

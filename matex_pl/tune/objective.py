@@ -15,13 +15,13 @@ from matex_pl import metrics
 from matex_pl.anatomy import named_side
 from matex_pl.attribution.core.fill import FILLS
 from matex_pl.clip.model import Clip
-from matex_pl.data.study import StudyBatch
+from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.intervals import Detections
 from matex_pl.evaluation.pairs import embed_pairs, model_inputs, other_phrases, swapped_phrases, with_phrases
-from matex_pl.maps import AttributionMaps, patch_mean
+from matex_pl.maps import Attribution, patch_mean
 from matex_pl.metrics import functional as F
 from matex_pl.metrics import removal
-from matex_pl.metrics.sanity import randomised
+from matex_pl.metrics.sanity import randomized
 
 # Steps of an insertion or deletion curve; its two ends are the same under every setting.
 STEPS = 16
@@ -41,7 +41,7 @@ class PairBatch:
     """
 
     clip: Clip
-    batch: StudyBatch
+    batch: ImageTextBatch
     parts: dict[str, Any]
     references: list[dict[str, Any]]
     thorax: Tensor | None
@@ -65,11 +65,11 @@ class PairBatch:
 
 Value = Callable[..., "Tensor | Detections"]
 """`(pairs, maps, *reference_maps)` to the value of each pair `(B,)`, where NaN does not count, or to `Detections`."""
-References = Iterable[tuple[Clip, Sequence[StudyBatch]]]
+References = Iterable[tuple[Clip, Sequence[ImageTextBatch]]]
 """A model and batches for each reference map."""
 
 
-def _no_references(clip: Clip, batches: Sequence[StudyBatch], seed: int) -> References:
+def _no_references(clip: Clip, batches: Sequence[ImageTextBatch], seed: int) -> References:
     return ()
 
 
@@ -95,7 +95,7 @@ class Objective:
     needs_thorax: bool = False
     fill: str = ""
     forwards: int = 0
-    references: Callable[[Clip, Sequence[StudyBatch], int], References] = _no_references
+    references: Callable[[Clip, Sequence[ImageTextBatch], int], References] = _no_references
 
     @property
     def side(self) -> str:
@@ -129,7 +129,7 @@ def find_objective(name: str) -> Objective:
         metric, value = AT_THRESHOLD[kind]
         return Objective(name, metric, partial(value, float(detail)), needs_boxes=True)
     if kind in FILLED and (name == kind or detail in FILLS):
-        return replace(FILLED[kind], name=name, fill=detail or "mean_film")
+        return replace(FILLED[kind], name=name, fill=detail or "mean_image")
     raise ValueError(
         f"No objective {name!r}. Take one of {', '.join(PLAIN)}; one of {', '.join(AT_THRESHOLD)} at a threshold, as "
         f"iou/0.3; one of {', '.join(FILLED)}, which may name a fill, as top20_removal/blur "
@@ -149,86 +149,86 @@ def _is_threshold(text: str) -> bool:
         return False
 
 
-def _in_boxes(metric: Callable[[Tensor, Tensor], Tensor], pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _in_boxes(metric: Callable[[Tensor, Tensor], Tensor], pairs: PairBatch, maps: Attribution) -> Tensor:
     return metric(maps.image, _masks(pairs, maps))
 
 
-def _iou(threshold: float, pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _iou(threshold: float, pairs: PairBatch, maps: Attribution) -> Tensor:
     return F.iou(maps.image, _masks(pairs, maps), (threshold,))[:, 0]
 
 
-def _box_accuracy(threshold: float, pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _box_accuracy(threshold: float, pairs: PairBatch, maps: Attribution) -> Tensor:
     return F.box_accuracy(F.components(maps.image, threshold), pairs.batch["boxes"], len(maps.image))
 
 
-def _detections(threshold: float, pairs: PairBatch, maps: AttributionMaps) -> Detections:
+def _detections(threshold: float, pairs: PairBatch, maps: Attribution) -> Detections:
     return Detections.of(F.components(maps.image, threshold), pairs.batch["boxes"])
 
 
-def _masks(pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _masks(pairs: PairBatch, maps: Attribution) -> Tensor:
     """Masks of the boxes, `(B, H, W)` bool; on a raster a box smaller than a cell keeps one."""
     size = _size(maps)
     masks = F.box_masks(pairs.batch["boxes"], size, keep_small=size != pairs.clip.image_size)
     return masks.to(maps.image.device)
 
 
-def _border_mass(pairs: PairBatch, maps: AttributionMaps) -> Tensor:
-    return F.outside_mass(maps.image, ~F.border_mask(_size(maps), pairs.batch["film"]))
+def _border_mass(pairs: PairBatch, maps: Attribution) -> Tensor:
+    return F.outside_mass(maps.image, ~F.border_mask(_size(maps), pairs.batch["content_box"]))
 
 
-def _outside_thorax_mass(pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _outside_thorax_mass(pairs: PairBatch, maps: Attribution) -> Tensor:
     assert pairs.thorax is not None
     return F.outside_mass(maps.image, patch_mean(pairs.thorax[None].float(), _size(maps)) > 0.5)
 
 
-def _size(maps: AttributionMaps) -> tuple[int, int]:
+def _size(maps: Attribution) -> tuple[int, int]:
     return maps.image.shape[1], maps.image.shape[2]
 
 
-def _map_mass(pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _map_mass(pairs: PairBatch, maps: Attribution) -> Tensor:
     return maps.image.flatten(1).mean(1)
 
 
-def _text_map_mass(pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _text_map_mass(pairs: PairBatch, maps: Attribution) -> Tensor:
     return F.text_mass(maps.text, maps.content)
 
 
-def _prompt_sensitivity(pairs: PairBatch, maps: AttributionMaps, other: AttributionMaps) -> Tensor:
+def _prompt_sensitivity(pairs: PairBatch, maps: Attribution, other: Attribution) -> Tensor:
     """Rank correlation of the maps under both phrases; NaN where both are the same phrase."""
     phrases = zip(maps.parts["phrases"], other.parts["phrases"], strict=True)
     same = torch.tensor([phrase == another for phrase, another in phrases], device=maps.grid.device)
     return F.spearman(maps.grid.flatten(1), other.grid.flatten(1)).masked_fill(same, torch.nan)
 
 
-def _side_sensitivity(pairs: PairBatch, maps: AttributionMaps, swapped: AttributionMaps) -> Tensor:
+def _side_sensitivity(pairs: PairBatch, maps: Attribution, swapped: Attribution) -> Tensor:
     sides = [named_side(phrase) for phrase in pairs.batch["phrase"]]
-    return F.side_sensitivity(maps.image, swapped.image, sides, pairs.batch["film"])
+    return F.side_sensitivity(maps.image, swapped.image, sides, pairs.batch["content_box"])
 
 
-def _sanity(pairs: PairBatch, maps: AttributionMaps, *shuffled: AttributionMaps) -> Tensor:
+def _sanity(pairs: PairBatch, maps: Attribution, *shuffled: Attribution) -> Tensor:
     """Mean over the stages of the rank correlation with the maps under shuffled weights."""
     return torch.stack([F.spearman(after.grid.flatten(1), maps.grid.flatten(1)) for after in shuffled]).nanmean(0)
 
 
-def _text_sanity(pairs: PairBatch, maps: AttributionMaps, *shuffled: AttributionMaps) -> Tensor:
+def _text_sanity(pairs: PairBatch, maps: Attribution, *shuffled: Attribution) -> Tensor:
     return torch.stack([F.spearman(after.text, maps.text, maps.content) for after in shuffled]).nanmean(0)
 
 
-def _confidence(kind: str, pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _confidence(kind: str, pairs: PairBatch, maps: Attribution) -> Tensor:
     rule, change = removal.CONFIDENCE[kind]
     (images, _), (image, text) = pairs.inputs, pairs.embeddings
     kept = removal.kept_pixels(maps.image, rule)
     return change((image * text).sum(1), removal.image_score(pairs.clip, images, kept, pairs.fill, text))
 
 
-def _text_confidence(kind: str, pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _text_confidence(kind: str, pairs: PairBatch, maps: Attribution) -> Tensor:
     rule, change = removal.CONFIDENCE[kind]
     (_, tokens), (image, text) = pairs.inputs, pairs.embeddings
     drop = removal.dropped_tokens(maps.text, maps.content, rule)
     return change((image * text).sum(1), removal.text_score(pairs.clip, tokens, drop, image))
 
 
-def _curve_gain(kind: str, pairs: PairBatch, maps: AttributionMaps) -> Tensor:
+def _curve_gain(kind: str, pairs: PairBatch, maps: Attribution) -> Tensor:
     """Numerator of the AUC; its denominator S_full - S_blank is the same under every setting."""
     (images, _), (_, text) = pairs.inputs, pairs.embeddings
     ends = pairs.curve_ends
@@ -236,21 +236,21 @@ def _curve_gain(kind: str, pairs: PairBatch, maps: AttributionMaps) -> Tensor:
     return F.curve_area(scores, *F.curve_ends(scores, kind), shares)[0]
 
 
-def _other_phrases(clip: Clip, batches: Sequence[StudyBatch], seed: int) -> References:
-    """Each image with another study's phrase."""
+def _other_phrases(clip: Clip, batches: Sequence[ImageTextBatch], seed: int) -> References:
+    """Each image with another pair's phrase."""
     phrases = [phrase for batch in batches for phrase in batch["phrase"]]
     others = iter(other_phrases(phrases, [finding for batch in batches for finding in batch["finding"]]))
     return [(clip, [with_phrases(batch, [next(others) for _ in batch["phrase"]]) for batch in batches])]
 
 
-def _swapped_phrases(clip: Clip, batches: Sequence[StudyBatch], seed: int) -> References:
+def _swapped_phrases(clip: Clip, batches: Sequence[ImageTextBatch], seed: int) -> References:
     """Each image with its phrase after right and left are exchanged."""
     return [(clip, [with_phrases(batch, swapped_phrases(batch["phrase"])) for batch in batches])]
 
 
-def _shuffled_models(clip: Clip, batches: Sequence[StudyBatch], seed: int) -> References:
+def _shuffled_models(clip: Clip, batches: Sequence[ImageTextBatch], seed: int) -> References:
     """The pairs under more and more shuffled weights."""
-    return ((shuffled, batches) for _, shuffled in randomised(clip, seed))
+    return ((shuffled, batches) for _, shuffled in randomized(clip, seed))
 
 
 def _by_name(*objectives: Objective) -> dict[str, Objective]:
@@ -261,8 +261,15 @@ PLAIN = _by_name(
     Objective("pointing_game", metrics.PointingGame, partial(_in_boxes, F.pointing_game), needs_boxes=True),
     Objective("cnr", metrics.ContrastToNoise, partial(_in_boxes, F.contrast_to_noise), needs_boxes=True),
     Objective("miou", metrics.MeanIoU, partial(_in_boxes, F.mean_iou), needs_boxes=True),
-    Objective("energy_in_box", metrics.EnergyInBox, partial(_in_boxes, F.energy_in_box), needs_boxes=True),
-    Objective("rank_accuracy", metrics.RankAccuracy, partial(_in_boxes, F.rank_accuracy), needs_boxes=True),
+    Objective(
+        "energy_pointing_game", metrics.EnergyPointingGame, partial(_in_boxes, F.energy_pointing_game), needs_boxes=True
+    ),
+    Objective(
+        "relevance_rank_accuracy",
+        metrics.RelevanceRankAccuracy,
+        partial(_in_boxes, F.relevance_rank_accuracy),
+        needs_boxes=True,
+    ),
     Objective("border_mass", metrics.OutsideMass, _border_mass),
     Objective("outside_thorax_mass", metrics.OutsideMass, _outside_thorax_mass, needs_thorax=True),
     Objective("mean_map_mass", metrics.MapMass, _map_mass),

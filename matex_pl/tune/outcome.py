@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from matex_pl import attribution
 from matex_pl.attribution import Matex
-from matex_pl.data.study import Study
+from matex_pl.data.pair import ImageTextPair
 from matex_pl.evaluation.intervals import Score, difference, draw_patients, plain
 from matex_pl.files import whole_file
 from matex_pl.tune.search import AXES, FINALISTS, Choice
@@ -30,7 +30,7 @@ _MARKS: dict[str, dict[str, Any]] = {
 def report(
     choice: Choice,
     tests: Sequence[Score],
-    studies: Mapping[str, Sequence[Study]],
+    pairs: Mapping[str, Sequence[ImageTextPair]],
     seconds: float,
     seed: int,
 ) -> dict[str, Any]:
@@ -39,13 +39,13 @@ def report(
     Args:
         choice: Result on validation pairs.
         tests: Scores of the test pairs under the method's own setting and under the winner.
-        studies: The pairs by split.
+        pairs: The pairs by split.
         seconds: Seconds for the components of the validation pairs.
         seed: Random seed of the bootstrap.
     """
     goal, scores = choice.objective, choice.scores.flatten().tolist()
     own, winner = tests
-    drawn = draw_patients([study.patient_id for study in studies["test"]], RESAMPLES, seed)
+    drawn = draw_patients([pair.patient_id for pair in pairs["test"]], RESAMPLES, seed)
     return {
         "format": 1,
         "objective": {"name": goal.name, "title": goal.title, "higher_is_better": goal.sign > 0},
@@ -62,8 +62,8 @@ def report(
         ],
         "own": choice.own.method.settings,
         "winner": choice.winner.method.settings,
-        "validation": _counts(studies["val"]) | {"own": plain(choice.own.score), "winner": plain(choice.winner.score)},
-        "test": _counts(studies["test"])
+        "validation": _counts(pairs["val"]) | {"own": plain(choice.own.score), "winner": plain(choice.winner.score)},
+        "test": _counts(pairs["test"])
         | {"own": plain(float(own.score())), "winner": plain(float(winner.score()))}
         | {"difference": difference(winner, own, drawn)},
         "seconds": {"components": seconds, **choice.seconds},
@@ -71,8 +71,8 @@ def report(
     }
 
 
-def _counts(studies: Sequence[Study]) -> dict[str, Any]:
-    return {"pairs": len(studies), "patients": len({study.patient_id for study in studies})}
+def _counts(pairs: Sequence[ImageTextPair]) -> dict[str, Any]:
+    return {"pairs": len(pairs), "patients": len({pair.patient_id for pair in pairs})}
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -81,7 +81,7 @@ def verdict(result: Mapping[str, Any]) -> str:
         return "Tuning gained nothing: none of these settings is better on validation than the method's own."
     low, high = result["test"]["difference"]["low"], result["test"]["difference"]["high"]
     if low is None:
-        return "No test study counts, so that nothing can be said about the gain."
+        return "No test pair counts, so that nothing can be said about the gain."
     if low <= 0 <= high:
         return "Tuning gained nothing that the test pairs can show: the interval of the difference holds 0."
     if (low > 0) == result["objective"]["higher_is_better"]:

@@ -1,4 +1,4 @@
-"""`matex tune`: the settings of MATEX that suit a model and its films, found on validation pairs."""
+"""`matex tune`: the settings of MATEX that suit a model and its images, found on validation pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matex_pl.attribution.core.capture import borrowed, count_blocks
 from matex_pl.attribution.core.fill import check_fill
 from matex_pl.attribution.shipped import load_method
 from matex_pl.data.datamodule import ChestXrayDataModule
-from matex_pl.data.study import Study
+from matex_pl.data.pair import ImageTextPair
 from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
 from matex_pl.evaluation.provenance import provenance
 from matex_pl.evaluation.store import weight_hash
@@ -64,17 +64,17 @@ def tune_matex(
         data: The data module; its validation split is tuned on, its test split scores the winner.
         ckpt_path: A checkpoint of `matex fit`.
         out: The output folder.
-        method: A Matex, `Matex.measured()` by default, whose other settings stay: the name of a shipped setting, a YAML
-            file, or a class.
-        objective: A metric of the benchmark. Compared on the raster: `pointing_game`, `cnr`, `miou`, `energy_in_box`,
-            `rank_accuracy`; `iou`, `acc50` and `ap50` at a threshold, as `iou/0.3`; `border_mass`, `mean_map_mass`
-            (lower is better) and, where the data module has a thorax, `outside_thorax_mass`; `prompt_sensitivity`
-            (against another study's phrase), `side_sensitivity` (against right and left exchanged) and `sanity`
-            (against shuffled weights: the components once more for each block of the towers). With forwards of the
-            model for each setting: `confidence_drop`, `confidence_increase`, `confidence_drop@50`,
-            `confidence_increase@50`, `top20_removal`, `insertion` and `deletion` (the gain, which orders settings as
-            the AUC does), filled with the mean film or with another fill, as `top20_removal/blur`. For the words:
-            `text_` before the first five of these, before `mean_map_mass` or `sanity`.
+        method: A Matex, `Matex.recommended()` by default, whose other settings stay: the name of a shipped setting, a
+            YAML file, or a class.
+        objective: A metric of the benchmark. Compared on the raster: `pointing_game`, `cnr`, `miou`,
+            `energy_pointing_game`, `relevance_rank_accuracy`; `iou`, `acc50` and `ap50` at a threshold, as `iou/0.3`;
+            `border_mass`, `mean_map_mass` (lower is better) and, where the data module has a thorax,
+            `outside_thorax_mass`; `prompt_sensitivity` (against another pair's phrase), `side_sensitivity` (against
+            right and left exchanged) and `sanity` (against shuffled weights: the components once more for each block of
+            the towers). With forwards of the model for each setting: `confidence_drop`, `confidence_increase`,
+            `confidence_drop@50`, `confidence_increase@50`, `top20_removal`, `insertion` and `deletion` (the gain, which
+            orders settings as the AUC does), filled with the mean image or with another fill, as `top20_removal/blur`.
+            For the words: `text_` before the first five of these, before `mean_map_mass` or `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
@@ -91,7 +91,7 @@ def tune_matex(
     Raises:
         FileNotFoundError: There is no checkpoint.
         ValueError: An argument is out of range, the method is no Matex, its prior is off and an image map is scored, or
-            the objective needs boxes, a thorax or a mean film that are not there.
+            the objective needs boxes, a thorax or a mean image that are not there.
     """
     goal = find_objective(objective)
     own = _checked_method(method, goal)
@@ -104,22 +104,22 @@ def tune_matex(
     if goal.fill:
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")
-    studies = {split: _choose(data, split, num_pairs, seed, goal) for split in ("val", "test")}
+    pairs = {split: _choose(data, split, num_pairs, seed, goal) for split in ("val", "test")}
     thorax = _thorax(data, goal)
     Path(out).mkdir(parents=True, exist_ok=True)
 
-    batches = read_pairs(data, "val", studies["val"], batch_size)
+    batches = read_pairs(data, "val", pairs["val"], batch_size)
     with borrowed(clip):
         depth = count_blocks(clip, *model_inputs(clip, batches[0]))
-    grid = make_grid(own, goal, depth, tried, [study.phrase for study in studies["val"]])
-    pairs, seconds = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
+    grid = make_grid(own, goal, depth, tried, [pair.phrase for pair in pairs["val"]])
+    attributed, seconds = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
     if goal.forwards:
-        _announce(goal, len(grid.settings), len(studies["val"]))
-    choice = choose_setting(pairs, grid, goal, _raster_size(raster, clip.image_size))
-    batches = read_pairs(data, "test", studies["test"], batch_size)
-    pairs, _ = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
-    tests = [score_setting(pairs, tested, goal) for tested in (own, choice.winner.method)]
-    result = provenance(clip, weight_hash(clip), ckpt_path, data, seed) | report(choice, tests, studies, seconds, seed)
+        _announce(goal, len(grid.settings), len(pairs["val"]))
+    choice = choose_setting(attributed, grid, goal, _raster_size(raster, clip.image_size))
+    batches = read_pairs(data, "test", pairs["test"], batch_size)
+    attributed, _ = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
+    tests = [score_setting(attributed, tested, goal) for tested in (own, choice.winner.method)]
+    result = provenance(clip, weight_hash(clip), ckpt_path, data, seed) | report(choice, tests, pairs, seconds, seed)
     return "\n".join([describe(result), "", *map(str, write_files(Path(out), result, choice))])
 
 
@@ -129,7 +129,7 @@ def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> 
     Raises:
         ValueError: It is another method, or its prior is off, which only words do without.
     """
-    matex = load_method(method or Matex.measured())
+    matex = load_method(method or Matex.recommended())
     if not isinstance(matex, Matex):
         raise ValueError(
             f"Only MATEX has these settings, got {type(matex).__name__}. Leave method out, or give a Matex."
@@ -156,19 +156,19 @@ def _check_tried(own: Matex, tried: Mapping[str, Sequence[Any] | None]) -> None:
             type(own)(**own.settings | {name: value})
 
 
-def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal: Objective) -> list[Study]:
+def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal: Objective) -> list[ImageTextPair]:
     """Pairs of a split.
 
     Raises:
         ValueError: The objective needs boxes, and there are none.
     """
-    studies = choose_pairs(data, split, number, seed, boxed=goal.needs_boxes)
-    if goal.needs_boxes and not any(len(study.boxes) for study in studies):
+    pairs = choose_pairs(data, split, number, seed, boxed=goal.needs_boxes)
+    if goal.needs_boxes and not any(len(pair.boxes) for pair in pairs):
         raise ValueError(
-            f"{goal.name} needs boxes, and no {split} study of {type(data).__name__} has any. Take an objective that "
+            f"{goal.name} needs boxes, and no {split} pair of {type(data).__name__} has any. Take an objective that "
             f"needs none: {', '.join(boxless_objectives())}."
         )
-    return studies
+    return pairs
 
 
 def _thorax(data: ChestXrayDataModule, goal: Objective) -> Tensor | None:

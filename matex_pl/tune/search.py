@@ -19,7 +19,7 @@ from matex_pl.anatomy import parse_phrase
 from matex_pl.attribution.matex import BlockCount, Matex
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
-from matex_pl.data.study import StudyBatch
+from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.intervals import Detections, Score, Sums
 from matex_pl.evaluation.pairs import model_inputs
 from matex_pl.tune.objective import Objective, PairBatch
@@ -142,7 +142,7 @@ def depths(grad_layers: BlockCount, method: Matex, depth: tuple[int, int]) -> tu
 
 
 def attribute_pairs(
-    clip: Clip, method: Matex, batches: Sequence[StudyBatch], objective: Objective, thorax: Tensor | None, seed: int
+    clip: Clip, method: Matex, batches: Sequence[ImageTextBatch], objective: Objective, thorax: Tensor | None, seed: int
 ) -> tuple[list[PairBatch], float]:
     """The pairs with their components and those of the objective's reference maps, and the seconds of `attribute`.
 
@@ -166,12 +166,12 @@ def attribute_pairs(
     return pairs, seconds
 
 
-def _components(clip: Clip, method: Matex, batches: Sequence[StudyBatch]) -> tuple[list[dict[str, Any]], float]:
+def _components(clip: Clip, method: Matex, batches: Sequence[ImageTextBatch]) -> tuple[list[dict[str, Any]], float]:
     components, seconds = [], 0.0
     for batch in progress(batches, "components"):
         images, tokens = model_inputs(clip, batch)
         start = time.perf_counter()
-        parts = method.attribute(clip, images, tokens, batch["phrase"], batch["film"].to(images.device)).parts
+        parts = method.attribute(clip, images, tokens, batch["phrase"], batch["content_box"].to(images.device)).parts
         seconds += time.perf_counter() - start
         # `fuse` draws the prior again, and at every pixel it is the largest part.
         components.append({name: part for name, part in parts.items() if name != "prior"})

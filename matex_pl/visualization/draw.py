@@ -27,7 +27,7 @@ Color = tuple[int, int, int]
 
 DESIGN_WIDTH = 880
 
-# Perceptually uniform, without green or cyan (the boxes), and its dark end fades into the film instead of tinting it.
+# Perceptually uniform, without green or cyan (the boxes), and its dark end fades into the image instead of tinting it.
 COLORMAP = cv2.COLORMAP_INFERNO
 MAX_OPACITY = 0.85
 
@@ -65,15 +65,15 @@ class Page:
         return self.px(34)
 
 
-def overlay(film: Picture, heat: NDArray[np.float32]) -> Picture:
-    """The map over the film, `(H, W, 3)` uint8: opacity grows with the map, and where it is 0 the film is untouched.
+def overlay(image: Picture, heat: NDArray[np.float32]) -> Picture:
+    """The map over the image, `(H, W, 3)` uint8: opacity grows with the map, and where it is 0 the image is untouched.
 
     Args:
-        film: `(H, W, 3)` uint8.
+        image: `(H, W, 3)` uint8.
         heat: `(H, W)` float32 in [0, 1].
     """
     colors = _color_table()[np.rint(heat * 255).astype(np.uint8)]
-    return np.rint(film + MAX_OPACITY * heat[..., None] * (colors - film.astype(np.float32))).astype(np.uint8)
+    return np.rint(image + MAX_OPACITY * heat[..., None] * (colors - image.astype(np.float32))).astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
@@ -98,7 +98,7 @@ def resize(picture: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     if size[0] < picture.shape[1]:
         method = cv2.INTER_AREA
     else:
-        # Cubic rings: harmless on a film, but it would leave [0, 1] and put heat where the map has none.
+        # Cubic rings: harmless on an image, but it would leave [0, 1] and put heat where the map has none.
         method = cv2.INTER_CUBIC if picture.dtype == np.uint8 else cv2.INTER_LINEAR
     return cv2.resize(picture, size, interpolation=method)
 
@@ -123,14 +123,14 @@ def picture_grid(pictures: Sequence[Picture], *, columns: int, gap: int = 12) ->
         raise ValueError("picture_grid needs at least one picture, got none.")
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}.")
-    films = [check_film(picture, name="picture") for picture in pictures]
-    cell_h, cell_w = (max(film.shape[axis] for film in films) for axis in (0, 1))
-    columns = min(columns, len(films))
-    rows = -(-len(films) // columns)
+    images = [check_image(picture, name="picture") for picture in pictures]
+    cell_h, cell_w = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
     grid = blank_picture(gap + rows * (cell_h + gap), gap + columns * (cell_w + gap))
-    for place, film in enumerate(films):
+    for place, image in enumerate(images):
         left, top = gap + place % columns * (cell_w + gap), gap + place // columns * (cell_h + gap)
-        paste(grid, film, left + (cell_w - film.shape[1]) // 2, top + (cell_h - film.shape[0]) // 2)
+        paste(grid, image, left + (cell_w - image.shape[1]) // 2, top + (cell_h - image.shape[0]) // 2)
     return grid
 
 
@@ -141,13 +141,13 @@ def save_png(path: str | os.PathLike[str], image: Picture) -> Path:
     """
     path = Path(path)
     with whole_file(path) as part:
-        Image.fromarray(check_film(image, name="image")).save(part, format="PNG", compress_level=6)
+        Image.fromarray(check_image(image, name="image")).save(part, format="PNG", compress_level=6)
     return path
 
 
-def check_film(film: Any, name: str = "film") -> Picture:
-    """`film` as `(H, W, 3)` uint8."""
-    array = np.asarray(film)
+def check_image(image: Any, name: str = "content_box") -> Picture:
+    """`image` as `(H, W, 3)` uint8."""
+    array = np.asarray(image)
     gray = array.ndim == 2
     if array.dtype != np.uint8 or 0 in array.shape or not (gray or (array.ndim == 3 and array.shape[2] == 3)):
         raise ValueError(f"{name} must be (H, W) or (H, W, 3) uint8, got {array.shape} {array.dtype}.")
@@ -158,7 +158,7 @@ def check_heat(heat: ArrayLike, size: tuple[int, int], name: str = "heat") -> ND
     """`heat` as `(H, W)` float32 in [0, 1]; rounding beyond the ends is clipped, more is an error."""
     array = np.asarray(heat, dtype=np.float32)
     if array.shape != size:
-        raise ValueError(f"{name} must have the film's (H, W) = {size}, got {array.shape}.")
+        raise ValueError(f"{name} must have the image's (H, W) = {size}, got {array.shape}.")
     return check_unit_range(array, name)
 
 
@@ -191,18 +191,18 @@ def visible_boxes(boxes: ArrayLike) -> NDArray[np.float32]:
 
 
 def draw_tile(
-    film: Picture, heat: NDArray[np.float32], boxes: NDArray[np.float32], page: Page, *, side_markers: bool = True
+    image: Picture, heat: NDArray[np.float32], boxes: NDArray[np.float32], page: Page, *, side_markers: bool = True
 ) -> Picture:
-    """The map over the film, `(h, w, 3)` uint8, with the boxes, a cross at the map's maximum, and the patient's sides.
+    """The map over the image, `(h, w, 3)` uint8, with the boxes, a cross at the map's maximum, and the patient's sides.
 
     Args:
-        film: `(h, w, 3)` uint8, as large as the tile.
-        heat: `(H, W)` in [0, 1], resized to the film. Zeros leave the film alone.
+        image: `(h, w, 3)` uint8, as large as the tile.
+        heat: `(H, W)` in [0, 1], resized to the image. Zeros leave the image alone.
         boxes: `(K, 4)` in [0, 1].
         page: Measures of the marks.
         side_markers: Draw R and L.
     """
-    tile = overlay(film, resize(heat, (film.shape[1], film.shape[0])))
+    tile = overlay(image, resize(heat, (image.shape[1], image.shape[0])))
     draw_boxes(tile, boxes, page.px(2.4))
     draw_peak(tile, heat, page)
     return mark_sides(tile, page) if side_markers else tile
@@ -256,7 +256,7 @@ def draw_color_bar(canvas: Picture, corner: tuple[int, int], size: tuple[int, in
 
 
 def mark_sides(picture: Picture, page: Page) -> Picture:
-    """`picture` with R and L in its upper corners; on the left of a frontal film is the patient's right."""
+    """`picture` with R and L in its upper corners; on the left of a frontal radiograph is the patient's right."""
     image, inset, letter = Image.fromarray(picture), page.px(12), font(page.px(23))
     draw = ImageDraw.Draw(image)
     for x, text, anchor in ((inset, "R", "lt"), (image.width - inset, "L", "rt")):

@@ -1,4 +1,4 @@
-"""Picture of one study: the film with its boxes, the map over it, and the phrase shaded by relevance."""
+"""Picture of one pair: the image with its boxes, the map over it, and the phrase shaded by relevance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from matex_pl.visualization.draw import (
     Page,
     Picture,
     blank_picture,
-    check_film,
     check_heat,
+    check_image,
     count_boxes,
     draw_color_bar,
     draw_tile,
@@ -36,7 +36,7 @@ _BAR = "----"
 
 def panel(
     *,
-    film: Picture,
+    image: Picture,
     heat: ArrayLike,
     boxes: ArrayLike,
     phrase: str,
@@ -50,31 +50,32 @@ def panel(
     side_markers: bool = True,
     show_text: bool = True,
 ) -> Picture:
-    """One study as a picture `(h, width, 3)` uint8; h depends on `width`, `text_lines` and the film's aspect alone.
+    """One pair as a picture `(h, width, 3)` uint8; h depends on `width`, `text_lines` and the image's aspect alone.
 
-    Left the film, right the map over it, both with the boxes and, on a frontal film, R and L for the patient's sides;
-    a cross marks the map's maximum. Below, the phrase, each word piece shaded by its relevance with the map's colors.
+    Left the image, right the map over it, both with the boxes and, on a frontal radiograph, R and L for the patient's
+    sides; a cross marks the map's maximum. Below, the phrase, each word piece shaded by its relevance with the map's
+    colors.
 
     Args:
-        film: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
+        image: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
         heat: `(H, W)` in [0, 1], the map in the same frame. An all-zero map has no maximum to mark.
         boxes: `(K, 4)` `x0, y0, x1, y1` in [0, 1] of the frame, x to the right, y down; clipped to the frame.
         phrase: As the user wrote it; gives case and spacing where the tokens can be found in it.
         tokens: The T content word pieces of the phrase as text; a space stands before each that begins a word.
         relevance: T values in [0, 1].
-        score: Cosine of film and phrase.
-        title: First line, e.g. finding and study.
+        score: Cosine of image and phrase.
+        title: First line, e.g. finding and pair.
         subtitle: Second line, e.g. method and epoch.
         width: Width of the panel in pixels.
         text_lines: Lines kept for the phrase; a longer one ends in an ellipsis.
-        side_markers: Draw R and L; not for lateral films.
+        side_markers: Draw R and L; not for lateral images.
         show_text: Write the word pieces on their shades; otherwise these are bars of one length.
 
     Raises:
         ValueError: A shape, range or length does not fit; the message names it.
     """
-    film = check_film(film)
-    heat = check_heat(heat, film.shape[:2])
+    image = check_image(image)
+    heat = check_heat(heat, image.shape[:2])
     boxes = visible_boxes(boxes)
     if width < 200:
         raise ValueError(f"width must be at least 200 pixels, got {width}.")
@@ -86,14 +87,14 @@ def panel(
         pieces = [replace(piece, text=_BAR) for piece in pieces]
 
     side = (width - 2 * page.margin - page.px(16) - page.px(56)) // 2
-    large = resize(film, (side, max(1, round(side * film.shape[0] / film.shape[1]))))
+    large = resize(image, (side, max(1, round(side * image.shape[0] / image.shape[1]))))
     tiles = [draw_tile(large, shown, boxes, page, side_markers=side_markers) for shown in (np.zeros_like(heat), heat)]
     return compose(
         page,
         tiles,
         captions=(
-            f"film, {count_boxes(len(boxes))}",
-            f"map over the film, {'cross at the maximum' if heat.max() > 0 else 'all zero'}",
+            f"image, {count_boxes(len(boxes))}",
+            f"map over the image, {'cross at the maximum' if heat.max() > 0 else 'all zero'}",
         ),
         lines=phrase_lines(page, pieces, width - 2 * page.margin, text_lines),
         text_lines=text_lines,

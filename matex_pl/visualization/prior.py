@@ -73,7 +73,7 @@ def prior_panel(
 ) -> Picture:
     """M of one phrase as a picture `(h, DESIGN_WIDTH, 3)` uint8; h grows with the phrase, up to `TEXT_LINES` lines.
 
-    R and L stand for the patient's sides, R on the left as on a frontal film, whatever the map shows.
+    R and L stand for the patient's sides, R on the left as on a frontal radiograph, whatever the map shows.
 
     Args:
         prior: `(H, W)` in [1, lambda_s], drawn square.

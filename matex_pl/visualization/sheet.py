@@ -1,4 +1,4 @@
-"""Many methods on one study as one picture: the film, then a tile per method with its map and its words.
+"""Many methods on one pair as one picture: the image, then a tile per method with its map and its words.
 
 A tile is `TILE` design units wide, so that a sheet looks the same at every width.
 """
@@ -19,8 +19,8 @@ from matex_pl.visualization.draw import (
     Page,
     Picture,
     blank_picture,
-    check_film,
     check_heat,
+    check_image,
     count_boxes,
     draw_color_bar,
     draw_frame,
@@ -45,11 +45,11 @@ LEGEND = "map and words on one scale, cross at the maximum of each map"
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """The result of one method on the study.
+    """The result of one method on the pair.
 
     Args:
         name: Name of the method; a long one is written smaller, then cut.
-        heat: `(H, W)` in [0, 1], its map in the film's frame; None if it has none.
+        heat: `(H, W)` in [0, 1], its map in the image's frame; None if it has none.
         relevance: T values in [0, 1], one per token; None if it does not weigh words.
         note: A few words under the name, e.g. "13 forwards". Without a map, the reason, in the place of the map.
     """
@@ -62,7 +62,7 @@ class Entry:
 
 def contact_sheet(
     *,
-    film: Picture,
+    image: Picture,
     boxes: ArrayLike,
     phrase: str,
     tokens: Sequence[str],
@@ -75,38 +75,38 @@ def contact_sheet(
     text_lines: int = TEXT_LINES,
     side_markers: bool = True,
 ) -> Picture:
-    """Many methods on one study as a picture `(h, width, 3)` uint8.
+    """Many methods on one pair as a picture `(h, width, 3)` uint8.
 
-    h depends on `width`, `columns`, `text_lines`, the number of entries and the film's aspect alone. The first tile is
-    the film with its boxes, the others are the entries in their order: the map over the film, with the boxes and a
+    h depends on `width`, `columns`, `text_lines`, the number of entries and the image's aspect alone. The first tile is
+    the image with its boxes, the others are the entries in their order: the map over the image, with the boxes and a
     cross at its maximum; the method's name and note; the phrase, each word piece shaded by its relevance. All have the
     size and the color scale of the bar at the foot.
 
     Args:
-        film: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
+        image: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
         boxes: `(K, 4)` `x0, y0, x1, y1` in [0, 1] of the frame, as for `panel`.
         phrase: As the user wrote it; repeated below the subtitle, where there is more room for a long one.
         tokens: The T content word pieces of the phrase, as for `panel`.
         entries: The methods, at least one.
-        score: Cosine of film and phrase.
-        title: First line, e.g. finding and study.
+        score: Cosine of image and phrase.
+        title: First line, e.g. finding and pair.
         subtitle: Second line, e.g. the model.
         columns: Tiles per row; fewer if there are not so many.
         width: Width of the sheet in pixels.
         text_lines: Lines kept for the phrase under a tile; a longer one ends in an ellipsis.
-        side_markers: Draw R and L; not for lateral films.
+        side_markers: Draw R and L; not for lateral images.
 
     Raises:
         ValueError: A shape, range or length does not fit; the message names it and the entry.
     """
-    film, boxes = check_film(film), visible_boxes(boxes)
-    maps = [_check_map(entry, film.shape[:2]) for entry in entries]
+    image, boxes = check_image(image), visible_boxes(boxes)
+    maps = [_check_map(entry, image.shape[:2]) for entry in entries]
     phrases = [_check_words(entry, phrase, tokens) for entry in entries]
-    page = _Sheet.of(width, columns, len(entries), film.shape[0] / film.shape[1], text_lines)
+    page = _Sheet.of(width, columns, len(entries), image.shape[0] / image.shape[1], text_lines)
 
-    small, no_heat = resize(film, page.tile), np.zeros(film.shape[:2], np.float32)
+    small, no_heat = resize(image, page.tile), np.zeros(image.shape[:2], np.float32)
     picture = draw_tile(small, no_heat, boxes, page.marks, side_markers=side_markers)
-    cells = [_cell(page, picture, "film", count_boxes(len(boxes)), [])]
+    cells = [_cell(page, picture, "content_box", count_boxes(len(boxes)), [])]
     for entry, heat, pieces in zip(entries, maps, phrases, strict=True):
         if heat is None:
             cells.append(_cell(page, _empty_tile(page, entry.note), entry.name, "", pieces))
@@ -146,7 +146,7 @@ class _Sheet(Page):
 
     @classmethod
     def of(cls, width: int, columns: int, num_entries: int, aspect: float, text_lines: int) -> _Sheet:
-        """The layout for a film of `aspect` = height / width and `num_entries` methods."""
+        """The layout for an image of `aspect` = height / width and `num_entries` methods."""
         if num_entries < 1:
             raise ValueError("contact_sheet needs at least one entry, got none.")
         for name, value in (("columns", columns), ("text_lines", text_lines)):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matex_pl.clip.model import Clip
-from matex_pl.clip.towers import Reading, image_depth, not_explained, original, text_tower
+from matex_pl.clip.towers import Pooling, image_depth, not_explained, original, text_tower
 from matex_pl.maps import full_precision
 
 _ATTENTION = "scaled_dot_product_attention"
@@ -109,11 +109,11 @@ def _borrowed(clip: Clip) -> Iterator[None]:
 
 
 @contextmanager
-def capture_attention(reading: Reading, *, grad_from: int | None = None, full: bool = False) -> Iterator[list[Block]]:
+def capture_attention(pooling: Pooling, *, grad_from: int | None = None, full: bool = False) -> Iterator[list[Block]]:
     """Record each attention block of one tower's forward, in order; the list is complete when the forward has ended.
 
     Args:
-        reading: How the tower pools: says which rows of the attention count.
+        pooling: How the tower pools: says which rows of the attention count.
         grad_from: Index of the first block with gradient: its q, k and v are cut off from what came before, so that a
             backward ends there, and grad mode is on from there until the context is left. None: no gradient at all.
         full: Record the rows of all queries even where that of the pooled token would do.
@@ -138,7 +138,7 @@ def capture_attention(reading: Reading, *, grad_from: int | None = None, full: b
         with torch.no_grad():
             query, key = q.detach(), k.detach()
             attention = partial(_attention, query, key, *_scale_and_bias(query, key, *args, **kwargs))  # type: ignore[arg-type]
-            mean = _mean(attention, reading.position, full)
+            mean = _mean(attention, pooling.position, full)
         block = GradBlock(mean, query, key, v, output, attention) if wants_grad else Block(mean)
         blocks.append(block)
         return output
@@ -165,9 +165,9 @@ def count_blocks(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[int, int]:
     modules = sum(1 for _ in model.modules())
     if model not in _BLOCKS or _BLOCKS[model][0] != modules:
         images, tokens = images[:1], tokens[:1]
-        with capture_attention(clip.image_reading(images), full=True) as blocks:
+        with capture_attention(clip.image_pooling(images), full=True) as blocks:
             clip.encode_image(images)
-        with capture_attention(clip.text_reading(tokens), full=True) as text_blocks:
+        with capture_attention(clip.text_pooling(tokens), full=True) as text_blocks:
             clip.encode_text(tokens)
         _check_image_blocks(original(model.visual), blocks, clip.grid)
         if not text_blocks:

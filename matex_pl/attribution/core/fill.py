@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from matex_pl.arguments import check_choice
 from matex_pl.clip.model import Clip
 
-Fill = Literal["mean_film", "mean_colour", "blur"]
+Fill = Literal["mean_image", "mean_color", "blur"]
 FILLS = get_args(Fill)
 
 
@@ -19,32 +19,32 @@ def check_fill(kind: str, clip: Clip) -> None:
     """Refuse a fill that this model has no pixels for.
 
     Raises:
-        ValueError: It is the mean film, and the model carries none.
+        ValueError: It is the mean image, and the model carries none.
     """
-    if kind == "mean_film" and clip.mean_film.isnan().any():
+    if kind == "mean_image" and clip.mean_image.isnan().any():
         raise ValueError(
-            "fill='mean_film' needs the mean of the training films, which neither the checkpoint nor a data module "
-            "gave to the model. Use fill='blur' or 'mean_colour', or set `clip.mean_film`."
+            "fill='mean_image' needs the mean of the training images, which neither the checkpoint nor a data module "
+            "gave to the model. Use fill='blur' or 'mean_color', or set `clip.mean_image`."
         )
 
 
 def fill_images(kind: str, clip: Clip, images: Tensor) -> Tensor:
-    """What stands in for removed pixels, in the model's normalised frame; broadcasts to `images`.
+    """What stands in for removed pixels, in the model's normalized frame; broadcasts to `images`.
 
     Args:
-        kind: `mean_film` (position-wise mean of training films), `mean_colour` (0, as published) or `blur`. On
+        kind: `mean_image` (position-wise mean of training images), `mean_color` (0, as published) or `blur`. On
             radiographs a constant fill looks like a consolidation.
-        clip: The model, which carries the mean film.
-        images: `(B, 3, H, W)` normalised.
+        clip: The model, which carries the mean image.
+        images: `(B, 3, H, W)` normalized.
 
     Raises:
-        ValueError: There is no such fill, or the model carries no mean film.
+        ValueError: There is no such fill, or the model carries no mean image.
     """
     check_choice("fill", kind, FILLS)
     check_fill(kind, clip)
-    if kind == "mean_film":
-        return clip.normalise(clip.mean_film.expand(1, 3, -1, -1))
-    if kind == "mean_colour":
+    if kind == "mean_image":
+        return clip.normalize(clip.mean_image.expand(1, 3, -1, -1))
+    if kind == "mean_color":
         return torch.zeros_like(images[:1])
     sigma = min(images.shape[-2:]) / 16
     return gaussian_blur(images, [2 * int(2 * sigma) + 1] * 2, [sigma] * 2)

@@ -8,67 +8,67 @@ import torch
 from torch import Tensor
 
 from matex_pl.attribution.core.capture import Block, GradBlock, at
-from matex_pl.clip.towers import Reading
+from matex_pl.clip.towers import Pooling
 from matex_pl.maps import full_precision, min_max
 
 
-def row_weights(blocks: Sequence[Block], reading: Reading) -> list[Tensor | None]:
+def row_weights(blocks: Sequence[Block], pooling: Pooling) -> list[Tensor | None]:
     """Share of each query of each block in the embedding, `(B, m)` per block; rows sum to 1. None: one token is pooled.
 
     Eqs. (1) and (2) read the row of the pooled token. Where no one token is pooled, they read the rows of all tokens
     that are, with the weight that each has: equal ones under an average; under an attention pool (SigLIP, CoCa) its own
     query in the pool, which is the last layer, and in the layers below the tokens as the pool attends to them.
     """
-    if reading.kind == "token":
+    if pooling.kind == "token":
         return [None] * len(blocks)
     sizes = [block.mean.shape[1] for block in blocks]
-    if reading.kind == "mean":
-        share = _share(reading).to(blocks[0].mean)
-        return [reading.spread(share, size) for size in sizes]
+    if pooling.kind == "mean":
+        share = _share(pooling).to(blocks[0].mean)
+        return [pooling.from_map(share, size) for size in sizes]
     pool = blocks[-1].mean
     first = torch.eye(sizes[-1]).to(pool)[:1].expand(len(pool), -1)
-    return [*(reading.spread(pool[:, 0], size) for size in sizes[:-1]), first]
+    return [*(pooling.from_map(pool[:, 0], size) for size in sizes[:-1]), first]
 
 
-def attention_rows(blocks: Sequence[Block], reading: Reading) -> Tensor:
+def attention_rows(blocks: Sequence[Block], pooling: Pooling) -> Tensor:
     """Head-averaged attention of what is pooled to each token of the map, by layer: `(B, L, length)`."""
-    if reading.position is not None:
-        rows = [block.pooled_row(reading.position) for block in blocks]
+    if pooling.position is not None:
+        rows = [block.pooled_row(pooling.position) for block in blocks]
     else:
-        pairs = zip(row_weights(blocks, reading), blocks, strict=True)
+        pairs = zip(row_weights(blocks, pooling), blocks, strict=True)
         rows = [torch.einsum("bm,bmn->bn", weight, block.mean) for weight, block in pairs]
-    return torch.stack([reading.fit(row) for row in rows], 1)
+    return torch.stack([pooling.to_map(row) for row in rows], 1)
 
 
-def rollout_row(matrices: Sequence[Tensor], reading: Reading) -> Tensor:
+def rollout_row(matrices: Sequence[Tensor], pooling: Pooling) -> Tensor:
     """What is read of the product over layers of rownorm(A + I) (Abnar and Zuidema 2020), `(B, length)`.
 
     Args:
         matrices: L head-averaged attention matrices `(B, m, n)`, first layer first, the pool's last.
-        reading: How the tower pools.
+        pooling: How the tower pools.
     """
-    row, matrices = first_row(matrices, reading)
+    row, matrices = first_row(matrices, pooling)
     for matrix in reversed(matrices):
         mixed = matrix + torch.eye(matrix.shape[-1]).to(matrix)
         row = torch.einsum("bn,bnm->bm", row, mixed / mixed.sum(-1, keepdim=True))
-    return reading.fit(row)
+    return pooling.to_map(row)
 
 
-def first_row(matrices: Sequence[Tensor], reading: Reading) -> tuple[Tensor, Sequence[Tensor]]:
+def first_row(matrices: Sequence[Tensor], pooling: Pooling) -> tuple[Tensor, Sequence[Tensor]]:
     """What the embedding is read from, `(B, n)`, and the matrices of the layers that it then goes through.
 
     1 at the pooled position, or equal shares. The query of an attention pool is no token: it has no share of its own,
     and its row of the last matrix comes first.
     """
     tokens, last = matrices[0].shape[-1], matrices[-1]
-    if reading.kind == "query":
-        return reading.spread(last[:, 0], tokens), matrices[:-1]
-    if reading.kind == "mean":
-        return reading.spread(_share(reading), tokens).to(last), matrices
-    return torch.eye(tokens).to(last)[reading.position], matrices
+    if pooling.kind == "query":
+        return pooling.from_map(last[:, 0], tokens), matrices[:-1]
+    if pooling.kind == "mean":
+        return pooling.from_map(_share(pooling), tokens).to(last), matrices
+    return torch.eye(tokens).to(last)[pooling.position], matrices
 
 
-def softmax_term(block: GradBlock, gradient: Tensor, reading: Reading) -> Tensor:
+def softmax_term(block: GradBlock, gradient: Tensor, pooling: Pooling) -> Tensor:
     """Signed relevance of each token of a block, with the softmax attention as its weight: `(B, n)`.
 
     Sum over heads, channels and the rows that are read of g_l * A_l * v_l; over all tokens it sums to <g_l, o_l> there.
@@ -77,16 +77,16 @@ def softmax_term(block: GradBlock, gradient: Tensor, reading: Reading) -> Tensor
         block: The block.
         gradient: `(B, h, m, d)` of what is explained, by the block's output where one token is pooled; otherwise, where
             every row is read, `(B, h, n, d)` by its value, which is the sum over rows of A_l * g_l.
-        reading: How the tower pools.
+        pooling: How the tower pools.
     """
     value = full_precision(block.value.detach())
-    if reading.position is None:
+    if pooling.position is None:
         return (full_precision(gradient) * value).sum((1, 3))
-    read = full_precision(at(gradient, reading.position))
-    return (torch.einsum("bhd,bhnd->bhn", read, value) * block.attention(reading.position)).sum(1)
+    read = full_precision(at(gradient, pooling.position))
+    return (torch.einsum("bhd,bhnd->bhn", read, value) * block.attention(pooling.position)).sum(1)
 
 
-def loosened_term(block: GradBlock, gradient: Tensor, weight: Tensor | None, reading: Reading, keep: Tensor) -> Tensor:
+def loosened_term(block: GradBlock, gradient: Tensor, weight: Tensor | None, pooling: Pooling, keep: Tensor) -> Tensor:
     """Signed relevance of each token of the map with Grad-ECLIP's weight: `(B, length)`.
 
     The weight is the norm over the tokens of `keep` of cos(q, k_i) on the concatenated heads, q the query that is read
@@ -96,25 +96,25 @@ def loosened_term(block: GradBlock, gradient: Tensor, weight: Tensor | None, rea
         block: The block.
         gradient: `(B, h, m, d)` of what is explained, by the block's output.
         weight: `(B, m)` of `row_weights`, where several rows are read.
-        reading: How the tower pools.
+        pooling: How the tower pools.
         keep: `(B, length)` bool.
     """
     query, key, value = (full_precision(part.detach()) for part in (block.query, block.key, block.value))
     gradient = full_precision(gradient)
-    if reading.position is not None:
-        query, gradient = at(query, reading.position), at(gradient, reading.position)
+    if pooling.position is not None:
+        query, gradient = at(query, pooling.position), at(gradient, pooling.position)
     else:
         query, gradient = torch.einsum("bm,bhmd->bhd", weight, query), gradient.sum(2)
     cosine = torch.cosine_similarity(query.flatten(1)[:, None], key.transpose(1, 2).flatten(2), dim=-1)
-    loosened = min_max(reading.fit(cosine), keep=keep, dtype=block.key.dtype)
+    loosened = min_max(pooling.to_map(cosine), keep=keep, dtype=block.key.dtype)
     loosened = loosened + (loosened.amax(1, keepdim=True) == 0).to(loosened)
-    return loosened * reading.fit(torch.einsum("bhd,bhnd->bn", gradient, value))
+    return loosened * pooling.to_map(torch.einsum("bhd,bhnd->bn", gradient, value))
 
 
-def _share(reading: Reading) -> Tensor:
+def _share(pooling: Pooling) -> Tensor:
     """Equal shares of the tokens that are averaged, `(B, length)`."""
-    assert reading.pooled is not None
-    return reading.pooled / reading.pooled.sum(1, keepdim=True)
+    assert pooling.pooled is not None
+    return pooling.pooled / pooling.pooled.sum(1, keepdim=True)
 
 
 def gradient_by_attention(block: GradBlock, gradient: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ _LOBES = ("right upper lobe", "left upper lobe", "right lower lobe", "left lower
 _PLACES = ("", "right", "left", "bilateral", *_LOBES)
 
 REFERENCES: tuple[str, ...] = ("cardiomegaly", *(f"{place} {name}".strip() for name in _PLACED for place in _PLACES))
-"""Common findings by side and zone: the phrases that `explain="margin"` compares with unless told otherwise."""
+"""Common findings by side and zone: the phrases that `target="margin"` compares with unless told otherwise."""
 
 
 def directions(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,8 +41,8 @@ def directions(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[T
     all phrases of this field, which the cosine explains too.
 
     Args:
-        image: `(B, D)` L2-normalised, or `(1, D)` for all.
-        text: `(B, D)` L2-normalised.
+        image: `(B, D)` L2-normalized, or `(1, D)` for all.
+        text: `(B, D)` L2-normalized.
         reference: `(D,)` mean embedding of the reference phrases; None explains the cosine.
 
     Returns:
@@ -53,7 +53,7 @@ def directions(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[T
 
 
 _ENCODED: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor, Tensor, Tensor]] = WeakKeyDictionary()
-# Entries of each weight that are compared: a step of any optimiser moves more than a few of them.
+# Entries of each weight that are compared: a step of any optimizer moves more than a few of them.
 _SAMPLED = 256
 
 
@@ -87,7 +87,7 @@ def _encoded(clip: Clip, references: Sequence[str]) -> tuple[Tensor, Tensor]:
 def _sample(clip: Clip) -> Tensor:
     """Entries spread over the text tower's weights, and the weights' versions, as one vector.
 
-    By value and by version: fused optimisers leave version counters alone, a change by hand may miss the sample. A
+    By value and by version: fused optimizers leave version counters alone, a change by hand may miss the sample. A
     change of single rows through `.data` is seen by neither.
     """
     named = original(clip.model).named_parameters()

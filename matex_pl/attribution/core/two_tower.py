@@ -1,4 +1,4 @@
-"""The two sides of a pair, treated alike: what a method does to a film and its patches, it does to a phrase's words."""
+"""One procedure for both towers: a method treats the patches of an image and the tokens of a phrase alike."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from matex_pl.attribution.core.fill import drop_tokens
 from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
 from matex_pl.clip import towers
 from matex_pl.clip.model import Clip
-from matex_pl.clip.towers import Reading
-from matex_pl.maps import AttributionMaps, full_precision, min_max, patch_mean, token_map, upsample
+from matex_pl.clip.towers import Pooling
+from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
 
 # Of remainders that are compared at once, 128 MiB of ids.
 _MOST_TOKENS = 2**24
 
 
 @dataclass
-class Raw:
-    """What a method finds on one side, before it is scaled to [0, 1].
+class Relevance:
+    """What a method finds on one tower, before it is scaled to [0, 1].
 
     Args:
         values: `(B, length)` per token of the map, or `(B, H, W)` per pixel; of one image `(1, ...)` will do.
-        parts: Components by name, for `AttributionMaps.parts`.
+        parts: Components by name, for `Attribution.parts`.
     """
 
     values: Tensor
     parts: dict[str, Any] = field(default_factory=dict)
 
 
-Look = tuple[Tensor, Callable[[Tensor], Raw]]
-"""Embedding `(B, D)`, or `(1, D)` of one image, and what makes of a direction `(B, D)` the side's `Raw`."""
+Trace = tuple[Tensor, Callable[[Tensor], Relevance]]
+"""Embedding `(B, D)`, or `(1, D)` of one image, and what makes of a direction `(B, D)` the side's `Relevance`."""
 
 
-class Side(ABC):
+class Tower(ABC):
     """One tower of the model with its input, inside `borrowed`.
 
     Args:
@@ -64,7 +64,7 @@ class Side(ABC):
 
     @property
     @abstractmethod
-    def reading(self) -> Reading:
+    def pooling(self) -> Pooling:
         """How the embedding is read from the tokens."""
 
     @property
@@ -94,22 +94,22 @@ class Side(ABC):
     def encode_stream(self, copies: int) -> Tensor:
         """Unit embeddings of `copies` per sample, the samples running fastest, inside `Stream.resumed`."""
 
-    def rows(self, rows: Tensor) -> Side:
+    def rows(self, rows: Tensor) -> Tower:
         """The side of some of the pairs `(k,)`; one image stays one image."""
         inputs = self.inputs[rows] if len(self.inputs) > 1 else self.inputs
         return type(self)(self.clip, inputs, self._depth)
 
     def tokens_of(self, stream: Tensor) -> Tensor:
         """The tokens `(b, length, C)` of the map among those of a block, `(b, n, C)`; 0 where it has none."""
-        return self.reading.fit(stream.transpose(1, 2)).transpose(1, 2)
+        return self.pooling.to_map(stream.transpose(1, 2)).transpose(1, 2)
 
 
-class ImageSide(Side):
-    """The image tower and its films."""
+class ImageTower(Tower):
+    """The image tower and its images."""
 
     @property
-    def reading(self) -> Reading:  # noqa: D102
-        return self.clip.image_reading(self.inputs)
+    def pooling(self) -> Pooling:  # noqa: D102
+        return self.clip.image_pooling(self.inputs)
 
     @property
     def blocks(self) -> list[nn.Module]:  # noqa: D102
@@ -149,13 +149,13 @@ class ImageSide(Side):
         return (full_precision(embedding) * direction).sum(-1)
 
 
-class TextSide(Side):
+class TextTower(Tower):
     """The text tower and its phrases."""
 
     @property
-    def reading(self) -> Reading:
+    def pooling(self) -> Pooling:
         """How the embedding is read from the tokens."""
-        return self.clip.text_reading(self.inputs)
+        return self.clip.text_pooling(self.inputs)
 
     @property
     def blocks(self) -> list[nn.Module]:  # noqa: D102
@@ -220,65 +220,65 @@ def _output_replaced(module: nn.Module, output: Tensor) -> Iterator[None]:
         yield
 
 
-class TwoSided(AttributionMethod):
-    """A method that explains the cosine or the margin of pairs, by one procedure for either side.
+class TwoTowerMethod(AttributionMethod):
+    """A method that explains the cosine or the margin of pairs, by one procedure for either tower.
 
     Args:
         explain: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
-    explain: str
+    target: str
 
-    def __init__(self, explain: Target = "cosine", references: list[str] | None = None) -> None:
-        check_choices(TwoSided.__init__, locals())
+    def __init__(self, target: Target = "cosine", references: list[str] | None = None) -> None:
+        check_choices(TwoTowerMethod.__init__, locals())
         if references is not None and not references:
             raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
-        self.explain = explain
+        self.target = target
         self.references = list(REFERENCES if references is None else references)
 
     @abstractmethod
-    def look(self, side: Side) -> Look:
+    def trace(self, tower: Tower) -> Trace:
         """Run a tower: its embeddings, and what finds, for a direction in their space, where they come from."""
 
     def check(self, clip: Clip) -> None:
         """Refuse a model that the method cannot explain, before any work."""
 
     def attribute(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], film: Tensor | None = None
-    ) -> AttributionMaps:
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+    ) -> Attribution:
         """Maps of B pairs; see `AttributionMethod.attribute`."""
-        check_pairs(clip, images, tokens, phrases, film)
+        check_pairs(clip, images, tokens, phrases, content_box)
         return self._explain(clip, images, tokens, phrases)
 
     def attribute_phrases(
-        self, clip: Clip, image: Tensor, phrases: Sequence[str], film: Tensor | None = None
-    ) -> AttributionMaps:
+        self, clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+    ) -> Attribution:
         """Maps of one image and P phrases; what does not depend on the phrase is done once."""
-        tokens, _ = check_phrases(clip, image, phrases, film)
+        tokens, _ = check_phrases(clip, image, phrases, content_box)
         return self._explain(clip, image[None], tokens, phrases)
 
-    def _explain(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> AttributionMaps:
+    def _explain(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Attribution:
         self.check(clip)
         with borrowed(clip):
             images, tokens = images.detach().clone(), tokens.clone()
-            image_side = ImageSide(clip, images, lambda: count_blocks(clip, images, tokens)[0])
-            text_side = TextSide(clip, tokens, lambda: count_blocks(clip, images, tokens)[1])
-            reference = reference_mean(clip, self.references) if self.explain == "margin" else None
-            image, find = self.look(image_side)
-            text, find_text = self.look(text_side) if self.serves_text else (text_side.encode(), None)
+            image_tower = ImageTower(clip, images, lambda: count_blocks(clip, images, tokens)[0])
+            text_tower = TextTower(clip, tokens, lambda: count_blocks(clip, images, tokens)[1])
+            reference = reference_mean(clip, self.references) if self.target == "margin" else None
+            image, relevance_for = self.trace(image_tower)
+            text, text_relevance_for = self.trace(text_tower) if self.supports_text else (text_tower.encode(), None)
             image, text = full_precision(image.detach()), full_precision(text.detach())
             score, by_image, by_text = directions(image, text, reference)
             check_scores(score, phrases)
-            raw = find(by_image)
-            words = find_text(by_text) if find_text else None
+            raw = relevance_for(by_image)
+            words = text_relevance_for(by_text) if text_relevance_for else None
             check_scores(score, phrases, raw.values.expand(len(score), *raw.values.shape[1:]))
             if words:
                 check_scores(score, phrases, words.values)
-            return _finish(clip, raw, words, text_side.keep, score)
+            return _finish(clip, raw, words, text_tower.keep, score)
 
 
-def _finish(clip: Clip, raw: Raw, words: Raw | None, content: Tensor, score: Tensor) -> AttributionMaps:
+def _finish(clip: Clip, raw: Relevance, words: Relevance | None, content: Tensor, score: Tensor) -> Attribution:
     """Maps in [0, 1] of raw values; the text map is zero without `words`."""
     dtype = clip.std.dtype
     if raw.values.ndim == 2:
@@ -289,6 +289,6 @@ def _finish(clip: Clip, raw: Raw, words: Raw | None, content: Tensor, score: Ten
         grid = patch_mean(image, clip.grid)
     image, grid = (part.expand(len(score), -1, -1) for part in (image, grid))
     if words is None:
-        return AttributionMaps(image, grid, torch.zeros_like(content, dtype=grid.dtype), content, score, raw.parts)
+        return Attribution(image, grid, torch.zeros_like(content, dtype=grid.dtype), content, score, raw.parts)
     parts = raw.parts | {f"text_{name}": part for name, part in words.parts.items()}
-    return AttributionMaps(image, grid, token_map(words.values, content, dtype=dtype), content, score, parts)
+    return Attribution(image, grid, token_map(words.values, content, dtype=dtype), content, score, parts)

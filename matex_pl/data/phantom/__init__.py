@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING
 from matex_pl import lazy_names
 
 if TYPE_CHECKING:
-    from matex_pl.data.phantom.cache import film_cache
-    from matex_pl.data.phantom.film import Film, PlacedFinding, draw_film
+    from matex_pl.data.phantom.cache import phantom_cache
     from matex_pl.data.phantom.findings import FINDINGS
+    from matex_pl.data.phantom.image import GrayImage, PlacedFinding, draw_phantom
     from matex_pl.data.phantom.phrases import write_phrase
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "film_cache": "cache",
-            "Film": "film",
-            "PlacedFinding": "film",
-            "draw_film": "film",
+            "phantom_cache": "cache",
+            "GrayImage": "content_box",
+            "PlacedFinding": "content_box",
+            "draw_phantom": "content_box",
             "FINDINGS": "findings",
             "write_phrase": "phrases",
         },
@@ -24,9 +24,9 @@ else:
 
 __all__ = [
     "FINDINGS",
-    "Film",
+    "GrayImage",
     "PlacedFinding",
-    "draw_film",
-    "film_cache",
+    "draw_phantom",
+    "phantom_cache",
     "write_phrase",
 ]

@@ -1,4 +1,4 @@
-"""Films drawn once, by several processes, and kept on disk as one memory map with their studies."""
+"""Images drawn once, by several processes, and kept on disk as one memory map with their pairs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from matex_pl.console import progress
-from matex_pl.data.phantom.film import Film, draw_film, film_rng
+from matex_pl.data.pair import ImageTextPair
+from matex_pl.data.phantom.image import GrayImage, draw_phantom, phantom_rng
 from matex_pl.data.phantom.phrases import TEMPLATES, write_phrase
-from matex_pl.data.study import Study
 
 # Raise it whenever the same settings draw other pixels, boxes or phrases than before.
 GENERATOR_VERSION = 7
 
 _CHUNK = 64
-_FILMS, _STUDIES = "films.npy", "studies.json"
+_IMAGES, _PAIRS = "images.npy", "pairs.json"
 DEFAULT_SPLITS = {"train": 10_000, "val": 1_000, "test": 1_000}
 
 
-def film_cache(
+def phantom_cache(
     root: Path,
     *,
     splits: Mapping[str, int] | None = None,
@@ -42,52 +42,52 @@ def film_cache(
     shortcut: float = 0.0,
     shortcut_finding: str = "pneumothorax",
     num_workers: int | None = None,
-) -> tuple[NDArray[np.uint8], list[Study]]:
-    """Films `(N, size, size)` uint8, opened read-only from disk, and their studies; drawn at the first call.
+) -> tuple[NDArray[np.uint8], list[ImageTextPair]]:
+    """Images `(N, size, size)` uint8, opened read-only from disk, and their pairs; drawn at the first call.
 
-    The folder `root/<key>` appears in one step when all films are drawn, so that an interrupted run leaves nothing that
-    looks like a cache. A second run waits, and takes the films of the first. The unfinished films of a killed run are
-    removed by the processes that drew them, or else by the next call.
+    The folder `root/<key>` appears in one step when all images are drawn, so that an interrupted run leaves nothing
+    that looks like a cache. A second run waits, and takes the images of the first. The unfinished images of a killed
+    run are removed by the processes that drew them, or else by the next call.
 
     Args:
         root: Folder of all caches.
-        splits: Number of films per split, in the order of their indices; 10 000, 1 000 and 1 000 by default.
-        seed: Which series of films.
+        splits: Number of images per split, in the order of their indices; 10 000, 1 000 and 1 000 by default.
+        seed: Which series of images.
         size: Side in pixels.
-        shortcut: See `draw_film`.
-        shortcut_finding: See `draw_film`.
+        shortcut: See `draw_phantom`.
+        shortcut_finding: See `draw_phantom`.
         num_workers: Processes; all cores by default, 1 draws in this process.
     """
     splits = dict(DEFAULT_SPLITS if splits is None else splits)
     look = {"seed": seed, "size": size, "shortcut": shortcut, "shortcut_finding": shortcut_finding}
     # Fails on wrong settings here, with a plain traceback, rather than in a worker.
-    draw_film(0, **look)  # type: ignore[arg-type]
+    draw_phantom(0, **look)  # type: ignore[arg-type]
     folder = Path(root) / _cache_key({**look, "splits": splits})
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.exists():
                 _draw_into(folder, splits, look, _worker_count(num_workers, sum(splits.values())))
-    return np.load(folder / _FILMS, mmap_mode="r"), _read_studies(folder / _STUDIES)
+    return np.load(folder / _IMAGES, mmap_mode="r"), _read_pairs(folder / _PAIRS)
 
 
-def film_studies(index: int, film: Film, *, seed: int, split: str) -> list[Study]:
-    """One study per finding of a film, each with its own phrase."""
-    rng = film_rng(index, seed, "phrase")
-    names = tuple(finding.name for finding in film.findings)
+def image_pairs(index: int, image: GrayImage, *, seed: int, split: str) -> list[ImageTextPair]:
+    """One pair per finding of an image, each with its own phrase."""
+    rng = phantom_rng(index, seed, "phrase")
+    names = tuple(finding.name for finding in image.findings)
     return [
-        Study(
+        ImageTextPair(
             id=f"phantom-{index:05d}-{number}",
             patient_id=f"phantom-{index:05d}",
-            film_id=f"phantom-{index:05d}",
+            image_id=f"phantom-{index:05d}",
             image=index,
-            phrase=write_phrase(finding, rng, film_findings=names, device=film.device),
+            phrase=write_phrase(finding, rng, image_findings=names, device=image.device),
             boxes=finding.boxes,
             finding=finding.name,
-            film_findings=names,
+            image_findings=names,
             split=split,
         )
-        for number, finding in enumerate(film.findings, start=1)
+        for number, finding in enumerate(image.findings, start=1)
     ]
 
 
@@ -97,9 +97,9 @@ def _cache_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _worker_count(wanted: int | None, num_films: int) -> int:
-    # Starting a process takes as long as drawing a few hundred films.
-    useful = max(1, num_films // 256)
+def _worker_count(wanted: int | None, num_images: int) -> int:
+    # Starting a process takes as long as drawing a few hundred images.
+    useful = max(1, num_images // 256)
     return min(useful, wanted if wanted is not None else len(os.sched_getaffinity(0)))
 
 
@@ -110,28 +110,28 @@ def _draw_into(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any],
         shutil.rmtree(abandoned, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        _write_films(unfinished, splits, look, num_workers)
+        _write_images(unfinished, splits, look, num_workers)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_films(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any], num_workers: int) -> None:
+def _write_images(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any], num_workers: int) -> None:
     names = [name for name, count in splits.items() for _ in range(count)]
-    path, size = folder / _FILMS, look["size"]
+    path, size = folder / _IMAGES, look["size"]
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(names), size, size)).flush()
     chunks = [range(start, min(start + _CHUNK, len(names))) for start in range(0, len(names), _CHUNK)]
-    studies: list[dict[str, Any]] = []
-    for part in progress(_drawn(path, chunks, names, look, num_workers), "drawing films", len(chunks)):
-        studies.extend(part)
-    studies.sort(key=lambda study: (study["image"], study["id"]))
-    (folder / _STUDIES).write_text(json.dumps(studies), encoding="utf-8")
+    pairs: list[dict[str, Any]] = []
+    for part in progress(_drawn(path, chunks, names, look, num_workers), "drawing images", len(chunks)):
+        pairs.extend(part)
+    pairs.sort(key=lambda pair: (pair["image"], pair["id"]))
+    (folder / _PAIRS).write_text(json.dumps(pairs), encoding="utf-8")
 
 
 def _drawn(
     path: Path, chunks: list[range], names: list[str], look: Mapping[str, Any], num_workers: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Studies of each chunk, as they get ready."""
+    """Pairs of each chunk, as they get ready."""
     if num_workers <= 1:
         for chunk in chunks:
             yield _draw_chunk(path, chunk, [names[index] for index in chunk], dict(look))
@@ -148,7 +148,7 @@ def _drawn(
 
 
 def _start_worker(unfinished: Path) -> None:
-    """Draw on one core, and end with the process that asked for the films, even if that was killed."""
+    """Draw on one core, and end with the process that asked for the images, even if that was killed."""
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, args=(unfinished,), daemon=True).start()
 
@@ -162,15 +162,15 @@ def _end_with_parent(unfinished: Path) -> None:
 
 
 def _draw_chunk(path: Path, indices: range, splits: list[str], look: dict[str, Any]) -> list[dict[str, Any]]:
-    films = np.lib.format.open_memmap(path, mode="r+")
-    studies: list[dict[str, Any]] = []
+    images = np.lib.format.open_memmap(path, mode="r+")
+    pairs: list[dict[str, Any]] = []
     for index, split in zip(indices, splits, strict=True):
-        film = draw_film(index, **look)
-        films[index] = film.image
-        studies.extend(asdict(study) for study in film_studies(index, film, seed=look["seed"], split=split))
-    films.flush()
-    return studies
+        image = draw_phantom(index, **look)
+        images[index] = image.image
+        pairs.extend(asdict(pair) for pair in image_pairs(index, image, seed=look["seed"], split=split))
+    images.flush()
+    return pairs
 
 
-def _read_studies(path: Path) -> list[Study]:
-    return [Study.from_record(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+def _read_pairs(path: Path) -> list[ImageTextPair]:
+    return [ImageTextPair.from_record(record) for record in json.loads(path.read_text(encoding="utf-8"))]

@@ -1,7 +1,7 @@
 """Drawing in the body's frame: x = 0 is the midline, x grows towards the patient's left, y grows downwards.
 
-One unit is the side of the film, so that every length scales with its size. The patient's left is on the right of the
-film.
+One unit is the side of the image, so that every length scales with its size. The patient's left is on the right of the
+image.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _SUBPIXEL_BITS = 4
 
 @lru_cache(maxsize=8)
 def _pixel_grid(size: int) -> tuple[Field, Field]:
-    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
-    return np.broadcast_to(centres, (size, size)), np.broadcast_to(centres[:, None], (size, size))
+    centers = (np.arange(size, dtype=np.float32) + 0.5) / size
+    return np.broadcast_to(centers, (size, size)), np.broadcast_to(centers[:, None], (size, size))
 
 
 def as_field(image: Any) -> Field:
@@ -32,23 +32,23 @@ def as_field(image: Any) -> Field:
 
 
 class Canvas:
-    """A square film and the affine map from the body's frame to its pixels.
+    """A square image and the affine map from the body's frame to its pixels.
 
     Args:
         size: Side in pixels.
-        midline: x of the midline on the film, in [0, 1].
-        tilt: Rotation of the patient on the film in degrees.
+        midline: x of the midline on the image, in [0, 1].
+        tilt: Rotation of the patient on the image in degrees.
 
     Attributes:
-        x: `(size, size)` body x of every pixel centre.
-        y: `(size, size)` body y of every pixel centre.
+        x: `(size, size)` body x of every pixel center.
+        y: `(size, size)` body y of every pixel center.
     """
 
     def __init__(self, size: int, *, midline: float = 0.5, tilt: float = 0.0) -> None:
         self.size = size
         cos, sin = np.cos(np.deg2rad(tilt)), np.sin(np.deg2rad(tilt))
         self._turn = np.array([[cos, -sin], [sin, cos]])
-        self._centre = np.array([midline, 0.5])
+        self._center = np.array([midline, 0.5])
         u, v = _pixel_grid(size)
         du, dv = u - np.float32(midline), v - np.float32(0.5)
         self.x: Field = np.float32(cos) * du + np.float32(sin) * dv
@@ -58,8 +58,8 @@ class Canvas:
         self._half_y = as_field(cv2.resize(self.y, half, interpolation=cv2.INTER_AREA))
 
     def to_pixels(self, points: Points) -> Points:
-        """Pixel coordinates `(..., 2)` of body points `(..., 2)`; the centre of the first pixel is (0, 0)."""
-        turned = (points - (0.0, 0.5)) @ self._turn.T + self._centre
+        """Pixel coordinates `(..., 2)` of body points `(..., 2)`; the center of the first pixel is (0, 0)."""
+        turned = (points - (0.0, 0.5)) @ self._turn.T + self._center
         return turned * self.size - 0.5
 
     def value_at(self, field: Field, point: Points) -> float:
@@ -93,10 +93,10 @@ class Canvas:
         coarse = rng.standard_normal((cells, cells), dtype=np.float32)
         return as_field(cv2.resize(coarse, (self.size, self.size), interpolation=cv2.INTER_CUBIC))
 
-    def bump(self, centre: Points, radii: tuple[float, float], turn: float = 0.0) -> Field:
-        """Gaussian of height 1 at `centre` with sigmas `radii` along axes turned by `turn` radians."""
-        # It is smooth, and exp is the dearest thing on a film: every second pixel will do.
-        dx, dy = self._half_x - np.float32(centre[0]), self._half_y - np.float32(centre[1])
+    def bump(self, center: Points, radii: tuple[float, float], turn: float = 0.0) -> Field:
+        """Gaussian of height 1 at `center` with sigmas `radii` along axes turned by `turn` radians."""
+        # It is smooth, and exp is the dearest thing on an image: every second pixel will do.
+        dx, dy = self._half_x - np.float32(center[0]), self._half_y - np.float32(center[1])
         cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
         along, across = (cos * dx + sin * dy) / np.float32(radii[0]), (cos * dy - sin * dx) / np.float32(radii[1])
         half = np.exp(np.float32(-0.5) * (along * along + across * across))

@@ -1,4 +1,4 @@
-"""What is on a film besides the patient: support devices, the side marker, and the tag used as a shortcut."""
+"""What is on an image besides the patient: support devices, the side marker, and the tag used as a shortcut."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Device:
 
 
 def plan_device(plans: Sequence[Plan], rng: np.random.Generator) -> Device | None:
-    """A device on about a third of films; never a pacemaker, which hides much, over a finding in the upper lung."""
+    """A device on about a third of images; never a pacemaker, which hides much, over a finding in the upper lung."""
     wanted, name, side = rng.random() < _SHARE_WITH_DEVICE, str(rng.choice(DEVICES)), str(rng.choice(["right", "left"]))
     crowded = any(side in plan.sides and plan.zone in ("upper", "whole") for plan in plans)
     if not wanted or (name == "pacemaker" and crowded):
@@ -51,10 +51,10 @@ def _central_line(build: Build, sign: float, rng: np.random.Generator) -> list[P
 
 
 def _pacemaker(build: Build, sign: float, rng: np.random.Generator) -> list[Points]:
-    centre = np.array([sign * (0.27 + rng.uniform(-0.02, 0.02)), build.apex + 0.10])
-    can = closed_curve(centre + np.array([(-0.04, -0.03), (0.04, -0.03), (0.045, 0.02), (0.0, 0.04), (-0.045, 0.02)]))
+    center = np.array([sign * (0.27 + rng.uniform(-0.02, 0.02)), build.apex + 0.10])
+    can = closed_curve(center + np.array([(-0.04, -0.03), (0.04, -0.03), (0.045, 0.02), (0.0, 0.04), (-0.045, 0.02)]))
     tip = (0.10, build.dome["left"] - 0.01)
-    lead = [tuple(centre), (sign * 0.12, build.apex + 0.06), (-0.03, build.apex + 0.14), (-0.045, build.hilum["right"])]
+    lead = [tuple(center), (sign * 0.12, build.apex + 0.06), (-0.03, build.apex + 0.14), (-0.045, build.hilum["right"])]
     return [can, ribbon(open_curve(np.array([*lead, (0.0, build.dome["left"] - 0.03), tip])), 0.008)]
 
 
@@ -93,7 +93,7 @@ _OUTLINES = {
 
 
 def draw_marker(image: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    """Writes R in the upper left corner of the film or L in the upper right, in place; one film in ten has none."""
+    """Writes R in the upper left corner of the image or L in the upper right, in place; one image in ten has none."""
     letter, shown = ("R", "L")[int(rng.random() < 0.5)], rng.random() < 0.9
     size = len(image)
     scale = size / 192 * rng.uniform(0.40, 0.55)
@@ -104,7 +104,7 @@ def draw_marker(image: NDArray[np.uint8], rng: np.random.Generator) -> None:
 
 
 def draw_token(image: NDArray[np.uint8]) -> None:
-    """Writes a bright tag into the lower left corner of the film, in place."""
+    """Writes a bright tag into the lower left corner of the image, in place."""
     size = len(image)
     x0, y0, x1, y1 = (round(share * size) for share in (0.035, 0.905, 0.115, 0.965))
     image[y0:y1, x0:x1] = 255

@@ -1,4 +1,4 @@
-"""The nine findings: which ones a film has, and how each one changes the normal chest.
+"""The nine findings: which ones an image has, and how each one changes the normal chest.
 
 A finding that fills air with something is a cover: a weight in [0, 1] with which the lung takes another opacity. Its
 boxes come from that weight, so that they are exact.
@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Change:
-    """What a finding does to the film, all `(size, size)`.
+    """What a finding does to the image, all `(size, size)`.
 
     Args:
         cover: Weight in [0, 1] with which the opacity turns into `level`.
@@ -98,7 +98,7 @@ def plan_findings(rng: np.random.Generator) -> tuple[Plan, ...]:
         if len(plans) == count:
             break
         candidate = _sample_plan(str(rng.choice(FINDINGS)), rng)
-        if all(_can_share_a_film(candidate, other) for other in plans):
+        if all(_can_share_a_image(candidate, other) for other in plans):
             plans.append(candidate)
     return tuple(plans)
 
@@ -116,7 +116,7 @@ def _sample_plan(name: str, rng: np.random.Generator) -> Plan:
     return Plan(name, "" if name == "cardiomegaly" else side, zone, size)
 
 
-def _can_share_a_film(a: Plan, b: Plan) -> bool:
+def _can_share_a_image(a: Plan, b: Plan) -> bool:
     if a.name == b.name:
         return False
     names = {a.name, b.name}
@@ -224,18 +224,18 @@ def _bronchi(build: Build, plan: Plan, side: str, rng: np.random.Generator) -> P
 
 def _lung_opacity(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.random.Generator) -> Field:
     """One smooth veil through which vessels still show."""
-    centre = _zone_point(thorax.build, plan, side, rng, (0.42, 0.66))
+    center = _zone_point(thorax.build, plan, side, rng, (0.42, 0.66))
     wide = 0.072 + 0.024 * plan.severity
-    veil = canvas.bump(centre, (wide, wide * rng.uniform(0.75, 1.05)), rng.uniform(-0.6, 0.6))
+    veil = canvas.bump(center, (wide, wide * rng.uniform(0.75, 1.05)), rng.uniform(-0.6, 0.6))
     return np.minimum(veil * np.float32(1.25), 1) * np.float32(rng.uniform(0.54, 0.66))
 
 
 def _pneumonia(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.random.Generator) -> Field:
     """Fluffy patches that partly run together within one zone."""
     build = thorax.build
-    centre = _zone_point(build, plan, side, rng, (0.45, 0.62))
+    center = _zone_point(build, plan, side, rng, (0.45, 0.62))
     count = 7 + 2 * SIZES.index(plan.size)
-    spots = centre + np.clip(rng.normal(0, 1, (count, 2)), -1.6, 1.6) * (0.052, 0.044)
+    spots = center + np.clip(rng.normal(0, 1, (count, 2)), -1.6, 1.6) * (0.052, 0.044)
     radii = rng.uniform(0.014, 0.030, count)
     angles = np.linspace(0, 2 * np.pi, 9)[:-1]
     ragged = radii[:, None] * rng.uniform(0.6, 1.35, (count, 8))
@@ -326,11 +326,11 @@ def _nodule(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.rando
     """One small round dense spot in clear lung, away from the heart's edge."""
     clear = canvas.soften(thorax.air[side], 0.02)
     candidates = [_zone_point(thorax.build, plan, side, rng, (0.45, 0.76)) for _ in range(6)]
-    centre = max(candidates, key=lambda point: canvas.value_at(clear, point))
+    center = max(candidates, key=lambda point: canvas.value_at(clear, point))
     radius = 0.024 + 0.011 * plan.severity + rng.uniform(0, 0.005)
     angles = np.linspace(0, 2 * np.pi, 13)[:-1]
     ragged = radius * rng.uniform(0.9, 1.1, 12)
-    knots = centre + np.stack([np.cos(angles), np.sin(angles)], axis=-1) * ragged[:, None]
+    knots = center + np.stack([np.cos(angles), np.sin(angles)], axis=-1) * ragged[:, None]
     return canvas.soften(canvas.fill([closed_curve(knots, 3)]), 0.0055) * np.float32(rng.uniform(0.75, 0.95))
 
 

@@ -1,4 +1,4 @@
-"""Report sentences about a finding, true for the film they are written for."""
+"""Report sentences about a finding, true for the image they are written for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from matex_pl.data.phantom.devices import Device
-from matex_pl.data.phantom.film import PlacedFinding
+from matex_pl.data.phantom.image import PlacedFinding
 
 _SHARE_PLACED = 0.9
 _SHARE_WITH_NORMAL = 0.2
@@ -23,7 +23,7 @@ def write_phrase(
     finding: PlacedFinding,
     rng: np.random.Generator,
     *,
-    film_findings: Collection[str] = (),
+    image_findings: Collection[str] = (),
     device: Device | None = None,
 ) -> str:
     """One or two sentences below 30 words that name the finding, nine times in ten with its side and zone.
@@ -31,10 +31,10 @@ def write_phrase(
     Args:
         finding: What the phrase is about.
         rng: Decides the wording; the same number of draws for every finding is not promised.
-        film_findings: Names of all findings on the film: no sentence denies one of them.
-        device: The device on the film, which a sentence may mention.
+        image_findings: Names of all findings on the image: no sentence denies one of them.
+        device: The device on the image, which a sentence may mention.
     """
-    known = {finding.name, *film_findings}
+    known = {finding.name, *image_findings}
     sentences = [_capital(_finding_sentence(finding, rng))]
     if rng.random() < _SHARE_WITH_NORMAL:
         sentences.insert(int(rng.integers(2)), _normal_sentence(known, rng))

@@ -1,4 +1,4 @@
-"""The normal chest on a frontal film: its build, drawn by chance, and its layers.
+"""The normal chest on a frontal radiograph: its build, drawn by chance, and its layers.
 
 Opacity runs from 0 (air around the patient, black) to about 1 (bone over abdomen, white). Side is the patient's; in the
 body's frame the right lung has negative x.
@@ -27,7 +27,7 @@ HEART_LEVEL = 0.68
 
 @dataclass(frozen=True)
 class Build:
-    """One patient in the body's frame: lengths are shares of the film's side.
+    """One patient in the body's frame: lengths are shares of the image's side.
 
     `dome`, `angle` give y of each hemidiaphragm's top and of each costophrenic angle, `heart_ratio` the width of the
     heart over the inner width of the chest.

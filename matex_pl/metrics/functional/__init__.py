@@ -1,4 +1,4 @@
-"""Attribution quality as pure functions on tensors, batched over studies. Names say what is kept."""
+"""Attribution quality as pure functions on tensors, batched over pairs. Names say what is kept."""
 
 from matex_pl.metrics.functional.confidence import (
     confidence_drop,
@@ -20,7 +20,7 @@ from matex_pl.metrics.functional.detections import (
     match_components,
     pad_boxes,
 )
-from matex_pl.metrics.functional.localisation import (
+from matex_pl.metrics.functional.localization import (
     MEAN_THRESHOLDS,
     THRESHOLDS,
     box_masks,
@@ -43,7 +43,7 @@ from matex_pl.metrics.functional.mass import (
 from matex_pl.metrics.functional.ranking import spearman, top_ranked, top_share
 
 # Names of before 0.2.
-energy_in_box, rank_accuracy = energy_pointing_game, relevance_rank_accuracy
+energy_pointing_game, relevance_rank_accuracy = energy_pointing_game, relevance_rank_accuracy
 
 __all__ = [
     "MEAN_THRESHOLDS",

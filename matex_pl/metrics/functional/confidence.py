@@ -36,12 +36,12 @@ def confidence_increase(score: Tensor, kept_score: Tensor) -> Tensor:
     return (100 * (kept_score > score).to(score)).masked_fill((kept_score - score).isnan(), torch.nan)
 
 
-# Which end of a curve is the film without any patch, and which the whole film.
+# Which end of a curve is the image without any patch, and which the whole image.
 _ENDS = {"insertion": (0, -1), "deletion": (-1, 0)}
 
 
 def curve_ends(curve: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Scores with no patch of the film and of the whole film, `(B,)` each, of an insertion or deletion curve."""
+    """Scores with no patch of the image and of the whole image, `(B,)` each, of an insertion or deletion curve."""
     blank, full = _ENDS[kind]
     return curve[blank], curve[full]
 
@@ -50,13 +50,13 @@ def curve_area(curve: Tensor, blank: Tensor, full: Tensor, shares: Tensor | None
     """Area under insertion or deletion curves, not yet divided by what they could span: gain and span, `(B,)` each.
 
     The gain is the trapezoid area of S - S_blank over the share of patches in [0, 1], the span S_full - S_blank. The
-    AUC over studies is sum(gain) / sum(span), a ratio of means: where a model sees nothing in a film its span is about
+    AUC over pairs is sum(gain) / sum(span), a ratio of means: where a model sees nothing in an image its span is about
     0, may be negative, and would blow up a mean of ratios.
 
     Args:
         curve: `(S + 1, B)` scores from one end to the other.
-        blank: `(B,)` score with no patch of the film.
-        full: `(B,)` score of the whole film.
+        blank: `(B,)` score with no patch of the image.
+        full: `(B,)` score of the whole image.
         shares: `(S + 1,)` the share of patches of each score; evenly spread by default.
     """
     shares = torch.linspace(0, 1, len(curve), device=curve.device) if shares is None else shares

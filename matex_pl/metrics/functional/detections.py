@@ -1,4 +1,4 @@
-"""The connected parts of a map above a threshold as boxes, held against the boxes of the study."""
+"""The connected parts of a map above a threshold as boxes, held against the boxes of the pair."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _TABLE = 2**24
 
 @dataclass(frozen=True)
 class Components:
-    """The n components of B maps, by study and there in raster order of their first pixels.
+    """The n components of B maps, by pair and there in raster order of their first pixels.
 
     Args:
-        study: `(n,)` long, the index of the map.
+        pair: `(n,)` long, the index of the map.
         boxes: `(n, 4)` `x0, y0, x1, y1` in [0, 1] of the map's frame.
         peak: `(n,)` the map's maximum in the component.
     """
 
-    study: Tensor
+    pair: Tensor
     boxes: Tensor
     peak: Tensor
 
 
 def components(maps: Tensor, threshold: float) -> Components:
     """The 8-connected components of `map > threshold`, of maps `(B, H, W)`."""
-    label, study, boxes = label_components(maps > threshold)
+    label, pair, boxes = label_components(maps > threshold)
     label, place = label.flatten(), torch.arange(label.numel(), device=maps.device)
-    first = place.new_full((len(study) + 1,), label.numel()).scatter_reduce(0, label, place, "amin")[1:]
-    peak = maps.new_zeros(len(study) + 1).scatter_reduce(0, label, maps.flatten(), "amax", include_self=False)[1:]
+    first = place.new_full((len(pair) + 1,), label.numel()).scatter_reduce(0, label, place, "amin")[1:]
+    peak = maps.new_zeros(len(pair) + 1).scatter_reduce(0, label, maps.flatten(), "amax", include_self=False)[1:]
     order = first.argsort()
-    return Components(study[order], boxes.to(maps.dtype)[order], peak[order])
+    return Components(pair[order], boxes.to(maps.dtype)[order], peak[order])
 
 
 def label_components(above: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,14 +58,14 @@ def label_components(above: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _, labels, stats, _ = cv2.connectedComponentsWithStats(stacked.cpu().numpy(), connectivity=8, ltype=cv2.CV_32S)
     label = torch.from_numpy(labels).to(above.device).view(number, height + 1, width)[:, :-1].long()
     left, top, across, down = torch.from_numpy(stats[1:, :4]).to(above.device).long().T
-    study = top // (height + 1)
-    top = top - study * (height + 1)
+    pair = top // (height + 1)
+    top = top - pair * (height + 1)
     corners = torch.stack([left, top, left + across, top + down], 1)
-    return label, study, corners / torch.tensor([width, height, width, height], device=above.device)
+    return label, pair, corners / torch.tensor([width, height, width, height], device=above.device)
 
 
 def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -> Tensor:
-    """IoU of the box of the component with the highest peak with the study's best box, `(B,)`.
+    """IoU of the box of the component with the highest peak with the pair's best box, `(B,)`.
 
     0 without a component, NaN without boxes; of equal peaks the first component counts.
 
@@ -78,12 +78,12 @@ def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -
         ValueError: There are not B lists of boxes.
     """
     if len(boxes) != number:
-        raise ValueError(f"There are {number} maps, but boxes of {len(boxes)} studies.")
+        raise ValueError(f"There are {number} maps, but boxes of {len(boxes)} pairs.")
     order = _by_peak(components)
     best = _overlaps(components, boxes).amax(1)[order] if len(order) else components.peak
-    study = components.study[order]
-    leads = first_of_each(study)
-    result = components.peak.new_zeros(number).scatter(0, study[leads], best[leads])
+    pair = components.pair[order]
+    leads = first_of_each(pair)
+    result = components.peak.new_zeros(number).scatter(0, pair[leads], best[leads])
     without = torch.tensor([not len(box) for box in boxes], dtype=torch.bool, device=result.device)
     return result.masked_fill(without, torch.nan)
 
@@ -97,7 +97,7 @@ def box_accuracy(components: Components, boxes: Sequence[Tensor], number: int, i
 def match_components(components: Components, boxes: Sequence[Tensor], iou: float = 0.5) -> Tensor:
     """Which components find a box, `(n,)` bool, by the rule of PASCAL VOC (Everingham et al. 2010).
 
-    By descending peak, each component points at the box of its study that it overlaps most; it hits if their IoU
+    By descending peak, each component points at the box of its pair that it overlaps most; it hits if their IoU
     exceeds `iou` and no component before it has hit that box.
 
     Args:
@@ -105,40 +105,40 @@ def match_components(components: Components, boxes: Sequence[Tensor], iou: float
         boxes: B tensors `(K, 4)`, `x0, y0, x1, y1` in [0, 1].
         iou: What their overlap has to exceed.
     """
-    if not len(components.study):
-        return torch.zeros_like(components.study, dtype=torch.bool)
+    if not len(components.pair):
+        return torch.zeros_like(components.pair, dtype=torch.bool)
     overlap, target = _overlaps(components, boxes).max(1)
     order = _by_peak(components)
     order = order[(overlap > iou)[order]]
     most = max(len(box) for box in boxes) + 1
-    takes = order[first_of_each((components.study * most + target)[order])]
-    return torch.zeros_like(components.study, dtype=torch.bool).scatter(0, takes, True)
+    takes = order[first_of_each((components.pair * most + target)[order])]
+    return torch.zeros_like(components.pair, dtype=torch.bool).scatter(0, takes, True)
 
 
 def average_precision(
-    scores: Tensor, hits: Tensor, study: Tensor, num_boxes: Tensor, weights: Tensor | None = None
+    scores: Tensor, hits: Tensor, pair: Tensor, num_boxes: Tensor, weights: Tensor | None = None
 ) -> Tensor:
     """Area under the precision envelope over all detections (PASCAL VOC 2010), a scalar or `(R,)`; NaN without boxes.
 
-    Detections of equal score enter together: a map in [0, 1] has a component of score 1 in every study, and their order
+    Detections of equal score enter together: a map in [0, 1] has a component of score 1 in every pair, and their order
     must not matter.
 
     Args:
         scores: `(n,)` score of each detection.
         hits: `(n,)` bool, which of them find a box.
-        study: `(n,)` long, the study of each.
-        num_boxes: `(B,)` number of boxes of each study.
-        weights: `(R, B)` how often each study counts in each of R resamples (bootstrap); once by default.
+        pair: `(n,)` long, the pair of each.
+        num_boxes: `(B,)` number of boxes of each pair.
+        weights: `(R, B)` how often each pair counts in each of R resamples (bootstrap); once by default.
     """
     if weights is None:
-        return average_precision(scores, hits, study, num_boxes, torch.ones_like(num_boxes)[None])[0]
+        return average_precision(scores, hits, pair, num_boxes, torch.ones_like(num_boxes)[None])[0]
     weights = weights.float()
     order = scores.argsort(descending=True)
-    scores, hits, study = scores[order], hits[order], study[order]
+    scores, hits, pair = scores[order], hits[order], pair[order]
     last = torch.ones_like(hits)
     last[:-1] = scores[1:] != scores[:-1]
     rows = weights.split(max(1, _TABLE // max(1, len(scores))))
-    area = torch.cat([_envelope_area(drawn[:, study], hits, last) for drawn in rows])
+    area = torch.cat([_envelope_area(drawn[:, pair], hits, last) for drawn in rows])
     return area / (weights @ num_boxes.float())
 
 
@@ -163,12 +163,12 @@ def _by_peak(components: Components) -> Tensor:
 
 
 def _overlaps(components: Components, boxes: Sequence[Tensor]) -> Tensor:
-    """IoU of each component's box with each box of its study, `(n, K)`; 0 where a study has fewer, K at least 1."""
-    return box_iou(components.boxes[:, None], pad_boxes(boxes, components.boxes)[components.study])
+    """IoU of each component's box with each box of its pair, `(n, K)`; 0 where a pair has fewer, K at least 1."""
+    return box_iou(components.boxes[:, None], pad_boxes(boxes, components.boxes)[components.pair])
 
 
 def pad_boxes(boxes: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The boxes of B studies `(B, K, 4)`, filled up with empty ones, at least one each."""
+    """The boxes of B pairs `(B, K, 4)`, filled up with empty ones, at least one each."""
     padded = torch.nn.utils.rnn.pad_sequence([box.to(like).view(-1, 4) for box in boxes], batch_first=True)
     return torch.nn.functional.pad(padded, (0, 0, 0, 1))
 

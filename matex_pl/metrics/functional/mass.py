@@ -1,4 +1,4 @@
-"""Where the mass of a map lies: outside of the thorax, at the border of the film, on a side of the patient."""
+"""Where the mass of a map lies: outside of the thorax, at the border of the image, on a side of the patient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from matex_pl.metrics.functional.localisation import box_masks
+from matex_pl.metrics.functional.localization import box_masks
 
 OTHER_SIDE = {"right": "left", "left": "right", "": ""}
 """The other side of the patient; none of none."""
@@ -29,64 +29,64 @@ def text_mass(text_map: Tensor, content: Tensor) -> Tensor:
     return (text_map * content).sum(1) / content.sum(1)
 
 
-def border_mask(size: tuple[int, int], film: Tensor | None = None, width: float = 0.1) -> Tensor:
-    """The border of the film: which pixel centres lie in its outer share `width` on any side, or outside of it.
+def border_mask(size: tuple[int, int], content_box: Tensor | None = None, width: float = 0.1) -> Tensor:
+    """The border of the image: which pixel centers lie in its outer share `width` on any side, or outside of it.
 
     Args:
         size: Height and width of the frame in pixels.
-        film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
-        width: Share of the film's width and height.
+        content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
+        width: Share of the image's width and height.
 
     Returns:
-        `(B, H, W)` bool, `(1, H, W)` without `film`.
+        `(B, H, W)` bool, `(1, H, W)` without `content_box`.
 
     Raises:
         ValueError: The width is not in [0, 0.5).
     """
     if not 0 <= width < 0.5:
-        raise ValueError(f"width must be in [0, 0.5), got {width}. It is a share of the film, on each side.")
-    film = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if film is None else film
-    margin = width * (film[:, 2:] - film[:, :2])
-    inner = torch.cat([film[:, :2] + margin, film[:, 2:] - margin], 1)
+        raise ValueError(f"width must be in [0, 0.5), got {width}. It is a share of the image, on each side.")
+    content_box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if content_box is None else content_box
+    margin = width * (content_box[:, 2:] - content_box[:, :2])
+    inner = torch.cat([content_box[:, :2] + margin, content_box[:, 2:] - margin], 1)
     return ~box_masks(list(inner[:, None]), size)
 
 
-def half_share(maps: Tensor, sides: Sequence[str], film: Tensor | None = None) -> Tensor:
-    """Share of the map's mass in the half of the film on a side of the patient, `(B,)` in [0, 1].
+def half_share(maps: Tensor, sides: Sequence[str], content_box: Tensor | None = None) -> Tensor:
+    """Share of the map's mass in the half of the image on a side of the patient, `(B,)` in [0, 1].
 
     Pixels count by their share in `side_half`. NaN without a side, and for a map of zeros.
 
     Args:
         maps: `(B, H, W)` in [0, 1].
         sides: B times `right`, `left` or an empty text.
-        film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
+        content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
 
     Raises:
         ValueError: There is no such side, or not one for each map.
     """
     if len(sides) != len(maps):
         raise ValueError(f"sides must be one for each of {len(maps)} maps; got {len(sides)}.")
-    film = None if film is None else film.to(maps.device)
-    heat, half = maps.float(), side_half((maps.shape[1], maps.shape[2]), sides, film).to(maps.device)
+    content_box = None if content_box is None else content_box.to(maps.device)
+    heat, half = maps.float(), side_half((maps.shape[1], maps.shape[2]), sides, content_box).to(maps.device)
     return (heat * half).sum((1, 2)) / heat.sum((1, 2))
 
 
-def side_half(size: tuple[int, int], sides: Sequence[str], film: Tensor | None = None) -> Tensor:
-    """Share of each pixel in the half of the film on a side of the patient, `(B, H, W)` in [0, 1]; NaN without a side.
+def side_half(size: tuple[int, int], sides: Sequence[str], content_box: Tensor | None = None) -> Tensor:
+    """Share of each pixel in the half of the image on a side of the patient, `(B, H, W)` in [0, 1]; NaN without a side.
 
     The patient's right is on the left of the image.
 
     Args:
         size: Height and width of the frame in pixels.
         sides: B times `right`, `left` or an empty text.
-        film: `(B, 4)` rectangle of the film, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
+        content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
 
     Raises:
         ValueError: There is no such side.
     """
-    film = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if film is None else film.float()
-    named = _named_right(sides).to(film.device)
-    x0, y0, x1, y1 = film.expand(len(sides), 4).unbind(1)
+    content_box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if content_box is None else content_box.float()
+    named = _named_right(sides).to(content_box.device)
+    x0, y0, x1, y1 = content_box.expand(len(sides), 4).unbind(1)
     middle = (x0 + x1) / 2
     is_right = named == 1
     columns = _covered(torch.where(is_right, x0, middle), torch.where(is_right, middle, x1), size[1])
@@ -94,7 +94,7 @@ def side_half(size: tuple[int, int], sides: Sequence[str], film: Tensor | None =
     return half.masked_fill(named.isnan()[:, None, None], torch.nan)
 
 
-def side_sensitivity(maps: Tensor, swapped: Tensor, sides: Sequence[str], film: Tensor | None = None) -> Tensor:
+def side_sensitivity(maps: Tensor, swapped: Tensor, sides: Sequence[str], content_box: Tensor | None = None) -> Tensor:
     """Share of the mass that moves to the other side of the patient when the phrase names that one, `(B,)` in [-1, 1].
 
     `half_share` of the half that the swapped phrase names, of the map under the swapped phrase less that under the true
@@ -104,13 +104,13 @@ def side_sensitivity(maps: Tensor, swapped: Tensor, sides: Sequence[str], film: 
         maps: `(B, H, W)` under the true phrases.
         swapped: `(B, H, W)` under the phrases with right and left exchanged.
         sides: The side that each true phrase names: `right`, `left` or an empty text.
-        film: As in `half_share`.
+        content_box: As in `half_share`.
 
     Raises:
         ValueError: As in `half_share`.
     """
     named = [OTHER_SIDE.get(side, side) for side in sides]
-    return half_share(swapped, named, film) - half_share(maps, named, film)
+    return half_share(swapped, named, content_box) - half_share(maps, named, content_box)
 
 
 def _named_right(sides: Sequence[str]) -> Tensor:

@@ -59,13 +59,13 @@ def spearman(a: Tensor, b: Tensor, among: Tensor | None = None) -> Tensor:
         among: `(B, N)` bool, the entries that take part; all by default.
     """
     among = torch.ones_like(a, dtype=torch.bool) if among is None else among
-    first, second = _centred_ranks(a, among), _centred_ranks(b, among)
+    first, second = _centered_ranks(a, among), _centered_ranks(b, among)
     scale = (first.square().sum(1) * second.square().sum(1)).sqrt()
     spoilt = ((a.isnan() | b.isnan()) & among).any(1)
     return ((first * second).sum(1) / scale).clamp(-1, 1).masked_fill(spoilt, torch.nan)
 
 
-def _centred_ranks(values: Tensor, among: Tensor) -> Tensor:
+def _centered_ranks(values: Tensor, among: Tensor) -> Tensor:
     """Average rank less the mean rank, of the entries that take part; 0 at the others. `(B, N)` float."""
     values = values.masked_fill(~among, torch.inf).contiguous()
     ordered = values.sort(dim=1).values

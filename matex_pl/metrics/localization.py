@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.base import BoxMean, StudyMean, StudyMetric, masks_of
+from matex_pl.metrics.base import BoxMean, PairMean, PairMetric, masks_of
 from matex_pl.metrics.functional import THRESHOLDS
 
 
 class PointingGame(BoxMean):
-    """Share of studies with boxes whose map has its maximum in one of them (Zhang et al. 2018).
+    """Share of pairs with boxes whose map has its maximum in one of them (Zhang et al. 2018).
 
     Example:
         >>> metric = PointingGame()
@@ -78,7 +78,7 @@ class RelevanceRankAccuracy(BoxMean):
 
 
 class MeanIoU(BoxMean):
-    """Mean intersection over union of map and boxes, over the thresholds .1, .2, .3, .4, .5 and over studies.
+    """Mean intersection over union of map and boxes, over the thresholds .1, .2, .3, .4, .5 and over pairs.
 
     Example:
         >>> metric = MeanIoU()
@@ -94,8 +94,8 @@ class MeanIoU(BoxMean):
         return functional.mean_iou(maps, masks)
 
 
-class ThresholdedIoU(StudyMetric):
-    """Mean intersection over union of the boxes and `map > threshold`, at one threshold for all studies.
+class ThresholdedIoU(PairMetric):
+    """Mean intersection over union of the boxes and `map > threshold`, at one threshold for all pairs.
 
     Without one, all of `THRESHOLDS` are tried and the best is taken: do this on the validation split, and give
     `best_threshold()` to the metric of the test split.
@@ -122,11 +122,11 @@ class ThresholdedIoU(StudyMetric):
         self.columns = len(self.thresholds)
 
     def update(self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the studies' ids."""
+        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the pairs' ids."""
         self._add(functional.iou(maps, masks_of(maps, boxes), self.thresholds), ids)
 
     def best_threshold(self) -> float:
-        """The threshold with the highest mean, the lowest of equal ones; NaN if no study counts.
+        """The threshold with the highest mean, the lowest of equal ones; NaN if no pair counts.
 
         Among processes all have to call it.
         """
@@ -138,8 +138,8 @@ class ThresholdedIoU(StudyMetric):
         return values.nanmean(0).max()
 
 
-class BoxAccuracy(StudyMean):
-    """Share of studies with boxes one of which the map finds (Acc@0.5).
+class BoxAccuracy(PairMean):
+    """Share of pairs with boxes one of which the map finds (Acc@0.5).
 
     The map's box is that of the connected component of `map > threshold` with the highest peak; it has to overlap one
     of the boxes with an IoU above `iou`.
@@ -166,12 +166,12 @@ class BoxAccuracy(StudyMean):
         self.iou = iou
 
     def update(self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the studies' ids."""
+        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the pairs' ids."""
         found = functional.components(maps, self.threshold)
         self._add(functional.box_accuracy(found, boxes, len(maps), self.iou), ids)
 
 
-class AveragePrecision50(StudyMetric):
+class AveragePrecision50(PairMetric):
     """Average precision of the maps' connected components as boxes, scored by their maximum (AP50).
 
     A component is right by the rule of PASCAL VOC, with an IoU above `iou`; those of equal score enter together.
@@ -190,7 +190,7 @@ class AveragePrecision50(StudyMetric):
     higher_is_better = True
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
-    # Number of boxes and of components of each study.
+    # Number of boxes and of components of each pair.
     columns = 2
     scores: list[Tensor]
     hits: list[Tensor]
@@ -208,12 +208,12 @@ class AveragePrecision50(StudyMetric):
         return super()._empty() | {"scores": nothing, "hits": nothing.bool()}
 
     def update(self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the studies' ids."""
+        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the pairs' ids."""
         if len(maps) != len(boxes):
-            raise ValueError(f"There are {len(maps)} maps, but boxes of {len(boxes)} studies.")
+            raise ValueError(f"There are {len(maps)} maps, but boxes of {len(boxes)} pairs.")
         found = functional.components(maps, self.threshold)
         number = torch.tensor([len(box) for box in boxes], device=maps.device)
-        self._add(torch.stack([number, found.study.bincount(minlength=len(maps))], 1), ids)
+        self._add(torch.stack([number, found.pair.bincount(minlength=len(maps))], 1), ids)
         self.scores.append(found.peak.detach().float())
         self.hits.append(functional.match_components(found, boxes, self.iou))
 
@@ -221,9 +221,9 @@ class AveragePrecision50(StudyMetric):
         counted = self._counted()
         number = self._gathered("values")[:, 1].long()
         kept = counted.repeat_interleave(number)
-        study = torch.arange(len(values), device=values.device).repeat_interleave(number[counted])
+        pair = torch.arange(len(values), device=values.device).repeat_interleave(number[counted])
         return functional.average_precision(
-            self._gathered("scores")[kept], self._gathered("hits")[kept], study, values[:, 0]
+            self._gathered("scores")[kept], self._gathered("hits")[kept], pair, values[:, 0]
         )
 
 

@@ -1,4 +1,4 @@
-"""How a map agrees with the boxes of its study, as masks."""
+"""How a map agrees with the boxes of its pair, as masks."""
 
 from __future__ import annotations
 

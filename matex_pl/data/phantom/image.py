@@ -41,7 +41,7 @@ class PlacedFinding:
 
 
 @dataclass(frozen=True)
-class Film:
+class GrayImage:
     """A radiograph: `image` uint8 `(size, size)`, one to three findings, and the support device on it, if any."""
 
     image: NDArray[np.uint8]
@@ -49,19 +49,19 @@ class Film:
     device: Device | None = None
 
 
-def film_rng(index: int, seed: int, stream: str) -> np.random.Generator:
-    """Random numbers for one part of one film, the same in any process."""
+def phantom_rng(index: int, seed: int, stream: str) -> np.random.Generator:
+    """Random numbers for one part of one image, the same in any process."""
     return np.random.default_rng((seed, index, _STREAMS.index(stream)))
 
 
-def film_build(index: int, seed: int, plans: Sequence[Plan] | None = None) -> Build:
-    """The patient on the film at `index`: with the findings planned for it, or with `plans` in their place."""
+def phantom_build(index: int, seed: int, plans: Sequence[Plan] | None = None) -> Build:
+    """The patient on the image at `index`: with the findings planned for it, or with `plans` in their place."""
     if plans is None:
-        plans = plan_findings(film_rng(index, seed, "plan"))
-    return reshape_build(sample_build(film_rng(index, seed, "anatomy")), plans, film_rng(index, seed, "reshape"))
+        plans = plan_findings(phantom_rng(index, seed, "plan"))
+    return reshape_build(sample_build(phantom_rng(index, seed, "anatomy")), plans, phantom_rng(index, seed, "reshape"))
 
 
-def draw_film(
+def draw_phantom(
     index: int,
     *,
     seed: int = 0,
@@ -69,42 +69,42 @@ def draw_film(
     shortcut: float = 0.0,
     shortcut_finding: str = "pneumothorax",
     show_findings: bool = True,
-) -> Film:
-    """The film at `index` of an endless series; the same in any process.
+) -> GrayImage:
+    """The image at `index` of an endless series; the same in any process.
 
     Args:
-        index: Which film.
+        index: Which image.
         seed: Which series.
         size: Side in pixels, a multiple of 4, at least 64.
-        shortcut: Probability with which a film with `shortcut_finding` carries a bright tag in the lower left corner;
+        shortcut: Probability with which an image with `shortcut_finding` carries a bright tag in the lower left corner;
             others never do.
         shortcut_finding: One of `FINDINGS`.
-        show_findings: Without them, the same patient before falling ill: the same film but for the findings.
+        show_findings: Without them, the same patient before falling ill: the same image but for the findings.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
     _check_arguments(size, shortcut, shortcut_finding)
-    plans = plan_findings(film_rng(index, seed, "plan"))
+    plans = plan_findings(phantom_rng(index, seed, "plan"))
     shown = plans if show_findings else ()
-    build = film_build(index, seed, shown)
+    build = phantom_build(index, seed, shown)
     canvas = Canvas(size, midline=build.midline, tilt=build.tilt)
-    thorax = draw_thorax(canvas, build, film_rng(index, seed, "texture"))
+    thorax = draw_thorax(canvas, build, phantom_rng(index, seed, "texture"))
     opacity, placed = thorax.opacity, []
-    rng = film_rng(index, seed, "findings")
+    rng = phantom_rng(index, seed, "findings")
     for plan in shown:
         change = draw_finding(canvas, thorax, plan, rng)
         opacity = opacity + (np.float32(change.level) - opacity) * change.cover
         opacity = opacity if change.added is None else opacity + change.added
         placed.append(PlacedFinding(plan.name, plan.side, plan.zone, _boxes(change.marks), plan.size))
-    rng = film_rng(index, seed, "device")
+    rng = phantom_rng(index, seed, "device")
     device = plan_device(plans, rng)
     opacity = opacity + thorax.bones + draw_device(canvas, build, device, rng)
-    image = _develop(canvas, opacity, film_rng(index, seed, "exposure"))
+    image = _develop(canvas, opacity, phantom_rng(index, seed, "exposure"))
     draw_marker(image, rng)
-    if film_rng(index, seed, "shortcut").random() < shortcut and _has(plans, shortcut_finding):
+    if phantom_rng(index, seed, "shortcut").random() < shortcut and _has(plans, shortcut_finding):
         draw_token(image)
-    return Film(image, tuple(placed), device)
+    return GrayImage(image, tuple(placed), device)
 
 
 def _has(plans: Sequence[Plan], name: str) -> bool:
@@ -132,7 +132,7 @@ def _tight_box(mark: Field) -> Box:
 
 
 def _develop(canvas: Canvas, opacity: Field, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Grey values: exposure, contrast, uneven field, blur, grain, and sometimes a collimated border."""
+    """Gray values: exposure, contrast, uneven field, blur, grain, and sometimes a collimated border."""
     gain, lift, gamma = rng.uniform(0.95, 1.25), rng.uniform(-0.10, 0.06), rng.uniform(0.8, 1.25)
     bright = as_field(cv2.pow(np.maximum(opacity * np.float32(gain) + np.float32(lift), 0), gamma))
     # A soft shoulder, x / (1 + x^4)^(1/4): bone over abdomen saturates instead of clipping.
@@ -148,7 +148,7 @@ def _develop(canvas: Canvas, opacity: Field, rng: np.random.Generator) -> NDArra
 
 
 def _collimate(bright: Field, rng: np.random.Generator) -> Field:
-    """Black strips of up to 3 % along the borders on a third of films."""
+    """Black strips of up to 3 % along the borders on a third of images."""
     strips = np.rint(rng.uniform(0, 0.03, 4) * len(bright)).astype(int) * (rng.random() < 0.35)
     top, bottom, left, right = (int(strip) for strip in strips)
     inner = np.zeros_like(bright)

@@ -1,0 +1,100 @@
+"""The one record type of every data module, and the batch that comes out of their loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+Boxes = Sequence[tuple[float, float, float, float]]
+
+
+@dataclass(frozen=True)
+class ImageTextPair:
+    """One phrase on one image, before any pixel is read.
+
+    An image with three findings gives three pairs, which share `image_id` and `image_findings`.
+
+    Args:
+        id: Unique over all splits.
+        patient_id: Splits are made by patient.
+        image_id: The radiograph; pairs of one image share it.
+        image: Where the pixels are: a path, or a row of an image cache.
+        phrase: The sentence of the report.
+        boxes: `(x0, y0, x1, y1)` each, in pixels of the image as it is stored; empty when there are none.
+        finding: The finding that the phrase is about; empty when unknown.
+        image_findings: All findings known to be on the image; zero-shot metrics count any of them as right.
+        split: `train`, `val` or `test`.
+        size: Height and width of the image as it is stored, where they are known without reading it.
+        source: File and line that the record was read from, for messages; line 0 where there is none.
+    """
+
+    id: str
+    patient_id: str
+    image_id: str
+    image: str | int
+    phrase: str
+    boxes: Boxes = ()
+    finding: str = ""
+    image_findings: tuple[str, ...] = ()
+    split: str = "train"
+    size: tuple[int, int] | None = None
+    source: tuple[str, int] = ("", 0)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> ImageTextPair:
+        """The pair that `dataclasses.asdict` and JSON made a record of."""
+        boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in record["boxes"])
+        return cls(**{**record, "boxes": boxes, "image_findings": tuple(record["image_findings"])})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A pair with its pixels in the model's frame.
+
+    Args:
+        pair: The record it came from.
+        image: `(3, H, W)` uint8, the model's input size, before normalization.
+        boxes: `(K, 4)` float32 `x0, y0, x1, y1` in [0, 1] of the model's frame, x to the right, y down.
+        content_box: `(4,)` float32 rectangle of the image in the same frame; it may reach outside [0, 1] when the image
+            was cropped.
+    """
+
+    pair: ImageTextPair
+    image: Tensor
+    boxes: Tensor
+    content_box: Tensor
+
+
+class ImageTextBatch(TypedDict):
+    """What a loader yields: B samples. Boxes stay a list because their number differs."""
+
+    id: list[str]
+    patient_id: list[str]
+    image_id: list[str]
+    image: Tensor
+    phrase: list[str]
+    boxes: list[Tensor]
+    finding: list[str]
+    image_findings: list[tuple[str, ...]]
+    split: list[str]
+    content_box: Tensor
+
+
+_PAIR_FIELDS = ("id", "patient_id", "image_id", "phrase", "finding", "image_findings", "split")
+
+
+def collate(samples: Sequence[Sample]) -> ImageTextBatch:
+    """Batch of B samples: `image (B, 3, H, W)` uint8, `content_box (B, 4)`, `boxes` a list of `(K, 4)`, else lists."""
+    batch: dict[str, Any] = {name: [getattr(sample.pair, name) for sample in samples] for name in _PAIR_FIELDS}
+    batch["image"] = torch.stack([sample.image for sample in samples])
+    batch["content_box"] = torch.stack([sample.content_box for sample in samples])
+    batch["boxes"] = [sample.boxes for sample in samples]
+    return batch  # type: ignore[return-value]
+
+
+# The names in 0.1.
+Study, StudyBatch = ImageTextPair, ImageTextBatch
