@@ -32,8 +32,8 @@ class Rise(TwoTowerMethod):
         masks: Number of masks (4000 for the smaller network of the paper).
         grid_size: Tower of the coarse grid.
         keep_probability: Probability in (0, 1) that a cell or a token is kept.
-        centered: Subtract the mean score over the masks from each score first: a cosine is far from 0 whatever is shown,
-            and with few masks that constant times their unevenness is most of the map.
+        centered: Subtract the mean score over the masks from each score first: a cosine is far from 0 whatever is
+            shown, and with few masks that constant times their unevenness is most of the map.
         fill: What stands in for removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         seed: Random seed of the masks.
         chunk_size: Most samples in one forward, or the batch where that is larger.
@@ -73,39 +73,39 @@ class Rise(TwoTowerMethod):
         """Refuse a model without the fill."""
         check_fill(self.fill, clip)
 
-    def trace(self, side: Tower) -> Trace:
+    def trace(self, tower: Tower) -> Trace:
         """One forward; the masks need the direction."""
-        if isinstance(side, ImageTower):
-            return side.encode(), partial(self._image, side)
-        assert isinstance(side, TextTower)
-        return side.encode(), partial(self._words, side)
+        if isinstance(tower, ImageTower):
+            return tower.encode(), partial(self._image, tower)
+        assert isinstance(tower, TextTower)
+        return tower.encode(), partial(self._words, tower)
 
-    def _image(self, side: ImageTower, direction: Tensor) -> Relevance:
-        fill = fill_images(self.fill, side.clip, side.inputs)
-        grids, shifts = (part.to(direction.device) for part in self.bank(side.clip.image_size))
-        size = max(1, self.chunk_size // len(side.inputs))
-        weighted = direction.new_zeros(len(direction), *side.clip.image_size)
+    def _image(self, tower: ImageTower, direction: Tensor) -> Relevance:
+        fill = fill_images(self.fill, tower.clip, tower.inputs)
+        grids, shifts = (part.to(direction.device) for part in self.bank(tower.clip.image_size))
+        size = max(1, self.chunk_size // len(tower.inputs))
+        weighted = direction.new_zeros(len(direction), *tower.clip.image_size)
         scores, kept = [], weighted.new_zeros(weighted.shape[1:])
         for rows in progress(list(zip(grids.split(size), shifts.split(size), strict=True)), "masks"):
-            masks = draw_masks(*rows, side.clip.image_size).to(direction)
-            scores.append(side.score_kept(masks, fill, direction))
+            masks = draw_masks(*rows, tower.clip.image_size).to(direction)
+            scores.append(tower.score_kept(masks, fill, direction))
             weighted += torch.einsum("sb,shw->bhw", scores[-1], masks)
             kept += masks.sum(0)
         if self.centered:
             score = torch.cat(scores)
             weighted -= score.mean(0)[:, None, None] * kept
             # What is left of scores that are all the same is rounding.
-            weighted *= differ(score, side.clip.std.dtype)[:, None, None]
+            weighted *= differ(score, tower.clip.std.dtype)[:, None, None]
         return Relevance(weighted / (self.masks * self.keep_probability))
 
-    def _words(self, side: TextTower, direction: Tensor) -> Relevance:
+    def _words(self, tower: TextTower, direction: Tensor) -> Relevance:
         generator = torch.Generator().manual_seed(self.seed)
-        keep = torch.rand(self.masks, side.inputs.shape[1], generator=generator) < self.keep_probability
+        keep = torch.rand(self.masks, tower.inputs.shape[1], generator=generator) < self.keep_probability
         keep = keep.to(direction.device)
-        score = side.score_kept(keep[:, None], direction, self.chunk_size)
-        score = (score - score.mean(0)) * differ(score, side.clip.std.dtype) if self.centered else score
+        score = tower.score_kept(keep[:, None], direction, self.chunk_size)
+        score = (score - score.mean(0)) * differ(score, tower.clip.std.dtype) if self.centered else score
         values = torch.einsum("sb,st->bt", score, keep.to(score))
-        return Relevance(values / (self.masks * self.keep_probability) * side.keep)
+        return Relevance(values / (self.masks * self.keep_probability) * tower.keep)
 
     def bank(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Coarse grids `(masks, grid_size, grid_size)` bool and the places `(masks, 2)` of their crops, on the CPU."""
