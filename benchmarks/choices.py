@@ -43,9 +43,9 @@ from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
 from matex_pl.training import ClipModule, load_module
 
 # `Matex.recommended()` in a tower of three blocks: every setting is varied alone around it, with and without the prior.
-BASE: dict[str, Any] = {"grad_layers": 2, "explain": "margin", "fusion": "product"}
+BASE: dict[str, Any] = {"grad_layers": 2, "target": "margin", "fusion": "product"}
 SETTINGS: dict[str, dict[str, list[Any]]] = {
-    "Target": {"explain": ["cosine", "margin"]},
+    "Target": {"target": ["cosine", "margin"]},
     "Spatial weight": {"spatial_weight": ["softmax", "loosened"]},
     "K, the blocks with gradients": {"grad_layers": [1, 2, 3]},
     "tau": {"tau": [0.0, 0.2, 1.0, 2.0]},
@@ -198,7 +198,7 @@ def fused(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Ten
     """A map for every setting: four sets of components, fused again for the rest."""
     parts = {
         (target, weight): Matex(
-            **BASE | {"explain": target, "spatial_weight": weight, "flow": "rollout", "grad_layers": 3}
+            **BASE | {"target": target, "spatial_weight": weight, "flow": "rollout", "grad_layers": 3}
         )
         .attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
         .parts
@@ -208,7 +208,7 @@ def fused(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Ten
 
     def fuse(**changes: Any) -> Tensor:
         settings = {"spatial_weight": "softmax", "flow": "sum"} | BASE | changes
-        made = parts[settings.pop("explain"), settings.pop("spatial_weight")]
+        made = parts[settings.pop("target"), settings.pop("spatial_weight")]
         return Matex.fuse(made, **settings).image
 
     for name, (argument, value) in rows(SETTINGS).items():

@@ -75,7 +75,7 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
             entries.append(Entry(name, None, None, str(error)))
             continue
         words = maps.text[0][maps.content[0]].tolist() if method.supports_text else None
-        entries.append(Entry(name, maps.image[0].float().cpu().numpy(), words, getattr(method, "explain", "")))
+        entries.append(Entry(name, maps.image[0].float().cpu().numpy(), words, getattr(method, "target", "")))
     if all(entry.heat is None for entry in entries):
         raise NotImplementedError(entries[0].note)
     pair = _pair(module.clip, batch, tokens[0], maps.content[0], 0)

@@ -43,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "fuse_at": "pixel",
     "fusion": "sum",
     "prior_power": 2.0,
-    "explain": "cosine",
+    "target": "cosine",
     "references": None,
 }
 
@@ -110,7 +110,7 @@ class Run:
 
     embedding: Tensor
     layers: list[Layer]
-    reading: Pooling
+    pooling: Pooling
     stream: list[Tensor]
 
 
@@ -126,8 +126,8 @@ def tail(tower: Tower, tokens: Tensor, first: int) -> Run:
         tokens, layer = block(tokens)
         layers.append(layer)
         stream.append(tokens)
-    embedding, pool, reading = tower.head(tokens)
-    return Run(embedding / embedding.norm(), [*layers, *pool], reading, stream)
+    embedding, pool, pooling = tower.head(tokens)
+    return Run(embedding / embedding.norm(), [*layers, *pool], pooling, stream)
 
 
 # --- what all towers are made of
@@ -274,13 +274,13 @@ def timm_image(visual: nn.Module, size: tuple[int, int]) -> Tower:
         first = 0 if trunk.pool_include_prefix else len(tokens) - grid[0] * grid[1]
         if trunk.attn_pool is not None:
             pooled, layer = timm_pool(trunk.attn_pool, tokens[first:])
-            layers, reading = [layer], Pooling("query", grid=grid)
+            layers, pooling = [layer], Pooling("query", grid=grid)
         elif trunk.global_pool == "avg":
-            pooled, reading = tokens[first:].mean(0), Pooling("mean", list(range(first, len(tokens))), grid)
+            pooled, pooling = tokens[first:].mean(0), Pooling("mean", list(range(first, len(tokens))), grid)
         else:
-            pooled, reading = tokens[0], Pooling("token", [0], grid)
+            pooled, pooling = tokens[0], Pooling("token", [0], grid)
         pooled = layer_norm(pooled, trunk.fc_norm)
-        return linear(pooled, visual.head.proj) if len(visual.head) else pooled, layers, reading
+        return linear(pooled, visual.head.proj) if len(visual.head) else pooled, layers, pooling
 
     return Tower(start, [partial(timm_block, block) for block in trunk.blocks], head, grid)
 
@@ -347,19 +347,19 @@ def bottleneck(x: Tensor, block: nn.Module) -> Tensor:
 def bert_text(tower: nn.Module, tokens: Tensor) -> Tower:
     """BERT, which reads its first token or the mean of all that are no pad tokens; no token sees a pad token."""
     pad, embed = tokens == tower.config.pad_token_id, tower.transformer.embeddings
-    reading = Pooling("token", [0])
+    pooling = Pooling("token", [0])
     if type(tower.pooler).__name__ == "MeanPooler":
-        reading = Pooling("mean", [j for j in range(len(tokens)) if not pad[j]])
+        pooling = Pooling("mean", [j for j in range(len(tokens)) if not pad[j]])
 
     def start(x: Tensor) -> Tensor:
         x = x + embed.token_type_embeddings.weight[0] + embed.position_embeddings.weight[: len(tokens)]
         return layer_norm(x, embed.LayerNorm)
 
     def head(x: Tensor) -> tuple[Tensor, list[Layer], Pooling]:
-        embedding = sum(x[j] for j in reading.pooled) / len(reading.pooled)
+        embedding = sum(x[j] for j in pooling.pooled) / len(pooling.pooled)
         if isinstance(tower.proj, nn.Linear):
-            return linear(embedding, tower.proj), [], reading
-        return linear(F.gelu(linear(embedding, tower.proj[0])), tower.proj[2]), [], reading
+            return linear(embedding, tower.proj), [], pooling
+        return linear(F.gelu(linear(embedding, tower.proj[0])), tower.proj[2]), [], pooling
 
     hidden = pad[None].expand(len(tokens), -1)
     return Tower(start, [partial(bert_block, block, hidden=hidden) for block in tower.transformer.encoder.layer], head)
@@ -413,14 +413,14 @@ def encode_text(clip: Clip, tokens: Tensor) -> tuple[Tensor, list[Layer], Poolin
 # --- how an embedding is read, block by block
 
 
-def row_weights(layers: list[Layer], reading: Pooling) -> list[Tensor]:
+def row_weights(layers: list[Layer], pooling: Pooling) -> list[Tensor]:
     """Per block, the weight of each of its query tokens, (m,), which sums to 1."""
     result = []
     for layer in layers:
         weights = torch.zeros_like(layer.mean()[:, 0])
-        if reading.kind != "query":
-            for j in reading.pooled:
-                weights[j] += 1 / len(reading.pooled)
+        if pooling.kind != "query":
+            for j in pooling.pooled:
+                weights[j] += 1 / len(pooling.pooled)
         elif layer is layers[-1]:
             weights[0] = 1
         else:
@@ -431,22 +431,22 @@ def row_weights(layers: list[Layer], reading: Pooling) -> list[Tensor]:
     return result
 
 
-def rows(layers: list[Layer], reading: Pooling) -> list[Tensor]:
+def rows(layers: list[Layer], pooling: Pooling) -> list[Tensor]:
     """Per block, the attention that the embedding pays to each token, (n,): the weighted rows, mean over heads."""
     result = []
-    for layer, weights in zip(layers, row_weights(layers, reading), strict=True):
+    for layer, weights in zip(layers, row_weights(layers, pooling), strict=True):
         attention = layer.mean()
         result.append(sum(weights[j] * attention[j] for j in range(len(weights))))
     return result
 
 
-def counted(layers: list[Layer], reading: Pooling) -> list[list[int]]:
+def counted(layers: list[Layer], pooling: Pooling) -> list[list[int]]:
     """Per block, the query tokens whose gradients count: the one that is read, or all where several are."""
     result = []
     for layer in layers:
-        if reading.kind == "token":
-            result.append(reading.pooled)
-        elif reading.kind == "query" and layer is layers[-1]:
+        if pooling.kind == "token":
+            result.append(pooling.pooled)
+        elif pooling.kind == "query" and layer is layers[-1]:
             result.append([0])
         else:
             result.append(list(range(len(layer.query[0]))))
@@ -482,10 +482,10 @@ def loosened_term(layer: Layer, gradient: list[Tensor], among_rows: Sequence[int
 
 
 def gradient_maps(
-    layers: list[Layer], score: Tensor, reading: Pooling, among: Sequence[int], last: Any, kind: str, skipped: int = 0
+    layers: list[Layer], score: Tensor, pooling: Pooling, among: Sequence[int], last: Any, kind: str, skipped: int = 0
 ) -> list[list[Tensor]]:
     """Before the ReLU, for each of the last blocks that is not skipped, a value for each of the tokens `among`."""
-    blocks = list(zip(layers, row_weights(layers, reading), counted(layers, reading), strict=True))
+    blocks = list(zip(layers, row_weights(layers, pooling), counted(layers, pooling), strict=True))
     result = []
     first = min(skipped if last == "all" else max(skipped, len(layers) - last), len(layers) - 1)
     for layer, weights, among_rows in blocks[first:]:
@@ -498,11 +498,11 @@ def gradient_maps(
     return result
 
 
-def rollout(layers: list[Layer], reading: Pooling) -> Tensor:
+def rollout(layers: list[Layer], pooling: Pooling) -> Tensor:
     """The product of all self-attention blocks, each with the residual path, read as the embedding is: (n,)."""
-    blocks = layers[:-1] if reading.kind == "query" else layers
+    blocks = layers[:-1] if pooling.kind == "query" else layers
     # Under a pool, the weights of the tokens are its attention, and it has no residual path: its query is no token.
-    weights = row_weights(layers, reading)[len(blocks) - 1]
+    weights = row_weights(layers, pooling)[len(blocks) - 1]
     product = torch.eye(len(weights), dtype=weights.dtype)
     for layer in blocks:
         mixed = layer.mean() + torch.eye(len(product), dtype=product.dtype)
@@ -510,21 +510,21 @@ def rollout(layers: list[Layer], reading: Pooling) -> Tensor:
     return sum(weights[j] * product[j] for j in range(len(weights)))
 
 
-def flow(layers: list[Layer], reading: Pooling, among: Sequence[int], tau: float, kind: str) -> Tensor:
+def flow(layers: list[Layer], pooling: Pooling, among: Sequence[int], tau: float, kind: str) -> Tensor:
     """Eq. (1), or the rollout of all layers, to the tokens `among`."""
     if kind == "rollout":
-        rolled = rollout(layers, reading)
+        rolled = rollout(layers, pooling)
         return torch.stack([rolled[i] for i in among])
     total = sum(math.exp(tau * number) for number in range(1, len(layers) + 1))
-    seen, values = rows(layers, reading), []
+    seen, values = rows(layers, pooling), []
     for i in among:
         values.append(sum(math.exp(tau * number) / total * row[i] for number, row in enumerate(seen, 1)))
     return torch.stack(values)
 
 
-def consistency(layers: list[Layer], reading: Pooling, among: Sequence[int], kappa: float) -> Tensor:
+def consistency(layers: list[Layer], pooling: Pooling, among: Sequence[int], kappa: float) -> Tensor:
     """Eq. (2), with the population standard deviation over the layers."""
-    seen, values = rows(layers, reading), []
+    seen, values = rows(layers, pooling), []
     for i in among:
         attention = [row[i] for row in seen]
         mean = sum(attention) / len(attention)
@@ -648,7 +648,7 @@ def one_pair(
         text_embedding, text_layers, text_pooling = encode_text(clip, tokens)
         cosine = (image_embedding * text_embedding).sum()
         score = cosine
-        if s["explain"] == "margin":
+        if s["target"] == "margin":
             phrases = s["references"] or REFERENCES
             others = [encode_text(clip, clip.tokenize([other])[0])[0].detach() for other in phrases]
             score = (image_embedding * (text_embedding - sum(others) / len(others))).sum()
@@ -660,7 +660,7 @@ def one_pair(
 
 def image_side(
     layers: list[Layer],
-    reading: Pooling,
+    pooling: Pooling,
     score: Tensor,
     phrase: str,
     content_box: Sequence[float],
@@ -668,13 +668,13 @@ def image_side(
     s: dict[str, Any],
 ) -> dict[str, Tensor]:
     """Map in pixels and on the raster, and what they are made of."""
-    grid, patches = reading.grid, reading.patches
-    blocks = gradient_maps(layers, score, reading, patches, s["grad_layers"], s["spatial_weight"], s["skip_layers"])
+    grid, patches = pooling.grid, pooling.patches
+    blocks = gradient_maps(layers, score, pooling, patches, s["grad_layers"], s["spatial_weight"], s["skip_layers"])
     grad = sum(torch.stack(values).relu() for values in blocks) / len(blocks)
     grad = grad.reshape(grid)
-    flowed = flow(layers, reading, patches, s["tau"], s["flow"]).reshape(grid)
+    flowed = flow(layers, pooling, patches, s["tau"], s["flow"]).reshape(grid)
     kappa = len(patches) if s["kappa"] == "tokens" else s["kappa"]
-    stable = consistency(layers, reading, patches, kappa).reshape(grid)
+    stable = consistency(layers, pooling, patches, kappa).reshape(grid)
     regions = parse_phrase(phrase).regions
     drawn = {k: s[k] for k in ("lambda_s", "laterality")} | {"shape": s["prior_shape"], "content_box": content_box}
     at_pixels = prior(regions, size, **drawn).to(grad.dtype)
@@ -689,7 +689,7 @@ def image_side(
 
 
 def text_side(
-    layers: list[Layer], reading: Pooling, score: Tensor, content: list[int], length: int, s: dict[str, Any]
+    layers: list[Layer], pooling: Pooling, score: Tensor, content: list[int], length: int, s: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Map of the phrase's tokens (T,) and what it is made of, 0 where `content` has none."""
     last = s["text_grad_layers"] or s["grad_layers"]
@@ -697,11 +697,11 @@ def text_side(
     parts = {"text": finished, "text_grad": grad, "text_flow": flowed, "text_consistency": stable}
     if not content:
         return parts
-    blocks = gradient_maps(layers, score, reading, content, last, s["spatial_weight"])
+    blocks = gradient_maps(layers, score, pooling, content, last, s["spatial_weight"])
     grad[content] = (sum(torch.stack(values) for values in blocks) / len(blocks)).relu()
-    flowed[content] = flow(layers, reading, content, s["tau"], s["flow"])
+    flowed[content] = flow(layers, pooling, content, s["tau"], s["flow"])
     kappa = len(content) if s["kappa"] == "tokens" else s["kappa"]
-    stable[content] = consistency(layers, reading, content, kappa)
+    stable[content] = consistency(layers, pooling, content, kappa)
     weight = s["alpha"] + s["lambda_c"] * stable[content] + s["delta"]
     finished[content] = norm(norm(grad[content]) * weight + s["beta"] * norm(flowed[content]))
     if len(content) == 1:
@@ -1127,20 +1127,20 @@ def raw_chefer(
 
 def chefer(side: Side, start_layer: int) -> Tensor:
     """Chefer, Gur and Wolf 2021, eqs. (5) and (6), from one layer on; a pool asks, but no token asks its query."""
-    layers, reading = side.run.layers, side.run.pooling
+    layers, pooling = side.run.layers, side.run.pooling
     score = side.score(side.run)
     relevance = [head_mean(layer, score) for layer in layers[block_number(start_layer, len(layers)) :]]
     product = torch.eye(layers[0].attention[0].shape[1]).to(score)
-    for mixed in relevance[:-1] if reading.kind == "query" else relevance:
+    for mixed in relevance[:-1] if pooling.kind == "query" else relevance:
         product = product + mixed @ product
     weights = torch.zeros_like(product[0])
-    if reading.kind == "query":
+    if pooling.kind == "query":
         # The pool may not see the first tokens; it asks all the others.
         asked = relevance[-1][0]
         weights[len(weights) - len(asked) :] = asked
     else:
-        for j in reading.pooled:
-            weights[j] += 1 / len(reading.pooled)
+        for j in pooling.pooled:
+            weights[j] += 1 / len(pooling.pooled)
     return sum(weights[j] * product[j] for j in range(len(weights)))[side.among]
 
 

@@ -136,7 +136,7 @@ def test_a_table_that_cannot_be_read_ends_with_status_2(here: Path, capsys: pyte
         main(["check-data", "--config", "mine.yaml"])
     assert end.value.code == 2
     assert "matex check-data: t.csv lacks the columns ['image', 'phrase']; it has" in capsys.readouterr().err
-    Path("t.csv").write_bytes(b"\xef\xbb\xbfimage,phrase\nfilms/0.jpg,gr\xf6\xdfer\n")
+    Path("t.csv").write_bytes(b"\xef\xbb\xbfimage,phrase\nimages/0.jpg,gr\xf6\xdfer\n")
     with pytest.raises(SystemExit) as end:
         main(["check-data", "--config", "mine.yaml"])
     assert end.value.code == 2

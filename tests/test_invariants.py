@@ -45,7 +45,7 @@ from matex_pl.clip import Clip, load_clip
 from matex_pl.clip.towers import Pooling
 from matex_pl.maps import Attribution
 
-MARGIN: dict[str, Any] = {"explain": "margin", "references": REFERENCE_PHRASES}
+MARGIN: dict[str, Any] = {"target": "margin", "references": REFERENCE_PHRASES}
 METHODS: list[AttributionMethod] = [
     Matex(),
     Matex.paper(spatial_weight="loosened", flow="rollout"),

@@ -321,16 +321,19 @@ def test_unreadable_image_with_boxes_is_a_bad_row(root: Path) -> None:
 def test_broken_tables_are_named(root: Path) -> None:
     path = root / "t.csv"
     for content, message in [
-        (b"image|phrase\nfilms/0.png|Clear.\n", r"lacks the columns \['image', 'phrase'\]; it has \['image\|ph"),
-        ("image,phrase\nfilms/0.png,gr\xf6\xdfer\n".encode("latin-1"), r"t\.csv, line 2: the byte 0xf6 is not UTF-8"),
+        (b"image|phrase\nimages/0.png|Clear.\n", r"lacks the columns \['image', 'phrase'\]; it has \['image\|ph"),
+        ("image,phrase\nimages/0.png,gr\xf6\xdfer\n".encode("latin-1"), r"t\.csv, line 2: the byte 0xf6 is not UTF-8"),
         (b"\xef\xbb\xbfimage,phrase\nx,a\n\xf6\n", r"t\.csv, line 3: the byte 0xf6 is not UTF-8"),
         ("image,phrase\n".encode("utf-16"), "UTF-16"),
         (b"", r"lacks the columns \['image', 'phrase'\]; it has \[\]"),
         (b"image,phrase\n", "a header and no rows"),
         (b"image,phrase,image\n1,2,3\n", "several columns of the name 'image'"),
-        (b'image,phrase\nfilms/0.png,"A\nB"\nfilms/1.png,"Open\nfilms/2.png,Clear\n', r"t\.csv, line 4: a quote opens"),
         (
-            b'image,phrase\nfilms/0.png,Clear\nfilms/1.png,"A "lung" nodule"\n',
+            b'image,phrase\nimages/0.png,"A\nB"\nimages/1.png,"Open\nimages/2.png,Clear\n',
+            r"t\.csv, line 4: a quote opens",
+        ),
+        (
+            b'image,phrase\nimages/0.png,Clear\nimages/1.png,"A "lung" nodule"\n',
             r"t\.csv, line 3: text follows the quote",
         ),
     ]:
@@ -343,10 +346,10 @@ def test_broken_tables_are_named(root: Path) -> None:
     with pytest.raises(ValueError, match="no whole gzip"):
         _module(root / "t.csv.gz").checked_rows()
     # A line break within quotes is part of a phrase, and so is a quote within one that does not begin with it.
-    path.write_text('image,phrase\nfilms/0.png,"Clear,\ndry."\nfilms/1.png,A 3" mass.\n', encoding="utf-8")
+    path.write_text('image,phrase\nimages/0.png,"Clear,\ndry."\nimages/1.png,A 3" mass.\n', encoding="utf-8")
     assert [pair.phrase for pair in _module(path).checked_rows()[0]] == ["Clear, dry.", 'A 3" mass.']
     # An unquoted comma in a phrase; and lines that are no JSON.
-    path.write_text("image,phrase\nfilms/0.png,Clear, dry.\nfilms/1.png,Mass.\n", encoding="utf-8")
+    path.write_text("image,phrase\nimages/0.png,Clear, dry.\nimages/1.png,Mass.\n", encoding="utf-8")
     (bad,) = _bad(path)
     assert (bad.line, bad.rule) == (2, "the row has 3 cells and the header 2; quote cells that hold a separator")
     (root / "t.jsonl").write_text('{"image": "images/0.png", "phrase": "x"}\n[1]\n{"image": 1\n', encoding="utf-8")

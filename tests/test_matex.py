@@ -77,8 +77,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"fusion": "product"},
     {"fusion": "product", "fuse_at": "grid", "prior_power": 1.0},
     {"fusion": "product", "delta": 0.0},
-    {"explain": "margin", "references": REFERENCE_PHRASES},
-    {"explain": "margin", "references": REFERENCE_PHRASES, "spatial_weight": "loosened", "flow": "rollout"},
+    {"target": "margin", "references": REFERENCE_PHRASES},
+    {"target": "margin", "references": REFERENCE_PHRASES, "spatial_weight": "loosened", "flow": "rollout"},
     {"prior_shape": "gaussian"},
     {"prior_shape": "plateau", "laterality": "paper", "fuse_at": "grid"},
     {"laterality": "paper"},
@@ -92,7 +92,7 @@ TOWERS: list[dict[str, Any]] = [
     {"grad_layers": 12, "kappa": 1},
     {"spatial_weight": "loosened", "text_grad_layers": 1},
     {"flow": "rollout", "fuse_at": "grid"},
-    {"explain": "margin", "references": REFERENCE_PHRASES, "fusion": "product"},
+    {"target": "margin", "references": REFERENCE_PHRASES, "fusion": "product"},
 ]
 CASES += [(name, settings) for name in FAMILIES if name != "native" for settings in TOWERS]
 
@@ -109,7 +109,7 @@ def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
 
 
 PAPER: dict[str, Any] = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
-MEASURED: dict[str, Any] = {"grad_layers": "all", "skip_layers": 1, "explain": "margin", "fusion": "product"}
+MEASURED: dict[str, Any] = {"grad_layers": "all", "skip_layers": 1, "target": "margin", "fusion": "product"}
 MEASURED["references"] = REFERENCE_PHRASES
 
 
@@ -362,7 +362,7 @@ def test_what_cannot_be_fused_again_says_so() -> None:
         ({"text_grad_layers": 4}, "not of 2 and 4"),
         ({"grad_layers": "all", "skip_layers": 1}, "not of 3 and 4"),
         ({"spatial_weight": "loosened"}, "made with spatial_weight='softmax'; 'loosened' needs another"),
-        ({"explain": "margin"}, "made with explain='cosine'"),
+        ({"target": "margin"}, "made with target='cosine'"),
         ({"lambda_s": 0.5}, "lambda_s must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -433,8 +433,8 @@ def test_refuses_at_construction() -> None:
         ({"laterality": "viewer"}, "laterality"),
         ({"fuse_at": "patch"}, "fuse_at"),
         ({"fusion": "mean"}, "fusion"),
-        ({"explain": "logit"}, "explain"),
-        ({"explain": "margin", "references": []}, "references"),
+        ({"target": "logit"}, "target"),
+        ({"target": "margin", "references": []}, "references"),
     ):
         with pytest.raises(ValueError, match=message):
             Matex(**settings)  # type: ignore[arg-type]

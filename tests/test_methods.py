@@ -45,7 +45,7 @@ from matex_pl.attribution.m2ib import capacity_of
 from matex_pl.clip import Clip
 from matex_pl.maps import Attribution, min_max
 
-MARGIN: dict[str, Any] = {"explain": "margin", "references": REFERENCE_PHRASES[:2]}
+MARGIN: dict[str, Any] = {"target": "margin", "references": REFERENCE_PHRASES[:2]}
 # One row per class, as cheap as still says something.
 METHODS: dict[str, AttributionMethod] = {
     type(method).__name__: method
@@ -214,7 +214,7 @@ CHEAP: list[Case] = [
     (IntegratedGradients, {"steps": 3}),
     (IntegratedGradients, {"steps": 2, "fill": "mean_image", **MARGIN}),
     (Chefer, {}),
-    (Chefer, {"start_layer": 0, "explain": "logit"}),
+    (Chefer, {"start_layer": 0, "target": "logit"}),
     (Chefer, {"start_layer": -2, **MARGIN}),
     (GradEclip, {}),
     (GradEclip, {"image_blocks": 2, "text_blocks": 2, **MARGIN}),
@@ -233,7 +233,7 @@ DEAR: list[Case] = [
     (IntegratedGradients, {"steps": 3, "fill": "blur", "chunk_size": 4}),
     (KernelShap, {"samples": 24}),
     (KernelShap, {"samples": 11, "fill": "mean_color", "seed": 3, **MARGIN}),
-    (Rise, {"masks": 8, "keep_probability": 0.3, "centred": True, "fill": "blur", "cells": 3, "seed": 1, **MARGIN}),
+    (Rise, {"masks": 8, "keep_probability": 0.3, "centered": True, "fill": "blur", "grid_size": 3, "seed": 1, **MARGIN}),
     (M2ib, {"steps": 4, "copies": 2, **MARGIN}),
     (M2ib, {"block": 0, "beta": 0.5, "lr": 0.7, "steps": 3, "copies": 3, "after_last_update": True, "seed": 2}),
 ]
@@ -271,7 +271,7 @@ def both_sides(name: str, number: int = 3) -> tuple[Clip, reference.Side, refere
     return clip, *reference.sides(clip, number, images[number], tokens[number], "margin", REFERENCE_PHRASES)[:2]
 
 
-OUTSIDE: dict[str, Any] = {"explain": "margin", "references": REFERENCE_PHRASES}
+OUTSIDE: dict[str, Any] = {"target": "margin", "references": REFERENCE_PHRASES}
 
 
 @pytest.mark.parametrize("name", ["native", "siglip", "biomedclip"])
@@ -757,8 +757,8 @@ def test_steps_cost_a_forward_each() -> None:
 BAD: list[tuple[Callable[..., AttributionMethod], dict[str, Any], str]] = [
     (GradCam, {"variant": "eigen"}, "variant must be one of gradcam, hires, got 'eigen'"),
     (GradCam, {"layers": []}, "layers must name at least one block"),
-    (GradCam, {"explain": "logit"}, "explain must be one of cosine, margin, got 'logit'"),
-    (Chefer, {"explain": "probability"}, "explain must be one of cosine, margin, logit, got 'probability'"),
+    (GradCam, {"target": "logit"}, "target must be one of cosine, margin, got 'logit'"),
+    (Chefer, {"target": "probability"}, "target must be one of cosine, margin, logit, got 'probability'"),
     (Saliency, {"references": []}, "references must name at least one phrase"),
     (IntegratedGradients, {"steps": 0}, "steps must be a number greater than 0, got 0"),
     (IntegratedGradients, {"fill": "black"}, "fill must be one of mean_image, mean_color, blur, got 'black'"),
@@ -766,7 +766,7 @@ BAD: list[tuple[Callable[..., AttributionMethod], dict[str, Any], str]] = [
     (KernelShap, {"samples": 0}, "samples must be a number greater than 0, got 0"),
     (KernelShap, {"fill": "zero"}, "fill must be one of"),
     (Rise, {"masks": 0}, "masks must be a number greater than 0, got 0"),
-    (Rise, {"cells": 0}, "cells must be a number greater than 0, got 0"),
+    (Rise, {"grid_size": 0}, "grid_size must be a number greater than 0, got 0"),
     (Rise, {"keep_probability": 1.0}, r"keep_probability must be between 0 and 1, got 1\.0"),
     (Rise, {"keep_probability": float("nan")}, "keep_probability must be between 0 and 1, got nan"),
     (Rise, {"fill": "grey"}, "fill must be one of"),

@@ -102,7 +102,7 @@ def roar(**changes):
             compared("MATEX", "RandomMap", "text", -4.0, 0.03),
         ],
         "failed": [{"cell": "repeat-1/image/M2ib/0.5", "error": "Out of memory.", "log": "cells/x/log.txt"}],
-        "time": {"cells": 40, "done": 39, "seconds": 7400.0, "training_seconds": 6800.0, "other_share": 0.08},
+        "time": {"runs": 40, "done": 39, "seconds": 7400.0, "training_seconds": 6800.0, "other_share": 0.08},
     }
     return {**results, **changes}
 

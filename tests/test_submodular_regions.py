@@ -30,11 +30,11 @@ REFERENCES = [*REFERENCE_PHRASES, "mass", "cardiomegaly"]
 EQUAL = {"confidence": 1.0, "effectiveness": 1.0, "consistency": 1.0, "collaboration": 1.0}
 SETTINGS: list[dict[str, Any]] = [
     {"regions": 6, "pending": 2},
-    {"regions": 6, "pending": 1, "explain": "margin", **EQUAL},
-    {"regions": 6, "pending": 0, "explain": "probability", **EQUAL, "confidence": 3.0},
-    {"regions": 24, "pending": 3, "explain": "probability"},
+    {"regions": 6, "pending": 1, "target": "margin", **EQUAL},
+    {"regions": 6, "pending": 0, "target": "probability", **EQUAL, "confidence": 3.0},
+    {"regions": 24, "pending": 3, "target": "probability"},
     {"regions": 24, "pending": 8, **EQUAL, "effectiveness": 5.0},
-    {"regions": 6, "pending": 0, "explain": "margin", "confidence": 0.0, "fill": "blur"},
+    {"regions": 6, "pending": 0, "target": "margin", "confidence": 0.0, "fill": "blur"},
 ]
 PARTS = ("order", "insertion", "deletion", "gains", "region")
 
@@ -79,8 +79,8 @@ def test_settings_are_no_easy_case() -> None:
         *({name: 10.0} for name in EQUAL),
         {"pending": 0},
         {"pending": 2},
-        {"explain": "margin"},
-        {"explain": "probability"},
+        {"target": "margin"},
+        {"target": "probability"},
         {"fill": "blur"},
         {"references": REFERENCES[:2]},
     ):
@@ -201,7 +201,7 @@ def test_effectiveness() -> None:
 # --- one answer, whoever asks
 
 
-@pytest.mark.parametrize("explain", ["cosine", "margin", "probability"])
+@pytest.mark.parametrize("target", ["cosine", "margin", "probability"])
 def test_batched_equals_single(target: str) -> None:
     clip = family("native", torch.float64)
     images, tokens, phrases = pairs(clip)
@@ -221,7 +221,7 @@ def test_batched_equals_single(target: str) -> None:
             assert torch.equal(alone.parts["order"], maps.parts["order"][one])
 
 
-@pytest.mark.parametrize("explain", ["cosine", "probability"])
+@pytest.mark.parametrize("target", ["cosine", "probability"])
 @pytest.mark.parametrize("fill", ["mean_image", "blur"])
 def test_phrases_of_one_image(fill: str, target: str) -> None:
     clip = family("native", torch.float64)
@@ -337,7 +337,7 @@ def small_without_words(clip: Clip) -> tuple[Tensor, Tensor, list[str]]:
         ({"effectiveness": float("nan")}, "effectiveness is a weight, .* got nan"),
         ({"confidence": 0, "effectiveness": 0, "consistency": 0, "collaboration": 0}, "all 0: there is nothing"),
         ({"fill": "black"}, "fill must be one of mean_image, mean_color, blur, got 'black'"),
-        ({"explain": "logit"}, "explain must be one of cosine, margin, probability, got 'logit'"),
+        ({"target": "logit"}, "target must be one of cosine, margin, probability, got 'logit'"),
         ({"references": []}, "references must name at least one phrase"),
     ],
     ids=str,

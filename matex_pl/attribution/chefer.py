@@ -29,7 +29,7 @@ class Chefer(TwoTowerMethod):
     Args:
         start_layer: First block whose attention counts, by index from 0 or from the end; -1, the last block, is the
             default of the authors' CLIP code, 0 takes all.
-        explain: `cosine`, `margin`, or `logit` (as the authors' code: the cosine times the model's logit scale). With
+        target: `cosine`, `margin`, or `logit` (as the authors' code: the cosine times the model's logit scale). With
             several blocks the map depends on that scale, because each block adds to the identity.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """

@@ -33,7 +33,7 @@ class GradCam(TwoTowerMethod):
         layers: Blocks, by index from 0 or from the end; the last by default. A tower with fewer blocks than a negative
             index asks for uses its first.
         variant: `gradcam` or `hires`.
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 

@@ -28,7 +28,7 @@ class GradEclip(TwoTowerMethod):
     Args:
         image_blocks: Last blocks of the image tower that count.
         text_blocks: Last blocks of the text tower that count; a tower with fewer uses all.
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 

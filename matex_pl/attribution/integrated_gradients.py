@@ -29,7 +29,7 @@ class IntegratedGradients(TwoTowerMethod):
         steps: Nodes of the sum.
         fill: x0 of images: `mean_color` (as published), `mean_image` or `blur`.
         chunk_size: Most samples in one forward and backward, or the batch where that is larger.
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
 
     `parts` holds signed `(B, H, W)` and text_signed `(B, T)`, the sums over channels; completeness_error and

@@ -37,7 +37,7 @@ class KernelShap(TwoTowerMethod):
         fill: What stands in for removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         seed: Random seed of the coalitions.
         chunk_size: Most samples in one forward, or the batch where that is larger.
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
 
     `parts` holds the signed values: `values` `(B, N)` per patch, each its group's value over the patches of the group,

@@ -26,7 +26,7 @@ class LeGrad(TwoTowerMethod):
 
     Args:
         num_blocks: Last blocks that count; all by default.
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 

@@ -47,7 +47,7 @@ class M2ib(TwoTowerMethod):
             comes before the last update.
         seed: Random seed of the noise.
         chunk_size: Most copies in one forward and backward, or the copies of one pair where these are more.
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
 
     `parts` holds capacity `(B,)` and text_capacity `(B,)`: nats per number of the stream that are let through.

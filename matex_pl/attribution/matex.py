@@ -96,7 +96,7 @@ class Matex(AttributionMethod):
         prior_power: Exponent of M in the product.
         knowledge_prior: A finding that names no place takes its usual one ("edema": both hila). Leakage by design:
             score it as a row of its own.
-        explain: `cosine` (the paper's S) or `margin`, the cosine less its mean over `references`.
+        target: `cosine` (the paper's S) or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
 
     `parts` holds what `fuse` needs to fuse again: per block or layer grad_blocks `(B, K, Gh, Gw)` signed and
@@ -172,7 +172,7 @@ class Matex(AttributionMethod):
         Where it prints nothing (tau, one K of "2-3", the scales of G and F, how the words are fused) these are ours.
         """
         settings: dict[str, Any] = {
-            "explain": "cosine",
+            "target": "cosine",
             "kappa": 1.0,
             "laterality": "paper",
             "fuse_at": "grid",
@@ -190,7 +190,7 @@ class Matex(AttributionMethod):
             "grad_layers": "all",
             "skip_layers": 1,
             "text_grad_layers": "all",
-            "explain": "margin",
+            "target": "margin",
             "fusion": "product",
         }
         return cls(**(settings | changes))
@@ -240,7 +240,7 @@ class Matex(AttributionMethod):
 
     def _check_parts(self, parts: dict[str, Any]) -> None:
         made, wanted = parts["settings"], self.settings
-        for name in ("spatial_weight", "explain", "references"):
+        for name in ("spatial_weight", "target", "references"):
             if wanted[name] != made[name]:
                 raise ValueError(
                     f"These parts were made with {name}={made[name]!r}; {wanted[name]!r} needs another `attribute`."

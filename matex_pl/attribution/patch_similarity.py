@@ -21,7 +21,7 @@ class PatchSimilarity(TwoTowerMethod):
     stays as it is deployed.
 
     Args:
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 

@@ -30,14 +30,14 @@ class Rise(TwoTowerMethod):
 
     Args:
         masks: Number of masks (4000 for the smaller network of the paper).
-        grid_size: Tower of the coarse grid.
+        grid_size: Side of the coarse grid.
         keep_probability: Probability in (0, 1) that a cell or a token is kept.
         centered: Subtract the mean score over the masks from each score first: a cosine is far from 0 whatever is
             shown, and with few masks that constant times their unevenness is most of the map.
         fill: What stands in for removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         seed: Random seed of the masks.
         chunk_size: Most samples in one forward, or the batch where that is larger.
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 

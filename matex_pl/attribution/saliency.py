@@ -20,7 +20,7 @@ class Saliency(TwoTowerMethod):
     Released code: captum gives abs(dS/dx) of each channel; the maximum and the norm over channels are taken here.
 
     Args:
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 

@@ -63,7 +63,7 @@ class SubmodularRegions(TwoTowerMethod):
         pending: Candidates for the least important region of a round; 0 searches from the most important end alone.
         fill: What stands in for removed pixels: `mean_image`, `mean_color` or `blur`.
         chunk_size: Most images in one forward.
-        explain: S: `cosine`, `margin`, the cosine less its mean over `references`, or `probability`, the phrase's share
+        target: S: `cosine`, `margin`, the cosine less its mean over `references`, or `probability`, the phrase's share
             in the softmax. The softmax of margins is that of cosines.
         references: Phrases of the margin and classes beside the phrase; the package's list of findings by side and zone
             by default.

@@ -249,7 +249,7 @@ class FailedRun(Record):
 class RunTime(Record):
     """Number of planned and finished runs, seconds of the finished ones and the share outside training steps."""
 
-    runs: int | None = Field(default=None, validation_alias=AliasChoices("runs", "cells"))
+    runs: int | None = None
     done: int | None = None
     seconds: float | None = None
     other_share: float | None = None

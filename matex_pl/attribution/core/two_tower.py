@@ -224,7 +224,7 @@ class TwoTowerMethod(AttributionMethod):
     """A method that explains the cosine or the margin of pairs, by one procedure for either tower.
 
     Args:
-        explain: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine` or `margin`, the cosine less its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
