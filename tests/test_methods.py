@@ -233,7 +233,7 @@ DEAR: list[Case] = [
     (IntegratedGradients, {"steps": 3, "fill": "blur", "chunk_size": 4}),
     (KernelShap, {"samples": 24}),
     (KernelShap, {"samples": 11, "fill": "mean_color", "seed": 3, **MARGIN}),
-    (Rise, {"masks": 8, "keep_probability": 0.3, "centered": True, "fill": "blur", "grid_size": 3, "seed": 1, **MARGIN}),
+    (Rise, {"masks": 8, "keep_probability": 0.3, "centered": True, "fill": "blur", "grid_size": 3, "seed": 1} | MARGIN),
     (M2ib, {"steps": 4, "copies": 2, **MARGIN}),
     (M2ib, {"block": 0, "beta": 0.5, "lr": 0.7, "steps": 3, "copies": 3, "after_last_update": True, "seed": 2}),
 ]

@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.data.ms_cxr import find_mimic_image
-from matex_pl.data.study import ImageTextPair
+from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import TableDataModule, TableRow, parse_rows, read_table, read_text
 from matex_pl.data.validation import BadRow, RuleError, path_below, split_name, text
 
@@ -70,11 +70,11 @@ class MimicCxrDataModule(TableDataModule):
             bad += unread
             rows = [row for row in rows if text(row.cells, "dicom_id") in frontal]
         sentences: dict[str, list[str]] = {}
-        studies, wrong = parse_rows(rows, lambda row: self._pair(row, sentences))
-        told = [study for study in studies if study.phrase]
-        if len(told) < len(studies):
+        pairs, wrong = parse_rows(rows, lambda row: self._pair(row, sentences))
+        told = [pair for pair in pairs if pair.phrase]
+        if len(told) < len(pairs):
             rank_zero_warn(
-                f"{len(studies) - len(told)} of {len(studies)} images have no sentence in {' or '.join(self.sections)} "
+                f"{len(pairs) - len(told)} of {len(pairs)} images have no sentence in {' or '.join(self.sections)} "
                 "of their reports; left out."
             )
         return told, bad + wrong
@@ -120,15 +120,15 @@ class MimicCxrDataModule(TableDataModule):
                 return sentences_of(read_text(place), self.sections)
         raise RuleError(name, f"there is no such report below {str(self.reports)!r}")
 
-    def phrases_of(self, study: ImageTextPair) -> list[str]:
+    def phrases_of(self, pair: ImageTextPair) -> list[str]:
         """All sentences of the report: any may be drawn."""
-        return self._sentences[study.id]
+        return self._sentences[pair.id]
 
-    def draw_pair(self, study: ImageTextPair, seed: int) -> ImageTextPair:
+    def draw_pair(self, pair: ImageTextPair, seed: int) -> ImageTextPair:
         """The pair with a sentence of its report that the seed draws."""
-        sentences = self._sentences[study.id]
-        rng = np.random.default_rng([seed, *study.id.encode()])
-        return replace(study, phrase=sentences[rng.integers(len(sentences))])
+        sentences = self._sentences[pair.id]
+        rng = np.random.default_rng([seed, *pair.id.encode()])
+        return replace(pair, phrase=sentences[rng.integers(len(sentences))])
 
 
 def sentences_of(report: str, sections: Sequence[str]) -> list[str]:
