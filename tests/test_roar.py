@@ -302,7 +302,7 @@ def test_scores_are_what_the_definition_says(tmp_path):
     both = [sum(point["repeats"][repeat] for point in row["points"]) / 2 for repeat in range(2)]
     assert row["mean"]["repeats"] == pytest.approx(both)
     assert [clean["loss"] for clean in found["clean"]] == [losses[Run(0)], losses[Run(1)]]
-    assert found["time"]["done"] == found["time"]["cells"] == len(plan.runs()) == 2 * (1 + 2 * (5 + 3))
+    assert found["time"]["done"] == found["time"]["runs"] == len(plan.runs()) == 2 * (1 + 2 * (5 + 3))
 
 
 def test_what_is_missing_is_named_and_never_averaged_over(tmp_path):
@@ -315,7 +315,7 @@ def test_what_is_missing_is_named_and_never_averaged_over(tmp_path):
     assert point["value"] is None
     assert point["repeats"][0] is not None
     assert point["missing"] == ["repeat-1/image/chefer/0.25 (failed)"]
-    assert [failed["cell"] for failed in found["failed"]] == [lost.id]
+    assert [failed["run"] for failed in found["failed"]] == [lost.id]
     tests = [test for test in found["tests"] if (test["row"], test["modality"]) == ("Chefer", "image")]
     assert all(test["p"] is None and test["difference"] is None for test in tests)
 

@@ -51,7 +51,7 @@ def collect(plan: Plan) -> dict[str, Any]:
         "tests": _tests(rows),
         "refused": plan.refusals(),
         "failed": [
-            {"cell": run.id, "error": error, "log": f"runs/{run.id}/error.log"}
+            {"run": run.id, "error": error, "log": f"runs/{run.id}/error.log"}
             for run, error in failures.items()
             if error
         ],
@@ -167,7 +167,7 @@ def _times(results: Results) -> dict[str, Any]:
     done = [scores for scores in results.values() if scores is not None]
     total, training = (sum(scores[name] for scores in done) for name in ("seconds", "training_seconds"))
     return {
-        "cells": len(results),
+        "runs": len(results),
         "done": len(done),
         "seconds": total,
         "training_seconds": training,
