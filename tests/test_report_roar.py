@@ -119,7 +119,7 @@ def hostile():
     return roar(
         model={"checkpoint": attack, "explained": attack, "start": attack},
         data={"class": attack, "train_pairs": 1, "val_pairs": 1, "patients": 1},
-        settings={"fill": attack, "trained": attack, attack: attack},
+        settings={"fill": attack, "finetune": attack, attack: attack},
         versions={attack: attack},
         machine=attack,
         created=attack,
