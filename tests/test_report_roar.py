@@ -101,7 +101,7 @@ def roar(**changes):
             compared("M2ib", "RandomMap", "image", -19.0, 0.0004, 0.1),
             compared("MATEX", "RandomMap", "text", -4.0, 0.03),
         ],
-        "failed": [{"cell": "repeat-1/image/M2ib/0.5", "error": "Out of memory.", "log": "cells/x/log.txt"}],
+        "failed": [{"run": "repeat-1/image/M2ib/0.5", "error": "Out of memory.", "log": "runs/x/log.txt"}],
         "time": {"runs": 40, "done": 39, "seconds": 7400.0, "training_seconds": 6800.0, "other_share": 0.08},
     }
     return {**results, **changes}
@@ -119,13 +119,13 @@ def hostile():
     return roar(
         model={"checkpoint": attack, "explained": attack, "start": attack},
         data={"class": attack, "train_pairs": 1, "val_pairs": 1, "patients": 1},
-        settings={"fill": attack, "trained": attack, attack: attack},
+        settings={"fill": attack, "finetune": attack, attack: attack},
         versions={attack: attack},
         machine=attack,
         created=attack,
         rows=[*rows, refused],
         tests=[compared(name, HOSTILE[2], "image", 1.0, 0.01) for name in HOSTILE],
-        failed=[{"cell": attack, "error": attack, "log": attack}],
+        failed=[{"run": attack, "error": attack, "log": attack}],
         clean=[{"repeat": 0, "loss": 1.0, "metrics": {attack: 1.0}}],
     )
 
@@ -235,10 +235,10 @@ def test_failed_trainings_and_refused_methods_are_named(tmp_path):
     results = roar(refused={"M2ib": "No attention weights."})
     del results["rows"][1]
     text, page = roar_tables(read(results)), Page(written(tmp_path, results)).words()
-    assert "- repeat-1/image/M2ib/0.5: Out of memory. (log cells/x/log.txt)" in text
+    assert "- repeat-1/image/M2ib/0.5: Out of memory. (log runs/x/log.txt)" in text
     assert "- Left out: M2ib: No attention weights." in text
     assert "1 training failed" in page
-    assert "repeat-1/image/M2ib/0.5 : Out of memory. (log cells/x/log.txt)" in page
+    assert "repeat-1/image/M2ib/0.5 : Out of memory. (log runs/x/log.txt)" in page
     assert "Left out: M2ib: No attention weights." in page
     image = printed(results)[0]
     assert [line[0] for line in image if line[0].startswith("M2ib")] == ["M2ib (published only)"]

@@ -315,7 +315,7 @@ def test_what_is_missing_is_named_and_never_averaged_over(tmp_path):
     assert point["value"] is None
     assert point["repeats"][0] is not None
     assert point["missing"] == ["repeat-1/image/chefer/0.25 (failed)"]
-    assert [failed["cell"] for failed in found["failed"]] == [lost.id]
+    assert [failed["run"] for failed in found["failed"]] == [lost.id]
     tests = [test for test in found["tests"] if (test["row"], test["modality"]) == ("Chefer", "image")]
     assert all(test["p"] is None and test["difference"] is None for test in tests)
 

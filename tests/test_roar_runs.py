@@ -469,7 +469,7 @@ def test_a_run_that_fails_is_named_and_tried_again(made, whole, capsys, monkeypa
     assert "5 of 6 runs are done, 0 running, 1 failed." in said
     assert f"failed: {RUNS[1]}: RuntimeError: boom" in said
     found = json.loads((made / "results.json").read_text(encoding="utf-8"))
-    assert [cell["cell"] for cell in found["failed"]] == [RUNS[1]]
+    assert [failed["run"] for failed in found["failed"]] == [RUNS[1]]
     point = next(row for row in found["rows"] if row["name"] == "Chefer")["points"][0]
     assert (point["value"], point["repeats"]) == (None, [None])
     assert point["missing"] == [f"{RUNS[1]} (failed)"]
@@ -625,8 +625,8 @@ def test_help(capsys, verb):
     said = " ".join(capsys.readouterr().out.split())
     wanted = {
         "run": ["Remove what maps mark", "--shard", "3/8", "--executor", "--processes", "--ray.num_gpus"],
-        "status": ["Show how far a plan is", "folder"],
-        "collect": ["Write the scores of a plan's runs", "folder", "--report"],
+        "status": ["how far a plan is", "folder"],
+        "collect": ["Write the tables, curves and page of a plan", "folder", "--report"],
     }
     for word in wanted[verb]:
         assert word in said

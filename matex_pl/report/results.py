@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from matex_pl.visualization.draw import single_line
 
@@ -227,7 +227,7 @@ class RoarSettings(Record, extra="allow"):
     repeats: int | None = None
     epochs: int | None = None
     fill: str = ""
-    finetune: str = Field(default="", validation_alias=AliasChoices("finetune", "trained"))
+    finetune: str = ""
 
 
 class CleanRun(Record):
@@ -241,7 +241,7 @@ class CleanRun(Record):
 class FailedRun(Record):
     """A fine-tuning that ended with an error, and its log."""
 
-    run: str = Field(default="", validation_alias=AliasChoices("run", "cell"))
+    run: str = ""
     error: str = ""
     log: str = ""
 

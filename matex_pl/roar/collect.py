@@ -51,7 +51,7 @@ def collect(plan: Plan) -> dict[str, Any]:
         "tests": _tests(rows),
         "refused": plan.refusals(),
         "failed": [
-            {"cell": run.id, "error": error, "log": f"runs/{run.id}/error.log"}
+            {"run": run.id, "error": error, "log": f"runs/{run.id}/error.log"}
             for run, error in failures.items()
             if error
         ],

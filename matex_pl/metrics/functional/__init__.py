@@ -43,7 +43,7 @@ from matex_pl.metrics.functional.mass import (
 from matex_pl.metrics.functional.ranking import spearman, top_ranked, top_share
 
 # Names of before 0.2.
-energy_pointing_game, relevance_rank_accuracy = energy_pointing_game, relevance_rank_accuracy
+energy_in_box, rank_accuracy = energy_pointing_game, relevance_rank_accuracy
 
 __all__ = [
     "MEAN_THRESHOLDS",
