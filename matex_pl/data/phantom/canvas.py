@@ -143,5 +143,5 @@ def ribbons(paths: Points, widths: NDArray[np.float64]) -> Points:
 
 
 def ribbon(path: Points, width: float) -> Points:
-    """Outline `(2P, 2)` of a band of one width along `path (P, 2)`."""
-    return ribbons(path, np.full(len(path), width))
+    """Outlines `(..., 2P, 2)` of bands of one width along `path (..., P, 2)`."""
+    return ribbons(path, np.full(path.shape[:-1], width))

@@ -15,7 +15,7 @@ from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.phantom.cache import phantom_cache
 from matex_pl.data.phantom.canvas import Canvas, Field
 from matex_pl.data.phantom.findings import FINDINGS
-from matex_pl.data.phantom.image import phantom_build
+from matex_pl.data.phantom.image import check_arguments, phantom_build
 from matex_pl.data.phantom.thorax import SIDES, heart_outline, lung_outline
 from matex_pl.data.transforms import ImageTransform
 
@@ -27,8 +27,7 @@ _THORAX_SHARE = 0.02
 class PhantomDataModule(ChestXrayDataModule):
     """Phantoms: drawn images with MS-CXR's eight findings and nodules, their exact boxes and phrases of reports.
 
-    They are drawn once, in about a minute on two cores, and kept below `root`; no image depends on anything but seed
-    and index.
+    They are drawn once, in about a minute on two cores, and kept below `root`.
 
     Args:
         root: Folder of the image cache.
@@ -54,10 +53,7 @@ class PhantomDataModule(ChestXrayDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 <= shortcut <= 1:
-            raise ValueError(f"shortcut must be a probability in [0, 1], got {shortcut}.")
-        if shortcut_finding not in FINDINGS:
-            raise ValueError(f"shortcut_finding must be one of {', '.join(FINDINGS)}; got {shortcut_finding!r}.")
+        check_arguments(stored_size, shortcut, shortcut_finding)
         self.root = Path(root)
         self.splits = {"train": num_train, "val": num_val, "test": num_test}
         self.stored_size = stored_size
@@ -72,10 +68,11 @@ class PhantomDataModule(ChestXrayDataModule):
 
     def prepare_data(self) -> None:
         """Draw the images, unless they are there."""
-        self._open()
+        self.list_pairs()
 
-    def _open(self) -> tuple[NDArray[np.uint8], list[ImageTextPair]]:
-        return phantom_cache(
+    def list_pairs(self) -> list[ImageTextPair]:
+        """One pair per image and finding."""
+        self._images, pairs = phantom_cache(
             self.root,
             splits=self.splits,
             seed=self.seed,
@@ -83,16 +80,13 @@ class PhantomDataModule(ChestXrayDataModule):
             shortcut=self.shortcut,
             shortcut_finding=self.shortcut_finding,
         )
-
-    def list_pairs(self) -> list[ImageTextPair]:
-        """One pair per image and finding."""
-        self._images, pairs = self._open()
         return pairs
 
     def read_image(self, pair: ImageTextPair) -> NDArray[np.uint8]:
         """Pixels of an image, `(stored_size, stored_size)`."""
         if self._images is None:
-            self._images, _ = self._open()
+            self.list_pairs()
+        assert self._images is not None
         return self._images[int(pair.image)]
 
     def thorax(self) -> Tensor:

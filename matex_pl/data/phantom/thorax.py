@@ -128,7 +128,8 @@ def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thora
     opacity += canvas.clouds(rng, 44) * both * np.float32(0.012)
     opacity += np.float32(HEART_LEVEL - TISSUE_LEVEL) * canvas.soften(solid, 0.01) * inside
     opacity += _vessels(canvas, build, rng) * both * (np.float32(0.3) + np.float32(0.7) * depth)
-    opacity += _breasts(canvas, build) * both + _airways(canvas, build) + _spine(canvas, solid)
+    airways = canvas.soften(canvas.fill(airway_outlines(build)), 0.007) * np.float32(-0.13)
+    opacity += _breasts(canvas, build) * both + airways + _spine(canvas, solid)
     bones = _bones(canvas, build, rng) * (np.float32(0.45) + np.float32(0.55) * both)
     return Thorax(build, opacity, bones, lungs, air, heart)
 
@@ -171,13 +172,8 @@ def mediastinum_outlines(build: Build) -> list[Points]:
     """Closed outlines, `(P, 2)` each, of the vessels and the spine between the lungs, and of the aortic knob."""
     top, bottom = build.apex, build.dome["left"] + 0.03
     knob_y = build.apex + 0.24 * (bottom - top)
-    right = [
-        (-0.045, top - 0.1),
-        (-0.042, top),
-        (-0.05, knob_y - 0.02),
-        (-0.062, build.hilum["right"]),
-        (-0.05, bottom),
-    ]
+    right = [(-0.045, top - 0.1), (-0.042, top), (-0.05, knob_y - 0.02), (-0.062, build.hilum["right"])]
+    right += [(-0.05, bottom)]
     left = [(0.05, bottom), (0.072, build.hilum["left"] + 0.02), (0.07, build.hilum["left"] - 0.02)]
     upper = [(0.04, knob_y + 0.03), (0.046, knob_y - 0.05), (0.04, top), (0.045, top - 0.1)]
     angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
@@ -201,21 +197,15 @@ def _tissue(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
     belly = np.maximum(canvas.y - dome + np.float32(0.03), 0)
     opacity = body * thick * np.float32(TISSUE_LEVEL) + body * np.minimum(belly * np.float32(1.6), np.float32(0.22))
     opacity += canvas.clouds(rng, 7) * body * np.float32(0.014)
-    return opacity - _stomach(canvas, build, rng)
-
-
-def _stomach(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
+    # Gas in the stomach.
     place = np.array([rng.uniform(0.11, 0.19), build.dome["left"] + rng.uniform(0.055, 0.075)])
     radii = (rng.uniform(0.03, 0.06), rng.uniform(0.015, 0.026))
-    return np.float32(1.3 * build.gas) * canvas.bump(place, radii) if build.gas > 0 else np.zeros_like(canvas.x)
+    return opacity - np.float32(1.3 * build.gas) * canvas.bump(place, radii) if build.gas > 0 else opacity
 
 
 def _vessels(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
     """Trees that leave each hilum and taper outwards, and the hila themselves."""
-    outlines: list[Points] = []
-    for side in SIDES:
-        outlines.extend(_vessel_tree(build, side, rng))
-    trees = canvas.soften(canvas.fill(outlines), 0.0035)
+    trees = canvas.soften(canvas.fill(np.concatenate([_vessel_tree(build, side, rng) for side in SIDES])), 0.0035)
     hila = sum(canvas.bump(build.hilum_point(side), (0.024, 0.05), -0.25 * SIGN[side]) for side in SIDES)
     return trees * np.float32(build.vessels) * (np.float32(0.42) + np.float32(0.9) * hila) + hila * np.float32(0.13)
 
@@ -271,11 +261,6 @@ def airway_outlines(build: Build) -> list[Points]:
     return [ribbon(trunk, 0.032), ribbon(main[0], 0.02), ribbon(main[1], 0.017)]
 
 
-def _airways(canvas: Canvas, build: Build) -> Field:
-    """The airways, dark on the mediastinum."""
-    return canvas.soften(canvas.fill(airway_outlines(build)), 0.007) * np.float32(-0.13)
-
-
 def _spine(canvas: Canvas, solid: Field) -> Field:
     """Vertebral bodies seen faintly through the mediastinum."""
     column = ramp(np.float32(0.036) - np.abs(canvas.x), 0.006)
@@ -289,17 +274,12 @@ def _bones(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
     posterior, anterior = zip(*(_rib_paths(build, side) for side in SIDES), strict=True)
     back, front = np.concatenate(posterior), np.concatenate(anterior)
     widths = rng.uniform(0.021, 0.027)
-    outer = canvas.fill(_bands(back, widths))
-    inner = canvas.fill(_bands(back, 0.55 * widths))
-    faint = canvas.fill(_bands(front, 1.1 * widths))
+    outer, inner = canvas.fill(ribbon(back, widths)), canvas.fill(ribbon(back, 0.55 * widths))
+    faint = canvas.fill(ribbon(front, 1.1 * widths))
     ribs = outer - np.float32(0.4) * inner + np.float32(0.5) * faint
     girdle = canvas.fill(_clavicles(build, rng)) * np.float32(0.13)
     blades = canvas.fill(_shoulder_blades(build, rng)) * np.float32(0.055)
     return canvas.soften(ribs * np.float32(build.ribs) + girdle + blades, 0.0035)
-
-
-def _bands(paths: Points, width: float) -> Points:
-    return ribbons(paths, np.full(paths.shape[:-1], width))
 
 
 def _rib_paths(build: Build, side: str, count: int = 10) -> tuple[Points, Points]:
@@ -323,21 +303,15 @@ def _clavicles(build: Build, rng: np.random.Generator) -> list[Points]:
     outlines = []
     for side in SIDES:
         lift, sway = rng.uniform(0.02, 0.075), rng.normal(0, 0.006)
-        knots = [
-            (0.03 + sway, level),
-            (0.12, level - 0.3 * lift + 0.012),
-            (0.26, level - lift),
-            (0.42, level - 0.9 * lift),
-        ]
-        path = open_curve(np.array(knots) * (SIGN[side], 1))
+        inner = [(0.03 + sway, level), (0.12, level - 0.3 * lift + 0.012)]
+        outer = [(0.26, level - lift), (0.42, level - 0.9 * lift)]
+        path = open_curve(np.array(inner + outer) * (SIGN[side], 1))
         widths = np.interp(np.linspace(0, 1, len(path)), [0, 0.12, 0.5, 1], [0.034, 0.026, 0.021, 0.026])
         outlines.append(ribbons(path, widths))
     return outlines
 
 
 def _shoulder_blades(build: Build, rng: np.random.Generator) -> list[Points]:
-    inset = rng.uniform(-0.02, 0.045)
-    top = build.apex + 0.07
     knots = np.array([(0.86, 0.0), (0.83, 0.12), (0.92, 0.26), (1.02, 0.31), (1.2, 0.15), (1.2, -0.02)])
-    knots = knots * (build.half_width, 1) + (-inset, top)
+    knots = knots * (build.half_width, 1) + (-rng.uniform(-0.02, 0.045), build.apex + 0.07)
     return [closed_curve(knots * (SIGN[side], 1)) for side in SIDES]
