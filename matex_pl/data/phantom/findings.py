@@ -40,7 +40,7 @@ _ZONES: dict[str, tuple[tuple[str, float], ...]] = {
 }
 _SHARE_BILATERAL = {"atelectasis": 0.25, "pleural effusion": 0.25, "pneumonia": 0.12, "edema": 1.0}
 
-# Thirds of a lung that a finding fills, and so keeps others out of; what is not listed fills its own zone.
+# Thirds of a lung that a finding fills, so that no other fits there; findings in other zones fill their zone.
 _FILLS: dict[str, tuple[str, ...]] = {
     "hilar": ("upper", "mid", "lower"),
     "whole": ("upper", "mid", "lower"),
@@ -71,13 +71,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Change:
-    """What a finding does to the image, all `(size, size)`.
+    """Change of an image by a finding, all `(size, size)`.
 
     Args:
-        cover: Weight in [0, 1] with which the opacity turns into `level`.
-        level: The opacity where `cover` is 1.
+        cover: Weight of `level` in [0, 1].
+        level: Opacity where `cover` is 1.
         added: Opacity added afterwards.
-        marks: One field per box; the box is where it exceeds a share of its peak.
+        marks: One field per box, which holds the pixels above a share of its peak.
     """
 
     cover: Field
@@ -165,13 +165,12 @@ def _per_side(paint: SidePaint, *, level: float = HEART_LEVEL, to_the_rim: bool 
 
 
 def _zone_point(build: Build, plan: Plan, side: str, rng: np.random.Generator, depth: tuple[float, float]) -> Points:
-    return build.lung_point(
-        side, rng.uniform(*_ZONE_SHARES[plan.zone]), rng.uniform(*depth) + _beside_heart(plan, side)
-    )
+    share = rng.uniform(*_ZONE_SHARES[plan.zone])
+    return build.lung_point(side, share, rng.uniform(*depth) + _outward_shift(plan, side))
 
 
-def _beside_heart(plan: Plan, side: str) -> float:
-    """How much further out the middle of the left lower lung lies, since the heart covers its inner half."""
+def _outward_shift(plan: Plan, side: str) -> float:
+    """Shift of depth past the heart, which covers the inner half of the left lower lung."""
     return 0.13 if side == "left" and plan.zone == "lower" else 0.0
 
 
@@ -238,7 +237,7 @@ def _atelectasis(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.
     """Two or three flat bands."""
     build = thorax.build
     share = rng.uniform(0.66, 0.74) if plan.zone == "lower" else rng.uniform(0.44, 0.56)
-    middle = build.lung_point(side, share, rng.uniform(0.56, 0.66) + _beside_heart(plan, side))
+    middle = build.lung_point(side, share, rng.uniform(0.56, 0.66) + _outward_shift(plan, side))
     half = 0.068 + 0.025 * plan.severity + rng.uniform(0, 0.02)
     turn = SIGN[side] * rng.uniform(-0.3, 0.4)
     t = np.linspace(-1, 1, 7)[:, None]

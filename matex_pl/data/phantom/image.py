@@ -41,7 +41,7 @@ class PlacedFinding:
 
 
 @dataclass(frozen=True)
-class GrayImage:
+class PhantomImage:
     """A radiograph: `image` uint8 `(size, size)`, one to three findings, and the support device on it, if any."""
 
     image: NDArray[np.uint8]
@@ -55,7 +55,7 @@ def phantom_rng(index: int, seed: int, stream: str) -> np.random.Generator:
 
 
 def phantom_build(index: int, seed: int, plans: Sequence[Plan] | None = None) -> Build:
-    """The patient on the image at `index`: with the findings planned for it, or with `plans` in their place."""
+    """The patient on the image at `index`, with the findings planned for it, or with `plans` instead."""
     if plans is None:
         plans = plan_findings(phantom_rng(index, seed, "plan"))
     return reshape_build(sample_build(phantom_rng(index, seed, "anatomy")), plans, phantom_rng(index, seed, "reshape"))
@@ -69,20 +69,17 @@ def draw_phantom(
     shortcut: float = 0.0,
     shortcut_finding: str = "pneumothorax",
     show_findings: bool = True,
-) -> GrayImage:
+) -> PhantomImage:
     """The image at `index` of an endless series; the same in any process.
 
     Args:
-        index: Which image.
-        seed: Which series.
+        index: Index of the image.
+        seed: Random seed of the series.
         size: Side in pixels, a multiple of 4, at least 64.
-        shortcut: Probability with which an image with `shortcut_finding` carries a bright tag in the lower left corner;
-            others never do.
+        shortcut: Probability that an image with `shortcut_finding`, and no other, has a bright tag in the lower left
+            corner.
         shortcut_finding: One of `FINDINGS`.
-        show_findings: Without them, the same patient before falling ill: the same image but for the findings.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+        show_findings: Draw the findings; the image is the same otherwise.
     """
     check_arguments(size, shortcut, shortcut_finding)
     plans = plan_findings(phantom_rng(index, seed, "plan"))
@@ -105,7 +102,7 @@ def draw_phantom(
     tagged = phantom_rng(index, seed, "shortcut").random() < shortcut
     if tagged and any(plan.name == shortcut_finding for plan in plans):
         draw_token(image)
-    return GrayImage(image, tuple(placed), device)
+    return PhantomImage(image, tuple(placed), device)
 
 
 def check_arguments(size: int, shortcut: float, shortcut_finding: str) -> None:
@@ -142,10 +139,8 @@ def _develop(canvas: Canvas, opacity: Field, rng: np.random.Generator) -> NDArra
 
 
 def _collimate(bright: Field, rng: np.random.Generator) -> Field:
-    """Black strips of up to 3 % along the borders on a third of images."""
-    strips = np.rint(rng.uniform(0, 0.03, 4) * len(bright)).astype(int) * (rng.random() < 0.35)
-    top, bottom, left, right = strips
-    inner = np.zeros_like(bright)
-    window = np.s_[top : len(bright) - bottom, left : len(bright) - right]
-    inner[window] = bright[window]
-    return inner
+    """The image with black strips of up to 3 % along the borders in a third of cases."""
+    size = len(bright)
+    top, bottom, left, right = np.rint(rng.uniform(0, 0.03, 4) * size).astype(int) * (rng.random() < 0.35)
+    inner = bright[top : size - bottom, left : size - right]
+    return np.pad(inner, ((top, bottom), (left, right)))

@@ -19,8 +19,7 @@ from matex_pl.data.phantom.image import check_arguments, phantom_build
 from matex_pl.data.phantom.thorax import SIDES, heart_outline, lung_outline
 from matex_pl.data.transforms import ImageTransform
 
-# Below what one patient in fifty has there, a place is outside of the thorax: 98 % of the area of all boxes is inside,
-# and no patient's lung reaches the token of `shortcut`.
+# With this share of patients, 98 % of the area of all boxes is inside of the thorax, and the tag of `shortcut` is not.
 _THORAX_SHARE = 0.02
 
 
@@ -31,13 +30,13 @@ class PhantomDataModule(ChestXrayDataModule):
 
     Args:
         root: Folder of the image cache.
-        num_train: Images for training; each has one to three findings, which make as many pairs.
+        num_train: Images for training, with a pair for each of their one to three findings.
         num_val: Images for validation.
         num_test: Images for test.
         stored_size: Side of the stored images in pixels.
-        shortcut: Probability in [0, 1] that an image with `shortcut_finding` gets a token in a corner, to see whether a
-            map catches a model that reads the token.
-        shortcut_finding: The finding that the token gives away.
+        shortcut: Probability in [0, 1] that an image with `shortcut_finding` gets a tag in a corner, to see whether
+            maps reveal a model that reads the tag.
+        shortcut_finding: The finding that the tag gives away.
         kwargs: Arguments of `ChestXrayDataModule`. The images depend on `seed` too.
     """
 
@@ -90,31 +89,19 @@ class PhantomDataModule(ChestXrayDataModule):
         return self._images[int(pair.image)]
 
     def thorax(self) -> Tensor:
-        """Where pleural cavities or heart lie in at least 2 % of the images, `(H, W)` bool in the model's frame.
-
-        Raises:
-            ValueError: There is neither an `image_size` nor a model to take it from.
-        """
+        """Where pleural cavities or heart lie in at least 2 % of the images, `(H, W)` bool in the model's frame."""
         zone = thorax_share(self.stored_size, seed=self.seed) >= _THORAX_SHARE
         framed, _, _ = ImageTransform(self._frame(), self.resize_mode)(zone.astype(np.uint8) * 255)
         return framed[0] > 127
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the images: pickling a memory map would copy them; a worker opens its own."""
+        """The state without the images: pickling a memory map would copy them, so each worker opens it."""
         return {**super().__getstate__(), "_images": None}
 
 
 @lru_cache(maxsize=4)
 def thorax_share(size: int = 192, *, seed: int = 0, num_images: int = 400) -> Field:
-    """Share of the first images of a series on which pleural cavities or heart cover a place, `(size, size)` in [0, 1].
-
-    Only outlines are drawn, no images: some hundred take a fraction of a second. The array is kept, and read-only.
-
-    Args:
-        size: Side of the images in pixels.
-        seed: Which series.
-        num_images: How many images are counted.
-    """
+    """Share of a series' first images in which pleural cavities or heart cover a pixel, `(size, size)`, read-only."""
     covered = np.zeros((size, size), np.int32)
     for index in range(num_images):
         build = phantom_build(index, seed)

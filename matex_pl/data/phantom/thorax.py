@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from matex_pl.data.phantom.canvas import Canvas, Field, Points, closed_curve, open_curve, ramp, ribbon, ribbons
+from matex_pl.data.phantom.canvas import Canvas, Field, Floats, Points, closed_curve, open_curve, ramp, ribbon, ribbons
 
 SIDES = ("right", "left")
 SIGN = {"right": -1.0, "left": 1.0}
@@ -56,7 +55,7 @@ class Build:
         """From the apex to the costophrenic angle."""
         return self.angle[side] - self.apex
 
-    def wall(self, share: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    def wall(self, share: Floats | float) -> Floats:
         """Distance of the lateral chest wall from the midline at shares of the lung's height."""
         return self.half_width * np.interp(share, _WALL_T, _WALL_X)
 
@@ -86,7 +85,7 @@ class Thorax:
 
 
 def sample_build(rng: np.random.Generator) -> Build:
-    """A patient with a normal heart, normal variation in everything else."""
+    """A patient with a normal heart and normal variation."""
     apex, base = rng.uniform(0.09, 0.15), rng.uniform(0.80, 0.89)
     dome = base - rng.uniform(0.085, 0.125)
     hilum = apex + rng.uniform(0.40, 0.45) * (base - apex)
@@ -116,9 +115,8 @@ def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thora
     """All layers of a chest without findings; draws the same numbers from `rng` whatever the build."""
     heart = canvas.fill([heart_outline(build)])
     solid = np.maximum(canvas.soften(heart, 0.004), canvas.soften(canvas.fill(mediastinum_outlines(build)), 0.006))
-    inside = ramp(np.float32(build.dome["left"] + 0.02) - canvas.y, 0.03) * ramp(
-        canvas.y - np.float32(build.apex), 0.06
-    )
+    above_dome = ramp(np.float32(build.dome["left"] + 0.02) - canvas.y, 0.03)
+    inside = above_dome * ramp(canvas.y - np.float32(build.apex), 0.06)
     lungs = {side: canvas.soften(canvas.fill([lung_outline(build, side)]), 0.004) for side in SIDES}
     air = {side: lungs[side] * (1 - solid) for side in SIDES}
     both = air["right"] + air["left"]
@@ -134,14 +132,11 @@ def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thora
     return Thorax(build, opacity, bones, lungs, air, heart)
 
 
-def lung_outline(build: Build, side: str, retreat: NDArray[np.float64] | None = None) -> Points:
-    """Closed outline `(P, 2)` of a pleural cavity.
+def lung_outline(build: Build, side: str, retreat: Floats | None = None) -> Points:
+    """Closed outline `(P, 2)` of a pleural cavity, or of a lung in it.
 
-    Args:
-        build: The patient.
-        side: `right` or `left`.
-        retreat: `(8,)` distances by which the lung has left the lateral wall, from the apex to the angle; its first one
-            also lowers the apex.
+    `retreat` are `(8,)` distances of the lung from the lateral wall, from the apex to the angle; the first one also
+    lowers the apex.
     """
     gone = np.zeros(8) if retreat is None else retreat
     wall_y = build.apex + _WALL_T * build.height(side) + gone[0] * np.clip(1 - _WALL_T / 0.14, 0, 1)
@@ -210,18 +205,16 @@ def _vessels(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
     return trees * np.float32(build.vessels) * (np.float32(0.42) + np.float32(0.9) * hila) + hila * np.float32(0.13)
 
 
-def _vessel_tree(build: Build, side: str, rng: np.random.Generator, mains: int = 9, twigs: int = 3) -> Points:
+def _vessel_tree(build: Build, side: str, rng: np.random.Generator) -> Points:
     """Outlines of one lung's vessels, `(mains * (1 + twigs), 12, 2)`."""
-    t = np.linspace(0, 1, 6)
+    t, mains, twigs = np.linspace(0, 1, 6), 9, 3
     angles = np.deg2rad(np.linspace(-78, 84, mains) + rng.normal(0, 7, mains))
     root = build.hilum_point(side) * (SIGN[side], 1) + rng.normal(0, (0.008, 0.022), (mains, 2))
     main = _branches(root, angles, rng.uniform(0.16, 0.33, mains), rng.normal(0, 0.07, mains), t)
     start = rng.integers(1, 5, (mains, twigs))
     forks = main[np.arange(mains)[:, None], start].reshape(-1, 2)
-    fork_angles = (
-        angles[:, None] + rng.choice([-1, 1], (mains, twigs)) * rng.uniform(0.4, 0.9, (mains, twigs))
-    ).ravel()
-    count = mains * twigs
+    turns = rng.choice([-1, 1], (mains, twigs)) * rng.uniform(0.4, 0.9, (mains, twigs))
+    fork_angles, count = (angles[:, None] + turns).ravel(), mains * twigs
     twig = _branches(forks, fork_angles, rng.uniform(0.06, 0.14, count), rng.normal(0, 0.03, count), t)
     widths = rng.uniform(0.010, 0.017, mains)[:, None] * (1 - 0.8 * t)
     twig_widths = rng.uniform(0.003, 0.007, count)[:, None] * (1 - 0.7 * t)
@@ -229,13 +222,7 @@ def _vessel_tree(build: Build, side: str, rng: np.random.Generator, mains: int =
     return both * (SIGN[side], 1)
 
 
-def _branches(
-    start: Points,
-    angles: NDArray[np.float64],
-    lengths: NDArray[np.float64],
-    bends: NDArray[np.float64],
-    t: NDArray[np.float64],
-) -> Points:
+def _branches(start: Points, angles: Floats, lengths: Floats, bends: Floats, t: Floats) -> Points:
     """Bent paths `(M, P, 2)` from `start (M, 2)` at `angles` below the horizontal."""
     along = np.stack([np.cos(angles), np.sin(angles)], axis=-1)[:, None]
     across = np.stack([-np.sin(angles), np.cos(angles)], axis=-1)[:, None]
