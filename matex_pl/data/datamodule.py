@@ -1,4 +1,4 @@
-"""What all data modules share: splits of pairs, loaders that a resumed run can repeat, and the mean image."""
+"""Base of all data modules: splits of pairs, loaders that a resumed run can repeat, and the mean image."""
 
 from __future__ import annotations
 
@@ -81,11 +81,10 @@ class EpochSampler(DistributedSampler):
         if len(dataset) < count:
             raise ValueError(f"There are {len(dataset)} training pairs for {count} processes. Take fewer processes.")
         super().__init__(dataset, num_replicas=count, rank=rank, seed=seed, drop_last=True)
-        self.size = len(dataset)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator)[: self.total_size]
+        order = torch.randperm(len(self.dataset), generator=generator)[: self.total_size]
         return ((self.epoch, index) for index in order[self.rank :: self.num_replicas].tolist())
 
 
@@ -133,9 +132,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
             resize_mode = _RESIZE_MODES[geometry]
             rank_zero_deprecation(f"geometry: {geometry} is deprecated. Write resize_mode: {resize_mode}.")
         if batch_size < 2:
-            raise ValueError(
-                f"batch_size must be at least 2, for contrastive training needs negatives; got {batch_size}."
-            )
+            raise ValueError(f"batch_size must be at least 2, contrastive training needs negatives; got {batch_size}.")
         if seed < 0 or num_workers < 0:
             raise ValueError(f"seed and num_workers must not be negative, got {seed} and {num_workers}.")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -193,9 +190,8 @@ class ChestXrayDataModule(LightningDataModule, ABC):
 
     def _listed(self) -> dict[str, list[ImageTextPair]]:
         if not self.pairs:
-            raise RuntimeError(
-                f"{type(self).__name__} has listed no pairs yet. Call setup('fit') or setup('test') first."
-            )
+            name = type(self).__name__
+            raise RuntimeError(f"{name} has listed no pairs yet. Call setup('fit') or setup('test') first.")
         return self.pairs
 
     def _frame(self) -> tuple[int, int]:

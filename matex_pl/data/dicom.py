@@ -45,7 +45,7 @@ def read_dicom(path: Path) -> np.ndarray:
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
     header = pydicom.dcmread(path)
-    warn_of_others(path, int(header.get("NumberOfFrames") or 1), "frames")
+    warn_if_several(path, int(header.get("NumberOfFrames") or 1), "frames")
     try:
         pixels = pixel_array(header, index=0)
     except RuntimeError as error:
@@ -63,7 +63,7 @@ def read_dicom(path: Path) -> np.ndarray:
     return 1 - levels if kind == "MONOCHROME1" else levels
 
 
-def warn_of_others(path: Path, number: int, kind: str) -> None:
+def warn_if_several(path: Path, number: int, kind: str) -> None:
     """Warn if a file holds more than one image of a `kind`, "frames" or "pages"."""
     if number > 1:
         # In all processes, not only in the first: each reads other images.

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from matex_pl.data.dicom import is_dicom, read_dicom, read_dicom_size, warn_of_others
+from matex_pl.data.dicom import is_dicom, read_dicom, read_dicom_size, warn_if_several
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -27,12 +27,11 @@ ResizeMode = Literal["longest", "shortest", "squash"]
 
 # Only these: Pillow also opens PostScript, which starts a program.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
-# Pillow knows the formats that it has been asked to load.
+# Pillow opens only formats whose plugins are loaded.
 Image.init()
 
-_JPEG_START = b"\xff\xd8"
 _ORIENTATION_TAG = 0x0112
-# What turns the stored pixels upright, by the EXIF orientation of the file.
+# Turns of the stored pixels by the EXIF orientation of the file.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
@@ -61,10 +60,9 @@ def read_image(
 ) -> GrayImage:
     """An image of any supported kind as gray levels.
 
-    PNG, JPEG, TIFF, BMP, WebP and, with the extra `dicom`, DICOM. Colors become luminance, what is transparent
-    becomes black. More than 8 bits are kept until after resizing and run from the image's darkest to its brightest
-    pixel, in DICOM over its window. Where a JPEG may be smaller it is decoded at a half, a quarter or an eighth,
-    which blurs a little.
+    PNG, JPEG, TIFF, BMP, WebP and, with the extra `dicom`, DICOM. Colors become luminance, transparent parts black.
+    More than 8 bits are reduced after resizing, from the darkest to the brightest pixel, or over the window of a DICOM.
+    A JPEG for a smaller size is decoded at a half, a quarter or an eighth, which blurs a little.
 
     Args:
         path: The file.
@@ -82,7 +80,7 @@ def read_image(
         try:
             with Image.open(file, formats=_FORMATS) as image:
                 orientation = _orientation(image, apply_exif_orientation=apply_exif_orientation)
-                warn_of_others(file, getattr(image, "n_frames", 1), "pages")
+                warn_if_several(file, getattr(image, "n_frames", 1), "pages")
                 if image.format == "JPEG" and target_size is not None:
                     size = _upright_size(image, orientation)
                     # `draft` takes width and height as they are stored.
@@ -104,7 +102,7 @@ def read_levels(path: str | Path) -> np.ndarray:
             return read_dicom(file)
         try:
             with Image.open(file, formats=_FORMATS) as image:
-                warn_of_others(file, getattr(image, "n_frames", 1), "pages")
+                warn_if_several(file, getattr(image, "n_frames", 1), "pages")
                 return _turned(_levels(image, file), _orientation(image, apply_exif_orientation=True))
         except UnidentifiedImageError:
             return _deep_jpeg(file)
@@ -126,7 +124,7 @@ def read_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
 def is_jpeg(path: Path) -> bool:
     """Whether the file begins like a JPEG."""
     with path.open("rb") as file:
-        return file.read(len(_JPEG_START)) == _JPEG_START
+        return file.read(2) == b"\xff\xd8"
 
 
 def resize_image(pixels: np.ndarray, size: Size) -> np.ndarray:

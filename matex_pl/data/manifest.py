@@ -162,15 +162,9 @@ def with_ids(
     name_of: Callable[[TableRow], str],
     key_of: Callable[[TableRow], Sequence[str]],
 ) -> list[ImageTextPair]:
-    """The pairs with ids: the name of the image, from the second pair on with a number, in the order of the rows.
+    """The pairs with ids: the name of the image, from its second pair (by key) on with a number.
 
-    Bad rows are counted: correcting one changes no other pair's id.
-
-    Args:
-        pairs: Pairs of the good rows.
-        rows: All rows.
-        name_of: Name of a row's image.
-        key_of: Key of a row's pair.
+    Numbers follow the order of all rows, bad ones included: correcting one changes no other pair's id.
     """
     names = {row.source: name_of(row) for row in rows}
     images = set(names.values())

@@ -110,6 +110,7 @@ class NihDataModule(ImageFilesDataModule):
         named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
         findings = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
         size = read_size(path, apply_exif_orientation=False) if boxes else None
+        y, x = (size[0] / BOX_FRAME, size[1] / BOX_FRAME) if size else (0.0, 0.0)
         for finding in findings:
             drawn = boxes.get(finding, [])
             yield ImageTextPair(
@@ -118,7 +119,7 @@ class NihDataModule(ImageFilesDataModule):
                 image_id=image,
                 image=str(path),
                 phrase=self._phrase(image, finding, drawn),
-                boxes=[_scale_box(box, size) for box in drawn] if size else (),
+                boxes=[(x0 * x, y0 * y, x1 * x, y1 * y) for x0, y0, x1, y1 in drawn],
                 finding=finding,
                 image_findings=tuple(named),
                 split=split,
@@ -186,9 +187,3 @@ def side_word(boxes: list[Box]) -> str:
     """The patient's side of boxes in the 1024 x 1024 frame: the patient's right is on the left of the image."""
     sides = {"right" if (x0 + x1) / 2 < BOX_FRAME / 2 else "left" for x0, _, x1, _ in boxes}
     return "bilateral" if len(sides) == 2 else "".join(sides)
-
-
-def _scale_box(box: Box, size: tuple[int, int]) -> Box:
-    """A box of the 1024 x 1024 frame in pixels of an image of that height and width."""
-    y, x = size[0] / BOX_FRAME, size[1] / BOX_FRAME
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y

@@ -24,9 +24,6 @@ from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.validation import BadRow, RuleError, drop_leaks, drop_repeats, place_of
 from matex_pl.files import whole_file
 
-SKIPPED = "skipped_rows.csv"
-"""Name of the list of rows that were left out."""
-
 _SEPARATORS = (",", ";", "\t")
 _JSON_LINES = {".jsonl", ".ndjson"}
 # Explanations of errors of the csv module, by a part of their text.
@@ -238,7 +235,7 @@ class TableDataModule(ImageFilesDataModule):
             )
         if bad:
             folder = "" if self.trainer is None else self.trainer.log_dir or self.trainer.default_root_dir
-            path = Path(folder, SKIPPED)
+            path = Path(folder, "skipped_rows.csv")
             write_bad_rows(path, bad)
             rank_zero_warn(f"Left out, listed in {path}: {_several(bad)}")
         return pairs
@@ -265,14 +262,7 @@ def drop_broken(
     rows: Sequence[TableRow],
     key_of: Callable[[TableRow], tuple[str, ...]],
 ) -> tuple[list[ImageTextPair], list[BadRow]]:
-    """The pairs without a bad row, whose boxes are complete, and all bad rows.
-
-    Args:
-        pairs: Pairs of the good rows.
-        bad: The bad rows.
-        rows: All rows.
-        key_of: Key of a row's pair.
-    """
+    """Pairs of good rows, without those that lack the box of a bad row with the same key, and all bad rows."""
     keys = {row.source: key_of(row) for row in rows}
     broken = {keys[row.file, row.line]: place_of((row.file, row.line)) for row in reversed(bad)}
     kept, bad = [], list(bad)
@@ -290,14 +280,7 @@ def flag_patient_leakage(
     rows: Iterable[TableRow],
     patient_and_split: Callable[[TableRow], tuple[str, str]],
 ) -> list[BadRow]:
-    """The bad rows; if their patient is in another split elsewhere, that rule is added.
-
-    Args:
-        pairs: Pairs of the good rows.
-        bad: The bad rows.
-        rows: All rows.
-        patient_and_split: Patient and split of a row, empty if it has none.
-    """
+    """The bad rows of all `rows`; if their patient is in another split elsewhere, that rule is added."""
     sources = {row.source: row for row in rows}
     of_bad = []
     for row in bad:

@@ -39,6 +39,8 @@ class ImageTransform:
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"The model's input must have a positive height and width, got {tuple(size)}.")
         self.size = (int(size[0]), int(size[1]))
+        # Width and height twice, to clip and scale boxes.
+        self._ends = np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)
         self.resize_mode = resize_mode
         self.augmentation = _augmentation() if augment else None
 
@@ -79,16 +81,15 @@ class ImageTransform:
             self.augmentation.set_random_seed(seed)
             out = self.augmentation(image=framed, bboxes=drawn, keypoints=corners)
             framed, drawn, corners = out["image"], np.reshape(out["bboxes"], (-1, 4)), out["keypoints"]
-        scale = np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)
         image = torch.from_numpy(np.ascontiguousarray(framed)).expand(3, -1, -1)
-        return image, _tensor(drawn / scale), _tensor(_rectangle(corners) / scale)
+        return image, _tensor(drawn / self._ends), _tensor(_rectangle(corners) / self._ends)
 
     def count_cut(self, boxes: Sequence[Sequence[float]], size: Size) -> tuple[int, int]:
         """Numbers of boxes, in pixels of an image of a height and width, that the crop cuts, and that it removes."""
         framed, _ = self._place(_clipped(boxes, size), size)
         inside = self._inside(framed)
         # Less than a pixel of the frame does not count.
-        is_cut = (np.abs(framed - np.clip(framed, 0, np.array([self.size[1], self.size[0]] * 2))) >= 1).any(1)
+        is_cut = (np.abs(framed - np.clip(framed, 0, self._ends)) >= 1).any(1)
         return int((is_cut | ~inside).sum()), int((~inside).sum())
 
     def _frame(self, image: np.ndarray, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,8 +101,7 @@ class ImageTransform:
         framed[max(top, 0) : max(top, 0) + part.shape[0], max(left, 0) : max(left, 0) + part.shape[1]] = part
         origin = np.array([left, top], dtype=np.float32)
         corners = origin + np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=np.float32)
-        kept = drawn[self._inside(drawn)]
-        return framed, np.clip(kept, 0, np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)), corners
+        return framed, np.clip(drawn[self._inside(drawn)], 0, self._ends), corners
 
     def _place(self, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """Boxes in pixels of the model's frame, and left, top, width and height of the image in it."""
@@ -114,8 +114,7 @@ class ImageTransform:
 
     def _inside(self, drawn: np.ndarray) -> np.ndarray:
         """Whether boxes `(K, 4)` overlap the model's frame, `(K,)` bool."""
-        height, width = self.size
-        return (drawn[:, 2] > 0) & (drawn[:, 3] > 0) & (drawn[:, 0] < width) & (drawn[:, 1] < height)
+        return (drawn[:, 2:] > 0).all(1) & (drawn[:, :2] < self._ends[:2]).all(1)
 
 
 def _clipped(boxes: Sequence[Sequence[float]], stored_size: Size) -> np.ndarray:

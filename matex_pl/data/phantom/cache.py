@@ -1,4 +1,4 @@
-"""Images drawn once, by several processes, and kept on disk as one memory map with their pairs."""
+"""Phantoms drawn once, by several processes, and kept on disk as one memory map with their pairs."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ GENERATOR_VERSION = 7
 
 _CHUNK = 64
 _IMAGES, _PAIRS = "images.npy", "pairs.json"
-DEFAULT_SPLITS = {"train": 10_000, "val": 1_000, "test": 1_000}
 
 
 def phantom_cache(
     root: Path,
     *,
-    splits: Mapping[str, int] | None = None,
+    splits: dict[str, int],
     seed: int = 0,
     size: int = 192,
     shortcut: float = 0.0,
@@ -51,14 +50,13 @@ def phantom_cache(
 
     Args:
         root: Folder of all caches.
-        splits: Number of images per split, in the order of their indices; 10 000, 1 000 and 1 000 by default.
-        seed: Which series of images.
+        splits: Number of images per split, in the order of their indices.
+        seed: Random seed of the series, see `draw_phantom`, as for the next three.
         size: Side in pixels.
-        shortcut: See `draw_phantom`.
-        shortcut_finding: See `draw_phantom`.
-        num_workers: Processes; all cores by default, 1 draws in this process.
+        shortcut: Probability of the tag.
+        shortcut_finding: The finding with the tag.
+        num_workers: Number of processes; all cores by default, 1 draws in this process.
     """
-    splits = dict(DEFAULT_SPLITS if splits is None else splits)
     settings = {"seed": seed, "size": size, "shortcut": shortcut, "shortcut_finding": shortcut_finding}
     # Fails on wrong settings here, with a plain traceback, rather than in a worker.
     draw_phantom(0, **settings)  # type: ignore[arg-type]
@@ -93,7 +91,7 @@ def image_pairs(index: int, image: PhantomImage, *, seed: int, split: str) -> li
 
 
 def _cache_key(settings: Mapping[str, Any]) -> str:
-    """Hash of everything that decides the cache's content, the wording of phrases included."""
+    """Hash of everything on which the cache's content depends, including the wording of phrases."""
     content = {**settings, "version": GENERATOR_VERSION, "templates": TEMPLATES.read_text(encoding="utf-8")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -144,7 +142,7 @@ def _draw_chunks(chunks: list[tuple[Path, int, list[str], dict[str, Any]]], num_
 
 
 def _start_worker(unfinished: Path) -> None:
-    """Draw on one core, and end with the process that asked for the images, even if that was killed."""
+    """Draw on one core, and end when the parent process ends, even if it was killed."""
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, args=(unfinished,), daemon=True).start()
 

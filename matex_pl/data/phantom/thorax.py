@@ -231,8 +231,6 @@ def _branches(start: Points, angles: Floats, lengths: Floats, bends: Floats, t: 
 
 def _breasts(canvas: Canvas, build: Build) -> Field:
     """Soft shadows over the lower lungs with a lower edge that fades upwards."""
-    if build.breasts <= 0:
-        return np.zeros_like(canvas.x)
     dx = np.abs(canvas.x) - np.float32(0.6 * build.half_width)
     edge = np.float32(build.dome["right"] + 0.015) - dx * dx * np.float32(3.5)
     above = edge - canvas.y
