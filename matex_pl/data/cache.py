@@ -50,8 +50,8 @@ class ImageCache:
 
         Args:
             path: The file.
-            target_size: The size to resize to.
-            settings: All that `target_size` depends on.
+            target_size: Size to resize to, from the size of the file.
+            settings: All arguments on which `target_size` depends.
             apply_exif_orientation: Whether to turn the image by its EXIF orientation.
         """
         kept = self._place(path, f"{settings} apply_exif_orientation={apply_exif_orientation}")

@@ -66,7 +66,7 @@ def read_image(
 
     Args:
         path: The file.
-        target_size: The size to resize to, from that of the file; that of the file by default.
+        target_size: Size to resize to, from the size of the file; no resizing by default.
         apply_exif_orientation: Whether to turn the image by the EXIF orientation of the file.
 
     Raises:

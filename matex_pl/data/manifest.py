@@ -79,13 +79,14 @@ class ManifestDataModule(TableDataModule):
             raise ValueError(
                 f"{self.manifest} has some of the columns x, y, w, h, but not {missing}; it has {sorted(present)}."
             )
+        one_box_per_row = not missing
         pairs, bad = parse_rows(rows, lambda row: self._pair(row, present))
-        key_of = _row_key if missing else partial(self._key, present=present)
+        key_of = partial(self._key, present=present) if one_box_per_row else _row_key
         pairs, bad = drop_broken(pairs, bad, rows, key_of)
         if "id" not in present:
             pairs = with_ids(pairs, rows, self._name, key_of)
         bad = flag_patient_leakage(pairs, bad, rows, _patient_and_split)
-        return with_image_findings(pairs if missing else merge_boxes(pairs)), unread + bad
+        return with_image_findings(merge_boxes(pairs) if one_box_per_row else pairs), unread + bad
 
     def _key(self, row: TableRow, present: set[str]) -> tuple[str, ...]:
         """Key of the pair to which a row's box belongs."""

@@ -77,11 +77,10 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
     if unknown:
         raise ValueError(f"`columns` names {unknown}, which {path} does not have; it has {header}.")
     # A column that is mapped to another name is not found under its own.
-    mapped = {*columns, *columns.values()}
-    for _, cells in rows if columns else ():
+    for _, cells in rows:
         renamed = {name: cells[column] for name, column in columns.items() if column in cells}
-        for name in mapped & cells.keys():
-            del cells[name]
+        for name in (*columns, *columns.values()):
+            cells.pop(name, None)
         cells.update(renamed)
     return rows, bad
 

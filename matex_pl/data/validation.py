@@ -53,7 +53,7 @@ class RuleError(ValueError):
 
     def __init__(self, value: Any, rule: str) -> None:
         super().__init__(f"{rule}, got {value!r}")
-        shown = value if isinstance(value, str) else str(value)
+        shown = str(value)
         self.value = shown if len(shown) <= 200 else f"{shown[:200]}..."
         self.rule = rule
 
@@ -140,7 +140,7 @@ def _check_box(box: Box) -> Box:
 
 
 def check_inside(boxes: Iterable[Box], size: tuple[int, int]) -> None:
-    """Check that boxes in pixels lie in an image of this height and width, by a pixel."""
+    """Check that boxes, in pixels, lie in an image of this height and width, to within a pixel."""
     height, width = size
     for box in boxes:
         if min(box[:2]) < -_TOLERANCE or box[2] > width + _TOLERANCE or box[3] > height + _TOLERANCE:
