@@ -6,7 +6,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "FINDINGS": "findings",
-        "PhantomImage": "image",
+        "Phantom": "image",
         "PlacedFinding": "image",
         "draw_phantom": "image",
         "phantom_cache": "cache",

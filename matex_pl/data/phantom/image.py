@@ -41,7 +41,7 @@ class PlacedFinding:
 
 
 @dataclass(frozen=True)
-class PhantomImage:
+class Phantom:
     """A radiograph: `image` uint8 `(size, size)`, one to three findings, and the support device on it, if any."""
 
     image: NDArray[np.uint8]
@@ -69,7 +69,7 @@ def draw_phantom(
     shortcut: float = 0.0,
     shortcut_finding: str = "pneumothorax",
     show_findings: bool = True,
-) -> PhantomImage:
+) -> Phantom:
     """The image at `index` of an endless series; the same in any process.
 
     Args:
@@ -102,7 +102,7 @@ def draw_phantom(
     tagged = phantom_rng(index, seed, "shortcut").random() < shortcut
     if tagged and any(plan.name == shortcut_finding for plan in plans):
         draw_token(image)
-    return PhantomImage(image, tuple(placed), device)
+    return Phantom(image, tuple(placed), device)
 
 
 def check_arguments(size: int, shortcut: float, shortcut_finding: str) -> None:
