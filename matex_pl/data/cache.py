@@ -1,4 +1,4 @@
-"""Images of files, kept as they are laid into the model's frame, so that each is decoded once."""
+"""A folder of decoded, resized images, so that each file is decoded once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ _CACHE_VERSION = 2
 
 @dataclass(frozen=True)
 class ImageCache:
-    """A folder of images that are decoded and resized already, one file each.
+    """A folder of decoded, resized images, one file each.
 
-    A file's name is a digest of the image's path, its length and time of change, and the settings: a changed image or
-    setting makes a new one. Processes may share a folder.
-
-    Args:
-        folder: Made when the first image is kept.
+    A file's name is a digest of the image's path, length, time of change, and the settings: a changed image or setting
+    makes a new one. Processes may share a folder.
     """
 
     folder: Path
@@ -39,40 +36,35 @@ class ImageCache:
         try:
             check_folder(self.folder)
         except OSError as error:
-            # One that was filled before may be read all the same.
+            # A folder that was filled before may be read all the same.
             if not any(self.folder.glob("??/*.npz")):
                 raise
             _warn_uncached(self.folder, error.strerror or str(error))
-            return
-        remove_abandoned_parts(self.folder)
+        else:
+            remove_abandoned_parts(self.folder)
 
     def read(
         self, path: str | Path, target_size: TargetSize, settings: str, *, apply_exif_orientation: bool = True
     ) -> GrayImage:
-        """An image from the cache, or else from its file; see `read_image`.
-
-        Where it cannot be kept, say on a full disk, it is only read, with a warning at the first of them.
+        """An image from the cache, or else from its file, with a warning if it cannot be kept; see `read_image`.
 
         Args:
             path: The file.
-            target_size: The size to resize to.
-            settings: All that `target_size` depends on.
-            apply_exif_orientation: Turn the image as its EXIF orientation says.
+            target_size: Size to resize to, from the size of the file.
+            settings: All arguments on which `target_size` depends.
+            apply_exif_orientation: Whether to turn the image by its EXIF orientation.
         """
         kept = self._place(path, f"{settings} apply_exif_orientation={apply_exif_orientation}")
         image = _kept_image(kept)
         if image is None:
             image = read_image(path, target_size, apply_exif_orientation=apply_exif_orientation)
-            self._keep(image, kept)
+            try:
+                # Parts lie above the images, so that those of killed processes are found without listing all images.
+                with whole_file(kept, self.folder) as part, part.open("wb") as file:
+                    np.savez(file, pixels=image.pixels, size=np.array(image.size))
+            except OSError as error:
+                _warn_uncached(self.folder, error.strerror or str(error))
         return image
-
-    def _keep(self, image: GrayImage, place: Path) -> None:
-        try:
-            # Parts lie above the images: to find those of killed processes takes no look through all images.
-            with whole_file(place, self.folder) as part, part.open("wb") as file:
-                np.savez(file, pixels=image.pixels, size=np.array(image.size))
-        except OSError as error:
-            _warn_uncached(self.folder, error.strerror or str(error))
 
     def _place(self, path: str | Path, settings: str) -> Path:
         try:
@@ -86,7 +78,7 @@ class ImageCache:
 
 
 def _kept_image(path: Path) -> GrayImage | None:
-    """An image of the cache; None where it is not there, or cannot be read."""
+    """An image of the cache; None if it is missing or broken."""
     try:
         with np.load(path, allow_pickle=False) as kept:
             height, width = (int(side) for side in kept["size"])
@@ -96,9 +88,8 @@ def _kept_image(path: Path) -> GrayImage | None:
         return None
 
 
-@lru_cache
+@lru_cache  # One warning per process.
 def _warn_uncached(folder: Path, reason: str) -> None:
-    """Warn once in a process that images are not kept."""
     warnings.warn(
         f"No more images can be kept in cache_dir {folder} ({reason}); they are read anew each time.", stacklevel=2
     )

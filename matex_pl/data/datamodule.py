@@ -1,4 +1,4 @@
-"""What all data modules share: splits of pairs, loaders that a resumed run can repeat, and the mean image."""
+"""Base of all data modules: splits of pairs, loaders that a resumed run can repeat, and the mean image."""
 
 from __future__ import annotations
 
@@ -33,13 +33,7 @@ _RESIZE_MODES: dict[str, ResizeMode] = {"pad": "longest", "crop": "shortest", "s
 
 
 class PairDataset(Dataset[Sample]):
-    """Pairs with their pixels in the model's frame.
-
-    Args:
-        data: The data module, which reads the pixels.
-        pairs: What the dataset holds, in order.
-        transform: From a stored image to the model's frame.
-    """
+    """Pairs with their pixels, which `data` reads and `transform` puts into the model's frame."""
 
     def __init__(self, data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], transform: ImageTransform) -> None:
         self.data = data
@@ -63,12 +57,7 @@ class PairDataset(Dataset[Sample]):
             raise ValueError(f"Pair {pair.id!r} ({pair.image}): {error}") from error
 
     def batch(self, ids: Sequence[str]) -> ImageTextBatch:
-        """The named pairs as one batch, in the order of `ids`.
-
-        Raises:
-            KeyError: An id is not in the dataset.
-            ValueError: No id is given.
-        """
+        """The named pairs as one batch, in the order of `ids`."""
         if not ids:
             raise ValueError("A batch needs at least one pair id, got none.")
         place = {pair.id: index for index, pair in enumerate(self.pairs)}
@@ -79,32 +68,30 @@ class PairDataset(Dataset[Sample]):
 
 
 class EpochSampler(DistributedSampler):
-    """A shuffle that is a function of seed and epoch alone, and hands the epoch on to the dataset as (epoch, index).
+    """A shuffle that depends on seed and epoch alone; the dataset gets (epoch, index).
 
-    So a resumed run sees what an uninterrupted one does, with any number of workers. Lightning calls `set_epoch`. Of W
-    processes each takes every W-th of the same order (a rest that does not divide is left out), so that a step of
-    theirs has the pairs of one process with a batch W times as large.
+    A resumed run therefore sees the same as an uninterrupted one, with any number of workers. Lightning calls
+    `set_epoch`. Each of W processes takes every W-th pair of the same order, without a remainder, so that a step has
+    the pairs of one process with a batch W times as large.
     """
 
     def __init__(self, dataset: PairDataset, seed: int) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        count, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+        distributed = dist.is_available() and dist.is_initialized()
+        count, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
         if len(dataset) < count:
             raise ValueError(f"There are {len(dataset)} training pairs for {count} processes. Take fewer processes.")
         super().__init__(dataset, num_replicas=count, rank=rank, seed=seed, drop_last=True)
-        self.size = len(dataset)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator)[: self.total_size]
+        order = torch.randperm(len(self.dataset), generator=generator)[: self.total_size]
         return ((self.epoch, index) for index in order[self.rank :: self.num_replicas].tolist())
 
 
 class EpochLoader(DataLoader):
     """A loader that asks its sampler, and starts its workers, at the first batch rather than at `iter`.
 
-    Lightning calls `iter` while it sets up a run, and tells a sampler the epoch of a resumed run only after that:
-    workers would have fetched images of epoch 0 by then.
+    Lightning calls `iter` before it sets the epoch of a resumed run: workers would fetch images of epoch 0.
     """
 
     def __iter__(self) -> Iterator[ImageTextBatch]:  # type: ignore[override]
@@ -145,9 +132,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
             resize_mode = _RESIZE_MODES[geometry]
             rank_zero_deprecation(f"geometry: {geometry} is deprecated. Write resize_mode: {resize_mode}.")
         if batch_size < 2:
-            raise ValueError(
-                f"batch_size must be at least 2, for contrastive training needs negatives; got {batch_size}."
-            )
+            raise ValueError(f"batch_size must be at least 2, contrastive training needs negatives; got {batch_size}.")
         if seed < 0 or num_workers < 0:
             raise ValueError(f"seed and num_workers must not be negative, got {seed} and {num_workers}.")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -168,12 +153,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         """Pixels of a pair's image, `(h, w)` uint8."""
 
     def draw_pair(self, pair: ImageTextPair, seed: int) -> ImageTextPair:
-        """The pair as one epoch of training sees it, say with another sentence of its report; itself by default.
-
-        Args:
-            pair: One of the listed pairs.
-            seed: Random seed that belongs to the epoch and the pair.
-        """
+        """The pair in one epoch of training, e.g. with another sentence of its report; `seed` is of epoch and pair."""
         return pair
 
     def phrases_of(self, pair: ImageTextPair) -> list[str]:
@@ -181,44 +161,37 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return [pair.phrase]
 
     def open_image(self, pair: ImageTextPair, transform: ImageTransform) -> GrayImage:
-        """A pair's image for a transform, perhaps at the size that it needs already."""
+        """A pair's image for a transform, perhaps already resized for it."""
         pixels = self.read_image(pair)
         return GrayImage(pixels, (pixels.shape[0], pixels.shape[1]))
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """Findings that the images are labeled with, by name."""
-        named = {finding for split in self.pairs.values() for pair in split for finding in pair.image_findings}
-        return tuple(sorted(named))
+        """Names of the findings that the images are labeled with, sorted."""
+        return tuple(sorted({name for split in self.pairs.values() for pair in split for name in pair.image_findings}))
 
     def setup(self, stage: str) -> None:
         """List the pairs, once.
 
         Raises:
-            ValueError: A split that this stage needs is empty, an id is taken twice, or a pair is in no known split.
+            ValueError: A split that this stage needs is empty, an id is not unique, or a pair is in no known split.
         """
         if not self.pairs:
             self.pairs = _by_split(self.list_pairs())
         for split in STAGES[stage]:
             if not self.pairs[split]:
-                counts = {name: len(found) for name, found in self.pairs.items()}
+                counts = {name: len(pairs) for name, pairs in self.pairs.items()}
                 raise ValueError(f"{type(self).__name__} has no {split} pairs, which {stage!r} needs; it has {counts}.")
 
     def dataset(self, split: str, *, augment: bool = False) -> PairDataset:
-        """The pairs of a split with their pixels.
-
-        Raises:
-            RuntimeError: The pairs are not listed yet.
-        """
-        return PairDataset(
-            self, self._listed()[split], ImageTransform(self._frame(), self.resize_mode, augment=augment)
-        )
+        """The pairs of a split with their pixels."""
+        pairs = self._listed()[split]
+        return PairDataset(self, pairs, ImageTransform(self._frame(), self.resize_mode, augment=augment))
 
     def _listed(self) -> dict[str, list[ImageTextPair]]:
         if not self.pairs:
-            raise RuntimeError(
-                f"{type(self).__name__} has listed no pairs yet. Call setup('fit') or setup('test') first."
-            )
+            name = type(self).__name__
+            raise RuntimeError(f"{name} has listed no pairs yet. Call setup('fit') or setup('test') first.")
         return self.pairs
 
     def _frame(self) -> tuple[int, int]:
@@ -237,15 +210,14 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return torch.stack([data[index].image[:1] for index in chosen]).float().mean(0) / 255
 
     def thorax(self) -> Tensor | None:
-        """Where lungs and heart usually are, `(H, W)` bool in the model's frame; None where that is not known.
+        """Where lungs and heart usually are, `(H, W)` bool in the model's frame, for `attribution/outside_thorax_mass`.
 
-        What a map marks outside of it is no finding of the chest, `attribution/outside_thorax_mass`. A data module that
-        has masks of the body or the lungs overrides it.
+        None if unknown; a data module that has masks of the body or the lungs overrides it.
         """
         return None
 
     def train_dataloader(self) -> DataLoader:
-        """Training pairs, shuffled by seed and epoch; an incomplete last batch is left out if there are others."""
+        """Training pairs, shuffled by seed and epoch; an incomplete last batch is dropped if there are others."""
         data = self.dataset("train", augment=self.augment)
         sampler = EpochSampler(data, self.seed)
         return self._loader(data, sampler, drop_last=len(sampler) >= self.batch_size)
@@ -277,7 +249,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker process needs: where processes are spawned, the trainer cannot go along."""
+        """The state without the trainer, which cannot be pickled for a spawned worker."""
         return {**self.__dict__, "trainer": None}
 
 
@@ -290,14 +262,14 @@ class ImageFilesDataModule(ChestXrayDataModule):
     """
 
     apply_exif_orientation = True
-    """Whether images are turned as the EXIF orientation of their files says; boxes are in pixels of what that gives."""
+    """Whether images are turned by the EXIF orientation of their files; boxes are in pixels of the turned image."""
 
     def __init__(self, cache_dir: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.cache = ImageCache(Path(cache_dir)) if cache_dir else None
 
     def setup(self, stage: str) -> None:
-        """List the pairs, once, and say how many boxes a crop cuts.
+        """List the pairs, once, and warn of boxes that a crop cuts.
 
         Raises:
             OSError: Nothing can be written in `cache_dir`.
@@ -329,27 +301,23 @@ class ImageFilesDataModule(ChestXrayDataModule):
 
 
 def count_cut_boxes(transform: ImageTransform, pairs: Iterable[ImageTextPair]) -> tuple[int, int]:
-    """How many boxes of the pairs whose size is known lose a part to a crop, and how many of them all."""
+    """Numbers of boxes that a crop cuts, and that it removes wholly, in the pairs whose size is known."""
     counts = [transform.count_cut(pair.boxes, pair.size) for pair in pairs if pair.size]
     return sum(cut for cut, _ in counts), sum(lost for _, lost in counts)
 
 
 def _by_split(pairs: Sequence[ImageTextPair]) -> dict[str, list[ImageTextPair]]:
-    twice = [name for name, count in Counter(pair.id for pair in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"{len(twice)} pair ids are not unique, e.g. {', '.join(twice[:3])}.")
-    lost = next((pair for pair in pairs if pair.split not in SPLITS), None)
-    if lost is not None:
-        raise ValueError(f"Pair {lost.id!r} is in the split {lost.split!r}; splits are {', '.join(SPLITS)}.")
+    repeated = [name for name, count in Counter(pair.id for pair in pairs).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{len(repeated)} pair ids are not unique, e.g. {', '.join(repeated[:3])}.")
+    for pair in pairs:
+        if pair.split not in SPLITS:
+            raise ValueError(f"Pair {pair.id!r} is in the split {pair.split!r}; splits are {', '.join(SPLITS)}.")
     return {split: [pair for pair in pairs if pair.split == split] for split in SPLITS}
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Refuse what is no three shares of a whole.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Check that these are three shares of a whole."""
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions must be three shares that sum to 1, got {list(fractions)}.")
 

@@ -1,4 +1,4 @@
-"""DICOM images as they are meant to be seen: the only file that knows pydicom."""
+"""DICOM images as viewers display them: the only file that imports pydicom."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LARGE, _SMALL = 1e12, 1e-12
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file says that it is DICOM, by its mark or its name."""
+    """Whether the file is DICOM, by its name or its magic bytes."""
     if path.suffix.lower() in {".dcm", ".dicom"}:
         return True
     with path.open("rb") as file:
@@ -27,21 +27,16 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_dicom_size(path: Path) -> tuple[int, int]:
-    """Height and width, from the header.
-
-    Raises:
-        ImportError: pydicom is not installed.
-    """
+    """Height and width, from the header."""
     header = _pydicom(path).dcmread(path, stop_before_pixels=True)
     return int(header.Rows), int(header.Columns)
 
 
 def read_dicom(path: Path) -> np.ndarray:
-    """Levels of the first frame, `(h, w)` float32 in [0, 1], bright where the image is.
+    """Levels of the first frame, `(h, w)` float32 in [0, 1], 1 is bright.
 
-    Rescale or modality table, then the first VOI table or window, over whose range the levels go; without a usable one
-    from the darkest to the brightest pixel. An empty tag says nothing. MONOCHROME1, whose low values are bright, is
-    inverted.
+    Rescale or modality table, then the first VOI table or window, whose range becomes [0, 1]; without a usable one,
+    that of the pixels does. Empty tags are ignored. MONOCHROME1, whose low values are bright, is inverted.
 
     Raises:
         ImportError: pydicom, or the codec of a compressed file, is not installed.
@@ -50,7 +45,7 @@ def read_dicom(path: Path) -> np.ndarray:
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
     header = pydicom.dcmread(path)
-    warn_of_others(path, int(header.get("NumberOfFrames") or 1), "frames")
+    warn_if_several(path, int(header.get("NumberOfFrames") or 1), "frames")
     try:
         pixels = pixel_array(header, index=0)
     except RuntimeError as error:
@@ -68,15 +63,15 @@ def read_dicom(path: Path) -> np.ndarray:
     return 1 - levels if kind == "MONOCHROME1" else levels
 
 
-def warn_of_others(path: Path, number: int, kind: str) -> None:
-    """Warn that a file holds `number` images of a `kind`, "frames" or "pages", if it is more than one."""
+def warn_if_several(path: Path, number: int, kind: str) -> None:
+    """Warn if a file holds more than one image of a `kind`, "frames" or "pages"."""
     if number > 1:
-        # Not only in the first process: each of several reads its own images.
+        # In all processes, not only in the first: each reads other images.
         warnings.warn(f"{path} has {number} {kind}; the first one is taken.", stacklevel=2)
 
 
 def _with_modality(header: Dataset) -> Dataset:
-    """The header, in which an empty slope is 1, an empty intercept 0, and an empty modality table is none."""
+    """The header with an empty slope as 1, an empty intercept as 0, and without an empty modality table."""
     if "RescaleSlope" in header or "RescaleIntercept" in header:
         header.RescaleSlope = _first(header, "RescaleSlope") or 1
         header.RescaleIntercept = _first(header, "RescaleIntercept") or 0
@@ -97,7 +92,7 @@ def _windowed(values: np.ndarray, header: Dataset) -> np.ndarray:
         # Over the bits that the entries need: those that a table declares are often wrong, and viewers distrust them.
         return _stretch(levels, 0, 2.0 ** int(entries.max()).bit_length() - 1)
     if _has_window(header):
-        # What the window makes of values far outside of it is the range it maps to.
+        # Values far outside of the window map to the ends of its range.
         with np.errstate(over="ignore"):
             low, high = apply_windowing(np.array([-_LARGE, _LARGE]), header)
             return _stretch(apply_windowing(values, header), low, high)
@@ -105,7 +100,7 @@ def _windowed(values: np.ndarray, header: Dataset) -> np.ndarray:
 
 
 def _has_window(header: Dataset) -> bool:
-    """Whether there is a window that shows anything; it may then be applied."""
+    """Whether there is a usable window; sets its function if that is missing."""
     center, width = _first(header, "WindowCenter"), _first(header, "WindowWidth")
     if center is None or width is None:
         return False
@@ -115,7 +110,7 @@ def _has_window(header: Dataset) -> bool:
 
 
 def _table(header: Dataset, name: str) -> Dataset | None:
-    """First table of a sequence; None where there is none, or an empty one."""
+    """First table of a sequence; None if it is missing or empty."""
     table = _first(header, name)
     if table is None or not table.get("LUTDescriptor") or not table.get("LUTData"):
         return None
@@ -126,7 +121,7 @@ def _table(header: Dataset, name: str) -> Dataset | None:
 
 
 def _first(header: Dataset, name: str) -> Any:
-    """Value of a tag, the first of several; None where it is missing or empty."""
+    """First value of a tag; None if it is missing or empty."""
     value = header.get(name)
     if isinstance(value, MutableSequence):
         value = value[0] if value else None

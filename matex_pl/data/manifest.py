@@ -1,4 +1,4 @@
-"""Images of one's own: any table with an image and a phrase in each row."""
+"""Custom data: any table with an image and a phrase in each row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +38,20 @@ _BOX = ("x", "y", "w", "h")
 
 
 class ManifestDataModule(TableDataModule):
-    """Images of one's own, from a CSV file or JSON lines with a row per phrase.
+    """Custom images, from a CSV file or JSON lines with a row per phrase.
 
-    Columns: `image` (a path below `root`) and `phrase`; as far as there are any, `id`, `patient_id` (splits are made by
-    patient; each image its own without), `finding`, `split` (train, val or validation, test), and the ground truth in
-    pixels of the image as a viewer shows it, upright: `boxes` as JSON `[[x0, y0, x1, y1], ...]`; or `x, y, w, h`, where
-    rows of one phrase on one image (of one id, if there are ids) make one pair of several boxes; or `mask`, an image
-    of the image's size whose connected parts, all that is not black (in JPEGs: above 127), give the boxes.
+    Columns: `image` (a path below `root`) and `phrase`; optional are `id`, `patient_id` (splits are made by patient, or
+    by image without it), `finding`, `split` (train, val or validation, test), and the ground truth in pixels of the
+    upright image: `boxes` as JSON `[[x0, y0, x1, y1], ...]`; or `x, y, w, h`, where rows of one phrase on one image (of
+    one id, if there are ids) make one pair of several boxes; or `mask`, an image of the same size, with a box around
+    each connected part that is not black (in JPEGs: above 127).
 
-    Without the column `id`, ids are the images' paths, or digests of these where the patient's id is a part of them.
+    Without the column `id`, ids are the images' paths, or digests of those that contain the patient's id.
 
     Args:
         manifest: CSV with commas, semicolons or tabs, or JSON lines (`.jsonl`), UTF-8, also gzipped.
-        root: Folder that paths start from and none leads out of, but by symbolic links that you put there; the
-            manifest's own by default.
-        columns: The file's names of columns, by ours: `{phrase: caption}`.
+        root: Folder of the images, out of which only symbolic links may lead; the manifest's folder by default.
+        columns: Names of the file's columns by the names above: `{phrase: caption}`.
         kwargs: Arguments of `TableDataModule`.
     """
 
@@ -74,43 +72,43 @@ class ManifestDataModule(TableDataModule):
 
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per row, or per group of rows with a box each."""
-        rows, bad = read_table(self.manifest, self.columns, REQUIRED)
+        rows, unread = read_table(self.manifest, self.columns, REQUIRED)
         present = {name for row in rows for name in row.cells}
-        one_box = _one_box_per_row(present, self.manifest)
-        pairs, wrong = parse_rows(rows, lambda row: self._pair(row, present))
-        key_of = partial(self._key, present=present) if one_box else _own_key
-        pairs, wrong = drop_broken(pairs, wrong, rows, key_of)
+        missing = [name for name in _BOX if name not in present]
+        if 0 < len(missing) < len(_BOX):
+            raise ValueError(
+                f"{self.manifest} has some of the columns x, y, w, h, but not {missing}; it has {sorted(present)}."
+            )
+        one_box_per_row = not missing
+        pairs, bad = parse_rows(rows, lambda row: self._pair(row, present))
+        key_of = partial(self._key, present=present) if one_box_per_row else _row_key
+        pairs, bad = drop_broken(pairs, bad, rows, key_of)
         if "id" not in present:
             pairs = with_ids(pairs, rows, self._name, key_of)
-        wrong = flag_patient_leakage(pairs, wrong, rows, _owner)
-        return with_image_findings(merge_boxes(pairs) if one_box else pairs), bad + wrong
+        bad = flag_patient_leakage(pairs, bad, rows, _patient_and_split)
+        return with_image_findings(merge_boxes(pairs) if one_box_per_row else pairs), unread + bad
 
     def _key(self, row: TableRow, present: set[str]) -> tuple[str, ...]:
-        """What rows share whose boxes make one pair."""
+        """Key of the pair to which a row's box belongs."""
         cells = row.cells
         if "id" in present:
             return (str(cells.get("id") or row.source),)
         return self._image(cells), fold(cells.get("phrase")), str(cells.get("finding") or "")
 
     def _image(self, cells: Mapping[str, Any]) -> str:
-        """The path of a row's image from the root on, also where there is no such image."""
+        """The path of a row's image from the root on, whether or not it exists."""
         path = Path(os.path.normpath(self.root / str(cells.get("image") or "").strip().replace("\\", "/")))
         return image_name(self.root, path)
 
     def _name(self, row: TableRow) -> str:
-        """What ids of a row's image begin with: its path, or a digest of it where the patient's id is a part."""
+        """Start of the ids on a row's image: its path, or a digest of it if it contains the patient's id."""
         image = self._image(row.cells)
         if not _names_patient(image, str(row.cells.get("patient_id") or "").strip()):
             return image
         return hashlib.sha256(image.encode(errors="replace")).hexdigest()[:12]
 
     def _pair(self, row: TableRow, present: set[str]) -> ImageTextPair:
-        """The pair of a row; its id is empty without a column for it.
-
-        Raises:
-            RuleError: The row breaks a rule.
-            ValueError: The image is no readable image.
-        """
+        """The pair of a row; its id is empty without a column for it."""
         cells = row.cells
         path = find_image(self.root, text(cells, "image"))
         image = image_name(self.root, path)
@@ -129,7 +127,7 @@ class ManifestDataModule(TableDataModule):
         )
 
     def _boxes(self, cells: dict[str, Any], path: Path) -> tuple[list[Box], tuple[int, int] | None]:
-        """Boxes in pixels of the image, and its size if it has some."""
+        """Boxes in pixels of the image, and its size if there are any."""
         boxes = boxes_of_json(cells.get("boxes")) + box_of_cells([cells.get(name) for name in _BOX])
         mask = text(cells, "mask")
         if not boxes and not mask:
@@ -142,9 +140,9 @@ class ManifestDataModule(TableDataModule):
 
 
 def merge_boxes(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
-    """Pairs of one phrase on one image, and of one id, as one with all their boxes, in the place of the first.
+    """Pairs of one phrase on one image, and of one id, merged into the first, with all boxes.
 
-    Phrases that differ by case and white space are one, spelt as in the first row.
+    Case and white space do not distinguish phrases.
     """
     groups: dict[tuple[str, ...], list[ImageTextPair]] = defaultdict(list)
     for pair in pairs:
@@ -165,54 +163,35 @@ def with_ids(
     name_of: Callable[[TableRow], str],
     key_of: Callable[[TableRow], Sequence[str]],
 ) -> list[ImageTextPair]:
-    """The pairs with ids: the name of the image, and a number where an image has several, in the order of the rows.
+    """The pairs with ids: the name of the image, from its second pair (by key) on with a number.
 
-    Bad rows count: when they are corrected, no other pair gets another id.
-
-    Args:
-        pairs: One per row that is right.
-        rows: All rows.
-        name_of: The name of a row's image.
-        key_of: What rows of one pair share.
+    Numbers follow the order of all rows, bad ones included: correcting one changes no other pair's id.
     """
     names = {row.source: name_of(row) for row in rows}
     images = set(names.values())
     last: dict[str, int] = {}
     ids: dict[tuple[str, ...], str] = {}
-    places = {}
+    id_of = {}
     for row in rows:
         name = names[row.source]
         key = (name, *key_of(row))
         if key not in ids:
-            last[name] = _next_number(name, last.get(name, 0), images)
-            ids[key] = f"{name}-{last[name]}" if last[name] > 1 else name
-        places[row.source] = ids[key]
-    return [replace(pair, id=places[pair.source]) for pair in pairs]
-
-
-def _next_number(name: str, last: int, images: set[str]) -> int:
-    """The next number of an image's pairs with which its id is not the name of another image."""
-    return next(number for number in count(last + 1) if number == 1 or f"{name}-{number}" not in images)
+            number = last.get(name, 0) + 1
+            # An id must not be the name of another image.
+            while number > 1 and f"{name}-{number}" in images:
+                number += 1
+            last[name] = number
+            ids[key] = f"{name}-{number}" if number > 1 else name
+        id_of[row.source] = ids[key]
+    return [replace(pair, id=id_of[pair.source]) for pair in pairs]
 
 
 def with_image_findings(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
-    """The pairs, each knowing all findings of its image."""
+    """The pairs, each with all findings of its image."""
     findings: dict[str, set[str]] = defaultdict(set)
     for pair in pairs:
         findings[pair.image_id] |= {pair.finding} - {""}
     return [replace(pair, image_findings=tuple(sorted(findings[pair.image_id]))) for pair in pairs]
-
-
-def _one_box_per_row(present: set[str], manifest: Path) -> bool:
-    """Whether boxes stand in the columns `x, y, w, h`.
-
-    Raises:
-        ValueError: Some of these are missing.
-    """
-    missing = [name for name in _BOX if name not in present]
-    if 0 < len(missing) < len(_BOX):
-        raise ValueError(f"{manifest} has some of the columns x, y, w, h, but not {missing}; it has {sorted(present)}.")
-    return not missing
 
 
 def _needed(cells: dict[str, Any], name: str, present: set[str]) -> str:
@@ -223,32 +202,24 @@ def _needed(cells: dict[str, Any], name: str, present: set[str]) -> str:
     return cell
 
 
-def _owner(row: TableRow) -> tuple[str, str]:
-    """Patient and split of a row, empty where it names none."""
+def _patient_and_split(row: TableRow) -> tuple[str, str]:
     split = text(row.cells, "split")
     return text(row.cells, "patient_id"), split_name(split) if split else ""
 
 
-def _own_key(row: TableRow) -> tuple[str, ...]:
-    """A key that no other row has."""
+def _row_key(row: TableRow) -> tuple[str, ...]:
     return tuple(map(str, row.source))
 
 
 def _names_patient(image: str, patient: str) -> bool:
-    """Whether the path of an image contains its patient's id; a short id counts only as a whole word or number."""
+    """Whether an image's path contains its patient's id; one of up to three characters only as a whole word."""
     image, patient = image.lower(), patient.lower().lstrip("0") or patient
     words = {word.lstrip("0") or word for word in re.findall(r"\d+|[^\W\d_]+", image)}
     return patient in image if len(patient) > 3 else patient in words
 
 
 def _mask_boxes(path: Path, name: str, size: tuple[int, int]) -> list[Box]:
-    """The box of each connected part of a mask, which is what is not black; none of a black one.
-
-    In JPEGs what is darker than half is noise.
-
-    Raises:
-        RuleError: The mask is of another size than its image, or a JPEG that has noise alone.
-    """
+    """The box of each connected part of a mask that is not black, of a JPEG that is not dark."""
     noisy = is_jpeg(path)
     levels = read_image(path).pixels if noisy else read_levels(path)
     if levels.shape != size:

@@ -20,7 +20,7 @@ SPLIT_FILE, METADATA_FILE = "mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-metada
 Section = Literal["findings", "impression"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 _SPLIT_COLUMNS = ("dicom_id", "study_id", "subject_id", "split")
-# A line that begins with a title in capitals and a colon begins a section.
+# A line that begins with a title in capitals and a colon starts a section.
 _TITLE = re.compile(r"^[ \t]*([A-Z][A-Z /&,()-]+):", re.MULTILINE)
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9_])")
 _NUMBER = re.compile(r"^(?:\d+[.)]\s*)+")
@@ -64,37 +64,35 @@ class MimicCxrDataModule(TableDataModule):
 
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per image of the views whose report has a sentence."""
-        rows, bad = read_table(_plain_or_gzipped(self.root / SPLIT_FILE), {}, _SPLIT_COLUMNS)
+        rows, unread = read_table(_plain_or_gzipped(self.root / SPLIT_FILE), {}, _SPLIT_COLUMNS)
         if self.views:
-            frontal, unread = self._images_of_views()
-            bad += unread
-            rows = [row for row in rows if text(row.cells, "dicom_id") in frontal]
+            images, unread_metadata = self._images_of_views()
+            unread += unread_metadata
+            rows = [row for row in rows if text(row.cells, "dicom_id") in images]
         sentences: dict[str, list[str]] = {}
-        pairs, wrong = parse_rows(rows, lambda row: self._pair(row, sentences))
-        told = [pair for pair in pairs if pair.phrase]
-        if len(told) < len(pairs):
+        pairs, bad = parse_rows(rows, lambda row: self._pair(row, sentences))
+        with_phrase = [pair for pair in pairs if pair.phrase]
+        if len(with_phrase) < len(pairs):
             rank_zero_warn(
-                f"{len(pairs) - len(told)} of {len(pairs)} images have no sentence in {' or '.join(self.sections)} "
-                "of their reports; left out."
+                f"{len(pairs) - len(with_phrase)} of {len(pairs)} images have no sentence in "
+                f"{' or '.join(self.sections)} of their reports; left out."
             )
-        return told, bad + wrong
+        return with_phrase, unread + bad
 
     def _images_of_views(self) -> tuple[set[str], list[BadRow]]:
         """Images of the views, and bad rows of the metadata."""
         path = _plain_or_gzipped(self.root / METADATA_FILE)
         rows, bad = read_table(path, {}, ("dicom_id", "ViewPosition"))
-        found = {text(row.cells, "dicom_id") for row in rows if text(row.cells, "ViewPosition") in self.views}
-        if not found:
+        images = {text(row.cells, "dicom_id") for row in rows if text(row.cells, "ViewPosition") in self.views}
+        if not images:
             known = sorted({text(row.cells, "ViewPosition") for row in rows} - {""})
             raise ValueError(f"No image of {path} has one of the views {self.views}; there are {known}.")
-        return found, bad
+        return images, bad
 
     def _pair(self, row: TableRow, sentences: dict[str, list[str]]) -> ImageTextPair:
-        """The pair of an image; its phrase is empty if its report has no sentence.
+        """The pair of a row of the split file; its phrase is empty if its report has no sentence.
 
-        Args:
-            row: Row of the split file.
-            sentences: Sentences of the reports that are read already, by pair; those of this image are added.
+        `sentences` are those of the reports that are read already, by study; those of this image are added.
         """
         image, study, patient = (text(row.cells, name) for name in ("dicom_id", "study_id", "subject_id"))
         folder = f"files/p{patient[:2]}/p{patient}"
@@ -102,7 +100,7 @@ class MimicCxrDataModule(TableDataModule):
         if study not in sentences:
             sentences[study] = self._read_report(f"{folder}/s{study}.txt")
         self._sentences[image] = sentences[study]
-        found = ImageTextPair(
+        pair = ImageTextPair(
             id=image,
             patient_id=patient,
             image_id=image,
@@ -111,7 +109,7 @@ class MimicCxrDataModule(TableDataModule):
             split=split_name(text(row.cells, "split")),
             source=row.source,
         )
-        return self.draw_pair(found, self.seed) if sentences[study] else found
+        return self.draw_pair(pair, self.seed) if sentences[study] else pair
 
     def _read_report(self, name: str) -> list[str]:
         for path in (name, name.removeprefix("files/")):
@@ -121,11 +119,11 @@ class MimicCxrDataModule(TableDataModule):
         raise RuleError(name, f"there is no such report below {str(self.reports)!r}")
 
     def phrases_of(self, pair: ImageTextPair) -> list[str]:
-        """All sentences of the report: any may be drawn."""
+        """All sentences of the report."""
         return self._sentences[pair.id]
 
     def draw_pair(self, pair: ImageTextPair, seed: int) -> ImageTextPair:
-        """The pair with a sentence of its report that the seed draws."""
+        """The pair with a random sentence of its report."""
         sentences = self._sentences[pair.id]
         rng = np.random.default_rng([seed, *pair.id.encode()])
         return replace(pair, phrase=sentences[rng.integers(len(sentences))])

@@ -51,16 +51,15 @@ class MsCxrDataModule(TableDataModule):
     """MS-CXR 1.0 and 1.1: one pair per phrase and category on an image, with all of its boxes.
 
     Both need a credentialed account and are not part of this package. `root` is the folder of MIMIC-CXR-JPG, which
-    holds `files/p10/p10000032/s50414267/....jpg` (or starts at `p10/`); down-sized copies do, as boxes are scaled by
-    the file's size over `image_width` and `image_height`. The patient is read from the path.
+    holds `files/p10/p10000032/s50414267/....jpg` (or starts at `p10/`), or down-sized copies: boxes are scaled by the
+    file's size over `image_width` and `image_height`. The patient is read from the path.
 
     Args:
         root: Folder of the images.
         annotations: The CSV or the COCO-style JSON of MS-CXR; by default the one `MS_CXR_Local_Alignment_*` in `root`.
-        split_file: MIMIC's `mimic-cxr-2.0.0-split.csv`, also gzipped. Its splits come before those of MS-CXR; how many
-            phrases the two put elsewhere is reported.
-        splits: `file` takes the splits of the files, and draws them by patient where these have none; `patients`
-            always draws.
+        split_file: MIMIC's `mimic-cxr-2.0.0-split.csv`, also gzipped. Its splits override those of MS-CXR, with a
+            warning of the phrases that change theirs.
+        splits: `file` takes the splits of the files, and draws missing ones by patient; `patients` draws all.
         kwargs: Arguments of `TableDataModule`.
     """
 
@@ -84,16 +83,15 @@ class MsCxrDataModule(TableDataModule):
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per phrase and category on an image."""
         path = find_annotations(self.root, self.annotations)
-        rows, bad = read_coco(path) if path.suffix == ".json" else read_table(path, {}, COLUMNS)
+        rows, unread = read_coco(path) if path.suffix == ".json" else read_table(path, {}, COLUMNS)
         official = read_splits(Path(self.split_file)) if self.split_file else None
-        pairs, wrong = parse_rows(rows, lambda row: self._pair(row, official))
-        pairs, wrong = drop_broken(fill_splits(pairs), wrong, rows, _key)
-        wrong = flag_patient_leakage(pairs, wrong, rows, lambda row: self._owner(row.cells, official))
+        pairs, bad = parse_rows(rows, lambda row: self._pair(row, official))
+        pairs, bad = drop_broken(fill_splits(pairs), bad, rows, _key)
+        bad = flag_patient_leakage(pairs, bad, rows, lambda row: self._patient_and_split(row.cells, official))
         pairs = merge_boxes(with_ids(pairs, rows, _image, _key))
         if official is not None:
-            own = {_image(row): str(row.cells.get("split") or "").strip() for row in rows}
-            _report_disagreement(pairs, own)
-        return with_image_findings(pairs), bad + wrong
+            _warn_of_other_splits(pairs, {_image(row): str(row.cells.get("split") or "").strip() for row in rows})
+        return with_image_findings(pairs), unread + bad
 
     def _pair(self, row: TableRow, official: Mapping[str, str] | None) -> ImageTextPair:
         cells = row.cells
@@ -106,7 +104,7 @@ class MsCxrDataModule(TableDataModule):
         )
         if not image:
             raise RuleError("", "the dicom_id is missing")
-        patient, split = self._owner(cells, official)
+        patient, split = self._patient_and_split(cells, official)
         return ImageTextPair(
             id="",
             patient_id=patient,
@@ -120,58 +118,47 @@ class MsCxrDataModule(TableDataModule):
             source=row.source,
         )
 
-    def _owner(self, cells: Mapping[str, Any], official: Mapping[str, str] | None) -> tuple[str, str]:
-        """Patient and split of a row; no split where the files name none, or are not asked.
-
-        Raises:
-            RuleError: The path names no patient, the split file lacks the image, or the split is none.
-        """
-        image, patient = text(cells, "dicom_id"), patient_of(text(cells, "path"))
+    def _patient_and_split(self, cells: Mapping[str, Any], official: Mapping[str, str] | None) -> tuple[str, str]:
+        """Patient and split of a row; the split is empty if it is to be drawn."""
+        image, path = text(cells, "dicom_id"), text(cells, "path")
+        patient = _PATIENT.search(path)
+        if patient is None:
+            raise RuleError(path, "the path names no patient and pair as in files/p10/p10000032/s50414267/")
         if official is not None and image not in official:
             raise RuleError(image, f"the image is not in {self.split_file}")
-        own = text(cells, "split") if self.splits == "file" else ""
-        split = official[image] if official is not None else own
-        return patient, split_name(split) if split else ""
+        annotated = text(cells, "split") if self.splits == "file" else ""
+        split = official[image] if official is not None else annotated
+        return patient[1], split_name(split) if split else ""
 
 
 def _key(row: TableRow) -> tuple[str, ...]:
-    """What rows of one phrase and category on an image share."""
+    """Key of a row's pair: image, phrase and category."""
     return _image(row), fold(row.cells.get("label_text")), fold(row.cells.get("category_name"))
 
 
 def _image(row: TableRow) -> str:
-    """The image that a row names, whatever stands there."""
     return str(row.cells.get("dicom_id")).strip()
 
 
 def find_annotations(root: Path, given: str | None) -> Path:
-    """The annotation file: the given one, or else the only one in `root`, where CSV comes before JSON.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: There are several.
-    """
+    """The annotation file: the given one, or else the only one in `root`, where CSV comes before JSON."""
     if given is not None:
         return Path(given)
     for suffix in (".csv", ".json"):
-        found = sorted(root.glob(ANNOTATIONS + suffix))
-        if len(found) > 1:
-            raise ValueError(f"{root} has several: {[path.name for path in found]}. Choose one by data.annotations.")
-        if found:
-            return found[0]
+        paths = sorted(root.glob(ANNOTATIONS + suffix))
+        if len(paths) > 1:
+            raise ValueError(f"{root} has several: {[path.name for path in paths]}. Choose one by data.annotations.")
+        if paths:
+            return paths[0]
     raise FileNotFoundError(
         f"There is no {ANNOTATIONS} (.csv or .json) in {str(root)!r}. Copy MS-CXR's there, or give data.annotations."
     )
 
 
 def read_coco(path: Path) -> tuple[list[TableRow], list[BadRow]]:
-    """Rows of the COCO-style JSON, under the names of the CSV's columns; the source names the annotation.
+    """Rows of the COCO-style JSON with the CSV's column names, and bad rows; the source names the annotation.
 
-    The file holds more image records than images; they are found by their ids, and told apart by their paths.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no JSON, or not of that style.
+    The file has several records of an image: annotations refer to them by id, and the path identifies the image.
     """
     try:
         content = read_json(read_text(path))
@@ -182,15 +169,9 @@ def read_coco(path: Path) -> tuple[list[TableRow], list[BadRow]]:
         raise ValueError(
             f"{path} is no COCO-style JSON with `categories`, `images` and `annotations`: {error!r}."
         ) from error
-    return _sorted_annotations(path, annotations, images, categories)
-
-
-def _sorted_annotations(
-    path: Path, annotations: Sequence[Any], images: Mapping[Any, Any], categories: Mapping[Any, str]
-) -> tuple[list[TableRow], list[BadRow]]:
     rows, bad = [], []
-    for place, annotation in enumerate(annotations):
-        source = (f"{path}, annotation {place}", 0)
+    for number, annotation in enumerate(annotations):
+        source = (f"{path}, annotation {number}", 0)
         try:
             rows.append(TableRow(source, _annotation_cells(annotation, images[annotation["image_id"]], categories)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -200,7 +181,7 @@ def _sorted_annotations(
 
 def _annotation_cells(annotation: Any, image: Any, categories: Mapping[Any, str]) -> dict[str, Any]:
     box = annotation.get("bbox")
-    # Whatever else there is, is refused with the row's other faults.
+    # Any other value is a fault that is found later, with the row's other faults.
     x, y, width, height = box if isinstance(box, list) and len(box) == 4 else ([box], None, None, None)
     return {
         "category_name": categories[annotation["category_id"]],
@@ -218,12 +199,7 @@ def _annotation_cells(annotation: Any, image: Any, categories: Mapping[Any, str]
 
 
 def read_splits(path: Path) -> dict[str, str]:
-    """Splits by `dicom_id`, from MIMIC's file of them.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It cannot be read, or lacks a column.
-    """
+    """Splits by `dicom_id`, from MIMIC's split file."""
     rows, bad = read_table(path, {}, ("dicom_id", "split"))
     if bad:
         raise ValueError(str(bad[0]))
@@ -231,11 +207,7 @@ def read_splits(path: Path) -> dict[str, str]:
 
 
 def find_mimic_image(root: Path, path: str) -> Path:
-    """The file of MIMIC's path below `root`: with or without `files/`, as another kind of image too.
-
-    Raises:
-        RuleError: There is none; see `find_image`.
-    """
+    """The file of MIMIC's path below `root`, with or without `files/`, with any of the suffixes; see `find_image`."""
     for name in dict.fromkeys((path, path.removeprefix("files/"))):
         for suffix in dict.fromkeys((Path(name).suffix, *_SUFFIXES)):
             try:
@@ -246,29 +218,8 @@ def find_mimic_image(root: Path, path: str) -> Path:
     return find_image(root, path)
 
 
-def patient_of(path: str) -> str:
-    """The patient of MIMIC's path, `.../p10000032/s50414267/...`.
-
-    Raises:
-        RuleError: The path names none.
-    """
-    found = _PATIENT.search(path)
-    if found is None:
-        raise RuleError(path, "the path names no patient and pair as in files/p10/p10000032/s50414267/")
-    return found[1]
-
-
 def scale_boxes(boxes: Sequence[Box], annotated: Sequence[Any], size: tuple[int, int]) -> list[Box]:
-    """Boxes of an image of the annotated size, in pixels of its file.
-
-    Args:
-        boxes: `(x0, y0, x1, y1)` in pixels of the image as it was annotated.
-        annotated: Height and width of that image, as they are written.
-        size: Height and width of the file.
-
-    Raises:
-        RuleError: The annotated size is none, or a box reaches outside of it.
-    """
+    """Boxes of an image of the annotated height and width, in pixels of its file of the height and width `size`."""
     try:
         height, width = (float(side) for side in annotated)
     except (TypeError, ValueError):
@@ -280,9 +231,9 @@ def scale_boxes(boxes: Sequence[Box], annotated: Sequence[Any], size: tuple[int,
     return [(x0 * x, y0 * y, x1 * x, y1 * y) for x0, y0, x1, y1 in boxes]
 
 
-def _report_disagreement(pairs: Sequence[ImageTextPair], own: Mapping[str, str]) -> None:
-    known = [pair for pair in pairs if own.get(pair.image_id)]
-    other = [pair for pair in known if SPLIT_NAMES.get(own[pair.image_id].lower()) != pair.split]
+def _warn_of_other_splits(pairs: Sequence[ImageTextPair], annotated: Mapping[str, str]) -> None:
+    known = [pair for pair in pairs if annotated.get(pair.image_id)]
+    other = [pair for pair in known if SPLIT_NAMES.get(annotated[pair.image_id].lower()) != pair.split]
     if other:
         rank_zero_warn(
             f"{len(other)} of {len(known)} phrases are in another split in MS-CXR than in MIMIC's split file, which is "

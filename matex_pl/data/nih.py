@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from matex_pl.data.datamodule import ImageFilesDataModule, check_fractions, split_patients
 from matex_pl.data.images import read_size
 from matex_pl.data.pair import ImageTextPair
+from matex_pl.data.validation import Box
 
 BOX_FILE, LABEL_FILE = "BBox_List_2017.csv", "Data_Entry_2017_v2020.csv"
 _LABEL_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
@@ -42,9 +43,6 @@ _WITHOUT_SIDE = {"cardiomegaly"}
 _NORMAL = ("No acute cardiopulmonary abnormality.", "Normal chest radiograph.", "The lungs are clear.")
 
 
-Box = tuple[float, float, float, float]
-
-
 class NihDataModule(ImageFilesDataModule):
     """The NIH images: one pair per image and label, with a box where a radiologist drew one.
 
@@ -55,8 +53,8 @@ class NihDataModule(ImageFilesDataModule):
     Args:
         root: Folder of the distribution.
         boxed_only: Leave out images without a box, and labels without one on images that have some.
-        name_side: Put the side of the box into the phrase. It then tells a map where to look: report results with and
-            without.
+        name_side: Put the side of the box into the phrase. The phrase then gives away where the box is: report results
+            with and without.
         fractions: Shares of the patients in train, val and test.
         kwargs: Arguments of `ImageFilesDataModule`.
     """
@@ -86,35 +84,34 @@ class NihDataModule(ImageFilesDataModule):
             FileNotFoundError: A CSV file is missing, or no image of it is below `root`.
             ValueError: A row cannot be read; the message names file and line.
         """
-        labels, boxes, files = read_labels(self.root / LABEL_FILE), read_boxes(self.root / BOX_FILE), self._find_files()
-        here = [row for row in labels if row["image"] in files]
-        if not here:
+        labels, boxes = read_labels(self.root / LABEL_FILE), read_boxes(self.root / BOX_FILE)
+        paths = sorted(self.root.rglob("*"))
+        files = {path.stem: path for path in paths if path.suffix.lower() in {".png", ".jpg", ".jpeg"}}
+        rows = [row for row in labels if row["image"] in files]
+        if not rows:
             raise FileNotFoundError(
                 f"None of the {len(labels)} images of {LABEL_FILE} is below {self.root} as .png or .jpg. "
                 "Unpack the distribution's images there, or set data.root to the folder that holds both CSV files."
             )
-        if len(here) < len(labels):
-            missing = len(labels) - len(here)
+        if len(rows) < len(labels):
+            missing = len(labels) - len(rows)
             rank_zero_warn(f"{missing} of {len(labels)} images of {LABEL_FILE} are not below {self.root}; left out.")
-        splits = split_patients((row["patient"] for row in here), self.fractions, self.seed)
+        splits = split_patients((row["patient"] for row in rows), self.fractions, self.seed)
         return [
             pair
-            for row in here
+            for row in rows
             for pair in self._pairs_of(row, boxes.get(row["image"], {}), files[row["image"]], splits[row["patient"]])
         ]
-
-    def _find_files(self) -> dict[str, Path]:
-        found = sorted(self.root.rglob("*"))
-        return {path.stem: path for path in found if path.suffix.lower() in {".png", ".jpg", ".jpeg"}}
 
     def _pairs_of(
         self, row: dict[str, Any], boxes: dict[str, list[Box]], path: Path, split: str
     ) -> Iterator[ImageTextPair]:
         image = row["image"]
         named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
-        told = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
+        findings = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
         size = read_size(path, apply_exif_orientation=False) if boxes else None
-        for finding in told:
+        y, x = (size[0] / BOX_FRAME, size[1] / BOX_FRAME) if size else (0.0, 0.0)
+        for finding in findings:
             drawn = boxes.get(finding, [])
             yield ImageTextPair(
                 id=f"{image}-{finding.replace(' ', '_') or 'normal'}",
@@ -122,7 +119,7 @@ class NihDataModule(ImageFilesDataModule):
                 image_id=image,
                 image=str(path),
                 phrase=self._phrase(image, finding, drawn),
-                boxes=[_scale_box(box, size) for box in drawn] if size else (),
+                boxes=[(x0 * x, y0 * y, x1 * x, y1 * y) for x0, y0, x1, y1 in drawn],
                 finding=finding,
                 image_findings=tuple(named),
                 split=split,
@@ -145,12 +142,7 @@ def finding_name(label: str) -> str:
 
 
 def read_labels(path: Path) -> list[dict[str, Any]]:
-    """Rows of the label file: `image`, `patient` and `labels`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A column is missing, or a cell is empty; the message names file and line.
-    """
+    """Rows of the label file: `image`, `patient` and `labels`."""
     rows = []
     for line, (image, labels, patient) in _rows(path, _LABEL_COLUMNS):
         if not (image and labels and patient):
@@ -161,12 +153,7 @@ def read_labels(path: Path) -> list[dict[str, Any]]:
 
 
 def read_boxes(path: Path) -> dict[str, dict[str, list[Box]]]:
-    """Boxes by image and finding, `(x0, y0, x1, y1)` in pixels of the 1024 x 1024 frame.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A column is missing, or a row holds no box; the message names file and line.
-    """
+    """Boxes by image and finding, `(x0, y0, x1, y1)` in pixels of the 1024 x 1024 frame."""
     boxes: dict[str, dict[str, list[Box]]] = {}
     for line, (image, label, *cells) in _rows(path, _BOX_COLUMNS):
         try:
@@ -175,13 +162,13 @@ def read_boxes(path: Path) -> dict[str, dict[str, list[Box]]]:
             raise ValueError(f"{path}, line {line}: the box {cells} is not four numbers x, y, w, h.") from None
         if not (np.isfinite([x, y, width, height]).all() and width > 0 and height > 0):
             raise ValueError(f"{path}, line {line}: the box {cells} has no positive, finite size.")
-        found = boxes.setdefault(Path(image).stem, {}).setdefault(finding_name(label), [])
-        found.append((x, y, x + width, y + height))
+        of_image = boxes.setdefault(Path(image).stem, {})
+        of_image.setdefault(finding_name(label), []).append((x, y, x + width, y + height))
     return boxes
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """Line number and the cells of the named columns of each row; cells that a short row lacks are empty."""
+    """Line number and cells of the named columns of each row; missing cells are empty."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. data.root should hold {LABEL_FILE}, {BOX_FILE} and images/.")
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -200,9 +187,3 @@ def side_word(boxes: list[Box]) -> str:
     """The patient's side of boxes in the 1024 x 1024 frame: the patient's right is on the left of the image."""
     sides = {"right" if (x0 + x1) / 2 < BOX_FRAME / 2 else "left" for x0, _, x1, _ in boxes}
     return "bilateral" if len(sides) == 2 else "".join(sides)
-
-
-def _scale_box(box: Box, size: tuple[int, int]) -> Box:
-    """A box of the 1024 x 1024 frame in pixels of an image of that height and width."""
-    y, x = size[0] / BOX_FRAME, size[1] / BOX_FRAME
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y

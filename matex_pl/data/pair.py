@@ -19,17 +19,17 @@ class ImageTextPair:
     An image with three findings gives three pairs, which share `image_id` and `image_findings`.
 
     Args:
-        id: Unique over all splits.
-        patient_id: Splits are made by patient.
-        image_id: The radiograph; pairs of one image share it.
-        image: Where the pixels are: a path, or a row of an image cache.
-        phrase: The sentence of the report.
-        boxes: `(x0, y0, x1, y1)` each, in pixels of the image as it is stored; empty when there are none.
-        finding: The finding that the phrase is about; empty when unknown.
-        image_findings: All findings known to be on the image; zero-shot metrics count any of them as right.
+        id: Id, unique over all splits.
+        patient_id: The patient, by whom splits are made.
+        image_id: The radiograph, which several pairs may share.
+        image: Place of the pixels: a path, or a row of an image cache.
+        phrase: Sentence of the report.
+        boxes: `(x0, y0, x1, y1)` each, in pixels of the image as it is stored.
+        finding: Finding of the phrase; empty if unknown.
+        image_findings: All known findings of the image; zero-shot metrics count any of them as right.
         split: `train`, `val` or `test`.
-        size: Height and width of the image as it is stored, where they are known without reading it.
-        source: File and line that the record was read from, for messages; line 0 where there is none.
+        size: Height and width of the image as it is stored, if known.
+        source: File and line of the record, for messages; line 0 if there are none.
     """
 
     id: str
@@ -46,7 +46,7 @@ class ImageTextPair:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> ImageTextPair:
-        """The pair that `dataclasses.asdict` and JSON made a record of."""
+        """The pair of a record that `dataclasses.asdict` and JSON made."""
         boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in record["boxes"])
         return cls(**{**record, "boxes": boxes, "image_findings": tuple(record["image_findings"])})
 
@@ -56,11 +56,10 @@ class Sample:
     """A pair with its pixels in the model's frame.
 
     Args:
-        pair: The record it came from.
-        image: `(3, H, W)` uint8, the model's input size, before normalization.
+        pair: Its pair.
+        image: `(3, H, W)` uint8, before normalization.
         boxes: `(K, 4)` float32 `x0, y0, x1, y1` in [0, 1] of the model's frame, x to the right, y down.
-        content_box: `(4,)` float32 rectangle of the image in the same frame; it may reach outside [0, 1] when the image
-            was cropped.
+        content_box: `(4,)` float32 rectangle of the image in the same frame, outside of [0, 1] if the image is cropped.
     """
 
     pair: ImageTextPair
@@ -70,7 +69,7 @@ class Sample:
 
 
 class ImageTextBatch(TypedDict):
-    """What a loader yields: B samples. Boxes stay a list because their number differs."""
+    """A batch of B samples; boxes are a list because their number differs."""
 
     id: list[str]
     patient_id: list[str]

@@ -10,6 +10,7 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,13 +24,16 @@ from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.validation import BadRow, RuleError, drop_leaks, drop_repeats, place_of
 from matex_pl.files import whole_file
 
-SKIPPED = "skipped_rows.csv"
-"""Name of the list of rows that were left out."""
-
 _SEPARATORS = (",", ";", "\t")
 _JSON_LINES = {".jsonl", ".ndjson"}
+# Explanations of errors of the csv module, by a part of their text.
+_CSV_FAULTS = {
+    "unexpected end of data": "a quote opens in this row that nothing closes. Close it, or write a quote within a "
+    "quoted cell twice",
+    "expected after": "text follows the quote that closes a cell. Write a quote within a quoted cell twice",
+}
 _SHOWN = 5
-# So many are read by a thread at a time: few, so that an interruption is not waited for.
+# Rows that a thread reads at a time: few, so that an interruption need not wait.
 _ROWS = 16
 # Reports are long cells, longer than what the csv module takes by default.
 csv.field_size_limit(2**24)
@@ -43,23 +47,22 @@ class TableRow(NamedTuple):
 
 
 def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> tuple[list[TableRow], list[BadRow]]:
-    """Rows of a table, with the columns under our names, and rows that do not fit.
+    """Rows of a table, with its columns renamed, and malformed rows.
 
     CSV with commas, semicolons or tabs and a header, or JSON lines (`.jsonl`, `.ndjson`), UTF-8 with or without a
     byte-order mark; also gzipped (`.gz`).
 
     Args:
         path: The table.
-        columns: The file's name of a column, by ours, where they differ.
-        required: Our names of the columns that have to be there.
+        columns: The file's name of a column by its name here, where they differ.
+        required: Names here of the required columns.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not UTF-8, has no rows, or lacks a column; the message lists those it has.
     """
     content = read_text(path)
-    suffixes = {suffix.lower() for suffix in path.suffixes}
-    read = _json_rows if suffixes & _JSON_LINES else _csv_rows
+    read = _json_rows if {suffix.lower() for suffix in path.suffixes} & _JSON_LINES else _csv_rows
     wanted = [columns.get(name, name) for name in required]
     header, rows, bad = read(path, content, wanted)
     missing = [name for name in wanted if name not in header]
@@ -70,19 +73,20 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
         )
     if not rows and not bad:
         raise ValueError(f"{path} has a header and no rows.")
-    unknown = [theirs for theirs in columns.values() if theirs not in header]
+    unknown = [name for name in columns.values() if name not in header]
     if unknown:
         raise ValueError(f"`columns` names {unknown}, which {path} does not have; it has {header}.")
-    return [_renamed(row, columns) for row in rows] if columns else rows, bad
+    # A column that is mapped to another name is not found under its own.
+    for _, cells in rows:
+        renamed = {name: cells[column] for name, column in columns.items() if column in cells}
+        for name in (*columns, *columns.values()):
+            cells.pop(name, None)
+        cells.update(renamed)
+    return rows, bad
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, perhaps gzipped, without its byte-order mark.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not UTF-8, with the line; or no gzip file.
-    """
+    """The text of a UTF-8 file, perhaps gzipped, without its byte-order mark."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no table at {str(path)!r}.")
     content = path.read_bytes()
@@ -104,37 +108,29 @@ def read_text(path: Path) -> str:
 
 
 def read_json(text: str) -> Any:
-    """What a JSON text says.
+    """The value of a JSON text.
 
     Raises:
-        UnicodeEncodeError: It holds half of a surrogate pair, which JSON can write and no file can hold.
+        UnicodeEncodeError: It has half of a surrogate pair, which no file can hold.
         ValueError: It is no JSON.
         RecursionError: It is nested too deeply.
     """
-    found = json.loads(text)
+    value = json.loads(text)
     if "\\ud" in text.lower():
-        json.dumps(found, ensure_ascii=False).encode()
-    return found
-
-
-def _renamed(row: TableRow, columns: Mapping[str, str]) -> TableRow:
-    # A column that is mapped to another is not itself any more.
-    taken = {*columns, *columns.values()}
-    kept = {name: cell for name, cell in row.cells.items() if name not in taken}
-    ours = {our: row.cells[theirs] for our, theirs in columns.items() if theirs in row.cells}
-    return TableRow(row.source, kept | ours)
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[TableRow], list[BadRow]]:
     first = io.StringIO(content, newline="").readline()
     rows, bad, line = [], [], 1
     try:
-        # Otherwise a quote that nothing closes takes all rows after it into its cell.
+        # Without `strict`, the cell of an unclosed quote would hold all rows after it.
         reader = csv.reader(io.StringIO(content, newline=""), delimiter=_separator(first, wanted), strict=True)
         header = [name.strip() for name in next(reader, [])]
-        twice = sorted({name for name in header if name and header.count(name) > 1})
-        if twice:
-            raise ValueError(f"{path} has several columns of the name {twice[0]!r}; it has {header}.")
+        repeated = sorted({name for name in header if name and header.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{path} has several columns of the name {repeated[0]!r}; it has {header}.")
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
@@ -144,21 +140,13 @@ def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str
                 rows.append(TableRow((str(path), line), dict(zip(header, cells, strict=False))))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {_csv_fault(error)}.") from error
+        fault = next((text for part, text in _CSV_FAULTS.items() if part in str(error)), str(error))
+        raise ValueError(f"{path}, line {line}: {fault}.") from error
     return header, rows, bad
 
 
-def _csv_fault(error: csv.Error) -> str:
-    """What is wrong with a row, in words."""
-    if "unexpected end of data" in str(error):
-        return "a quote opens in this row that nothing closes. Close it, or write a quote within a quoted cell twice"
-    if "expected after" in str(error):
-        return "text follows the quote that closes a cell. Write a quote within a quoted cell twice"
-    return str(error)
-
-
 def _separator(first: str, wanted: Sequence[str]) -> str:
-    """The separator under which the header has most of the wanted columns, then most columns."""
+    """The separator with which the header has most of the wanted columns, then most columns."""
 
     def fit(separator: str) -> tuple[int, int]:
         names = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
@@ -185,17 +173,17 @@ def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[st
             rows.append(TableRow((str(path), line), cells))
         else:
             bad.append(BadRow(str(path), line, text[:200], rule))
-    # Rows may leave out what they do not have; if all lines are broken, that is what to say.
+    # If all lines are bad, these are the error, not missing columns.
     return list(header) if rows else list(wanted), rows, bad
 
 
 class TableDataModule(ImageFilesDataModule):
-    """Base of the data modules that read a table of images: what happens to bad rows, and splits by patient.
+    """Base of the data modules that read a table of images: bad rows, and splits by patient.
 
-    A subclass reads its rows and says which of them are bad; repeated ids and patients in two splits are found here.
+    A subclass reads good and bad rows; this class finds repeated ids, and patients in two splits.
 
     Args:
-        fractions: Shares of the patients in train, val and test, where the files name no splits.
+        fractions: Shares of the patients in train, val and test, if the files have no splits.
         on_bad_row: `error` stops with a list of the bad rows; `skip` leaves them out, counts them, and lists them in
             `skipped_rows.csv` in the log folder, or in the current one without a trainer.
         kwargs: Arguments of `ImageFilesDataModule`.
@@ -215,10 +203,10 @@ class TableDataModule(ImageFilesDataModule):
 
     @abstractmethod
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
-        """Pairs of the rows that are right, without a split where the table names none, and the other rows."""
+        """Pairs of the good rows, with an empty split if the table has none, and the bad rows."""
 
     def checked_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
-        """All pairs that can be used, with their splits, and all bad rows, without reading pixels.
+        """All usable pairs, with their splits, and all bad rows, without reading pixels.
 
         Raises:
             FileNotFoundError: A table is missing.
@@ -233,7 +221,7 @@ class TableDataModule(ImageFilesDataModule):
         return pairs, sorted([*bad, *repeats, *leaks], key=lambda row: (row.file, row.line))
 
     def list_pairs(self) -> list[ImageTextPair]:
-        """All pairs whose rows are right.
+        """All pairs of good rows.
 
         Raises:
             FileNotFoundError: A table is missing.
@@ -245,21 +233,17 @@ class TableDataModule(ImageFilesDataModule):
                 f"{_several(bad)}\nCorrect them, or leave them out by on_bad_row: skip. `matex check-data` lists all."
             )
         if bad:
-            place = self._skipped_path()
-            write_bad_rows(place, bad)
-            rank_zero_warn(f"Left out, listed in {place}: {_several(bad)}")
+            folder = "" if self.trainer is None else self.trainer.log_dir or self.trainer.default_root_dir
+            path = Path(folder, "skipped_rows.csv")
+            write_bad_rows(path, bad)
+            rank_zero_warn(f"Left out, listed in {path}: {_several(bad)}")
         return pairs
-
-    def _skipped_path(self) -> Path:
-        if self.trainer is None:
-            return Path(SKIPPED)
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir) / SKIPPED
 
 
 @rank_zero_only
 def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
     """Write bad rows as CSV: `file, line, value, rule`."""
-    # What is wrong may be that a value cannot be written.
+    # A value may be bad because it cannot be encoded.
     with whole_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(BadRow.__dataclass_fields__)
@@ -277,65 +261,45 @@ def drop_broken(
     rows: Sequence[TableRow],
     key_of: Callable[[TableRow], tuple[str, ...]],
 ) -> tuple[list[ImageTextPair], list[BadRow]]:
-    """The pairs without those of which another row is bad, and all bad rows: a part of the boxes is no truth.
-
-    Args:
-        pairs: One per row that is right.
-        bad: The other rows.
-        rows: All of them.
-        key_of: What rows of one pair share.
-    """
+    """Pairs of good rows, without those that lack the box of a bad row with the same key, and all bad rows."""
     keys = {row.source: key_of(row) for row in rows}
     broken = {keys[row.file, row.line]: place_of((row.file, row.line)) for row in reversed(bad)}
-    lost = [
-        BadRow(*pair.source, "", f"another row of the same pair is bad: {broken[keys[pair.source]]}")
-        for pair in pairs
-        if keys[pair.source] in broken
-    ]
-    return [pair for pair in pairs if keys[pair.source] not in broken], [*bad, *lost]
+    kept, bad = [], list(bad)
+    for pair in pairs:
+        if place := broken.get(keys[pair.source]):
+            bad.append(BadRow(*pair.source, "", f"another row of the same pair is bad: {place}"))
+        else:
+            kept.append(pair)
+    return kept, bad
 
 
 def flag_patient_leakage(
     pairs: Sequence[ImageTextPair],
     bad: Sequence[BadRow],
     rows: Iterable[TableRow],
-    owner_of: Callable[[TableRow], tuple[str, str]],
+    patient_and_split: Callable[[TableRow], tuple[str, str]],
 ) -> list[BadRow]:
-    """The bad rows, those of a patient who is in another split elsewhere with that rule too.
-
-    Args:
-        pairs: Those that are right.
-        bad: The other rows.
-        rows: All of them.
-        owner_of: Patient and split of a row, empty where it names none.
-    """
-    cells = {row.source: row for row in rows}
-    owners = []
+    """The bad rows of all `rows`; if their patient is in another split elsewhere, that rule is added."""
+    sources = {row.source: row for row in rows}
+    of_bad = []
     for row in bad:
-        try:
-            patient, split = owner_of(cells[row.file, row.line])
-        except RuleError:
-            continue
-        owners.append(ImageTextPair("", patient, "", "", "", split=split, source=(row.file, row.line)))
-    _, leaks = drop_leaks([pair for pair in (*pairs, *owners) if pair.patient_id and pair.split])
-    rules = {(leak.file, leak.line): leak.rule for leak in leaks}
-    told = ((row, rules.get((row.file, row.line))) for row in bad)
-    return [replace(row, rule=f"{leak}; and {row.rule}") if leak else row for row, leak in told]
+        with suppress(RuleError):
+            patient, split = patient_and_split(sources[row.file, row.line])
+            of_bad.append(ImageTextPair("", patient, "", "", "", split=split, source=(row.file, row.line)))
+    _, leaks = drop_leaks([pair for pair in (*pairs, *of_bad) if pair.patient_id and pair.split])
+    rules = {(leak.file, leak.line): f"{leak.rule}; and " for leak in leaks}
+    return [replace(row, rule=rules.get((row.file, row.line), "") + row.rule) for row in bad]
 
 
 def parse_rows(
     rows: Sequence[TableRow], pair_of: Callable[[TableRow], ImageTextPair]
 ) -> tuple[list[ImageTextPair], list[BadRow]]:
-    """The pairs of the rows that are right, and the others; rows are read side by side, as far as files are."""
-    pairs: list[ImageTextPair] = []
-    bad: list[BadRow] = []
+    """The pairs of the good rows, and the bad rows, read in threads."""
     parts = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
     with ThreadPoolExecutor() as pool:
         read = pool.map(lambda part: [_pair_or_bad(row, pair_of) for row in part], parts)
-        for found in progress(read, f"rows, by {_ROWS}", len(parts)):
-            pairs += [made for made in found if isinstance(made, ImageTextPair)]
-            bad += [made for made in found if isinstance(made, BadRow)]
-    return pairs, bad
+        parsed = [row for part in progress(read, f"rows, by {_ROWS}", len(parts)) for row in part]
+    return [row for row in parsed if isinstance(row, ImageTextPair)], [row for row in parsed if isinstance(row, BadRow)]
 
 
 def _pair_or_bad(row: TableRow, pair_of: Callable[[TableRow], ImageTextPair]) -> ImageTextPair | BadRow:

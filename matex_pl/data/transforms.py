@@ -19,7 +19,7 @@ from matex_pl.data.images import ResizeMode, Size, resize_image
 if TYPE_CHECKING:
     import albumentations as A
 
-# A loader's worker is one process of many: OpenCV's own threads would only get in their way.
+# A loader's worker is one process of many: OpenCV's threads would only compete.
 cv2.setNumThreads(0)
 
 
@@ -39,12 +39,14 @@ class ImageTransform:
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"The model's input must have a positive height and width, got {tuple(size)}.")
         self.size = (int(size[0]), int(size[1]))
+        # Width and height twice, to clip and scale boxes.
+        self._ends = np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)
         self.resize_mode = resize_mode
         self.augmentation = _augmentation() if augment else None
 
     @property
     def settings(self) -> str:
-        """What `target_size` depends on, for the names of cached images."""
+        """The arguments on which `target_size` depends, for the names of cached images."""
         return f"{self.size[0]}x{self.size[1]} {self.resize_mode}"
 
     def target_size(self, size: Size) -> Size:
@@ -65,8 +67,7 @@ class ImageTransform:
         Args:
             pixels: `(h, w)` uint8.
             boxes: `x0, y0, x1, y1` each, in pixels of the image as it is stored.
-            size: Height and width of the image as it is stored, where `pixels` is at another size; that of `pixels` by
-                default.
+            size: Height and width of the stored image if `pixels` is resized.
             seed: Random seed of the augmentation.
 
         Raises:
@@ -80,52 +81,44 @@ class ImageTransform:
             self.augmentation.set_random_seed(seed)
             out = self.augmentation(image=framed, bboxes=drawn, keypoints=corners)
             framed, drawn, corners = out["image"], np.reshape(out["bboxes"], (-1, 4)), out["keypoints"]
-        scale = np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)
         image = torch.from_numpy(np.ascontiguousarray(framed)).expand(3, -1, -1)
-        return image, _tensor(drawn / scale), _tensor(_rectangle(corners) / scale)
+        return image, _tensor(drawn / self._ends), _tensor(_rectangle(corners) / self._ends)
 
     def count_cut(self, boxes: Sequence[Sequence[float]], size: Size) -> tuple[int, int]:
-        """How many boxes of an image lose a part to the crop, and how many of them all.
-
-        Args:
-            boxes: `x0, y0, x1, y1` each, in pixels of the image.
-            size: Height and width of the image.
-        """
-        laid, _ = self._laid(_clipped(boxes, size), size)
-        inside = self._inside(laid)
-        # By less than a pixel of the frame a box is not said to be cut.
-        is_cut = (np.abs(laid - np.clip(laid, 0, np.array([self.size[1], self.size[0]] * 2))) >= 1).any(1)
+        """Numbers of boxes, in pixels of an image of a height and width, that the crop cuts, and that it removes."""
+        framed, _ = self._place(_clipped(boxes, size), size)
+        inside = self._inside(framed)
+        # Less than a pixel of the frame does not count.
+        is_cut = (np.abs(framed - np.clip(framed, 0, self._ends)) >= 1).any(1)
         return int((is_cut | ~inside).sum()), int((~inside).sum())
 
     def _frame(self, image: np.ndarray, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image, boxes and the image's corners, clockwise from the upper left, in pixels of the model's frame."""
-        drawn, (left, top, width, height) = self._laid(boxes, stored)
+        drawn, (left, top, width, height) = self._place(boxes, stored)
         pixels = resize_image(image, (height, width))
         framed = np.zeros(self.size, dtype=np.uint8)
         part = pixels[max(-top, 0) : self.size[0] - top, max(-left, 0) : self.size[1] - left]
         framed[max(top, 0) : max(top, 0) + part.shape[0], max(left, 0) : max(left, 0) + part.shape[1]] = part
         origin = np.array([left, top], dtype=np.float32)
         corners = origin + np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=np.float32)
-        kept = drawn[self._inside(drawn)]
-        return framed, np.clip(kept, 0, np.array([self.size[1], self.size[0]] * 2, dtype=np.float32)), corners
+        return framed, np.clip(drawn[self._inside(drawn)], 0, self._ends), corners
 
-    def _laid(self, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    def _place(self, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """Boxes in pixels of the model's frame, and left, top, width and height of the image in it."""
         height, width = self.target_size(stored)
         left, top = (self.size[1] - width) // 2, (self.size[0] - height) // 2
-        # From the whole pixels that the image got, so that boxes follow them exactly.
+        # From the size in whole pixels, so that boxes follow the image exactly.
         scale = np.array([width / stored[1], height / stored[0]], dtype=np.float32)
         origin = np.array([left, top], dtype=np.float32)
         return boxes * np.tile(scale, 2) + np.tile(origin, 2), (left, top, width, height)
 
     def _inside(self, drawn: np.ndarray) -> np.ndarray:
-        """Which boxes `(K, 4)` have a part in the model's frame, `(K,)` bool."""
-        height, width = self.size
-        return (drawn[:, 2] > 0) & (drawn[:, 3] > 0) & (drawn[:, 0] < width) & (drawn[:, 1] < height)
+        """Whether boxes `(K, 4)` overlap the model's frame, `(K,)` bool."""
+        return (drawn[:, 2:] > 0).all(1) & (drawn[:, :2] < self._ends[:2]).all(1)
 
 
 def _clipped(boxes: Sequence[Sequence[float]], stored_size: Size) -> np.ndarray:
-    """The boxes `(K, 4)` without what lies outside of the image."""
+    """The boxes `(K, 4)` clipped to the image."""
     height, width = stored_size
     drawn = np.array(boxes, dtype=np.float32).reshape(-1, 4)
     clipped = np.clip(drawn, 0, np.array([width, height] * 2, dtype=np.float32))
@@ -139,7 +132,7 @@ def _clipped(boxes: Sequence[Sequence[float]], stored_size: Size) -> np.ndarray:
 
 
 def _rectangle(corners: np.ndarray) -> np.ndarray:
-    """The upright rectangle that is nearest to four corners, clockwise from the upper left: `x0, y0, x1, y1`."""
+    """The upright rectangle `x0, y0, x1, y1` nearest to four corners, which are clockwise from the upper left."""
     (ax, ay), (bx, by), (cx, cy), (dx, dy) = np.asarray(corners)[:, :2]
     return np.array([ax + dx, ay + by, bx + cx, cy + dy]) / 2
 

@@ -1,4 +1,4 @@
-"""Rows of a table of images: what may be wrong with one, as pure functions that name the rule."""
+"""Rules that the rows of a table of images must follow, as pure functions that name the broken rule."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""Our splits by the names that files give them, in lower case."""
+"""`train`, `val` or `test` by the names in files, in lower case."""
 
+# Pixels by which a box may reach outside of its image, as scaled and rounded ones do.
 _TOLERANCE = 1.0
-"""By how many pixels a box may reach outside of its image: a scaled and rounded one does."""
-
+# Pixels of height and width that a box must have in its image: in single precision less may be nothing.
 _LEAST = 0.01
-"""Pixels that a box has to have in its image on each side: in single precision less may be nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ class BadRow:
     """A row that cannot be used, and why.
 
     Args:
-        file: Where it stands.
-        line: Its line there, from 1; 0 where a file has none.
-        value: What is wrong, as it is written.
-        rule: What is wrong with it, and what would be right.
+        file: File of the row.
+        line: Line in the file, from 1; 0 if there are none.
+        value: The value, as it is written.
+        rule: The rule that it breaks.
     """
 
     file: str
@@ -50,29 +49,21 @@ class BadRow:
 
 
 class RuleError(ValueError):
-    """A value breaks a rule.
-
-    Args:
-        value: What is wrong, as it is written.
-        rule: What is wrong with it, and what would be right.
-    """
+    """A value breaks a rule."""
 
     def __init__(self, value: Any, rule: str) -> None:
         super().__init__(f"{rule}, got {value!r}")
-        self.value = _shown(value)
+        shown = str(value)
+        self.value = shown if len(shown) <= 200 else f"{shown[:200]}..."
         self.rule = rule
 
     def at(self, source: tuple[str, int]) -> BadRow:
-        """The row, of a file and line, in which it happened."""
+        """The bad row at a file and line."""
         return BadRow(*source, self.value, self.rule)
 
 
 def find_image(root: Path, name: str) -> Path:
-    """The file of an image below `root`.
-
-    Raises:
-        RuleError: The name is empty, leads out of the root, or nothing is there.
-    """
+    """The file of an image below `root`."""
     if not name:
         raise RuleError(name, "the image is missing")
     path = path_below(root, name)
@@ -82,11 +73,7 @@ def find_image(root: Path, name: str) -> Path:
 
 
 def path_below(root: Path, name: str) -> Path:
-    """A path below `root`, whether or not something is there; symbolic links stay as they are.
-
-    Raises:
-        RuleError: The name leads out of the root.
-    """
+    """A path below `root`, whether or not it exists; symbolic links stay as they are."""
     base = os.path.abspath(root)  # noqa: PTH100 - links stay as they are: data sets are often linked into a folder
     path = os.path.normpath(os.path.join(base, name.replace("\\", "/")))  # noqa: PTH118
     if "\0" in path or os.path.commonpath([base, path]) != base:
@@ -95,11 +82,7 @@ def path_below(root: Path, name: str) -> Path:
 
 
 def check_phrase(phrase: str) -> str:
-    """The phrase, its white space made single.
-
-    Raises:
-        RuleError: It is empty, or holds characters of a wrong encoding.
-    """
+    """The phrase with single spaces."""
     if not phrase.strip():
         raise RuleError(phrase, "the phrase is empty")
     if "\N{REPLACEMENT CHARACTER}" in phrase or "\0" in phrase:
@@ -108,22 +91,14 @@ def check_phrase(phrase: str) -> str:
 
 
 def split_name(text: str) -> str:
-    """`train`, `val` or `test` from the name that a file gives the split.
-
-    Raises:
-        RuleError: It is none of the known names.
-    """
+    """`train`, `val` or `test` from the name of a split in a file."""
     if text.lower() not in SPLIT_NAMES:
         raise RuleError(text, f"the split is none of {', '.join(SPLIT_NAMES)}")
     return SPLIT_NAMES[text.lower()]
 
 
 def boxes_of_json(cell: Any) -> list[Box]:
-    """Boxes `(x0, y0, x1, y1)` from a list of lists, or its JSON text; none from an empty cell.
-
-    Raises:
-        RuleError: It is no such list, or a box is none; see `check_box`.
-    """
+    """Boxes `(x0, y0, x1, y1)` from a list of lists, or its JSON text; none from an empty cell."""
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         return []
     try:
@@ -132,27 +107,18 @@ def boxes_of_json(cell: Any) -> list[Box]:
         raise RuleError(cell, "the boxes are no JSON; write [[x0, y0, x1, y1], ...]") from None
     if not isinstance(listed, list) or not all(isinstance(box, list) and len(box) == 4 for box in listed):
         raise RuleError(cell, "the boxes are no list of [x0, y0, x1, y1]")
-    return [check_box(numbers(box)) for box in listed]
+    return [_check_box(_four_numbers(box)) for box in listed]
 
 
 def box_of_cells(cells: Sequence[Any]) -> list[Box]:
-    """The box of `x, y, w, h`; none where all four are empty.
-
-    Raises:
-        RuleError: They are no four numbers, or no box; see `check_box`.
-    """
+    """The box of `x, y, w, h`; none if all four are empty."""
     if all(cell is None or not str(cell).strip() for cell in cells):
         return []
-    x, y, width, height = numbers(cells)
-    return [check_box((x, y, x + width, y + height))]
+    x, y, width, height = _four_numbers(cells)
+    return [_check_box((x, y, x + width, y + height))]
 
 
-def numbers(cells: Sequence[Any]) -> Box:
-    """Four numbers.
-
-    Raises:
-        RuleError: One of them is none.
-    """
+def _four_numbers(cells: Sequence[Any]) -> Box:
     try:
         # Python reads `1_0` as ten.
         if any(isinstance(cell, bool) or "_" in str(cell) for cell in cells):
@@ -163,12 +129,7 @@ def numbers(cells: Sequence[Any]) -> Box:
     return one, two, three, four
 
 
-def check_box(box: Box) -> Box:
-    """The box.
-
-    Raises:
-        RuleError: It is not finite, inverted or empty.
-    """
+def _check_box(box: Box) -> Box:
     if not all(map(math.isfinite, box)):
         raise RuleError(list(box), "a box is not finite")
     if box[2] < box[0] or box[3] < box[1]:
@@ -179,15 +140,7 @@ def check_box(box: Box) -> Box:
 
 
 def check_inside(boxes: Iterable[Box], size: tuple[int, int]) -> None:
-    """Refuse boxes that reach outside of an image by more than a pixel, or have no part in it.
-
-    Args:
-        boxes: In pixels of the image.
-        size: Height and width of the image.
-
-    Raises:
-        RuleError: One does, or has none.
-    """
+    """Check that boxes, in pixels, lie in an image of this height and width, to within a pixel."""
     height, width = size
     for box in boxes:
         if min(box[:2]) < -_TOLERANCE or box[2] > width + _TOLERANCE or box[3] > height + _TOLERANCE:
@@ -198,34 +151,34 @@ def check_inside(boxes: Iterable[Box], size: tuple[int, int]) -> None:
 
 
 def drop_repeats(pairs: Sequence[ImageTextPair]) -> tuple[list[ImageTextPair], list[BadRow]]:
-    """The pairs without those whose id came before, and those."""
-    seen: dict[str, ImageTextPair] = {}
+    """The first pair of each id, and the others as bad rows."""
+    first_of: dict[str, ImageTextPair] = {}
     bad = []
     for pair in pairs:
-        first = seen.setdefault(pair.id, pair)
+        first = first_of.setdefault(pair.id, pair)
         if first is not pair:
             bad.append(BadRow(*pair.source, pair.id, f"the id is taken already by {place_of(first.source)}"))
-    return list(seen.values()), bad
+    return list(first_of.values()), bad
 
 
 def fill_splits(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
-    """The pairs, those without a split in the one that other rows name for their patient."""
-    known = {pair.patient_id: pair.split for pair in reversed(pairs) if pair.split}
-    return [replace(pair, split=pair.split or known.get(pair.patient_id, "")) for pair in pairs]
+    """The pairs, with the split of other rows of the patient if they have none."""
+    splits = {pair.patient_id: pair.split for pair in reversed(pairs) if pair.split}
+    return [replace(pair, split=pair.split or splits.get(pair.patient_id, "")) for pair in pairs]
 
 
 def drop_leaks(pairs: Sequence[ImageTextPair]) -> tuple[list[ImageTextPair], list[BadRow]]:
-    """The pairs without those whose patient came before in another split, and those."""
+    """The pairs in the split of their patient's first pair, and the others as bad rows."""
     first: dict[str, ImageTextPair] = {}
     kept, bad = [], []
     for pair in pairs:
         known = first.setdefault(pair.patient_id, pair)
         if known.split == pair.split:
             kept.append(pair)
-            continue
-        rule = f"the patient is in two splits: {pair.split} here, {known.split} in {place_of(known.source)}"
-        # Ids of patients reach no log; file and line say who it is.
-        bad.append(BadRow(*pair.source, "", rule))
+        else:
+            rule = f"the patient is in two splits: {pair.split} here, {known.split} in {place_of(known.source)}"
+            # Ids of patients must not be logged; file and line identify them.
+            bad.append(BadRow(*pair.source, "", rule))
     return kept, bad
 
 
@@ -241,25 +194,16 @@ def image_name(root: Path, path: Path) -> str:
 
 
 def fold(phrase: Any) -> str:
-    """A phrase as it is compared with others: without its case, its white space single."""
+    """A phrase without case and with single spaces, for comparisons."""
     return " ".join(str(phrase).split()).casefold()
 
 
 def text(cells: Mapping[str, Any], name: str) -> str:
-    """A cell as text without white space around it; empty where there is none.
-
-    Raises:
-        RuleError: It is no text and no finite number, which JSON can hold.
-    """
+    """A cell as stripped text; empty if it is missing. JSON may hold other values, which break a rule."""
     cell = cells.get(name)
     if cell is None:
         return ""
-    endless = isinstance(cell, float) and not math.isfinite(cell)
-    if isinstance(cell, bool) or not isinstance(cell, (str, int, float)) or endless:
+    infinite = isinstance(cell, float) and not math.isfinite(cell)
+    if isinstance(cell, bool) or not isinstance(cell, (str, int, float)) or infinite:
         raise RuleError(cell, f"the {name} is neither text nor a number")
     return str(cell).strip()
-
-
-def _shown(value: Any) -> str:
-    shown = value if isinstance(value, str) else str(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."

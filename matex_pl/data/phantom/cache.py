@@ -1,4 +1,4 @@
-"""Images drawn once, by several processes, and kept on disk as one memory map with their pairs."""
+"""Phantoms drawn once, by several processes, and kept on disk as one memory map with their pairs."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ GENERATOR_VERSION = 7
 
 _CHUNK = 64
 _IMAGES, _PAIRS = "images.npy", "pairs.json"
-DEFAULT_SPLITS = {"train": 10_000, "val": 1_000, "test": 1_000}
 
 
 def phantom_cache(
     root: Path,
     *,
-    splits: Mapping[str, int] | None = None,
+    splits: dict[str, int],
     seed: int = 0,
     size: int = 192,
     shortcut: float = 0.0,
@@ -46,29 +45,29 @@ def phantom_cache(
     """Images `(N, size, size)` uint8, opened read-only from disk, and their pairs; drawn at the first call.
 
     The folder `root/<key>` appears in one step when all images are drawn, so that an interrupted run leaves nothing
-    that looks like a cache. A second run waits, and takes the images of the first. The unfinished images of a killed
-    run are removed by the processes that drew them, or else by the next call.
+    that looks like a cache. A second run waits for the images of the first. The unfinished images of a killed run are
+    removed by the processes that drew them, or else by the next call.
 
     Args:
         root: Folder of all caches.
-        splits: Number of images per split, in the order of their indices; 10 000, 1 000 and 1 000 by default.
-        seed: Which series of images.
+        splits: Number of images per split, in the order of their indices.
+        seed: Random seed of the series, see `draw_phantom`, as for the next three.
         size: Side in pixels.
-        shortcut: See `draw_phantom`.
-        shortcut_finding: See `draw_phantom`.
-        num_workers: Processes; all cores by default, 1 draws in this process.
+        shortcut: Probability of the tag.
+        shortcut_finding: The finding with the tag.
+        num_workers: Number of processes; all cores by default, 1 draws in this process.
     """
-    splits = dict(DEFAULT_SPLITS if splits is None else splits)
-    look = {"seed": seed, "size": size, "shortcut": shortcut, "shortcut_finding": shortcut_finding}
+    settings = {"seed": seed, "size": size, "shortcut": shortcut, "shortcut_finding": shortcut_finding}
     # Fails on wrong settings here, with a plain traceback, rather than in a worker.
-    draw_phantom(0, **look)  # type: ignore[arg-type]
-    folder = Path(root) / _cache_key({**look, "splits": splits})
+    draw_phantom(0, **settings)  # type: ignore[arg-type]
+    folder = Path(root) / _cache_key({**settings, "splits": splits})
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.exists():
-                _draw_into(folder, splits, look, _worker_count(num_workers, sum(splits.values())))
-    return np.load(folder / _IMAGES, mmap_mode="r"), _read_pairs(folder / _PAIRS)
+                _draw_into(folder, splits, settings, _worker_count(num_workers, sum(splits.values())))
+    records = json.loads((folder / _PAIRS).read_text(encoding="utf-8"))
+    return np.load(folder / _IMAGES, mmap_mode="r"), [ImageTextPair.from_record(record) for record in records]
 
 
 def image_pairs(index: int, image: Phantom, *, seed: int, split: str) -> list[ImageTextPair]:
@@ -92,7 +91,7 @@ def image_pairs(index: int, image: Phantom, *, seed: int, split: str) -> list[Im
 
 
 def _cache_key(settings: Mapping[str, Any]) -> str:
-    """Hash of everything that decides the cache's content, the wording of phrases included."""
+    """Hash of everything on which the cache's content depends, including the wording of phrases."""
     content = {**settings, "version": GENERATOR_VERSION, "templates": TEMPLATES.read_text(encoding="utf-8")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -103,43 +102,38 @@ def _worker_count(wanted: int | None, num_images: int) -> int:
     return min(useful, wanted if wanted is not None else len(os.sched_getaffinity(0)))
 
 
-def _draw_into(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any], num_workers: int) -> None:
-    """Draw into a temporary folder, which takes the name of `folder` at the end. The caller holds the lock."""
+def _draw_into(folder: Path, splits: Mapping[str, int], settings: Mapping[str, Any], num_workers: int) -> None:
+    """Draw into a temporary folder and rename it to `folder` at the end. The caller holds the lock."""
     prefix = f".{folder.name}-"
     for abandoned in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        _write_images(unfinished, splits, look, num_workers)
+        _write_images(unfinished, splits, settings, num_workers)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_images(folder: Path, splits: Mapping[str, int], look: Mapping[str, Any], num_workers: int) -> None:
+def _write_images(folder: Path, splits: Mapping[str, int], settings: Mapping[str, Any], num_workers: int) -> None:
     names = [name for name, count in splits.items() for _ in range(count)]
-    path, size = folder / _IMAGES, look["size"]
+    path, size = folder / _IMAGES, settings["size"]
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(names), size, size)).flush()
-    chunks = [range(start, min(start + _CHUNK, len(names))) for start in range(0, len(names), _CHUNK)]
-    pairs: list[dict[str, Any]] = []
-    for part in progress(_drawn(path, chunks, names, look, num_workers), "drawing images", len(chunks)):
-        pairs.extend(part)
-    pairs.sort(key=lambda pair: (pair["image"], pair["id"]))
+    chunks = [(path, start, names[start : start + _CHUNK], dict(settings)) for start in range(0, len(names), _CHUNK)]
+    drawn = progress(_draw_chunks(chunks, num_workers), "drawing images", len(chunks))
+    pairs = sorted((pair for part in drawn for pair in part), key=lambda pair: (pair["image"], pair["id"]))
     (folder / _PAIRS).write_text(json.dumps(pairs), encoding="utf-8")
 
 
-def _drawn(
-    path: Path, chunks: list[range], names: list[str], look: Mapping[str, Any], num_workers: int
-) -> Iterator[list[dict[str, Any]]]:
-    """Pairs of each chunk, as they get ready."""
+def _draw_chunks(chunks: list[tuple[Path, int, list[str], dict[str, Any]]], num_workers: int) -> Iterator[list[Any]]:
+    """Records of the pairs of each chunk, in the order in which they get ready."""
     if num_workers <= 1:
-        for chunk in chunks:
-            yield _draw_chunk(path, chunk, [names[index] for index in chunk], dict(look))
+        yield from (_draw_chunk(*chunk) for chunk in chunks)
         return
     # The platform's way to start a process, as a DataLoader uses it: fork needs no `__main__` guard in a user's script,
     # and the workers never call torch, whose threads would not survive it.
-    with ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(path.parent,)) as pool:
-        jobs = [pool.submit(_draw_chunk, path, c, [names[index] for index in c], dict(look)) for c in chunks]
+    with ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(chunks[0][0].parent,)) as pool:
+        jobs = [pool.submit(_draw_chunk, *chunk) for chunk in chunks]
         try:
             for job in as_completed(jobs):
                 yield job.result()
@@ -148,7 +142,7 @@ def _drawn(
 
 
 def _start_worker(unfinished: Path) -> None:
-    """Draw on one core, and end with the process that asked for the images, even if that was killed."""
+    """Draw on one core, and end when the parent process ends, even if it was killed."""
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, args=(unfinished,), daemon=True).start()
 
@@ -161,16 +155,13 @@ def _end_with_parent(unfinished: Path) -> None:
         os._exit(1)
 
 
-def _draw_chunk(path: Path, indices: range, splits: list[str], look: dict[str, Any]) -> list[dict[str, Any]]:
+def _draw_chunk(path: Path, start: int, splits: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Draw one image per split name, from the index `start` on. Records of their pairs."""
     images = np.lib.format.open_memmap(path, mode="r+")
     pairs: list[dict[str, Any]] = []
-    for index, split in zip(indices, splits, strict=True):
-        image = draw_phantom(index, **look)
+    for index, split in enumerate(splits, start):
+        image = draw_phantom(index, **settings)
         images[index] = image.image
-        pairs.extend(asdict(pair) for pair in image_pairs(index, image, seed=look["seed"], split=split))
+        pairs.extend(asdict(pair) for pair in image_pairs(index, image, seed=settings["seed"], split=split))
     images.flush()
     return pairs
-
-
-def _read_pairs(path: Path) -> list[ImageTextPair]:
-    return [ImageTextPair.from_record(record) for record in json.loads(path.read_text(encoding="utf-8"))]

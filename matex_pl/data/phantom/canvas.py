@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Field = NDArray[np.float32]
 Points = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 _SUBPIXEL_BITS = 4
 
@@ -27,7 +28,7 @@ def _pixel_grid(size: int) -> tuple[Field, Field]:
 
 
 def as_field(image: Any) -> Field:
-    """The same array, for the type checker: OpenCV does not say that float32 stays float32."""
+    """The same array for the type checker, which does not know that OpenCV keeps float32."""
     return cast(Field, image)
 
 
@@ -95,7 +96,7 @@ class Canvas:
 
     def bump(self, center: Points, radii: tuple[float, float], turn: float = 0.0) -> Field:
         """Gaussian of height 1 at `center` with sigmas `radii` along axes turned by `turn` radians."""
-        # It is smooth, and exp is the dearest thing on an image: every second pixel will do.
+        # It is smooth, and exp is the most expensive step of an image: every second pixel is enough.
         dx, dy = self._half_x - np.float32(center[0]), self._half_y - np.float32(center[1])
         cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
         along, across = (cos * dx + sin * dy) / np.float32(radii[0]), (cos * dy - sin * dx) / np.float32(radii[1])
@@ -110,7 +111,7 @@ def ramp(field: Field, width: float) -> Field:
 
 
 @lru_cache(maxsize=8)
-def _catmull_rom(steps: int) -> NDArray[np.float64]:
+def _catmull_rom(steps: int) -> Floats:
     t = np.arange(steps)[:, None] / steps
     powers = t ** np.arange(4)
     basis = 0.5 * np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]])
@@ -132,7 +133,7 @@ def open_curve(knots: Points, steps: int = 6) -> Points:
     return np.concatenate([curve, knots[-1:]])
 
 
-def ribbons(paths: Points, widths: NDArray[np.float64]) -> Points:
+def ribbons(paths: Points, widths: Floats) -> Points:
     """Outlines `(..., 2P, 2)` of bands along `paths (..., P, 2)` whose full widths `(..., P)` may taper."""
     along = np.empty(paths.shape)
     along[..., 1:-1, :] = paths[..., 2:, :] - paths[..., :-2, :]
@@ -143,5 +144,5 @@ def ribbons(paths: Points, widths: NDArray[np.float64]) -> Points:
 
 
 def ribbon(path: Points, width: float) -> Points:
-    """Outline `(2P, 2)` of a band of one width along `path (P, 2)`."""
-    return ribbons(path, np.full(len(path), width))
+    """Outlines `(..., 2P, 2)` of bands of one width along `path (..., P, 2)`."""
+    return ribbons(path, np.full(path.shape[:-1], width))

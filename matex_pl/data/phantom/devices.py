@@ -1,4 +1,4 @@
-"""What is on an image besides the patient: support devices, the side marker, and the tag used as a shortcut."""
+"""Things on an image besides the patient: support devices, the side marker, and the tag used as a shortcut."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def plan_device(plans: Sequence[Plan], rng: np.random.Generator) -> Device | Non
 
 def draw_device(canvas: Canvas, build: Build, device: Device | None, rng: np.random.Generator) -> Field:
     """Opacity `(size, size)` that the device adds."""
-    outlines = _OUTLINES[device.name](build, SIGN.get(device.side, 1.0), rng) if device else []
-    if not outlines:
+    if device is None:
         return np.zeros((canvas.size, canvas.size), np.float32)
+    outlines = _OUTLINES[device.name](build, SIGN.get(device.side, 1.0), rng)
     return canvas.soften(canvas.fill(outlines), 0.0015) * np.float32(0.30)
 
 

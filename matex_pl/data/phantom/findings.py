@@ -40,7 +40,7 @@ _ZONES: dict[str, tuple[tuple[str, float], ...]] = {
 }
 _SHARE_BILATERAL = {"atelectasis": 0.25, "pleural effusion": 0.25, "pneumonia": 0.12, "edema": 1.0}
 
-# Thirds of a lung that a finding fills, and so keeps others out of; what is not listed fills its own zone.
+# Thirds of a lung that a finding fills, so that no other fits there; findings in other zones fill their zone.
 _FILLS: dict[str, tuple[str, ...]] = {
     "hilar": ("upper", "mid", "lower"),
     "whole": ("upper", "mid", "lower"),
@@ -71,13 +71,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Change:
-    """What a finding does to the image, all `(size, size)`.
+    """Change of an image by a finding, all `(size, size)`.
 
     Args:
-        cover: Weight in [0, 1] with which the opacity turns into `level`.
-        level: The opacity where `cover` is 1.
+        cover: Weight of `level` in [0, 1].
+        level: Opacity where `cover` is 1.
         added: Opacity added afterwards.
-        marks: One field per box; the box is where it exceeds a share of its peak.
+        marks: One field per box, which holds the pixels above a share of its peak.
     """
 
     cover: Field
@@ -98,7 +98,7 @@ def plan_findings(rng: np.random.Generator) -> tuple[Plan, ...]:
         if len(plans) == count:
             break
         candidate = _sample_plan(str(rng.choice(FINDINGS)), rng)
-        if all(_can_share_a_image(candidate, other) for other in plans):
+        if all(_fit_on_one_image(candidate, plan) for plan in plans):
             plans.append(candidate)
     return tuple(plans)
 
@@ -116,7 +116,7 @@ def _sample_plan(name: str, rng: np.random.Generator) -> Plan:
     return Plan(name, "" if name == "cardiomegaly" else side, zone, size)
 
 
-def _can_share_a_image(a: Plan, b: Plan) -> bool:
+def _fit_on_one_image(a: Plan, b: Plan) -> bool:
     if a.name == b.name:
         return False
     names = {a.name, b.name}
@@ -150,47 +150,33 @@ def reshape_build(build: Build, plans: Sequence[Plan], rng: np.random.Generator)
     return build
 
 
-def draw_finding(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator) -> Change:
-    """The change that a planned finding makes to this chest."""
-    return _PAINTERS[plan.name](canvas, thorax, plan, rng)
+def _per_side(paint: SidePaint, *, level: float = HEART_LEVEL, to_the_rim: bool = False) -> Painter:
+    """Painter of a finding that covers air, from the painter of its weight in one lung."""
 
+    def painter(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator) -> Change:
+        weights = [paint(canvas, thorax, plan, side, rng) for side in plan.sides]
+        marks = tuple(weight * thorax.air[side] for weight, side in zip(weights, plan.sides, strict=True))
+        # Dense filling reaches through the soft rim of the lung, or a dark line would outline it.
+        room = [np.minimum(thorax.air[side] * np.float32(8 if to_the_rim else 1), 1) for side in plan.sides]
+        cover = np.maximum.reduce([weight * space for weight, space in zip(weights, room, strict=True)])
+        return Change(cover, level, None, marks)
 
-def _empty(canvas: Canvas) -> Field:
-    return np.zeros((canvas.size, canvas.size), np.float32)
-
-
-def _cover_per_side(
-    canvas: Canvas,
-    thorax: Thorax,
-    plan: Plan,
-    rng: np.random.Generator,
-    *,
-    level: float,
-    paint: SidePaint,
-    to_the_rim: bool,
-) -> Change:
-    weights = [paint(canvas, thorax, plan, side, rng) for side in plan.sides]
-    marks = tuple(weight * thorax.air[side] for weight, side in zip(weights, plan.sides, strict=True))
-    # Dense filling reaches through the soft rim of the lung, or a dark line would outline it.
-    room = [np.minimum(thorax.air[side] * np.float32(8 if to_the_rim else 1), 1) for side in plan.sides]
-    cover = np.maximum.reduce([weight * space for weight, space in zip(weights, room, strict=True)])
-    return Change(cover, level, None, marks)
+    return painter
 
 
 def _zone_point(build: Build, plan: Plan, side: str, rng: np.random.Generator, depth: tuple[float, float]) -> Points:
-    return build.lung_point(
-        side, rng.uniform(*_ZONE_SHARES[plan.zone]), rng.uniform(*depth) + _beside_heart(plan, side)
-    )
+    share = rng.uniform(*_ZONE_SHARES[plan.zone])
+    return build.lung_point(side, share, rng.uniform(*depth) + _outward_shift(plan, side))
 
 
-def _beside_heart(plan: Plan, side: str) -> float:
-    """How much further out the middle of the left lower lung lies, since the heart covers its inner half."""
+def _outward_shift(plan: Plan, side: str) -> float:
+    """Shift of depth past the heart, which covers the inner half of the left lower lung."""
     return 0.13 if side == "left" and plan.zone == "lower" else 0.0
 
 
 def _cardiomegaly(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator) -> Change:
     # The heart was drawn large with the chest; nothing is left to add.
-    return Change(_empty(canvas), 0.0, None, (thorax.heart,))
+    return Change(np.zeros_like(thorax.heart), 0.0, None, (thorax.heart,))
 
 
 def _consolidation(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.random.Generator) -> Field:
@@ -251,7 +237,7 @@ def _atelectasis(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.
     """Two or three flat bands."""
     build = thorax.build
     share = rng.uniform(0.66, 0.74) if plan.zone == "lower" else rng.uniform(0.44, 0.56)
-    middle = build.lung_point(side, share, rng.uniform(0.56, 0.66) + _beside_heart(plan, side))
+    middle = build.lung_point(side, share, rng.uniform(0.56, 0.66) + _outward_shift(plan, side))
     half = 0.068 + 0.025 * plan.severity + rng.uniform(0, 0.02)
     turn = SIGN[side] * rng.uniform(-0.3, 0.4)
     t = np.linspace(-1, 1, 7)[:, None]
@@ -267,7 +253,7 @@ def _atelectasis(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.
 
 
 def _edema(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator) -> Change:
-    """Haze around both hila like the wings of a butterfly, and short lines at the lower chest wall."""
+    """Haze around both hila like the wings of a butterfly, and short lines (Kerley's) at the lower chest wall."""
     strength = np.float32(0.58 + 0.14 * plan.severity)
     mottle = np.float32(0.95) + canvas.clouds(rng, 26) * np.float32(0.10)
     marks: list[Field] = []
@@ -276,18 +262,12 @@ def _edema(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator)
         root = thorax.build.hilum_point(side) + np.array([SIGN[side] * 0.055, 0.02 + rng.normal(0, 0.008)])
         wing = canvas.bump(root, (0.062 + 0.012 * plan.severity, 0.10 + 0.02 * plan.severity), -0.3 * SIGN[side])
         marks.append(np.clip(wing * np.float32(1.3), 0, 1) * strength * mottle * thorax.air[side])
-        lines.extend(_kerley_lines(thorax.build, side, rng))
+        for share in np.linspace(0.70, 0.90, 5) + rng.normal(0, 0.009, 5):
+            outer = thorax.build.lung_point(side, share, 0.985)
+            inner = outer - (SIGN[side] * rng.uniform(0.025, 0.055), rng.normal(0, 0.005))
+            lines.append(ribbon(np.stack([outer, inner]), 0.004))
     kerley = canvas.fill(lines) * np.float32(0.11) * (thorax.lungs["right"] + thorax.lungs["left"])
     return Change(np.clip(marks[0] + marks[1], 0, 1), HEART_LEVEL, kerley, tuple(marks))
-
-
-def _kerley_lines(build: Build, side: str, rng: np.random.Generator) -> list[Points]:
-    lines = []
-    for share in np.linspace(0.70, 0.90, 5) + rng.normal(0, 0.009, 5):
-        outer = build.lung_point(side, share, 0.985)
-        inner = outer - (SIGN[side] * rng.uniform(0.025, 0.055), rng.normal(0, 0.005))
-        lines.append(ribbon(np.stack([outer, inner]), 0.004))
-    return lines
 
 
 def _effusion(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.random.Generator) -> Field:
@@ -334,21 +314,15 @@ def _nodule(canvas: Canvas, thorax: Thorax, plan: Plan, side: str, rng: np.rando
     return canvas.soften(canvas.fill([closed_curve(knots, 3)]), 0.0055) * np.float32(rng.uniform(0.75, 0.95))
 
 
-def _sided(paint: SidePaint, *, level: float = HEART_LEVEL, to_the_rim: bool = False) -> Painter:
-    def painter(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator) -> Change:
-        return _cover_per_side(canvas, thorax, plan, rng, level=level, paint=paint, to_the_rim=to_the_rim)
-
-    return painter
-
-
-_PAINTERS: dict[str, Painter] = {
-    "atelectasis": _sided(_atelectasis),
+PAINTERS: dict[str, Painter] = {
+    "atelectasis": _per_side(_atelectasis),
     "cardiomegaly": _cardiomegaly,
-    "consolidation": _sided(_consolidation, to_the_rim=True),
+    "consolidation": _per_side(_consolidation, to_the_rim=True),
     "edema": _edema,
-    "lung opacity": _sided(_lung_opacity),
-    "pleural effusion": _sided(_effusion, level=HEART_LEVEL + 0.06, to_the_rim=True),
-    "pneumonia": _sided(_pneumonia),
+    "lung opacity": _per_side(_lung_opacity),
+    "pleural effusion": _per_side(_effusion, level=HEART_LEVEL + 0.06, to_the_rim=True),
+    "pneumonia": _per_side(_pneumonia),
     "pneumothorax": _pneumothorax,
-    "nodule": _sided(_nodule),
+    "nodule": _per_side(_nodule),
 }
+"""Each draws the change that a planned finding makes to a chest."""

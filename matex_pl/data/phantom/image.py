@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from matex_pl.data.phantom.canvas import Canvas, Field, as_field
 from matex_pl.data.phantom.devices import Device, draw_device, draw_marker, draw_token, plan_device
-from matex_pl.data.phantom.findings import FINDINGS, Plan, draw_finding, plan_findings, reshape_build
+from matex_pl.data.phantom.findings import FINDINGS, PAINTERS, Plan, plan_findings, reshape_build
 from matex_pl.data.phantom.thorax import Build, draw_thorax, sample_build
 
 Box = tuple[float, float, float, float]
@@ -55,7 +55,7 @@ def phantom_rng(index: int, seed: int, stream: str) -> np.random.Generator:
 
 
 def phantom_build(index: int, seed: int, plans: Sequence[Plan] | None = None) -> Build:
-    """The patient on the image at `index`: with the findings planned for it, or with `plans` in their place."""
+    """The patient on the image at `index`, with the findings planned for it, or with `plans` instead."""
     if plans is None:
         plans = plan_findings(phantom_rng(index, seed, "plan"))
     return reshape_build(sample_build(phantom_rng(index, seed, "anatomy")), plans, phantom_rng(index, seed, "reshape"))
@@ -73,18 +73,15 @@ def draw_phantom(
     """The image at `index` of an endless series; the same in any process.
 
     Args:
-        index: Which image.
-        seed: Which series.
+        index: Index of the image.
+        seed: Random seed of the series.
         size: Side in pixels, a multiple of 4, at least 64.
-        shortcut: Probability with which an image with `shortcut_finding` carries a bright tag in the lower left corner;
-            others never do.
+        shortcut: Probability that an image with `shortcut_finding`, and no other, has a bright tag in the lower left
+            corner.
         shortcut_finding: One of `FINDINGS`.
-        show_findings: Without them, the same patient before falling ill: the same image but for the findings.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+        show_findings: Draw the findings; the image is the same otherwise.
     """
-    _check_arguments(size, shortcut, shortcut_finding)
+    check_arguments(size, shortcut, shortcut_finding)
     plans = plan_findings(phantom_rng(index, seed, "plan"))
     shown = plans if show_findings else ()
     build = phantom_build(index, seed, shown)
@@ -93,35 +90,29 @@ def draw_phantom(
     opacity, placed = thorax.opacity, []
     rng = phantom_rng(index, seed, "findings")
     for plan in shown:
-        change = draw_finding(canvas, thorax, plan, rng)
+        change = PAINTERS[plan.name](canvas, thorax, plan, rng)
         opacity = opacity + (np.float32(change.level) - opacity) * change.cover
         opacity = opacity if change.added is None else opacity + change.added
-        placed.append(PlacedFinding(plan.name, plan.side, plan.zone, _boxes(change.marks), plan.size))
+        placed.append(PlacedFinding(plan.name, plan.side, plan.zone, tuple(map(_tight_box, change.marks)), plan.size))
     rng = phantom_rng(index, seed, "device")
     device = plan_device(plans, rng)
     opacity = opacity + thorax.bones + draw_device(canvas, build, device, rng)
     image = _develop(canvas, opacity, phantom_rng(index, seed, "exposure"))
     draw_marker(image, rng)
-    if phantom_rng(index, seed, "shortcut").random() < shortcut and _has(plans, shortcut_finding):
+    tagged = phantom_rng(index, seed, "shortcut").random() < shortcut
+    if tagged and any(plan.name == shortcut_finding for plan in plans):
         draw_token(image)
     return Phantom(image, tuple(placed), device)
 
 
-def _has(plans: Sequence[Plan], name: str) -> bool:
-    return any(plan.name == name for plan in plans)
-
-
-def _check_arguments(size: int, shortcut: float, shortcut_finding: str) -> None:
+def check_arguments(size: int, shortcut: float, shortcut_finding: str) -> None:
+    """Check these arguments of `draw_phantom`."""
     if size < 64 or size % 4:
         raise ValueError(f"size must be a multiple of 4 and at least 64, got {size}.")
     if not 0 <= shortcut <= 1:
         raise ValueError(f"shortcut must be in [0, 1], got {shortcut}. Give a share, not a percentage.")
     if shortcut_finding not in FINDINGS:
         raise ValueError(f"shortcut_finding must be one of {', '.join(FINDINGS)}; got {shortcut_finding!r}.")
-
-
-def _boxes(marks: Sequence[Field]) -> tuple[Box, ...]:
-    return tuple(_tight_box(mark) for mark in marks)
 
 
 def _tight_box(mark: Field) -> Box:
@@ -148,10 +139,8 @@ def _develop(canvas: Canvas, opacity: Field, rng: np.random.Generator) -> NDArra
 
 
 def _collimate(bright: Field, rng: np.random.Generator) -> Field:
-    """Black strips of up to 3 % along the borders on a third of images."""
-    strips = np.rint(rng.uniform(0, 0.03, 4) * len(bright)).astype(int) * (rng.random() < 0.35)
-    top, bottom, left, right = (int(strip) for strip in strips)
-    inner = np.zeros_like(bright)
-    window = np.s_[top : len(bright) - bottom, left : len(bright) - right]
-    inner[window] = bright[window]
-    return inner
+    """The image with black strips of up to 3 % along the borders in a third of cases."""
+    size = len(bright)
+    top, bottom, left, right = np.rint(rng.uniform(0, 0.03, 4) * size).astype(int) * (rng.random() < 0.35)
+    inner = bright[top : size - bottom, left : size - right]
+    return np.pad(inner, ((top, bottom), (left, right)))

@@ -15,30 +15,28 @@ from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.phantom.cache import phantom_cache
 from matex_pl.data.phantom.canvas import Canvas, Field
 from matex_pl.data.phantom.findings import FINDINGS
-from matex_pl.data.phantom.image import phantom_build
+from matex_pl.data.phantom.image import check_arguments, phantom_build
 from matex_pl.data.phantom.thorax import SIDES, heart_outline, lung_outline
 from matex_pl.data.transforms import ImageTransform
 
-# Below what one patient in fifty has there, a place is outside of the thorax: 98 % of the area of all boxes is inside,
-# and no patient's lung reaches the token of `shortcut`.
+# With this share of patients, 98 % of the area of all boxes is inside of the thorax, and the tag of `shortcut` is not.
 _THORAX_SHARE = 0.02
 
 
 class PhantomDataModule(ChestXrayDataModule):
     """Phantoms: drawn images with MS-CXR's eight findings and nodules, their exact boxes and phrases of reports.
 
-    They are drawn once, in about a minute on two cores, and kept below `root`; no image depends on anything but seed
-    and index.
+    They are drawn once, in about a minute on two cores, and kept below `root`.
 
     Args:
         root: Folder of the image cache.
-        num_train: Images for training; each has one to three findings, which make as many pairs.
+        num_train: Images for training, with a pair for each of their one to three findings.
         num_val: Images for validation.
         num_test: Images for test.
         stored_size: Side of the stored images in pixels.
-        shortcut: Probability in [0, 1] that an image with `shortcut_finding` gets a token in a corner, to see whether a
-            map catches a model that reads the token.
-        shortcut_finding: The finding that the token gives away.
+        shortcut: Probability in [0, 1] that an image with `shortcut_finding` gets a tag in a corner, to see whether
+            maps reveal a model that reads the tag.
+        shortcut_finding: The finding that the tag gives away.
         kwargs: Arguments of `ChestXrayDataModule`. The images depend on `seed` too.
     """
 
@@ -54,10 +52,7 @@ class PhantomDataModule(ChestXrayDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 <= shortcut <= 1:
-            raise ValueError(f"shortcut must be a probability in [0, 1], got {shortcut}.")
-        if shortcut_finding not in FINDINGS:
-            raise ValueError(f"shortcut_finding must be one of {', '.join(FINDINGS)}; got {shortcut_finding!r}.")
+        check_arguments(stored_size, shortcut, shortcut_finding)
         self.root = Path(root)
         self.splits = {"train": num_train, "val": num_val, "test": num_test}
         self.stored_size = stored_size
@@ -72,10 +67,11 @@ class PhantomDataModule(ChestXrayDataModule):
 
     def prepare_data(self) -> None:
         """Draw the images, unless they are there."""
-        self._open()
+        self.list_pairs()
 
-    def _open(self) -> tuple[NDArray[np.uint8], list[ImageTextPair]]:
-        return phantom_cache(
+    def list_pairs(self) -> list[ImageTextPair]:
+        """One pair per image and finding."""
+        self._images, pairs = phantom_cache(
             self.root,
             splits=self.splits,
             seed=self.seed,
@@ -83,44 +79,29 @@ class PhantomDataModule(ChestXrayDataModule):
             shortcut=self.shortcut,
             shortcut_finding=self.shortcut_finding,
         )
-
-    def list_pairs(self) -> list[ImageTextPair]:
-        """One pair per image and finding."""
-        self._images, pairs = self._open()
         return pairs
 
     def read_image(self, pair: ImageTextPair) -> NDArray[np.uint8]:
         """Pixels of an image, `(stored_size, stored_size)`."""
         if self._images is None:
-            self._images, _ = self._open()
+            self.list_pairs()
+        assert self._images is not None
         return self._images[int(pair.image)]
 
     def thorax(self) -> Tensor:
-        """Where pleural cavities or heart lie in at least 2 % of the images, `(H, W)` bool in the model's frame.
-
-        Raises:
-            ValueError: There is neither an `image_size` nor a model to take it from.
-        """
+        """Where pleural cavities or heart lie in at least 2 % of the images, `(H, W)` bool in the model's frame."""
         zone = thorax_share(self.stored_size, seed=self.seed) >= _THORAX_SHARE
         framed, _, _ = ImageTransform(self._frame(), self.resize_mode)(zone.astype(np.uint8) * 255)
         return framed[0] > 127
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the images: pickling a memory map would copy them; a worker opens its own."""
+        """The state without the images: pickling a memory map would copy them, so each worker opens it."""
         return {**super().__getstate__(), "_images": None}
 
 
 @lru_cache(maxsize=4)
 def thorax_share(size: int = 192, *, seed: int = 0, num_images: int = 400) -> Field:
-    """Share of the first images of a series on which pleural cavities or heart cover a place, `(size, size)` in [0, 1].
-
-    Only outlines are drawn, no images: some hundred take a fraction of a second. The array is kept, and read-only.
-
-    Args:
-        size: Side of the images in pixels.
-        seed: Which series.
-        num_images: How many images are counted.
-    """
+    """Share of a series' first images in which pleural cavities or heart cover a pixel, `(size, size)`, read-only."""
     covered = np.zeros((size, size), np.int32)
     for index in range(num_images):
         build = phantom_build(index, seed)

@@ -29,24 +29,24 @@ def write_phrase(
     """One or two sentences below 30 words that name the finding, nine times in ten with its side and zone.
 
     Args:
-        finding: What the phrase is about.
-        rng: Decides the wording; the same number of draws for every finding is not promised.
-        image_findings: Names of all findings on the image: no sentence denies one of them.
+        finding: Subject of the phrase.
+        rng: Random numbers for the wording.
+        image_findings: Names of all findings on the image; no sentence denies one of them.
         device: The device on the image, which a sentence may mention.
     """
-    known = {finding.name, *image_findings}
     sentences = [_capital(_finding_sentence(finding, rng))]
     if rng.random() < _SHARE_WITH_NORMAL:
-        sentences.insert(int(rng.integers(2)), _normal_sentence(known, rng))
+        place, present = int(rng.integers(2)), {finding.name, *image_findings}
+        normal = [text for text, denied in _templates()["normal"] if not set(denied) & present]
+        sentences.insert(place, str(_pick(normal, rng)))
     elif device and rng.random() < _SHARE_WITH_DEVICE:
-        sentences.append(_device_sentence(device, rng))
+        sentences.append(_capital(str(_pick(_templates()["devices"][device.name], rng)).format(side=device.side)))
     return " ".join(sentences)
 
 
 @lru_cache(maxsize=1)
-def _templates() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
-    return loaded
+def _templates() -> Any:
+    return yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
 
 
 def _pick(options: list[Any], rng: np.random.Generator) -> Any:
@@ -72,14 +72,6 @@ def _with_article(sentence: str) -> str:
     if "There is a bilateral" in sentence or ("bilateral" in sentence and sentence.startswith("There is a ")):
         sentence = sentence.replace("There is a ", "There are ").replace("effusion", "effusions")
     return sentence
-
-
-def _normal_sentence(known: Collection[str], rng: np.random.Generator) -> str:
-    return str(_pick([text for text, denied in _templates()["normal"] if not set(denied) & set(known)], rng))
-
-
-def _device_sentence(device: Device, rng: np.random.Generator) -> str:
-    return _capital(str(_pick(_templates()["devices"][device.name], rng)).format(side=device.side))
 
 
 def _capital(sentence: str) -> str:

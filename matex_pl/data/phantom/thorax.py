@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from matex_pl.data.phantom.canvas import Canvas, Field, Points, closed_curve, open_curve, ramp, ribbon, ribbons
+from matex_pl.data.phantom.canvas import Canvas, Field, Floats, Points, closed_curve, open_curve, ramp, ribbon, ribbons
 
 SIDES = ("right", "left")
 SIGN = {"right": -1.0, "left": 1.0}
@@ -56,7 +55,7 @@ class Build:
         """From the apex to the costophrenic angle."""
         return self.angle[side] - self.apex
 
-    def wall(self, share: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    def wall(self, share: Floats | float) -> Floats:
         """Distance of the lateral chest wall from the midline at shares of the lung's height."""
         return self.half_width * np.interp(share, _WALL_T, _WALL_X)
 
@@ -86,7 +85,7 @@ class Thorax:
 
 
 def sample_build(rng: np.random.Generator) -> Build:
-    """A patient with a normal heart, normal variation in everything else."""
+    """A patient with a normal heart and normal variation."""
     apex, base = rng.uniform(0.09, 0.15), rng.uniform(0.80, 0.89)
     dome = base - rng.uniform(0.085, 0.125)
     hilum = apex + rng.uniform(0.40, 0.45) * (base - apex)
@@ -116,9 +115,8 @@ def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thora
     """All layers of a chest without findings; draws the same numbers from `rng` whatever the build."""
     heart = canvas.fill([heart_outline(build)])
     solid = np.maximum(canvas.soften(heart, 0.004), canvas.soften(canvas.fill(mediastinum_outlines(build)), 0.006))
-    inside = ramp(np.float32(build.dome["left"] + 0.02) - canvas.y, 0.03) * ramp(
-        canvas.y - np.float32(build.apex), 0.06
-    )
+    above_dome = ramp(np.float32(build.dome["left"] + 0.02) - canvas.y, 0.03)
+    inside = above_dome * ramp(canvas.y - np.float32(build.apex), 0.06)
     lungs = {side: canvas.soften(canvas.fill([lung_outline(build, side)]), 0.004) for side in SIDES}
     air = {side: lungs[side] * (1 - solid) for side in SIDES}
     both = air["right"] + air["left"]
@@ -128,19 +126,17 @@ def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thora
     opacity += canvas.clouds(rng, 44) * both * np.float32(0.012)
     opacity += np.float32(HEART_LEVEL - TISSUE_LEVEL) * canvas.soften(solid, 0.01) * inside
     opacity += _vessels(canvas, build, rng) * both * (np.float32(0.3) + np.float32(0.7) * depth)
-    opacity += _breasts(canvas, build) * both + _airways(canvas, build) + _spine(canvas, solid)
+    airways = canvas.soften(canvas.fill(airway_outlines(build)), 0.007) * np.float32(-0.13)
+    opacity += _breasts(canvas, build) * both + airways + _spine(canvas, solid)
     bones = _bones(canvas, build, rng) * (np.float32(0.45) + np.float32(0.55) * both)
     return Thorax(build, opacity, bones, lungs, air, heart)
 
 
-def lung_outline(build: Build, side: str, retreat: NDArray[np.float64] | None = None) -> Points:
-    """Closed outline `(P, 2)` of a pleural cavity.
+def lung_outline(build: Build, side: str, retreat: Floats | None = None) -> Points:
+    """Closed outline `(P, 2)` of a pleural cavity, or of a lung in it.
 
-    Args:
-        build: The patient.
-        side: `right` or `left`.
-        retreat: `(8,)` distances by which the lung has left the lateral wall, from the apex to the angle; its first one
-            also lowers the apex.
+    `retreat` are `(8,)` distances of the lung from the lateral wall, from the apex to the angle; the first one also
+    lowers the apex.
     """
     gone = np.zeros(8) if retreat is None else retreat
     wall_y = build.apex + _WALL_T * build.height(side) + gone[0] * np.clip(1 - _WALL_T / 0.14, 0, 1)
@@ -171,13 +167,8 @@ def mediastinum_outlines(build: Build) -> list[Points]:
     """Closed outlines, `(P, 2)` each, of the vessels and the spine between the lungs, and of the aortic knob."""
     top, bottom = build.apex, build.dome["left"] + 0.03
     knob_y = build.apex + 0.24 * (bottom - top)
-    right = [
-        (-0.045, top - 0.1),
-        (-0.042, top),
-        (-0.05, knob_y - 0.02),
-        (-0.062, build.hilum["right"]),
-        (-0.05, bottom),
-    ]
+    right = [(-0.045, top - 0.1), (-0.042, top), (-0.05, knob_y - 0.02), (-0.062, build.hilum["right"])]
+    right += [(-0.05, bottom)]
     left = [(0.05, bottom), (0.072, build.hilum["left"] + 0.02), (0.07, build.hilum["left"] - 0.02)]
     upper = [(0.04, knob_y + 0.03), (0.046, knob_y - 0.05), (0.04, top), (0.045, top - 0.1)]
     angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
@@ -201,37 +192,29 @@ def _tissue(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
     belly = np.maximum(canvas.y - dome + np.float32(0.03), 0)
     opacity = body * thick * np.float32(TISSUE_LEVEL) + body * np.minimum(belly * np.float32(1.6), np.float32(0.22))
     opacity += canvas.clouds(rng, 7) * body * np.float32(0.014)
-    return opacity - _stomach(canvas, build, rng)
-
-
-def _stomach(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
+    # Gas in the stomach.
     place = np.array([rng.uniform(0.11, 0.19), build.dome["left"] + rng.uniform(0.055, 0.075)])
     radii = (rng.uniform(0.03, 0.06), rng.uniform(0.015, 0.026))
-    return np.float32(1.3 * build.gas) * canvas.bump(place, radii) if build.gas > 0 else np.zeros_like(canvas.x)
+    return opacity - np.float32(1.3 * build.gas) * canvas.bump(place, radii) if build.gas > 0 else opacity
 
 
 def _vessels(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
     """Trees that leave each hilum and taper outwards, and the hila themselves."""
-    outlines: list[Points] = []
-    for side in SIDES:
-        outlines.extend(_vessel_tree(build, side, rng))
-    trees = canvas.soften(canvas.fill(outlines), 0.0035)
+    trees = canvas.soften(canvas.fill(np.concatenate([_vessel_tree(build, side, rng) for side in SIDES])), 0.0035)
     hila = sum(canvas.bump(build.hilum_point(side), (0.024, 0.05), -0.25 * SIGN[side]) for side in SIDES)
     return trees * np.float32(build.vessels) * (np.float32(0.42) + np.float32(0.9) * hila) + hila * np.float32(0.13)
 
 
-def _vessel_tree(build: Build, side: str, rng: np.random.Generator, mains: int = 9, twigs: int = 3) -> Points:
+def _vessel_tree(build: Build, side: str, rng: np.random.Generator) -> Points:
     """Outlines of one lung's vessels, `(mains * (1 + twigs), 12, 2)`."""
-    t = np.linspace(0, 1, 6)
+    t, mains, twigs = np.linspace(0, 1, 6), 9, 3
     angles = np.deg2rad(np.linspace(-78, 84, mains) + rng.normal(0, 7, mains))
     root = build.hilum_point(side) * (SIGN[side], 1) + rng.normal(0, (0.008, 0.022), (mains, 2))
     main = _branches(root, angles, rng.uniform(0.16, 0.33, mains), rng.normal(0, 0.07, mains), t)
     start = rng.integers(1, 5, (mains, twigs))
     forks = main[np.arange(mains)[:, None], start].reshape(-1, 2)
-    fork_angles = (
-        angles[:, None] + rng.choice([-1, 1], (mains, twigs)) * rng.uniform(0.4, 0.9, (mains, twigs))
-    ).ravel()
-    count = mains * twigs
+    turns = rng.choice([-1, 1], (mains, twigs)) * rng.uniform(0.4, 0.9, (mains, twigs))
+    fork_angles, count = (angles[:, None] + turns).ravel(), mains * twigs
     twig = _branches(forks, fork_angles, rng.uniform(0.06, 0.14, count), rng.normal(0, 0.03, count), t)
     widths = rng.uniform(0.010, 0.017, mains)[:, None] * (1 - 0.8 * t)
     twig_widths = rng.uniform(0.003, 0.007, count)[:, None] * (1 - 0.7 * t)
@@ -239,13 +222,7 @@ def _vessel_tree(build: Build, side: str, rng: np.random.Generator, mains: int =
     return both * (SIGN[side], 1)
 
 
-def _branches(
-    start: Points,
-    angles: NDArray[np.float64],
-    lengths: NDArray[np.float64],
-    bends: NDArray[np.float64],
-    t: NDArray[np.float64],
-) -> Points:
+def _branches(start: Points, angles: Floats, lengths: Floats, bends: Floats, t: Floats) -> Points:
     """Bent paths `(M, P, 2)` from `start (M, 2)` at `angles` below the horizontal."""
     along = np.stack([np.cos(angles), np.sin(angles)], axis=-1)[:, None]
     across = np.stack([-np.sin(angles), np.cos(angles)], axis=-1)[:, None]
@@ -254,8 +231,6 @@ def _branches(
 
 def _breasts(canvas: Canvas, build: Build) -> Field:
     """Soft shadows over the lower lungs with a lower edge that fades upwards."""
-    if build.breasts <= 0:
-        return np.zeros_like(canvas.x)
     dx = np.abs(canvas.x) - np.float32(0.6 * build.half_width)
     edge = np.float32(build.dome["right"] + 0.015) - dx * dx * np.float32(3.5)
     above = edge - canvas.y
@@ -271,11 +246,6 @@ def airway_outlines(build: Build) -> list[Points]:
     return [ribbon(trunk, 0.032), ribbon(main[0], 0.02), ribbon(main[1], 0.017)]
 
 
-def _airways(canvas: Canvas, build: Build) -> Field:
-    """The airways, dark on the mediastinum."""
-    return canvas.soften(canvas.fill(airway_outlines(build)), 0.007) * np.float32(-0.13)
-
-
 def _spine(canvas: Canvas, solid: Field) -> Field:
     """Vertebral bodies seen faintly through the mediastinum."""
     column = ramp(np.float32(0.036) - np.abs(canvas.x), 0.006)
@@ -289,17 +259,12 @@ def _bones(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
     posterior, anterior = zip(*(_rib_paths(build, side) for side in SIDES), strict=True)
     back, front = np.concatenate(posterior), np.concatenate(anterior)
     widths = rng.uniform(0.021, 0.027)
-    outer = canvas.fill(_bands(back, widths))
-    inner = canvas.fill(_bands(back, 0.55 * widths))
-    faint = canvas.fill(_bands(front, 1.1 * widths))
+    outer, inner = canvas.fill(ribbon(back, widths)), canvas.fill(ribbon(back, 0.55 * widths))
+    faint = canvas.fill(ribbon(front, 1.1 * widths))
     ribs = outer - np.float32(0.4) * inner + np.float32(0.5) * faint
     girdle = canvas.fill(_clavicles(build, rng)) * np.float32(0.13)
     blades = canvas.fill(_shoulder_blades(build, rng)) * np.float32(0.055)
     return canvas.soften(ribs * np.float32(build.ribs) + girdle + blades, 0.0035)
-
-
-def _bands(paths: Points, width: float) -> Points:
-    return ribbons(paths, np.full(paths.shape[:-1], width))
 
 
 def _rib_paths(build: Build, side: str, count: int = 10) -> tuple[Points, Points]:
@@ -323,21 +288,15 @@ def _clavicles(build: Build, rng: np.random.Generator) -> list[Points]:
     outlines = []
     for side in SIDES:
         lift, sway = rng.uniform(0.02, 0.075), rng.normal(0, 0.006)
-        knots = [
-            (0.03 + sway, level),
-            (0.12, level - 0.3 * lift + 0.012),
-            (0.26, level - lift),
-            (0.42, level - 0.9 * lift),
-        ]
-        path = open_curve(np.array(knots) * (SIGN[side], 1))
+        inner = [(0.03 + sway, level), (0.12, level - 0.3 * lift + 0.012)]
+        outer = [(0.26, level - lift), (0.42, level - 0.9 * lift)]
+        path = open_curve(np.array(inner + outer) * (SIGN[side], 1))
         widths = np.interp(np.linspace(0, 1, len(path)), [0, 0.12, 0.5, 1], [0.034, 0.026, 0.021, 0.026])
         outlines.append(ribbons(path, widths))
     return outlines
 
 
 def _shoulder_blades(build: Build, rng: np.random.Generator) -> list[Points]:
-    inset = rng.uniform(-0.02, 0.045)
-    top = build.apex + 0.07
     knots = np.array([(0.86, 0.0), (0.83, 0.12), (0.92, 0.26), (1.02, 0.31), (1.2, 0.15), (1.2, -0.02)])
-    knots = knots * (build.half_width, 1) + (-inset, top)
+    knots = knots * (build.half_width, 1) + (-rng.uniform(-0.02, 0.045), build.apex + 0.07)
     return [closed_curve(knots * (SIGN[side], 1)) for side in SIDES]
