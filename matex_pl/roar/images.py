@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from matex_pl.console import progress
 from matex_pl.data.datamodule import ChestXrayDataModule
@@ -26,26 +26,20 @@ _IMAGES, _PAIRS = "images.npy", "pairs.json"
 _READ_AT_ONCE = 64
 
 
-class _Images(Dataset[list[Sample]]):
-    """Images with the samples of all their pairs, each decoded once."""
-
-    def __init__(
-        self, data: ChestXrayDataModule, images: Sequence[list[ImageTextPair]], transform: ImageTransform
-    ) -> None:
-        self.data = data
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> list[Sample]:
-        pairs = self.images[index]
+def _read(
+    data: ChestXrayDataModule, transform: ImageTransform, images: Sequence[list[ImageTextPair]]
+) -> list[list[Sample]]:
+    """The samples of the pairs of each image, which is decoded once."""
+    samples = []
+    for pairs in images:
         try:
-            image = self.data.open_image(pairs[0], self.transform)
-            return [Sample(pair, *self.transform(image.pixels, pair.boxes, size=image.size)) for pair in pairs]
+            image = data.open_image(pairs[0], transform)
+            samples.append([
+                Sample(pair, *transform(image.pixels, pair.boxes, size=image.size)) for pair in pairs
+            ])  # fmt: skip
         except (OSError, ValueError) as error:
             raise ValueError(f"Image {pairs[0].image_id!r} ({pairs[0].image}): {error}") from error
+    return samples
 
 
 def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], folder: Path) -> None:
@@ -57,18 +51,17 @@ def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], fold
         folder: Folder for `images.npy`, `(F, H, W)` uint8, and `pairs.json`.
 
     Raises:
-        ValueError: An image cannot be read, or a box covers nothing of it; the message names it.
+        ValueError: An image cannot be read, or a box covers nothing of it.
     """
     images: dict[str, list[ImageTextPair]] = {}
     for pair in pairs:
         images.setdefault(pair.image_id, []).append(pair)
-    dataset = _Images(data, list(images.values()), data.dataset(pairs[0].split).transform)
-    loader = DataLoader(dataset, batch_size=_READ_AT_ONCE, num_workers=data.num_workers, collate_fn=list)
+    transform = data.dataset(pairs[0].split).transform
+    read, groups = partial(_read, data, transform), list(images.values())
+    loader = DataLoader(groups, batch_size=_READ_AT_ONCE, num_workers=data.num_workers, collate_fn=read)
     records: list[dict[str, Any]] = []
     with whole_file(folder / _IMAGES) as part:
-        pixels = np.lib.format.open_memmap(
-            part, mode="w+", dtype=np.uint8, shape=(len(images), *dataset.transform.size)
-        )
+        pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(images), *transform.size))
         samples_of_images = (samples for group in progress(loader, "reading images") for samples in group)
         for row, samples in enumerate(samples_of_images):
             pixels[row] = samples[0].image[0].numpy()
@@ -138,10 +131,6 @@ class PlanImages:
         """The boxes of a pair, `(K, 4)`, in [0, 1] of the frame."""
         height, width = self._pixels.shape[1:]
         return torch.tensor(self.pairs[row].boxes).view(-1, 4) / torch.tensor([width, height, width, height])
-
-    def split(self, train_share: float, seed: int) -> tuple[list[int], list[int]]:
-        """Rows to train on and to validate on; see `split_rows`."""
-        return split_rows(self.pairs, train_share, seed)
 
     def loader(self, rows: Sequence[int], batch_size: int, drop: Mapping[str, Tensor], **settings: Any) -> DataLoader:
         """Batches of these rows, in order by default, with the rows of the tensors in `drop`."""
