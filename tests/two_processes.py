@@ -27,7 +27,7 @@ from torch import Tensor
 
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
-from matex_pl.callbacks import Attribution as LoggedMaps
+from matex_pl.callbacks import AttributionMaps as LoggedMaps
 from matex_pl.callbacks import AttributionMetrics, MapWriter, PredictionWriter, RoarPlus
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule
