@@ -26,7 +26,7 @@ class RayOptions:
         address: Address of the cluster, `auto` or `ray://host:port`; a cluster on this machine by default.
         num_cpus: CPUs of a run; the training's threads by default.
         num_gpus: GPUs of a run, also parts of one.
-        retries: Number of times that a run is started again if its process or machine is lost.
+        retries: Restarts of a run whose process or machine is lost.
     """
 
     address: str | None = None

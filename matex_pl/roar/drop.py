@@ -78,13 +78,9 @@ def drop_of(plan: Plan, images: PlanImages, run: Run) -> dict[str, Tensor]:
 
 
 def top_units(values: Tensor, among: Tensor, fraction: float, seed: int) -> Tensor:
-    """The floor(fraction * n) highest of the n units that take part in each row, `(B, U)` bool; ties in a seeded order.
+    """The floor(fraction * n) highest of the n units among which each row chooses; ties in a seeded order.
 
-    Args:
-        values: Values of the units, `(B, U)`.
-        among: Units that take part, `(B, U)` bool.
-        fraction: Share of the units, in [0, 1].
-        seed: Random seed for the order among equal values.
+    Values `(B, U)` and `among` `(B, U)` bool to `(B, U)` bool; the fraction is in [0, 1].
     """
     order = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
     dropped = top_share(values.gather(1, order), fraction, among.gather(1, order))

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,10 +44,8 @@ def _read(
 def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], folder: Path) -> None:
     """Decode the images of the pairs once, and write them with the pairs to `folder`.
 
-    Args:
-        data: Data module that reads the images; prepared, so that it knows the model's frame.
-        pairs: The pairs.
-        folder: Folder for `images.npy`, `(F, H, W)` uint8, and `pairs.json`.
+    The files are `images.npy`, `(F, H, W)` uint8, and `pairs.json`. The data module is prepared, which gives it the
+    model's frame.
 
     Raises:
         ValueError: An image cannot be read, or a box covers nothing of it.
@@ -71,11 +68,7 @@ def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], fold
 
 
 def split_rows(pairs: Sequence[ImageTextPair], train_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train on and to validate on, in order. The patients are drawn by the seed.
-
-    Raises:
-        ValueError: There are too few patients for both.
-    """
+    """Rows to train on and to validate on, in order; the patients are drawn by the seed."""
     patients = list(dict.fromkeys(pair.patient_id for pair in pairs))
     number = round(train_share * len(patients))
     if not 0 < number < len(patients):
@@ -98,10 +91,7 @@ def _record(sample: Sample, row: int) -> dict[str, Any]:
 
 
 class PlanImages:
-    """The n pairs of a plan, with their images on disk.
-
-    Args:
-        folder: Folder of the plan.
+    """The n pairs of a plan, in its folder, with their images on disk.
 
     Attributes:
         pairs: The n pairs; `image` is the row of the image.
@@ -114,18 +104,18 @@ class PlanImages:
         self.pairs = [ImageTextPair.from_record(record["pair"]) for record in records]
         self.keys = [record["key"] for record in records]
         self.findings = sorted({finding for pair in self.pairs for finding in pair.image_findings})
-        self._image = torch.tensor([record["content_box"] for record in records])
+        self._content_boxes = torch.tensor([record["content_box"] for record in records])
         self._pixels = np.load(folder / _IMAGES, mmap_mode="r")
 
-    def batch(self, rows: Sequence[int], drop: Mapping[str, Tensor] = MappingProxyType({})) -> ImageTextBatch:
+    def batch(self, rows: Sequence[int], drop: Mapping[str, Tensor] | None = None) -> ImageTextBatch:
         """The pairs of these rows, with boxes in [0, 1] of the frame, and their rows of the tensors in `drop`."""
         pixels = torch.from_numpy(self._pixels[[int(self.pairs[row].image) for row in rows]])
         images = pixels[:, None].expand(-1, 3, -1, -1)
         batch = collate([
-            Sample(self.pairs[row], image, self.boxes(row), self._image[row])
+            Sample(self.pairs[row], image, self.boxes(row), self._content_boxes[row])
             for row, image in zip(rows, images, strict=True)
         ])  # fmt: skip
-        return {**batch, **{name: part[list(rows)] for name, part in drop.items()}}  # type: ignore[typeddict-item]
+        return {**batch, **{name: part[list(rows)] for name, part in (drop or {}).items()}}  # type: ignore[typeddict-item]
 
     def boxes(self, row: int) -> Tensor:
         """The boxes of a pair, `(K, 4)`, in [0, 1] of the frame."""

@@ -103,12 +103,7 @@ def make_plan(
 
 
 def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMethod]:
-    """The methods that were asked for, and the controls, which are always there.
-
-    Args:
-        methods: Names of shipped methods and YAML files.
-        boxed: Number of pairs with boxes. If there are any, the true boxes are a control.
-        pairs: Number of pairs.
+    """The methods of these names and YAML files, and the controls: the true boxes too if some of the pairs have boxes.
 
     Raises:
         ValueError: A method is unknown, named twice, or called like a control.

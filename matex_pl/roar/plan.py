@@ -159,12 +159,7 @@ def slug(name: str) -> str:
 class Plan:
     """An experiment in a folder that holds everything a run needs: images, phrases, weights and, later, maps.
 
-    Args:
-        folder: Folder of the plan.
-        protocol: What is removed, and how often.
-        training: The fine-tuning of each run.
-        methods: The methods, controls included.
-        about: Model, data and versions, for the tables.
+    `methods` are in the order of the tables, controls included; `about` describes model, data and versions.
     """
 
     folder: Path

@@ -144,12 +144,10 @@ def _summary(plan: Plan, runs: Sequence[Run]) -> str:
         write_results(plan)
         lines = [f"  {name}: {error}\n    {plan.folder}/runs/{name}/error.log" for name, error in failed.items()]
         if len(lines) > _FAILURES_NAMED:
-            more = len(lines) - _FAILURES_NAMED
-            lines[_FAILURES_NAMED:] = [f"  and {more} more, see `matex roar status`"]
-        named = "\n".join(lines)
+            lines[_FAILURES_NAMED:] = [f"  and {len(lines) - _FAILURES_NAMED} more, see `matex roar status`"]
         raise RunsFailedError(
-            f"{len(failed)} of {len(runs)} runs failed:\n{named}\n"
-            f"The others are kept, and {plan.folder}/report.html shows them. The same command tries these again."
+            "\n".join([f"{len(failed)} of {len(runs)} runs failed:", *lines])
+            + f"\nThe others are kept, and {plan.folder}/report.html shows them. The same command tries these again."
         )
     left = sum(result(plan, run) is None for run in plan.runs())
     if left:
@@ -164,21 +162,20 @@ def roar_status(folder: str) -> str:
     states: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         states[state(plan, run)].append(run)
-    number = {name: len(states[name]) for name in ("done", "running", "failed")}
-    lines = [f"{number['done']} of {len(runs)} runs are done, {number['running']} running, {number['failed']} failed."]
+    done, running, failed = (len(states[name]) for name in ("done", "running", "failed"))
+    lines = [f"{done} of {len(runs)} runs are done, {running} running, {failed} failed."]
     if not has_maps(plan):
         lines.append("The maps are not all made yet.")
     lines += [f"  running: {run.id}" for run in states["running"]]
     lines += [f"  stopped: {run.id}: its process ended; `matex roar run` starts it again" for run in states["died"]]
     lines += [f"  failed: {run.id}: {failure(plan, run)} (runs/{run.id}/error.log)" for run in states["failed"]]
     seconds = [scores["seconds"] for run in states["done"] if (scores := result(plan, run))]
-    left = len(runs) - len(seconds)
+    left = len(runs) - done
     if not left:
         lines.append(f"`matex roar collect {folder}` writes the tables.")
     elif not seconds:
         lines.append(f"How long the {left} left take is known after the first.")
     else:
-        running = number["running"]
         at_once = f"with {running} at a time" if running else "one at a time; no run is active now"
         lines.append(f"About {duration(mean(seconds) * left / max(running, 1))} for the {left} left, {at_once}.")
     return "\n".join(lines)

@@ -265,11 +265,7 @@ def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: in
 
     If a process dies in a run, for example for lack of memory, that run has failed, and another process takes over.
 
-    Args:
-        plan: The experiment.
-        runs: The runs of the shard that have no result.
-        shard: Runs that the processes work on; see `take_shard`.
-        processes: Number of processes.
+    `runs` are those of the shard that have no result.
     """
     # Not forked: a fork of a process with threads, or with a GPU in use, may hang. A process ends when its standard
     # input does, so with this one; a new session keeps Ctrl-C from it.
