@@ -80,7 +80,7 @@ class RoarPlus(Stopwatch):
         if self.start == "before" and trainer.is_global_zero:
             write_module(pl_module, self._folder / "before.safetensors")
 
-    def on_fit_end(self, trainer: Any, pl_module: ClipModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the plan, run it and log the scores; with several processes, print the command that runs it."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return

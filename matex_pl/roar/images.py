@@ -54,8 +54,9 @@ def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], fold
     for pair in pairs:
         images.setdefault(pair.image_id, []).append(pair)
     transform = data.dataset(pairs[0].split).transform
-    read, groups = partial(_read, data, transform), list(images.values())
-    loader = DataLoader(groups, batch_size=_READ_AT_ONCE, num_workers=data.num_workers, collate_fn=read)
+    groups: Any = list(images.values())
+    read = partial(_read, data, transform)
+    loader: Any = DataLoader(groups, batch_size=_READ_AT_ONCE, num_workers=data.num_workers, collate_fn=read)
     records: list[dict[str, Any]] = []
     with whole_file(folder / _IMAGES) as part:
         pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(images), *transform.size))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Any, Literal
 
 from matex_pl.arguments import check_choices
 from matex_pl.console import duration
@@ -90,7 +90,7 @@ def run_roar(
     take_shard([], shard)
     if plan is not None:
         opened = read_plan(Path(plan))
-        given = {"data": data, "ckpt_path": ckpt_path, "out": out}
+        given: dict[str, Any] = {"data": data, "ckpt_path": ckpt_path, "out": out}
         given["protocol"] = protocol if protocol not in (Protocol(), opened.protocol) else None
         given["training"] = training if training not in (Training(), opened.training) else None
         refused = [name for name, value in given.items() if value is not None]

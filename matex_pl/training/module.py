@@ -170,15 +170,12 @@ class ClipModule(LightningModule):
     def train(self, mode: bool = True) -> ClipModule:
         """Training mode, except for towers that are frozen: those stay as they are deployed."""
         super().train(mode)
-        freeze, model = self.hparams["freeze"], self.clip.model
-        if freeze == "image" or freeze.startswith("all-but"):
-            model.visual.eval()
-        if freeze == "text" or freeze.startswith("all-but"):
+        freeze = self.hparams["freeze"]
+        frozen = ("image", "text") if freeze.startswith("all-but") else (freeze,)
+        for name, part in self.clip.model.named_children():
             # open_clip's plain CLIP has no module for its text tower.
-            parts = [model.text] if hasattr(model, "text") else model.children()
-            for part in parts:
-                if part is not model.visual:
-                    part.eval()
+            if ("image" if name == "visual" else "text") in frozen:
+                part.eval()
         return self
 
     def forward(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
@@ -254,22 +251,20 @@ class ClipModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_predict_epoch_start = on_validation_epoch_start
 
+    @property
+    def _split(self) -> str:
+        return "test" if self.trainer.testing else "val"
+
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
         """Add a batch to the scores of its split; returns its embeddings, for callbacks to share."""
-        return self._score(batch, "val")
-
-    def test_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:  # noqa: D102
-        return self._score(batch, "test")
-
-    def _score(self, batch: ImageTextBatch, split: str) -> dict[str, Tensor]:
         image, text = self(batch)
-        self._log_loss(split, image, text, batch)
-        self.retrieval[split].update(image, text, batch["id"], batch["image_id"], batch["phrase"])
+        self._log_loss(image, text, batch)
+        self.retrieval[self._split].update(image, text, batch["id"], batch["image_id"], batch["phrase"])
         if self.zero_shot is not None:
-            self.zero_shot[split].update(image @ self._prompts.T, batch["image_findings"], batch["image_id"])
+            self.zero_shot[self._split].update(image @ self._prompts.T, batch["image_findings"], batch["image_id"])
         return {"image": image, "text": text}
 
-    def _log_loss(self, split: str, image: Tensor, text: Tensor, batch: ImageTextBatch) -> None:
+    def _log_loss(self, image: Tensor, text: Tensor, batch: ImageTextBatch) -> None:
         """Log the loss that one process would have on the batches of all, without pairs that samplers repeat."""
         keys = torch.stack([fingerprints(batch["id"]), phrase_keys(batch["phrase"])], 1).to(image.device)
         images, texts, keys = gather_rows(image), gather_rows(text), gather_rows(keys)
@@ -280,21 +275,19 @@ class ClipModule(LightningModule):
             phrases = keys[new, 1]
             scale, positives = self.clip.logit_scale.exp(), phrases[:, None] == phrases
             loss = contrastive_loss(images[new], texts[new], scale, positives)
-            self.log(f"{split}/loss", loss, prog_bar=True, batch_size=len(new), sync_dist=True)
+            self.log(f"{self._split}/loss", loss, prog_bar=True, batch_size=len(new), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole split."""
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:  # noqa: D102
-        self._log_scores("test")
-
-    def _log_scores(self, split: str) -> None:
+        split = self._split
         for metric in (self.retrieval[split], *([self.zero_shot[split]] if self.zero_shot is not None else [])):
             for name, value in metric.compute().items():
                 # The same in every process.
                 self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "zero_shot_top1", sync_dist=True)
             metric.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: ImageTextBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One row per pair: id, phrase, cosine, and the cosine with each finding's prompt."""
