@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import SUPPRESS
 from argparse import ArgumentParser as PlainParser
 from collections.abc import Sequence
 
@@ -57,13 +58,16 @@ def _run(words: Sequence[str]) -> str:
 
 def _read(command: str, words: Sequence[str]) -> str:
     parser = ArgumentParser(prog=f"matex roar {command}", description=COMMANDS[command], print_config=None)
-    parser.add_argument("folder", nargs="?", help="Folder of the plan; the `out` of --config by default.")
+    # Newer argparse sets the default of a missing positional last, after the config.
+    parser.add_argument(
+        "folder", nargs="?", default=SUPPRESS, help="Folder of the plan; by default the `out` of --config."
+    )
     parser.add_argument("-c", "--config", action=PlanConfig, help=str(PlanConfig.__doc__))
     if command == "collect":
         parser.add_argument("--report", help="Folder of a `matex benchmark`, whose tables and page get the scores too.")
     settings = vars(parser.parse_args(list(words)))
     del settings["config"]
-    if not settings["folder"]:
+    if not settings.get("folder"):
         raise ValueError("there is no plan. Give its folder, or --config, the YAML of `matex roar run`, with `out`.")
     from matex_pl.roar import collect_roar, roar_status
 
