@@ -35,12 +35,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def reading_checkpoint(path: str) -> Iterator[None]:
-    """Errors of a checkpoint of `matex fit` that is read inside, by the file's name.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no checkpoint of `matex fit`.
-    """
+    """Context in which a checkpoint of `matex fit` is read: any error becomes FileNotFoundError or `no_checkpoint`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"No checkpoint at {path!r}. `matex fit` writes them below its log folder.")
     try:
@@ -50,16 +45,12 @@ def reading_checkpoint(path: str) -> Iterator[None]:
 
 
 def no_checkpoint(path: str | Path, error: BaseException) -> ValueError:
-    """What to raise of a checkpoint that could not be read: names the file, and the code or weights at fault."""
+    """The error for an unreadable checkpoint, which names the file and the code or weights at fault."""
     return ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}")
 
 
 def load_weights(model: nn.Module, path: str, name: str) -> bool:
-    """Load a checkpoint file into the model, never running code from it, and refuse weights that do not fit.
-
-    Returns:
-        Whether it is a checkpoint of `ClipModule`.
-    """
+    """Load a checkpoint file without running code from it; returns whether it is a checkpoint of `ClipModule`."""
     try:
         state = load_state_dict(path, weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):
@@ -105,11 +96,7 @@ def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def refuse_nan(weights: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that are not numbers.
-
-    Raises:
-        ValueError: One holds NaN or Inf; the message names it.
-    """
+    """Raise ValueError, with the names of the weights, if some hold NaN or Inf."""
     bad = [key for key, value in weights.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
