@@ -85,9 +85,9 @@ def load_trained(ckpt_path: str) -> Clip:
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, without the model; see `load_clip` for the names and the errors."""
     config = _json_config(name)
-    text = (_known_config(name, None) if config is None else config["model_cfg"]).get("text_cfg")
-    with reading_files(name, None, text):
-        return open_clip.get_tokenizer(name) if config is None else _config_tokenizer(text)
+    model = _known_config(name, None) if config is None else config["model_cfg"]
+    with reading_files(name, None, model.get("text_cfg")):
+        return open_clip.get_tokenizer(name) if config is None else _config_tokenizer(model["text_cfg"])
 
 
 def input_size(name: str) -> tuple[int, int]:
