@@ -40,12 +40,12 @@ class Segment:
 
     @property
     def has_verb(self) -> bool:
-        """A finite verb stands in it."""
+        """It has a finite verb."""
         return "verb" in self.kinds
 
     @property
     def has_finding(self) -> bool:
-        """Something is found in it."""
+        """It names a finding."""
         return "finding" in self.kinds
 
     @property
@@ -66,22 +66,22 @@ def sentences(terms: list[Term]) -> list[tuple[int, int]]:
 
 def segments(terms: list[Term], start: int, end: int, grammar: Grammar) -> list[Segment]:
     """Pieces of one sentence between its separators, in order; empty ones pass their separator on."""
-    found: list[Segment] = []
+    pieces: list[Segment] = []
     before, first = "start", start
     for k in range(start, end + 1):
         separates = k == end or terms[k].kind in SEPARATORS
         if not separates and not (k > first and _runs_on(terms, k, end, grammar)):
             continue
         if k > first:
-            found.append(_segment(terms, first, k, before, grammar))
+            pieces.append(_segment(terms, first, k, before, grammar))
             before = ""
         if not separates:
             before, first = "break", k
         elif k < end:
             before = _stronger(before, terms[k].kind)
             first = k + 1
-    _mark_lists(terms, found, grammar)
-    return found
+    _mark_lists(terms, pieces, grammar)
+    return pieces
 
 
 def _mark_lists(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> None:

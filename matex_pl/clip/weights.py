@@ -77,22 +77,21 @@ def load_weights(model: nn.Module, path: str, name: str) -> bool:
 
 def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The weights, with a timm tower's position embeddings at the model's raster; open_clip does that for its own."""
-    visual = model.visual
-    trunk = getattr(visual, "trunk", None)
+    trunk = getattr(model.visual, "trunk", None)
     key = "visual.positional_embedding" if trunk is None else "visual.trunk.pos_embed"
-    old, new = state.get(key), getattr(visual if trunk is None else trunk, key.split(".")[-1], None)
+    old, new = state.get(key), model.state_dict().get(key)
     if old is None or new is None or old.shape == new.shape:
         return state
-    prefix = getattr(trunk, "num_prefix_tokens", 1)
+    grid, prefix = towers.patch_grid(model.visual), getattr(trunk, "num_prefix_tokens", 1)
     patches = old.shape[-2] - prefix
     if isqrt(patches) ** 2 != patches:
         raise ValueError(
             f"{key} holds positions of {patches} patches, which is no square raster and cannot be interpolated to the "
-            f"model's {towers.patch_grid(visual)}. Set image_size to the height and width that it was trained with."
+            f"model's {grid}. Set image_size to the height and width that it was trained with."
         )
     if trunk is None:
         return state
-    return state | {key: resample_abs_pos_embed(old, list(towers.patch_grid(visual)), num_prefix_tokens=prefix)}
+    return state | {key: resample_abs_pos_embed(old, list(grid), num_prefix_tokens=prefix)}
 
 
 def refuse_nan(weights: Mapping[str, Tensor], source: str) -> None:
