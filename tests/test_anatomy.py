@@ -875,13 +875,13 @@ def test_prior_dtype() -> None:
 
 def test_prior_refuses() -> None:
     left = [parse_phrase("left base").regions] * 2
-    image = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 0.5, 1.0]])
+    content_box = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 0.5, 1.0]])
     with pytest.raises(ValueError, match="pair 's2' has no size"):
-        prior_maps(left, (8, 8), content_box=image, ids=["s1", "s2"])
+        prior_maps(left, (8, 8), content_box=content_box, ids=["s1", "s2"])
     with pytest.raises(ValueError, match="phrase 1 of the batch"):
-        prior_maps(left, (8, 8), content_box=image)
+        prior_maps(left, (8, 8), content_box=content_box)
     with pytest.raises(ValueError, match=r"content_box must be \(2, 4\)"):
-        prior_maps(left, (8, 8), content_box=image[0])
+        prior_maps(left, (8, 8), content_box=content_box[0])
     with pytest.raises(ValueError, match="lambda_s"):
         prior_maps(left, (8, 8), lambda_s=0.5)
     with pytest.raises(ValueError, match="shape must be"):

@@ -331,7 +331,7 @@ def test_hostile_text_stays_text_on_the_page(report, attacked):
 
 def test_hostile_text_stays_text_in_plots(attacked):
     plots = Page(attacked[0]).plots()
-    assert len(plots) >= 20
+    assert len(plots) > 20
     drawn = "".join(plots.values())
     pictures = [Page(svg.partition("<svg")[1] + svg.partition("<svg")[2]) for svg in plots.values()]
     assert not {"script", "img", "foreignobject", "a"} & {tag for page in pictures for tag, _ in page.elements}

@@ -379,7 +379,7 @@ def _insertion_plots(result: BenchmarkResult) -> list[Plot]:
             (kind.capitalize(), [s for key in keys if key.partition("/")[0] == kind for s in strokes(row, key)])
             for kind in kinds
         ]
-        plots.append(curve_plot(row.name, frames, "share of the patches", limits))
+        plots.append(curve_plot(f"{row.name}: insertion and deletion", frames, "share of the patches", limits))
     return plots
 
 
@@ -393,7 +393,7 @@ def _sanity_plots(result: BenchmarkResult) -> list[Plot]:
             frames.setdefault(row.name, []).append((f"Maps of the {word}", [*pale, _sanity_stroke(row, 0)]))
     values = [y for row in result.rows for y in row.sanity_curve.correlation]
     limits = axis_limits([0, 1, *values])
-    return [curve_plot(name, found, "stage", limits) for name, found in frames.items()]
+    return [curve_plot(f"{name}: weight randomization", found, "stage", limits) for name, found in frames.items()]
 
 
 def _sanity_stroke(row: MethodScores, color: int | None = None) -> Stroke:
