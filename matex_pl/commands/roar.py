@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from matex_pl import data, import_all
-from matex_pl.commands.options import ShippedConfig, check_words, choose, read_mapping, stop
+from matex_pl.commands.options import ShippedConfig, call_parsed, check_words, choose, read_mapping, stop
 
 COMMANDS = {
     "run": "Remove what maps mark, train again, and see what the model lost.",
@@ -22,19 +22,15 @@ COMMANDS = {
 class PlanConfig(ShippedConfig):
     """The YAML of `matex roar run`, whose `out` is the folder of the plan."""
 
-    def taken(self, path: str) -> str:
+    def settings(self, path: str) -> str:
         """`{"folder": ...}` as JSON."""
         return json.dumps({"folder": read_mapping(path).get("out")})
 
 
 def main(words: Sequence[str]) -> None:
-    """Run `matex roar run`, `status` or `collect`, and print what comes of it.
-
-    Raises:
-        ValueError: No plan is named.
-    """
-    about = "ROAR+: remove what maps mark, train again, and see what the model lost."
-    command = choose(PlainParser("matex roar", description=about), COMMANDS, words)
+    """Run `matex roar run`, `status` or `collect`, and print its result."""
+    description = "ROAR+: remove what maps mark, train again, and see what the model lost."
+    command = choose(PlainParser("matex roar", description=description), COMMANDS, words)
     check_words(f"roar {command}", words)
     print(_run(words[1:]) if command == "run" else _read(command, words[1:]))
 
@@ -48,10 +44,8 @@ def _run(words: Sequence[str]) -> str:
         "-c", "--config", action=ShippedConfig, help="A YAML of these settings, as the shipped roar_phantom.yaml."
     )
     parser.add_function_arguments(run_roar)
-    settings = vars(parser.instantiate(parser.parse_args(list(words))))
-    del settings["config"]
     try:
-        return run_roar(**settings)
+        return call_parsed(parser, run_roar, words)
     except RunsFailedError as error:
         stop(f"matex roar: {error}")
 
