@@ -40,7 +40,7 @@ from matex_pl.attribution import (
 )
 from matex_pl.attribution.core.capture import GradBlock, borrowed, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradients_of
-from matex_pl.attribution.core.target import reference_mean
+from matex_pl.attribution.core.target import reference_embeddings, reference_mean
 from matex_pl.clip import Clip, load_clip
 from matex_pl.clip.towers import Pooling
 from matex_pl.maps import Attribution
@@ -461,8 +461,8 @@ def test_reference_mean_follows_a_fused_optimizer(dtype: torch.dtype, clip: Clip
     clip.to(dtype)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, fused=True)
     for _ in range(2):
-        before = reference_mean(clip, REFERENCE_PHRASES)
-        assert reference_mean(clip, REFERENCE_PHRASES) is before
+        before, embeddings = reference_mean(clip, REFERENCE_PHRASES), reference_embeddings(clip, REFERENCE_PHRASES)
+        assert reference_embeddings(clip, REFERENCE_PHRASES) is embeddings
         clip.similarity(*pairs(clip)[:2]).sum().backward()
         optimizer.step()
         after = reference_mean(clip, REFERENCE_PHRASES)
@@ -480,11 +480,11 @@ def test_reference_mean_follows_a_change_of_sign(clip: Clip) -> None:
 
 
 def test_reference_mean_is_kept_while_only_the_image_tower_learns(clip: Clip) -> None:
-    before = reference_mean(clip, REFERENCE_PHRASES)
+    before = reference_embeddings(clip, REFERENCE_PHRASES)
     with torch.no_grad():
         clip.model.visual.proj.add_(0.1)
         clip.logit_scale.add_(0.1)
-    assert reference_mean(clip, REFERENCE_PHRASES) is before
+    assert reference_embeddings(clip, REFERENCE_PHRASES) is before
 
 
 # --- refusals
@@ -618,7 +618,7 @@ def test_what_is_no_batch_of_the_model_is_refused(method: AttributionMethod, cli
         (images[0], [], None, "at least one phrase"),
         (images[0], "mass", None, "at least one phrase, got 'mass'"),
         (images[:1], ["mass"], None, r"one image \(3, H, W\)"),
-        (images[0], ["mass"], torch.zeros(3), r"one image \(4,\)"),
+        (images[0], ["mass"], torch.zeros(3), r"one content_box \(4,\)"),
         (images[0, :, :8], ["mass"], None, r"must be \(1, 3, 32, 48\)"),
     ):
         with pytest.raises(ValueError, match=message):
