@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP = 20, 420, 88
 def arguments(**changes):
     """A valid call: a gray 112-pixel image, no heat, no box, a two-word phrase."""
     base = {
-        "content_box": np.full((112, 112), 100, np.uint8),
+        "image": np.full((112, 112), 100, np.uint8),
         "heat": np.zeros((112, 112)),
         "boxes": np.zeros((0, 4)),
         "phrase": "Pleural effusion",
@@ -52,9 +52,9 @@ def test_size_depends_on_width_lines_and_aspect_alone():
 
 def test_panel_is_deterministic_and_leaves_its_inputs_alone():
     call = arguments(heat=hot_pixel(3, 4), boxes=np.array([[-0.1, 0.2, 0.5, 1.2]]))
-    image, heat, boxes = call["content_box"].copy(), call["heat"].copy(), call["boxes"].copy()
+    image, heat, boxes = call["image"].copy(), call["heat"].copy(), call["boxes"].copy()
     np.testing.assert_array_equal(panel(**call), panel(**call))
-    for before, after in ((image, call["content_box"]), (heat, call["heat"]), (boxes, call["boxes"])):
+    for before, after in ((image, call["image"]), (heat, call["heat"]), (boxes, call["boxes"])):
         np.testing.assert_array_equal(before, after)
 
 
@@ -209,10 +209,10 @@ def test_missing_letters_are_marked_and_panels_without_text_are_bars():
     ("changes", "message"),
     [
         (
-            {"content_box": np.zeros((112, 112))},
+            {"image": np.zeros((112, 112))},
             r"image must be \(H, W\) or \(H, W, 3\) uint8, got \(112, 112\) float64",
         ),
-        ({"content_box": np.zeros((3, 112, 112), np.uint8)}, r"image must be .* got \(3, 112, 112\)"),
+        ({"image": np.zeros((3, 112, 112), np.uint8)}, r"image must be .* got \(3, 112, 112\)"),
         ({"heat": np.zeros((7, 7))}, r"heat must have the image's .*\(112, 112\), got \(7, 7\)"),
         ({"heat": np.full((112, 112), 1.5)}, r"heat must be in \[0, 1\], got values from 1.5 to 1.5"),
         ({"heat": np.full((112, 112), np.nan)}, r"heat must be in \[0, 1\], got values from nan"),

@@ -13,7 +13,7 @@ SIDE, GAP, TOP, CELL, WORDS = 266, 20, 120, 411, 58
 def arguments(entries=5, **changes):
     """A valid call: a gray 56-pixel image, no box, and so many methods that find nothing."""
     base = {
-        "content_box": np.full((56, 56), 100, np.uint8),
+        "image": np.full((56, 56), 100, np.uint8),
         "boxes": np.zeros((0, 4)),
         "phrase": "Pleural effusion",
         "tokens": [" pleural", " effusion"],
@@ -102,9 +102,9 @@ def test_tiles_have_the_images_aspect(size):
 def test_sheet_is_deterministic_and_leaves_its_inputs_alone():
     heat, boxes = blob(10, 40), np.array([[-0.1, 0.2, 0.5, 1.2]])
     call = arguments([entry(heat=heat)], boxes=boxes)
-    before = [array.copy() for array in (call["content_box"], heat, boxes)]
+    before = [array.copy() for array in (call["image"], heat, boxes)]
     np.testing.assert_array_equal(contact_sheet(**call), contact_sheet(**call))
-    for old, new in zip(before, (call["content_box"], heat, boxes), strict=True):
+    for old, new in zip(before, (call["image"], heat, boxes), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
@@ -236,7 +236,7 @@ def test_no_text_is_refused_or_changes_the_size(text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"content_box": np.zeros((56, 56))}, "image must be (H, W) or (H, W, 3) uint8, got (56, 56) float64"),
+        ({"image": np.zeros((56, 56))}, "image must be (H, W) or (H, W, 3) uint8, got (56, 56) float64"),
         ({"boxes": [[10, 10, 90, 90]]}, "boxes must be in [0, 1] of the frame"),
         ({"entries": []}, "contact_sheet needs at least one entry, got none"),
         ({"columns": 0}, "columns must be at least 1, got 0"),

@@ -42,7 +42,7 @@ from matex_pl.report.tables import (
 from matex_pl.visualization.draw import single_line
 
 GROUPS = {
-    "localisation": "Localisation",
+    "localization": "Localization",
     "confidence": "Confidence, other variants",
     "curves": "Insertion and deletion",
     "sensitivity": "Sensitivity to the phrase",
@@ -146,7 +146,7 @@ def _content(result: BenchmarkResult, roar: RoarResult | None) -> dict[str, Any]
         group_table(result, modality, group)
         for modality in MODALITIES
         for group in groups
-        if group != "paper" and (modality, group) != ("image", "localisation")
+        if group != "paper" and (modality, group) != ("image", "localization")
     ]
     paper = [paper_table(result, modality, added) for modality in MODALITIES]
     return {
@@ -159,7 +159,7 @@ def _content(result: BenchmarkResult, roar: RoarResult | None) -> dict[str, Any]
         "paper": [table for table in paper if table],
         "source": SOURCE,
         "roar": added,
-        "localisation": group_table(result, "image", "localisation"),
+        "localization": group_table(result, "image", "localisation"),
         "others": [table for table in others if table],
         "differences": difference_tables(result),
         "cost": cost_table(result),
@@ -344,7 +344,7 @@ def _forest_plots(result: BenchmarkResult) -> list[Plot]:
 def _ranking_plot(result: BenchmarkResult) -> Plot | None:
     """The image maps by the first measured metric, localization before others: the best on top, the controls apart."""
     rows = result.methods("image")
-    measured = sorted(_measured(rows, result.metrics), key=lambda key: result.metrics[key].group != "localisation")
+    measured = sorted(_measured(rows, result.metrics), key=lambda key: result.metrics[key].group != "localization")
     if not measured:
         return None
     metric, scores = result.metrics[measured[0]], _scores(rows, measured[0])

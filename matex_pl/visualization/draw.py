@@ -145,7 +145,7 @@ def save_png(path: str | os.PathLike[str], image: Picture) -> Path:
     return path
 
 
-def check_image(image: Any, name: str = "content_box") -> Picture:
+def check_image(image: Any, name: str = "image") -> Picture:
     """`image` as `(H, W, 3)` uint8."""
     array = np.asarray(image)
     gray = array.ndim == 2

@@ -106,7 +106,7 @@ def contact_sheet(
 
     small, no_heat = resize(image, page.tile), np.zeros(image.shape[:2], np.float32)
     picture = draw_tile(small, no_heat, boxes, page.marks, side_markers=side_markers)
-    cells = [_cell(page, picture, "content_box", count_boxes(len(boxes)), [])]
+    cells = [_cell(page, picture, "image", count_boxes(len(boxes)), [])]
     for entry, heat, pieces in zip(entries, maps, phrases, strict=True):
         if heat is None:
             cells.append(_cell(page, _empty_tile(page, entry.note), entry.name, "", pieces))
