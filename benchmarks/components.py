@@ -56,7 +56,7 @@ def main(ckpt_path: str, pair: str, out: str, side: int = 168) -> None:
     maps = Matex.recommended().attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
     size, parts = module.clip.image_size, maps.parts
     shown: dict[str, Tensor | None] = {
-        "content_box": None,
+        "image": None,
         "G, gradients": min_max(upsample(parts["grad"], size)),
         "F, attention flow": min_max(upsample(parts["flow"], size)),
         "C, consistency": min_max(upsample(parts["consistency"], size)),

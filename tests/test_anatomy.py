@@ -820,20 +820,22 @@ TEXTS = [
 @pytest.mark.parametrize("content_box", IMAGES)
 @pytest.mark.parametrize("laterality", ["patient", "paper"])
 @pytest.mark.parametrize("shape", ["parabola", "gaussian", "plateau"])
-def test_prior_against_the_equations(shape: str, laterality: str, image: tuple[float, ...]) -> None:
+def test_prior_against_the_equations(shape: str, laterality: str, content_box: tuple[float, ...]) -> None:
     named = [set(parse_phrase(text).regions) for text in TEXTS]
     maps = prior_maps(
         named,
         (9, 14),
         shape=shape,
         laterality=laterality,
-        image=torch.tensor([image] * len(named)),
+        content_box=torch.tensor([content_box] * len(named)),
         dtype=torch.float64,
     )
     for regions, drawn in zip(named, maps, strict=True):
-        expected = slow_prior(regions, (9, 14), 2.5, shape, laterality == "paper", image)
+        expected = slow_prior(regions, (9, 14), 2.5, shape, laterality == "paper", content_box)
         torch.testing.assert_close(drawn, expected, atol=1e-6, rtol=0)
-        single = prior_map(regions, (9, 14), shape=shape, laterality=laterality, image=image, dtype=torch.float64)
+        single = prior_map(
+            regions, (9, 14), shape=shape, laterality=laterality, content_box=content_box, dtype=torch.float64
+        )
         torch.testing.assert_close(drawn, single, atol=1e-12, rtol=0)
 
 
@@ -855,8 +857,8 @@ def test_prior_is_neutral() -> None:
     assert (prior_maps([[], left], (8, 8))[0] == 1).all()
     assert prior_maps([], (8, 8)).shape == (0, 8, 8)
     for shape in ("parabola", "gaussian", "plateau"):
-        assert (prior_map(left, (8, 8), shape=shape, image=(1.0, 0.0, 2.0, 1.0)) == 1).all()
-        assert (prior_map(left, (8, 8), shape=shape, image=(0.2, -3.0, 0.5, -0.1)) == 1).all()
+        assert (prior_map(left, (8, 8), shape=shape, content_box=(1.0, 0.0, 2.0, 1.0)) == 1).all()
+        assert (prior_map(left, (8, 8), shape=shape, content_box=(0.2, -3.0, 0.5, -0.1)) == 1).all()
 
 
 def test_equal_boxes_count_once() -> None:
@@ -873,13 +875,13 @@ def test_prior_dtype() -> None:
 
 def test_prior_refuses() -> None:
     left = [parse_phrase("left base").regions] * 2
-    image = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 0.5, 1.0]])
-    with pytest.raises(ValueError, match="study 's2' has no size"):
-        prior_maps(left, (8, 8), image=image, ids=["s1", "s2"])
+    content_box = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 0.5, 1.0]])
+    with pytest.raises(ValueError, match="pair 's2' has no size"):
+        prior_maps(left, (8, 8), content_box=content_box, ids=["s1", "s2"])
     with pytest.raises(ValueError, match="phrase 1 of the batch"):
-        prior_maps(left, (8, 8), image=image)
-    with pytest.raises(ValueError, match=r"film must be \(2, 4\)"):
-        prior_maps(left, (8, 8), image=image[0])
+        prior_maps(left, (8, 8), content_box=content_box)
+    with pytest.raises(ValueError, match=r"content_box must be \(2, 4\)"):
+        prior_maps(left, (8, 8), content_box=content_box[0])
     with pytest.raises(ValueError, match="lambda_s"):
         prior_maps(left, (8, 8), lambda_s=0.5)
     with pytest.raises(ValueError, match="shape must be"):

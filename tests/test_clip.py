@@ -406,7 +406,7 @@ def test_text_towers_that_also_give_tokens() -> None:
 @pytest.mark.parametrize("size", [[128, 64], 96])
 def test_another_input_size_interpolates_the_positions(name: str, size: int | list[int], tmp_path: Path) -> None:
     """Weights of one size in a model of another: maps at its raster, and a checkpoint that comes back at that size."""
-    config, (height, width) = copy.deepcopy(family(name).config), towers.pair(size)
+    config, (height, width) = copy.deepcopy(family(name).config), towers.height_width(size)
     config["model_cfg"]["vision_cfg"]["image_size"] = 64
     source, weights = load_clip(json.dumps(config)), tmp_path / "weights.pt"
     torch.save(source.model.state_dict(), weights)

@@ -533,7 +533,7 @@ def test_lengths_must_agree(clip: Clip) -> None:
         Matex().attribute(clip, images[:0], tokens[:0], [])
     with pytest.raises(ValueError, match=r"one of each, got.*'images': 4"):
         Matex().attribute(clip, images[:4], tokens, phrases)
-    with pytest.raises(ValueError, match="'image': 2"):
+    with pytest.raises(ValueError, match="'content_box': 2"):
         Matex().attribute(clip, images, tokens, phrases, IMAGE[:2])
 
 
@@ -612,7 +612,7 @@ def test_what_is_no_batch_of_the_model_is_refused(method: AttributionMethod, cli
         method.attribute(clip, images, tokens, "mass!")
     with pytest.raises(ValueError, match=r"image must be \(5, 4\)"):
         method.attribute(clip, images, tokens, phrases, torch.zeros(5, 3))
-    with pytest.raises(ValueError, match="image of pair 'left lower lobe consolidation' has no size"):
+    with pytest.raises(ValueError, match="content_box of pair 'left lower lobe consolidation' has no size"):
         method.attribute(clip, images, tokens, phrases, torch.zeros(5, 4))
     for image, words, content_box, message in (
         (images[0], [], None, "at least one phrase"),

@@ -129,7 +129,7 @@ def test_made_ids_are_no_images_and_do_not_hang_on_bad_rows(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content_box", "patient", "shows"),
+    ("image", "patient", "shows"),
     [
         ("p10000032/s5/x.png", "10000032", False),
         ("00000007_001.png", "7", False),
@@ -506,7 +506,7 @@ def test_half_characters_and_boxes_of_nothing_are_bad_rows(root: Path, monkeypat
     """What a file cannot hold, or the transform would refuse in the midst of an epoch, is refused with its row."""
     monkeypatch.chdir(root)
     lines = [json.dumps(row) for row in _rows(4, boxes=[[0, 0, 9, 9]])]
-    lines[0] = lines[0].replace("GrayImage", "\\ud800")
+    lines[0] = lines[0].replace("Image", "\\ud800")
     lines[1] = lines[1].replace("[0, 0, 9, 9]", "[-1, 5, -0.5, 9]")
     lines[2] = lines[2].replace("[0, 0, 9, 9]", "[5, 5, 5.000001, 9]")
     (root / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")

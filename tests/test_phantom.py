@@ -21,7 +21,7 @@ import yaml
 
 from matex_pl.anatomy import named_side, parse_phrase, swap_sides
 from matex_pl.data import PhantomDataModule
-from matex_pl.data.phantom import FINDINGS, GrayImage, cache, draw_phantom, phantom_cache, write_phrase
+from matex_pl.data.phantom import FINDINGS, Phantom, cache, draw_phantom, phantom_cache, write_phrase
 from matex_pl.data.phantom.canvas import Canvas
 from matex_pl.data.phantom.devices import Device, draw_token
 from matex_pl.data.phantom.findings import plan_findings, reshape_build
@@ -55,7 +55,7 @@ NAMED = {
 
 
 @pytest.fixture(scope="module")
-def images() -> list[GrayImage]:
+def images() -> list[Phantom]:
     return [draw_phantom(index) for index in range(NUM_IMAGES)]
 
 
@@ -63,7 +63,7 @@ def _plans(count: int) -> list[tuple]:
     return [plan_findings(phantom_rng(index, 0, "plan")) for index in range(count)]
 
 
-def _phrases(images: list[GrayImage]) -> list[tuple[GrayImage, PlacedFinding, str]]:
+def _phrases(images: list[Phantom]) -> list[tuple[Phantom, PlacedFinding, str]]:
     rng = np.random.default_rng(0)
     return [
         (
@@ -77,7 +77,7 @@ def _phrases(images: list[GrayImage]) -> list[tuple[GrayImage, PlacedFinding, st
     ]
 
 
-def _boxed(image: GrayImage) -> np.ndarray:
+def _boxed(image: Phantom) -> np.ndarray:
     inside = np.zeros(image.image.shape, bool)
     for finding in image.findings:
         for x0, y0, x1, y1 in finding.boxes:
@@ -85,7 +85,7 @@ def _boxed(image: GrayImage) -> np.ndarray:
     return inside
 
 
-def test_images_are_the_same_in_another_process(images: list[GrayImage]) -> None:
+def test_images_are_the_same_in_another_process(images: list[Phantom]) -> None:
     script = (
         "from matex_pl.data.phantom import draw_phantom; f = draw_phantom(7); print(f.findings, int(f.image.sum()))"
     )
@@ -93,7 +93,7 @@ def test_images_are_the_same_in_another_process(images: list[GrayImage]) -> None
     assert printed.strip() == f"{images[7].findings} {int(images[7].image.sum())}"
 
 
-def test_images_differ_by_index_and_seed(images: list[GrayImage]) -> None:
+def test_images_differ_by_index_and_seed(images: list[Phantom]) -> None:
     assert not np.array_equal(images[0].image, images[1].image)
     assert not np.array_equal(images[0].image, draw_phantom(0, seed=1).image)
 
@@ -105,7 +105,7 @@ def test_size_scales_boxes() -> None:
         np.testing.assert_allclose(np.array(a.boxes) * 2, b.boxes, atol=8)
 
 
-def test_shortcut_changes_only_the_corner_of_the_finding(images: list[GrayImage]) -> None:
+def test_shortcut_changes_only_the_corner_of_the_finding(images: list[Phantom]) -> None:
     with_it = 0
     for index, image in enumerate(images[:40]):
         tagged = draw_phantom(index, shortcut=1.0, shortcut_finding="nodule")
@@ -130,7 +130,7 @@ def _inside(zone: np.ndarray, box: tuple[float, ...]) -> float:
     return float(zone[y0:y1, x0:x1].mean())
 
 
-def test_thorax_holds_the_findings_and_not_the_token(images: list[GrayImage]) -> None:
+def test_thorax_holds_the_findings_and_not_the_token(images: list[Phantom]) -> None:
     # Other images than those that the zone was counted on.
     zone = PhantomDataModule(image_size=192, seed=1).thorax().numpy()
     shares = {name: [] for name in FINDINGS}
@@ -211,7 +211,7 @@ def test_findings_on_a_image_do_not_share_a_name_or_a_third_of_a_lung() -> None:
         assert len(set(cells)) == len(cells)
 
 
-def test_boxes_lie_on_the_image_and_on_the_patients_side(images: list[GrayImage]) -> None:
+def test_boxes_lie_on_the_image_and_on_the_patients_side(images: list[Phantom]) -> None:
     for image in images:
         for finding in image.findings:
             assert len(finding.boxes) == (2 if finding.side == "both" else 1)
@@ -227,7 +227,7 @@ def test_boxes_lie_on_the_image_and_on_the_patients_side(images: list[GrayImage]
                 assert middle > 96
 
 
-def test_boxes_hold_the_change(images: list[GrayImage]) -> None:
+def test_boxes_hold_the_change(images: list[Phantom]) -> None:
     """Most of what a finding changes is in its box, and little of the image outside changes."""
     for index, image in enumerate(images[:60]):
         # Volume loss and a large heart also move the outlines of organs.
@@ -243,7 +243,7 @@ def test_boxes_hold_the_change(images: list[GrayImage]) -> None:
                 assert change[int(y0) : int(y1), int(x0) : int(x1)].mean() > 5
 
 
-def test_heart_is_large_only_with_cardiomegaly(images: list[GrayImage]) -> None:
+def test_heart_is_large_only_with_cardiomegaly(images: list[Phantom]) -> None:
     widths = [f.boxes[0][2] - f.boxes[0][0] for image in images for f in image.findings if f.name == "cardiomegaly"]
     assert widths
     assert min(widths) / 192 > 0.38
@@ -251,7 +251,7 @@ def test_heart_is_large_only_with_cardiomegaly(images: list[GrayImage]) -> None:
     assert all(image.findings == () for image in healthy)
 
 
-def test_no_phrase_denies_a_finding_of_its_image(images: list[GrayImage]) -> None:
+def test_no_phrase_denies_a_finding_of_its_image(images: list[Phantom]) -> None:
     denials = 0
     for image, _, phrase in _phrases(images):
         for denial in DENIAL.findall(phrase):
@@ -263,7 +263,7 @@ def test_no_phrase_denies_a_finding_of_its_image(images: list[GrayImage]) -> Non
     assert denials > 50
 
 
-def test_phrases_name_the_finding_and_mostly_its_place(images: list[GrayImage]) -> None:
+def test_phrases_name_the_finding_and_mostly_its_place(images: list[Phantom]) -> None:
     placed, total = 0, 0
     for _, finding, phrase in _phrases(images):
         assert any(word in phrase.lower() for word in NAMED[finding.name]), phrase
@@ -275,9 +275,9 @@ def test_phrases_name_the_finding_and_mostly_its_place(images: list[GrayImage]) 
     assert 0.8 < placed / total < 0.97
 
 
-def test_phrases_never_name_the_other_side(images: list[GrayImage]) -> None:
+def test_phrases_never_name_the_other_side(images: list[Phantom]) -> None:
     other = {"right": r"\bleft\b|\bL[UL]L\b|lingula", "left": r"\bright\b|\bR[UML]L\b"}
-    for _, finding, phrase in _phrases([GrayImage(f.image, f.findings) for f in images]):
+    for _, finding, phrase in _phrases([Phantom(f.image, f.findings) for f in images]):
         if finding.side in other:
             assert not re.search(other[finding.side], phrase, re.IGNORECASE), phrase
 

@@ -147,7 +147,9 @@ def check_content_boxes(content_box: Tensor, count: int, ids: Sequence[str] | No
         ValueError: The shape differs, or an image has no size.
     """
     if tuple(content_box.shape) != (count, 4):
-        raise ValueError(f"image must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(content_box.shape)}.")
+        raise ValueError(
+            f"content_box must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(content_box.shape)}."
+        )
     bad = ~(
         (content_box[:, 0] < content_box[:, 2])
         & (content_box[:, 1] < content_box[:, 3])

@@ -7,16 +7,16 @@ from matex_pl import lazy_names
 if TYPE_CHECKING:
     from matex_pl.data.phantom.cache import phantom_cache
     from matex_pl.data.phantom.findings import FINDINGS
-    from matex_pl.data.phantom.image import GrayImage, PlacedFinding, draw_phantom
+    from matex_pl.data.phantom.image import Phantom, PlacedFinding, draw_phantom
     from matex_pl.data.phantom.phrases import write_phrase
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
             "phantom_cache": "cache",
-            "GrayImage": "content_box",
-            "PlacedFinding": "content_box",
-            "draw_phantom": "content_box",
+            "Phantom": "image",
+            "PlacedFinding": "image",
+            "draw_phantom": "image",
             "FINDINGS": "findings",
             "write_phrase": "phrases",
         },
@@ -24,7 +24,7 @@ else:
 
 __all__ = [
     "FINDINGS",
-    "GrayImage",
+    "Phantom",
     "PlacedFinding",
     "draw_phantom",
     "phantom_cache",

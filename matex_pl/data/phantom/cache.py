@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from matex_pl.console import progress
 from matex_pl.data.pair import ImageTextPair
-from matex_pl.data.phantom.image import GrayImage, draw_phantom, phantom_rng
+from matex_pl.data.phantom.image import Phantom, draw_phantom, phantom_rng
 from matex_pl.data.phantom.phrases import TEMPLATES, write_phrase
 
 # Raise it whenever the same settings draw other pixels, boxes or phrases than before.
@@ -71,7 +71,7 @@ def phantom_cache(
     return np.load(folder / _IMAGES, mmap_mode="r"), _read_pairs(folder / _PAIRS)
 
 
-def image_pairs(index: int, image: GrayImage, *, seed: int, split: str) -> list[ImageTextPair]:
+def image_pairs(index: int, image: Phantom, *, seed: int, split: str) -> list[ImageTextPair]:
     """One pair per finding of an image, each with its own phrase."""
     rng = phantom_rng(index, seed, "phrase")
     names = tuple(finding.name for finding in image.findings)

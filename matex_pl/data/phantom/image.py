@@ -41,7 +41,7 @@ class PlacedFinding:
 
 
 @dataclass(frozen=True)
-class GrayImage:
+class Phantom:
     """A radiograph: `image` uint8 `(size, size)`, one to three findings, and the support device on it, if any."""
 
     image: NDArray[np.uint8]
@@ -69,7 +69,7 @@ def draw_phantom(
     shortcut: float = 0.0,
     shortcut_finding: str = "pneumothorax",
     show_findings: bool = True,
-) -> GrayImage:
+) -> Phantom:
     """The image at `index` of an endless series; the same in any process.
 
     Args:
@@ -104,7 +104,7 @@ def draw_phantom(
     draw_marker(image, rng)
     if phantom_rng(index, seed, "shortcut").random() < shortcut and _has(plans, shortcut_finding):
         draw_token(image)
-    return GrayImage(image, tuple(placed), device)
+    return Phantom(image, tuple(placed), device)
 
 
 def _has(plans: Sequence[Plan], name: str) -> bool:
