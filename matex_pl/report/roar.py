@@ -134,8 +134,8 @@ def difference_tables(result: RoarResult, modality: str) -> list[Table]:
     return list(filter(None, tables))
 
 
-def clean_table(result: RoarResult) -> Table:
-    """Loss and scores of the models that were trained on whole pairs, per repeat."""
+def clean_table(result: RoarResult) -> Table | None:
+    """Loss and scores of the models that were trained on whole pairs, per repeat; None without any."""
     runs = {
         f"repeat-{run.repeat}": {"Validation loss\N{NO-BREAK SPACE}↓": run.loss} | run.metrics for run in result.clean
     }
@@ -143,7 +143,7 @@ def clean_table(result: RoarResult) -> Table:
     for label in dict.fromkeys(label for values in runs.values() for label in values):
         values = {name: run.get(label) for name, run in runs.items()}
         columns.append(Column(label, {n: Cell(f"{value:#.4g}") for n, value in values.items() if value is not None}))
-    return Table("Clean models", [Line(name) for name in runs], columns, of="Repeat")
+    return Table("Clean models", [Line(name) for name in runs], columns, of="Repeat") if runs else None
 
 
 def _content(result: RoarResult) -> dict[str, Any]:
