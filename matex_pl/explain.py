@@ -84,15 +84,14 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
 
 def _attribute(module: Any, method: AttributionMethod, batch: ImageTextBatch) -> tuple[Attribution, Tensor]:
     images, tokens = module.inputs({**batch, "image": batch["image"].to(module.device)})
-    return method.attribute(
-        module.clip, images, tokens, batch["phrase"], batch["content_box"].to(module.device)
-    ), tokens
+    content_box = batch["content_box"].to(module.device)
+    return method.attribute(module.clip, images, tokens, batch["phrase"], content_box), tokens
 
 
 def _pair(
     clip: Clip, batch: ImageTextBatch, tokens: Tensor, content: Tensor, row: int, *, show_finding: bool = True
 ) -> dict[str, Any]:
-    """Arguments for a picture of the pair in `row` that are the same for all methods."""
+    """Arguments for a picture of a pair that are the same for all methods."""
     finding = batch["finding"][row] if show_finding else ""
     return {
         "image": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),

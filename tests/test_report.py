@@ -44,10 +44,10 @@ def metric(label, group, higher, fill=None, percent=False):
 
 
 METRICS = {
-    "pointing_game": metric("Pointing game", "localisation", True),
-    "cnr": metric("Contrast to noise", "localisation", True),
-    "miou": metric("Mean IoU", "localisation", True),
-    "energy_pointing_game": metric("Energy in the boxes", "localisation", True),
+    "pointing_game": metric("Pointing game", "localization", True),
+    "cnr": metric("Contrast to noise", "localization", True),
+    "miou": metric("Mean IoU", "localization", True),
+    "energy_pointing_game": metric("Energy in the boxes", "localization", True),
     **{f"confidence_drop/{f}": metric("Confidence drop", "paper", False, f, True) for f in FILLS},
     **{f"confidence_increase/{f}": metric("Confidence increase", "paper", True, f, True) for f in FILLS},
     **{f"top20_removal/{f}": metric("Drop when removed", "confidence", True, f, True) for f in FILLS},

@@ -17,7 +17,7 @@ _FILLS = {
     "curves": ("blur", "mean_color", "mean_image"),
 }
 _METRICS: dict[str, dict[str, tuple[type[Metric], str, str]]] = {
-    "localisation": {
+    "localization": {
         "pointing_game": (M.PointingGame, "Pointing game", "Share of maps whose maximum lies in a box."),
         "cnr": (
             M.ContrastToNoise,

@@ -7,7 +7,7 @@ it on one line, and the templates escape it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from matex_pl.report.results import (
     BenchmarkResult,
     Comparison,
     MethodScores,
-    Metric,
     RoarResult,
     Score,
+    clean,
     read,
 )
 from matex_pl.report.roar import point_column, roar_plot
@@ -32,17 +32,15 @@ from matex_pl.report.tables import (
     Cell,
     Column,
     Table,
-    arrow,
     difference_table,
     environment,
     method_table,
     score_column,
     with_published,
 )
-from matex_pl.visualization.draw import single_line
 
 GROUPS = {
-    "localisation": "Localisation",
+    "localization": "Localization",
     "confidence": "Confidence, other variants",
     "curves": "Insertion and deletion",
     "sensitivity": "Sensitivity to the phrase",
@@ -61,43 +59,26 @@ def write_report(
 ) -> None:
     """Write `tables.md` and the self-contained `report.html` into `folder`; a reader sees the old files or the new.
 
-    Args:
-        result: Results of the benchmark.
-        panels: Pictures of methods on pairs; those of one row stand together, in the order given.
-        folder: Folder of both files, made if it is not there.
-        roar: ROAR+, shown if it was measured with maps of the same weights.
+    Panels of one row stand together, in their order. ROAR+ is shown if it was measured with maps of the same weights.
     """
-    panels = [
-        Panel(single_line(p.row), single_line(p.kind), single_line(p.pair), single_line(p.caption), p.jpeg)
-        for p in panels
-    ]
+    panels = [Panel(**clean(asdict(panel))) for panel in panels]
     content = _content(result, roar)
     page = environment(autoescape=True).get_template("report.html.jinja")
     html, text = page.render(content | _pictures(result, panels, content["roar"])), benchmark_tables(result, roar)
-    with whole_file(folder / "report.html") as one, whole_file(folder / "tables.md") as other:
-        one.write_text(html, encoding="utf-8")
-        other.write_text(text, encoding="utf-8")
+    with whole_file(folder / "report.html") as page_file, whole_file(folder / "tables.md") as text_file:
+        page_file.write_text(html, encoding="utf-8")
+        text_file.write_text(text, encoding="utf-8")
 
 
 def benchmark_tables(result: BenchmarkResult, roar: RoarResult | None = None) -> str:
-    """All tables as Markdown.
-
-    Args:
-        result: Results of the benchmark.
-        roar: ROAR+, shown if it was measured with maps of the same weights.
-    """
+    """All tables as Markdown, with ROAR+ if it was measured with maps of the same weights."""
     return environment(autoescape=False).get_template("tables.md.jinja").render(_content(result, roar))
 
 
 def add_to_report(roar: RoarResult, benchmark_folder: Path | str) -> Path:
     """Put ROAR+ onto the page and into the tables of a benchmark that has run; nothing is measured again.
 
-    Args:
-        roar: Results of ROAR+.
-        benchmark_folder: The benchmark's `--out`. It gets `roar.json`, which later benchmarks there show too.
-
-    Returns:
-        The page.
+    The folder is the benchmark's `--out`. It gets `roar.json`, which later benchmarks there show too. Returns the page.
 
     Raises:
         FileNotFoundError: No benchmark has run there.
@@ -129,123 +110,100 @@ def read_added_roar(folder: Path) -> RoarResult | None:
         raise ValueError(f"{path} cannot be shown: {error} Remove it, or add the results of ROAR+ again.") from error
 
 
-@dataclass(frozen=True)
-class _Roar:
-    """What ROAR+ adds: the results, whether its maps are of the benchmark's weights, and a column by modality."""
-
-    result: RoarResult
-    is_comparable: bool
-    columns: dict[str, Column]
-
-
 def _content(result: BenchmarkResult, roar: RoarResult | None) -> dict[str, Any]:
-    """What both templates show."""
-    added = None if roar is None else _roar(result, roar)
-    groups = dict.fromkeys(metric.group for metric in result.metrics.values())
-    others = [
-        group_table(result, modality, group)
+    """The variables of both templates; `roar` is left out if its maps are of other weights."""
+    is_other = roar is not None and not (result.model.weights and result.model.weights == roar.model.explained)
+    shown = None if is_other else roar
+    paper = (paper_table(result, modality, shown) for modality in MODALITIES)
+    groups = dict.fromkeys(metric.group for metric in result.metrics.values() if metric.group != "paper")
+    tables = {
+        (modality, group): table
         for modality in MODALITIES
         for group in groups
-        if group != "paper" and (modality, group) != ("image", "localisation")
-    ]
-    paper = [paper_table(result, modality, added) for modality in MODALITIES]
+        if (table := group_table(result, modality, group))
+    }
     return {
         "result": result,
         "methods": len({row.name for row in result.rows if not row.control}),
         "controls": len({row.name for row in result.rows if row.control}),
         "modalities": MODALITIES,
-        "prior_rows": [row.name for row in result.methods("image") if _has_prior(row)],
+        "prior_rows": [
+            row.name
+            for row in result.methods("image")
+            if row.method_class in PRIOR_CLASSES and row.settings.get("delta") != 0
+        ],
         "glance": glance_table(result),
-        "paper": [table for table in paper if table],
+        "paper": list(filter(None, paper)),
         "source": SOURCE,
-        "roar": added,
-        "localisation": group_table(result, "image", "localisation"),
-        "others": [table for table in others if table],
+        "roar": shown,
+        "other_roar": roar if is_other else None,
+        "localization": tables.pop(("image", "localization"), None),
+        "others": list(tables.values()),
         "differences": difference_tables(result),
         "cost": cost_table(result),
-        "arrow": arrow,
     }
-
-
-def _has_prior(row: MethodScores) -> bool:
-    return row.method_class in PRIOR_CLASSES and row.settings.get("delta") != 0
-
-
-def _roar(result: BenchmarkResult, roar: RoarResult) -> _Roar:
-    """ROAR+ at its smallest fraction, for the rows that the benchmark has too."""
-    if not result.model.weights or result.model.weights != roar.model.explained:
-        return _Roar(roar, False, {})
-    columns = {}
-    for modality in roar.modalities:
-        settings = {row.name: row.settings for row in result.methods(modality)}
-        rows = [row for row in roar.methods(modality) if row.name in settings]
-        if rows and roar.fractions(rows):
-            column = point_column(rows, roar.fractions(rows)[0], modality)
-            # A row of the same name may stand for fewer masks or other weights of the parts.
-            others = {row.name for row in rows if row.settings != settings[row.name]}
-            cells = {name: _with_remark(cell) if name in others else cell for name, cell in column.cells.items()}
-            columns[modality] = replace(column, cells=cells)
-    return _Roar(roar, True, columns)
-
-
-def _with_remark(cell: Cell) -> Cell:
-    return replace(cell, interval=", ".join(filter(None, [cell.interval, "other settings"])))
 
 
 def glance_table(result: BenchmarkResult) -> Table | None:
     """The metrics in which methods were compared with the controls and the sanity check, of the image maps."""
     rows = result.methods("image")
-    keys = [*(_compared_metrics(result) or _measured(rows, result.metrics)[:3]), "sanity"]
-    table = _score_table(result, "At a glance", rows, _measured(rows, dict.fromkeys(keys)))
-    return table and replace(table, lines=[replace(line, note="") for line in table.lines])
+    keys = [*(_comparisons(result) or _measured(result, rows)[:3]), "sanity"]
+    plain = [row.model_copy(update={"note": ""}) for row in rows]
+    return method_table("At a glance", plain, _score_columns(result, rows, dict.fromkeys(keys)))
 
 
-def paper_table(result: BenchmarkResult, modality: str, roar: _Roar | None = None) -> Table | None:
+def paper_table(result: BenchmarkResult, modality: str, roar: RoarResult | None = None) -> Table | None:
     """Table 1 (`image`) or 2 (`text`) with the published figures and a measured ROAR+; None without such a row."""
-    rows = result.methods(modality)
-    keys = [key for key in _measured(rows, result.metrics) if result.metrics[key].group == "paper"]
-    table = _score_table(result, PAPER[modality], rows, keys)
-    if table and roar and modality in roar.columns:
-        table = replace(table, columns=[*table.columns, roar.columns[modality]])
+    table = group_table(result, modality, "paper")
+    if table and roar and (column := _roar_column(result, roar, modality)):
+        table = replace(table, columns=[*table.columns, column])
     return table and with_published(table, modality, ("drop", "increase", "roar"))
 
 
 def group_table(result: BenchmarkResult, modality: str, group: str) -> Table | None:
     """The measured metrics of one group; None if there are none."""
     rows = result.methods(modality)
-    keys = [key for key in _measured(rows, result.metrics) if result.metrics[key].group == group]
-    name = GROUPS.get(group, group.replace("_", " ").capitalize())
-    return _score_table(result, f"{name}, maps of the {MODALITIES[modality]}", rows, keys)
+    keys = [key for key, metric in result.metrics.items() if metric.group == group]
+    title = PAPER[modality] if group == "paper" else f"{GROUPS.get(group, group)}, maps of the {MODALITIES[modality]}"
+    return method_table(title, rows, _score_columns(result, rows, keys))
+
+
+def _roar_column(result: BenchmarkResult, roar: RoarResult, modality: str) -> Column | None:
+    """ROAR+ at its smallest fraction, for the rows that the benchmark has too."""
+    settings = {row.name: row.settings for row in result.methods(modality)}
+    rows = [row for row in roar.methods(modality) if row.name in settings]
+    fractions = roar.fractions(rows) if rows else []
+    if not fractions:
+        return None
+    column = point_column(rows, fractions[0], modality)
+    cells = dict(column.cells)
+    for row in rows:
+        # A row of the same name may stand for fewer masks or other weights of the parts.
+        if row.settings != settings[row.name]:
+            cell = cells.get(row.name, Cell())
+            cells[row.name] = replace(cell, interval=", ".join(filter(None, [cell.interval, "other settings"])))
+    return replace(column, cells=cells)
 
 
 def finding_tables(result: BenchmarkResult, modality: str) -> list[Table]:
     """One table per metric that was measured per finding, with a column per finding."""
-    rows, tables = result.methods(modality), []
+    rows = result.methods(modality)
+    # In the order of the data, then those that only the rows have.
+    findings = dict.fromkeys([*result.data.findings, *(finding for row in rows for finding in row.per_finding)])
+    tables = []
     for key, metric in result.metrics.items():
-        columns = [
-            score_column(metric, scores, rows, finding)
-            for finding in _findings(result, rows)
-            if (scores := _finding_scores(rows, finding, key))
-        ]
-        table = method_table(metric.name + arrow(metric), rows, columns)
-        tables += [table] if table else []
-    return tables
+        scores = {finding: _scores(rows, key, finding) for finding in findings}
+        columns = [score_column(metric, by_name, rows, finding) for finding, by_name in scores.items() if by_name]
+        tables.append(method_table(metric.name + metric.arrow, rows, columns))
+    return list(filter(None, tables))
 
 
 def difference_tables(result: BenchmarkResult) -> list[Table]:
     """Per compared metric, each method minus each control; what is surely better is marked."""
-    tables = []
-    for key, comparisons in _compared_metrics(result).items():
-        metric = result.metrics.get(key, Metric(label=key))
-        table = difference_table(
-            metric.name + arrow(metric),
-            result.methods("image"),
-            comparisons,
-            higher_is_better=metric.higher_is_better,
-            percent=metric.percent,
-        )
-        tables += [table] if table else []
-    return tables
+    rows = result.methods("image")
+    compared = [(result.metrics[key], comparisons) for key, comparisons in _comparisons(result).items()]
+    tables = (difference_table(metric.name + metric.arrow, rows, found, metric) for metric, found in compared)
+    return list(filter(None, tables))
 
 
 def cost_table(result: BenchmarkResult) -> Table | None:
@@ -261,142 +219,113 @@ def cost_table(result: BenchmarkResult) -> Table | None:
     return method_table("Cost", rows.values(), columns)
 
 
-def _score_table(
-    result: BenchmarkResult, title: str, rows: Sequence[MethodScores], keys: Iterable[str]
-) -> Table | None:
-    columns = [score_column(result.metrics[key], _scores(rows, key), rows) for key in keys if key in result.metrics]
-    return method_table(title, rows, columns)
+def _scores(rows: Sequence[MethodScores], key: str, finding: str | None = None) -> dict[str, Score]:
+    """The scores of one metric that have a value, by name, of all pairs or those of a finding."""
+    scores = {row.name: row.scores if finding is None else row.per_finding.get(finding, {}) for row in rows}
+    return {name: by_key[key] for name, by_key in scores.items() if key in by_key and by_key[key].value is not None}
 
 
-def _scores(rows: Sequence[MethodScores], key: str) -> dict[str, Score]:
-    """The scores of one metric that have a value, by name."""
-    return {row.name: score for row in rows if (score := row.scores.get(key, Score())).value is not None}
+def _measured(result: BenchmarkResult, rows: Sequence[MethodScores]) -> list[str]:
+    return [key for key in result.metrics if _scores(rows, key)]
 
 
-def _finding_scores(rows: Sequence[MethodScores], finding: str, key: str) -> dict[str, Score]:
-    found = {row.name: row.per_finding.get(finding, {}).get(key, Score()) for row in rows}
-    return {name: score for name, score in found.items() if score.value is not None}
+def _score_columns(result: BenchmarkResult, rows: Sequence[MethodScores], keys: Iterable[str]) -> list[Column]:
+    measured = _measured(result, rows)
+    return [score_column(result.metrics[key], _scores(rows, key), rows) for key in keys if key in measured]
 
 
-def _measured(rows: Sequence[MethodScores], keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if _scores(rows, key)]
-
-
-def _findings(result: BenchmarkResult, rows: Sequence[MethodScores]) -> list[str]:
-    """Findings in the order of the data, then those that only the rows have."""
-    return list(dict.fromkeys([*result.data.findings, *(finding for row in rows for finding in row.per_finding)]))
-
-
-def _compared_metrics(result: BenchmarkResult) -> dict[str, list[Comparison]]:
+def _comparisons(result: BenchmarkResult) -> dict[str, list[Comparison]]:
     """The comparisons by metric, without metrics in which nothing could be compared."""
-    keys = dict.fromkeys(comparison.metric for comparison in result.comparisons)
-    found = {key: [c for c in result.comparisons if c.metric == key] for key in keys}
-    return {key: group for key, group in found.items() if any(c.is_measured for c in group)}
+    keys = dict.fromkeys(comparison.metric for comparison in result.comparisons if comparison.is_measured)
+    return {key: [c for c in result.comparisons if c.metric == key] for key in keys if key in result.metrics}
 
 
-def _pictures(result: BenchmarkResult, panels: Sequence[Panel], roar: _Roar | None) -> dict[str, Any]:
-    """What only the page shows: plots, panels, and the tables per finding."""
+def _pictures(result: BenchmarkResult, panels: Sequence[Panel], roar: RoarResult | None) -> dict[str, Any]:
+    """The variables of the page alone: plots, panels, and the tables per finding."""
+    methods = [row for row in result.methods("image") if not row.control]
+    # The methods that are shown one by one.
+    featured = [row.name for row in methods if row.method_class == FEATURED] or [row.name for row in methods[:1]]
+    first = {panel.kind: panel for panel in reversed(panels) if panel.row in featured[:1]}
     names = [panel.row for panel in panels]
     together = sorted(panels, key=lambda panel: names.index(panel.row))
     return {
         "ranking": _ranking_plot(result),
-        "glance_panels": _glance_panels(result, panels),
-        "forest": _forest_plots(result),
+        "glance_panels": [first[kind] for kind in PANEL_KINDS if kind in first],
+        "forest": _forest_plots(result, featured),
         "finding_tables": {modality: finding_tables(result, modality) for modality in MODALITIES},
         "curves": _insertion_plots(result),
         "sanity_curves": _sanity_plots(result),
         "stages": next((row.sanity_curve.stages for row in result.rows if row.sanity_curve.stages), []),
-        "roar_plots": [roar_plot(roar.result, m) for m in roar.result.modalities]
-        if roar and roar.is_comparable
-        else [],
+        "roar_plots": [roar_plot(roar, modality) for modality in roar.modalities] if roar else [],
         "panels": [(row, list(group)) for row, group in groupby(together, lambda panel: panel.row)],
     }
 
 
-def _featured(result: BenchmarkResult) -> list[str]:
-    """The methods that are shown one by one: MATEX, or the first one."""
-    rows = [row for row in result.methods("image") if not row.control]
-    return [row.name for row in rows if row.method_class == FEATURED] or [row.name for row in rows[:1]]
-
-
-def _glance_panels(result: BenchmarkResult, panels: Sequence[Panel]) -> list[Panel]:
-    """The best, a random and the worst pair of the first featured method."""
-    own = [panel for panel in panels if panel.row in _featured(result)[:1]]
-    found = {panel.kind: panel for panel in reversed(own)}
-    return [found[kind] for kind in PANEL_KINDS if kind in found]
-
-
-def _forest_plots(result: BenchmarkResult) -> list[Plot]:
-    """Per metric and featured method, the paired differences to each control."""
-    plots = []
-    for key, comparisons in _compared_metrics(result).items():
-        metric = result.metrics.get(key, Metric(label=key))
-        for row in _featured(result):
-            plot = forest_plot(
-                f"{metric.name}: {row} minus each of these",
-                [comparison for comparison in comparisons if comparison.row == row],
-                metric.higher_is_better,
-            )
-            plots += [plot] if plot else []
-    return plots
+def _forest_plots(result: BenchmarkResult, names: Sequence[str]) -> list[Plot]:
+    """Per metric and method, the paired differences to each control."""
+    plots = (
+        forest_plot(
+            f"{result.metrics[key].name}: {name} minus each of these",
+            [comparison for comparison in comparisons if comparison.row == name],
+            result.metrics[key].higher_is_better,
+        )
+        for key, comparisons in _comparisons(result).items()
+        for name in names
+    )
+    return list(filter(None, plots))
 
 
 def _ranking_plot(result: BenchmarkResult) -> Plot | None:
     """The image maps by the first measured metric, localization before others: the best on top, the controls apart."""
     rows = result.methods("image")
-    measured = sorted(_measured(rows, result.metrics), key=lambda key: result.metrics[key].group != "localisation")
+    measured = sorted(_measured(result, rows), key=lambda key: result.metrics[key].group != "localization")
     if not measured:
         return None
     metric, scores = result.metrics[measured[0]], _scores(rows, measured[0])
-    points = []
-    for row in (row for row in rows if row.name in scores):
-        score = scores[row.name]
-        points.append(Point(row.name, score.value or 0.0, score.low, score.high, row.control))
+    points = [
+        Point(row.name, score.value or 0.0, score.low, score.high, row.control)
+        for row in rows
+        if (score := scores.get(row.name))
+    ]
     if metric.higher_is_better is not None:
         points.sort(key=lambda point: point.value, reverse=metric.higher_is_better)
     points.sort(key=lambda point: point.quiet)
-    return dot_plot(metric.name + arrow(metric), points, apart=sum(point.quiet for point in points))
+    return dot_plot(metric.name + metric.arrow, points, apart=sum(point.quiet for point in points))
 
 
 def _insertion_plots(result: BenchmarkResult) -> list[Plot]:
     """Per method its insertion and deletion curves, one frame per kind, the controls pale behind them."""
     rows = [row for row in result.methods("image") if any(curve.score for curve in row.curves.values())]
-    keys = [key for key in result.metrics if any(key in row.curves for row in rows)]
-    fills = list(dict.fromkeys(key.partition("/")[2] for key in keys))
-    limits = axis_limits([0, 1, *(y for row in rows for curve in row.curves.values() for y in curve.score)])
-
-    def strokes(row: MethodScores, key: str) -> list[Stroke]:
-        fill = fills.index(key.partition("/")[2])
-        pale = [other for other in rows if other.control and other is not row]
-        found = [Stroke(c.curves[key].share, c.curves[key].score, "controls") for c in pale if key in c.curves]
-        own = row.curves.get(key)
-        return found + ([Stroke(own.share, own.score, result.metrics[key].fill, fill)] if own else [])
-
+    metrics = {key: metric for key, metric in result.metrics.items() if any(key in row.curves for row in rows)}
+    fills = list(dict.fromkeys(metric.fill for metric in metrics.values()))
+    limits = axis_limits(y for row in rows for curve in row.curves.values() for y in curve.score)
     plots = []
     for row in rows:
-        kinds = dict.fromkeys(key.partition("/")[0] for key in keys)
-        frames = [
-            (kind.capitalize(), [s for key in keys if key.partition("/")[0] == kind for s in strokes(row, key)])
-            for kind in kinds
-        ]
+        frames: dict[str, list[Stroke]] = {}
+        for key, metric in metrics.items():
+            strokes = frames.setdefault(key.partition("/")[0].capitalize(), [])
+            for method in _with_controls(row, rows):
+                if curve := method.curves.get(key):
+                    label, color = (metric.fill, fills.index(metric.fill)) if method is row else ("controls", None)
+                    strokes.append(Stroke(curve.share, curve.score, label, color))
         plots.append(curve_plot(f"{row.name}: insertion and deletion", frames, "share of the patches", limits))
     return plots
 
 
 def _sanity_plots(result: BenchmarkResult) -> list[Plot]:
     """Per method, the correlation with its own maps as more and more of the weights are shuffled."""
-    frames: dict[str, list[tuple[str, list[Stroke]]]] = {}
+    plots: dict[str, dict[str, list[Stroke]]] = {}
     for modality, word in MODALITIES.items():
         rows = [row for row in result.methods(modality) if row.sanity_curve.correlation]
         for row in rows:
-            pale = [_sanity_stroke(other) for other in rows if other.control and other is not row]
-            frames.setdefault(row.name, []).append((f"Maps of the {word}", [*pale, _sanity_stroke(row, 0)]))
-    values = [y for row in result.rows for y in row.sanity_curve.correlation]
-    limits = axis_limits([0, 1, *values])
-    return [curve_plot(f"{name}: weight randomization", found, "stage", limits) for name, found in frames.items()]
+            strokes = plots.setdefault(row.name, {}).setdefault(f"Maps of the {word}", [])
+            for method in _with_controls(row, rows):
+                label, color = ("the method", 0) if method is row else ("controls", None)
+                correlation = method.sanity_curve.correlation
+                strokes.append(Stroke(range(1, len(correlation) + 1), correlation, label, color))
+    limits = axis_limits(y for row in result.rows for y in row.sanity_curve.correlation)
+    return [curve_plot(f"{name}: weight randomization", frames, "stage", limits) for name, frames in plots.items()]
 
 
-def _sanity_stroke(row: MethodScores, color: int | None = None) -> Stroke:
-    correlation = row.sanity_curve.correlation
-    label = "controls" if color is None else "the method"
-    return Stroke(range(1, len(correlation) + 1), correlation, label, color)
+def _with_controls(row: MethodScores, rows: Sequence[MethodScores]) -> list[MethodScores]:
+    return [*(other for other in rows if other.control and other is not row), row]

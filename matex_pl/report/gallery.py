@@ -1,4 +1,4 @@
-"""Pictures of methods on pairs, and the folder that keeps them, so that a page is made anew without the model."""
+"""Pictures of methods on pairs, and their folder, from which a page can be made again without the model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture of one method on one pair.
-
-    Args:
-        row: Name of the method's row.
-        kind: How the pair was chosen: `best`, `worst` or `random`.
-        pair: Its pair.
-        caption: One sentence, which is also the picture's alternative text.
-        jpeg: The picture as a JPEG file, see `encode`.
-    """
+    """A picture of a method, named by its row, on a pair that is its `best`, its `worst` or `random`."""
 
     row: str
     kind: str
@@ -50,26 +42,22 @@ def encode(picture: Picture) -> bytes:
 
 
 def write_panels(panels: Sequence[Panel], folder: Path) -> None:
-    """Keep panels as JPEG files and an index, which comes last: a reader sees the old ones or the new.
+    """Keep panels, in the order of the page, as JPEG files and an index, which comes last.
 
-    Args:
-        panels: In the order of the page.
-        folder: Made if it is not there; pictures that the index does not name any more are removed.
+    A reader sees the old panels or the new. Pictures that the index does not name any more are removed.
     """
     entries = []
     for panel in panels:
-        about = asdict(panel)
-        picture = about.pop("jpeg")
-        # Named by what is in it: the index of a run that is stopped here still names its own pictures.
-        name = f"{blake2b(picture, digest_size=10).hexdigest()}.jpg"
-        with whole_file(folder / name) as part:
+        entry = asdict(panel)
+        picture = entry.pop("jpeg")
+        # Named by its content: the index of a run that is stopped here still names its own pictures.
+        entry["file"] = f"{blake2b(picture, digest_size=10).hexdigest()}.jpg"
+        with whole_file(folder / entry["file"]) as part:
             part.write_bytes(picture)
-        entries.append({**about, "file": name})
+        entries.append(entry)
     write_text(folder / INDEX, json.dumps({"format": 1, "panels": entries}, indent=1))
-    named = {entry["file"] for entry in entries}
-    for path in folder.glob("*.jpg"):
-        if path.name not in named:
-            path.unlink(missing_ok=True)
+    for path in set(folder.glob("*.jpg")) - {folder / entry["file"] for entry in entries}:
+        path.unlink(missing_ok=True)
 
 
 def read_panels(folder: Path) -> list[Panel]:

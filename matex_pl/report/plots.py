@@ -6,12 +6,11 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from matex_pl.report.results import Difference
@@ -70,6 +69,7 @@ class Stroke:
     color: int | None = None
 
 
+@matplotlib.rc_context(STYLE)
 def dot_plot(caption: str, points: Sequence[Point], *, apart: int = 0, line: float | None = None) -> Plot:
     """Values with their intervals, one per row from the top.
 
@@ -80,21 +80,20 @@ def dot_plot(caption: str, points: Sequence[Point], *, apart: int = 0, line: flo
         line: Place of an upright reference, such as 0.
     """
     heights = [place + 0.5 * (0 < len(points) - apart <= place) for place in range(len(points))]
-
-    def draw(axes: Axes) -> None:
-        for height, point in zip(heights, points, strict=True):
-            color = MUTED if point.quiet else COLORS[0]
-            if point.low is not None and point.high is not None:
-                axes.plot([point.low, point.high], [height, height], color=color, linewidth=2)
-            axes.plot([point.value], [height], "o", color=color, fillstyle="none" if point.quiet else "full")
-        if line is not None:
-            axes.axvline(line, color="black", linewidth=1, linestyle="--")
-        axes.set_yticks(heights, [shorten(point.label) for point in points])
-        axes.set_ylim(max(heights, default=0) + 0.6, -0.6)
-        axes.locator_params(axis="x", nbins=4)
-        axes.grid(axis="x")
-
-    return _plot(caption, [draw], (20 * len(points) + 44) / 72)
+    figure = Figure(figsize=(WIDTH, (20 * len(points) + 44) / 72), layout="constrained")
+    axes = figure.subplots()
+    for height, point in zip(heights, points, strict=True):
+        color = MUTED if point.quiet else COLORS[0]
+        if point.low is not None and point.high is not None:
+            axes.plot([point.low, point.high], [height, height], color=color, linewidth=2)
+        axes.plot([point.value], [height], "o", color=color, fillstyle="none" if point.quiet else "full")
+    if line is not None:
+        axes.axvline(line, color="black", linewidth=1, linestyle="--")
+    axes.set_yticks(heights, [shorten(point.label) for point in points])
+    axes.set_ylim(max(heights, default=0) + 0.6, -0.6)
+    axes.locator_params(axis="x", nbins=4)
+    axes.grid(axis="x")
+    return Plot(caption, save(figure, "svg"))
 
 
 def forest_plot(caption: str, differences: Iterable[Difference], higher_is_better: bool | None) -> Plot | None:
@@ -109,48 +108,29 @@ def forest_plot(caption: str, differences: Iterable[Difference], higher_is_bette
     return dot_plot(caption, points, line=0) if points else None
 
 
-def curve_plot(
-    caption: str,
-    frames: Sequence[tuple[str, Sequence[Stroke]]],
-    across: str,
-    limits: tuple[float, float],
-) -> Plot:
+@matplotlib.rc_context(STYLE)
+def curve_plot(caption: str, frames: Mapping[str, Sequence[Stroke]], across: str, limits: tuple[float, float]) -> Plot:
     """Curves in frames side by side, with one legend beneath them.
 
     Args:
         caption: Title of the plot.
-        frames: Title and curves of each frame.
+        frames: Curves of each frame by its title.
         across: Name of the x axis.
         limits: Ends of the y axis.
     """
-
-    def drawer(title: str, strokes: Sequence[Stroke]) -> Callable[[Axes], None]:
-        def draw(axes: Axes) -> None:
-            for stroke in sorted(strokes, key=lambda stroke: stroke.color is not None):
-                style: dict[str, Any] = {"color": MUTED, "linewidth": 0.8}
-                if stroke.color is not None:
-                    style = {"color": COLORS[stroke.color], "linestyle": LINES[stroke.color], "linewidth": 1.8}
-                axes.plot(stroke.x, as_floats(stroke.y), label=stroke.label, **style)
-            axes.set_title(title)
-            axes.set_xlabel(across)
-            axes.set_ylim(limits)
-            axes.grid()
-
-        return draw
-
-    return _plot(caption, [drawer(*frame) for frame in frames], 170 / 72)
-
-
-def _plot(caption: str, drawers: Sequence[Callable[[Axes], None]], height: float) -> Plot:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        frames = figure.subplots(1, len(drawers), squeeze=False)[0]
-        for axes, draw in zip(frames, drawers, strict=True):
-            draw(axes)
-        labeled: dict[str, Any] = {}
-        for axes in figure.axes:
-            labeled |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        add_legend(figure, labeled, 3)
+    figure = Figure(figsize=(WIDTH, 170 / 72), layout="constrained")
+    handles: dict[str, Any] = {}
+    for axes, (title, strokes) in zip(figure.subplots(1, len(frames), squeeze=False)[0], frames.items(), strict=True):
+        for stroke in sorted(strokes, key=lambda stroke: stroke.color is not None):
+            style: dict[str, Any] = {"color": MUTED, "linewidth": 0.8}
+            if stroke.color is not None:
+                style = {"color": COLORS[stroke.color], "linestyle": LINES[stroke.color], "linewidth": 1.8}
+            (handles[stroke.label],) = axes.plot(stroke.x, as_floats(stroke.y), **style)
+        axes.set_title(title)
+        axes.set_xlabel(across)
+        axes.set_ylim(limits)
+        axes.grid()
+    add_legend(figure, handles, 3)
     return Plot(caption, save(figure, "svg"))
 
 
@@ -164,11 +144,11 @@ def add_legend(figure: Figure, handles: Mapping[str, Any], columns: int) -> None
 def save(figure: Figure, kind: str) -> bytes:
     """A figure as a file of a kind (`png`, `svg`), the same bytes each time."""
     file = io.BytesIO()
-    nothing = {"Date": None} if kind == "svg" else {"Software": None}
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "report"}), warnings.catch_warnings():
         # The reader's fonts have what matplotlib's own lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(file, format=kind, metadata=nothing)
+        figure.savefig(file, format=kind, metadata=metadata)
     return file.getvalue()
 
 
@@ -183,7 +163,7 @@ def shorten(label: str) -> str:
 
 
 def axis_limits(values: Iterable[float | None]) -> tuple[float, float]:
-    """Limits that hold all values with a little air; (0, 1) of none."""
-    found = [value for value in values if value is not None] or [0.0, 1.0]
-    air = 0.04 * (max(found) - min(found)) or 0.04
-    return min(found) - air, max(found) + air
+    """Limits with a little air around 0, 1 and the values."""
+    known = [0.0, 1.0, *(value for value in values if value is not None)]
+    air = 0.04 * (max(known) - min(known))
+    return min(known) - air, max(known) + air

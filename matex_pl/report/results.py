@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from matex_pl.visualization.draw import single_line
 
-BENCHMARK_FORMAT, ROAR_FORMAT = 2, 1
+BENCHMARK_FORMAT = 2
 MODALITIES = {"image": "image", "text": "phrase"}
 FEATURED = "Matex"
 # Highest p-value, after Holm's correction, of a difference that is more than noise.
@@ -52,10 +52,7 @@ class Score(Record):
 
 
 class Difference(Record):
-    """One row minus a control: `difference`, its 95 % interval and the number of pairs or repeats behind it.
-
-    A paired test adds `p_holm`, the p-value after Holm's correction.
-    """
+    """A method minus a control, with its 95 % interval, pairs or repeats, and, of a test, the p-value after Holm."""
 
     row: str
     against: str
@@ -67,7 +64,7 @@ class Difference(Record):
 
     @property
     def is_measured(self) -> bool:
-        """Whether there is a difference with an interval."""
+        """Whether there is an interval."""
         return None not in (self.difference, self.low, self.high)
 
     @property
@@ -77,9 +74,9 @@ class Difference(Record):
 
     def is_better(self, higher_is_better: bool | None) -> bool:
         """Whether the row is surely better than the control; False for a metric without a better direction."""
-        if self.difference is None or not (self.is_measured and self.is_sure) or higher_is_better is None:
+        if self.difference is None or higher_is_better is None:
             return False
-        return (self.difference > 0) == higher_is_better
+        return self.is_sure and (self.difference > 0) == higher_is_better
 
 
 class Comparison(Difference):
@@ -95,39 +92,33 @@ class PairedTest(Difference):
     fraction: float | None = None
 
     @property
-    def is_measured(self) -> bool:
-        """Whether there were enough repeats for a test."""
-        return self.difference is not None and self.p_holm is not None
-
-    @property
     def is_sure(self) -> bool:
-        """Whether the p-value after Holm's correction is below 0.05."""
+        """Whether the corrected p-value is below 0.05."""
         return self.p_holm is not None and self.p_holm < LEVEL
 
 
 class Metric(Record):
-    """A metric as the tables show it.
-
-    Args:
-        label: Name without the fill.
-        group: `paper`, `localization`, `confidence`, `curves`, `sensitivity`, `mass` or `sanity`.
-        higher_is_better: None for a metric without a better direction.
-        description: One sentence on how to read it.
-        fill: Name of the pixels that replace removed ones.
-        percent: A percentage of pairs, or percentage points of cosine.
-    """
+    """A metric as the tables show it; some have no better direction."""
 
     label: str = ""
+    # One of `report.benchmark.GROUPS`, or `paper`.
     group: str = ""
     higher_is_better: bool | None = None
     description: str = ""
+    # The pixels that replace removed ones.
     fill: str = ""
+    # Of pairs, or percentage points of cosine.
     percent: bool = False
 
     @property
     def name(self) -> str:
         """The label with the fill, if it has one."""
         return f"{self.label} ({self.fill})" if self.fill else self.label
+
+    @property
+    def arrow(self) -> str:
+        """The better direction, tied to the text before it; empty without one."""
+        return {None: "", True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓"}[self.higher_is_better]
 
 
 class Curve(Record):
@@ -145,10 +136,7 @@ class SanityCurve(Record):
 
 
 class Method(Record):
-    """One method and the modality of its maps; names are unique within a modality.
-
-    A control is a reference that methods have to be better than. The error is the reason for refusing the model.
-    """
+    """A method or control and the modality of its maps; `error` is the reason for refusing the model."""
 
     name: str
     modality: Literal["image", "text"]
@@ -161,10 +149,7 @@ class Method(Record):
 
 
 class MethodScores(Method):
-    """Scores by metric, and by finding and metric, of the maps of one modality of a method.
-
-    The threshold is that of the IoU, chosen on the validation split.
-    """
+    """Scores by metric, and by finding and metric; the threshold is that of the IoU."""
 
     seconds_per_pair: float | None = None
     threshold: float | None = None
@@ -175,7 +160,7 @@ class MethodScores(Method):
 
 
 class RoarPoint(Record):
-    """ROAR+ at a fraction: mean and deviation over the repeats, `repeats` themselves, and dropped units per pair."""
+    """ROAR+ at a fraction: mean and deviation over the repeats, and dropped patches or tokens per pair."""
 
     fraction: float = 0.0
     units: float | None = None
@@ -185,7 +170,7 @@ class RoarPoint(Record):
 
 
 class RoarMethod(Method):
-    """ROAR+ of the maps of one modality of a method, at each fraction and as the mean over the fractions."""
+    """ROAR+ at each fraction, and the mean over the fractions."""
 
     points: list[RoarPoint] = []
     mean: RoarPoint = RoarPoint()
@@ -196,7 +181,7 @@ class RoarMethod(Method):
 
 
 class Model(Record, extra="allow"):
-    """The model that was explained; ROAR+ names `explained` and `start` weights, a benchmark `weights`."""
+    """The explained model; a benchmark has its `weights`, ROAR+ the `explained` ones and those training starts from."""
 
     checkpoint: str = ""
     weights: str = ""
@@ -221,7 +206,7 @@ class Data(Record, extra="allow"):
 
 
 class RoarSettings(Record, extra="allow"):
-    """Protocol and fine-tuning of ROAR+."""
+    """Protocol and fine-tuning."""
 
     fractions: list[float] = []
     repeats: int | None = None
@@ -239,7 +224,7 @@ class CleanRun(Record):
 
 
 class FailedRun(Record):
-    """A fine-tuning that ended with an error, and its log."""
+    """A fine-tuning that ended with an error."""
 
     run: str = ""
     error: str = ""
@@ -247,7 +232,7 @@ class FailedRun(Record):
 
 
 class RunTime(Record):
-    """Number of planned and finished runs, seconds of the finished ones and the share outside training steps."""
+    """Planned and finished runs, their seconds, and the share of these outside training steps."""
 
     runs: int | None = None
     done: int | None = None
@@ -277,7 +262,7 @@ class BenchmarkResult(Results):
     comparisons: list[Comparison] = []
 
     def methods(self, modality: str) -> list[MethodScores]:
-        """The rows of a modality without those that refused the model."""
+        """The measured rows of a modality."""
         return [row for row in self.rows if row.modality == modality and not row.error]
 
 
@@ -295,7 +280,7 @@ class RoarResult(Results):
     time: RunTime = RunTime()
 
     def methods(self, modality: str) -> list[RoarMethod]:
-        """The measured rows of a modality: MATEX first, controls last, the others in their order."""
+        """The measured rows of a modality, MATEX first and controls last."""
         rows = [row for row in self.rows if row.modality == modality and not row.error]
         return sorted(rows, key=lambda row: (row.control, row.method_class != FEATURED))
 
@@ -310,12 +295,7 @@ class RoarResult(Results):
 
 
 def parse(kind: type[R], data: Mapping[str, Any], source: str = "results.json") -> R:
-    """The record of plain data, its texts on one line and null for NaN.
-
-    Args:
-        kind: `BenchmarkResult` or `RoarResult`.
-        data: Content of a results file.
-        source: Name of the file, for the error.
+    """The record of plain data, its texts on one line and null for NaN; `source` names the file in errors.
 
     Raises:
         ValueError: A key is missing or has a value of another type or format; the message names it.
@@ -347,7 +327,7 @@ def read(kind: type[R], path: Path) -> R:
 
 
 def clean(value: Any) -> Any:
-    """The same plain data with every text on one line and without control characters, and null for NaN and Inf."""
+    """Plain data with every text as a `single_line`, and null for NaN and Inf."""
     if isinstance(value, str):
         return single_line(value)
     if isinstance(value, Mapping):

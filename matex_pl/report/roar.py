@@ -6,32 +6,20 @@ without what a method ranks highest; higher is better. Words stand in `templates
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from matex_pl.console import duration
 from matex_pl.files import whole_file
-from matex_pl.report.plots import (
-    COLORS,
-    LINES,
-    MUTED,
-    STYLE,
-    WIDTH,
-    Plot,
-    add_legend,
-    as_floats,
-    save,
-    shorten,
-)
+from matex_pl.report.plots import COLORS, LINES, MUTED, STYLE, WIDTH, Plot, add_legend, as_floats, save, shorten
 from matex_pl.report.published import SOURCE
-from matex_pl.report.results import MODALITIES, PairedTest, RoarMethod, RoarPoint, RoarResult
+from matex_pl.report.results import MODALITIES, Metric, RoarMethod, RoarPoint, RoarResult
 from matex_pl.report.tables import (
     Cell,
     Column,
@@ -48,7 +36,7 @@ from matex_pl.report.tables import (
 )
 
 UNITS = {"image": "patches", "text": "tokens"}
-LABEL = "ROAR+\N{NO-BREAK SPACE}↑"
+METRIC = Metric(label="ROAR+", higher_is_better=True, percent=True)
 MARKS = "osD^vPX<>h"
 
 
@@ -95,7 +83,8 @@ def score_table(result: RoarResult, modality: str) -> Table | None:
     """Methods by fraction dropped, MATEX first and controls last, with the published ROAR+; None without rows."""
     rows = result.methods(modality)
     columns = [point_column(rows, fraction, modality) for fraction in result.fractions(rows)]
-    columns += [_column(rows, [row.mean for row in rows], "mean over the fractions")] if len(columns) > 1 else []
+    if len(columns) > 1:
+        columns.append(_column(rows, [row.mean for row in rows], "mean over the fractions"))
     table = method_table(f"Maps of the {MODALITIES[modality]}", rows, columns)
     return table and with_published(table, modality, ["roar"])
 
@@ -103,77 +92,67 @@ def score_table(result: RoarResult, modality: str) -> Table | None:
 def point_column(rows: Sequence[RoarMethod], fraction: float, modality: str) -> Column:
     """ROAR+ of the rows at a fraction."""
     points = [row.point(fraction) for row in rows]
+    detail = f"{percent(fraction)} dropped"
     units = [point.units for point in points if point.units is not None]
-    counted = ""
     if units:
         ends = dict.fromkeys(number(end, 1) for end in (min(units), max(units)))
-        counted = f": {' to '.join(ends)} {UNITS[modality]} per pair"
-    return _column(rows, points, f"{percent(fraction)} dropped{counted}")
+        detail += f": {' to '.join(ends)} {UNITS[modality]} per pair"
+    return _column(rows, points, detail)
 
 
 def _column(rows: Sequence[RoarMethod], points: Sequence[RoarPoint], detail: str) -> Column:
     """Means with deviations, the best of the methods marked; a mean without all repeats is a dash."""
-    named = {row.name: point for row, point in zip(rows, points, strict=True)}
-    methods = {row.name for row in rows if not row.control}
-    best = best_names({name: point.value for name, point in named.items() if name in methods}, True, 2)
-    cells = {name: _cell(point, best=name in best) for name, point in named.items()}
-    return Column(LABEL, cells, detail, _repeats(max((len(point.repeats) for point in points), default=0)))
+    pairs = list(zip(rows, points, strict=True))
+    best = best_names({row.name: point.value for row, point in pairs if not row.control}, True, 2)
+    cells = {}
+    for row, point in pairs:
+        if point.value is not None:
+            cells[row.name] = Cell(with_spread(point.value, point.std), best=row.name in best)
+        elif point.repeats:
+            done = sum(value is not None for value in point.repeats)
+            cells[row.name] = Cell(interval=f"{done} of {_repeats(point)}")
+    longest = max(points, key=lambda point: len(point.repeats), default=RoarPoint())
+    return Column(METRIC.label + METRIC.arrow, cells, detail, _repeats(longest))
 
 
-def _cell(point: RoarPoint, *, best: bool) -> Cell:
-    """Mean and deviation; the number of finished repeats if one is missing."""
-    if point.value is not None:
-        return Cell(with_spread(point.value, point.std), best=best)
-    done = sum(value is not None for value in point.repeats)
-    return Cell(interval=f"{done} of {_repeats(len(point.repeats))}" if point.repeats else "")
-
-
-def _repeats(count: int) -> str:
+def _repeats(point: RoarPoint) -> str:
+    count = len(point.repeats)
     return f"{count} repeat{'' if count == 1 else 's'}" if count else ""
 
 
 def difference_tables(result: RoarResult, modality: str) -> list[Table]:
     """Each method minus each control, over all fractions first and then at each; better beyond noise is marked."""
-    tables = []
-    for fraction, tests in _tests(result, modality).items():
-        title = f"Maps of the {MODALITIES[modality]}, {_place(fraction)}"
-        table = difference_table(title, result.methods(modality), tests, higher_is_better=True, percent=True)
-        tables += [table] if table else []
-    return tables
-
-
-def _tests(result: RoarResult, modality: str) -> dict[float | None, list[PairedTest]]:
-    """The tests of a modality by fraction, the mean over all fractions (None) first."""
     tests = [test for test in result.tests if test.modality == modality]
+    # None stands for the mean over the fractions.
     fractions = sorted({test.fraction for test in tests}, key=lambda fraction: -1.0 if fraction is None else fraction)
-    return {fraction: [test for test in tests if test.fraction == fraction] for fraction in fractions}
-
-
-def _place(fraction: float | None) -> str:
-    return "mean over the fractions" if fraction is None else f"{percent(fraction)} dropped"
+    tables = []
+    for fraction in fractions:
+        place = "mean over the fractions" if fraction is None else f"{percent(fraction)} dropped"
+        title = f"Maps of the {MODALITIES[modality]}, {place}"
+        family = [test for test in tests if test.fraction == fraction]
+        tables.append(difference_table(title, result.methods(modality), family, METRIC))
+    return list(filter(None, tables))
 
 
 def clean_table(result: RoarResult) -> Table | None:
     """Loss and scores of the models that were trained on whole pairs, per repeat; None without any."""
-    losses = {f"repeat-{run.repeat}": run.loss for run in result.clean}
-    columns = [Column("Validation loss\N{NO-BREAK SPACE}↓", _plain_cells(losses))]
-    for metric in dict.fromkeys(name for run in result.clean for name in run.metrics):
-        values = {f"repeat-{run.repeat}": run.metrics.get(metric) for run in result.clean}
-        columns.append(Column(metric, _plain_cells(values)))
-    return Table("Clean models", [Line(name) for name in losses], columns, of="Repeat") if losses else None
-
-
-def _plain_cells(values: Mapping[str, float | None]) -> dict[str, Cell]:
-    return {name: Cell(f"{value:#.4g}") for name, value in values.items() if value is not None}
+    runs = {
+        f"repeat-{run.repeat}": {"Validation loss\N{NO-BREAK SPACE}↓": run.loss} | run.metrics for run in result.clean
+    }
+    columns = []
+    for label in dict.fromkeys(label for values in runs.values() for label in values):
+        values = {name: run.get(label) for name, run in runs.items()}
+        columns.append(Column(label, {n: Cell(f"{value:#.4g}") for n, value in values.items() if value is not None}))
+    return Table("Clean models", [Line(name) for name in runs], columns, of="Repeat") if runs else None
 
 
 def _content(result: RoarResult) -> dict[str, Any]:
-    """What both templates show."""
-    scores = [score_table(result, modality) for modality in result.modalities]
+    """The variables of both templates."""
+    scores = (score_table(result, modality) for modality in result.modalities)
     differences = {modality: difference_tables(result, modality) for modality in result.modalities}
     return {
         "result": result,
-        "tables": [table for table in scores if table],
+        "tables": list(filter(None, scores)),
         "differences": [table for tables in differences.values() for table in tables],
         "overall": [table for tables in differences.values() for table in tables[:1]],
         "tested": max((test.n or 0 for test in result.tests), default=0),
@@ -192,8 +171,9 @@ def roar_plot(result: RoarResult, modality: str) -> Plot:
     return Plot(f"ROAR+, maps of the {MODALITIES[modality]}", save(roar_figure(result, modality), "svg"))
 
 
+@matplotlib.rc_context(STYLE)
 def roar_figure(result: RoarResult, modality: str) -> Figure:
-    """A matplotlib figure: ROAR+ over the share that is dropped, a line per method and its deviation over repeats.
+    """ROAR+ over the share that is dropped: a line per method with its deviation over repeats, controls pale.
 
     Args:
         result: Results of ROAR+.
@@ -205,33 +185,21 @@ def roar_figure(result: RoarResult, modality: str) -> Figure:
     if modality not in result.modalities:
         raise ValueError(f"No row of modality {modality!r}; the results have {result.modalities or 'none'}.")
     rows = result.methods(modality)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.6 + 0.11 * len(rows)), dpi=150, layout="constrained")
-        axes = figure.subplots()
-        handles = _draw(axes, rows, result.fractions(rows))
-        axes.set_xlabel(f"{UNITS[modality]} dropped in training, %")
-        axes.set_ylabel("ROAR+, %")
-        title = ", ".join(filter(None, [f"Maps of the {MODALITIES[modality]}", shorten(result.data.data_class)]))
-        axes.set_title(title, loc="left")
-        add_legend(figure, handles, 2)
-    return figure
-
-
-def _draw(axes: Axes, rows: Sequence[RoarMethod], fractions: Sequence[float]) -> dict[str, Any]:
-    """Lines with their deviations, those of controls pale and hollow; the lines by name, for the legend."""
+    fractions = result.fractions(rows)
     across = np.array([100 * fraction for fraction in fractions])
     gap = min(np.diff(across), default=10.0)
-    styles = {name: i for part in (False, True) for i, name in enumerate(r.name for r in rows if r.control == part)}
-    handles = {}
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.11 * len(rows)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    handles: dict[str, Any] = {}
+    num_methods = sum(not row.control for row in rows)
     for place, row in enumerate(rows):
         points = [row.point(fraction) for fraction in fractions]
         if all(point.value is None for point in points):
             continue
-        count = styles[row.name]
-        # Side by side, so that deviations do not cover each other.
-        shifted = across + 0.3 * gap * ((place + 0.5) / len(rows) - 0.5)
+        count = place - num_methods if row.control else place
         handles[row.name] = axes.errorbar(
-            shifted,
+            # Side by side, so that deviations do not cover each other.
+            across + 0.3 * gap * ((place + 0.5) / len(rows) - 0.5),
             as_floats(point.value for point in points),
             as_floats(point.std for point in points),
             color=MUTED if row.control else COLORS[count % len(COLORS)],
@@ -246,4 +214,9 @@ def _draw(axes: Axes, rows: Sequence[RoarMethod], fractions: Sequence[float]) ->
     axes.axhline(0, color="black", linewidth=1, zorder=1)
     axes.set_xticks(across, [f"{round(share, 6):g}" for share in across])
     axes.grid(axis="y")
-    return handles
+    axes.set_xlabel(f"{UNITS[modality]} dropped in training, %")
+    axes.set_ylabel("ROAR+, %")
+    title = ", ".join(filter(None, [f"Maps of the {MODALITIES[modality]}", shorten(result.data.data_class)]))
+    axes.set_title(title, loc="left")
+    add_legend(figure, handles, 2)
+    return figure

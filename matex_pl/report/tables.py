@@ -33,20 +33,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
-
-    Args:
-        label: E.g. `Confidence drop ↓`.
-        cells: By name of the line; a line without a cell gets a dash.
-        detail: What tells it from columns of the same label, e.g. the fill.
-        counted: E.g. `n = 100`.
-        published: Whether it repeats the paper.
-    """
+    """Cells by name of the line; a line without a cell gets a dash."""
 
     label: str
     cells: Mapping[str, Cell]
+    # Sets columns of the same label apart, e.g. the fill.
     detail: str = ""
+    # E.g. `n = 100`.
     counted: str = ""
+    # From the paper, not measured here.
     published: bool = False
 
 
@@ -70,7 +65,7 @@ class Table:
 
     @property
     def parts(self) -> list[tuple[bool, list[Line]]]:
-        """The methods and the controls, as far as there are any, each with whether they are controls."""
+        """The lines as (are controls, lines): the methods, then the controls."""
         ordered = sorted(self.lines, key=lambda line: line.control)
         return [(control, list(lines)) for control, lines in groupby(ordered, lambda line: line.control)]
 
@@ -92,47 +87,44 @@ def method_table(title: str, methods: Iterable[Method], columns: Sequence[Column
 
 
 def score_column(metric: Metric, scores: Mapping[str, Score], methods: Sequence[Method], label: str = "") -> Column:
-    """A column of scores by name, the best of the methods marked; `label` replaces the metric's own."""
-    found = [scores[method.name] for method in methods if method.name in scores]
-    digits = decimals([end for score in found for end in (score.value, score.low, score.high)], metric.percent)
-    values = {m.name: scores[m.name].value for m in methods if m.name in scores and not m.control}
+    """A column of scores with a value, by name, the best of the methods marked; `label` replaces the metric's own."""
+    digits = decimals([end for score in scores.values() for end in (score.value, score.low, score.high)], metric)
+    values = {
+        method.name: scores[method.name].value for method in methods if method.name in scores and not method.control
+    }
     best = best_names(values, metric.higher_is_better, digits)
     cells = {
         name: Cell(number(score.value, digits), interval(score.value, score.low, score.high, digits), name in best)
         for name, score in scores.items()
     }
-    counted = count_pairs(score.n for score in found if score.value is not None)
-    return Column(label or metric.label + arrow(metric), cells, "" if label else metric.fill, counted)
+    counted = count_pairs(score.n for score in scores.values())
+    return Column(label or metric.label + metric.arrow, cells, "" if label else metric.fill, counted)
 
 
 def difference_table(
-    title: str,
-    methods: Iterable[Method],
-    differences: Sequence[Difference],
-    *,
-    higher_is_better: bool | None,
-    percent: bool = False,
+    title: str, methods: Iterable[Method], differences: Sequence[Difference], metric: Metric
 ) -> Table | None:
-    """Methods minus controls, a column per control; what is surely better is marked.
+    """Methods minus controls in a metric, a column per control; what is surely better is marked.
 
     Args:
-        title: Of the table.
-        methods: In the order of the lines; those without a difference are left out.
+        title: Title of the table.
+        methods: Methods in the order of the lines; those without a difference are left out.
         differences: At most one for each method and control.
-        higher_is_better: Direction of the metric.
-        percent: Whether the metric is a percentage.
+        metric: Direction and unit of the differences.
     """
     rows = {difference.row for difference in differences}
     columns = []
-    for rival in dict.fromkeys(difference.against for difference in differences):
-        found = [difference for difference in differences if difference.against == rival]
-        digits = decimals([end for d in found for end in (d.difference, d.low, d.high)], percent)
+    for control in dict.fromkeys(difference.against for difference in differences):
+        column = [difference for difference in differences if difference.against == control]
+        digits = decimals([end for d in column for end in (d.difference, d.low, d.high)], metric)
         cells = {
-            d.row: Cell(number(d.difference, digits, signed=True), certainty(d, digits), d.is_better(higher_is_better))
-            for d in found
+            d.row: Cell(
+                number(d.difference, digits, signed=True), certainty(d, digits), d.is_better(metric.higher_is_better)
+            )
+            for d in column
         }
-        counted = count_pairs(d.n for d in found if d.difference is not None)
-        columns.append(Column(f"minus {rival}", cells, counted=counted))
+        counted = count_pairs(d.n for d in column if d.difference is not None)
+        columns.append(Column(f"minus {control}", cells, counted=counted))
     return method_table(title, [method for method in methods if method.name in rows], columns)
 
 
@@ -140,16 +132,12 @@ def with_published(table: Table, modality: str, keys: Sequence[str]) -> Table:
     """The table with the paper's columns `keys`; methods that were only published close it."""
     figures = PUBLISHED[modality]
     known = {line.name for line in table.lines}
-    only = [Line(name, "published only") for name in figures if name not in known]
-    columns = [
-        Column(
-            PUBLISHED_COLUMNS[key],
-            {name: Cell(with_spread(*entry[key])) for name, entry in figures.items()},
-            published=True,
-        )
-        for key in keys
-    ]
-    return replace(table, lines=[*table.lines, *only], columns=[*table.columns, *columns])
+    lines = [Line(name, "published only") for name in figures if name not in known]
+    columns = []
+    for key in keys:
+        cells = {name: Cell(with_spread(*entry[key])) for name, entry in figures.items()}
+        columns.append(Column(PUBLISHED_COLUMNS[key], cells, published=True))
+    return replace(table, lines=[*table.lines, *lines], columns=[*table.columns, *columns])
 
 
 def best_names(values: Mapping[str, float | None], higher_is_better: bool | None, digits: int) -> set[str]:
@@ -161,15 +149,10 @@ def best_names(values: Mapping[str, float | None], higher_is_better: bool | None
     return {name for name, value in known.items() if number(value, digits) == best}
 
 
-def arrow(metric: Metric) -> str:
-    """The better direction, tied to the label before it; empty without one."""
-    return {None: "", True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓"}[metric.higher_is_better]
-
-
-def decimals(values: Iterable[float | None], percent: bool) -> int:
+def decimals(values: Iterable[float | None], metric: Metric) -> int:
     """Decimals of values that stand together: two, or three if all of them are small shares."""
     known = [abs(value) for value in values if value is not None]
-    return 3 if known and max(known) < 0.1 and not percent else 2
+    return 3 if known and max(known) < 0.1 and not metric.percent else 2
 
 
 def number(value: float | None, digits: int, *, signed: bool = False) -> str:
@@ -183,12 +166,10 @@ def interval(value: float | None, low: float | None, high: float | None, digits:
 
 
 def certainty(difference: Difference, digits: int) -> str:
-    """Interval and p-value of a difference, as far as it has them."""
-    ends = interval(difference.difference, difference.low, difference.high, digits)
-    p = difference.p_holm
-    if p is None:
-        return ends
-    return ", ".join(filter(None, [ends, "p < 0.001" if p < 0.001 else f"p = {p:.3f}"]))
+    """Interval and p-value of a difference, if it has them."""
+    ends, p = interval(difference.difference, difference.low, difference.high, digits), difference.p_holm
+    p_value = "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return ", ".join(filter(None, [ends, p_value]))
 
 
 def with_spread(value: float, std: float | None = None) -> str:

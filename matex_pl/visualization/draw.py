@@ -40,12 +40,7 @@ BOX_COLOR: Color = (64, 240, 200)
 
 @dataclass(frozen=True)
 class Page:
-    """The measures of a picture.
-
-    Args:
-        width: Width in pixels.
-        unit: Pixels per design unit.
-    """
+    """The measures of a picture: its width in pixels, and the pixels per design unit."""
 
     width: int
     unit: float
@@ -95,11 +90,9 @@ def blank_picture(height: int, width: int) -> Picture:
 
 def resize(picture: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     """`picture` at `size` (width, height): areas averaged when it shrinks, else cubic for uint8 and linear for maps."""
-    if size[0] < picture.shape[1]:
-        method = cv2.INTER_AREA
-    else:
-        # Cubic rings: harmless on an image, but it would leave [0, 1] and put heat where the map has none.
-        method = cv2.INTER_CUBIC if picture.dtype == np.uint8 else cv2.INTER_LINEAR
+    # Cubic rings: harmless on an image, but it would leave [0, 1] and put heat where the map has none.
+    enlarge = cv2.INTER_CUBIC if picture.dtype == np.uint8 else cv2.INTER_LINEAR
+    method = cv2.INTER_AREA if size[0] < picture.shape[1] else enlarge
     return cv2.resize(picture, size, interpolation=method)
 
 
@@ -115,9 +108,6 @@ def picture_grid(pictures: Sequence[Picture], *, columns: int, gap: int = 12) ->
         pictures: `(h, w)` or `(h, w, 3)` uint8 each, of any sizes; smaller ones are centered in their cell.
         columns: Cells per row, at least 1.
         gap: Pixels between cells and around the grid.
-
-    Raises:
-        ValueError: There are no pictures or columns, or a picture has another shape.
     """
     if not pictures:
         raise ValueError("picture_grid needs at least one picture, got none.")
@@ -135,12 +125,10 @@ def picture_grid(pictures: Sequence[Picture], *, columns: int, gap: int = 12) ->
 
 
 def save_png(path: str | os.PathLike[str], image: Picture) -> Path:
-    """Write `image` `(h, w)` or `(h, w, 3)` uint8 as PNG and return its path; a reader sees the old file or the new.
-
-    Parent folders are made. Pillow's `optimize` would save 5 % of a panel's bytes for five times the time.
-    """
+    """Write `image` `(h, w)` or `(h, w, 3)` uint8 as PNG and return its path; a reader sees the old file or the new."""
     path = Path(path)
     with whole_file(path) as part:
+        # Pillow's `optimize` would save 5 % of a panel's bytes for five times the time.
         Image.fromarray(check_image(image, name="image")).save(part, format="PNG", compress_level=6)
     return path
 
@@ -155,26 +143,22 @@ def check_image(image: Any, name: str = "image") -> Picture:
 
 
 def check_heat(heat: ArrayLike, size: tuple[int, int], name: str = "heat") -> NDArray[np.float32]:
-    """`heat` as `(H, W)` float32 in [0, 1]; rounding beyond the ends is clipped, more is an error."""
+    """`heat` as `(H, W)` float32 in [0, 1]."""
     array = np.asarray(heat, dtype=np.float32)
     if array.shape != size:
         raise ValueError(f"{name} must have the image's (H, W) = {size}, got {array.shape}.")
     return check_unit_range(array, name)
 
 
-def check_unit_range(array: NDArray[np.float32], name: str, tolerance: float = 1e-4) -> NDArray[np.float32]:
-    """`array` clipped to [0, 1], if nothing of it is further outside than `tolerance`."""
-    if array.size and not (array.min() >= -tolerance and array.max() <= 1 + tolerance):
+def check_unit_range(array: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+    """`array` in [0, 1]; rounding beyond the ends is clipped, more is an error."""
+    if array.size and not (array.min() >= -1e-4 and array.max() <= 1 + 1e-4):
         raise ValueError(f"{name} must be in [0, 1], got values from {array.min():.4g} to {array.max():.4g}.")
     return array.clip(0, 1)
 
 
 def visible_boxes(boxes: ArrayLike) -> NDArray[np.float32]:
-    """The boxes clipped to the frame, `(K, 4)` float32, without those wholly outside.
-
-    Raises:
-        ValueError: The boxes are not `(K, 4)` ordered, finite corners in parts of the frame.
-    """
+    """The boxes clipped to the frame, `(K, 4)` float32, without those wholly outside."""
     array = np.asarray(boxes, dtype=np.float32)
     if array.size == 0:
         return np.zeros((0, 4), np.float32)
@@ -193,15 +177,7 @@ def visible_boxes(boxes: ArrayLike) -> NDArray[np.float32]:
 def draw_tile(
     image: Picture, heat: NDArray[np.float32], boxes: NDArray[np.float32], page: Page, *, side_markers: bool = True
 ) -> Picture:
-    """The map over the image, `(h, w, 3)` uint8, with the boxes, a cross at the map's maximum, and the patient's sides.
-
-    Args:
-        image: `(h, w, 3)` uint8, as large as the tile.
-        heat: `(H, W)` in [0, 1], resized to the image. Zeros leave the image alone.
-        boxes: `(K, 4)` in [0, 1].
-        page: Measures of the marks.
-        side_markers: Draw R and L.
-    """
+    """`image` `(h, w, 3)` under `heat` `(H, W)` in [0, 1], with boxes, a cross at the maximum, and R and L."""
     tile = overlay(image, resize(heat, (image.shape[1], image.shape[0])))
     draw_boxes(tile, boxes, page.px(2.4))
     draw_peak(tile, heat, page)
@@ -242,13 +218,7 @@ def draw_peak(window: Picture, heat: NDArray[np.float32], page: Page) -> None:
 
 
 def draw_color_bar(canvas: Picture, corner: tuple[int, int], size: tuple[int, int]) -> None:
-    """The overlay's colors in a thin frame, 1 at the top of a tall bar and at the right of a wide one.
-
-    Args:
-        canvas: The picture to draw on.
-        corner: (left, top) in pixels.
-        size: (width, height) in pixels.
-    """
+    """The overlay's colors at `corner` (left, top), 1 at the top of a tall bar and at the right of a wide one."""
     (left, top), (width, height) = corner, size
     ramp = np.linspace(1, 0, height)[:, None] if height > width else np.linspace(0, 1, width)
     draw_frame(canvas, (left - 1, top - 1), (left + width + 1, top + height + 1), 1, FAINT_INK)

@@ -89,13 +89,11 @@ def panel(
     side = (width - 2 * page.margin - page.px(16) - page.px(56)) // 2
     large = resize(image, (side, max(1, round(side * image.shape[0] / image.shape[1]))))
     tiles = [draw_tile(large, shown, boxes, page, side_markers=side_markers) for shown in (np.zeros_like(heat), heat)]
+    remark = "cross at the maximum" if heat.max() > 0 else "all zero"
     return compose(
         page,
         tiles,
-        captions=(
-            f"image, {count_boxes(len(boxes))}",
-            f"map over the image, {'cross at the maximum' if heat.max() > 0 else 'all zero'}",
-        ),
+        captions=(f"image, {count_boxes(len(boxes))}", f"map over the image, {remark}"),
         lines=phrase_lines(page, pieces, width - 2 * page.margin, text_lines),
         text_lines=text_lines,
         title=title,
@@ -118,16 +116,8 @@ def compose(
 ) -> Picture:
     """A header, pictures side by side with a color bar to their right, and a phrase, as `(h, page.width, 3)` uint8.
 
-    Args:
-        page: Measures.
-        tiles: Pictures of one height.
-        captions: One line under each picture.
-        lines: The phrase, from `phrase_lines`.
-        text_lines: Lines kept for the phrase.
-        title: First line.
-        subtitle: Second line.
-        score: Cosine in the upper right corner; none by default.
-        scale: The values at the bottom and at the top of the color bar.
+    The tiles have one height and a caption each; `text_lines` are kept for `lines`, from `phrase_lines`; `scale` has
+    the values at the bottom and at the top of the color bar.
     """
     top, height = page.px(88), tiles[0].shape[0]
     bottom = top + height

@@ -90,15 +90,18 @@ def prior_panel(
     Raises:
         ValueError: The prior is outside [1, lambda_s], or names and boxes do not pair.
     """
-    heat = resize(_as_heat(prior, lambda_s), (SIDE, SIDE))
+    array = np.asarray(prior, dtype=np.float32)
+    if array.ndim != 2 or not (array.min() >= 1 - 1e-4 and array.max() <= lambda_s * (1 + 1e-4)):
+        raise ValueError(
+            f"prior must be (H, W) in [1, lambda_s = {lambda_s}], got {array.shape} "
+            f"from {array.min():.4g} to {array.max():.4g}."
+        )
+    heat = ((array - 1) / max(lambda_s - 1, 1e-9)).clip(0, 1)
     areas, lines = _draw_chest(chest or {})
-    picture = overlay(areas, heat)
+    picture = overlay(areas, resize(heat, (SIDE, SIDE)))
     picture = np.rint(picture + lines * (np.array(OUTLINE) - picture)).astype(np.uint8)
     page = Page(DESIGN_WIDTH, 1.0)
-    labels = place_labels(boxes, names)
-    for label in reversed(labels):
-        draw_boxes(picture, [label.box], 2, label.color)
-    picture = mark_sides(_write_labels(picture, labels), page)
+    picture = mark_sides(_draw_regions(picture, place_labels(boxes, names)), page)
 
     pieces, room = list(_pieces(phrase, naming, ignored)), page.width - 2 * page.margin
     text = phrase_lines(page, pieces, room, TEXT_LINES + 1)
@@ -114,17 +117,6 @@ def prior_panel(
         subtitle=subtitle,
         scale=("1", f"{lambda_s:.3g}"),
     )
-
-
-def _as_heat(prior: ArrayLike, lambda_s: float) -> NDArray[np.float32]:
-    """The prior in [0, 1]; zeros if `lambda_s` is 1."""
-    array = np.asarray(prior, dtype=np.float32)
-    if array.ndim != 2 or not (array.min() >= 1 - 1e-4 and array.max() <= lambda_s * (1 + 1e-4)):
-        raise ValueError(
-            f"prior must be (H, W) in [1, lambda_s = {lambda_s}], got {array.shape} "
-            f"from {array.min():.4g} to {array.max():.4g}."
-        )
-    return ((array - 1) / max(lambda_s - 1, 1e-9)).clip(0, 1)
 
 
 def _draw_chest(chest: Mapping[str, Sequence[NDArray[np.float64]]]) -> tuple[Picture, NDArray[np.float32]]:
@@ -143,14 +135,7 @@ def _draw_chest(chest: Mapping[str, Sequence[NDArray[np.float64]]]) -> tuple[Pic
 
 @dataclass(frozen=True)
 class Label:
-    """A box with its name.
-
-    Args:
-        box: `(x0, y0, x1, y1)` in [0, 1] of the image.
-        text: The names of all regions with this box.
-        color: Color of the box and of the text.
-        place: `(x0, y0, x1, y1)` of the text's ground, in pixels.
-    """
+    """A box in parts of the image, the names of its regions, its color, and the pixels of the text's ground."""
 
     box: Box
     text: str
@@ -200,8 +185,10 @@ def meet(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _write_labels(picture: Picture, labels: Sequence[Label]) -> Picture:
-    """The picture with the names of the boxes, each on a dark ground in the color of its box."""
+def _draw_regions(picture: Picture, labels: Sequence[Label]) -> Picture:
+    """The picture with the boxes, small ones on top, and their names on dark ground."""
+    for label in reversed(labels):
+        draw_boxes(picture, [label.box], 2, label.color)
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     for label in labels:
@@ -212,7 +199,7 @@ def _write_labels(picture: Picture, labels: Sequence[Label]) -> Picture:
 
 
 def marked_runs(phrase: str, naming: Sequence[Span], ignored: Sequence[Span]) -> Iterator[tuple[str, str]]:
-    """Stretches of the phrase in order, each with `names`, `ignored` or the empty string; together the whole phrase."""
+    """The phrase in runs, each with `names`, `ignored` or the empty string."""
     marks = [""] * len(phrase)
     for mark, spans in (("ignored", ignored), ("names", naming)):
         for start, end in spans:
@@ -238,9 +225,8 @@ def _excerpt(pieces: Sequence[Piece]) -> list[Piece]:
     kept: list[Piece] = []
     for is_marked, run in groupby(pieces, key=lambda piece: piece.relevance > 0 or piece.struck):
         words = list(run)
-        if is_marked or len(words) <= 2 * CONTEXT_WORDS + 1 or len(words) == len(pieces):
-            kept += words
-        else:
+        if not (is_marked or len(words) <= 2 * CONTEXT_WORDS + 1 or len(words) == len(pieces)):
             before = words[:CONTEXT_WORDS] if kept else []
-            kept += [*before, Piece("…", 0.0, True), *words[-CONTEXT_WORDS:]]
+            words = [*before, Piece("…", 0.0, True), *words[-CONTEXT_WORDS:]]
+        kept += words
     return kept

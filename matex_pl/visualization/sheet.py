@@ -1,7 +1,4 @@
-"""Many methods on one pair as one picture: the image, then a tile per method with its map and its words.
-
-A tile is `TILE` design units wide, so that a sheet looks the same at every width.
-"""
+"""Many methods on one pair as one picture: the image, then a tile per method with its map and its words."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
 from matex_pl.visualization.draw import (
@@ -37,6 +34,7 @@ from matex_pl.visualization.draw import (
 from matex_pl.visualization.words import Piece, check_relevance, phrase_lines, phrase_pieces, wrap, write_phrase
 
 SHEET_WIDTH, COLUMNS, TEXT_LINES = 1920, 6, 3
+# Widths in design units, so that a sheet looks the same at every width.
 TILE, PANEL_TILE = 240, 384
 # In pixels; the type of a narrower tile cannot be read.
 MIN_TILE = 120
@@ -78,9 +76,8 @@ def contact_sheet(
     """Many methods on one pair as a picture `(h, width, 3)` uint8.
 
     h depends on `width`, `columns`, `text_lines`, the number of entries and the image's aspect alone. The first tile is
-    the image with its boxes, the others are the entries in their order: the map over the image, with the boxes and a
-    cross at its maximum; the method's name and note; the phrase, each word piece shaded by its relevance. All have the
-    size and the color scale of the bar at the foot.
+    the image with its boxes, the others are the entries: the map over the image, the boxes, a cross at the maximum; the
+    method's name and note; the phrase, each word piece shaded by its relevance. All share the color bar at the foot.
 
     Args:
         image: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
@@ -100,48 +97,34 @@ def contact_sheet(
         ValueError: A shape, range or length does not fit; the message names it and the entry.
     """
     image, boxes = check_image(image), visible_boxes(boxes)
-    maps = [_check_map(entry, image.shape[:2]) for entry in entries]
-    phrases = [_check_words(entry, phrase, tokens) for entry in entries]
     page = _Sheet.of(width, columns, len(entries), image.shape[0] / image.shape[1], text_lines)
 
     small, no_heat = resize(image, page.tile), np.zeros(image.shape[:2], np.float32)
     picture = draw_tile(small, no_heat, boxes, page.marks, side_markers=side_markers)
     cells = [_cell(page, picture, "image", count_boxes(len(boxes)), [])]
-    for entry, heat, pieces in zip(entries, maps, phrases, strict=True):
-        if heat is None:
-            cells.append(_cell(page, _empty_tile(page, entry.note), entry.name, "", pieces))
+    for entry in entries:
+        pieces = None
+        if entry.relevance is not None:
+            relevance = check_relevance(entry.relevance, len(tokens), name=f"relevance of {entry.name!r}")
+            pieces = phrase_pieces(phrase, tokens, relevance)
+        if entry.heat is None:
+            picture, note = _empty_tile(page, entry.note), ""
         else:
+            heat = check_heat(entry.heat, image.shape[:2], name=f"heat of {entry.name!r}")
             picture = draw_tile(small, heat, boxes, page.marks, side_markers=side_markers)
             note = ", ".join(filter(None, (entry.note, "" if heat.max() > 0 else "all zero")))
-            cells.append(_cell(page, picture, entry.name, note, pieces))
+        cells.append(_cell(page, picture, entry.name, note, pieces))
     return _compose(page, cells, phrase, title, subtitle, score)
-
-
-def _check_map(entry: Entry, size: tuple[int, int]) -> NDArray[np.float32] | None:
-    """The entry's map as `(H, W)` float32."""
-    return None if entry.heat is None else check_heat(entry.heat, size, name=f"heat of {entry.name!r}")
-
-
-def _check_words(entry: Entry, phrase: str, tokens: Sequence[str]) -> list[Piece] | None:
-    """The phrase with the entry's relevance."""
-    if entry.relevance is None:
-        return None
-    relevance = check_relevance(entry.relevance, len(tokens), name=f"relevance of {entry.name!r}")
-    return phrase_pieces(phrase, tokens, relevance)
 
 
 @dataclass(frozen=True)
 class _Sheet(Page):
-    """The measures of a sheet.
+    """The measures of a sheet."""
 
-    Args:
-        tile: (width, height) of each picture in pixels.
-        columns: Tiles per row.
-        text_lines: Lines kept for the phrase under a tile.
-    """
-
+    # (width, height) of each picture in pixels.
     tile: tuple[int, int]
     columns: int
+    # Lines kept for the phrase under a tile.
     text_lines: int
 
     @classmethod
@@ -154,21 +137,19 @@ class _Sheet(Page):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         columns = min(columns, num_entries + 1)
         # A sheet of one or two columns has the type of a panel of its width, not a larger one.
-        page = Page(width, width / max(columns * (TILE + 20) + 20, DESIGN_WIDTH))
-        side = (width - (columns + 1) * page.margin) // columns
+        unit = width / max(columns * (TILE + 20) + 20, DESIGN_WIDTH)
+        side = (width - (columns + 1) * Page(width, unit).margin) // columns
         if side < MIN_TILE:
             raise ValueError(
                 f"A width of {width} pixels leaves {columns} columns {side} pixels each, but a tile needs {MIN_TILE}. "
                 "Give fewer columns or more width."
             )
-        return cls(width, page.unit, (side, max(1, round(side * aspect))), columns, text_lines)
+        return cls(width, unit, (side, max(1, round(side * aspect))), columns, text_lines)
 
     @property
     def marks(self) -> Page:
-        """The measures of the marks on a tile: in proportion to it as on a panel, within what can be seen.
-
-        Below half a pixel a unit the cross falls apart; above that of the sheet it would be larger than the type.
-        """
+        """The measures of the marks on a tile, in proportion to it as on a panel."""
+        # Below half a pixel a unit the cross falls apart; above that of the sheet it would be larger than the type.
         return Page(self.tile[0], max(min(self.tile[0] / PANEL_TILE, self.unit), 0.5))
 
     @property

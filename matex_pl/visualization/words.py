@@ -24,19 +24,17 @@ from matex_pl.visualization.draw import (
 
 @dataclass(frozen=True)
 class Piece:
-    """A word piece on a picture.
-
-    Args:
-        text: Readable, without the tokenizer's marks.
-        relevance: Shade of the piece, in [0, 1].
-        after_space: The piece begins a word.
-        struck: The piece is struck through.
-    """
+    """A word piece without the tokenizer's marks, its relevance in [0, 1], and whether it begins a word."""
 
     text: str
     relevance: float
     after_space: bool
+    # Whether a line is drawn through it.
     struck: bool = False
+
+
+# Space between words in parts of the type's size, wide enough to part the shades of two neighbors.
+BLANK = 0.5
 
 
 def phrase_pieces(phrase: str, tokens: Sequence[str], relevance: Sequence[float]) -> list[Piece]:
@@ -53,23 +51,25 @@ def phrase_pieces(phrase: str, tokens: Sequence[str], relevance: Sequence[float]
     line = single_line(phrase)
     if not tokens:
         return [Piece(word, 0.0, True) for word in line.split()]
-    found = _find_in(line, [single_line(token) for token in tokens])
-    spelled = found or [_spell(token) for token in tokens]
-    values = zip(spelled, relevance, strict=True)
-    pieces = [Piece(text, float(value), after_space) for (text, after_space), value in values if text]
-    is_cut = found is not None and sum(len(text) + after_space for text, after_space in found) < len(line)
+    texts = [single_line(token) for token in tokens]
+    spelled = _find_in(line, texts)
+    is_cut = spelled is not None and sum(len(text) + after_space for text, after_space in spelled) < len(line)
+    if spelled is None:
+        # No space stands before a punctuation mark.
+        begins = [
+            token.startswith(" ") and not text.startswith(tuple(".,;:!?)]%"))
+            for token, text in zip(tokens, texts, strict=True)
+        ]
+        spelled = list(zip(texts, begins, strict=True))
+    pieces = [
+        Piece(text, float(value), begins) for (text, begins), value in zip(spelled, relevance, strict=True) if text
+    ]
     return [*pieces, Piece("…", 0.0, False)] if is_cut else pieces
-
-
-def _spell(token: str) -> tuple[str, bool]:
-    """The token's text and whether it begins a word; no space stands before a punctuation mark."""
-    text = single_line(token)
-    return text, token.startswith(" ") and not text.startswith(tuple(".,;:!?)]%"))
 
 
 def _find_in(line: str, texts: Sequence[str]) -> list[tuple[str, bool]] | None:
     """The texts as the line spells them, each with whether it begins a word; None if the line does not begin so."""
-    found, position, lowered = [], 0, line.lower()
+    spelled, position, lowered = [], 0, line.lower()
     if len(lowered) != len(line):
         return None
     for text in texts:
@@ -78,9 +78,9 @@ def _find_in(line: str, texts: Sequence[str]) -> list[tuple[str, bool]] | None:
         position += spaced
         if not lowered.startswith(text.lower(), position):
             return None
-        found.append((line[position : position + len(text)], spaced))
+        spelled.append((line[position : position + len(text)], spaced))
         position += len(text)
-    return found
+    return spelled
 
 
 def check_relevance(relevance: Sequence[float], count: int, name: str = "relevance") -> list[float]:
@@ -100,7 +100,10 @@ def wrap(pieces: Iterable[Piece], room: float, size: int, max_lines: int) -> lis
         elif len(lines) < max_lines:
             lines.append(list(word))
         else:
-            lines[-1] = _end_line(lines[-1], room, size)
+            ending = Piece("…", 0.0, False)
+            while lines[-1] and line_length([*lines[-1], ending], size) > room:
+                lines[-1].pop()
+            lines[-1].append(ending)
             break
     return lines
 
@@ -116,23 +119,10 @@ def _words(pieces: Iterable[Piece], room: float, size: int) -> Iterator[list[Pie
         word.append(piece)
 
 
-def _end_line(line: Sequence[Piece], room: float, size: int) -> list[Piece]:
-    """The line with an ellipsis, without the last pieces where they leave no room for it."""
-    kept, ending = list(line), Piece("…", 0.0, False)
-    while kept and line_length([*kept, ending], size) > room:
-        kept.pop()
-    return [*kept, ending]
-
-
 def line_length(line: Sequence[Piece], size: int) -> float:
     """Width of a line in pixels."""
     blanks = sum(piece.after_space for piece in line[1:])
-    return blanks * _blank(size) + sum(font(size).getlength(piece.text) for piece in line)
-
-
-def _blank(size: int) -> float:
-    """The space between words in pixels, wide enough to part the shades of two neighbors."""
-    return 0.5 * size
+    return blanks * BLANK * size + sum(font(size).getlength(piece.text) for piece in line)
 
 
 def phrase_lines(page: Page, pieces: Iterable[Piece], room: float, max_lines: int) -> list[list[Piece]]:
@@ -144,24 +134,22 @@ def write_phrase(
     draw: ImageDraw.ImageDraw, page: Page, lines: Sequence[Sequence[Piece]], corner: tuple[int, int]
 ) -> None:
     """Write lines of pieces on their shades, the first at `corner` (left, top)."""
+    pad, size = page.px(3), page.px(18)
     for row, line in enumerate(lines):
-        _write_line(draw, page, line, (corner[0] + page.px(3), corner[1] + row * page.line_height))
-
-
-def _write_line(draw: ImageDraw.ImageDraw, page: Page, line: Sequence[Piece], corner: tuple[int, int]) -> None:
-    """Write one line of pieces; the shade of a word reaches a little beyond its ends."""
-    x, top, pad, size = float(corner[0]), corner[1], page.px(3), page.px(18)
-    for index, piece in enumerate(line):
-        begins = index == 0 or piece.after_space
-        ends = index + 1 == len(line) or line[index + 1].after_space
-        x += _blank(size) * (begins and index > 0)
-        length, shade = font(size).getlength(piece.text), _shade(piece.relevance)
-        draw.rectangle((round(x - pad * begins), top, round(x + length + pad * ends) - 1, top + page.px(28)), shade)
-        ink = FAINT_INK if piece.struck else ink_on(shade)
-        draw.text((x, top + page.px(21)), piece.text, ink, font(size), anchor="ls")
-        if piece.struck:
-            draw.line((x, top + page.px(15), x + length, top + page.px(15)), ink, page.px(2))
-        x += length
+        x, top = float(corner[0] + pad), corner[1] + row * page.line_height
+        for index, piece in enumerate(line):
+            begins = index == 0 or piece.after_space
+            ends = index + 1 == len(line) or line[index + 1].after_space
+            x += BLANK * size * (begins and index > 0)
+            length, shade = font(size).getlength(piece.text), _shade(piece.relevance)
+            # The shade of a word reaches a little beyond its ends.
+            left, right = round(x - pad * begins), round(x + length + pad * ends) - 1
+            draw.rectangle((left, top, right, top + page.px(28)), shade)
+            ink = FAINT_INK if piece.struck else ink_on(shade)
+            draw.text((x, top + page.px(21)), piece.text, ink, font(size), anchor="ls")
+            if piece.struck:
+                draw.line((x, top + page.px(15), x + length, top + page.px(15)), ink, page.px(2))
+            x += length
 
 
 def _shade(value: float) -> Color:
