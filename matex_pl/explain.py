@@ -95,7 +95,7 @@ def _pair(
     """Arguments for a picture of the pair in `row` that are the same for all methods."""
     finding = batch["finding"][row] if show_finding else ""
     return {
-        "content_box": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),
+        "image": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),
         "boxes": batch["boxes"][row].cpu().numpy(),
         "phrase": batch["phrase"][row],
         "tokens": clip.pieces(tokens[content]),
