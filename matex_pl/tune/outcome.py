@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matex_pl import attribution
 from matex_pl.attribution import Matex
 from matex_pl.data.pair import ImageTextPair
-from matex_pl.evaluation.intervals import Score, difference, draw_patients, plain
-from matex_pl.files import whole_file
+from matex_pl.evaluation.intervals import Detections, Sums, draw_patients, estimate, plain
+from matex_pl.files import whole_file, write_text
 from matex_pl.tune.search import AXES, FINALISTS, Choice
 
 RESAMPLES = 2000
@@ -29,7 +29,7 @@ _MARKS: dict[str, dict[str, Any]] = {
 
 def report(
     choice: Choice,
-    tests: Sequence[Score],
+    tests: Sequence[Sums | Detections],
     pairs: Mapping[str, Sequence[ImageTextPair]],
     seconds: float,
     seed: int,
@@ -38,13 +38,16 @@ def report(
 
     Args:
         choice: Result on validation pairs.
-        tests: Scores of the test pairs under the method's own setting and under the winner.
+        tests: The test pairs under the method's own setting and under the winner.
         pairs: The pairs by split.
         seconds: Seconds for the components of the validation pairs.
         seed: Random seed of the bootstrap.
     """
-    goal, scores = choice.objective, choice.scores.flatten().tolist()
-    own, winner = tests
+    goal, (own, winner) = choice.objective, tests
+    counts = {
+        split: {"pairs": len(pairs[split]), "patients": len({pair.patient_id for pair in pairs[split]})}
+        for split in ("val", "test")
+    }
     drawn = draw_patients([pair.patient_id for pair in pairs["test"]], RESAMPLES, seed)
     return {
         "format": 1,
@@ -54,7 +57,8 @@ def report(
         "without_effect": choice.grid.idle,
         "raster": choice.raster,
         "settings": [
-            setting | {"score": plain(score)} for setting, score in zip(choice.grid.settings, scores, strict=True)
+            setting | {"score": plain(score)}
+            for setting, score in zip(choice.grid.settings, choice.scores.flatten().tolist(), strict=True)
         ],
         "on_all_pixels": [
             {name: getattr(scored.method, name) for name in AXES} | {"score": plain(scored.score)}
@@ -62,17 +66,13 @@ def report(
         ],
         "own": choice.own.method.settings,
         "winner": choice.winner.method.settings,
-        "validation": _counts(pairs["val"]) | {"own": plain(choice.own.score), "winner": plain(choice.winner.score)},
-        "test": _counts(pairs["test"])
+        "validation": counts["val"] | {"own": plain(choice.own.score), "winner": plain(choice.winner.score)},
+        "test": counts["test"]
         | {"own": plain(float(own.score())), "winner": plain(float(winner.score()))}
-        | {"difference": difference(winner, own, drawn)},
+        | {"difference": estimate(winner, drawn, own).plain()},
         "seconds": {"components": seconds, **choice.seconds},
         "ratio": choice.seconds["settings"] / seconds,
     }
-
-
-def _counts(pairs: Sequence[ImageTextPair]) -> dict[str, Any]:
-    return {"pairs": len(pairs), "patients": len({pair.patient_id for pair in pairs})}
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -91,8 +91,8 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 def describe(result: Mapping[str, Any]) -> str:
     """Text of a `report`, as the command prints it."""
-    validation, test, names = result["validation"], result["test"], result["varied"]
-    gain, seconds = test["difference"], result["seconds"]
+    validation, test, names, seconds = (result[name] for name in ("validation", "test", "varied", "seconds"))
+    gain = test["difference"]
     rows = [
         [title, *(_short(result[title][name]) for name in names), number(validation[title]), number(test[title])]
         for title in ("own", "winner")
@@ -120,37 +120,33 @@ def describe(result: Mapping[str, Any]) -> str:
 def write_files(folder: Path, result: Mapping[str, Any], choice: Choice) -> list[Path]:
     """Write the method, the picture and all scores; returns the paths."""
     figure = draw_surface(choice, result["validation"]["pairs"])
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    save: dict[str, Callable[[Path], Any]] = {
-        "tuned.yaml": lambda path: path.write_text(as_yaml(choice.winner.method, result), encoding="utf-8"),
-        "surface.png": lambda path: figure.savefig(path, format="png", dpi=150),
-        "surface.svg": lambda path: figure.savefig(path, format="svg"),
-        "tune.json": lambda path: path.write_text(text, encoding="utf-8"),
+    texts = {
+        "tuned.yaml": as_yaml(choice.winner.method, result),
+        "tune.json": json.dumps(result, indent=1, allow_nan=False) + "\n",
     }
-    for name, write in save.items():
-        with whole_file(folder / name) as part:
-            write(part)
-    return [folder / name for name in save]
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    for kind in ("png", "svg"):
+        with whole_file(folder / f"surface.{kind}") as part:
+            figure.savefig(part, format=kind, dpi=150)
+    return [folder / name for name in (*texts, "surface.png", "surface.svg")]
 
 
 def as_yaml(method: Matex, result: Mapping[str, Any]) -> str:
     """YAML of the method like the shipped ones: the tuned settings and all that differ from the constructor's."""
-    kind = type(method)
-    defaults, settings = kind().settings, method.settings
-    kept = {name: value for name, value in settings.items() if value != defaults[name] or name in AXES[2:]}
-    is_shipped = getattr(attribution, kind.__name__, None) is kind
-    described = {
-        "class_path": f"{attribution.__name__ if is_shipped else kind.__module__}.{kind.__qualname__}",
-        "init_args": kept,
-    }
-    goal, validation, test, model = (result[name] for name in ("objective", "validation", "test", "model"))
+    kind, validation, test = type(method), result["validation"], result["test"]
+    defaults = kind().settings
+    kept = {name: value for name, value in method.settings.items() if value != defaults[name] or name in AXES[2:]}
+    module = attribution.__name__ if getattr(attribution, kind.__name__, None) is kind else kind.__module__
     lines = [
-        f"MATEX as `matex tune` found it, {result['created']}: {goal['name']} on {validation['pairs']} validation",
-        f"pairs of {result['data']['class']} (seed {result['seed']}), weights {model['weights'][:12]}.",
+        f"MATEX as `matex tune` found it, {result['created']}: {result['objective']['name']} on {validation['pairs']} "
+        "validation",
+        f"pairs of {result['data']['class']} (seed {result['seed']}), weights {result['model']['weights'][:12]}.",
         f"Validation {number(validation['winner'])}, chosen there, and {number(validation['own'])} before; "
         f"test {number(test['winner'])} and {number(test['own'])}.",
         verdict(result),
     ]
+    described = {"class_path": f"{module}.{kind.__qualname__}", "init_args": kept}
     return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(described, sort_keys=False)
 
 

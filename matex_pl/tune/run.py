@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-from torch import Tensor
 
 from matex_pl.anatomy.prior import PriorShape
 from matex_pl.arguments import check_positive
@@ -95,8 +93,15 @@ def tune_matex(
     """
     goal = find_objective(objective)
     own = _checked_method(method, goal)
-    tried = dict(zip(AXES, (grad_layers, prior_shape, lambda_s, lambda_c, tau), strict=True))
-    _check_tried(own, tried)
+    tried: dict[str, Sequence[Any] | None] = dict(
+        zip(AXES, (grad_layers, prior_shape, lambda_s, lambda_c, tau), strict=True)
+    )
+    for name, values in tried.items():
+        if values is not None and not len(values):
+            raise ValueError(f"{name} names no value to try.")
+        for value in values or []:
+            # Refuses what a Matex refuses.
+            type(own)(**own.settings | {name: value})
     check_positive(batch_size=batch_size, raster=raster)
     if num_pairs < -1 or num_pairs == 0:
         raise ValueError(f"num_pairs must be positive, or -1 for all; got {num_pairs}.")
@@ -105,7 +110,12 @@ def tune_matex(
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")
     pairs = {split: _choose(data, split, num_pairs, seed, goal) for split in ("val", "test")}
-    thorax = _thorax(data, goal)
+    thorax = data.thorax() if goal.metric == "outside_thorax_mass" else None
+    if goal.metric == "outside_thorax_mass" and thorax is None:
+        raise ValueError(
+            f"{goal.name} needs to know where the thorax is, and {type(data).__name__} has no `thorax()`. Take "
+            "border_mass, or give the data module one."
+        )
     Path(out).mkdir(parents=True, exist_ok=True)
 
     batches = read_pairs(data, "val", pairs["val"], batch_size)
@@ -114,8 +124,15 @@ def tune_matex(
     grid = make_grid(own, goal, depth, tried, [pair.phrase for pair in pairs["val"]])
     attributed, seconds = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
     if goal.forwards:
-        _announce(goal, len(grid.settings), len(pairs["val"]))
-    choice = choose_setting(attributed, grid, goal, _raster_size(raster, clip.image_size))
+        number, settings = len(pairs["val"]), len(grid.settings)
+        log.info(
+            f"{goal.name} asks the model: {settings} settings of {number} pairs take "
+            f"{settings * number * goal.forwards} forwards of the {goal.side} tower."
+        )
+    # At most one raster point per pixel.
+    share = min(1, raster / max(clip.image_size))
+    height, width = (max(1, round(side * share)) for side in clip.image_size)
+    choice = choose_setting(attributed, grid, goal, (height, width))
     batches = read_pairs(data, "test", pairs["test"], batch_size)
     attributed, _ = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
     tests = [score_setting(attributed, tested, goal) for tested in (own, choice.winner.method)]
@@ -124,11 +141,7 @@ def tune_matex(
 
 
 def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> Matex:
-    """The Matex that is tuned.
-
-    Raises:
-        ValueError: It is another method, or its prior is off, which only words do without.
-    """
+    """The Matex that is tuned; its prior has to be on, but for words."""
     matex = load_method(method or Matex.recommended())
     if not isinstance(matex, Matex):
         raise ValueError(
@@ -143,25 +156,8 @@ def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> 
     return matex
 
 
-def _check_tried(own: Matex, tried: Mapping[str, Sequence[Any] | None]) -> None:
-    """Refuse values that a Matex would refuse, and lists that are empty.
-
-    Raises:
-        ValueError: There are some.
-    """
-    for name, values in tried.items():
-        if values is not None and not len(values):
-            raise ValueError(f"{name} names no value to try.")
-        for value in values or []:
-            type(own)(**own.settings | {name: value})
-
-
 def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal: Objective) -> list[ImageTextPair]:
-    """Pairs of a split.
-
-    Raises:
-        ValueError: The objective needs boxes, and there are none.
-    """
+    """Pairs of a split, some of them with boxes if the objective needs any."""
     pairs = choose_pairs(data, split, number, seed, boxed=goal.needs_boxes)
     if goal.needs_boxes and not any(len(pair.boxes) for pair in pairs):
         raise ValueError(
@@ -169,35 +165,3 @@ def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal:
             f"needs none: {', '.join(boxless_objectives())}."
         )
     return pairs
-
-
-def _thorax(data: ChestXrayDataModule, goal: Objective) -> Tensor | None:
-    """Where lungs and heart usually are, `(H, W)` bool, if the objective asks for it.
-
-    Raises:
-        ValueError: It does, and the data module does not know.
-    """
-    thorax = data.thorax() if goal.needs_thorax else None
-    if goal.needs_thorax and thorax is None:
-        raise ValueError(
-            f"{goal.name} needs to know where the thorax is, and {type(data).__name__} has no `thorax()`. Take "
-            "border_mass, or give the data module one."
-        )
-    return thorax
-
-
-def _raster_size(cells: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the raster: `cells` on the longer side, at most one per pixel."""
-    share = min(1, cells / max(image_size))
-    return max(1, round(image_size[0] * share)), max(1, round(image_size[1] * share))
-
-
-def _announce(objective: Objective, settings: int, pairs: int) -> None:
-    log.info(
-        "%s asks the model: %d settings of %d pairs take %d forwards of the %s tower.",
-        objective.name,
-        settings,
-        pairs,
-        settings * pairs * objective.forwards,
-        objective.side,
-    )
