@@ -521,10 +521,10 @@ def test_intervals_of_nothing_and_of_constants():
 
 def test_a_curve_of_images_that_score_as_their_fill_has_no_score():
     spans = {"seen": torch.full((8,), 0.2), "unseen": torch.full((8,), -0.2), "unsure": torch.linspace(-1, 1.1, 8)}
-    sums = {f"insertion/{name}": Sums(torch.ones(8), span.double()) for name, span in spans.items()}
-    sums = {name: Sums(one.above.double(), one.below) for name, one in sums.items()}
-    curves = {name: (torch.linspace(0, 1, 3), torch.zeros(3, 8)) for name in sums}
-    scores = Values(sums, curves).scores(torch.ones(8, dtype=torch.bool), draw_patients(list("abcdefgh"), 200, 0))
+    values = Values({f"curves/insertion/{name}": torch.zeros(3, 9) for name in spans})
+    ones = torch.ones(8, dtype=torch.float64)
+    values.add_sums({f"insertion/{name}": Sums(ones, span.double()) for name, span in spans.items()})
+    scores = values.scores(torch.ones(8, dtype=torch.bool), draw_patients(list("abcdefgh"), 200, 0))
     assert scores["insertion/seen"].value == pytest.approx(5)
     assert scores["insertion/unseen"] == scores["insertion/unsure"] == Score(n=0)
 

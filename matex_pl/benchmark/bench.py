@@ -15,7 +15,7 @@ from torch import Tensor
 from matex_pl import __version__
 from matex_pl.arguments import check_choice
 from matex_pl.attribution import AttributionMethod
-from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, sanity_check, text_values
+from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, sanity_check, tensors_below, text_values
 from matex_pl.benchmark.prepare import PreparedBatch, prepare_pairs
 from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule, ImageTextPair
@@ -156,9 +156,7 @@ class BenchmarkRun:
         tensors, head = read_tensors(path)
         result.seconds, result.forward_seconds = head.pop("seconds")
         for modality, rest in head.items():
-            prefix = f"{modality}/"
-            packed = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            result.values[modality] = Values.unpacked(packed, rest)
+            result.values[modality] = Values(tensors_below(tensors, modality), **rest)
         return result
 
     def _key(self, store: MapStore) -> str:
@@ -192,8 +190,8 @@ class BenchmarkRun:
         head: dict[str, Any] = {"seconds": self._time(method)}
         for modality, part in values.items():
             part.add_sanity(stages[modality], len(self.pairs))
-            packed, head[modality] = part.packed()
-            tensors |= {f"{modality}/{name}": tensor for name, tensor in packed.items()}
+            tensors |= {f"{modality}/{name}": tensor for name, tensor in part.tensors.items()}
+            head[modality] = {"threshold": part.threshold, "stages": part.stages}
         return tensors, head
 
     def _time(self, method: AttributionMethod) -> list[float]:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,12 +67,14 @@ def image_values(
             ends = batch.blank[fill], batch.score
             curve = patch_curve(clip, images, maps.grid, fill, batch.text, kind, steps=steps, ends=ends)
             curves[f"{kind}/{fill}"].append(curve)
-    result = Values(_joined_sums(scored), threshold=threshold, detections=Detections.joined(detections))
+    fields = vars(Detections.joined(detections))
+    result = Values({f"detections/{name}": column for name, column in fields.items()}, threshold)
+    result.add_sums(_joined_sums(scored))
     for name, parts in curves.items():
-        shares, scores = parts[0][0], torch.cat([scores for _, scores in parts], 1)
-        result.curves[name] = shares, scores
-        areas = F.curve_area(scores, *F.curve_ends(scores, name.partition("/")[0]), shares)
-        result.sums[name] = Sums(*(part.double() for part in areas))
+        shares, curve = parts[0][0], torch.cat([curve for _, curve in parts], 1)
+        result.tensors[f"curves/{name}"] = torch.cat([shares[:, None], curve], 1)
+        areas = F.curve_area(curve, *F.curve_ends(curve, name.partition("/")[0]), shares)
+        result.add_sums({name: Sums(*(area.double() for area in areas))})
     return result
 
 
@@ -114,7 +115,9 @@ def text_values(clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch]) -> 
         drop = {rule: dropped_tokens(maps.text, maps.content, rule) for rule in RULES}
         left = {rule: text_score(clip, tokens, dropped, batch.image) for rule, dropped in drop.items()}
         scored.append(confidence_values(batch.score, left) | {"mean_map_mass": F.text_mass(maps.text, maps.content)})
-    return Values(_joined_sums(scored))
+    values = Values()
+    values.add_sums(_joined_sums(scored))
+    return values
 
 
 def _read_maps(store: MapStore, batch: PreparedBatch, clip: Clip) -> Attribution:
@@ -175,23 +178,39 @@ def sanity_check(
 
 @dataclass
 class Values:
-    """The contributions of the n pairs to the metrics of one modality of a method.
+    """The contributions of the n pairs to the metrics of one modality of a method, as their file has them.
 
     Args:
-        sums: Scores by metric.
-        curves: Shares `(S + 1,)` and scores `(S + 1, n)`, by name as `insertion/blur`.
+        tensors: `sums/METRIC` `(2, n)`, numerator and denominator; `curves/METRIC/FILL` `(S + 1, 1 + n)`, shares and
+            scores; the fields of `Detections` as `detections/FIELD`; and `correlation` `(stages, m)` of the sanity
+            check of the first m pairs.
         threshold: Threshold of the IoU, chosen on validation.
-        detections: Detections of the average precision; None for text maps.
-        stages: Names of the stages of the weight randomization.
-        correlation: `(stages, m)` of the maps of each stage with the original ones, over the first m pairs.
+        stages: Names of the stages of the sanity check.
     """
 
-    sums: dict[str, Sums] = field(default_factory=dict)
-    curves: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     threshold: float | None = None
-    detections: Detections | None = None
     stages: list[str] = field(default_factory=list)
-    correlation: Tensor | None = None
+
+    @property
+    def sums(self) -> dict[str, Sums]:
+        """The scores by metric, without the average precision."""
+        return {name: Sums(*sums) for name, sums in tensors_below(self.tensors, "sums").items()}
+
+    @property
+    def curves(self) -> dict[str, Tensor]:
+        """Shares and scores `(S + 1, 1 + n)`, by name as `insertion/blur`."""
+        return tensors_below(self.tensors, "curves")
+
+    @property
+    def detections(self) -> Detections | None:
+        """Detections of the average precision; None for text maps."""
+        fields = tensors_below(self.tensors, "detections")
+        return Detections(**fields) if fields else None
+
+    def add_sums(self, sums: Mapping[str, Sums]) -> None:
+        """Add scores by metric."""
+        self.tensors |= {f"sums/{name}": torch.stack([part.above, part.below]) for name, part in sums.items()}
 
     def add_sanity(self, stages: Mapping[str, Tensor], number: int) -> None:
         """Add the curve of the sanity check, and its mean over the stages as a metric of the pairs that took part.
@@ -201,10 +220,10 @@ class Values:
             number: Number n of pairs.
         """
         self.stages = list(stages)
-        self.correlation = torch.stack(list(stages.values()))
+        self.tensors["correlation"] = correlation = torch.stack(list(stages.values()))
         mean = torch.full((number,), torch.nan)
-        mean[: self.correlation.shape[1]] = self.correlation.nanmean(0)
-        self.sums["sanity"] = Sums.of(mean)
+        mean[: correlation.shape[1]] = correlation.nanmean(0)
+        self.add_sums({"sanity": Sums.of(mean)})
 
     def scores(self, pairs: Tensor, drawn: Tensor) -> dict[str, Score]:
         """Every metric with its interval, by name.
@@ -213,37 +232,15 @@ class Values:
             pairs: `(n,)` bool, the pairs that count.
             drawn: `(R, n)` of `draw_patients`.
         """
-        scores = {}
+        scores, curves = {}, self.curves
         for name, sums in self.sums.items():
             part = sums.among(pairs)
-            scores[name] = estimate(part, drawn) if name not in self.curves or part.spans(drawn) else Score(n=0)
+            scores[name] = estimate(part, drawn) if name not in curves or part.spans(drawn) else Score(n=0)
         if self.detections is not None:
             scores["ap50"] = estimate(self.detections.among(pairs), drawn)
         return scores
 
-    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All tensors by name, and the rest as plain types."""
-        tensors = {f"sums/{name}": torch.stack([sums.above, sums.below]) for name, sums in self.sums.items()}
-        for name, (shares, scores) in self.curves.items():
-            tensors[f"curves/{name}"] = torch.cat([shares[:, None], scores], 1)
-        if self.detections is not None:
-            tensors |= {f"detections/{name}": column for name, column in vars(self.detections).items()}
-        if self.correlation is not None:
-            tensors["correlation"] = self.correlation
-        return tensors, {"threshold": self.threshold, "stages": self.stages}
 
-    @classmethod
-    def unpacked(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Values:
-        """The values of which `packed` gave the tensors and the rest."""
-        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for path, tensor in tensors.items():
-            kind, _, name = path.partition("/")
-            parts[kind][name] = tensor
-        return cls(
-            sums={name: Sums(*sides) for name, sides in parts["sums"].items()},
-            curves={name: (curve[:, 0], curve[:, 1:]) for name, curve in parts["curves"].items()},
-            threshold=about["threshold"],
-            detections=Detections(**parts["detections"]) if parts["detections"] else None,
-            stages=about["stages"],
-            correlation=tensors.get("correlation"),
-        )
+def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `PREFIX/`, by the rest of the name."""
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}/")}

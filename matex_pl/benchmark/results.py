@@ -72,8 +72,8 @@ def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn
         for finding in sorted({pair.finding for pair in run.pairs} - {""})
     }
     sanity_curve = SanityCurve()
-    if values.correlation is not None:
-        means = [plain(mean) for mean in values.correlation.nanmean(1).tolist()]
+    if values.stages:
+        means = [plain(mean) for mean in values.tensors["correlation"].nanmean(1).tolist()]
         sanity_curve = SanityCurve(stages=values.stages, correlation=means)
     content = {
         "name": row.name,
@@ -89,8 +89,8 @@ def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn
         "scores": values.scores(torch.ones(len(run.pairs), dtype=torch.bool), drawn),
         "per_finding": {finding: values.scores(pairs, drawn) for finding, pairs in about.items()},
         "curves": {
-            name: Curve(share=shares.tolist(), score=scores.mean(1).tolist())
-            for name, (shares, scores) in values.curves.items()
+            name: Curve(share=curve[:, 0].tolist(), score=curve[:, 1:].mean(1).tolist())
+            for name, curve in values.curves.items()
         },
         "sanity_curve": sanity_curve,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from textwrap import fill
@@ -21,10 +21,8 @@ from matex_pl.files import whole_file, write_text
 from matex_pl.tune.search import AXES, FINALISTS, Choice
 
 RESAMPLES = 2000
-_MARKS: dict[str, dict[str, Any]] = {
-    "own": {"marker": "o", "markersize": 14, "markerfacecolor": "white", "markeredgecolor": "black"},
-    "winner": {"marker": "*", "markersize": 11, "markerfacecolor": "#e4002b", "markeredgecolor": "black"},
-}
+# Name, marker, size and color of both settings in the picture.
+_MARKS = {"own": ("disc", "o", 14, "white"), "winner": ("star", "*", 11, "#e4002b")}
 
 
 def report(
@@ -173,40 +171,33 @@ def draw_surface(choice: Choice, pairs: int) -> Figure:
         panel.set_title(f"tau {value:g}", fontsize=10)
         # A panel with none below it has no shared labels.
         panel.tick_params(labelbottom=index + columns >= len(tau))
-        _tick(panel.set_xticks, lambda_c)
-        _tick(panel.set_yticks, lambda_s)
+        for set_ticks, values in ((panel.set_xticks, lambda_c), (panel.set_yticks, lambda_s)):
+            # Every value, or every second one if there are many.
+            step = 1 if len(values) < 7 else 2
+            set_ticks(range(0, len(values), step), [f"{value:g}" for value in values[::step]], fontsize=8)
     for panel in panels[len(tau) :]:
         panel.set_axis_off()
-    places = {name: grid.place(scored.method) for name, scored in (("own", choice.own), ("winner", choice.winner))}
-    marked = {name: place for name, place in places.items() if place and place[:2] == shown}
-    for name, (_, _, up, across, index) in marked.items():
-        panels[index].plot(across, up, label=name, linestyle="none", clip_on=False, zorder=3, **_MARKS[name])
+    varied, unit = grid.varied, {"image": "pixels", "text": "words"}[choice.objective.side]
+    where = f"a raster of {' x '.join(map(str, choice.raster))}" if choice.raster else f"all {unit}"
+    several = " and ".join(name for name in AXES[:2] if name in varied)
+    title = [f"{choice.objective.title}: {pairs} validation pairs on {where}"]
+    title[0] += f", panels at the best {several}" * bool(several)
+    for name, (mark, marker, size, color) in _MARKS.items():
+        scored = choice.own if name == "own" else choice.winner
+        place = grid.place(scored.method)
+        away = ", not on these panels"
+        if place is not None and place[:2] == shown:
+            away = ""
+            _, _, up, across, index = place
+            style = {"marker": marker, "markersize": size, "markerfacecolor": color, "markeredgecolor": "black"}
+            panels[index].plot(across, up, label=name, linestyle="none", clip_on=False, zorder=3, **style)
+        setting = ", ".join(f"{axis} {_short(getattr(scored.method, axis))}" for axis in varied)
+        title.append(f"{mark}: {name}, {setting}: {number(scored.score)} on all {unit}{away}")
     figure.colorbar(image, ax=list(panels), label=choice.objective.title, shrink=0.9)
-    title = _title(choice, pairs, list(marked))
     figure.suptitle("\n".join(fill(line, int(12 * width)) for line in title), fontsize=10)
     figure.supxlabel("lambda_c, weight of the consistent gradients", fontsize=10)
     figure.supylabel("lambda_s, strength of the prior", fontsize=10)
     return figure
-
-
-def _tick(set_ticks: Callable[..., Any], values: Sequence[float]) -> None:
-    """Label every value, or every second one if there are many."""
-    places = range(0, len(values), 1 if len(values) < 7 else 2)
-    set_ticks(places, [f"{values[place]:g}" for place in places], fontsize=8)
-
-
-def _title(choice: Choice, pairs: int, marked: Sequence[str]) -> list[str]:
-    """The objective, the number of pairs and both settings; `marked` are those on the panels."""
-    varied, unit = choice.grid.varied, {"image": "pixels", "text": "words"}[choice.objective.side]
-    where = f"a raster of {' x '.join(map(str, choice.raster))}" if choice.raster else f"all {unit}"
-    several = [name for name in AXES[:2] if name in varied]
-    panels = f", panels at the best {' and '.join(several)}" if several else ""
-    lines = [f"{choice.objective.title}: {pairs} validation pairs on {where}{panels}"]
-    for mark, name, scored in (("disc", "own", choice.own), ("star", "winner", choice.winner)):
-        setting = ", ".join(f"{axis} {_short(getattr(scored.method, axis))}" for axis in varied)
-        away = "" if name in marked else ", not on these panels"
-        lines.append(f"{mark}: {name}, {setting}: {number(scored.score)} on all {unit}{away}")
-    return lines
 
 
 def number(value: float | None, sign: str = "") -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from matex_pl.anatomy.prior import PriorShape
 from matex_pl.arguments import check_positive
 from matex_pl.attribution import AttributionMethod, Matex
@@ -51,9 +53,7 @@ def tune_matex(
     The components are computed once, and every setting is fused from them. Image maps are compared on a raster, and the
     ten best settings again at every pixel; the winner is the best of those and of the method's own setting. An
     objective that runs the model (confidence, curves) scores all settings at every pixel. Of equal settings the nearest
-    to the method's own wins: the distance is the sum over the settings of the difference as a share of the range of the
-    values, and another shape of the prior counts 1. A setting without effect stays as it is, and the text names the
-    reason: lambda_s if no phrase of the validation pairs names a place.
+    to the method's own wins. A setting without effect stays as it is, and the text names the reason.
 
     Writes `tuned.yaml`, which `--method` and the callbacks read; `surface.png` and `surface.svg`, the scores over
     lambda_s, lambda_c and tau; and `tune.json`, all scores with their origin.
@@ -109,13 +109,7 @@ def tune_matex(
     if goal.fill:
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")
-    pairs = {split: _choose(data, split, num_pairs, seed, goal) for split in ("val", "test")}
-    thorax = data.thorax() if goal.metric == "outside_thorax_mass" else None
-    if goal.metric == "outside_thorax_mass" and thorax is None:
-        raise ValueError(
-            f"{goal.name} needs to know where the thorax is, and {type(data).__name__} has no `thorax()`. Take "
-            "border_mass, or give the data module one."
-        )
+    pairs, thorax = _choose(data, num_pairs, seed, goal)
     Path(out).mkdir(parents=True, exist_ok=True)
 
     batches = read_pairs(data, "val", pairs["val"], batch_size)
@@ -156,12 +150,24 @@ def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> 
     return matex
 
 
-def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal: Objective) -> list[ImageTextPair]:
-    """Pairs of a split, some of them with boxes if the objective needs any."""
-    pairs = choose_pairs(data, split, number, seed, boxed=goal.needs_boxes)
-    if goal.needs_boxes and not any(len(pair.boxes) for pair in pairs):
+def _choose(
+    data: ChestXrayDataModule, number: int, seed: int, goal: Objective
+) -> tuple[dict[str, list[ImageTextPair]], Tensor | None]:
+    """Pairs of both splits, and the usual place of the thorax if the objective needs it."""
+    kind = type(data).__name__
+    pairs = {split: choose_pairs(data, split, number, seed, boxed=goal.needs_boxes) for split in ("val", "test")}
+    for split, chosen in pairs.items():
+        if goal.needs_boxes and not any(pair.boxes for pair in chosen):
+            raise ValueError(
+                f"{goal.name} needs boxes, and no {split} pair of {kind} has any. Take an objective that needs none: "
+                f"{', '.join(boxless_objectives())}."
+            )
+    if goal.metric != "outside_thorax_mass":
+        return pairs, None
+    thorax = data.thorax()
+    if thorax is None:
         raise ValueError(
-            f"{goal.name} needs boxes, and no {split} pair of {type(data).__name__} has any. Take an objective that "
-            f"needs none: {', '.join(boxless_objectives())}."
+            f"{goal.name} needs to know where the thorax is, and {kind} has no `thorax()`. Take border_mass, or give "
+            "the data module one."
         )
-    return pairs
+    return pairs, thorax

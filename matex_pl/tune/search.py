@@ -36,7 +36,7 @@ class Grid:
         method: The method that is tuned.
         depth: Number of blocks of the image and the text tower.
         axes: Values by setting, in the order of the axes of a score tensor.
-        idle: Reason by setting without effect, of which only the method's own value is tried.
+        idle: Reason by setting without effect, which keeps the method's own value.
     """
 
     method: Matex
