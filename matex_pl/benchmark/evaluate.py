@@ -71,9 +71,9 @@ def image_values(
     result = Values({f"detections/{name}": column for name, column in fields.items()}, threshold)
     result.add_sums(_joined_sums(scored))
     for name, parts in curves.items():
-        shares, curve = parts[0][0], torch.cat([curve for _, curve in parts], 1)
-        result.tensors[f"curves/{name}"] = torch.cat([shares[:, None], curve], 1)
-        areas = F.curve_area(curve, *F.curve_ends(curve, name.partition("/")[0]), shares)
+        shares, scores = parts[0][0], torch.cat([scores for _, scores in parts], 1)
+        result.tensors[f"curves/{name}"] = torch.cat([shares[:, None], scores], 1)
+        areas = F.curve_area(scores, *F.curve_ends(scores, name.partition("/")[0]), shares)
         result.add_sums({name: Sums(*(area.double() for area in areas))})
     return result
 
