@@ -21,7 +21,7 @@ from matex_pl.benchmark.evaluate import Values
 from matex_pl.cli import main
 from matex_pl.data import PhantomDataModule
 from matex_pl.evaluation.compared import compared_rows, mean_boxes
-from matex_pl.evaluation.intervals import Detections, Sums, draw_patients, estimate, interval
+from matex_pl.evaluation.intervals import Detections, Sums, draw_patients, estimate
 from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
 from matex_pl.evaluation.tensors import read_tensors
 from matex_pl.metrics import functional as F
@@ -506,30 +506,25 @@ def test_intervals_against_a_loop():
         ]
         slow.append(np.mean(picked))
     np.testing.assert_allclose(sums.score(drawn).numpy(), slow)
-    found = estimate(sums.score()[0], sums.score(drawn), sums.count)
-    assert found["value"] == pytest.approx(float(values.nanmean()))
-    assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(slow, [2.5, 97.5])))
-    assert found["n"] == int((~values.isnan()).sum())
+    score = estimate(sums, drawn)
+    assert score.value == pytest.approx(float(values.nanmean()))
+    assert (score.low, score.high) == pytest.approx(tuple(np.percentile(slow, [2.5, 97.5])))
+    assert score.n == int((~values.isnan()).sum())
+    assert estimate(sums, drawn, sums) == Score(value=0, low=0, high=0, n=score.n)
 
 
 def test_intervals_of_nothing_and_of_constants():
-    nothing = Sums.of(torch.full((4,), torch.nan))
     drawn = draw_patients(list("abcd"), 100, 0)
-    assert estimate(nothing.score()[0], nothing.score(drawn), nothing.count) == {
-        "value": None,
-        "low": None,
-        "high": None,
-        "n": 0,
-    }
-    assert interval(Sums.of(torch.full((4,), 2.0)).score(drawn)) == (2, 2)
+    assert estimate(Sums.of(torch.full((4,), torch.nan)), drawn) == Score(value=None, low=None, high=None, n=0)
+    assert estimate(Sums.of(torch.full((4,), 2.0)), drawn) == Score(value=2, low=2, high=2, n=4)
 
 
 def test_a_curve_of_images_that_score_as_their_fill_has_no_score():
     spans = {"seen": torch.full((8,), 0.2), "unseen": torch.full((8,), -0.2), "unsure": torch.linspace(-1, 1.1, 8)}
-    sums = {f"insertion/{name}": Sums(torch.ones(8), span.double()) for name, span in spans.items()}
-    sums = {name: Sums(one.above.double(), one.below) for name, one in sums.items()}
-    curves = {name: (torch.linspace(0, 1, 3), torch.zeros(3, 8)) for name in sums}
-    scores = Values(sums, curves).scores(torch.ones(8, dtype=torch.bool), draw_patients(list("abcdefgh"), 200, 0))
+    values = Values({f"curves/insertion/{name}": torch.zeros(3, 9) for name in spans})
+    ones = torch.ones(8, dtype=torch.float64)
+    values.add_sums({f"insertion/{name}": Sums(ones, span.double()) for name, span in spans.items()})
+    scores = values.scores(torch.ones(8, dtype=torch.bool), draw_patients(list("abcdefgh"), 200, 0))
     assert scores["insertion/seen"].value == pytest.approx(5)
     assert scores["insertion/unseen"] == scores["insertion/unsure"] == Score(n=0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,12 +15,12 @@ from torch import Tensor
 from matex_pl import __version__
 from matex_pl.arguments import check_choice
 from matex_pl.attribution import AttributionMethod
-from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, sanity_check, text_values
+from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, sanity_check, tensors_below, text_values
 from matex_pl.benchmark.prepare import PreparedBatch, prepare_pairs
 from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule, ImageTextPair
 from matex_pl.evaluation.compared import BUDGETS, MethodEntry, mean_box_row
-from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
+from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
 from matex_pl.evaluation.store import MapStore, fill_store, weight_hash
 from matex_pl.evaluation.tensors import fingerprint, read_head, read_tensors, write_tensors
 
@@ -31,11 +31,7 @@ _TIMED_PAIRS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a benchmark; see `run_benchmark`.
-
-    Raises:
-        ValueError: One of them is out of range.
-    """
+    """The settings of a benchmark; see `run_benchmark`."""
 
     split: str
     num_pairs: int
@@ -121,26 +117,17 @@ class BenchmarkRun:
             weights=weight_hash(clip),
             data=data,
             pairs=pairs,
-            batches=prepare_pairs(clip, read_pairs(data, settings.split, pairs, size), pairs),
-            validation=prepare_pairs(clip, read_pairs(data, "val", held_out, size), held_out),
+            batches=prepare_pairs(clip, read_pairs(data, settings.split, pairs, size)),
+            validation=prepare_pairs(clip, read_pairs(data, "val", held_out, size)),
             thorax=data.thorax(),
             folder=folder,
             settings=settings,
         )
 
     @property
-    def keys(self) -> list[str]:
-        """Keys of the n pairs in the map store."""
-        return [key for batch in self.batches for key in batch.keys]
-
-    @property
     def boxes(self) -> list[list[list[float]]]:
         """Boxes of the n pairs, and of those that choose thresholds."""
         return [box.tolist() for batch in [*self.batches, *self.validation] for box in batch.batch["boxes"]]
-
-    def at(self, place: int) -> tuple[PreparedBatch, int]:
-        """The batch of a pair, and its row there."""
-        return self.batches[place // self.settings.batch_size], place % self.settings.batch_size
 
     def mean_box_row(self) -> list[MethodEntry]:
         """The mean box of each finding over training images; no row without training boxes."""
@@ -154,30 +141,31 @@ class BenchmarkRun:
         """The values of the row's maps; computed once."""
         result = MethodResult(row, MapStore(self.folder / "maps", self.weights, row.method))
         path = self.folder / "values" / f"{self._key(result.store)}.safetensors"
-        stages = path.with_suffix(".stages.safetensors")
+        stages, size = path.with_suffix(".stages.safetensors"), self.settings.batch_size
         try:
-            self._make_maps(row.method, result.store)
+            for batch in self.batches:
+                fill_store(self.clip, row.method, result.store, *batch.variants(), size)
+            for batch in self.validation:
+                fill_store(self.clip, row.method, result.store, batch.batch, batch.keys, size)
             if read_head(path) is None:
                 write_tensors(path, *self._computed(row.method, result.store, stages))
         except NotImplementedError as error:
             result.error = str(error)
             return result
         stages.unlink(missing_ok=True)
-        tensors, about = read_tensors(path)
-        result.seconds, result.forward_seconds = about.pop("seconds")
-        for modality, rest in about.items():
-            own = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{modality}/")}
-            result.values[modality] = Values.unpacked(own, rest)
+        tensors, head = read_tensors(path)
+        result.seconds, result.forward_seconds = head.pop("seconds")
+        for modality, rest in head.items():
+            result.values[modality] = Values(tensors_below(tensors, modality), **rest)
         return result
 
     def _key(self, store: MapStore) -> str:
         """Hash of all that decides the values."""
-        everything = [*self.batches, *self.validation]
         return fingerprint(
             {
                 "format": 3,
                 "maps": store.key,
-                "pairs": [batch.keys for batch in everything],
+                "pairs": [batch.keys for batch in [*self.batches, *self.validation]],
                 "phrases": [[batch.other, batch.swapped] for batch in self.batches],
                 "boxes": self.boxes,
                 "thorax": None if self.thorax is None else self.thorax.int().flatten().tolist(),
@@ -185,13 +173,6 @@ class BenchmarkRun:
                 "version": __version__,
             }
         )
-
-    def _make_maps(self, method: AttributionMethod, store: MapStore) -> None:
-        size = self.settings.batch_size
-        for batch in self.batches:
-            fill_store(self.clip, method, store, *batch.variants(), size)
-        for batch in self.validation:
-            fill_store(self.clip, method, store, batch.batch, batch.keys, size)
 
     def _computed(
         self, method: AttributionMethod, store: MapStore, path: Path
@@ -201,21 +182,23 @@ class BenchmarkRun:
         values = {"image": image_values(self.clip, store, self.batches, threshold, self.thorax, self.settings.steps)}
         if method.supports_text:
             values["text"] = text_values(self.clip, store, self.batches)
-        few = _first(self.batches, self.settings.sanity_pairs)
-        stages = list(sanity_check(self.clip, method, store, few, self.settings.seed, path))
+        number = self.settings.sanity_pairs
+        starts = range(0, number, self.settings.batch_size)
+        few = [batch.part(0, number - start) for start, batch in zip(starts, self.batches, strict=False)]
+        stages = sanity_check(self.clip, method, store, few, self.settings.seed, path)
         tensors: dict[str, Tensor] = {}
-        about: dict[str, Any] = {"seconds": self._time(method)}
+        head: dict[str, Any] = {"seconds": self._time(method)}
         for modality, part in values.items():
-            part.add_sanity([(name, correlation[modality]) for name, correlation in stages], len(self.pairs))
-            packed, about[modality] = part.packed()
-            tensors |= {f"{modality}/{name}": tensor for name, tensor in packed.items()}
-        return tensors, about
+            part.add_sanity(stages[modality], len(self.pairs))
+            tensors |= {f"{modality}/{name}": tensor for name, tensor in part.tensors.items()}
+            head[modality] = {"threshold": part.threshold, "stages": part.stages}
+        return tensors, head
 
     def _time(self, method: AttributionMethod) -> list[float]:
         """Seconds per pair of the method, and of a plain forward of both towers, taken in turns."""
-        batch = self.batches[0].part(0, _TIMED_PAIRS)
-        images, tokens = batch.inputs(self.clip)
-        phrases, content_box = batch.batch["phrase"], batch.batch["content_box"].to(images.device)
+        batch = self.batches[0].part(0, _TIMED_PAIRS).batch
+        images, tokens = model_inputs(self.clip, batch)
+        phrases, content_box = batch["phrase"], batch["content_box"].to(images.device)
 
         def explain() -> None:
             method.attribute(self.clip, images, tokens, phrases, content_box)
@@ -226,16 +209,6 @@ class BenchmarkRun:
 
         rounds = [(_seconds(explain), _seconds(forward)) for _ in range(1 if method.perturbs_inputs else 3)]
         return [median(column) / len(phrases) for column in zip(*rounds, strict=True)]
-
-
-def _first(pairs: Sequence[PreparedBatch], number: int) -> list[PreparedBatch]:
-    """The first `number` pairs, in batches."""
-    found, left = [], number
-    for batch in pairs:
-        if left > 0:
-            found.append(batch.part(0, left))
-            left -= len(batch.keys)
-    return found
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -13,8 +13,8 @@ from matex_pl.anatomy import named_side
 from matex_pl.attribution.core.fill import FILLS
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
-from matex_pl.data.pair import ImageTextBatch, ImageTextPair
-from matex_pl.evaluation.pairs import embed_pairs, model_inputs, other_phrases, swapped_phrases, with_phrases
+from matex_pl.data.pair import ImageTextBatch
+from matex_pl.evaluation.pairs import embed_pairs, model_inputs, other_phrases_of, swapped_phrases, with_phrases
 from matex_pl.evaluation.store import pair_keys
 from matex_pl.metrics.removal import end_scores
 
@@ -52,10 +52,6 @@ class PreparedBatch:
         """Cosines `(B,)`."""
         return (self.image * self.text).sum(1)
 
-    def inputs(self, clip: Clip) -> tuple[Tensor, Tensor]:
-        """Normalized images `(B, 3, H, W)` and tokens `(B, T)`, on the model's device."""
-        return model_inputs(clip, self.batch)
-
     def part(self, start: int, end: int) -> PreparedBatch:
         """The pairs from `start` to before `end`."""
         nested = ("batch", "blank")
@@ -66,19 +62,22 @@ class PreparedBatch:
 
     def variants(self) -> tuple[ImageTextBatch, list[str]]:
         """The pairs, the images with other and those with swapped phrases as one batch, and their keys."""
-        batches = [self.batch, with_phrases(self.batch, self.other), with_phrases(self.batch, self.swapped)]
-        return _joined(batches), [*self.keys, *self.other_keys, *self.swapped_keys]
+        repeated = {
+            name: torch.cat([column] * 3) if isinstance(column, Tensor) else column * 3
+            for name, column in cast(dict[str, Any], self.batch).items()
+        }
+        changed = [with_phrases(self.batch, phrases)["phrase"] for phrases in (self.other, self.swapped)]
+        repeated["phrase"] = [*self.batch["phrase"], *changed[0], *changed[1]]
+        return cast(ImageTextBatch, repeated), [*self.keys, *self.other_keys, *self.swapped_keys]
 
 
-def prepare_pairs(clip: Clip, batches: Sequence[ImageTextBatch], pairs: Sequence[ImageTextPair]) -> list[PreparedBatch]:
+def prepare_pairs(clip: Clip, batches: Sequence[ImageTextBatch]) -> list[PreparedBatch]:
     """Embed the pairs, and choose the phrases that sensitivity is measured with."""
-    phrases = [pair.phrase for pair in pairs]
-    others = dict(zip((pair.id for pair in pairs), other_phrases(phrases, [s.finding for s in pairs]), strict=True))
     prepared = []
-    for batch in progress(batches, "embedding"):
+    for batch, other in zip(progress(batches, "embedding"), other_phrases_of(batches), strict=True):
         images, tokens = model_inputs(clip, batch)
         image, text = embed_pairs(clip, images, tokens)
-        other, swapped = [others[pair] for pair in batch["id"]], swapped_phrases(batch["phrase"])
+        swapped = swapped_phrases(batch["phrase"])
         prepared.append(
             PreparedBatch(
                 batch=batch,
@@ -94,14 +93,3 @@ def prepare_pairs(clip: Clip, batches: Sequence[ImageTextBatch], pairs: Sequence
             )
         )
     return prepared
-
-
-def _joined(batches: Sequence[ImageTextBatch]) -> ImageTextBatch:
-    """Several batches as one."""
-    parts: dict[str, Any] = {}
-    for name in batches[0]:
-        columns = [cast(dict[str, Any], batch)[name] for batch in batches]
-        parts[name] = (
-            torch.cat(columns) if isinstance(columns[0], Tensor) else [item for part in columns for item in part]
-        )
-    return cast(ImageTextBatch, parts)

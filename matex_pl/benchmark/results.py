@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from matex_pl.benchmark.bench import BenchmarkRun, MethodResult
-from matex_pl.benchmark.columns import metric_columns
 from matex_pl.benchmark.evaluate import Values
-from matex_pl.evaluation.intervals import difference, draw_patients
+from matex_pl.evaluation.columns import metric_columns
+from matex_pl.evaluation.intervals import draw_patients, estimate, plain
 from matex_pl.evaluation.provenance import provenance
 from matex_pl.evaluation.tensors import fingerprint
 from matex_pl.explain import draw_panels
@@ -28,15 +28,34 @@ _PANEL_WIDTH, _RANDOM_PANELS = 600, 2
 
 def results(run: BenchmarkRun, scored: Sequence[MethodResult], checkpoint: str) -> BenchmarkResult:
     """The results of all methods, as they are written to `results.json`."""
-    drawn = draw_patients([pair.patient_id for pair in run.pairs], run.settings.resamples, run.settings.seed)
+    settings, pairs, device = run.settings, run.pairs, run.clip.std.device
+    drawn = draw_patients([pair.patient_id for pair in pairs], settings.resamples, settings.seed)
     rows = [_method_scores(run, result, "image", drawn) for result in scored]
     rows += [_method_scores(run, result, "text", drawn) for result in scored if result.row.method.supports_text]
-    origin = provenance(run.clip, run.weights, checkpoint, run.data, run.settings.seed)
+    origin = provenance(run.clip, run.weights, checkpoint, run.data, settings.seed)
+    validation = [batch.keys for batch in run.validation]
+    described = {
+        "keys": [key for batch in run.batches for key in batch.keys],
+        "validation": validation,
+        "boxes": run.boxes,
+        "pairs": [[pair.finding, pair.patient_id] for pair in pairs],
+    }
+    data = {
+        "split": settings.split,
+        "pairs": len(pairs),
+        "patients": len({pair.patient_id for pair in pairs}),
+        "boxed": sum(bool(pair.boxes) for pair in pairs),
+        "findings": dict(sorted(Counter(pair.finding for pair in pairs if pair.finding).items())),
+        "fingerprint": fingerprint(described),
+        "validation_pairs": sum(map(len, validation)),
+        "sanity_pairs": min(settings.sanity_pairs, len(pairs)),
+    }
+    is_cuda = device.type == "cuda"
     content = origin | {
         "format": BENCHMARK_FORMAT,
-        "data": origin["data"] | _about_data(run),
-        "settings": asdict(run.settings),
-        "machine": _machine(run.clip.std.device),
+        "data": origin["data"] | data,
+        "settings": asdict(settings),
+        "machine": torch.cuda.get_device_name(device) if is_cuda else f"{torch.get_num_threads()} CPU threads",
         "forward_seconds_per_pair": median([result.forward_seconds for result in scored if not result.error] or [0.0]),
         "metrics": metric_columns({name for row in rows for name in row.scores}),
         "rows": rows,
@@ -45,37 +64,17 @@ def results(run: BenchmarkRun, scored: Sequence[MethodResult], checkpoint: str) 
     return BenchmarkResult.model_validate(content)
 
 
-def _about_data(run: BenchmarkRun) -> dict[str, object]:
-    return {
-        "split": run.settings.split,
-        "pairs": len(run.pairs),
-        "patients": len({pair.patient_id for pair in run.pairs}),
-        "boxed": sum(bool(pair.boxes) for pair in run.pairs),
-        "findings": dict(sorted(Counter(pair.finding for pair in run.pairs if pair.finding).items())),
-        "fingerprint": _fingerprint(run),
-        "validation_pairs": sum(len(batch.keys) for batch in run.validation),
-        "sanity_pairs": min(run.settings.sanity_pairs, len(run.pairs)),
-    }
-
-
-def _fingerprint(run: BenchmarkRun) -> str:
-    """Hash of images, phrases, boxes, findings and patients, and of the pairs that choose thresholds."""
-    return fingerprint(
-        {
-            "keys": run.keys,
-            "validation": [batch.keys for batch in run.validation],
-            "boxes": run.boxes,
-            "pairs": [[pair.finding, pair.patient_id] for pair in run.pairs],
-        }
-    )
-
-
 def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn: Tensor) -> MethodScores:
     """One row of the tables; without scores if the method refuses the model."""
     row, values = result.row, result.values.get(modality, Values())
-    findings = sorted({pair.finding for pair in run.pairs} - {""})
-    about = {name: torch.tensor([pair.finding == name for pair in run.pairs]) for name in findings}
-    everything = torch.ones(len(run.pairs), dtype=torch.bool)
+    about = {
+        finding: torch.tensor([pair.finding == finding for pair in run.pairs])
+        for finding in sorted({pair.finding for pair in run.pairs} - {""})
+    }
+    sanity_curve = SanityCurve()
+    if values.stages:
+        means = [plain(mean) for mean in values.tensors["correlation"].nanmean(1).tolist()]
+        sanity_curve = SanityCurve(stages=values.stages, correlation=means)
     content = {
         "name": row.name,
         "modality": modality,
@@ -87,36 +86,30 @@ def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn
         "seconds_per_pair": None if result.error else result.seconds,
         "error": result.error,
         "threshold": values.threshold,
-        "scores": values.scores(everything, drawn),
-        "per_finding": {name: values.scores(pairs, drawn) for name, pairs in about.items()},
+        "scores": values.scores(torch.ones(len(run.pairs), dtype=torch.bool), drawn),
+        "per_finding": {finding: values.scores(pairs, drawn) for finding, pairs in about.items()},
         "curves": {
-            name: Curve(share=shares.tolist(), score=scores.mean(1).tolist())
-            for name, (shares, scores) in values.curves.items()
+            name: Curve(share=curve[:, 0].tolist(), score=curve[:, 1:].mean(1).tolist())
+            for name, curve in values.curves.items()
         },
-        "sanity_curve": _sanity_curve(values),
+        "sanity_curve": sanity_curve,
     }
     return MethodScores.model_validate(content)
-
-
-def _sanity_curve(values: Values) -> SanityCurve:
-    if values.correlation is None:
-        return SanityCurve()
-    means = [None if mean != mean else mean for mean in values.correlation.nanmean(1).tolist()]
-    return SanityCurve(stages=values.stages, correlation=means)
 
 
 def _comparisons(run: BenchmarkRun, scored: Sequence[MethodResult], drawn: Tensor) -> list[Comparison]:
     """Differences of each method to each control, on the same draws of patients."""
     measured = [(result.row, result.values["image"].sums) for result in scored if "image" in result.values]
-    compared = COMPARED if any(pair.boxes for pair in run.pairs) else COMPARED_WITHOUT_BOXES
-    found = []
+    metrics = COMPARED if any(pair.boxes for pair in run.pairs) else COMPARED_WITHOUT_BOXES
+    comparisons = []
     for row, sums in ((row, sums) for row, sums in measured if not row.control):
-        for control, others in ((other, sums) for other, sums in measured if other.control):
-            for metric in compared:
-                paired = difference(sums[metric], others[metric], drawn)
+        for control, references in ((control, sums) for control, sums in measured if control.control):
+            for metric in metrics:
+                gain = estimate(sums[metric], drawn, references[metric])
                 names = {"row": row.name, "against": control.name, "metric": metric}
-                found.append(Comparison.model_validate({**names, "difference": paired.pop("value"), **paired}))
-    return found
+                ends = {"low": gain.low, "high": gain.high, "n": gain.n}
+                comparisons.append(Comparison.model_validate(names | {"difference": gain.value} | ends))
+    return comparisons
 
 
 def panels(run: BenchmarkRun, result: MethodResult) -> list[Panel]:
@@ -132,8 +125,8 @@ def panels(run: BenchmarkRun, result: MethodResult) -> list[Panel]:
 
 
 def _panel(run: BenchmarkRun, result: MethodResult, kind: str, place: int) -> Panel:
-    batch, row = run.at(place)
-    pair = batch.part(row, row + 1)
+    batch, row = divmod(place, run.settings.batch_size)
+    pair = run.batches[batch].part(row, row + 1)
     maps, tokens = result.store.read(pair.keys), run.clip.tokenize(pair.batch["phrase"]).cpu()
     picture = draw_panels(run.clip, maps, pair.batch, tokens, result.row.name, _PANEL_WIDTH)[0]
     energy = result.values["image"].sums["energy_pointing_game"]
@@ -150,7 +143,3 @@ def summary(result: BenchmarkResult) -> str:
         game, contrast = ("-" if value is None else f"{value:.2f}" for value in values)
         lines.append(f"{row.name:22s}{game:>16s}{contrast:>8s}")
     return "\n".join(lines)
-
-
-def _machine(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -39,8 +39,8 @@ def run_benchmark(
 ) -> str:
     """Compare attribution methods on a checkpoint: every metric, with intervals, in tables and on a page.
 
-    Maps are computed once and kept in `OUT/maps`, scores in `OUT/values`: a second run takes them from there, another
-    weight or setting makes new ones, and a run that was stopped goes on where it was. MATEX without its prior (and so
+    Maps are kept in `OUT/maps` and scores in `OUT/values`, so that another run with the same weights and settings only
+    computes what is missing. MATEX without its prior (and so
     each Matex of a YAML file), MATEX with the usual places of findings, the phrase's prior alone, noise, the image's
     center and, where training images have boxes, the mean box of the finding are always among the rows.
 
@@ -60,7 +60,7 @@ def run_benchmark(
         steps: Most steps of the insertion and deletion curves, up to 32.
         resamples: Draws of the bootstrap over patients.
         device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
-        seed: Of the choice of pairs, the bootstrap, the shuffled weights and the random panels.
+        seed: Random seed of the choice of pairs, the bootstrap, the shuffled weights and the random panels.
 
     Returns:
         Pointing game and contrast as text, and where the files are.
@@ -89,6 +89,6 @@ def run_benchmark(
     write_text(folder / RESULTS, results(run, scored, ckpt_path).to_json())
     shown = [panel for result in scored for panel in panels(run, result)]
     write_panels(shown, folder / PANELS)
-    found = read(BenchmarkResult, folder / RESULTS)
-    write_report(found, shown, folder, roar)
-    return f"{summary(found)}\n{out}/report.html, tables.md and results.json hold all of it."
+    result = read(BenchmarkResult, folder / RESULTS)
+    write_report(result, shown, folder, roar)
+    return f"{summary(result)}\n{out}/report.html, tables.md and results.json hold all of it."

@@ -4,33 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from math import isnan
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from matex_pl.metrics import functional as F
-
-
-class Score(Protocol):
-    """A score over n pairs that can be drawn again."""
-
-    def score(self, drawn: Tensor | None = None) -> Tensor:
-        """The score `(1,)`, or `(R,)` when each pair is drawn `(R, n)` times; NaN where nothing counts."""
-
-    @property
-    def count(self) -> int:
-        """Number of pairs that count."""
+from matex_pl.report.results import Score
 
 
 @dataclass(frozen=True)
 class Sums:
-    """A score over pairs as a ratio of sums: the mean of a value has the weight 1 wherever it counts.
+    """A score over n pairs as a ratio of sums: the mean of a value has the weight 1 wherever it counts.
 
     Args:
-        above: `(n,)` what each pair adds above the line.
-        below: `(n,)` what it adds below.
+        above: `(n,)` summands of the numerator.
+        below: `(n,)` summands of the denominator.
     """
 
     above: Tensor
@@ -38,7 +28,7 @@ class Sums:
 
     @classmethod
     def of(cls, values: Tensor) -> Sums:
-        """The mean of values `(n,)`, of which NaN does not count."""
+        """The mean of values `(n,)` without NaN."""
         return cls(values.nan_to_num(0).double(), (~values.isnan()).double())
 
     def among(self, pairs: Tensor) -> Sums:
@@ -46,16 +36,16 @@ class Sums:
         return Sums(self.above * pairs, self.below * pairs)
 
     def score(self, drawn: Tensor | None = None) -> Tensor:
-        """The score `(1,)`, or `(R,)` when each pair is drawn `(R, n)` times; NaN where nothing counts.
+        """The score `(1,)`, or `(R,)` when each pair is drawn `(R, n)` times.
 
-        Also where what is below the line, which a curve can make negative, sums to less than 0.
+        NaN where no pair counts, or where the denominator, which a curve can make negative, is below 0.
         """
         drawn = torch.ones(1, len(self.above), dtype=torch.float64) if drawn is None else drawn
         below = drawn @ self.below
         return (drawn @ self.above) / torch.where(below > 0, below, torch.nan)
 
     def spans(self, drawn: Tensor) -> bool:
-        """What is below the line is more than 0 in 97.5 % of the draws `(R, n)`: a ratio to it says something."""
+        """Whether the denominator is above 0 in 97.5 % of the draws `(R, n)`, so that the ratio means something."""
         return bool(((drawn @ self.below) > 0).double().mean() >= 0.975)
 
     @property
@@ -70,7 +60,7 @@ class Detections:
 
     Args:
         peak: `(d,)` score of each.
-        hit: `(d,)` bool, which of them find a box.
+        hit: `(d,)` bool, which of them match a box.
         pair: `(d,)` long, the pair of each.
         num_boxes: `(n,)` number of boxes of each pair.
     """
@@ -84,17 +74,19 @@ class Detections:
     def of(cls, components: F.Components, boxes: Sequence[Tensor]) -> Detections:
         """Components of B maps, and the boxes of their pairs."""
         hit = F.match_components(components, [box.to(components.boxes) for box in boxes])
-        number = torch.tensor([len(box) for box in boxes])
-        return cls(components.peak.cpu(), hit.cpu(), components.pair.cpu(), number)
+        num_boxes = torch.tensor([len(box) for box in boxes])
+        return cls(components.peak.cpu(), hit.cpu(), components.pair.cpu(), num_boxes)
 
     @classmethod
     def joined(cls, parts: Sequence[Detections]) -> Detections:
         """Those of several batches, whose pairs follow each other."""
         starts = np.cumsum([0, *(len(part.num_boxes) for part in parts[:-1])]).tolist()
-        pair = [part.pair + start for part, start in zip(parts, starts, strict=True)]
-        columns = zip(*((part.peak, part.hit, part.num_boxes) for part in parts), strict=True)
-        peak, hit, num_boxes = map(torch.cat, map(list, columns))
-        return cls(peak, hit, torch.cat(pair), num_boxes)
+        return cls(
+            peak=torch.cat([part.peak for part in parts]),
+            hit=torch.cat([part.hit for part in parts]),
+            pair=torch.cat([part.pair + start for part, start in zip(parts, starts, strict=True)]),
+            num_boxes=torch.cat([part.num_boxes for part in parts]),
+        )
 
     def among(self, pairs: Tensor) -> Detections:
         """The same over some of the pairs, `(n,)` bool."""
@@ -119,26 +111,23 @@ def draw_patients(patients: Sequence[str], resamples: int, seed: int) -> Tensor:
     return torch.from_numpy(drawn[:, place]).double()
 
 
-def interval(scores: Tensor) -> tuple[float, float] | None:
-    """The 2.5th and 97.5th percentile of scores `(R,)`; None where no draw has a score."""
-    counted = scores[~scores.isnan()]
-    if not len(counted):
-        return None
-    low, high = torch.quantile(counted, torch.tensor([0.025, 0.975], dtype=counted.dtype)).tolist()
-    return low, high
+def estimate(pairs: Sums | Detections, drawn: Tensor, reference: Sums | Detections | None = None) -> Score:
+    """The score of pairs with its 95 % interval and their number; above that of a reference, if there is one.
 
-
-def estimate(score: Tensor, drawn: Tensor, count: int) -> dict[str, float | int | None]:
-    """A score, its 95 % interval and the number of pairs behind it, for JSON: NaN becomes None."""
-    low, high = interval(drawn) or (None, None)
-    return {"value": plain(float(score)), "low": low, "high": high, "n": count}
-
-
-def difference(mine: Score, theirs: Score, drawn: Tensor) -> dict[str, float | int | None]:
-    """`estimate` of how much more mine is than theirs, on the same draws of patients `(R, n)`."""
-    return estimate(mine.score()[0] - theirs.score()[0], mine.score(drawn) - theirs.score(drawn), mine.count)
+    Args:
+        pairs: The n pairs.
+        drawn: `(R, n)` of `draw_patients`; draws without a score do not count.
+        reference: The same pairs under another setting or method, drawn together with them.
+    """
+    value, scores = pairs.score()[0], pairs.score(drawn)
+    if reference is not None:
+        value, scores = value - reference.score()[0], scores - reference.score(drawn)
+    scores = scores[~scores.isnan()]
+    ends = torch.quantile(scores, torch.tensor([0.025, 0.975], dtype=scores.dtype)).tolist() if len(scores) else None
+    low, high = ends or (None, None)
+    return Score(value=plain(float(value)), low=low, high=high, n=pairs.count)
 
 
 def plain(value: float) -> float | None:
     """None for NaN, which JSON does not have."""
-    return None if value != value else value
+    return None if isnan(value) else value

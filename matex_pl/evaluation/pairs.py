@@ -67,8 +67,7 @@ def read_pairs(
 ) -> list[ImageTextBatch]:
     """The pairs with their pixels as batches of up to `batch_size`, each image decoded once."""
     images = PairDataset(data, pairs, data.dataset(split).transform)
-    loader = DataLoader(images, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate)
-    return list(loader)
+    return list(DataLoader(images, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate))
 
 
 def model_inputs(clip: Clip, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
@@ -77,15 +76,15 @@ def model_inputs(clip: Clip, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
 
 
 def embed_pairs(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings of both sides, `(B, D)` each, as `metrics.removal` makes those that it holds against them."""
+    """Embeddings of images and phrases, `(B, D)` each, in the precision of `metrics.removal`."""
     with borrowed(clip):
         return full_precision(clip.encode_image(images)), full_precision(clip.encode_text(tokens))
 
 
 def with_phrases(batch: ImageTextBatch, phrases: Sequence[str | None]) -> ImageTextBatch:
-    """The images with other phrases; the own one in place of None."""
-    own = batch["phrase"]
-    return cast(ImageTextBatch, {**batch, "phrase": [new or old for new, old in zip(phrases, own, strict=True)]})
+    """The images with other phrases; None keeps the phrase of the batch."""
+    changed = [new or old for new, old in zip(phrases, batch["phrase"], strict=True)]
+    return cast(ImageTextBatch, {**batch, "phrase": changed})
 
 
 def swapped_phrases(phrases: Sequence[str]) -> list[str | None]:
@@ -108,12 +107,17 @@ def other_phrases(phrases: Sequence[str], findings: Sequence[str]) -> list[str |
     """
     if len(phrases) != len(findings):
         raise ValueError(f"There are {len(phrases)} phrases, but findings of {len(findings)} pairs.")
-    return [_other_phrase(row, phrases, findings) for row in range(len(phrases))]
+    chosen = []
+    for row, (phrase, finding) in enumerate(zip(phrases, findings, strict=True)):
+        following = [*range(row + 1, len(phrases)), *range(row)]
+        reworded = [other for other in following if phrases[other] != phrase]
+        about_another = [other for other in reworded if "" != findings[other] != finding != ""]
+        chosen.append(next((phrases[other] for other in about_another or reworded), None))
+    return chosen
 
 
-def _other_phrase(row: int, phrases: Sequence[str], findings: Sequence[str]) -> str | None:
-    following = [(row + step) % len(phrases) for step in range(1, len(phrases))]
-    reworded = [other for other in following if phrases[other] != phrases[row]]
-    is_about_another = (other for other in reworded if "" != findings[other] != findings[row] != "")
-    chosen = next(is_about_another, next(iter(reworded), None))
-    return None if chosen is None else phrases[chosen]
+def other_phrases_of(batches: Sequence[ImageTextBatch]) -> list[list[str | None]]:
+    """`other_phrases` of all pairs, by batch."""
+    phrases = [phrase for batch in batches for phrase in batch["phrase"]]
+    chosen = iter(other_phrases(phrases, [finding for batch in batches for finding in batch["finding"]]))
+    return [[next(chosen) for _ in batch["phrase"]] for batch in batches]

@@ -25,6 +25,8 @@ def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataMod
         data: The data module.
         seed: Random seed of the run.
     """
+    inherited = vars(LightningDataModule()).keys()
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(data).items()}
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {
@@ -33,18 +35,17 @@ def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataMod
             "image_size": list(clip.image_size),
             "grid": list(clip.grid),
         },
-        "data": {"class": type(data).__name__, "settings": _plain_settings(data)},
+        "data": {
+            "class": type(data).__name__,
+            "settings": {
+                name: value
+                for name, value in settings.items()
+                if name not in inherited and not name.startswith("_") and _is_plain(value)
+            },
+        },
         "seed": seed,
         "versions": {name: version(name) for name in PACKAGES},
     }
-
-
-def _plain_settings(data: ChestXrayDataModule) -> dict[str, Any]:
-    """The data module's own plain attributes."""
-    inherited = vars(LightningDataModule()).keys()
-    named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(data).items()}
-    own = {name: value for name, value in named.items() if name not in inherited and not name.startswith("_")}
-    return {name: value for name, value in own.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:

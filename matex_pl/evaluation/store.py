@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -27,12 +28,8 @@ def weight_hash(clip: Clip) -> str:
     digest = sha256(json.dumps(clip.config, sort_keys=True).encode())
     for name, value in sorted(clip.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(_bytes(value))
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def describe_method(method: AttributionMethod) -> dict[str, Any]:
@@ -81,10 +78,9 @@ class MapStore:
     """
 
     def __init__(self, root: Path, weights: str, method: AttributionMethod) -> None:
-        about = {"method": describe_method(method), "weights": weights, "version": __version__}
-        self.key = fingerprint(about)
+        self._head = {"method": describe_method(method), "weights": weights, "version": __version__}
+        self.key = fingerprint(self._head)
         self.folder = root / f"{type(method).__name__}-{self.key}"
-        self._about = about
         self._files: dict[str, Path] = {}
         self.refresh()
 
@@ -93,7 +89,7 @@ class MapStore:
         return len(self._files)
 
     def refresh(self) -> None:
-        """Find what is on disk, that of other processes included."""
+        """Read what is on disk, from all processes."""
         self._files = {key: path for path, pairs in self._shards() for key in pairs}
 
     def _shards(self) -> Iterator[tuple[Path, list[str]]]:
@@ -104,10 +100,10 @@ class MapStore:
                 yield path, head["pairs"]
 
     def drop_repeats(self) -> int:
-        """Leave each pair in one file only, and say how many were in more.
+        """Leave each pair in one file only; returns the number of repeats.
 
-        Processes that work on shards of a split, filled up to the same length, write some pairs twice. For one process,
-        when the others are done.
+        Processes that work on shards of a split, filled up to the same length, write some pairs twice. To be called by
+        one process when all are done.
         """
         seen: set[str] = set()
         repeats = 0
@@ -141,8 +137,7 @@ class MapStore:
         if not torch.equal(_enlarged(maps.grid, maps.image.shape[-2:]), maps.image):
             tensors["image"] = maps.image
         path = self._path(keys)
-        size = list(maps.image.shape[-2:])
-        write_tensors(path, tensors, {**self._about, "pairs": list(keys), "size": size})
+        write_tensors(path, tensors, {**self._head, "pairs": list(keys), "size": list(maps.image.shape[-2:])})
         self._files.update(dict.fromkeys(keys, path))
 
     def read(self, keys: Sequence[str]) -> Attribution:
@@ -151,8 +146,7 @@ class MapStore:
         Raises:
             KeyError: A pair has no map here.
         """
-        fields: dict[str, Any] = self._read(keys, ("image", *_FIELDS))
-        return Attribution(**fields)
+        return Attribution(**cast(dict[str, Any], self._read(keys, ("image", *_FIELDS))))
 
     def read_units(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """`grid`, `text`, `content` and `score` of the maps of the keys, as `read` gives them; the pixels stay on disk.
@@ -166,10 +160,10 @@ class MapStore:
         gone = self.missing(keys)
         if gone:
             raise KeyError(f"{len(gone)} of {len(keys)} pairs have no map in {self.folder}, e.g. {gone[0]!r}.")
-        found: dict[str, dict[str, Tensor]] = {}
+        maps: dict[str, dict[str, Tensor]] = {}
         for path in dict.fromkeys(self._files[key] for key in keys):
-            found.update(_read_shard(path, fields))
-        return {name: torch.stack([found[key][name] for key in keys]) for name in fields}
+            maps.update(_read_shard(path, fields))
+        return {name: torch.stack([maps[key][name] for key in keys]) for name in fields}
 
 
 def _read_shard(path: Path, fields: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -189,7 +183,7 @@ def _enlarged(grid: Tensor, size: Sequence[int]) -> Tensor:
 def fill_store(
     clip: Clip, method: AttributionMethod, store: MapStore, batch: ImageTextBatch, keys: Sequence[str], size: int
 ) -> None:
-    """Make the maps of the pairs that the store does not have, and keep them as they come.
+    """Make and write the maps that the store does not have.
 
     Args:
         clip: The model.
@@ -197,27 +191,21 @@ def fill_store(
         store: Store of the maps.
         batch: The pairs; the same pair may come twice.
         keys: Key of each pair, from `pair_keys`.
-        size: Most pairs of one call; where the method's work is on the image, a call has all pairs of one image
-            instead.
+        size: Most pairs per call. A method that perturbs inputs takes all pairs of an image per call instead.
     """
     lacking = set(store.missing(keys))
     rows = list({key: row for row, key in enumerate(keys) if key in lacking}.values())
-    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    for group in _images(batch, rows) if method.perturbs_inputs else chunks:
-        store.write([keys[row] for row in group], _attribute(clip, method, batch, group))
-
-
-def _images(batch: ImageTextBatch, rows: Sequence[int]) -> list[list[int]]:
-    images: dict[str, list[int]] = {}
-    for row in rows:
-        images.setdefault(batch["image_id"][row], []).append(row)
-    return list(images.values())
-
-
-def _attribute(clip: Clip, method: AttributionMethod, batch: ImageTextBatch, rows: Sequence[int]) -> Attribution:
-    device = clip.std.device
-    images = clip.normalize(batch["image"][rows].to(device))
-    phrases, boxes = [batch["phrase"][row] for row in rows], batch["content_box"][rows].to(device)
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     if method.perturbs_inputs:
-        return method.attribute_phrases(clip, images[0], phrases, boxes[0])
-    return method.attribute(clip, images, clip.tokenize(phrases), phrases, boxes)
+        by_image: dict[str, list[int]] = defaultdict(list)
+        for row in rows:
+            by_image[batch["image_id"][row]].append(row)
+        groups = list(by_image.values())
+    for group in groups:
+        images = clip.normalize(batch["image"][group].to(clip.std.device))
+        phrases, boxes = [batch["phrase"][row] for row in group], batch["content_box"][group].to(images.device)
+        if method.perturbs_inputs:
+            maps = method.attribute_phrases(clip, images[0], phrases, boxes[0])
+        else:
+            maps = method.attribute(clip, images, clip.tokenize(phrases), phrases, boxes)
+        store.write([keys[row] for row in group], maps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from textwrap import fill
@@ -16,20 +16,18 @@ from matplotlib.figure import Figure
 from matex_pl import attribution
 from matex_pl.attribution import Matex
 from matex_pl.data.pair import ImageTextPair
-from matex_pl.evaluation.intervals import Score, difference, draw_patients, plain
-from matex_pl.files import whole_file
+from matex_pl.evaluation.intervals import Detections, Sums, draw_patients, estimate, plain
+from matex_pl.files import whole_file, write_text
 from matex_pl.tune.search import AXES, FINALISTS, Choice
 
 RESAMPLES = 2000
-_MARKS: dict[str, dict[str, Any]] = {
-    "own": {"marker": "o", "markersize": 14, "markerfacecolor": "white", "markeredgecolor": "black"},
-    "winner": {"marker": "*", "markersize": 11, "markerfacecolor": "#e4002b", "markeredgecolor": "black"},
-}
+# Name, marker, size and color of both settings in the picture.
+_MARKS = {"own": ("disc", "o", 14, "white"), "winner": ("star", "*", 11, "#e4002b")}
 
 
 def report(
     choice: Choice,
-    tests: Sequence[Score],
+    tests: Sequence[Sums | Detections],
     pairs: Mapping[str, Sequence[ImageTextPair]],
     seconds: float,
     seed: int,
@@ -38,13 +36,16 @@ def report(
 
     Args:
         choice: Result on validation pairs.
-        tests: Scores of the test pairs under the method's own setting and under the winner.
+        tests: The test pairs under the method's own setting and under the winner.
         pairs: The pairs by split.
         seconds: Seconds for the components of the validation pairs.
         seed: Random seed of the bootstrap.
     """
-    goal, scores = choice.objective, choice.scores.flatten().tolist()
-    own, winner = tests
+    goal, (own, winner) = choice.objective, tests
+    counts = {
+        split: {"pairs": len(pairs[split]), "patients": len({pair.patient_id for pair in pairs[split]})}
+        for split in ("val", "test")
+    }
     drawn = draw_patients([pair.patient_id for pair in pairs["test"]], RESAMPLES, seed)
     return {
         "format": 1,
@@ -54,7 +55,8 @@ def report(
         "without_effect": choice.grid.idle,
         "raster": choice.raster,
         "settings": [
-            setting | {"score": plain(score)} for setting, score in zip(choice.grid.settings, scores, strict=True)
+            setting | {"score": plain(score)}
+            for setting, score in zip(choice.grid.settings, choice.scores.flatten().tolist(), strict=True)
         ],
         "on_all_pixels": [
             {name: getattr(scored.method, name) for name in AXES} | {"score": plain(scored.score)}
@@ -62,17 +64,13 @@ def report(
         ],
         "own": choice.own.method.settings,
         "winner": choice.winner.method.settings,
-        "validation": _counts(pairs["val"]) | {"own": plain(choice.own.score), "winner": plain(choice.winner.score)},
-        "test": _counts(pairs["test"])
+        "validation": counts["val"] | {"own": plain(choice.own.score), "winner": plain(choice.winner.score)},
+        "test": counts["test"]
         | {"own": plain(float(own.score())), "winner": plain(float(winner.score()))}
-        | {"difference": difference(winner, own, drawn)},
+        | {"difference": estimate(winner, drawn, own).plain()},
         "seconds": {"components": seconds, **choice.seconds},
         "ratio": choice.seconds["settings"] / seconds,
     }
-
-
-def _counts(pairs: Sequence[ImageTextPair]) -> dict[str, Any]:
-    return {"pairs": len(pairs), "patients": len({pair.patient_id for pair in pairs})}
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -91,8 +89,8 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 def describe(result: Mapping[str, Any]) -> str:
     """Text of a `report`, as the command prints it."""
-    validation, test, names = result["validation"], result["test"], result["varied"]
-    gain, seconds = test["difference"], result["seconds"]
+    validation, test, names, seconds = (result[name] for name in ("validation", "test", "varied", "seconds"))
+    gain = test["difference"]
     rows = [
         [title, *(_short(result[title][name]) for name in names), number(validation[title]), number(test[title])]
         for title in ("own", "winner")
@@ -120,37 +118,33 @@ def describe(result: Mapping[str, Any]) -> str:
 def write_files(folder: Path, result: Mapping[str, Any], choice: Choice) -> list[Path]:
     """Write the method, the picture and all scores; returns the paths."""
     figure = draw_surface(choice, result["validation"]["pairs"])
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    save: dict[str, Callable[[Path], Any]] = {
-        "tuned.yaml": lambda path: path.write_text(as_yaml(choice.winner.method, result), encoding="utf-8"),
-        "surface.png": lambda path: figure.savefig(path, format="png", dpi=150),
-        "surface.svg": lambda path: figure.savefig(path, format="svg"),
-        "tune.json": lambda path: path.write_text(text, encoding="utf-8"),
+    texts = {
+        "tuned.yaml": as_yaml(choice.winner.method, result),
+        "tune.json": json.dumps(result, indent=1, allow_nan=False) + "\n",
     }
-    for name, write in save.items():
-        with whole_file(folder / name) as part:
-            write(part)
-    return [folder / name for name in save]
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    for kind in ("png", "svg"):
+        with whole_file(folder / f"surface.{kind}") as part:
+            figure.savefig(part, format=kind, dpi=150)
+    return [folder / name for name in (*texts, "surface.png", "surface.svg")]
 
 
 def as_yaml(method: Matex, result: Mapping[str, Any]) -> str:
     """YAML of the method like the shipped ones: the tuned settings and all that differ from the constructor's."""
-    kind = type(method)
-    defaults, settings = kind().settings, method.settings
-    kept = {name: value for name, value in settings.items() if value != defaults[name] or name in AXES[2:]}
-    is_shipped = getattr(attribution, kind.__name__, None) is kind
-    described = {
-        "class_path": f"{attribution.__name__ if is_shipped else kind.__module__}.{kind.__qualname__}",
-        "init_args": kept,
-    }
-    goal, validation, test, model = (result[name] for name in ("objective", "validation", "test", "model"))
+    kind, validation, test = type(method), result["validation"], result["test"]
+    defaults = kind().settings
+    kept = {name: value for name, value in method.settings.items() if value != defaults[name] or name in AXES[2:]}
+    module = attribution.__name__ if getattr(attribution, kind.__name__, None) is kind else kind.__module__
     lines = [
-        f"MATEX as `matex tune` found it, {result['created']}: {goal['name']} on {validation['pairs']} validation",
-        f"pairs of {result['data']['class']} (seed {result['seed']}), weights {model['weights'][:12]}.",
+        f"MATEX as `matex tune` found it, {result['created']}: {result['objective']['name']} on {validation['pairs']} "
+        "validation",
+        f"pairs of {result['data']['class']} (seed {result['seed']}), weights {result['model']['weights'][:12]}.",
         f"Validation {number(validation['winner'])}, chosen there, and {number(validation['own'])} before; "
         f"test {number(test['winner'])} and {number(test['own'])}.",
         verdict(result),
     ]
+    described = {"class_path": f"{module}.{kind.__qualname__}", "init_args": kept}
     return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(described, sort_keys=False)
 
 
@@ -177,40 +171,33 @@ def draw_surface(choice: Choice, pairs: int) -> Figure:
         panel.set_title(f"tau {value:g}", fontsize=10)
         # A panel with none below it has no shared labels.
         panel.tick_params(labelbottom=index + columns >= len(tau))
-        _tick(panel.set_xticks, lambda_c)
-        _tick(panel.set_yticks, lambda_s)
+        for set_ticks, values in ((panel.set_xticks, lambda_c), (panel.set_yticks, lambda_s)):
+            # Every value, or every second one if there are many.
+            step = 1 if len(values) < 7 else 2
+            set_ticks(range(0, len(values), step), [f"{value:g}" for value in values[::step]], fontsize=8)
     for panel in panels[len(tau) :]:
         panel.set_axis_off()
-    places = {name: grid.place(scored.method) for name, scored in (("own", choice.own), ("winner", choice.winner))}
-    marked = {name: place for name, place in places.items() if place and place[:2] == shown}
-    for name, (_, _, up, across, index) in marked.items():
-        panels[index].plot(across, up, label=name, linestyle="none", clip_on=False, zorder=3, **_MARKS[name])
+    varied, unit = grid.varied, {"image": "pixels", "text": "words"}[choice.objective.side]
+    where = f"a raster of {' x '.join(map(str, choice.raster))}" if choice.raster else f"all {unit}"
+    several = " and ".join(name for name in AXES[:2] if name in varied)
+    title = [f"{choice.objective.title}: {pairs} validation pairs on {where}"]
+    title[0] += f", panels at the best {several}" * bool(several)
+    for name, (mark, marker, size, color) in _MARKS.items():
+        scored = choice.own if name == "own" else choice.winner
+        place = grid.place(scored.method)
+        away = ", not on these panels"
+        if place is not None and place[:2] == shown:
+            away = ""
+            _, _, up, across, index = place
+            style = {"marker": marker, "markersize": size, "markerfacecolor": color, "markeredgecolor": "black"}
+            panels[index].plot(across, up, label=name, linestyle="none", clip_on=False, zorder=3, **style)
+        setting = ", ".join(f"{axis} {_short(getattr(scored.method, axis))}" for axis in varied)
+        title.append(f"{mark}: {name}, {setting}: {number(scored.score)} on all {unit}{away}")
     figure.colorbar(image, ax=list(panels), label=choice.objective.title, shrink=0.9)
-    title = _title(choice, pairs, list(marked))
     figure.suptitle("\n".join(fill(line, int(12 * width)) for line in title), fontsize=10)
     figure.supxlabel("lambda_c, weight of the consistent gradients", fontsize=10)
     figure.supylabel("lambda_s, strength of the prior", fontsize=10)
     return figure
-
-
-def _tick(set_ticks: Callable[..., Any], values: Sequence[float]) -> None:
-    """Label every value, or every second one if there are many."""
-    places = range(0, len(values), 1 if len(values) < 7 else 2)
-    set_ticks(places, [f"{values[place]:g}" for place in places], fontsize=8)
-
-
-def _title(choice: Choice, pairs: int, marked: Sequence[str]) -> list[str]:
-    """The objective, the number of pairs and both settings; `marked` are those on the panels."""
-    varied, unit = choice.grid.varied, {"image": "pixels", "text": "words"}[choice.objective.side]
-    where = f"a raster of {' x '.join(map(str, choice.raster))}" if choice.raster else f"all {unit}"
-    several = [name for name in AXES[:2] if name in varied]
-    panels = f", panels at the best {' and '.join(several)}" if several else ""
-    lines = [f"{choice.objective.title}: {pairs} validation pairs on {where}{panels}"]
-    for mark, name, scored in (("disc", "own", choice.own), ("star", "winner", choice.winner)):
-        setting = ", ".join(f"{axis} {_short(getattr(scored.method, axis))}" for axis in varied)
-        away = "" if name in marked else ", not on these panels"
-        lines.append(f"{mark}: {name}, {setting}: {number(scored.score)} on all {unit}{away}")
-    return lines
 
 
 def number(value: float | None, sign: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,9 +53,7 @@ def tune_matex(
     The components are computed once, and every setting is fused from them. Image maps are compared on a raster, and the
     ten best settings again at every pixel; the winner is the best of those and of the method's own setting. An
     objective that runs the model (confidence, curves) scores all settings at every pixel. Of equal settings the nearest
-    to the method's own wins: the distance is the sum over the settings of the difference as a share of the range of the
-    values, and another shape of the prior counts 1. A setting without effect stays as it is, and the text names the
-    reason: lambda_s if no phrase of the validation pairs names a place.
+    to the method's own wins. A setting without effect stays as it is, and the text names the reason.
 
     Writes `tuned.yaml`, which `--method` and the callbacks read; `surface.png` and `surface.svg`, the scores over
     lambda_s, lambda_c and tau; and `tune.json`, all scores with their origin.
@@ -95,8 +93,15 @@ def tune_matex(
     """
     goal = find_objective(objective)
     own = _checked_method(method, goal)
-    tried = dict(zip(AXES, (grad_layers, prior_shape, lambda_s, lambda_c, tau), strict=True))
-    _check_tried(own, tried)
+    tried: dict[str, Sequence[Any] | None] = dict(
+        zip(AXES, (grad_layers, prior_shape, lambda_s, lambda_c, tau), strict=True)
+    )
+    for name, values in tried.items():
+        if values is not None and not len(values):
+            raise ValueError(f"{name} names no value to try.")
+        for value in values or []:
+            # Refuses what a Matex refuses.
+            type(own)(**own.settings | {name: value})
     check_positive(batch_size=batch_size, raster=raster)
     if num_pairs < -1 or num_pairs == 0:
         raise ValueError(f"num_pairs must be positive, or -1 for all; got {num_pairs}.")
@@ -104,8 +109,7 @@ def tune_matex(
     if goal.fill:
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")
-    pairs = {split: _choose(data, split, num_pairs, seed, goal) for split in ("val", "test")}
-    thorax = _thorax(data, goal)
+    pairs, thorax = _choose(data, num_pairs, seed, goal)
     Path(out).mkdir(parents=True, exist_ok=True)
 
     batches = read_pairs(data, "val", pairs["val"], batch_size)
@@ -114,8 +118,15 @@ def tune_matex(
     grid = make_grid(own, goal, depth, tried, [pair.phrase for pair in pairs["val"]])
     attributed, seconds = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
     if goal.forwards:
-        _announce(goal, len(grid.settings), len(pairs["val"]))
-    choice = choose_setting(attributed, grid, goal, _raster_size(raster, clip.image_size))
+        number, settings = len(pairs["val"]), len(grid.settings)
+        log.info(
+            f"{goal.name} asks the model: {settings} settings of {number} pairs take "
+            f"{settings * number * goal.forwards} forwards of the {goal.side} tower."
+        )
+    # At most one raster point per pixel.
+    share = min(1, raster / max(clip.image_size))
+    height, width = (max(1, round(side * share)) for side in clip.image_size)
+    choice = choose_setting(attributed, grid, goal, (height, width))
     batches = read_pairs(data, "test", pairs["test"], batch_size)
     attributed, _ = attribute_pairs(clip, grid.deepest, batches, goal, thorax, seed)
     tests = [score_setting(attributed, tested, goal) for tested in (own, choice.winner.method)]
@@ -124,11 +135,7 @@ def tune_matex(
 
 
 def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> Matex:
-    """The Matex that is tuned.
-
-    Raises:
-        ValueError: It is another method, or its prior is off, which only words do without.
-    """
+    """The Matex that is tuned; its prior has to be on, but for words."""
     matex = load_method(method or Matex.recommended())
     if not isinstance(matex, Matex):
         raise ValueError(
@@ -143,61 +150,24 @@ def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> 
     return matex
 
 
-def _check_tried(own: Matex, tried: Mapping[str, Sequence[Any] | None]) -> None:
-    """Refuse values that a Matex would refuse, and lists that are empty.
-
-    Raises:
-        ValueError: There are some.
-    """
-    for name, values in tried.items():
-        if values is not None and not len(values):
-            raise ValueError(f"{name} names no value to try.")
-        for value in values or []:
-            type(own)(**own.settings | {name: value})
-
-
-def _choose(data: ChestXrayDataModule, split: str, number: int, seed: int, goal: Objective) -> list[ImageTextPair]:
-    """Pairs of a split.
-
-    Raises:
-        ValueError: The objective needs boxes, and there are none.
-    """
-    pairs = choose_pairs(data, split, number, seed, boxed=goal.needs_boxes)
-    if goal.needs_boxes and not any(len(pair.boxes) for pair in pairs):
+def _choose(
+    data: ChestXrayDataModule, number: int, seed: int, goal: Objective
+) -> tuple[dict[str, list[ImageTextPair]], Tensor | None]:
+    """Pairs of both splits, and the usual place of the thorax if the objective needs it."""
+    kind = type(data).__name__
+    pairs = {split: choose_pairs(data, split, number, seed, boxed=goal.needs_boxes) for split in ("val", "test")}
+    for split, chosen in pairs.items():
+        if goal.needs_boxes and not any(pair.boxes for pair in chosen):
+            raise ValueError(
+                f"{goal.name} needs boxes, and no {split} pair of {kind} has any. Take an objective that needs none: "
+                f"{', '.join(boxless_objectives())}."
+            )
+    if goal.metric != "outside_thorax_mass":
+        return pairs, None
+    thorax = data.thorax()
+    if thorax is None:
         raise ValueError(
-            f"{goal.name} needs boxes, and no {split} pair of {type(data).__name__} has any. Take an objective that "
-            f"needs none: {', '.join(boxless_objectives())}."
+            f"{goal.name} needs to know where the thorax is, and {kind} has no `thorax()`. Take border_mass, or give "
+            "the data module one."
         )
-    return pairs
-
-
-def _thorax(data: ChestXrayDataModule, goal: Objective) -> Tensor | None:
-    """Where lungs and heart usually are, `(H, W)` bool, if the objective asks for it.
-
-    Raises:
-        ValueError: It does, and the data module does not know.
-    """
-    thorax = data.thorax() if goal.needs_thorax else None
-    if goal.needs_thorax and thorax is None:
-        raise ValueError(
-            f"{goal.name} needs to know where the thorax is, and {type(data).__name__} has no `thorax()`. Take "
-            "border_mass, or give the data module one."
-        )
-    return thorax
-
-
-def _raster_size(cells: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the raster: `cells` on the longer side, at most one per pixel."""
-    share = min(1, cells / max(image_size))
-    return max(1, round(image_size[0] * share)), max(1, round(image_size[1] * share))
-
-
-def _announce(objective: Objective, settings: int, pairs: int) -> None:
-    log.info(
-        "%s asks the model: %d settings of %d pairs take %d forwards of the %s tower.",
-        objective.name,
-        settings,
-        pairs,
-        settings * pairs * objective.forwards,
-        objective.side,
-    )
+    return pairs, thorax

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from math import inf, isnan
+from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +19,7 @@ from matex_pl.attribution.matex import BlockCount, Matex
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.data.pair import ImageTextBatch
-from matex_pl.evaluation.intervals import Detections, Score, Sums
+from matex_pl.evaluation.intervals import Detections, Sums
 from matex_pl.evaluation.pairs import model_inputs
 from matex_pl.tune.objective import Objective, PairBatch
 
@@ -37,7 +36,7 @@ class Grid:
         method: The method that is tuned.
         depth: Number of blocks of the image and the text tower.
         axes: Values by setting, in the order of the axes of a score tensor.
-        idle: Reason by setting without effect, of which only the method's own value is tried.
+        idle: Reason by setting without effect, which keeps the method's own value.
     """
 
     method: Matex
@@ -75,16 +74,13 @@ class Grid:
         another `prior_shape` counts 1.
         """
         total = float(method.prior_shape != self.method.prior_shape)
-        for name in AXES[:1] + AXES[2:]:
-            own, other, *rest = (
-                self._number(name, value)
-                for value in (getattr(self.method, name), getattr(method, name), *self.axes[name])
-            )
-            total += abs(other - own) / (max(own, *rest) - min(own, *rest) or 1)
+        for name in ("grad_layers", *AXES[2:]):
+            values = [getattr(self.method, name), getattr(method, name), *self.axes[name]]
+            if name == "grad_layers":
+                values = [sum(depths(value, self.method, self.depth)) for value in values]
+            own, other, *tried = values
+            total += abs(other - own) / (max(own, *tried) - min(own, *tried) or 1)
         return total
-
-    def _number(self, name: str, value: Any) -> float:
-        return sum(depths(value, self.method, self.depth)) if name == "grad_layers" else value
 
 
 def make_grid(
@@ -154,48 +150,34 @@ def attribute_pairs(
         thorax: `(H, W)` bool, the usual place of lungs and heart, if the objective needs it.
         seed: Random seed of shuffled weights.
     """
-    own, seconds = _components(clip, method, batches)
-    pairs = [
-        PairBatch(clip, batch, parts, [], thorax, objective.fill) for batch, parts in zip(batches, own, strict=True)
-    ]
+    pairs, seconds = [], 0.0
+    for batch, (parts, taken) in zip(batches, _components(clip, method, batches), strict=True):
+        pairs.append(PairBatch(clip, batch, parts, [], thorax, objective.fill))
+        seconds += taken
     for model, changed in objective.references(clip, batches, seed):
-        others, more = _components(model, method, changed)
-        for batch, parts in zip(pairs, others, strict=True):
-            batch.references.append(parts)
-        seconds += more
+        for pair_batch, (parts, taken) in zip(pairs, _components(model, method, changed), strict=True):
+            pair_batch.references.append(parts)
+            seconds += taken
     return pairs, seconds
 
 
-def _components(clip: Clip, method: Matex, batches: Sequence[ImageTextBatch]) -> tuple[list[dict[str, Any]], float]:
-    components, seconds = [], 0.0
+def _components(clip: Clip, method: Matex, batches: Sequence[ImageTextBatch]) -> Iterator[tuple[dict[str, Any], float]]:
+    """The components of each batch, and the seconds that they took."""
     for batch in progress(batches, "components"):
         images, tokens = model_inputs(clip, batch)
-        start = time.perf_counter()
+        start = perf_counter()
         parts = method.attribute(clip, images, tokens, batch["phrase"], batch["content_box"].to(images.device)).parts
-        seconds += time.perf_counter() - start
         # `fuse` draws the prior again, and at every pixel it is the largest part.
-        components.append({name: part for name, part in parts.items() if name != "prior"})
-    return components, seconds
+        yield {name: part for name, part in parts.items() if name != "prior"}, perf_counter() - start
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Scored:
-    """A setting with its score over all pairs.
-
-    Args:
-        method: MATEX with this setting.
-        distance: Distance from the method's own setting.
-        values: Values of the pairs.
-    """
+    """MATEX with a setting, its score over all pairs (NaN if none counts), and its distance from the method's own."""
 
     method: Matex
+    score: float
     distance: float
-    values: Score
-
-    @cached_property
-    def score(self) -> float:
-        """Score over all pairs; NaN if none counts."""
-        return float(self.values.score())
 
 
 @dataclass(frozen=True)
@@ -237,39 +219,38 @@ def choose_setting(pairs: Sequence[PairBatch], grid: Grid, objective: Objective,
     """
     own = grid.method
     methods = [type(own)(**own.settings | setting) for setting in grid.settings]
-    is_coarse = objective.side == "image" and not objective.forwards
 
     def score(method: Matex, size: tuple[int, int] | None = None) -> Scored:
-        return Scored(method, grid.distance(method), score_setting(pairs, method, objective, size))
+        return Scored(method, float(score_setting(pairs, method, objective, size).score()), grid.distance(method))
 
-    start = time.perf_counter()
+    def ranked(scored: Sequence[Scored]) -> list[Scored]:
+        """The best first, NaN last, and of equal scores the nearest."""
+        return sorted(scored, key=lambda s: (inf if isnan(s.score) else -objective.sign * s.score, s.distance))
+
+    start = perf_counter()
     best = [score(method, None if objective.forwards else raster) for method in progress(methods, "settings")]
-    seconds = {"settings": time.perf_counter() - start}
+    seconds = {"settings": perf_counter() - start}
     scores = np.array([scored.score for scored in best]).reshape([len(values) for values in grid.axes.values()])
+    is_coarse = objective.side == "image" and not objective.forwards
     if is_coarse:
-        finalists = best_first(best, objective.sign)[:FINALISTS]
+        finalists = ranked(best)[:FINALISTS]
         best = [score(scored.method) for scored in progress(finalists, "settings at every pixel")]
-        seconds["finalists"] = time.perf_counter() - start - seconds["settings"]
+        seconds["finalists"] = perf_counter() - start - seconds["settings"]
     if all(scored.method.settings != own.settings for scored in best):
         best.append(score(own))
-    return Choice(objective, grid, scores, raster if is_coarse else None, best_first(best, objective.sign), seconds)
+    return Choice(objective, grid, scores, raster if is_coarse else None, ranked(best), seconds)
 
 
 def score_setting(
     pairs: Sequence[PairBatch], method: Matex, objective: Objective, size: tuple[int, int] | None = None
-) -> Score:
-    """Score of the pairs under a setting, from maps of height and width `size`; at every pixel by default."""
+) -> Sums | Detections:
+    """The pairs under a setting, from maps of height and width `size`; at every pixel by default."""
     changes: dict[str, Any] = {} if size is None else {"size": size}
     values = []
     with torch.no_grad():
         for batch in pairs:
             maps = [type(method).fuse(parts | changes, **method.settings) for parts in (batch.parts, *batch.references)]
-            values.append(objective.value(batch, *maps))
+            values.append(objective.values(batch, *maps))
     if isinstance(values[0], Detections):
         return Detections.joined(cast(list[Detections], values))
     return Sums.of(torch.cat(cast(list[Tensor], values)).cpu())
-
-
-def best_first(scored: Sequence[Scored], sign: int) -> list[Scored]:
-    """Settings by score, NaN last, and of equal scores by distance; `sign` is 1 if higher is better, else -1."""
-    return sorted(scored, key=lambda one: (inf if isnan(one.score) else -sign * one.score, one.distance))

@@ -1,8 +1,9 @@
-"""The metrics of a benchmark: their names, directions and how to read them, in the order of the tables."""
+"""The metrics of an experiment: their names, directions and how to read them, in the order of the tables."""
 
 from __future__ import annotations
 
 from itertools import product
+from typing import NamedTuple
 
 from torchmetrics import Metric
 
@@ -16,97 +17,97 @@ _FILLS = {
     "confidence": ("", "mean_color", "mean_image"),
     "curves": ("blur", "mean_color", "mean_image"),
 }
-_METRICS: dict[str, dict[str, tuple[type[Metric], str, str]]] = {
+
+
+class _Row(NamedTuple):
+    metric: type[Metric]
+    label: str
+    description: str
+
+
+_GROUPS = {
     "localization": {
-        "pointing_game": (M.PointingGame, "Pointing game", "Share of maps whose maximum lies in a box."),
-        "cnr": (
-            M.ContrastToNoise,
-            "CNR",
-            "Contrast of box and rest over their noise; negative if the rest is brighter.",
+        "pointing_game": _Row(M.PointingGame, "Pointing game", "Share of maps whose maximum lies in a box."),
+        "cnr": _Row(
+            M.ContrastToNoise, "CNR", "Contrast of box and rest over their noise; negative if the rest is brighter."
         ),
-        "miou": (M.MeanIoU, "mIoU", "IoU of map and boxes, mean over the thresholds .1 to .5."),
-        "iou": (M.ThresholdedIoU, "IoU", "IoU at one threshold per method, which validation pairs chose."),
-        "acc50": (M.BoxAccuracy, "Acc@0.5", "Share of pairs whose best component, as a box, has an IoU above .5."),
-        "ap50": (M.AveragePrecision50, "AP50", "Average precision of all components as boxes, hits from an IoU of .5."),
-        "energy_pointing_game": (M.EnergyPointingGame, "Energy in box", "Share of the map's mass inside the boxes."),
-        "relevance_rank_accuracy": (
-            M.RelevanceRankAccuracy,
-            "Rank accuracy",
-            "Share of the K highest pixels in the boxes of K pixels.",
+        "miou": _Row(M.MeanIoU, "mIoU", "IoU of map and boxes, mean over the thresholds .1 to .5."),
+        "iou": _Row(M.ThresholdedIoU, "IoU", "IoU at one threshold per method, which validation pairs chose."),
+        "acc50": _Row(M.BoxAccuracy, "Acc@0.5", "Share of pairs whose best component, as a box, has an IoU above .5."),
+        "ap50": _Row(
+            M.AveragePrecision50, "AP50", "Average precision of all components as boxes, hits from an IoU of .5."
+        ),
+        "energy_pointing_game": _Row(
+            M.EnergyPointingGame, "Energy in box", "Share of the map's mass inside the boxes."
+        ),
+        "relevance_rank_accuracy": _Row(
+            M.RelevanceRankAccuracy, "Rank accuracy", "Share of the K highest pixels in the boxes of K pixels."
         ),
     },
     "paper": {
-        "confidence_drop": (
+        "confidence_drop": _Row(
             M.ConfidenceDrop,
             "Drop",
             "Drop in cosine similarity (percentage points) when only the highlighted region is kept.",
         ),
-        "confidence_increase": (
+        "confidence_increase": _Row(
             M.ConfidenceIncrease,
             "Increase",
             "Percentage of pairs whose cosine similarity rises when only the highlighted region is kept.",
         ),
     },
     "confidence": {
-        "confidence_drop@50": (
-            M.ConfidenceDrop,
-            "Drop, half kept",
-            "The drop with exactly half of the pixels or words kept, by rank.",
+        "confidence_drop@50": _Row(
+            M.ConfidenceDrop, "Drop, half kept", "The drop with exactly half of the pixels or words kept, by rank."
         ),
-        "confidence_increase@50": (
+        "confidence_increase@50": _Row(
             M.ConfidenceIncrease,
             "Increase, half kept",
             "The increase with exactly half of the pixels or words kept, by rank.",
         ),
-        "top20_removal": (
+        "top20_removal": _Row(
             M.RemovalDrop,
             "Drop, top fifth removed",
             "Drop in cosine similarity (percentage points) when the highest fifth is removed.",
         ),
     },
     "curves": {
-        "insertion": (
+        "insertion": _Row(
             M.InsertionAUC,
             "Insertion AUC",
             "How soon the cosine rises as patches are inserted by rank, 1 at once; none if images score as their fill.",
         ),
-        "deletion": (
+        "deletion": _Row(
             M.DeletionAUC,
             "Deletion AUC",
             "How long the cosine stays as patches are deleted by rank; none if images score as their fill.",
         ),
     },
     "sensitivity": {
-        "prompt_sensitivity": (
-            M.RankCorrelation,
-            "Prompt sensitivity",
-            "Rank correlation with the map under the phrase of another pair.",
+        "prompt_sensitivity": _Row(
+            M.RankCorrelation, "Prompt sensitivity", "Rank correlation with the map under the phrase of another pair."
         ),
-        "side_sensitivity": (
-            M.SideSensitivity,
-            "Side sensitivity",
-            "Share of mass that changes sides when the phrase does.",
+        "side_sensitivity": _Row(
+            M.SideSensitivity, "Side sensitivity", "Share of mass that changes sides when the phrase does."
         ),
     },
     "sanity": {
-        "sanity": (
+        "sanity": _Row(
             M.RankCorrelation,
             "Weight randomization",
             "Rank correlation with the map while weights are shuffled, block by block.",
         ),
     },
     "mass": {
-        "outside_thorax_mass": (
+        "outside_thorax_mass": _Row(
             M.OutsideMass,
             "Mass outside thorax",
             "Share of the map's mass outside of where lungs and heart usually are.",
         ),
-        "border_mass": (
-            M.OutsideMass,
-            "Mass at the border",
-            "Share of the map's mass in the outer tenth of the image.",
+        "border_mass": _Row(
+            M.OutsideMass, "Mass at the border", "Share of the map's mass in the outer tenth of the image."
         ),
-        "mean_map_mass": (
+        "mean_map_mass": _Row(
             M.MapMass,
             "Mean value",
             "Mean of the map. A map of all ones has a perfect confidence drop: read the two together.",
@@ -115,20 +116,22 @@ _METRICS: dict[str, dict[str, tuple[type[Metric], str, str]]] = {
 }
 
 
+METRICS: dict[str, type[Metric]] = {name: row.metric for rows in _GROUPS.values() for name, row in rows.items()}
+
+
 def metric_columns(keys: set[str]) -> dict[str, Column]:
     """The columns of metrics such as `cnr` or `insertion/blur`, in the order of the tables."""
     columns = {}
-    for group, metrics in _METRICS.items():
+    for group, rows in _GROUPS.items():
         fills = _FILLS.get(group, ("",))
         # A curve stands with itself under the other fills, a confidence with those under the same fill.
-        named = product(metrics, fills) if group == "curves" else ((name, fill) for fill in fills for name in metrics)
+        named = product(rows, fills) if group == "curves" else ((name, fill) for fill in fills for name in rows)
         for name, fill in named:
-            metric, label, description = metrics[name]
             columns[f"{name}/{fill}" if fill else name] = Column(
-                label=label,
+                label=rows[name].label,
                 group=group,
-                higher_is_better=metric.higher_is_better,
-                description=description,
+                higher_is_better=rows[name].metric.higher_is_better,
+                description=rows[name].description,
                 fill=FILL_NAMES.get(fill, ""),
                 percent=group in ("paper", "confidence"),
             )
