@@ -618,7 +618,7 @@ def test_what_is_no_batch_of_the_model_is_refused(method: AttributionMethod, cli
         (images[0], [], None, "at least one phrase"),
         (images[0], "mass", None, "at least one phrase, got 'mass'"),
         (images[:1], ["mass"], None, r"one image \(3, H, W\)"),
-        (images[0], ["mass"], torch.zeros(3), r"one image \(4,\)"),
+        (images[0], ["mass"], torch.zeros(3), r"one content_box \(4,\)"),
         (images[0, :, :8], ["mass"], None, r"must be \(1, 3, 32, 48\)"),
     ):
         with pytest.raises(ValueError, match=message):
