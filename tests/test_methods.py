@@ -101,6 +101,14 @@ def test_the_table_is_complete() -> None:
     assert all(type(method) is public[name] for name, method in METHODS.items())
 
 
+def test_settings_have_the_arguments_of_parents_behind_their_own() -> None:
+    assert list(LeGrad(2, **MARGIN).settings.items()) == [("num_blocks", 2), *MARGIN.items()]
+    assert Saliency(**MARGIN).settings == MARGIN
+    assert Rollout().settings == {}
+    with pytest.raises(TypeError, match="targets"):
+        LeGrad(targets="margin")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_contract(method: AttributionMethod, name: str) -> None:
