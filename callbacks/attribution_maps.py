@@ -19,21 +19,20 @@ from matex_pl.visualization.draw import Picture
 
 
 class AttributionMaps(Callback):
-    """Logs, for K fixed pairs, where the model looked: image, boxes, map, shaded phrase and score.
+    """Logs, for K fixed pairs, a panel of image, boxes, map, shaded phrase and score.
 
     Each pair has one tag, `maps/<name>/<id>`, for the whole run, so that TensorBoard's slider runs through training.
-    Goes to every logger that takes images. The pairs are chosen once, turn by turn over the findings, and kept with
-    the checkpoint.
+    All loggers that take images get it. The pairs are chosen once, in turn over the findings, and kept with the
+    checkpoint.
 
     Args:
-        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by
-            default.
+        method: An attribution method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by default.
         name: Part of the tag, to have several methods side by side.
-        num_pairs: K, when `pair_ids` is left out.
-        pair_ids: The pairs to show, by id; they have to be in the split that is validated or tested.
+        num_pairs: K, without `pair_ids`.
+        pair_ids: Ids of the pairs, which have to be in the split that is validated or tested.
         every_n_validations: Log at the first validation and then at every n-th; 0 switches it off.
-        show_text: Write the phrases and findings in the panels; with `false`, shaded bars stand in for the words. By
-            default, only loggers that write to local disks get words, as `is_local` says. Patient ids are never in
+        show_text: Write the phrases and findings in the panels; with `false`, shaded bars replace the words. By
+            default, only loggers that write to local disks get words (see `is_local`). Patient ids are never in
             panels; the id of the pair always is.
         log_text: Deprecated name of `show_text`.
     """
@@ -64,29 +63,27 @@ class AttributionMaps(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells instances apart, so that several can stand side by side."""
+        """A key per name, for several instances."""
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many validations there were, and which pairs are shown."""
+        """Number of validations, and the chosen pairs."""
         return {"validations": self.validations, "chosen": self.chosen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the pairs of the checkpoint."""
+        """Continue with the pairs of the checkpoint."""
         self.validations, self.chosen = state_dict["validations"], state_dict["chosen"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before training starts."""
+        """Check the ids of the pairs."""
         data = getattr(trainer, "datamodule", None)
         if self.pair_ids and isinstance(data, ChestXrayDataModule) and stage in ("fit", "validate", "test"):
-            self._check_ids({pair.id for pair in data.pairs["test" if stage == "test" else "val"]})
-
-    def _check_ids(self, there: set[str]) -> None:
-        missing = [name for name in self.pair_ids or () if name not in there]
-        if missing:
-            raise ValueError(
-                f"AttributionMaps: no pair {missing[0]!r} among {len(there)}, e.g. {min(there, default='none')!r}."
-            )
+            ids = {pair.id for pair in data.pairs["test" if stage == "test" else "val"]}
+            missing = [name for name in self.pair_ids if name not in ids]
+            if missing:
+                raise ValueError(
+                    f"AttributionMaps: no pair {missing[0]!r} among {len(ids)}, e.g. {min(ids, default='none')!r}."
+                )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the panels, if it is their turn."""
@@ -113,27 +110,27 @@ class AttributionMaps(Callback):
             self.chosen[split] = self.pair_ids or choose_pairs(data.pairs, self.num_pairs)
         taken = 0
         for show_text in (True, False):
-            loggers = [logger for logger in trainer.loggers if self._shows_text(logger) is show_text]
-            if loggers:
-                panels = self._panels(trainer, module, data, self.chosen[split], show_text)
-                for pair, panel in panels.items() if trainer.is_global_zero else ():
-                    taken += log_images(loggers, f"maps/{self.name}/{pair}", panel, trainer.global_step)
+            loggers = [
+                logger
+                for logger in trainer.loggers
+                if (is_local(logger) if self.show_text is None else self.show_text) is show_text
+            ]
+            panels = self._panels(trainer, module, data, self.chosen[split], show_text) if loggers else {}
+            for pair, panel in panels.items() if trainer.is_global_zero else ():
+                taken += log_images(loggers, f"maps/{self.name}/{pair}", panel, trainer.global_step)
         if not taken:
             rank_zero_warn("None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger.")
-
-    def _shows_text(self, logger: Any) -> bool:
-        return is_local(logger) if self.show_text is None else self.show_text
 
     def _panels(
         self, trainer: Trainer, module: Any, data: PairDataset, pairs: list[str], show_text: bool
     ) -> dict[str, Picture]:
         """The panels by pair, on the first process those of all; each process explains its share."""
-        own = pairs[trainer.global_rank :: trainer.world_size]
+        share = pairs[trainer.global_rank :: trainer.world_size]
         panels: dict[str, Picture] = {}
-        if own:
+        if share:
             subtitle = f"{self.name} | epoch {trainer.current_epoch}"
-            pictures = explain_batch(module, self.method, data.batch(own), subtitle, show_text=show_text)
-            panels.update(zip(own, pictures, strict=True))
+            pictures = explain_batch(module, self.method, data.batch(share), subtitle, show_text=show_text)
+            panels.update(zip(share, pictures, strict=True))
         if trainer.world_size == 1:
             return panels
         parts: list[Any] = [None] * trainer.world_size

@@ -1,4 +1,4 @@
-"""Pictures, texts and scores to Lightning's loggers: one adapter per kind, none of their packages is imported."""
+"""Pictures, texts and scores for Lightning's loggers, without an import of their packages."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 def log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> bool:
     """Hand one picture to a logger; True if the logger takes pictures.
 
-    Served are TensorBoard (the Trainer's and Fabric's), MLflow (an artifact `tag/000000120.png`), Comet, and every
-    logger with Lightning's own `log_image(key, images, step)`, such as Weights & Biases. The loggers themselves see to
-    it that only rank 0 writes.
+    Supported are TensorBoard (the Trainer's and Fabric's), MLflow (an artifact `tag/000000120.png`), Comet, and every
+    logger with Lightning's own `log_image(key, images, step)`, such as Weights & Biases. The loggers themselves write
+    on rank 0 only.
 
     Args:
         logger: A logger of the Trainer.
@@ -50,16 +50,10 @@ def log_images(loggers: Iterable[Any], tag: str, image: NDArray[np.uint8], step:
 
 
 def log_text(logger: Any, tag: str, text: str, step: int) -> bool:
-    """Hand a Markdown text to a logger; True if the logger takes texts.
+    """Hand a Markdown text to a logger; True if the logger takes texts. Arguments as in `log_image`.
 
-    Served are TensorBoard, MLflow (an artifact `tag.md`), Comet, and every logger with Lightning's own `log_text(key,
-    columns, data, step)`, such as Weights & Biases.
-
-    Args:
-        logger: A logger of the Trainer.
-        tag: Name of the text; slashes group it.
-        text: Markdown.
-        step: Usually `trainer.global_step`.
+    Supported are TensorBoard, MLflow (an artifact `tag.md`), Comet, and every logger with Lightning's own
+    `log_text(key, columns, data, step)`, such as Weights & Biases.
     """
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text(tag, text, step)
@@ -78,15 +72,9 @@ def log_session(logger: Any, name: str, params: dict[str, Any], metrics: dict[st
     """Hand hyper-parameters with scores to TensorBoard; True if it is one.
 
     They become a run `name` beneath the logger's own: TensorBoard shows only the first hyper-parameters of a run, and
-    those are what the run itself was made with. They are repeated in the new one, where the logger still knows them.
-    The columns of TensorBoard's page are those of the first run that has any: for the scores to be among them beside
-    a run of the Trainer, its logger needs `default_hp_metric=False`.
-
-    Args:
-        logger: A logger of the Trainer.
-        name: Name of the run.
-        params: Plain values by name.
-        metrics: Numbers by name.
+    those are what the run itself was made with. They are repeated in the new one, if the logger still has them.
+    The columns of TensorBoard's page are those of the first run that has any: for the scores to be among them, the
+    Trainer's logger needs `default_hp_metric=False`.
     """
     if not isinstance(logger, TensorBoardLogger):
         return False

@@ -16,19 +16,18 @@ from matex_pl.files import check_folder, remove_abandoned_parts
 
 
 class MapWriter(Callback):
-    """Keeps the maps of all pairs that `validate`, `test` or `predict` go over, in a `MapStore`.
+    """Keeps the maps of all pairs of `validate`, `test` or `predict` in a `MapStore`.
 
-    Each process writes a file per batch; at the end all of them are one store, in which each pair is once. Pairs whose
-    maps are there already, with these weights, settings, pixels and words, are not explained again, so a run that was
-    stopped goes on where it was, with any number of processes. The store is read with
+    Each process writes a file per batch; at the end they are one store, in which each pair is once. Pairs that have
+    maps of these weights, settings, pixels and words are not explained again, so a stopped run continues, with any
+    number of processes. To read the store:
 
         MapStore(Path("maps"), weight_hash(module.clip), method).read(pair_keys(batch))
 
     Does nothing within `fit`, where every validation has other weights.
 
     Args:
-        method: What makes the maps: a method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by
-            default.
+        method: An attribution method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by default.
         root: Folder of the stores; this one's is named after the method and a hash of its settings and the weights.
     """
 
@@ -38,7 +37,7 @@ class MapWriter(Callback):
         self.store: MapStore | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written before there is anything to write."""
+        """Check that the folder can be written."""
         self.store = None
         if trainer.state.fn != TrainerFn.FITTING:
             check_folder(self.root)
@@ -46,7 +45,7 @@ class MapWriter(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the store of these weights and this method."""
         if trainer.state.fn != TrainerFn.FITTING:
-            # All processes have the weights of the first: Lightning sees to that.
+            # Lightning gives all processes the weights of the first.
             self.store = MapStore(self.root, weight_hash(pl_module.clip), self.method)
 
     def on_validation_batch_end(

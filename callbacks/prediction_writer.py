@@ -1,4 +1,4 @@
-"""What `matex predict` leaves behind."""
+"""The table of `matex predict`."""
 
 from __future__ import annotations
 
@@ -28,20 +28,26 @@ class PredictionWriter(BasePredictionWriter):
         self.path = path
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written before there is anything to write."""
+        """Check that the folder can be written."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
             check_folder(self._file(trainer).parent)
 
     def _file(self, trainer: Trainer) -> Path:
-        """Where the table goes; all processes have to ask for it together."""
+        """Path of the table, which all processes have to ask for together."""
         return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write all rows, in the order of the images, under a temporary name until they are complete."""
-        rows = self._rows_of_all(trainer, predictions, batch_indices)
+        rows = [row for batch in predictions for row in batch]
+        if trainer.world_size > 1:
+            places = [place for loader in batch_indices for batch in loader for place in batch]
+            parts: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(parts, list(zip(places, rows, strict=True)))
+            # In prediction Lightning repeats no pair to fill up a shard.
+            rows = [row for _, row in sorted((pair for part in parts for pair in part), key=itemgetter(0))]
         path = self._file(trainer)
         if not trainer.is_global_zero:
             return
@@ -50,17 +56,3 @@ class PredictionWriter(BasePredictionWriter):
             writer.writeheader()
             writer.writerows(rows)
         rank_zero_info(f"{len(rows)} predictions in {path}")
-
-    @staticmethod
-    def _rows_of_all(
-        trainer: Trainer, predictions: Sequence[Any], batch_indices: Sequence[Any]
-    ) -> list[dict[str, Any]]:
-        """The rows of all processes."""
-        rows = [row for batch in predictions for row in batch]
-        if trainer.world_size == 1:
-            return rows
-        places = [place for loader in batch_indices for batch in loader for place in batch]
-        parts: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(parts, list(zip(places, rows, strict=True)))
-        # A place comes once: in prediction Lightning fills up no shard.
-        return [row for _, row in sorted((pair for part in parts for pair in part), key=itemgetter(0))]

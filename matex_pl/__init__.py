@@ -35,18 +35,8 @@ if TYPE_CHECKING:
     from matex_pl.clip.load import load_clip
     from matex_pl.training.module import ClipModule
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "load_clip": "clip.load",
-            "ClipModule": "training.module",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__, {"load_clip": "clip.load", "ClipModule": "training.module"})
 
 __version__ = version("matex_pl")
 
-__all__ = [
-    "ClipModule",
-    "__version__",
-    "load_clip",
-]
+__all__ = ["ClipModule", "__version__", "load_clip"]

@@ -10,53 +10,40 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a value of an argument that is not among its choices, listing them.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raise ValueError, which lists the choices, for a value that is none of them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def check_choices(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Check the arguments of a call against the `Literal` type hints of the function.
-
-    A parser does the same for the command line and YAML; this is for callers in Python.
+    """`check_choice` of all arguments with a `Literal` type hint, as parsers do for the command line and YAML.
 
     Args:
         function: A function, or the `__init__` of a class.
         values: The arguments by name: `locals()` at the beginning of the function.
-
-    Raises:
-        ValueError: An argument is not one of its choices; the message lists them.
     """
-    for name, (choices, others) in _literals(function).items():
+    for name, (choices, types) in _literals(function).items():
         value = values[name]
         # As a type hint, `float` takes whole numbers too.
-        if value not in choices and not isinstance(value, (*others, int) if float in others else others):
-            kinds = [f"any {kind.__name__}" for kind in others if kind is not NoneType]
+        if value not in choices and not isinstance(value, (*types, int) if float in types else types):
+            kinds = [f"any {kind.__name__}" for kind in types if kind is not NoneType]
             raise ValueError(f"{name} must be one of {', '.join([*choices, *kinds])}, got {value!r}.")
 
 
 @cache
 def _literals(function: Callable[..., Any]) -> dict[str, tuple[tuple[str, ...], tuple[type, ...]]]:
     """The choices of each argument that has a `Literal` in its type hint, and the types of its other values."""
-    found = {}
+    literals = {}
     for name, hint in get_type_hints(function).items():
         parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
         if choices:
-            found[name] = choices, tuple(part for part in parts if get_origin(part) is not Literal)
-    return found
+            literals[name] = choices, tuple(part for part in parts if get_origin(part) is not Literal)
+    return literals
 
 
 def check_positive(**numbers: float) -> None:
-    """Refuse arguments that have to be greater than 0.
-
-    Raises:
-        ValueError: One is not; the message has its name and value.
-    """
+    """Raise ValueError, with name and value, for a number that is not finite and greater than 0."""
     for name, value in numbers.items():
         if not 0 < value < inf:
             raise ValueError(f"{name} must be a number greater than 0, got {value}.")

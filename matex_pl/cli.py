@@ -34,8 +34,6 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, 
 `matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
 `matex explain --help` and `matex prior --help` those of a picture, `matex benchmark --help` those of a comparison.
 """
-
-
 TRAINING = {
     "fit": "Train.",
     "validate": "Score the validation images.",
@@ -50,8 +48,6 @@ COMMANDS = {
     "roar": "Remove what maps mark, and train again.",
     "check-data": "Read every image and row once.",
 }
-REQUIRED = {"benchmark": ("--ckpt_path", "--out"), "tune": ("--ckpt_path", "--out")}
-ON_DATA = {*TRAINING, "benchmark", "tune", "check-data"}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -60,9 +56,13 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     # LightningCLI takes a config that holds a part per command, before the command or without one.
     is_config = bool(words) and words[0].startswith(("-c", "--config", "--print_config"))
-    command = "fit" if is_config else choose(_parser(), TRAINING | COMMANDS, words)
+    epilog = f"Shipped configs, found by name from anywhere: {', '.join(shipped_configs())}."
+    parser = ArgumentParser("matex", None, DESCRIPTION, epilog, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    command = "fit" if is_config else choose(parser, TRAINING | COMMANDS, words)
     try:
-        check_words(command, words, REQUIRED.get(command, ()), needs_data=command in ON_DATA)
+        if command not in ("explain", "prior", "roar"):
+            check_words(command, words)
         if command in COMMANDS:
             import_module(f"matex_pl.commands.{command.replace('-', '_')}").main(words[1:])
     except (ImportError, OSError, NotImplementedError, ValueError) as error:
@@ -73,13 +73,6 @@ def main(args: Sequence[str] | None = None) -> None:
     if command in TRAINING:
         # LightningCLI reads the process's own words itself, and warns of others.
         import_module("matex_pl.commands.fit").main(args)
-
-
-def _parser() -> ArgumentParser:
-    epilog = f"Shipped configs, found by name from anywhere: {', '.join(shipped_configs())}."
-    parser = ArgumentParser("matex", None, DESCRIPTION, epilog, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What people see of work that goes on: messages, progress bars and times."""
+"""Text for a terminal: messages, progress bars, times and tables."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -49,3 +49,10 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def text_table(rows: Sequence[Sequence[object]], align: str = "<") -> list[str]:
+    """Lines of a table: the first column to the left, the others to the left (`<`) or the right (`>`)."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    template = "  ".join(f"{{!s:{align if place else '<'}{width}}}" for place, width in enumerate(widths))
+    return [template.format(*row).rstrip() for row in rows]

@@ -48,11 +48,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Make a folder, with those on the way, and see that files can be written there: before the work, not after it.
-
-    Raises:
-        OSError: They cannot; the message names the folder and the reason.
-    """
+    """Make a folder, with its parents; raise OSError, before the work, if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):

@@ -41,11 +41,6 @@ def rounding(dtype: torch.dtype) -> float:
     return max(1e-6, 4 * torch.finfo(dtype).eps)
 
 
-def varies(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which ranges, from the least to the greatest of what a model computed in `dtype`, are more than its rounding."""
-    return high - low > rounding(dtype) * torch.maximum(low.abs(), high.abs())
-
-
 def differ(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """Whose scores `(S, B)`, products of unit vectors, are more than one number and its rounding; `(B,)` bool."""
     return scores.amax(0) - scores.amin(0) > rounding(dtype)
@@ -63,7 +58,8 @@ def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch
     """
     flat = full_precision(z.flatten(1))
     low, high = _extremes(flat, keep)
-    scaled = (flat - low) / torch.where(varies(low, high, dtype), high - low, torch.inf)
+    varies = high - low > rounding(dtype) * torch.maximum(low.abs(), high.abs())
+    scaled = (flat - low) / torch.where(varies, high - low, torch.inf)
     return (scaled if keep is None else scaled.masked_fill(~keep.flatten(1), 0)).view_as(z)
 
 
@@ -98,9 +94,8 @@ def upsample(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def patch_mean(image: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean of each patch: `(B, H, W)` to `(B, Gh, Gw)`, or C maps each `(B, C, H, W)`."""
-    maps = image if image.ndim == 4 else image[:, None]
-    return F.adaptive_avg_pool2d(maps, grid).view(*image.shape[:-2], *grid)
+    """Mean of each patch: `(B, H, W)` to `(B, Gh, Gw)`."""
+    return F.adaptive_avg_pool2d(image[:, None], grid)[:, 0]
 
 
 # The name in 0.1.

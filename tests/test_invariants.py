@@ -610,7 +610,7 @@ def test_what_is_no_batch_of_the_model_is_refused(method: AttributionMethod, cli
         method.attribute(clip, images.double(), tokens, phrases)
     with pytest.raises(ValueError, match="phrases must be a list, got the text 'mass!'"):
         method.attribute(clip, images, tokens, "mass!")
-    with pytest.raises(ValueError, match=r"image must be \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"content_box must be \(5, 4\)"):
         method.attribute(clip, images, tokens, phrases, torch.zeros(5, 3))
     with pytest.raises(ValueError, match="content_box of pair 'left lower lobe consolidation' has no size"):
         method.attribute(clip, images, tokens, phrases, torch.zeros(5, 4))

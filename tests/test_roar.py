@@ -26,7 +26,7 @@ from matex_pl.evaluation.compared import BLURRED, RANDOM
 from matex_pl.roar.collect import _holm, _paired, collect
 from matex_pl.roar.drop import drop_of, top_units
 from matex_pl.roar.finetune import RoarModule, build_module, train_run
-from matex_pl.roar.images import PlanImages
+from matex_pl.roar.images import PlanImages, split_rows
 from matex_pl.roar.make import BOXES, make_plan, plan_methods
 from matex_pl.roar.plan import Plan, Protocol, Run, Training, read_plan, take_shard
 from matex_pl.roar.work import prepare_maps, work_here
@@ -127,7 +127,7 @@ def test_what_a_method_marks_most_is_dropped(tmp_path):
     plan = _plan(tmp_path)
     prepare_maps(plan)
     images = PlanImages(tmp_path)
-    train, _ = images.split(0.8, 0)
+    train, _ = split_rows(images.pairs, 0.8, 0)
     boxes = drop_of(plan, images, Run(0, BOXES, "image", 1 / 16))["drop_patches"]
     for row in train:
         x0, y0, *_ = images.pairs[row].boxes[0]
@@ -181,7 +181,7 @@ def test_images_are_opened_as_a_training_opens_them(tmp_path, monkeypatch):
 def test_a_repeat_splits_by_patient_and_the_next_one_otherwise(tmp_path):
     _plan(tmp_path, data=PatternImages(40, per_patient=4))
     images = PlanImages(tmp_path)
-    splits = [images.split(0.8, seed) for seed in (0, 0, 1)]
+    splits = [split_rows(images.pairs, 0.8, seed) for seed in (0, 0, 1)]
     assert splits[0] == splits[1] != splits[2]
     for train, val in splits:
         assert (len(train), len(val)) == (32, 8)
@@ -353,7 +353,7 @@ def test_smooth_noise_is_smooth(tiny_clip):
     [
         ({"fractions": [10]}, r"fractions must be in \[0, 1\], got 10. Give a share"),
         ({"fractions": [0.1, 0.1]}, "each once"),
-        ({"modalities": ["content_box"]}, "modalities must be one of image, text, got 'image'"),
+        ({"modalities": ["picture"]}, "modalities must be one of image, text, got 'picture'"),
         ({"repeats": 0}, "repeats must be at least 1"),
         ({"fill": "white"}, "fill must be one of"),
         ({"train_share": 1.0}, "train_share must be in"),

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
-from matex_pl.callbacks import Attribution as LoggedMaps
+from matex_pl.callbacks import AttributionMaps as LoggedMaps
 from matex_pl.callbacks import AttributionMetrics, MapWriter, PredictionWriter, RoarPlus
 from matex_pl.clip import Clip
 from matex_pl.data import PhantomDataModule
-from matex_pl.evaluation import store
+from matex_pl.evaluation import tensors as tensor_files
 from matex_pl.maps import Attribution
 from matex_pl.roar.plan import Protocol, Training
 from matex_pl.training.distributed import gather_rows
@@ -212,7 +212,7 @@ def maps_killed(rank: int, folder: Path) -> None:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    store.save_file = half
+    tensor_files.save_file = half
     maps(rank, folder, 1)
 
 

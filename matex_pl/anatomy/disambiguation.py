@@ -21,8 +21,8 @@ def settle(terms: list[Term], grammar: Grammar) -> list[Term]:
     terms = [_dot(terms, k, grammar) for k in range(len(terms))]
     terms = _without_contrasts([term for term in terms if term.kind != "skip"])
     terms = _without_asides(terms, grammar)
-    terms = [_landmark(terms, k, grammar) for k in range(len(terms))]
-    terms = [_side(terms, k, grammar) for k in range(len(terms))]
+    terms = [_void(term) if _is_landmark(terms, k) else term for k, term in enumerate(terms)]
+    terms = [_void(term) if _is_no_side(terms, k, grammar) else term for k, term in enumerate(terms)]
     terms = [_zone_adjective(terms, k, grammar) for k in range(len(terms))]
     return _cues(terms, grammar)
 
@@ -89,28 +89,25 @@ def _end_of_aside(terms: list[Term], k: int, grammar: Grammar) -> int:
     """One past the aside that begins at `k`; `k` where none does."""
     if terms[k].kind == "aside":
         return k + 1
-    for j in range(k + 1, min(k + 6, len(terms))):
-        if terms[j].text in grammar.sets["measures"]:
+    for j, term in enumerate(terms[k + 1 : k + 6], k + 1):
+        if term.text in grammar.sets["measures"]:
             return j + 1
-        if terms[j].kind not in ("determiner", "modifier", "degree", "word"):
-            return k
+        if term.kind not in ("determiner", "modifier", "degree", "word"):
+            break
     return k
 
 
-def _landmark(terms: list[Term], k: int, grammar: Grammar) -> Term:
+def _is_landmark(terms: list[Term], k: int) -> bool:
     """A midline place that something lies right or left of: "to the right of the heart" is on the right."""
-    if terms[k].kind != "zone" or not {"cardiac", "mediastinal"}.intersection(terms[k].zones):
-        return terms[k]
+    is_midline = terms[k].kind == "zone" and {"cardiac", "mediastinal"}.intersection(terms[k].zones)
     of = k - 1 - (_kind(terms, k - 1) == "determiner")
-    lies_beside = _text(terms, of) == "of" and _text(terms, of - 1) in ("right", "left")
-    return _void(terms[k]) if lies_beside else terms[k]
+    return bool(is_midline) and _text(terms, of) == "of" and _text(terms, of - 1) in ("right", "left")
 
 
-def _side(terms: list[Term], k: int, grammar: Grammar) -> Term:
-    """A side, or `void` where the word means something else."""
-    if terms[k].kind != "side":
-        return terms[k]
-    return _void(terms[k]) if any(reads(terms, k, grammar) for reads in _NO_SIDES) else terms[k]
+def _is_no_side(terms: list[Term], k: int, grammar: Grammar) -> bool:
+    """A word for a side that means something else."""
+    tests = (_is_lone, _is_adverb, _is_verb, _names_a_shift, _is_direction)
+    return terms[k].kind == "side" and any(test(terms, k, grammar) for test in tests)
 
 
 def _is_lone(terms: list[Term], k: int, grammar: Grammar) -> bool:
@@ -143,10 +140,10 @@ def _is_verb(terms: list[Term], k: int, grammar: Grammar) -> bool:
 
 def _names_a_shift(terms: list[Term], k: int, grammar: Grammar) -> bool:
     """Where something goes, without "to": "right shift of the trachea", "rotated left"."""
+    if _text(terms, k + 1) in grammar.sets["shift_nouns"]:
+        return True
     ends = _kind(terms, k + 1) in ("break", "but", "comma", "and", "with", "preposition")
-    return _text(terms, k + 1) in grammar.sets["shift_nouns"] or (
-        ends and _text(terms, k - 1) in grammar.sets["shifts"]
-    )
+    return ends and _text(terms, k - 1) in grammar.sets["shifts"]
 
 
 def _is_direction(terms: list[Term], k: int, grammar: Grammar) -> bool:
@@ -155,26 +152,20 @@ def _is_direction(terms: list[Term], k: int, grammar: Grammar) -> bool:
     if _text(terms, at) not in ("to", "toward", "towards", "toward the"):
         return False
     for j in range(at - 1, max(at - _AHEAD, -1), -1):
-        if terms[j].kind in ("break", "but", "finding") and terms[j].text not in grammar.sets["shifts"]:
-            return False
         if terms[j].text in grammar.sets["shifts"]:
             return True
+        if terms[j].kind in ("break", "but", "finding"):
+            return False
     return False
-
-
-_NO_SIDES = (_is_lone, _is_adverb, _is_verb, _names_a_shift, _is_direction)
 
 
 def _has_pair(terms: list[Term], k: int) -> bool:
     """Whether "both" speaks of two places: "both lungs", not "both opacity and effusion", "both the right and ..."."""
-    for j in range(k + 1, min(k + 6, len(terms))):
-        if terms[j].kind in ("zone", "zone_adjective") and _kind(terms, j + 1) == "and":
-            return terms[j].text.endswith(("s", "hila"))
-        if terms[j].kind in ("carrier", "zone", "zone_adjective"):
-            return True
-        if terms[j].kind not in ("determiner", "preposition", "modifier"):
-            return False
-    return False
+    between = ("determiner", "preposition", "modifier")
+    j = next((j for j in range(k + 1, min(k + 6, len(terms))) if terms[j].kind not in between), k)
+    if terms[j].kind in ("zone", "zone_adjective") and _kind(terms, j + 1) == "and":
+        return terms[j].text.endswith(("s", "hila"))
+    return terms[j].kind in ("carrier", "zone", "zone_adjective")
 
 
 def _zone_adjective(terms: list[Term], k: int, grammar: Grammar) -> Term:
@@ -184,7 +175,7 @@ def _zone_adjective(terms: list[Term], k: int, grammar: Grammar) -> Term:
         return term._replace(kind="modifier", zones=())
     if term.kind != "zone_adjective":
         return term
-    beside = any(_kind(terms, j) == "side" for j in (k - 1, k + 1)) or _beside_sided_zone(terms, k)
+    beside = "side" in (_kind(terms, k - 1), _kind(terms, k + 1)) or _beside_sided_zone(terms, k)
     head = _head(terms, k, grammar)
     if _is_within(terms, k):
         return term._replace(kind="modifier", zones=())
@@ -208,52 +199,38 @@ def _speaks_of_lungs(head: Term | None, *, beside: bool) -> bool:
 
 def _is_within(terms: list[Term], k: int) -> bool:
     """Whether it only says which part of another place: "right upper hilar mass", "lower mediastinum"."""
-    j = next((j for j in range(k + 1, min(k + 4, len(terms))) if terms[j].kind not in ("side", "modifier")), k)
-    return terms[j].kind == "zone" and not {"hilar", "mediastinal", "cardiac", "lingula"}.isdisjoint(terms[j].zones)
+    place = next((term for term in terms[k + 1 : k + 4] if term.kind not in ("side", "modifier")), terms[k])
+    return place.kind == "zone" and not {"hilar", "mediastinal", "cardiac", "lingula"}.isdisjoint(place.zones)
 
 
 def _is_segment(terms: list[Term], k: int) -> bool:
     """Whether it names a segment of a lobe that is named too: "apical segment of the right lower lobe"."""
     if terms[k].zones not in (("upper",), ("lower",)) or _text(terms, k + 1) not in ("segment", "segments"):
         return False
-    follows = (terms[j] for j in range(k + 3, min(k + 7, len(terms))) if terms[j].kind not in ("side", "determiner"))
-    return _text(terms, k + 2) == "of" and next(follows, terms[k]).kind in ("zone", "sided_zone", "zone_adjective")
+    kinds = (term.kind for term in terms[k + 3 : k + 7] if term.kind not in ("side", "determiner"))
+    return _text(terms, k + 2) == "of" and next(kinds, "zone") in ("zone", "sided_zone", "zone_adjective")
 
 
 def _beside_sided_zone(terms: list[Term], k: int) -> bool:
     """A side stands before it over a list of zones: "right upper and mid"."""
-    for j in range(k - 1, max(k - 6, -1), -1):
-        if terms[j].kind == "side":
-            return True
-        if terms[j].kind not in ("zone_adjective", "zone", "and", "or", "to", "modifier", "comma"):
-            return False
-    return False
+    between = ("zone_adjective", "zone", "and", "or", "to", "modifier", "comma")
+    return next((term.kind for term in terms[max(k - 5, 0) : k][::-1] if term.kind not in between), "") == "side"
 
 
 def _head(terms: list[Term], k: int, grammar: Grammar) -> Term | None:
     """The noun that an adjective leans on, over "and", "to" and other adjectives; None when the phrase ends before."""
     for j in range(k + 1, min(k + _AHEAD, len(terms))):
-        if (
-            terms[j].kind == "zone"
-            and terms[j].zones[0] in ("upper", "mid", "lower", "middle_lobe")
-            and " " in terms[j].text
-        ):
-            return terms[j]
-        if terms[j].kind == "compare" and terms[j].text == "than":
-            return terms[j]
-        if terms[j].text == "of" and terms[j - 1].text in grammar.sets["parts"]:
-            return _whole(terms, j)
-        if terms[j].kind not in _BETWEEN:
-            return None if terms[j].kind in ("break", "but", "verb", "preposition", "with", "colon") else terms[j]
+        term = terms[j]
+        is_lung_zone = term.kind == "zone" and term.zones[0] in ("upper", "mid", "lower", "middle_lobe")
+        if (is_lung_zone and " " in term.text) or (term.kind == "compare" and term.text == "than"):
+            return term
+        if term.text == "of" and terms[j - 1].text in grammar.sets["parts"]:
+            # "lower half of the right lung" speaks of the lung.
+            whole = next((t for t in terms[j + 1 : j + 5] if t.kind not in ("determiner", "side", "modifier")), term)
+            return whole if whole.kind == "carrier" else term
+        if term.kind not in _BETWEEN:
+            return None if term.kind in ("break", "but", "verb", "preposition", "with", "colon") else term
     return None
-
-
-def _whole(terms: list[Term], of: int) -> Term:
-    """What a part is of: "lower half of the right lung" speaks of the lung."""
-    for j in range(of + 1, min(of + 5, len(terms))):
-        if terms[j].kind not in ("determiner", "side", "modifier"):
-            return terms[j] if terms[j].kind == "carrier" else terms[of]
-    return terms[of]
 
 
 def _cues(terms: list[Term], grammar: Grammar) -> list[Term]:
@@ -277,13 +254,12 @@ def _undone(terms: list[Term], k: int, grammar: Grammar) -> list[int]:
     named = ("side", "zone", "sided_zone", "break", "comma", "but", "and", "or")
     for j in range(k + 1, min(k + 5, len(terms))):
         text, kind = terms[j].text, terms[j].kind
-        if terms[k].text != "not" and (text in grammar.sets["change_nouns"] or text.endswith(_ENDINGS)):
-            return [k, j]
-        if terms[k].text == "not" and text in grammar.sets["change_adjectives"]:
-            return [k, j]
-        if terms[k].text == "not" and text in grammar.sets["earlier"]:
-            return [k]
-        if terms[k].text == "not" and kind in ("normal", "negate_either", "negate_back"):
+        if terms[k].text == "not":
+            if text in grammar.sets["change_adjectives"] or kind in ("normal", "negate_either", "negate_back"):
+                return [k, j]
+            if text in grammar.sets["earlier"]:
+                return [k]
+        elif text in grammar.sets["change_nouns"] or text.endswith(_ENDINGS):
             return [k, j]
         if kind in named or (kind == "finding" and text not in ("change", "changes")):
             return []

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from functools import cache, lru_cache
 
 from matex_pl.anatomy.lexicon import Term, shipped_grammar
 from matex_pl.anatomy.parser import parse_phrase, patient_sides
-from matex_pl.anatomy.regions import Region, shipped_regions
+from matex_pl.anatomy.regions import shipped_regions
 
 _OTHER = {"right": "left", "left": "right", "r": "l", "l": "r"}
 _WORD = re.compile(r"[^\W_]+")
@@ -35,32 +34,27 @@ def named_side(phrase: str) -> str:
     So it is empty for the middle lobe, the lingula, the heart, what lies in the midline or on both sides, and a phrase
     that names no region.
     """
-    regions = parse_phrase(phrase).regions
+    regions, table = parse_phrase(phrase).regions, shipped_regions()
     sides = {region.side for region in regions}
-    if sides not in ({"right"}, {"left"}) or parse_phrase(swap_sides(phrase)).regions != _mirrored(regions):
+    if sides not in ({"right"}, {"left"}):
         return ""
-    return sides.pop()
-
-
-def _mirrored(regions: Collection[Region]) -> set[Region | None]:
-    """The regions of the same zones on the other side, None for those that have none there."""
-    table = shipped_regions()
-    return {table[region.zone].get(_OTHER[region.side]) for region in regions}
+    mirrored = {table[region.zone].get(_OTHER[region.side]) for region in regions}
+    return sides.pop() if parse_phrase(swap_sides(phrase)).regions == mirrored else ""
 
 
 @cache
 def _counterparts() -> dict[str, tuple[str, str]]:
     """For all words of a side that have a counterpart: what they begin with, and what that turns into."""
     entries = shipped_grammar().entries
-    found = {}
+    counterparts = {}
     for words, entry in entries.items():
         begins = next((side for side in _OTHER if words.startswith(side)), "")
         if entry.sides in (("right",), ("left",)) and begins:
             other = entries.get(_OTHER[begins] + words[len(begins) :])
             # Words that are written out need no entry of their own: "left upper lobar" is read word by word.
             if other == entry._replace(sides=(_OTHER[entry.sides[0]],)) or (other is None and len(begins) > 1):
-                found[words] = begins, _OTHER[begins]
-    return found
+                counterparts[words] = begins, _OTHER[begins]
+    return counterparts
 
 
 def _exchanged(phrase: str, term: Term) -> str:
@@ -72,11 +66,7 @@ def _exchanged(phrase: str, term: Term) -> str:
         first = term.text.split()[0]
         word = _WORD.match(said) if first != term.text else None
         other, begins = other + first[len(begins) :], word.group() if word else said
-    kept = said[len(begins) :]
-    return _cased(other, said[: len(begins)]) + kept
-
-
-def _cased(word: str, like: str) -> str:
-    if like.isupper():
-        return word.upper()
-    return word.capitalize() if like[0].isupper() else word
+    replaced, kept = said[: len(begins)], said[len(begins) :]
+    if replaced.isupper():
+        return other.upper() + kept
+    return (other.capitalize() if replaced[0].isupper() else other) + kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,6 +86,7 @@ def compile_grammar(data: Mapping[str, Any]) -> Grammar:
         first, *rest = words.split()
         if rest:
             runs.setdefault(first, []).append((first, *rest))
+    sets = {name: frozenset(words) for name, words in data.items() if isinstance(words, list)}
     slashed = "|".join(re.escape(words) for words in entries if "/" in words)
     usual = {
         word: (SIDES_OF[place.split()[0]], place.split()[1])
@@ -94,10 +96,11 @@ def compile_grammar(data: Mapping[str, Any]) -> Grammar:
     return Grammar(
         entries=entries,
         runs=runs,
-        words=frozenset(word for words in _vocabulary(entries, data) for word in words.split()),
+        # None of these is a misspelling.
+        words=frozenset(" ".join([*entries, *itertools.chain(*sets.values())]).split()),
         misspellings={**_swaps(entries), **data["misspellings"]},
         near=_deletions(word for word, entry in entries.items() if entry.kind in FUZZY_KINDS and " " not in word),
-        sets={name: frozenset(words) for name, words in data.items() if isinstance(words, list)},
+        sets=sets,
         fallback=data["fallback"],
         usual_places=usual,
         pattern=_token_pattern(slashed),
@@ -111,29 +114,24 @@ def read_terms(text: str, grammar: Grammar) -> list[Term]:
     at = 0
     while at < len(tokens):
         word, start, end = tokens[at]
-        length = _longest_run(tokens, at, grammar)
-        if length > 1:
-            word, end = " ".join(token[0] for token in tokens[at : at + length]), tokens[at + length - 1][2]
+        length = 1
+        for run in grammar.runs.get(word, ()):
+            if run == tuple(token[0] for token in tokens[at : at + len(run)]):
+                length = len(run)
+                word, end = " ".join(run), tokens[at + length - 1][2]
+                break
         entry = grammar.entries.get(word) or Entry(_PUNCTUATION.get(word, "break" if word == "\n\n" else "word"))
         terms.append(Term(entry.kind, word, start, end, entry.sides, entry.zones))
         at += length
     return terms
 
 
-def _vocabulary(entries: Mapping[str, Entry], data: Mapping[str, Any]) -> Iterator[str]:
-    """All words that the grammar speaks of, none of which is a misspelling."""
-    yield from entries
-    for listed in data.values():
-        yield from listed if isinstance(listed, list) else ()
-
-
 def _entries(data: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
     for side, listed in data["sides"].items():
         yield from ((words, Entry("side", SIDES_OF[side])) for words in listed)
-    for zones, listed in data["zones"].items():
-        yield from ((words, Entry("zone", (), tuple(zones.split()))) for words in listed)
-    for zone, listed in data["zone_adjectives"].items():
-        yield from ((words, Entry("zone_adjective", (), (zone,))) for words in listed)
+    for kind, table in (("zone", data["zones"]), ("zone_adjective", data["zone_adjectives"])):
+        for zones, listed in table.items():
+            yield from ((words, Entry(kind, (), tuple(zones.split()))) for words in listed)
     for place, listed in data["sided_zones"].items():
         side, zone = place.split()
         yield from ((words, Entry("sided_zone", SIDES_OF[side], (zone,))) for words in listed)
@@ -185,13 +183,6 @@ def _mended(tokens: list[tuple[str, int, int]], text: str, grammar: Grammar) -> 
                 at += 1
         yield word, start, end
         at += 1
-
-
-def _longest_run(tokens: list[tuple[str, int, int]], at: int, grammar: Grammar) -> int:
-    for run in grammar.runs.get(tokens[at][0], ()):
-        if at + len(run) <= len(tokens) and all(tokens[at + k][0] == word for k, word in enumerate(run)):
-            return len(run)
-    return 1
 
 
 # Bounded, since a match must not cost more than the text is long.

@@ -33,19 +33,19 @@ class Segment:
     start: int
     end: int
     before: str
-    kinds: frozenset[str] = frozenset()
-    opens: bool = False
-    names_place_only: bool = False
+    kinds: frozenset[str]
+    opens: bool
+    names_place_only: bool
     list_follows: bool = False
 
     @property
     def has_verb(self) -> bool:
-        """A finite verb stands in it."""
+        """It has a finite verb."""
         return "verb" in self.kinds
 
     @property
     def has_finding(self) -> bool:
-        """Something is found in it."""
+        """It names a finding."""
         return "finding" in self.kinds
 
     @property
@@ -66,22 +66,22 @@ def sentences(terms: list[Term]) -> list[tuple[int, int]]:
 
 def segments(terms: list[Term], start: int, end: int, grammar: Grammar) -> list[Segment]:
     """Pieces of one sentence between its separators, in order; empty ones pass their separator on."""
-    found: list[Segment] = []
+    pieces: list[Segment] = []
     before, first = "start", start
     for k in range(start, end + 1):
         separates = k == end or terms[k].kind in SEPARATORS
         if not separates and not (k > first and _runs_on(terms, k, end, grammar)):
             continue
         if k > first:
-            found.append(_segment(terms, first, k, before, grammar))
+            pieces.append(_segment(terms, first, k, before, grammar))
             before = ""
         if not separates:
             before, first = "break", k
         elif k < end:
             before = _stronger(before, terms[k].kind)
             first = k + 1
-    _mark_lists(terms, found, grammar)
-    return found
+    _mark_lists(terms, pieces, grammar)
+    return pieces
 
 
 def _mark_lists(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> None:
@@ -91,9 +91,9 @@ def _mark_lists(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> N
         piece.list_follows = list_follows
         if piece.before == "or":
             has_comma = terms[max(piece.start - 2, 0)].kind == "comma"
-            reads = any(terms[k].text in grammar.sets["readings"] for k in range(piece.start, piece.end))
+            reads = any(term.text in grammar.sets["readings"] for term in terms[piece.start : piece.end])
             list_follows = has_comma or piece.places_a_finding or not reads
-            piece.list_follows = piece.list_follows or list_follows
+            piece.list_follows |= list_follows
         elif piece.before in ("break", "colon") or piece.has_verb:
             list_follows = False
 
@@ -162,20 +162,11 @@ def _deny(reasons: dict[int, str], start: int, end: int, reason: str) -> None:
 
 
 def _segment(terms: list[Term], start: int, end: int, before: str, grammar: Grammar) -> Segment:
-    piece = terms[start:end]
-    content = [
-        term
-        for term in piece
-        if term.kind not in _NEUTRAL or (term.text in grammar.sets["openers"] and term.text not in ("the", "there"))
-    ]
-    return Segment(
-        start,
-        end,
-        before,
-        kinds=frozenset(term.kind for term in piece),
-        opens=piece[0].text in grammar.sets["openers"],
-        names_place_only=not content,
-    )
+    piece, openers = terms[start:end], grammar.sets["openers"]
+    new = openers - {"the", "there"}
+    names_place_only = all(term.kind in _NEUTRAL and term.text not in new for term in piece)
+    kinds = frozenset(term.kind for term in piece)
+    return Segment(start, end, before, kinds, piece[0].text in openers, names_place_only)
 
 
 def _stronger(left: str, right: str) -> str:
@@ -191,20 +182,19 @@ def _direction(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> s
         return "forward"
     if kind == "negate_forward":
         return "back" if _is_perception(terms, piece, k, grammar) else "forward"
-    says_where = any(terms[j].kind in PLACES for j in range(k + 1, min(k + 5, piece.end)))
+    says_where = any(term.kind in PLACES for term in terms[k + 1 : min(k + 5, piece.end)])
     if kind == "contrast" or (terms[k].text == "none" and says_where):
         return "contrast"
     if kind == "negate_back":
         return "back"
     if kind == "normal":
-        if terms[k].text == "free" and k + 1 < piece.end:
-            return ""
-        # "no clear consolidation", "clear opacity": not a statement of normality.
+        # "free of", "no clear consolidation", "clear opacity": not a statement of normality.
         follows = terms[k + 1].kind if k + 1 < piece.end else ""
-        return "" if terms[k].text == "clear" and follows == "finding" else "normal"
+        is_other = (terms[k].text == "free" and follows) or (terms[k].text == "clear" and follows == "finding")
+        return "" if is_other else "normal"
     if kind != "negate_either":
         return ""
-    follows = next((terms[j].kind for j in range(k + 1, min(k + 5, piece.end)) if terms[j].kind != "modifier"), "")
+    follows = next((term.kind for term in terms[k + 1 : min(k + 5, piece.end)] if term.kind != "modifier"), "")
     said_of = k > piece.start and terms[k - 1].text in grammar.sets["copulas"] and terms[k].text != "no longer"
     noun = (*PLACES, "finding", "carrier", "determiner", "zone_adjective")
     return "forward" if follows in noun and not said_of else "back"
@@ -212,15 +202,14 @@ def _direction(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> s
 
 def _is_inverted(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> bool:
     """Whether what is absent stands behind the verb: "not seen today is the right effusion"."""
-    follows = terms[k + 1 : min(k + 5, piece.end)]
-    return any(term.kind == "verb" and term.text in grammar.sets["copulas"] for term in follows)
+    copulas = grammar.sets["copulas"]
+    return any(term.kind == "verb" and term.text in copulas for term in terms[k + 1 : min(k + 5, piece.end)])
 
 
 def _is_perception(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> bool:
     """Whether the cue says that what stands before it is absent: "not seen", "not definitely identified"."""
-    if terms[k].text != "not":
-        return False
-    return any(terms[j].text in grammar.sets["perceived"] for j in range(k + 1, min(k + 4, piece.end)))
+    follows = {term.text for term in terms[k + 1 : min(k + 4, piece.end)]}
+    return terms[k].text == "not" and not follows.isdisjoint(grammar.sets["perceived"])
 
 
 def _end_of_negation(pieces: list[Segment], at: int) -> int:
@@ -231,15 +220,11 @@ def _end_of_negation(pieces: list[Segment], at: int) -> int:
 
 
 def _stays_negated(piece: Segment) -> bool:
-    if piece.before == "or":
-        return True
-    if piece.before in ("break", "colon"):
-        return False
-    if piece.before == "comma" and piece.list_follows and not piece.has_verb:
-        return True
-    if piece.opens:
-        return False
-    return not piece.places_a_finding if piece.before == "comma" else not piece.has_verb
+    if piece.before in ("or", "break", "colon"):
+        return piece.before == "or"
+    if piece.before != "comma":
+        return not piece.opens and not piece.has_verb
+    return (piece.list_follows and not piece.has_verb) or not (piece.opens or piece.places_a_finding)
 
 
 def _start_of_place(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> int:
@@ -265,9 +250,8 @@ def _start_of_place(terms: list[Term], pieces: list[Segment], at: int, k: int, g
 def _start_of_negation(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> int:
     """Where the noun phrase before the cue at `k` begins."""
     begin = max(pieces[at].start, k - _REACH)
-    own = {terms[j].kind for j in range(begin, k)}
-    bare = not own - {"verb", "determiner", "modifier", "word"}
-    plural = any(terms[j].text in grammar.sets["plural_verbs"] for j in range(begin, k))
+    bare = {term.kind for term in terms[begin:k]} <= {"verb", "determiner", "modifier", "word"}
+    plural = any(term.text in grammar.sets["plural_verbs"] for term in terms[begin:k])
     while at > 0 and k - pieces[at].start < _REACH:
         previous = pieces[at - 1]
         joined = pieces[at].before in ("and", "or") and not previous.has_verb and (plural or not previous.has_finding)
@@ -290,7 +274,7 @@ def _end_of_absence(terms: list[Term], piece: Segment, k: int) -> int:
 def _normal_range(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> tuple[int, int]:
     """Terms that the word of normality at `k` speaks of: its segment, and plain places joined to it on one side."""
     first = last = at
-    before = [terms[j] for j in range(max(pieces[at].start, k - _REACH), k)]
+    before = terms[max(pieces[at].start, k - _REACH) : k]
     follows = terms[k + 1].kind if k + 1 < pieces[at].end else ""
     if follows in (*PLACES, "carrier") and any(term.kind == "finding" for term in before):
         # "left base opacity in otherwise normal lungs": of the lungs only.

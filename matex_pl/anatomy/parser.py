@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from matex_pl.anatomy.disambiguation import settle
 from matex_pl.anatomy.lexicon import Grammar, Term, read_terms, shipped_grammar
-from matex_pl.anatomy.negation import PLACES, Segment, denied, segments, sentences
+from matex_pl.anatomy.negation import PLACES, denied, segments, sentences
 from matex_pl.anatomy.regions import Region, RegionTable, shipped_regions
 
 Span = tuple[int, int]
@@ -102,14 +102,15 @@ def parse_phrase(text: str, table: RegionTable | None = None, *, knowledge_prior
     for start, end in sentences(terms):
         sentence = _Sentence(terms, start, end, table, grammar)
         for mention in sentence.mentions:
-            named, reason = sentence.regions_of(mention)
+            named = set() if mention.ignored or mention.lends_only else sentence.regions_of(mention)
             span = (terms[mention.first].start, terms[mention.last].end)
             if named or mention.lends_only:
                 spans.add(span)
                 regions |= named
             else:
-                ignored.append((span, reason))
-        ignored += sentence.denied_places()
+                ignored.append((span, mention.ignored or "no such place on that side"))
+        places = ((terms[k], reason) for k, reason in sentence.denied.items() if terms[k].kind in PLACES)
+        ignored += (((term.start, term.end), reason) for term, reason in places)
         if knowledge_prior:
             for term, named in sentence.usual_places():
                 spans.add((term.start, term.end))
@@ -153,44 +154,29 @@ class _Sentence:
         self._share_with_compared(kept)
         self._share_over_clause(kept)
 
-    def regions_of(self, mention: Mention) -> tuple[set[Region], str]:
-        """Regions of a mention, or why there are none."""
-        if mention.ignored:
-            return set(), mention.ignored
-        if mention.lends_only:
-            return set(), "lends its side"
-        named: set[Region] = set()
-        for zone in mention.zones or ["whole"]:
-            named |= self._boxes(zone, mention.sides or {"right", "left"}, said=bool(mention.sides))
-        return named, "" if named else "no such place on that side"
-
-    def denied_places(self) -> Iterator[tuple[Span, str]]:
-        """Places that are said to be normal, or of which something is denied."""
-        for k, reason in self.denied.items():
-            if self.terms[k].kind in PLACES:
-                yield (self.terms[k].start, self.terms[k].end), reason
+    def regions_of(self, mention: Mention) -> set[Region]:
+        """Regions of a mention; none where its side has no such place."""
+        sides = mention.sides or {"right", "left"}
+        zones = mention.zones or ["whole"]
+        return {region for zone in zones for region in self._boxes(zone, sides, said=bool(mention.sides))}
 
     def usual_places(self) -> Iterator[tuple[Term, set[Region]]]:
         """Findings that name no place, with the regions where they usually are."""
         placed = False
-        for piece in self.pieces:
+        for piece, following in itertools.zip_longest(self.pieces, self.pieces[1:]):
             if piece.before not in ("and", "or", "with") or piece.opens:
                 placed = False
             placed = placed or bool(piece.kinds.intersection(PLACES))
+            place_follows = following and following.names_place_only and following.kinds.intersection(PLACES)
             for k in range(piece.start, piece.end):
                 usual = self.grammar.usual_places.get(self.terms[k].text)
-                if usual and not placed and k not in self.denied and not self._place_follows(piece):
+                if usual and not placed and not place_follows and k not in self.denied:
                     sides, zone = usual
                     yield self.terms[k], self._boxes(zone, set(sides), said=True)
 
-    def _place_follows(self, piece: Segment) -> bool:
-        follows = list(self.pieces[self.at_piece[piece.start] + 1 : self.at_piece[piece.start] + 2])
-        return any(p.names_place_only and p.kinds.intersection(PLACES) for p in follows)
-
     def _index(self) -> None:
-        """Per term: its piece, its clause, and the last finding and the last noun before it in the piece."""
+        """Per term: its clause, and the last finding and the last noun before it in the piece."""
         everywhere = range(self.start, self.end)
-        self.at_piece = dict.fromkeys(everywhere, -1)
         self.clause = dict.fromkeys(everywhere, 0)
         self.finding_before: dict[int, int | None] = dict.fromkeys(everywhere)
         self.noun_before: dict[int, int | None] = dict.fromkeys(everywhere)
@@ -201,8 +187,7 @@ class _Sentence:
             clause_has_finding = clause_has_finding or piece.has_finding
             finding = noun = subject = None
             for k in range(piece.start, piece.end):
-                self.at_piece[k], self.clause[k] = at, clause
-                self.finding_before[k], self.noun_before[k] = finding, noun
+                self.clause[k], self.finding_before[k], self.noun_before[k] = clause, finding, noun
                 kind = self.terms[k].kind
                 # "tubes, one at the apex"
                 noun = last if noun is None and self.terms[k].text in self.grammar.sets["pronouns"] else noun
@@ -310,23 +295,21 @@ class _Sentence:
         if mention.first == 0:
             return False
         before = self.terms[mention.first - 1]
-        if mention.last + 1 < self.end and self._is_predicate(mention.last + 1):
+        if mention.last + 1 < self.end and self._is_predicate(self.terms[mention.last + 1]):
             return before.text == "the" or before.kind in ("comma", "but", "and")
         starts = self.terms[max(mention.first - 3, 0)].text
         return before.text == "the" and starts in self.grammar.sets["echoes"]
 
-    def _is_predicate(self, k: int) -> bool:
-        """Whether the term at `k` says how a subject is: "is obscured", or "blunted" alone."""
-        return self.terms[k].kind in ("verb", "normal") or (
-            self.terms[k].kind == "finding" and self.terms[k].text.endswith("ed")
-        )
+    def _is_predicate(self, term: Term) -> bool:
+        """Whether the term says how a subject is: "is obscured", or "blunted" alone."""
+        return term.kind in ("verb", "normal") or (term.kind == "finding" and term.text.endswith("ed"))
 
     def _zone_before(self, mention: Mention) -> list[str]:
         """The zone that the statement before spoke of, also when that was denied; none for a whole lung."""
         has_verb = False
         for k in range(mention.first - 1, max(mention.first - 2 * _AHEAD, 0) - 1, -1):
             term = self.terms[k]
-            has_verb = has_verb or self._is_predicate(k)
+            has_verb = has_verb or self._is_predicate(term)
             if term.kind == "carrier" or term.text == "\n\n":
                 break
             has_side = any(other.kind == "side" for other in self.terms[max(k - 2, 0) : k])
@@ -353,9 +336,8 @@ class _Sentence:
 
     def _joined_device(self, mention: Mention, k: int) -> int | None:
         """The device after a conjunction of sides: "right and left chest tubes"."""
-        if not mention.is_bare_side or mention.has_carrier or self.terms[k].kind not in ("and", "or", "compare"):
-            return None
-        if k + 1 >= self.end or self.terms[k + 1].kind != "side":
+        joins = self.terms[k].kind in ("and", "or", "compare") and k + 1 < self.end and self.terms[k + 1].kind == "side"
+        if not joins or not mention.is_bare_side or mention.has_carrier:
             return None
         for j in range(k + 2, min(k + 2 + _AHEAD, self.end)):
             if self.terms[j].kind in _ELSEWHERE:
@@ -367,9 +349,7 @@ class _Sentence:
     def _share_with_compared(self, mentions: list[Mention]) -> None:
         """The zone of what a bare side is compared with: "the right hilum is larger than the left"."""
         for before, mention in itertools.pairwise(mentions):
-            k = mention.first - 1
-            k -= k > self.start and self.terms[k].kind == "determiner"
-            if mention.awaits_zone and before.zones and before.sides and self.terms[k].kind == "compare":
+            if mention.awaits_zone and before.zones and before.sides and self._kind_before(mention) == "compare":
                 mention.zones = list(before.zones)
 
     def _share_over_clause(self, mentions: list[Mention]) -> None:
@@ -384,7 +364,7 @@ class _Sentence:
                 self._take_following(group, following)
                 continue
             before = next((m for m in reversed(mentions[max(at - 4, 0) : at]) if m.sides), None)
-            if before and self.clause[before.first] == self.clause[mention.first]:
+            if before and self._in_one_clause(before, mention):
                 mention.sides = set(before.sides)
                 is_entire = before.has_carrier and self._is_entire(before)
                 apart = before.finding is not None and mention.finding is not None and before.finding != mention.finding
@@ -392,15 +372,20 @@ class _Sentence:
         for before, mention in itertools.pairwise(mentions):
             self._drop_comparison(before, mention)
 
+    def _in_one_clause(self, before: Mention, after: Mention) -> bool:
+        return self.clause[before.first] == self.clause[after.first]
+
     def _is_entire(self, mention: Mention) -> bool:
         """Whether it speaks of a whole lung, so that a zone in it does not stand for it: "throughout both lungs"."""
-        near = range(max(mention.first - 2, self.start), mention.last + 1)
-        return any(self.terms[k].text in self.grammar.sets["entire"] for k in near)
+        near = self.terms[max(mention.first - 2, self.start) : mention.last + 1]
+        return any(term.text in self.grammar.sets["entire"] for term in near)
 
     def _answers(self, zone: Mention, side: Mention) -> bool:
         """Whether a side after a zone says where it is: "lower lobe opacity on the right", "... in the left lung"."""
-        says_where = side.is_bare_side and not side.finding_follows and self._is_placed(side)
-        if not (side.awaits_zone or says_where) or self.clause[zone.first] != self.clause[side.first]:
+        # "in the left lung"
+        is_placed = self._kind_before(side) == "preposition"
+        says_where = side.is_bare_side and not side.finding_follows and is_placed
+        if not (side.awaits_zone or says_where) or not self._in_one_clause(zone, side):
             return False
         between = range(zone.last + 1, min(side.first, zone.last + 1 + 3 * _AHEAD))
         last_join = max((k for k in between if self.terms[k].kind in ("and", "with", "or")), default=zone.last)
@@ -409,16 +394,18 @@ class _Sentence:
         joins_words = self.terms[last_join].kind != "with" and "word" in kinds and "finding" not in kinds
         return not any(k in self.denied for k in between) and (last_join == zone.last or joins_words)
 
-    def _is_placed(self, mention: Mention) -> bool:
-        """Whether a preposition stands before it, "in the left lung"."""
+    def _kind_before(self, mention: Mention) -> str:
+        """Kind of the term before it, over a determiner; empty at the beginning of the sentence."""
         k = mention.first - 1
         k -= k > self.start and self.terms[k].kind == "determiner"
-        return k >= self.start and self.terms[k].kind == "preposition"
+        return self.terms[k].kind if k >= self.start else ""
 
     def _take_following(self, zones: list[Mention], following: list[Mention]) -> None:
         first = following[0]
         first.lends_only = True
-        sides = {"right", "left"} if self._is_comparison(first) else set(first.sides)
+        # "worse on the left": the other side has it too.
+        near = self.terms[max(first.first - 4, self.start) : first.first]
+        sides = {"right", "left"} if any(term.kind == "degree" for term in near) else set(first.sides)
         for mention in following[1:]:
             if mention.after == "join" and mention.awaits_zone:
                 sides |= mention.sides
@@ -426,36 +413,27 @@ class _Sentence:
         for zone in zones:
             zone.sides = set(sides)
 
-    def _is_comparison(self, mention: Mention) -> bool:
-        """Whether a side is only compared, so that the other has it too: "worse on the left"."""
-        return any(self.terms[k].kind == "degree" for k in range(max(mention.first - 4, self.start), mention.first))
-
     def _drop_comparison(self, before: Mention, mention: Mention) -> None:
         """Sides of a zone already named add nothing: "Bibasilar opacities, left greater than right"."""
         if not (before.zones or before.lends_only or len(before.sides) == 2) or not mention.is_bare_side:
             return
         if mention.finding is None and not mention.has_carrier and mention.sides <= before.sides:
-            mention.lends_only = self.clause[before.first] == self.clause[mention.first]
+            mention.lends_only = self._in_one_clause(before, mention)
             # What follows is compared with the same zone.
             mention.sides = set(before.sides) if mention.lends_only else mention.sides
 
     def _boxes(self, zone: str, sides: set[str], *, said: bool) -> set[Region]:
+        """Regions of a zone on these sides, which the phrase has `said`; where there are none, of its fallback."""
         boxes = self.table.get(zone, {})
+        regions = {boxes[side] for side in sides if side in boxes}
+        fallbacks = [f"{side} {zone}" for side in sides if f"{side} {zone}" in self.grammar.fallback]
         if "midline" in boxes or not boxes:
-            other = next(
-                (f"{s} {zone}" for s in sides if len(sides) == 1 and f"{s} {zone}" in self.grammar.fallback), None
-            )
-            return self._instead(other, sides) if other and said and boxes else set(boxes.values())
-        found = {boxes[side] for side in sides if side in boxes}
-        if found:
-            return found
-        other = next((f"{s} {zone}" for s in sides if f"{s} {zone}" in self.grammar.fallback), None)
-        return self._instead(other, sides)
-
-    def _instead(self, place: str | None, sides: set[str]) -> set[Region]:
-        zone = self.grammar.fallback.get(place) if place else None
-        boxes = self.table.get(zone, {}) if zone else {}
-        return {boxes[side] for side in sides if side in boxes}
+            if not (boxes and said and fallbacks and len(sides) == 1):
+                return set(boxes.values())
+        elif regions:
+            return regions
+        instead = self.table.get(self.grammar.fallback[fallbacks[0]] or "", {}) if fallbacks else {}
+        return {instead[side] for side in sides if side in instead}
 
 
 def _share_within_groups(mentions: list[Mention]) -> None:

@@ -24,27 +24,14 @@ def prior_map(
     regions: Iterable[Region],
     size: tuple[int, int],
     *,
-    lambda_s: float = 2.5,
-    shape: PriorShape = "parabola",
-    laterality: Laterality = "patient",
     content_box: Tensor | Sequence[float] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """M of one phrase, shape (H, W), in [1, lambda_s]; see `prior_maps`. `content_box` is `(4,)`."""
+    """M of one phrase, shape (H, W), in [1, lambda_s]: `prior_maps`, with its settings, for a `content_box` `(4,)`."""
     import torch
 
-    content_box = None if content_box is None else torch.as_tensor(content_box)[None]
-    return prior_maps(
-        [regions],
-        size,
-        lambda_s=lambda_s,
-        shape=shape,
-        laterality=laterality,
-        content_box=content_box,
-        device=device,
-        dtype=dtype,
-    )[0]
+    content_boxes = None if content_box is None else torch.as_tensor(content_box)[None]
+    return prior_maps([regions], size, content_box=content_boxes, **settings)[0]
 
 
 def prior_maps(
@@ -81,9 +68,10 @@ def prior_maps(
     """
     import torch
 
-    _check(len(regions), size, lambda_s, shape, laterality, content_box, ids)
-    if device is None:
-        device = content_box.device if content_box is not None else torch.device("cpu")
+    _check(size, lambda_s, shape, laterality)
+    if content_box is not None:
+        check_content_boxes(content_box, len(regions), ids)
+        device = device or content_box.device
     dtype = dtype or torch.float32
     work = torch.promote_types(dtype, torch.float32)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device, dtype=work).expand(len(regions), 4)
@@ -114,47 +102,29 @@ def prior_array(
     Raises:
         ValueError: An argument is out of range.
     """
-    _check(1, size, lambda_s, shape, laterality, None, None)
+    _check(size, lambda_s, shape, laterality)
     boxes, counted = _padded_boxes([regions])
     content_box = np.array([[0, 0, 1, 1]], np.float32)
     pixels = [np.arange(side, dtype=np.float32) for side in size]
     return _prior(boxes.astype(np.float32), counted, content_box, pixels, lambda_s, shape, laterality, np)[0]
 
 
-def _check(
-    count: int,
-    size: tuple[int, int],
-    lambda_s: float,
-    shape: str,
-    laterality: str,
-    content_box: Tensor | None,
-    ids: Sequence[str] | None,
-) -> None:
+def _check(size: tuple[int, int], lambda_s: float, shape: str, laterality: str) -> None:
     check_choice("shape", shape, get_args(PriorShape))
     check_choice("laterality", laterality, get_args(Laterality))
     if min(size) < 1:
         raise ValueError(f"size must be (H, W) of at least one pixel, got {size}.")
     if not lambda_s >= 1:
         raise ValueError(f"lambda_s must be at least 1 (1 switches the prior off), got {lambda_s}.")
-    if content_box is not None:
-        check_content_boxes(content_box, count, ids)
 
 
 def check_content_boxes(content_box: Tensor, count: int, ids: Sequence[str] | None = None) -> None:
-    """Refuse rectangles of images that are not `(count, 4)` with x0 < x1 and y0 < y1; `ids` name the pairs.
-
-    Raises:
-        ValueError: The shape differs, or an image has no size.
-    """
+    """Raise ValueError unless the boxes are `(count, 4)`, finite, with x0 < x1 and y0 < y1; `ids` name the pairs."""
     if tuple(content_box.shape) != (count, 4):
         raise ValueError(
             f"content_box must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(content_box.shape)}."
         )
-    bad = ~(
-        (content_box[:, 0] < content_box[:, 2])
-        & (content_box[:, 1] < content_box[:, 3])
-        & content_box.isfinite().all(1)
-    )
+    bad = ~((content_box[:, :2] < content_box[:, 2:]) & content_box.isfinite().all(1, keepdim=True)).all(1)
     if bad.any():
         at = int(bad.nonzero()[0])
         name = f"pair {ids[at]!r}" if ids is not None else f"phrase {at} of the batch"
@@ -195,7 +165,9 @@ def _prior(
     down = _profile(_within(y, boxes[..., 1], boxes[..., 3]), shape, xp)
     inside = (content_box[:, 0] < 1) & (content_box[:, 2] > 0) & (content_box[:, 1] < 1) & (content_box[:, 3] > 0)
     total = xp.einsum("brh,brw->bhw", down * (counted & inside[:, None])[..., None], across)
-    return 1 + (lambda_s - 1) * _normed(total, xp)
+    low, high = xp.amin(total, (1, 2))[:, None, None], xp.amax(total, (1, 2))[:, None, None]
+    # As `maps.min_max`: 0 where all of a map is one number and its rounding.
+    return 1 + (lambda_s - 1) * ((total - low) / xp.where(high - low > 1e-6 * high, high - low, xp.inf))
 
 
 def _on_content(pixels: Any, low: Any, high: Any) -> Any:
@@ -215,9 +187,3 @@ def _profile(u: Any, shape: str, xp: ModuleType) -> Any:
         return xp.exp(-0.5 * ((u - 0.5) / 0.25) ** 2)
     u = u.clip(0, 1)
     return u * (1 - u) if shape == "parabola" else (4 * xp.minimum(u, 1 - u)).clip(0, 1)
-
-
-def _normed(total: Any, xp: ModuleType) -> Any:
-    """`maps.min_max` of sums (B, H, W), which are not negative: 0 where all of a map is one number and its rounding."""
-    low, high = xp.amin(total, (1, 2))[:, None, None], xp.amax(total, (1, 2))[:, None, None]
-    return (total - low) / xp.where(high - low > 1e-6 * high, high - low, xp.inf)

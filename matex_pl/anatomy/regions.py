@@ -34,10 +34,14 @@ def load_regions(path: str | Path | None = None) -> RegionTable:
     """Table zone -> side -> region from a YAML file laid out as the shipped `regions.yaml`, which is read by default.
 
     Raises:
-        ValueError: A side is unknown, or a box is not `[u0, v0, u1, v1]` with u0 < u1 and v0 < v1 within [0, 1].
+        ValueError: The file is no YAML, a side is unknown, or a box is not `[u0, v0, u1, v1]` with u0 < u1 and
+            v0 < v1 within [0, 1].
     """
     path = Path(__file__).with_name("regions.yaml") if path is None else Path(path)
-    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no readable YAML file of regions: {' '.join(str(error).split())}.") from error
     if not isinstance(table, dict) or not all(isinstance(sides, dict) for sides in table.values()):
         raise ValueError(
             f"{path}: a region table maps zone -> side -> [u0, v0, u1, v1]; see regions.yaml of the package."

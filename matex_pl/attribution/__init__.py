@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from matex_pl.attribution.base import AttributionMethod
     from matex_pl.attribution.chefer import Chefer
     from matex_pl.attribution.controls import CenterMap, PriorOnly, RandomMap
+    from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
     from matex_pl.attribution.grad_cam import GradCam
     from matex_pl.attribution.grad_eclip import GradEclip
     from matex_pl.attribution.integrated_gradients import IntegratedGradients
@@ -25,6 +26,11 @@ else:
         __name__,
         {
             "AttributionMethod": "base",
+            # For methods of one's own.
+            "TwoTowerMethod": "core.two_tower",
+            "Tower": "core.two_tower",
+            "Trace": "core.two_tower",
+            "Relevance": "core.two_tower",
             "Chefer": "chefer",
             "CenterMap": "controls",
             "PriorOnly": "controls",
@@ -58,8 +64,12 @@ __all__ = [
     "PatchSimilarity",
     "PriorOnly",
     "RandomMap",
+    "Relevance",
     "Rise",
     "Rollout",
     "Saliency",
     "SubmodularRegions",
+    "Tower",
+    "Trace",
+    "TwoTowerMethod",
 ]

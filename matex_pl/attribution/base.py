@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
-from inspect import signature
+from inspect import Parameter, signature
 from operator import and_
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,12 +36,19 @@ class AttributionMethod(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of the constructor, by name.
+        """The arguments of the constructor by name, with those that `**kwargs` hands to a parent's.
 
         Raises:
             AttributeError: The method does not keep one of them under its name.
         """
-        return {name: getattr(self, name) for name in signature(type(self)).parameters}
+        names: list[str] = []
+        for kind in type(self).__mro__:
+            parameters = signature(kind).parameters.values()
+            names += [part.name for part in parameters if part.kind is not Parameter.VAR_KEYWORD]
+            # Only `**kwargs` hands arguments on to the next class.
+            if all(part.kind is not Parameter.VAR_KEYWORD for part in parameters):
+                break
+        return {name: getattr(self, name) for name in names}
 
     @abstractmethod
     def attribute(
@@ -74,12 +81,7 @@ class AttributionMethod(ABC):
 
 
 def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> None:
-    """Refuse what cannot be explained before any work is done.
-
-    Raises:
-        ValueError: Lengths differ or are 0, the images are not of the model's frame and dtype, an image holds NaN or
-            Inf, or an image has no size; the message names the sample.
-    """
+    """Refuse what cannot be explained before any work is done: other shapes and dtypes, NaN, images of no size."""
     if isinstance(phrases, str):
         raise ValueError(f"phrases must be a list, got the text {phrases!r}. Put it in brackets.")
     lengths = {"images": len(images), "tokens": len(tokens), "phrases": len(phrases)}
@@ -106,16 +108,12 @@ def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[st
 def check_phrases(
     clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens of P phrases on one image, and the image for each, `(P, 4)`; refuses what `check_pairs` would.
-
-    Raises:
-        ValueError: As in `check_pairs`, or there are no phrases, or more than one image.
-    """
+    """Tokens of P phrases on one image, and its content box for each, `(P, 4)`; refuses what `check_pairs` would."""
     if isinstance(phrases, str) or not len(phrases):
         raise ValueError(f"phrases must be a list of at least one phrase, got {phrases!r}.")
     if image.ndim != 3 or (content_box is not None and tuple(content_box.shape) != (4,)):
         raise ValueError(
-            f"attribute_phrases takes one image (3, H, W) and one image (4,), got {tuple(image.shape)}"
+            f"attribute_phrases takes one image (3, H, W) and one content_box (4,), got {tuple(image.shape)}"
             + ("." if content_box is None else f" and {tuple(content_box.shape)}.")
         )
     tokens = clip.tokenize(phrases)
@@ -124,16 +122,7 @@ def check_phrases(
 
 
 def check_scores(score: Tensor, phrases: Sequence[str], *components: Tensor) -> None:
-    """Refuse to draw maps from what is no number: the norm of a NaN would be a map of zeros.
-
-    Args:
-        score: `(B,)` score of each pair.
-        phrases: The B phrases.
-        components: `(B, ...)` whatever the map is made of.
-
-    Raises:
-        ValueError: One of them is NaN or Inf, which broken weights make of finite images; the message names the sample.
-    """
+    """Refuse NaN and Inf in scores `(B,)` and in components `(B, ...)` of maps: `min_max` would make zeros of them."""
     broken = ~reduce(and_, [part.isfinite().reshape(len(score), -1).all(1) for part in (score, *components)])
     if broken.any():
         index = int(broken.nonzero()[0])
@@ -145,11 +134,7 @@ def check_scores(score: Tensor, phrases: Sequence[str], *components: Tensor) -> 
 
 
 def block_index(index: int, depth: int) -> int:
-    """A block's place from the front among `depth` blocks; a negative index reaches at most to the first.
-
-    Raises:
-        ValueError: There is no such block.
-    """
+    """A block's place from the front among `depth` blocks; a negative index reaches at most to the first."""
     if index >= depth:
         raise ValueError(f"The tower has {depth} blocks, counted from 0; there is no block {index}. -1 is the last.")
     return index if index >= 0 else max(depth + index, 0)

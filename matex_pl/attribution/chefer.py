@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import block_index
-from matex_pl.attribution.core.capture import GradBlock, capture_attention, grad_blocks
+from matex_pl.attribution.core.capture import capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import first_row, gradient_by_attention, gradients_of
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.towers import Pooling
@@ -31,7 +31,7 @@ class Chefer(TwoTowerMethod):
             default of the authors' CLIP code, 0 takes all.
         target: `cosine`, `margin`, or `logit` (as the authors' code: the cosine times the model's logit scale). With
             several blocks the map depends on that scale, because each block adds to the identity.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
+        kwargs: `references` of `TwoTowerMethod`.
     """
 
     cost: ClassVar[str] = "1 forward and a backward through the blocks from start_layer on"
@@ -40,10 +40,10 @@ class Chefer(TwoTowerMethod):
         self,
         start_layer: int = -1,
         target: Literal["cosine", "margin", "logit"] = "cosine",
-        references: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         check_choices(Chefer.__init__, locals())
-        super().__init__(references=references)
+        super().__init__(**kwargs)
         self.target = target
         self.start_layer = start_layer
 
@@ -57,15 +57,14 @@ class Chefer(TwoTowerMethod):
             scale = tower.clip.logit_scale.exp() if self.target == "logit" else 1
             counted = grad_blocks(blocks)
             gradients = gradients_of(embedding, [block.output for block in counted], direction * scale)
-            passed = [_passed_on(*pair) for pair in zip(counted, gradients, strict=True)]
+            # Mean over heads of max(0, A * dS/dA), `(B, m, n)`.
+            passed = [
+                (block.attention() * gradient_by_attention(block, gradient)).relu().mean(1)
+                for block, gradient in zip(counted, gradients, strict=True)
+            ]
             return Relevance(_relevance(passed, tower.pooling))
 
-        return embedding, relevance_for
-
-
-def _passed_on(block: GradBlock, gradient: Tensor) -> Tensor:
-    """Mean over heads of max(0, A * dS/dA), `(B, m, n)`."""
-    return (block.attention() * gradient_by_attention(block, gradient)).relu().mean(1)
+        return Trace(embedding, relevance_for)
 
 
 def _relevance(passed: Sequence[Tensor], pooling: Pooling) -> Tensor:

@@ -35,19 +35,18 @@ class Control(AttributionMethod):
             check_scores(score, phrases)
             image = self._draw(clip, images, phrases, content_box)
             content = clip.content(tokens)
-            text = self._draw_words(images, tokens, phrases)
-            # A single word has the value 1, where there is a side of words at all.
-            text = token_map(text, content) if self.supports_text else text
-            grid = patch_mean(image, clip.grid)
-            return Attribution(image, grid, text, content, score)
+            text = torch.zeros(tokens.shape, device=tokens.device)
+            if self.supports_text:
+                text = token_map(self._draw_words(images, tokens, phrases), content)
+            return Attribution(image, patch_mean(image, clip.grid), text, content, score)
 
     @abstractmethod
     def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:
         """Image maps `(B, H, W)` in [0, 1]."""
 
     def _draw_words(self, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Tensor:
-        """Relevance of the tokens `(B, T)`; none."""
-        return torch.zeros(tokens.shape, device=tokens.device)
+        """Relevance of the tokens `(B, T)`, with `supports_text`."""
+        raise NotImplementedError
 
 
 class RandomMap(Control):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.relevance import gradients_of
 from matex_pl.attribution.core.stream import Stream
-from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.towers import original
 from matex_pl.maps import full_precision, min_max
@@ -33,8 +32,7 @@ class GradCam(TwoTowerMethod):
         layers: Blocks, by index from 0 or from the end; the last by default. A tower with fewer blocks than a negative
             index asks for uses its first.
         variant: `gradcam` or `hires`.
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
+        kwargs: `target` and `references` of `TwoTowerMethod`.
     """
 
     cost: ClassVar[str] = "1 forward and a backward to the first of the layers"
@@ -43,10 +41,9 @@ class GradCam(TwoTowerMethod):
         self,
         layers: list[int] | None = None,
         variant: Literal["gradcam", "hires"] = "gradcam",
-        target: Target = "cosine",
-        references: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(target, references)
+        super().__init__(**kwargs)
         check_choices(GradCam.__init__, locals())
         if layers is not None and not layers:
             raise ValueError("layers must name at least one block; leave it out for the last.")
@@ -61,26 +58,21 @@ class GradCam(TwoTowerMethod):
             embedding = tower.encode()
 
         def relevance_for(direction: Tensor) -> Relevance:
-            handles = [self._tokens(stream, place) for place in places]
+            handles = [stream.before[place] for place in places]
+            if self.variant == "hires":
+                handles = [stream.normed.get(place, before) for place, before in zip(places, handles, strict=True)]
             keep = tower.keep.expand(len(direction), -1)
             gradients = gradients_of(embedding, handles, direction)
             maps = [self._layer(tower, *pair, keep) for pair in zip(handles, gradients, strict=True)]
             return Relevance(torch.stack(maps).mean(0))
 
-        return embedding, relevance_for
-
-    def _tokens(self, stream: Stream, place: int) -> Tensor:
-        before = stream.before[place]
-        return before if self.variant == "gradcam" else stream.normed.get(place, before)
+        return Trace(embedding, relevance_for)
 
     def _layer(self, tower: Tower, tokens: Tensor, gradient: Tensor, keep: Tensor) -> Tensor:
-        tokens, gradient = (full_precision(_at_map(tower, part)) for part in (tokens.detach(), gradient))
+        # What enters a ResNet's pool is `(B, C, Gh, Gw)`.
+        at_map = tower.tokens_of if tokens.ndim == 3 else lambda grid: grid.flatten(2).transpose(1, 2)
+        tokens, gradient = full_precision(at_map(tokens.detach())), full_precision(at_map(gradient))
         if self.variant == "gradcam":
             kept = keep[..., None] * gradient
             gradient = kept.sum(1, keepdim=True) / keep.sum(1).clamp(min=1)[:, None, None]
         return min_max((gradient * tokens).sum(-1).relu(), keep=keep, dtype=tower.clip.std.dtype)
-
-
-def _at_map(tower: Tower, stream: Tensor) -> Tensor:
-    """What enters a block at the tokens of the map `(B, length, C)`; a ResNet's is `(B, C, Gh, Gw)`."""
-    return stream.flatten(2).transpose(1, 2) if stream.ndim == 4 else tower.tokens_of(stream)

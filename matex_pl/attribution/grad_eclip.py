@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from matex_pl.arguments import check_positive
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.capture import capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradients_of, loosened_term, row_weights
-from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
 
 
@@ -28,8 +27,7 @@ class GradEclip(TwoTowerMethod):
     Args:
         image_blocks: Last blocks of the image tower that count.
         text_blocks: Last blocks of the text tower that count; a tower with fewer uses all.
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
+        kwargs: `target` and `references` of `TwoTowerMethod`.
     """
 
     cost: ClassVar[str] = "1 forward and a backward through image_blocks and text_blocks blocks"
@@ -38,10 +36,9 @@ class GradEclip(TwoTowerMethod):
         self,
         image_blocks: int = 1,
         text_blocks: int = 8,
-        target: Target = "cosine",
-        references: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(target, references)
+        super().__init__(**kwargs)
         check_positive(image_blocks=image_blocks, text_blocks=text_blocks)
         self.image_blocks = image_blocks
         self.text_blocks = text_blocks
@@ -61,4 +58,4 @@ class GradEclip(TwoTowerMethod):
             terms = [loosened_term(*triple, tower.pooling, tower.keep) for triple in triples]
             return Relevance(torch.stack(terms).sum(0).relu())
 
-        return embedding, relevance_for
+        return Trace(embedding, relevance_for)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from matex_pl.arguments import check_choices, check_positive
-from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
-from matex_pl.attribution.core.target import Target
+from matex_pl.attribution.core.fill import Fill, fill_images
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, TextTower, Tower, Trace, TwoTowerMethod
-from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.maps import full_precision
 
@@ -29,8 +27,7 @@ class IntegratedGradients(TwoTowerMethod):
         steps: Nodes of the sum.
         fill: x0 of images: `mean_color` (as published), `mean_image` or `blur`.
         chunk_size: Most samples in one forward and backward, or the batch where that is larger.
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
+        kwargs: `target` and `references` of `TwoTowerMethod`.
 
     `parts` holds signed `(B, H, W)` and text_signed `(B, T)`, the sums over channels; completeness_error and
     text_completeness_error `(B,)`, what their total differs from S(x) - S(x0) by, which more steps make smaller.
@@ -43,19 +40,14 @@ class IntegratedGradients(TwoTowerMethod):
         steps: int = 32,
         fill: Fill = "mean_color",
         chunk_size: int = 64,
-        target: Target = "cosine",
-        references: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         check_choices(IntegratedGradients.__init__, locals())
-        super().__init__(target, references)
+        super().__init__(**kwargs)
         check_positive(steps=steps, chunk_size=chunk_size)
         self.steps = steps
         self.fill = fill
         self.chunk_size = chunk_size
-
-    def check(self, clip: Clip) -> None:
-        """Refuse a model without the fill."""
-        check_fill(self.fill, clip)
 
     def trace(self, tower: Tower) -> Trace:
         """One forward; the rest needs the direction."""
@@ -73,11 +65,13 @@ class IntegratedGradients(TwoTowerMethod):
             error = signed.flatten(1).sum(1) - gain
             return Relevance(signed.relu(), {"signed": signed, "completeness_error": error})
 
-        return embedding, relevance_for
+        return Trace(embedding, relevance_for)
 
     def _mean_gradient(self, tower: Tower, start: Tensor, end: Tensor, direction: Tensor) -> Tensor:
         """Gauss-Legendre sum of the gradients at `steps` places between `start` and `end` `(B, ...)`."""
-        places, weights = legendre(self.steps, direction)
+        nodes, weight = np.polynomial.legendre.leggauss(self.steps)
+        # From -1 to 1, as numpy has it, to 0 to 1.
+        places, weights = (torch.from_numpy(part / 2).to(direction) for part in (nodes + 1, weight))
         chunk = max(1, self.chunk_size // len(direction))
         total = torch.zeros_like(full_precision(end))
         for place, weight in progress(list(zip(places.split(chunk), weights.split(chunk), strict=True)), "steps"):
@@ -88,9 +82,3 @@ class IntegratedGradients(TwoTowerMethod):
             gradient = torch.autograd.grad(embedding, points, towards)[0]
             total += torch.einsum("k,k...->...", weight, full_precision(gradient))
         return total
-
-
-def legendre(steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes in (0, 1) and weights, which sum to 1, of the Gauss-Legendre rule; `(steps,)` each."""
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    return torch.from_numpy((nodes + 1) / 2).to(like), torch.from_numpy(weights / 2).to(like)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from itertools import count
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from matex_pl.arguments import check_choices, check_positive
-from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
-from matex_pl.attribution.core.target import Target
+from matex_pl.attribution.core.fill import Fill, fill_images
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, TextTower, Tower, Trace, TwoTowerMethod
-from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.maps import differ
 
@@ -37,8 +36,7 @@ class KernelShap(TwoTowerMethod):
         fill: What stands in for removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         seed: Random seed of the coalitions.
         chunk_size: Most samples in one forward, or the batch where that is larger.
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
+        kwargs: `target` and `references` of `TwoTowerMethod`.
 
     `parts` holds the signed values: `values` `(B, N)` per patch, each its group's value over the patches of the group,
     and `text_values` `(B, T)`.
@@ -53,20 +51,15 @@ class KernelShap(TwoTowerMethod):
         fill: Fill = "mean_image",
         seed: int = 0,
         chunk_size: int = 128,
-        target: Target = "cosine",
-        references: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         check_choices(KernelShap.__init__, locals())
-        super().__init__(target, references)
+        super().__init__(**kwargs)
         check_positive(samples=samples, chunk_size=chunk_size)
         self.samples = samples
         self.fill = fill
         self.seed = seed
         self.chunk_size = chunk_size
-
-    def check(self, clip: Clip) -> None:
-        """Refuse a model without the fill."""
-        check_fill(self.fill, clip)
 
     def trace(self, tower: Tower) -> Trace:
         """One forward; the coalitions need the direction."""
@@ -81,7 +74,7 @@ class KernelShap(TwoTowerMethod):
                 values = self._words(tower, direction, whole)
             return Relevance(values.relu(), {"values": values})
 
-        return embedding, relevance_for
+        return Trace(embedding, relevance_for)
 
     def _image(self, tower: ImageTower, direction: Tensor, whole: Tensor) -> Tensor:
         groups = patch_groups(tower.clip.grid).to(direction.device)
@@ -89,10 +82,12 @@ class KernelShap(TwoTowerMethod):
         keep, weight = coalitions(present, self.samples, self.seed)
         fill = fill_images(self.fill, tower.clip, tower.inputs)
         shown = torch.cat([keep.new_zeros(1, *keep.shape[1:]), keep])[:, 0, groups]
-        rows = progress(shown.split(max(1, self.chunk_size // len(tower.inputs))), "coalitions")
-        size = tower.clip.image_size
-        scores = torch.cat([tower.score_kept(_enlarged(part.to(direction), size), fill, direction) for part in rows])
-        values = shapley_regression(keep, weight, present, scores[1:], scores[0], whole, tower.clip.std.dtype)
+        scores = []
+        for part in progress(shown.split(max(1, self.chunk_size // len(tower.inputs))), "coalitions"):
+            pixels = interpolate(part[:, None].to(direction), tower.clip.image_size, mode="nearest")[:, 0]
+            scores.append(tower.score_kept(pixels, fill, direction))
+        score = torch.cat(scores)
+        values = shapley_regression(keep, weight, present, score[1:], score[0], whole, tower.clip.std.dtype)
         return (values / groups.flatten().bincount())[:, groups.flatten()]
 
     def _words(self, tower: TextTower, direction: Tensor, whole: Tensor) -> Tensor:
@@ -201,8 +196,3 @@ def shapley_regression(
     single = ones.sum(1, keepdim=True) == 1
     varies = differ(torch.cat([scores, empty[None], whole[None]]), dtype)[:, None]
     return (torch.where(single, gain[:, None] * ones, values) * varies).to(scores)
-
-
-def _enlarged(patches: Tensor, size: tuple[int, int]) -> Tensor:
-    """`(S, Gh, Gw)` to the pixels of each patch, `(S, H, W)`."""
-    return torch.nn.functional.interpolate(patches[:, None], size, mode="nearest")[:, 0]

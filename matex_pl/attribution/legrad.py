@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from matex_pl.arguments import check_positive
 from matex_pl.attribution.core.capture import GradBlock, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradient_by_attention, gradients_of
 from matex_pl.attribution.core.stream import Stream
-from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
 
 
@@ -26,16 +25,13 @@ class LeGrad(TwoTowerMethod):
 
     Args:
         num_blocks: Last blocks that count; all by default.
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
+        kwargs: `target` and `references` of `TwoTowerMethod`.
     """
 
     cost: ClassVar[str] = "1 forward, 1 backward, and the tower's head once per block"
 
-    def __init__(
-        self, num_blocks: int | None = None, target: Target = "cosine", references: list[str] | None = None
-    ) -> None:
-        super().__init__(target, references)
+    def __init__(self, num_blocks: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         check_positive(num_blocks=1 if num_blocks is None else num_blocks)
         self.num_blocks = num_blocks
 
@@ -58,7 +54,7 @@ class LeGrad(TwoTowerMethod):
                 rows += _rows(tower, counted[-1:], embedding, direction)
             return Relevance(torch.stack(rows).mean(0))
 
-        return embedding, relevance_for
+        return Trace(embedding, relevance_for)
 
 
 def _rows(tower: Tower, blocks: list[GradBlock], embedding: Tensor, direction: Tensor, copies: int = 1) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,7 @@ from torch import Tensor
 from matex_pl.arguments import check_positive
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.stream import Stream
-from matex_pl.attribution.core.target import Target
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
-from matex_pl.clip.model import Clip
-from matex_pl.clip.towers import image_blocks, not_explained, original
 from matex_pl.console import progress
 from matex_pl.maps import full_precision
 
@@ -47,8 +44,7 @@ class M2ib(TwoTowerMethod):
             comes before the last update.
         seed: Random seed of the noise.
         chunk_size: Most copies in one forward and backward, or the copies of one pair where these are more.
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
+        kwargs: `target` and `references` of `TwoTowerMethod`.
 
     `parts` holds capacity `(B,)` and text_capacity `(B,)`: nats per number of the stream that are let through.
     """
@@ -65,10 +61,9 @@ class M2ib(TwoTowerMethod):
         after_last_update: bool = False,
         seed: int = 0,
         chunk_size: int = 80,
-        target: Target = "cosine",
-        references: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(target, references)
+        super().__init__(**kwargs)
         check_positive(beta=beta, lr=lr, steps=steps, copies=copies, chunk_size=chunk_size)
         self.block = block
         self.beta = beta
@@ -79,16 +74,9 @@ class M2ib(TwoTowerMethod):
         self.seed = seed
         self.chunk_size = chunk_size
 
-    def check(self, clip: Clip) -> None:
-        """Refuse a ResNet, which has no stream of tokens."""
-        visual = clip.model.visual
-        if not image_blocks(visual):
-            reason = "there is no stream of tokens for a bottleneck"
-            raise NotImplementedError(not_explained("image", original(visual), reason))
-
     def trace(self, tower: Tower) -> Trace:
         """One forward, recording the tokens behind the block."""
-        stream = Stream(tower.blocks)
+        stream = tower.stream()
         place = block_index(self.block, len(tower.blocks))
         with stream.capture():
             embedding = tower.encode()
@@ -99,14 +87,14 @@ class M2ib(TwoTowerMethod):
             chunks = []
             for rows in progress(torch.arange(len(direction), device=direction.device).split(size), "bottlenecks"):
                 # One image serves all phrases.
-                own = rows if len(hidden) > 1 else rows.new_zeros(len(rows))
+                inputs = rows.clamp(max=len(hidden) - 1)
                 part = tower.rows(rows)
-                chunks.append(self._capacity(part, stream, place, hidden[own], counted[own], direction[rows]))
+                chunks.append(self._capacity(part, stream, place, hidden[inputs], counted[inputs], direction[rows]))
             capacity = torch.cat(chunks)
             mean = capacity.sum((1, 2)) / (counted.sum(1) * capacity.shape[2])
             return Relevance(tower.tokens_of(capacity).sum(-1), {"capacity": mean})
 
-        return embedding, relevance_for
+        return Trace(embedding, relevance_for)
 
     def _capacity(
         self, tower: Tower, stream: Stream, place: int, hidden: Tensor, counted: Tensor, direction: Tensor
@@ -117,28 +105,23 @@ class M2ib(TwoTowerMethod):
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
         generator = torch.Generator().manual_seed(self.seed)
         numbers = counted.sum((1, 2)) * clean.shape[2]
+        # The same noise for each phrase, whatever the longest of its batch is.
+        shape = self.copies, 1, max(clean.shape[1], tower.pooling.length), clean.shape[2]
         for _ in range(self.steps if self.after_last_update else self.steps - 1):
-            noise = self._noise(tower, clean, generator)
+            noise = torch.randn(shape, generator=generator)[:, :, : clean.shape[1]].to(clean)
             with torch.enable_grad():
                 alpha.requires_grad_()
                 share = torch.where(counted, alpha.sigmoid(), 1)
                 mixed = torch.lerp(noise, clean, share).to(hidden)
                 with stream.resumed(place, mixed.flatten(0, 1)):
-                    score = (full_precision(tower.encode_stream(self.copies)) * direction.repeat(self.copies, 1)).sum(
-                        -1
-                    )
+                    embedding = full_precision(tower.encode_stream(self.copies))
+                score = (embedding * direction.repeat(self.copies, 1)).sum(-1)
                 lost = (capacity_of(alpha, clean) * counted).sum((1, 2)) / numbers
                 loss = (self.beta * lost).sum() - score.sum() / self.copies
             alpha.grad = torch.autograd.grad(loss, alpha)[0]
             alpha.requires_grad_(False)
             optimizer.step()
         return capacity_of(alpha, clean) * counted
-
-    def _noise(self, tower: Tower, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        """`(copies, 1, n, C)`, the same for each phrase whatever the longest of its batch is."""
-        length = max(hidden.shape[1], tower.pooling.length)
-        noise = torch.randn(self.copies, 1, length, hidden.shape[2], generator=generator)
-        return noise[:, :, : hidden.shape[1]].to(hidden)
 
 
 def capacity_of(alpha: Tensor, hidden: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.anatomy.prior import Laterality, PriorShape
 from matex_pl.arguments import check_choices
-from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
-from matex_pl.attribution.core.capture import Block, borrowed, capture_attention, count_blocks, grad_blocks
+from matex_pl.attribution.base import check_scores
+from matex_pl.attribution.core.capture import borrowed, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import (
     attention_rows,
     gradients_of,
@@ -23,10 +23,9 @@ from matex_pl.attribution.core.relevance import (
     row_weights,
     softmax_term,
 )
-from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
+from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.model import Clip
-from matex_pl.clip.towers import Pooling
-from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
+from matex_pl.maps import Attribution, min_max, patch_mean, token_map, upsample
 
 
 def layer_weights(num_layers: int, tau: float) -> Tensor:
@@ -36,18 +35,6 @@ def layer_weights(num_layers: int, tau: float) -> Tensor:
 
 BlockCount = int | Literal["all"]
 """Number of last blocks."""
-
-
-def last_blocks(count: BlockCount, layers: int, skipped: int = 0) -> int:
-    """K, the number of last blocks that count, of a tower with this many layers; at least 1.
-
-    Args:
-        count: Most blocks.
-        layers: Blocks of the tower.
-        skipped: First blocks that do not count.
-    """
-    most = max(layers - skipped, 1)
-    return most if count == "all" else min(count, most)
 
 
 def attention_flow(layers: Tensor, tau: float) -> Tensor:
@@ -65,7 +52,7 @@ def consistency(layers: Tensor, kappa: float | Tensor) -> Tensor:
     return 1 / (1 + kappa * layers.std(1, correction=0))
 
 
-class Matex(AttributionMethod):
+class Matex(TwoTowerMethod):
     """MATEX maps (Imran et al., sections 3.1 to 3.4), image and text, from one forward and one partial backward.
 
     The defaults are the paper's numbers where it prints them, with three departures, each an argument: `kappa` (with
@@ -96,8 +83,7 @@ class Matex(AttributionMethod):
         prior_power: Exponent of M in the product.
         knowledge_prior: A finding that names no place takes its usual one ("edema": both hila). Leakage by design:
             score it as a row of its own.
-        target: `cosine` (the paper's S) or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
+        kwargs: `target` and `references` of `TwoTowerMethod`; the paper's S is the cosine.
 
     `parts` holds what `fuse` needs to fuse again: per block or layer grad_blocks `(B, K, Gh, Gw)` signed and
     attention_layers `(B, L, Gh, Gw)`, and from them grad, flow, consistency `(B, Gh, Gw)` raw; prior `(B, H, W)` and
@@ -131,19 +117,30 @@ class Matex(AttributionMethod):
         fusion: Literal["sum", "product"] = "sum",
         prior_power: float = 2.0,
         knowledge_prior: bool = False,
-        target: Target = "cosine",
-        references: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         check_choices(Matex.__init__, locals())
-        _check_blocks(grad_layers, text_grad_layers, skip_layers)
+        super().__init__(**kwargs)
+        for name, count in (("grad_layers", grad_layers), ("text_grad_layers", text_grad_layers)):
+            if isinstance(count, int) and count < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, or 'all', got {count!r}. For all image blocks but the first, give "
+                    "grad_layers='all' and skip_layers=1."
+                )
+        if skip_layers < 0:
+            raise ValueError(f"skip_layers must be at least 0, got {skip_layers}.")
+        if kappa != "tokens" and not 0 <= kappa < inf:
+            raise ValueError(f"kappa must be a number from 0 or 'tokens', got {kappa}.")
+        if not lambda_s >= 1:
+            raise ValueError(f"lambda_s must be at least 1 (1 takes the prior out), got {lambda_s}.")
         weights = {"alpha": alpha, "beta": beta, "lambda_c": lambda_c, "delta": delta}
-        _check_numbers(kappa, lambda_s, tau=tau, prior_power=prior_power, **weights)
+        for name, number in (weights | {"tau": tau, "prior_power": prior_power, "lambda_s": lambda_s}).items():
+            if not isfinite(number):
+                raise ValueError(f"{name} must be a finite number, got {number}.")
         if not any((alpha, beta, lambda_c, delta if fusion == "sum" else 0)):
             raise ValueError(
                 "alpha, beta, lambda_c and delta are 0, so that the map would be empty. Raise one of them."
             )
-        if target == "margin" and references is not None and not references:
-            raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
         self.grad_layers = grad_layers
         self.text_grad_layers = text_grad_layers
         self.skip_layers = skip_layers
@@ -162,8 +159,6 @@ class Matex(AttributionMethod):
         self.fusion = fusion
         self.prior_power = prior_power
         self.knowledge_prior = knowledge_prior
-        self.target = target
-        self.references = list(REFERENCES if references is None else references)
 
     @classmethod
     def paper(cls, **changes: Any) -> Matex:
@@ -171,14 +166,8 @@ class Matex(AttributionMethod):
 
         Where it prints nothing (tau, one K of "2-3", the scales of G and F, how the words are fused) these are ours.
         """
-        settings: dict[str, Any] = {
-            "target": "cosine",
-            "kappa": 1.0,
-            "laterality": "paper",
-            "fuse_at": "grid",
-            "fusion": "sum",
-        }
-        return cls(**(settings | changes))
+        printed: dict[str, Any] = {"target": "cosine", "kappa": 1.0, "laterality": "paper"}
+        return cls(**(printed | {"fuse_at": "grid", "fusion": "sum"} | changes))
 
     @classmethod
     def recommended(cls, **changes: Any) -> Matex:
@@ -186,31 +175,60 @@ class Matex(AttributionMethod):
 
         All blocks of the text tower count, and all but the first of the image tower.
         """
-        settings: dict[str, Any] = {
-            "grad_layers": "all",
-            "skip_layers": 1,
-            "text_grad_layers": "all",
-            "target": "margin",
-            "fusion": "product",
-        }
-        return cls(**(settings | changes))
+        blocks: dict[str, Any] = {"grad_layers": "all", "skip_layers": 1, "text_grad_layers": "all"}
+        return cls(**(blocks | {"target": "margin", "fusion": "product"} | changes))
 
     # The name in 0.1.
     measured = recommended
 
-    def attribute(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
-    ) -> Attribution:
-        """Maps of B pairs; see `AttributionMethod.attribute`."""
-        check_pairs(clip, images, tokens, phrases, content_box)
-        return self._explain(clip, images, tokens, phrases, content_box)
+    def trace(self, tower: Tower) -> Trace:
+        """One forward, recording all attention, and q, k and v of the last blocks."""
+        image, text = self.depths(tower.depth, tower.depth)
+        start = tower.depth - (image if isinstance(tower, ImageTower) else text)
+        pooling = tower.pooling
+        with capture_attention(pooling, grad_from=start, full=self.flow == "rollout") as blocks:
+            embedding = tower.encode()
 
-    def attribute_phrases(
-        self, clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+        def relevance_for(direction: Tensor) -> Relevance:
+            counted = grad_blocks(blocks)
+            softmax = self.spatial_weight == "softmax"
+            # See `softmax_term`.
+            by_value = pooling.position is None and softmax
+            handles = [block.value if by_value else block.output for block in counted]
+            gradients = gradients_of(embedding, handles, direction)
+            if softmax:
+                pairs = zip(counted, gradients, strict=True)
+                terms = [pooling.to_map(softmax_term(*pair, pooling)) for pair in pairs]
+            else:
+                triples = zip(counted, gradients, row_weights(blocks, pooling)[start:], strict=True)
+                terms = [loosened_term(*triple, pooling, tower.keep) for triple in triples]
+            parts = {"attention_layers": attention_rows(blocks, pooling)}
+            if self.flow == "rollout":
+                parts["rollout"] = rollout_row([block.mean for block in blocks], pooling)
+            return Relevance(torch.stack(terms, 1), parts)
+
+        return Trace(embedding, relevance_for)
+
+    def _explain(
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None
     ) -> Attribution:
-        """Maps of one image and P phrases, from one forward of the image; see `AttributionMethod.attribute_phrases`."""
-        tokens, content_box = check_phrases(clip, image, phrases, content_box)
-        return self._explain(clip, image[None], tokens, phrases, content_box)
+        with borrowed(clip):
+            patches, words, content, score = self._relevance(clip, images, tokens, phrases)
+            assert words is not None
+            parts: dict[str, Any] = {"content": content, "score": score}
+            for name, part in {"grad_blocks": patches.values, **patches.parts}.items():
+                raster = part.unflatten(-1, clip.grid)
+                parts[name] = raster.expand(len(score), *raster.shape[1:])
+            for name, part in {"grad_blocks": words.values, **words.parts}.items():
+                parts[f"text_{name}"] = part
+            check_scores(score, phrases, *parts.values())
+            parts |= self._read(phrases) | {
+                "content_box": None if content_box is None else content_box.clone(),
+                "phrases": list(phrases),
+                "size": clip.image_size,
+                "dtype": clip.std.dtype,
+            }
+            return self._fuse(parts)
 
     @classmethod
     def fuse(cls, parts: dict[str, Any], **changes: Any) -> Attribution:
@@ -233,12 +251,12 @@ class Matex(AttributionMethod):
         if len(set(lengths.values())) > 1:
             raise ValueError(f"The parts are of different numbers of pairs: {lengths}. Cut all of them alike.")
         method = cls(**(parts["settings"] | changes))
-        method._check_parts(parts)
+        method._check(parts)
         if method.knowledge_prior != parts["settings"]["knowledge_prior"]:
             parts = parts | method._read(parts["phrases"])
         return method._fuse(parts)
 
-    def _check_parts(self, parts: dict[str, Any]) -> None:
+    def _check(self, parts: dict[str, Any]) -> None:
         made, wanted = parts["settings"], self.settings
         for name in ("spatial_weight", "target", "references"):
             if wanted[name] != made[name]:
@@ -256,77 +274,15 @@ class Matex(AttributionMethod):
             )
 
     def depths(self, layers: int, text_layers: int) -> tuple[int, int]:
-        """K of the image tower and of the text tower, if they have this many layers."""
-        text = self.grad_layers if self.text_grad_layers is None else self.text_grad_layers
-        return last_blocks(self.grad_layers, layers, self.skip_layers), last_blocks(text, text_layers)
-
-    def _explain(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None
-    ) -> Attribution:
-        """Maps of B pairs, or of one image and B phrases."""
-        with borrowed(clip):
-            images, tokens = images.detach().clone(), tokens.clone()
-            parts = self._components(clip, images, tokens)
-            check_scores(parts["score"], phrases, *parts.values())
-            parts |= self._read(phrases) | {
-                "content_box": None if content_box is None else content_box.clone(),
-                "phrases": list(phrases),
-                "size": clip.image_size,
-                "dtype": clip.std.dtype,
-                "settings": self.settings,
-            }
-            return self._fuse(parts)
+        """K of the image tower and of the text tower, at least 1, if they have this many layers."""
+        image, text = self.grad_layers, self.grad_layers if self.text_grad_layers is None else self.text_grad_layers
+        most = max(layers - self.skip_layers, 1)
+        return most if image == "all" else min(image, most), text_layers if text == "all" else min(text, text_layers)
 
     def _read(self, phrases: Sequence[str]) -> dict[str, Any]:
         """The regions that each phrase names, and where it names them."""
         parsed = [parse_phrase(phrase, knowledge_prior=self.knowledge_prior) for phrase in phrases]
         return {"regions": [phrase.regions for phrase in parsed], "spans": [phrase.spans for phrase in parsed]}
-
-    def _components(self, clip: Clip, images: Tensor, tokens: Tensor) -> dict[str, Any]:
-        """One forward of both towers and one backward through their last blocks."""
-        layers, text_layers = count_blocks(clip, images, tokens)
-        last, text_last = self.depths(layers, text_layers)
-        start, text_start = layers - last, text_layers - text_last
-        pooling, text_pooling, content = clip.image_pooling(images), clip.text_pooling(tokens), clip.content(tokens)
-        reference = reference_mean(clip, self.references) if self.target == "margin" else None
-        full = self.flow == "rollout"
-        with capture_attention(pooling, grad_from=start, full=full) as blocks:
-            image = clip.encode_image(images)
-        with capture_attention(text_pooling, grad_from=text_start, full=full) as text_blocks:
-            text = clip.encode_text(tokens)
-        score, by_image, by_text = directions(full_precision(image.detach()), full_precision(text.detach()), reference)
-        gradients = gradients_of(image, self._handles(blocks, pooling), by_image)
-        text_gradients = gradients_of(text, self._handles(text_blocks, text_pooling), by_text)
-        patches = torch.ones_like(by_image[:1, :1], dtype=torch.bool).expand(1, pooling.length)
-        parts = self._tower(blocks, gradients, pooling, patches)
-        text_parts = self._tower(text_blocks, text_gradients, text_pooling, content)
-        return {
-            **{name: _on_raster(part, clip.grid, len(tokens)) for name, part in parts.items()},
-            **{f"text_{name}": part for name, part in text_parts.items()},
-            "content": content,
-            "score": score,
-        }
-
-    def _handles(self, blocks: Sequence[Block], pooling: Pooling) -> list[Tensor]:
-        """What the gradients of the blocks are taken by; see `softmax_term`."""
-        by_value = pooling.position is None and self.spatial_weight == "softmax"
-        return [block.value if by_value else block.output for block in grad_blocks(blocks)]
-
-    def _tower(
-        self, blocks: Sequence[Block], gradients: Sequence[Tensor], pooling: Pooling, keep: Tensor
-    ) -> dict[str, Tensor]:
-        """Components of one side at the tokens of the map; `loosened` normalizes over those of `keep`."""
-        last = grad_blocks(blocks)
-        if self.spatial_weight == "softmax":
-            terms = [pooling.to_map(softmax_term(*pair, pooling)) for pair in zip(last, gradients, strict=True)]
-        else:
-            weights = row_weights(blocks, pooling)[-len(gradients) :]
-            triples = zip(last, gradients, weights, strict=True)
-            terms = [loosened_term(*triple, pooling, keep) for triple in triples]
-        parts = {"grad_blocks": torch.stack(terms, 1), "attention_layers": attention_rows(blocks, pooling)}
-        if self.flow == "rollout":
-            parts["rollout"] = rollout_row([block.mean for block in blocks], pooling)
-        return parts
 
     def _fuse(self, parts: dict[str, Any]) -> Attribution:
         """Parts with this method's components, and the maps that they give."""
@@ -400,30 +356,3 @@ class Matex(AttributionMethod):
         flow = min_max(parts["text_flow"], keep=content, dtype=dtype)
         weight = self.alpha + self.lambda_c * parts["text_consistency"] + self.delta
         return token_map(grad * weight + self.beta * flow, content, dtype=dtype)
-
-
-def _check_blocks(grad_layers: BlockCount, text_grad_layers: BlockCount | None, skip_layers: int) -> None:
-    for name, count in (("grad_layers", grad_layers), ("text_grad_layers", text_grad_layers)):
-        if isinstance(count, int) and count < 1:
-            raise ValueError(
-                f"{name} must be at least 1, or 'all', got {count!r}. For all image blocks but the "
-                "first, give grad_layers='all' and skip_layers=1."
-            )
-    if skip_layers < 0:
-        raise ValueError(f"skip_layers must be at least 0, got {skip_layers}.")
-
-
-def _check_numbers(kappa: float | Literal["tokens"], lambda_s: float, **others: float) -> None:
-    if kappa != "tokens" and not 0 <= kappa < inf:
-        raise ValueError(f"kappa must be a number from 0 or 'tokens', got {kappa}.")
-    if not lambda_s >= 1:
-        raise ValueError(f"lambda_s must be at least 1 (1 takes the prior out), got {lambda_s}.")
-    for name, number in (others | {"lambda_s": lambda_s}).items():
-        if not isfinite(number):
-            raise ValueError(f"{name} must be a finite number, got {number}.")
-
-
-def _on_raster(part: Tensor, grid: tuple[int, int], pairs: int) -> Tensor:
-    """Values per patch `(B, ..., N)`, or of one image `(1, ..., N)`, as rasters `(B, ..., Gh, Gw)`."""
-    raster = part.unflatten(-1, grid)
-    return raster.expand(pairs, *raster.shape[1:])

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
-from matex_pl.clip.model import Clip
-from matex_pl.clip.towers import image_blocks, not_explained, original
 from matex_pl.maps import full_precision
 
 
@@ -19,24 +16,14 @@ class PatchSimilarity(TwoTowerMethod):
 
     Released code: MaskCLIP, the nearest, leaves the last block's attention, residual and perceptron out; here the tower
     stays as it is deployed.
-
-    Args:
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
     supports_text: ClassVar[bool] = False
     cost: ClassVar[str] = "1 forward, and the tower's head once per patch"
 
-    def check(self, clip: Clip) -> None:
-        """Refuse a ResNet, whose map is no stream of tokens in the space of its pool."""
-        visual = clip.model.visual
-        if not image_blocks(visual):
-            raise NotImplementedError(not_explained("image", original(visual), "it has no patch tokens to read alone"))
-
     def trace(self, tower: Tower) -> Trace:
         """One forward, recording the tokens behind the last block."""
-        stream = Stream(tower.blocks)
+        stream = tower.stream()
         with stream.capture():
             embedding = tower.encode()
         tokens = stream.behind[-1]
@@ -46,4 +33,4 @@ class PatchSimilarity(TwoTowerMethod):
         alone = patches.flatten(0, 1)[:, None].expand(-1, others + 1, -1)
         with stream.resumed(len(tower.blocks) - 1, alone):
             read = full_precision(tower.encode_stream(1)).unflatten(0, patches.shape[:2])
-        return embedding, lambda direction: Relevance((read * direction[:, None]).sum(-1))
+        return Trace(embedding, lambda direction: Relevance((read * direction[:, None]).sum(-1)))

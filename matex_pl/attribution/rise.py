@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from matex_pl.arguments import check_choices, check_positive
-from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
-from matex_pl.attribution.core.target import Target
+from matex_pl.attribution.core.fill import Fill, fill_images
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, TextTower, Tower, Trace, TwoTowerMethod
-from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.maps import differ
 
@@ -37,8 +35,7 @@ class Rise(TwoTowerMethod):
         fill: What stands in for removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         seed: Random seed of the masks.
         chunk_size: Most samples in one forward, or the batch where that is larger.
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
+        kwargs: `target` and `references` of `TwoTowerMethod`.
     """
 
     perturbs_inputs: ClassVar[bool] = True
@@ -53,11 +50,10 @@ class Rise(TwoTowerMethod):
         fill: Fill = "mean_image",
         seed: int = 0,
         chunk_size: int = 128,
-        target: Target = "cosine",
-        references: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         check_choices(Rise.__init__, locals())
-        super().__init__(target, references)
+        super().__init__(**kwargs)
         check_positive(masks=masks, grid_size=grid_size, chunk_size=chunk_size)
         if not 0 < keep_probability < 1:
             raise ValueError(f"keep_probability must be between 0 and 1, got {keep_probability}.")
@@ -69,16 +65,12 @@ class Rise(TwoTowerMethod):
         self.seed = seed
         self.chunk_size = chunk_size
 
-    def check(self, clip: Clip) -> None:
-        """Refuse a model without the fill."""
-        check_fill(self.fill, clip)
-
     def trace(self, tower: Tower) -> Trace:
         """One forward; the masks need the direction."""
         if isinstance(tower, ImageTower):
-            return tower.encode(), partial(self._image, tower)
+            return Trace(tower.encode(), partial(self._image, tower))
         assert isinstance(tower, TextTower)
-        return tower.encode(), partial(self._words, tower)
+        return Trace(tower.encode(), partial(self._words, tower))
 
     def _image(self, tower: ImageTower, direction: Tensor) -> Relevance:
         fill = fill_images(self.fill, tower.clip, tower.inputs)

@@ -35,4 +35,4 @@ class Rollout(TwoTowerMethod):
             row = rollout_row([block.mean for block in blocks], tower.pooling)
             return Relevance(row.expand(len(direction), -1))
 
-        return embedding, relevance_for
+        return Trace(embedding, relevance_for)

@@ -18,10 +18,6 @@ class Saliency(TwoTowerMethod):
     Per token the L2 norm of the gradient by its embedding, as a token has no channels that could be told apart.
 
     Released code: captum gives abs(dS/dx) of each channel; the maximum and the norm over channels are taken here.
-
-    Args:
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
-        references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
     cost: ClassVar[str] = "1 forward and 1 backward"
@@ -36,4 +32,4 @@ class Saliency(TwoTowerMethod):
             gradient = full_precision(gradients_of(embedding, [signal], direction)[0])
             return Relevance(gradient.abs().amax(1) if isinstance(tower, ImageTower) else gradient.norm(dim=-1))
 
-        return embedding, relevance_for
+        return Trace(embedding, relevance_for)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matex_pl.arguments import check_choices, check_positive
-from matex_pl.attribution.core.fill import Fill, check_fill, fill_images
+from matex_pl.attribution.core.fill import Fill, fill_images
 from matex_pl.attribution.core.target import reference_embeddings, reference_mean
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.attribution.kernel_shap import patch_groups
@@ -65,8 +65,8 @@ class SubmodularRegions(TwoTowerMethod):
         chunk_size: Most images in one forward.
         target: S: `cosine`, `margin`, the cosine less its mean over `references`, or `probability`, the phrase's share
             in the softmax. The softmax of margins is that of cosines.
-        references: Phrases of the margin and classes beside the phrase; the package's list of findings by side and zone
-            by default.
+        references: Phrases of the margin, and classes alongside the phrase; the package's list of findings by side and
+            zone by default.
 
     `parts`, with R regions in the order found: order `(B, R)`, the regions; insertion and deletion `(B, R + 1)`,
     S(x_{S_r}) and S(x_{V without S_r}) from r = 0; gains `(B, R)`, G_r - G_{r-1}; and region `(B, N)`, of each patch.
@@ -117,10 +117,6 @@ class SubmodularRegions(TwoTowerMethod):
         later = search_rounds(regions, self.pending)[1:]
         return 2 + 2 * regions + sum(2 * (left + tried) for left, tried in later)
 
-    def check(self, clip: Clip) -> None:
-        """Refuse a model without the fill."""
-        check_fill(self.fill, clip)
-
     def trace(self, tower: Tower) -> Trace:
         """What no phrase changes: the image, the fill, and each region alone and away."""
         assert isinstance(tower, ImageTower)
@@ -134,12 +130,12 @@ class SubmodularRegions(TwoTowerMethod):
 
         def relevance_for(direction: Tensor) -> Relevance:
             judge = self._judge(tower.clip, direction)
-            singles, seen = judge.seen(alone), judge.seen(ends)
+            singles, seen = judge(alone), judge(ends)
 
             def look_at(members: Tensor, candidates: Tensor) -> Seen:
                 if not members.any():
                     return singles.at(candidates)
-                return judge.seen(views.of(members[:, None] | every[candidates]))
+                return judge(views.of(members[:, None] | every[candidates]))
 
             angles = angles_between(alone[0]).expand(len(direction), -1, -1)
             order, insertion, deletion = search(look_at, angles, self.weights, self.pending)
@@ -151,27 +147,38 @@ class SubmodularRegions(TwoTowerMethod):
             parts = {"order": order, "insertion": insertion, "deletion": deletion, "gains": gains, "region": region}
             return Relevance(values.gather(1, region), parts)
 
-        return whole, relevance_for
+        return Trace(whole, relevance_for)
 
-    def _judge(self, clip: Clip, direction: Tensor) -> _Judge:
-        if self.target != "probability" and not self.weights.confidence:
-            return _Judge(direction)
-        once = [self.references.index(phrase) for phrase in dict.fromkeys(self.references)]
-        others = reference_embeddings(clip, self.references)[once]
-        if self.target == "margin":
-            # As the direction is; it adds the same to all logits of an image.
-            others = others - reference_mean(clip, self.references)
-        apart = (direction[:, None] - others).norm(dim=2) > torch.finfo(clip.std.dtype).eps ** 0.5
-        return _Judge(direction, others, apart, full_precision(clip.logit_scale).exp(), self.target == "probability")
+    def _judge(self, clip: Clip, direction: Tensor) -> Callable[[Tensor], Seen]:
+        """What makes scores of views `(2, B, m, D)`, as `_Views.of` gives them, for directions `(B, D)` of phrases."""
+        classes = direction[:0]
+        if self.target == "probability" or self.weights.confidence:
+            once = [self.references.index(phrase) for phrase in dict.fromkeys(self.references)]
+            classes = reference_embeddings(clip, self.references)[once]
+            if self.target == "margin":
+                # As the direction is; it adds the same to all logits of an image.
+                classes = classes - reference_mean(clip, self.references)
+        # A phrase of the pair's own is no other class.
+        apart = (direction[:, None] - classes).norm(dim=2) > torch.finfo(clip.std.dtype).eps ** 0.5
+        # One class alone has no entropy, and no scale for it.
+        most = (1 + apart.sum(1, keepdim=True)).clamp(min=2).to(direction).log()
+        scale = full_precision(clip.logit_scale).exp()
+
+        def seen(views: Tensor) -> Seen:
+            views = views.expand(-1, len(direction), -1, -1)
+            score = torch.einsum("kbmd,bd->kbm", views, direction)
+            rest = (views @ classes.T).masked_fill(~apart[:, None], -torch.inf)
+            share = (scale * torch.cat([score[..., None], rest], 3)).softmax(3)
+            confidence = 1 - torch.special.entr(share[0]).sum(2) / most
+            kept, removed = share[..., 0] if self.target == "probability" else score
+            return Seen(kept, removed, confidence)
+
+        return seen
 
 
 @dataclass
 class Weights:
-    """Weights of the four scores.
-
-    Raises:
-        ValueError: One is negative or no number, or all are 0.
-    """
+    """Weights of the four scores."""
 
     confidence: float
     effectiveness: float
@@ -187,14 +194,7 @@ class Weights:
 
 
 class _Views:
-    """Embeddings of images with some of their regions.
-
-    Args:
-        tower: One image for all pairs, or one each.
-        groups: `(Gh, Gw)` region of each patch.
-        fill: Pixels from `fill_images`.
-        chunk_size: Most images in one forward.
-    """
+    """Embeddings of the tower's images, one for all pairs or one each, with some of their regions `(Gh, Gw)`."""
 
     def __init__(self, tower: ImageTower, groups: Tensor, fill: Tensor, chunk_size: int) -> None:
         enlarged = torch.nn.functional.interpolate(groups[None, None].double(), tower.clip.image_size, mode="nearest")
@@ -210,17 +210,13 @@ class _Views:
 
     def embeddings(self, keep: Tensor) -> Tensor:
         """With the regions `keep` `(B, k, R)` bool: `(B, k, D)`."""
-        rows = torch.arange(len(keep), device=keep.device).clamp(max=len(self.tower.inputs) - 1)
-        chunks = zip(
-            keep.flatten(0, 1).split(self.chunk_size),
-            rows.repeat_interleave(keep.shape[1]).split(self.chunk_size),
-            strict=True,
-        )
-        return torch.cat([self._encode(*chunk) for chunk in chunks]).unflatten(0, keep.shape[:2])
-
-    def _encode(self, keep: Tensor, rows: Tensor) -> Tensor:
-        shown = keep[:, None, self.pixels]
-        return full_precision(self.tower.encode(torch.where(shown, self.tower.inputs[rows], self.fill[rows])))
+        images, subsets = self.tower.inputs, keep.flatten(0, 1).split(self.chunk_size)
+        rows = torch.arange(len(keep), device=keep.device).clamp(max=len(images) - 1).repeat_interleave(keep.shape[1])
+        encoded = []
+        for subset, row in zip(subsets, rows.split(self.chunk_size), strict=True):
+            shown = torch.where(subset[:, None, self.pixels], images[row], self.fill[row])
+            encoded.append(full_precision(self.tower.encode(shown)))
+        return torch.cat(encoded).unflatten(0, keep.shape[:2])
 
 
 @dataclass
@@ -237,41 +233,8 @@ class Seen:
 
     def worth(self, weights: Weights) -> Tensor:
         """F without the effectiveness, which alone depends on how the subset came about."""
-        ours = weights.consistency * self.kept + weights.collaboration * (1 - self.removed)
-        return ours + weights.confidence * self.confidence
-
-
-@dataclass
-class _Judge:
-    """Scores of embeddings.
-
-    Args:
-        direction: `(B, D)` of the phrase.
-        others: `(R, D)` of the other classes; without them there is no confidence.
-        apart: `(B, R)` bool, which of them are no phrase of the pair's own.
-        scale: Between products and logits.
-        by_probability: S is the probability of the phrase, not the product with its direction.
-    """
-
-    direction: Tensor
-    others: Tensor | None = None
-    apart: Tensor | None = None
-    scale: Tensor | float = 1.0
-    by_probability: bool = False
-
-    def seen(self, views: Tensor) -> Seen:
-        """Of views `(2, B, m, D)`, as `_Views.of` gives them."""
-        views = views.expand(-1, len(self.direction), -1, -1)
-        score = torch.einsum("kbmd,bd->kbm", views, self.direction)
-        if self.others is None or self.apart is None:
-            return Seen(score[0], score[1], torch.zeros_like(score[0]))
-        beside = (views @ self.others.T).masked_fill(~self.apart[:, None], -torch.inf)
-        share = (self.scale * torch.cat([score[..., None], beside], 3)).softmax(3)
-        # One class alone has no entropy, and no scale for it.
-        most = (1 + self.apart.sum(1, keepdim=True)).clamp(min=2).to(share).log()
-        confidence = 1 - torch.special.entr(share[0]).sum(2) / most
-        score = share[..., 0] if self.by_probability else score
-        return Seen(score[0], score[1], confidence)
+        agreement = weights.consistency * self.kept + weights.collaboration * (1 - self.removed)
+        return agreement + weights.confidence * self.confidence
 
 
 def angles_between(embeddings: Tensor) -> Tensor:

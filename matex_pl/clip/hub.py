@@ -19,9 +19,9 @@ def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None
     """Context in which open_clip reads the files of a model; without an answer of the hub it uses the local cache.
 
     Args:
-        name: Name of the model, as `load_clip` takes it.
-        tag: Tag of its weights, which are downloaded.
-        text_cfg: Its text config, whose `hf_...` entries name files of the hub.
+        name: Name of the model for `load_clip`.
+        tag: Tag of weights to download.
+        text_cfg: Text config; its `hf_...` entries name files of the hub.
 
     Raises:
         ImportError: The text tower or the tokenizer needs transformers.
@@ -46,7 +46,13 @@ def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None
                 "Give a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
             ) from error
         if uses_hub and isinstance(error, (OSError, RuntimeError)):
-            raise _not_downloaded(short(name) + (f" (tag {tag!r})" if tag else ""), is_offline, error) from error
+            state = f"could not be had: {first_line(error)}"
+            if is_offline:
+                state = "are not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set"
+            raise ConnectionError(
+                f"The files of {short(name)}{f' (tag {tag!r})' if tag else ''} {state}. Connect once, or pass a "
+                "checkpoint file as `pretrained`, or a folder that holds the model as local-dir:folder."
+            ) from error
         raise
     finally:
         constants.HF_HUB_OFFLINE = was_offline
@@ -60,13 +66,3 @@ def _hub_answers() -> bool:
     except Exception:
         return False
     return True
-
-
-def _not_downloaded(model: str, is_offline: bool, error: Exception) -> ConnectionError:
-    state = f"could not be had: {first_line(error)}"
-    if is_offline:
-        state = "are not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set"
-    return ConnectionError(
-        f"The files of {model} {state}. Connect once, or pass a checkpoint file as `pretrained`, or a folder "
-        "that holds the model as local-dir:folder."
-    )

@@ -53,11 +53,13 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     else:
         config |= _resized(config["model_cfg"], size, name)
         model, tokenizer = _from_config(config, name)
-    _check_patches(model, name)
+    _check_patches(model.visual, name)
     is_ours = file is not None and load_weights(model, file, name)
     refuse_nan(dict(model.named_parameters()), pretrained or name)
     preprocess = open_clip.get_model_preprocess_cfg(model)
-    clip = Clip(model, tokenizer, _plain({"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess})).eval()
+    described = {"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess}
+    # In types that JSON has, a checkpoint with it loads without running code.
+    clip = Clip(model, tokenizer, json.loads(json.dumps(described, default=asdict))).eval()
     if file and is_ours:
         # Mapped, so that its weights are not read again.
         clip.refuse_checkpoint(torch.load(file, "cpu", weights_only=True, mmap=True), file)
@@ -83,12 +85,9 @@ def load_trained(ckpt_path: str) -> Clip:
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, without the model; see `load_clip` for the names and the errors."""
     config = _json_config(name)
-    if config is not None:
-        text = config["model_cfg"]["text_cfg"]
-        with reading_files(name, None, text):
-            return _config_tokenizer(text)
-    with reading_files(name, None, _known_config(name, None).get("text_cfg")):
-        return open_clip.get_tokenizer(name)
+    model = _known_config(name, None) if config is None else config["model_cfg"]
+    with reading_files(name, None, model.get("text_cfg")):
+        return open_clip.get_tokenizer(name) if config is None else _config_tokenizer(model["text_cfg"])
 
 
 def input_size(name: str) -> tuple[int, int]:
@@ -132,28 +131,22 @@ def _json_config(name: str) -> dict[str, Any] | None:
 
 
 def _resized(config: dict[str, Any], size: list[int] | None, name: str) -> dict[str, Any]:
-    """`{"model_cfg": ...}` with another size of the input.
-
-    Raises:
-        ValueError: The image tower is of one size only.
-    """
+    """`{"model_cfg": ...}` with another size of the input, which a ResNet refuses."""
     vision = config["vision_cfg"]
-    if size is not None and towers.height_width(vision.get("image_size", 224)) != tuple(size):
-        if isinstance(vision.get("layers"), list):
-            raise ValueError(
-                f"image_size={size} does not fit {short(name)}: its ResNet pools a raster of fixed size. Leave it out."
-            )
-        config = {**config, "vision_cfg": {**vision, "image_size": size}}
-    return {"model_cfg": config}
+    if size is None or towers.height_width(vision.get("image_size", 224)) == tuple(size):
+        return {"model_cfg": config}
+    if isinstance(vision.get("layers"), list):
+        raise ValueError(
+            f"image_size={size} does not fit {short(name)}: its ResNet pools a raster of fixed size. Leave it out."
+        )
+    return {"model_cfg": {**config, "vision_cfg": {**vision, "image_size": size}}}
 
 
-def _check_patches(model: Any, name: str) -> None:
+def _check_patches(visual: Any, name: str) -> None:
     """Refuse an input that is not a whole number of patches."""
-    visual = model.visual
-    patch = getattr(getattr(getattr(visual, "trunk", None), "patch_embed", visual), "patch_size", None)
-    if patch is None:
-        return
-    size, patch = towers.height_width(visual.image_size), towers.height_width(patch)
+    trunk = getattr(visual, "trunk", None)
+    patch = towers.height_width(getattr(getattr(trunk, "patch_embed", visual), "patch_size", None) or 1)
+    size = towers.height_width(visual.image_size)
     if size[0] % patch[0] or size[1] % patch[1]:
         raise ValueError(f"The input of {short(name)}, {size} pixels, is not a whole number of its {patch} patches.")
 
@@ -217,11 +210,7 @@ def _from_open_clip(
 
 
 def _known_config(name: str, tag: str | None) -> dict[str, Any]:
-    """The config that open_clip has for a name; empty for `hf-hub:` and `local-dir:`, whose config is with the weights.
-
-    Raises:
-        ValueError: open_clip knows no such name, or no such tag of it.
-    """
+    """The config that open_clip has for a name; empty for `hf-hub:` and `local-dir:`, which bring their own."""
     if name.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)):
         return {}
     config = open_clip.get_model_config(name)
@@ -255,8 +244,3 @@ def _silent_open_clip() -> Iterator[None]:
     finally:
         root.removeFilter(is_others)
         root.removeHandler(stand_in)
-
-
-def _plain(value: Any) -> Any:
-    """The value in types that JSON has, so that a checkpoint with it loads without running code."""
-    return json.loads(json.dumps(value, default=asdict))

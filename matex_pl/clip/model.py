@@ -48,9 +48,8 @@ class Clip(nn.Module):
         self.tokenizer = tokenizer
         self.config = config
         self._rows: dict[str, Tensor] = {}
-        preprocess = config["preprocess_cfg"]
         for name in ("mean", "std"):
-            values = torch.tensor(preprocess[name], dtype=torch.float32).view(3, 1, 1)
+            values = torch.tensor(config["preprocess_cfg"][name], dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self.register_buffer("mean_image", torch.full((1, *self.image_size), torch.nan))
 
@@ -67,11 +66,7 @@ class Clip(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patch raster.
-
-        Raises:
-            NotImplementedError: The image tower has no raster of patches.
-        """
+        """Rows and columns of the patch raster; see `towers.patch_grid`."""
         return towers.patch_grid(self.model.visual)
 
     @property
@@ -125,11 +120,7 @@ class Clip(nn.Module):
         return {"name": name, "tokens": self.tokenize([_PROBE])[0].tolist()}
 
     def refuse_checkpoint(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Refuse the content of a `ClipModule`'s checkpoint that would load and be wrong.
-
-        Raises:
-            ValueError: Its weights hold NaN or Inf, or its tokenizer gives other tokens; the message names them.
-        """
+        """Raise ValueError if a `ClipModule`'s checkpoint would load but be wrong: NaN weights or another tokenizer."""
         model = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("clip.model.")}
         refuse_nan(model, source)
         mark, own = checkpoint.get("tokenizer"), self.tokenizer_mark()
@@ -185,19 +176,11 @@ class Clip(nn.Module):
         return [" " * begin + text for begin, text in zip(begins, texts, strict=True)]
 
     def image_pooling(self, images: Tensor) -> Pooling:
-        """How the image tower reads the embeddings of images from its tokens.
-
-        Raises:
-            NotImplementedError: In a way that maps do not know; the message names the tower and says why.
-        """
+        """How the image tower pools its tokens for `images`; see `towers.image_pooling`."""
         return towers.image_pooling(self.model.visual, images)
 
     def text_pooling(self, tokens: Tensor) -> Pooling:
-        """How the text tower reads the embeddings of tokens `(B, T)`.
-
-        Raises:
-            NotImplementedError: In a way that maps do not know; the message names the tower and says why.
-        """
+        """How the text tower pools `tokens` `(B, T)`; see `towers.text_pooling`."""
         return towers.text_pooling(self.model, tokens)
 
     def encode_image(self, images: Tensor) -> Tensor:

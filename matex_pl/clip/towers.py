@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -82,26 +82,24 @@ def image_pooling(visual: nn.Module, images: Tensor) -> Pooling:
     Raises:
         NotImplementedError: Otherwise than from a class token, an average over patches or one query; says how.
     """
-    tower = original(visual)
-    rows, columns = patch_grid(tower)
-    patches = rows * columns
+    tower, patches = original(visual), prod(patch_grid(visual))
     kind, reason = _image_kind(tower)
-    if kind == "token":
-        return Pooling(kind, patches, True, position=torch.zeros(len(images), dtype=torch.long, device=images.device))
-    if kind == "mean":
-        pooled = torch.ones(len(images), patches, dtype=torch.bool, device=images.device)
-        return Pooling(kind, patches, True, pooled=pooled)
-    if kind == "query":
-        return Pooling(kind, patches, True)
-    raise NotImplementedError(not_explained("image", tower, reason))
+    if not kind:
+        raise NotImplementedError(not_explained("image", tower, reason))
+    position = images.new_zeros(len(images), dtype=torch.long) if kind == "token" else None
+    pooled = images.new_ones(len(images), patches, dtype=torch.bool) if kind == "mean" else None
+    return Pooling(kind, patches, True, position, pooled)
 
 
 def _image_kind(tower: Any) -> tuple[str, str]:
-    """Kind of pooling of an image tower, or "" and why it has none that is known."""
+    """Kind of pooling of an image tower, empty where it is unknown, and the reason for that case."""
     if isinstance(tower, ModifiedResNet):
         return "token", ""
     if isinstance(tower, VisionTransformer):
-        return _native_kind(tower)
+        if tower.attn_pool is None:
+            return {"tok": "token", "avg": "mean"}.get(tower.pool_type, ""), f"its pooling is {tower.pool_type!r}"
+        has_one_query = tower.attn_pool_contrastive is None and tower.pool_type == "tok"
+        return "query" * has_one_query, "its attention pool is not read by one query of one stage"
     # By exact type: subclasses pool or attend in ways of their own (two class tokens of DeiT, for one).
     if isinstance(tower, TimmModel) and type(tower.trunk) in (timm_vit.VisionTransformer, eva.Eva, beit.Beit):
         return _timm_kind(tower)
@@ -109,29 +107,18 @@ def _image_kind(tower: Any) -> tuple[str, str]:
     return "", f"a tower{trunk} is none of the transformers and ResNets that are known"
 
 
-def _native_kind(tower: VisionTransformer) -> tuple[str, str]:
-    if tower.attn_pool is None:
-        kind = {"tok": "token", "avg": "mean"}.get(tower.pool_type, "")
-        return kind, f"its pooling is {tower.pool_type!r}"
-    if tower.attn_pool_contrastive is not None or tower.pool_type != "tok":
-        return "", "its attention pool is not read by one query of one stage"
-    return "query", ""
-
-
 def _timm_kind(tower: TimmModel) -> tuple[str, str]:
     trunk, pool = tower.trunk, tower.trunk.global_pool
     if hasattr(tower.head, "pool"):
         return "", f"its head pools by {type(tower.head.pool).__name__}"
     if getattr(trunk, "attn_pool", None) is not None:
-        read = trunk.attn_pool
-        return (
-            "query" if read.latent_len == 1 or read.pool == "token" else ""
-        ), "its attention pool has several queries"
+        has_one_query = trunk.attn_pool.latent_len == 1 or trunk.attn_pool.pool == "token"
+        return "query" * has_one_query, "its attention pool has several queries"
     if pool == "token" and trunk.num_prefix_tokens:
         return "token", ""
     if pool == "avg":
-        included = getattr(trunk, "pool_include_prefix", False)
-        return ("" if included else "mean"), "its average includes class or register tokens"
+        is_patches_only = not getattr(trunk, "pool_include_prefix", False)
+        return "mean" * is_patches_only, "its average includes class or register tokens"
     return "", f"its pooling is {pool!r}"
 
 
@@ -157,10 +144,9 @@ def text_pooling(model: nn.Module, tokens: Tensor) -> Pooling:
         NotImplementedError: Otherwise than from one token or the average of all; says how.
     """
     tower, length = text_tower(model), tokens.shape[1]
-    rule = _text_rule(tower)
-    if rule == "MeanPooler":
+    if _text_rule(tower) == "MeanPooler":
         return Pooling("mean", length, False, pooled=tokens != tower.config.pad_token_id)
-    return Pooling("token", length, False, position=_text_position(tower, tokens, rule))
+    return Pooling("token", length, False, position=_text_position(tower, tokens))
 
 
 def _text_rule(tower: Any) -> str | None:
@@ -173,7 +159,8 @@ def _text_rule(tower: Any) -> str | None:
     return getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
 
 
-def _text_position(tower: Any, tokens: Tensor, rule: str | None) -> Tensor:
+def _text_position(tower: Any, tokens: Tensor) -> Tensor:
+    rule = _text_rule(tower)
     fixed = {"first": 0, "last": tokens.shape[1] - 1, "appended": tokens.shape[1]}
     if rule == "argmax":
         return tokens.argmax(1)
@@ -229,10 +216,9 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
         filled = (tokens != tower.config.pad_token_id).any(0)
         return model.encode_text(tokens[:, : int(filled.nonzero().max()) + 1] if filled.any() else tokens)
     mask = getattr(tower, "attn_mask", None)
-    rule = _text_rule(tower)
-    if mask is None or rule not in ("argmax", "eos"):
+    if mask is None or _text_rule(tower) not in ("argmax", "eos"):
         return model.encode_text(tokens)
-    used = int(_text_position(tower, tokens, rule).max()) + 1
+    used = int(_text_position(tower, tokens).max()) + 1
     shorter = {"attn_mask": mask[:used, :used]}
     if isinstance(tower, TextTransformer):
         pooled = functional_call(tower, shorter, (tokens[:, :used],))

@@ -35,12 +35,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def reading_checkpoint(path: str) -> Iterator[None]:
-    """Errors of a checkpoint of `matex fit` that is read inside, by the file's name.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no checkpoint of `matex fit`.
-    """
+    """Context in which a checkpoint of `matex fit` is read: any error becomes FileNotFoundError or `no_checkpoint`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"No checkpoint at {path!r}. `matex fit` writes them below its log folder.")
     try:
@@ -50,16 +45,12 @@ def reading_checkpoint(path: str) -> Iterator[None]:
 
 
 def no_checkpoint(path: str | Path, error: BaseException) -> ValueError:
-    """What to raise of a checkpoint that could not be read: names the file, and the code or weights at fault."""
+    """The error for an unreadable checkpoint, which names the file and the code or weights at fault."""
     return ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}")
 
 
 def load_weights(model: nn.Module, path: str, name: str) -> bool:
-    """Load a checkpoint file into the model, never running code from it, and refuse weights that do not fit.
-
-    Returns:
-        Whether it is a checkpoint of `ClipModule`.
-    """
+    """Load a checkpoint file without running code from it; returns whether it is a checkpoint of `ClipModule`."""
     try:
         state = load_state_dict(path, weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):
@@ -86,30 +77,25 @@ def load_weights(model: nn.Module, path: str, name: str) -> bool:
 
 def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The weights, with a timm tower's position embeddings at the model's raster; open_clip does that for its own."""
-    visual = model.visual
-    trunk = getattr(visual, "trunk", None)
+    trunk = getattr(model.visual, "trunk", None)
     key = "visual.positional_embedding" if trunk is None else "visual.trunk.pos_embed"
-    old, new = state.get(key), getattr(visual if trunk is None else trunk, key.split(".")[-1], None)
+    old, new = state.get(key), model.state_dict().get(key)
     if old is None or new is None or old.shape == new.shape:
         return state
-    prefix = getattr(trunk, "num_prefix_tokens", 1)
+    grid, prefix = towers.patch_grid(model.visual), getattr(trunk, "num_prefix_tokens", 1)
     patches = old.shape[-2] - prefix
     if isqrt(patches) ** 2 != patches:
         raise ValueError(
             f"{key} holds positions of {patches} patches, which is no square raster and cannot be interpolated to the "
-            f"model's {towers.patch_grid(visual)}. Set image_size to the height and width that it was trained with."
+            f"model's {grid}. Set image_size to the height and width that it was trained with."
         )
     if trunk is None:
         return state
-    return state | {key: resample_abs_pos_embed(old, list(towers.patch_grid(visual)), num_prefix_tokens=prefix)}
+    return state | {key: resample_abs_pos_embed(old, list(grid), num_prefix_tokens=prefix)}
 
 
 def refuse_nan(weights: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that are not numbers.
-
-    Raises:
-        ValueError: One holds NaN or Inf; the message names it.
-    """
+    """Raise ValueError, with the names of the weights, if some hold NaN or Inf."""
     bad = [key for key, value in weights.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(

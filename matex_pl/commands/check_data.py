@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matex_pl.anatomy import parse_phrase
 from matex_pl.clip.load import cut_text, input_size, load_tokenizer
 from matex_pl.clip.towers import height_width
 from matex_pl.commands.options import DataConfig, run_on_data
-from matex_pl.console import progress
+from matex_pl.console import progress, text_table
 from matex_pl.data import ChestXrayDataModule, ImageTextPair
 from matex_pl.data.datamodule import SPLITS, count_cut_boxes
 from matex_pl.data.table import TableDataModule, write_bad_rows
-from matex_pl.data.transforms import ImageTransform, ResizeMode
+from matex_pl.data.transforms import ImageTransform
 from matex_pl.data.validation import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, image_name, place_of
 
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
@@ -29,12 +30,11 @@ _FRAME = (224, 224)
 class ModelConfig(DataConfig):
     """A YAML of `matex fit`: its `data` is checked, with the tokenizer of its `model.name`."""
 
-    def settings(self, path: str, training: dict[str, Any]) -> dict[str, Any]:
-        """The data module, and name and image size of the model where they are set."""
-        model = training.get("model")
-        named = model if isinstance(model, dict) and model.get("name") else {}
-        taken = {"model": named.get("name"), "image_size": named.get("image_size")}
-        return super().settings(path, training) | {key: value for key, value in taken.items() if value}
+    def model_settings(self, model: Any) -> dict[str, Any]:
+        """Name and image size of the model where they are set."""
+        if not isinstance(model, dict) or not model.get("name"):
+            return {}
+        return {"model": model["name"]} | ({"image_size": model["image_size"]} if model.get("image_size") else {})
 
 
 def main(words: Sequence[str]) -> None:
@@ -45,14 +45,8 @@ def main(words: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a check found.
-
-    Args:
-        text: To be read.
-        bad: The bad rows.
-    """
+class Report(NamedTuple):
+    """Result of a check: a text, and the bad rows."""
 
     text: str
     bad: list[BadRow]
@@ -88,39 +82,47 @@ def check_data(
     tokenizer = load_tokenizer(model) if model else None
     data.prepare_data()
     pairs, bad = _listed(data)
-    bad = sorted(
-        [*bad, *check_content_boxes(data, pairs, workers or os.cpu_count() or 1)], key=lambda row: (row.file, row.line)
-    )
+    by_image: dict[str | int, list[ImageTextPair]] = defaultdict(list)
+    for pair in pairs:
+        by_image[pair.image].append(pair)
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        checked = pool.map(lambda group: _check_image(data, group), by_image.values())
+        bad = [*bad, *(row for rows in progress(checked, "images", len(by_image)) for row in rows)]
+    bad.sort(key=lambda row: (row.file, row.line))
     limit = f"the {getattr(tokenizer, 'context_length', 0)} tokens of {model}"
-    long = [] if tokenizer is None else _cut_phrases(data, pairs, tokenizer)
+    cut = cache(lambda phrase: cut_text(tokenizer, phrase) if tokenizer else "")
+    long = [(pair, cut(phrase)) for pair in pairs for phrase in data.phrases_of(pair) if cut(phrase)]
     if out is not None:
         rule = f"the phrase is longer than {limit}: this is cut off"
-        write_bad_rows(Path(out), [*bad, *(BadRow(*pair.source, cut, rule) for pair, cut in long)])
-    frame = data.image_size or (height_width(image_size) if image_size else input_size(model) if model else _FRAME)
-    parts = [_counts(pairs), _findings(pairs), _sides(pairs), _cut_boxes(data.resize_mode, frame, pairs)]
-    if tokenizer is not None:
-        lines = [f"  {place_of(pair.source)}, {pair.id}: cut off: {cut!r}" for pair, cut in long]
-        told = "\n".join([f"Phrases longer than {limit}: {len(long)}", *lines])
-        parts.append(told if long else f"All phrases fit into {limit}.")
+        write_bad_rows(Path(out), [*bad, *(BadRow(*pair.source, text, rule) for pair, text in long)])
+    side = cache(_side)
+    parts = [
+        _counts(pairs),
+        _by_split("finding", [(pair.finding or "no finding", pair.split) for pair in pairs]),
+        _by_split("side", [(side(pair.phrase), pair.split) for pair in pairs], _SIDES),
+    ]
+    if data.resize_mode == "shortest":
+        frame = data.image_size or (height_width(image_size) if image_size else input_size(model) if model else _FRAME)
+        lost, outside = count_cut_boxes(ImageTransform(frame, data.resize_mode), pairs)
+        boxes = f"{lost} of {sum(len(pair.boxes) for pair in pairs)} boxes, {outside} of them wholly"
+        parts.append(f"resize_mode: shortest to {frame[1]} x {frame[0]} cuts {boxes}.")
+    if long:
+        lines = [f"  {place_of(pair.source)}, {pair.id}: cut off: {text!r}" for pair, text in long]
+        parts.append("\n".join([f"Phrases longer than {limit}: {len(long)}", *lines]))
+    elif tokenizer:
+        parts.append(f"All phrases fit into {limit}.")
     parts.append("\n".join([f"Bad rows: {len(bad)}", *(f"  {row}" for row in bad)]) if bad else "No bad rows.")
-    return Report("\n\n".join(part for part in parts if part), bad)
-
-
-def check_content_boxes(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], workers: int) -> list[BadRow]:
-    """The rows whose image cannot be read, or has a box outside of it; each image is read once."""
-    images: dict[str | int, list[ImageTextPair]] = defaultdict(list)
-    for pair in pairs:
-        images[pair.image].append(pair)
-    with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda group: _check_image(data, group), images.values())
-        return [row for rows in progress(found, "images", len(images)) for row in rows]
+    return Report("\n\n".join(parts), bad)
 
 
 def _check_image(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair]) -> list[BadRow]:
+    """The rows of one image, where it cannot be read; else those with a box outside of it."""
     try:
         height, width = data.read_image(pairs[0]).shape
     except (OSError, ValueError, ImportError) as error:
-        return [BadRow(*pair.source, _image_cell(data, pair), str(error)) for pair in pairs]
+        root, image = getattr(data, "root", None), str(pairs[0].image)
+        cell = image if root is None else image_name(root, Path(image))
+        return [BadRow(*pair.source, cell, str(error)) for pair in pairs]
     bad = []
     for pair in pairs:
         try:
@@ -128,12 +130,6 @@ def _check_image(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair]) -> l
         except RuleError as error:
             bad.append(error.at(pair.source))
     return bad
-
-
-def _image_cell(data: ChestXrayDataModule, pair: ImageTextPair) -> str:
-    """The image as a table names it: its path below the root."""
-    root = getattr(data, "root", None)
-    return str(pair.image) if root is None else image_name(root, Path(str(pair.image)))
 
 
 def _listed(data: ChestXrayDataModule) -> tuple[list[ImageTextPair], list[BadRow]]:
@@ -147,23 +143,21 @@ def _listed(data: ChestXrayDataModule) -> tuple[list[ImageTextPair], list[BadRow
 
 
 def _counts(pairs: Sequence[ImageTextPair]) -> str:
-    rows = []
+    rows: list[tuple[object, ...]] = [("split", "phrases", "images", "patients", "with boxes", "boxes")]
     for split in SPLITS:
-        found = [pair for pair in pairs if pair.split == split]
-        images, patients = {pair.image_id for pair in found}, {pair.patient_id for pair in found}
-        boxed = [pair for pair in found if pair.boxes]
-        rows.append([split, len(found), len(images), len(patients), len(boxed), sum(len(s.boxes) for s in boxed)])
-    return _table(["split", "phrases", "images", "patients", "with boxes", "boxes"], rows)
+        here = [pair for pair in pairs if pair.split == split]
+        images, patients = {pair.image_id for pair in here}, {pair.patient_id for pair in here}
+        boxes = [len(pair.boxes) for pair in here if pair.boxes]
+        rows.append((split, len(here), len(images), len(patients), len(boxes), sum(boxes)))
+    return "\n".join(text_table(rows, ">"))
 
 
-def _findings(pairs: Sequence[ImageTextPair]) -> str:
-    named = [(pair.finding or "no finding", pair.split) for pair in pairs]
-    return _cross_table("finding", sorted({finding for finding, _ in named}), Counter(named))
-
-
-def _sides(pairs: Sequence[ImageTextPair]) -> str:
-    sides = {phrase: _side(phrase) for phrase in {pair.phrase for pair in pairs}}
-    return _cross_table("side", _SIDES, Counter((sides[pair.phrase], pair.split) for pair in pairs))
+def _by_split(title: str, values: Sequence[tuple[str, str]], names: Sequence[str] = ()) -> str:
+    """A table that counts pairs of a value and a split; a row per name, all values sorted by default."""
+    counts = Counter(values)
+    names = names or sorted({name for name, _ in values})
+    rows = [[name, *(counts[name, split] for split in SPLITS)] for name in names]
+    return "\n".join(text_table([[title, *SPLITS], *rows], ">"))
 
 
 def _side(phrase: str) -> str:
@@ -172,40 +166,3 @@ def _side(phrase: str) -> str:
     if {"right", "left"} <= sides:
         return "both sides"
     return next((side for side in ("right", "left") if side in sides), "midline only" if sides else "no place")
-
-
-def _cut_boxes(resize_mode: ResizeMode, frame: tuple[int, int], pairs: Sequence[ImageTextPair]) -> str:
-    if resize_mode != "shortest":
-        return ""
-    cut, lost = count_cut_boxes(ImageTransform(frame, resize_mode), pairs)
-    total = sum(len(pair.boxes) for pair in pairs)
-    return f"resize_mode: shortest to {frame[1]} x {frame[0]} cuts {cut} of {total} boxes, {lost} of them wholly."
-
-
-def _cut_phrases(
-    data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], tokenizer: object
-) -> list[tuple[ImageTextPair, str]]:
-    """The pairs with a phrase that is too long, and what the model does not read of it; their rows are not bad."""
-    cut: dict[str, str] = {}
-    long = []
-    for pair in pairs:
-        for phrase in data.phrases_of(pair):
-            if phrase not in cut:
-                cut[phrase] = cut_text(tokenizer, phrase)
-            if cut[phrase]:
-                long.append((pair, cut[phrase]))
-    return long
-
-
-def _cross_table(title: str, names: Iterable[str], counts: Counter[tuple[str, str]]) -> str:
-    return _table([title, *SPLITS], [[name, *(counts[name, split] for split in SPLITS)] for name in names])
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    cells = [list(map(str, row)) for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for name, *numbers in cells:
-        columns = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *columns]))
-    return "\n".join(lines)

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from matex_pl import attribution, import_all
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
-from matex_pl.commands.options import NAMED_METHODS
+from matex_pl.commands.options import NAMED_METHODS, call_parsed
 from matex_pl.data.images import ResizeMode
 
 
@@ -29,7 +29,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("image", help="The image: PNG, JPEG, DICOM.")
     parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
     parser.add_function_arguments(explain_image, skip={"image", "phrase"}, sub_configs=True)
-    print(explain_image(**vars(parser.instantiate(parser.parse_args(list(words))))))
+    print(call_parsed(parser, explain_image, words))
 
 
 def explain_image(

@@ -23,9 +23,8 @@ class MatexCLI(LightningCLI):
         """LightningCLI's parser, whose `--config` takes the names of shipped configs too."""
         kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
         parser = LightningArgumentParser(**kwargs)
-        parser.add_argument(
-            "-c", "--config", action=ShippedConfig, help="A YAML file, or the name of a shipped config."
-        )
+        description = "A YAML file, or the name of a shipped config."
+        parser.add_argument("-c", "--config", action=ShippedConfig, help=description)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -33,11 +32,7 @@ class MatexCLI(LightningCLI):
         parser.set_defaults({"seed_everything": 0})
 
     def _parse_ckpt_path(self) -> None:
-        """Read the model's settings from a checkpoint, which Lightning does before anything is there to load it.
-
-        Raises:
-            ValueError: It cannot be read, or would run code; the message names the file.
-        """
+        """Read the model's settings from a checkpoint; raise ValueError if it is unreadable or would run code."""
         try:
             super()._parse_ckpt_path()
         except (EOFError, OSError, RuntimeError, UnpicklingError) as error:

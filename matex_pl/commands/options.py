@@ -16,43 +16,43 @@ from matex_pl import data, import_all
 from matex_pl.attribution.shipped import method_names, method_path
 from matex_pl.files import find_config, shipped_configs
 
+# Checked at once: the parsers that know all options import torch first.
+REQUIRED = {"benchmark": ("--ckpt_path", "--out"), "tune": ("--ckpt_path", "--out")}
+
 
 class ShippedConfig(ActionConfigFile):
     """`--config` with a file, or the name of a shipped one."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take the settings of a config into the namespace."""
-        super().__call__(parser, cfg, self.taken(config_path(values)), option_string)
+        super().__call__(parser, cfg, self.settings(config_path(values)), option_string)
 
-    def taken(self, path: str) -> str:
-        """The settings: a path, or a text."""
+    def settings(self, path: str) -> str:
+        """The settings for the parser: a path, or JSON."""
         return path
 
 
 class DataConfig(ShippedConfig):
     """`--config` with a YAML of `matex fit`, of which only the data module is taken."""
 
-    def taken(self, path: str) -> str:
-        """`{"data": ...}` as JSON.
-
-        Raises:
-            ValueError: The file describes no data module.
-        """
-        return json.dumps(self.settings(path, read_mapping(path)))
-
-    def settings(self, path: str, training: dict[str, Any]) -> dict[str, Any]:
-        """What the command takes of the settings of a training."""
+    def settings(self, path: str) -> str:
+        """`{"data": ...}` as JSON, with `model` and `image_size` of the model where a subclass takes them."""
+        training = read_mapping(path)
         data = training.get("data")
         if not isinstance(data, dict) or "class_path" not in data:
             raise ValueError(f"{path} describes no data module: it needs `data:` with `class_path` and `init_args`.")
-        return {"data": data}
+        return json.dumps({"data": data} | self.model_settings(training.get("model")))
+
+    def model_settings(self, model: Any) -> dict[str, Any]:
+        """Settings for the command from the `model` of a training."""
+        return {}
 
 
 def config_path(name: str) -> str:
-    """The path of a config: a file, or a shipped one; what is no name of a YAML stays as it is.
+    """The path of a config file or a shipped config; the argument itself if it names no YAML.
 
     Raises:
-        ValueError: There is none; the message lists those that are shipped.
+        ValueError: There is no such config.
     """
     if not name.endswith((".yaml", ".yml")):
         return name
@@ -71,30 +71,15 @@ def read_mapping(path: str) -> dict[str, Any]:
 
 
 def choose(parser: PlainParser, commands: Mapping[str, str], words: Sequence[str]) -> str:
-    """The command that the first word names.
-
-    Args:
-        parser: Parser of that word, with options of its own.
-        commands: A line of help per name.
-        words: The words of the command line.
-
-    Raises:
-        SystemExit: It is none of them, or it asks for help.
-    """
-    known = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, about in commands.items():
-        known.add_parser(name, help=about, add_help=False)
+    """The command that the first of the words names, of `commands` with a line of help each."""
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, description in commands.items():
+        subparsers.add_parser(name, help=description, add_help=False)
     return str(parser.parse_args(words[:1]).command)
 
 
-def check_words(command: str, words: Sequence[str], required: Sequence[str] = (), *, needs_data: bool = False) -> None:
-    """Refuse a command line that cannot work, at once: parsers that know all options import torch first.
-
-    Args:
-        command: Name of the command, for messages.
-        words: The words of the command line.
-        required: Options that have to be there.
-        needs_data: The command takes a data module.
+def check_words(command: str, words: Sequence[str]) -> None:
+    """Refuse a command line that cannot work, at once, without torch.
 
     Raises:
         SystemExit: A required option is missing; the message names it.
@@ -105,15 +90,17 @@ def check_words(command: str, words: Sequence[str], required: Sequence[str] = ()
         return
     parser = PlainParser(prog=f"matex {command}", usage=f"matex {command} [options], see --help", add_help=False)
     parser.add_argument("-c", "--config", action="append", default=[])
-    for option in required:
+    for option in REQUIRED.get(command, ()):
         parser.add_argument(option, required=True)
     configs = parser.parse_known_args(words)[0].config
     for name in configs:
         config_path(name)
-    first = next((option for option in options if option.startswith(("-c", "--config", "--data"))), None)
-    if needs_data and first is None and not configs:
+    if command.startswith("roar"):
+        return
+    first = next((option for option in options if option.startswith(("-c", "--config", "--data"))), "")
+    if not first and not configs:
         raise ValueError("there are no images. Give --config, a YAML of `matex fit`, or --data, a data module.")
-    if needs_data and first is not None and first.startswith("--data."):
+    if first.startswith("--data."):
         raise ValueError(f"{first} comes before anything names a data module. Put it after --config or --data.")
 
 
@@ -125,24 +112,22 @@ def stop(message: str) -> NoReturn:
     raise end
 
 
+def call_parsed(parser: ArgumentParser, function: Callable[..., Any], words: Sequence[str]) -> Any:
+    """The result of a function on the settings that a parser reads from the words; `--config` is none of them."""
+    settings = vars(parser.instantiate(parser.parse_args(list(words))))
+    settings.pop("config", None)
+    return function(**settings)
+
+
 def run_on_data(
     command: str, function: Callable[..., Any], words: Sequence[str], config: type[DataConfig] = DataConfig
 ) -> Any:
-    """The result of a function on the data module that `--config` or `--data` describes.
-
-    Args:
-        command: Name of the command, for messages.
-        function: Its arguments are the options of the command.
-        words: The words after it.
-        config: What is taken of a YAML of `matex fit`.
-    """
+    """The result of a function, whose arguments are the command's options, on the data of `--config` or `--data`."""
     import_all(data)
     parser = ArgumentParser(prog=f"matex {command}", parser_mode=NAMED_METHODS, print_config=None)
     parser.add_argument("-c", "--config", action=config, help=str(config.__doc__))
     parser.add_function_arguments(function, sub_configs=True)
-    settings = vars(parser.instantiate(parser.parse_args(list(words))))
-    del settings["config"]
-    return function(**settings)
+    return call_parsed(parser, function, words)
 
 
 def _load_named(text: str) -> Any:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
 from matex_pl.anatomy.prior import Laterality, PriorShape, prior_array
-from matex_pl.anatomy.regions import Region, RegionTable, load_regions
+from matex_pl.anatomy.regions import Region, load_regions
+from matex_pl.commands.options import call_parsed
+from matex_pl.console import text_table
 from matex_pl.data.phantom.thorax import (
     SIDES,
     airway_outlines,
@@ -25,7 +26,8 @@ from matex_pl.data.phantom.thorax import (
     mediastinum_outlines,
     sample_build,
 )
-from matex_pl.visualization.draw import Picture, save_png, single_line
+from matex_pl.files import check_folder
+from matex_pl.visualization.draw import save_png, single_line
 from matex_pl.visualization.prior import SIDE, marked_runs, prior_panel
 
 Box = tuple[float, float, float, float]
@@ -39,9 +41,8 @@ def main(words: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="matex prior", description="Say which regions a phrase names, and draw the spatial prior M that they give."
     )
-    parser.add_argument("phrase", help='A sentence or a report, e.g. "Left lower lobe consolidation."')
-    parser.add_function_arguments(show_prior, skip={"phrase"})
-    text = show_prior(**vars(parser.instantiate(parser.parse_args(list(words)))))
+    parser.add_function_arguments(show_prior, as_positional=True)
+    text = call_parsed(parser, show_prior, words)
     encoding = sys.stdout.encoding or "utf-8"
     # A phrase may hold letters that the terminal does not have.
     print(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -71,8 +72,21 @@ def show_prior(
     Returns:
         The reading in words, and the path of the picture in the last line.
     """
-    _check(out, lambda_s)
-    parsed = parse_phrase(phrase, _table(regions), knowledge_prior=knowledge_prior)
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"out must end in .png, got {out!r}.")
+    if path.is_dir():
+        raise ValueError(f"out must be a file, but {out!r} is a folder.")
+    # `prior_array` refuses what is below 1; infinity would make 0 * inf of every pixel outside.
+    if math.isinf(lambda_s):
+        raise ValueError(f"lambda_s must be finite, got {lambda_s}.")
+    table = None if regions is None else load_regions(regions)
+    parsed = parse_phrase(phrase, table, knowledge_prior=knowledge_prior)
+    if not parsed.regions:
+        level = "M is 1 everywhere: the phrase names no region"
+    else:
+        level = "M is 1 everywhere: lambda_s is 1" if lambda_s == 1 else f"M runs from 1 to {lambda_s:g}"
+    keys = [(parsed.spans, "highlighted: names a region"), (parsed.ignored, "struck through: ignored")]
     named = sorted(parsed.regions)
     prior = prior_array(named, (SIDE, SIDE), lambda_s=lambda_s, shape=prior_shape, laterality=laterality)
     picture = prior_panel(
@@ -83,13 +97,14 @@ def show_prior(
         phrase=phrase,
         naming=parsed.spans,
         ignored=[span for span, _ in parsed.ignored],
-        subtitle=f"{_level(parsed, lambda_s)}; {prior_shape}" + _MIRRORED * (laterality == "paper"),
-        caption=_caption(parsed),
+        subtitle=f"{level}; {prior_shape}" + _MIRRORED * (laterality == "paper"),
+        caption="; ".join(["schematic outline, not an image", *(text for spans, text in keys if spans)]),
         chest=_chest(),
     )
-    path = _save(out, picture)
+    check_folder(path.parent)
+    save_png(out, picture)
     read = [_marked(phrase, parsed), _regions(named, laterality), _ignored(phrase, parsed)]
-    return "\n\n".join([*read, f"{_level(parsed, lambda_s)}.", str(path)])
+    return "\n\n".join([*read, f"{level}.", str(path)])
 
 
 def _chest() -> dict[str, list[NDArray[np.float64]]]:
@@ -119,45 +134,6 @@ def region_name(region: Region) -> str:
     return zone if region.side == "midline" else f"{region.side} {zone}"
 
 
-def _check(out: str, lambda_s: float) -> None:
-    path = Path(out)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"out must end in .png, got {out!r}.")
-    if path.is_dir():
-        raise ValueError(f"out must be a file, but {out!r} is a folder.")
-    # `prior_array` refuses what is below 1; infinity would make 0 * inf of every pixel outside.
-    if math.isinf(lambda_s):
-        raise ValueError(f"lambda_s must be finite, got {lambda_s}.")
-
-
-def _table(path: str | None) -> RegionTable | None:
-    """The user's table, or None for the package's own."""
-    if path is None:
-        return None
-    try:
-        return load_regions(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path!r} is no readable YAML file of regions: {single_line(str(error))}.") from error
-
-
-def _save(out: str, picture: Picture) -> Path:
-    try:
-        return save_png(out, picture)
-    except OSError as error:
-        raise ValueError(f"Cannot write {out!r}: {error.strerror or error}. Give another --out.") from error
-
-
-def _level(parsed: ParsedPhrase, lambda_s: float) -> str:
-    if not parsed.regions:
-        return "M is 1 everywhere: the phrase names no region"
-    return "M is 1 everywhere: lambda_s is 1" if lambda_s == 1 else f"M runs from 1 to {lambda_s:g}"
-
-
-def _caption(parsed: ParsedPhrase) -> str:
-    keys = [(parsed.spans, "highlighted: names a region"), (parsed.ignored, "struck through: ignored")]
-    return "; ".join(["schematic outline, not an image", *(text for spans, text in keys if spans)])
-
-
 def _marked(phrase: str, parsed: ParsedPhrase) -> str:
     """The phrase in one line, with brackets around what named regions."""
     runs = marked_runs(phrase, parsed.spans, ())
@@ -168,28 +144,20 @@ def _marked(phrase: str, parsed: ParsedPhrase) -> str:
 
 
 def _regions(named: Sequence[Region], laterality: str) -> str:
-    """A table of the regions: side and zone, x and y on the image, and the same in words."""
+    """A table of the regions: side and zone, x and y on the image, and the same in words ("right, full height")."""
     if not named:
         return "Regions: none"
     rows = [("side", "zone", "x", "y", "on the image")]
     for region in named:
         x0, y0, x1, y1 = on_image(region.box, laterality)
-        place = _in_words((x0, y0, x1, y1))
-        rows.append((region.side, single_line(region.zone), f"{x0:.2f} to {x1:.2f}", f"{y0:.2f} to {y1:.2f}", place))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        across = _third((x0 + x1) / 2, "left", "right") if x1 - x0 < 0.9 else "full width"
+        down = _third((y0 + y1) / 2, "top", "bottom") if y1 - y0 < 0.9 else "full height"
+        x, y = f"{x0:.2f} to {x1:.2f}", f"{y0:.2f} to {y1:.2f}"
+        rows.append((region.side, single_line(region.zone), x, y, f"{across}, {down}"))
     head = "Regions, sides of the patient, x to the right and y down in parts of the image"
     if laterality == "paper":
         head += " (laterality paper: mirrored)"
-    return "\n  ".join([f"{head}:", *lines])
-
-
-def _in_words(box: Box) -> str:
-    """Where a box lies on the image: "right, bottom", "middle, full height"."""
-    x0, y0, x1, y1 = box
-    across = _third((x0 + x1) / 2, "left", "right") if x1 - x0 < 0.9 else "full width"
-    down = _third((y0 + y1) / 2, "top", "bottom") if y1 - y0 < 0.9 else "full height"
-    return f"{across}, {down}"
+    return "\n  ".join([f"{head}:", *text_table(rows)])
 
 
 def _third(position: float, low: str, high: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from argparse import SUPPRESS
 from argparse import ArgumentParser as PlainParser
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
 from matex_pl import data, import_all
-from matex_pl.commands.options import ShippedConfig, check_words, choose, read_mapping, stop
+from matex_pl.commands.options import ShippedConfig, call_parsed, check_words, choose, read_mapping, stop
 
 COMMANDS = {
     "run": "Remove what maps mark, train again, and see what the model lost.",
@@ -21,19 +22,15 @@ COMMANDS = {
 class PlanConfig(ShippedConfig):
     """The YAML of `matex roar run`, whose `out` is the folder of the plan."""
 
-    def taken(self, path: str) -> str:
+    def settings(self, path: str) -> str:
         """`{"folder": ...}` as JSON."""
         return json.dumps({"folder": read_mapping(path).get("out")})
 
 
 def main(words: Sequence[str]) -> None:
-    """Run `matex roar run`, `status` or `collect`, and print what comes of it.
-
-    Raises:
-        ValueError: No plan is named.
-    """
-    about = "ROAR+: remove what maps mark, train again, and see what the model lost."
-    command = choose(PlainParser("matex roar", description=about), COMMANDS, words)
+    """Run `matex roar run`, `status` or `collect`, and print its result."""
+    description = "ROAR+: remove what maps mark, train again, and see what the model lost."
+    command = choose(PlainParser("matex roar", description=description), COMMANDS, words)
     check_words(f"roar {command}", words)
     print(_run(words[1:]) if command == "run" else _read(command, words[1:]))
 
@@ -47,23 +44,24 @@ def _run(words: Sequence[str]) -> str:
         "-c", "--config", action=ShippedConfig, help="A YAML of these settings, as the shipped roar_phantom.yaml."
     )
     parser.add_function_arguments(run_roar)
-    settings = vars(parser.instantiate(parser.parse_args(list(words))))
-    del settings["config"]
     try:
-        return run_roar(**settings)
+        return call_parsed(parser, run_roar, words)
     except RunsFailedError as error:
         stop(f"matex roar: {error}")
 
 
 def _read(command: str, words: Sequence[str]) -> str:
     parser = ArgumentParser(prog=f"matex roar {command}", description=COMMANDS[command], print_config=None)
-    parser.add_argument("folder", nargs="?", help="Folder of the plan; the `out` of --config by default.")
+    # Newer argparse sets the default of a missing positional last, after the config.
+    parser.add_argument(
+        "folder", nargs="?", default=SUPPRESS, help="Folder of the plan; by default the `out` of --config."
+    )
     parser.add_argument("-c", "--config", action=PlanConfig, help=str(PlanConfig.__doc__))
     if command == "collect":
         parser.add_argument("--report", help="Folder of a `matex benchmark`, whose tables and page get the scores too.")
     settings = vars(parser.parse_args(list(words)))
     del settings["config"]
-    if not settings["folder"]:
+    if not settings.get("folder"):
         raise ValueError("there is no plan. Give its folder, or --config, the YAML of `matex roar run`, with `out`.")
     from matex_pl.roar import collect_roar, roar_status
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,10 +16,10 @@ from matex_pl.training.distributed import fingerprints, first_of_each
 
 
 class PairMetric(Metric):
-    """Keeps C numbers of each pair; a subclass says in `_reduce` what becomes of them.
+    """Mean over pairs of one number each, without NaN; with C `columns` of numbers, a subclass reduces them.
 
-    Pairs that come twice, as padded shards bring them, count once where `update` gets their ids, also across
-    processes; those that come without an id all count. NaN with a warning when nothing counts.
+    Pairs that come twice, as in padded shards, count once where `update` gets their ids, also across processes; those
+    without an id all count. NaN with a warning when nothing counts.
     """
 
     full_state_update = False
@@ -39,12 +39,15 @@ class PairMetric(Metric):
         values = values.detach().float().view(len(values), self.columns)
         if ids is not None and (isinstance(ids, str) or len(ids) != len(values)):
             raise ValueError(f"ids must be a list of one id for each of {len(values)} pairs, got {ids!r}.")
-        known = torch.zeros(len(values), 2, dtype=torch.long) if ids is None else _keys(ids)
+        # A one and the fingerprint of the id, or zeros.
+        keys = torch.zeros(len(values), 2, dtype=torch.long)
+        if ids is not None:
+            keys = torch.stack([keys[:, 0] + 1, fingerprints(ids)], 1)
         self.values.append(values)
-        self.keys.append(known.to(values.device))
+        self.keys.append(keys.to(values.device))
 
     def _empty(self) -> dict[str, Tensor]:
-        """What each list of states holds where no pair came: a process without one has to join in all the same."""
+        """Each state without any pair, for a process that has seen none and joins the others."""
         return {
             "values": torch.zeros(0, self.columns, device=self.device),
             "keys": torch.zeros(0, 2, dtype=torch.long, device=self.device),
@@ -79,45 +82,37 @@ class PairMetric(Metric):
 
     def _reduce(self, values: Tensor) -> Tensor:
         """The result of the rows that count, `(n, C)` to a scalar."""
-        raise NotImplementedError
+        return values.nanmean()
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Figure and axes with the result, or with several results `val` as steps."""
         return self._plot(val, ax)
 
 
-class PairMean(PairMetric):
-    """Mean over pairs; NaN values do not count."""
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        return values.nanmean()
-
-
-class BoxMean(PairMean):
-    """Mean over pairs with boxes."""
+class BoxMetric(PairMetric):
+    """Agreement of maps with the boxes of their pairs, the mean over pairs with boxes; in [0, 1]."""
 
     higher_is_better = True
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
+    _score: ClassVar[staticmethod[[Tensor, Tensor], Tensor]]
+    """The value of each map `(B, H, W)` with the mask of its boxes, `(B,)`, NaN without boxes."""
 
     def update(self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None) -> None:
         """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the pairs' ids."""
-        self._add(self._score(maps, masks_of(maps, boxes)), ids)
+        check_boxes(maps, boxes)
+        self._add(self._values(maps, boxes), ids)
 
-    def _score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        """The value of each map `(B, H, W)` with the mask of its boxes, `(B,)`, NaN without boxes."""
-        raise NotImplementedError
+    def _values(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        return self._score(maps, masks_of(maps, boxes))
 
 
 def masks_of(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """The boxes of maps as masks, `(B, H, W)` bool.
-
-    Raises:
-        ValueError: There are not as many lists of boxes as maps.
-    """
-    if len(maps) != len(boxes):
-        raise ValueError(f"There are {len(maps)} maps, but boxes of {len(boxes)} pairs.")
+    """The boxes of maps as masks, `(B, H, W)` bool."""
     return box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
 
 
-def _keys(ids: Sequence[str]) -> Tensor:
-    """A one and the fingerprint of each id, `(B, 2)`."""
-    return torch.stack([torch.ones(len(ids), dtype=torch.long), fingerprints(ids)], 1)
+def check_boxes(maps: Tensor, boxes: Sequence[Tensor]) -> None:
+    """Refuse lists of boxes that are not as many as the maps."""
+    if len(maps) != len(boxes):
+        raise ValueError(f"There are {len(maps)} maps, but boxes of {len(boxes)} pairs.")

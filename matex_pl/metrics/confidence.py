@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.base import PairMean, PairMetric
+from matex_pl.metrics.base import PairMetric
 
 
-class ConfidenceDrop(PairMean):
+class ConfidenceDrop(PairMetric):
     """Mean loss of score, 100 * max(0, S - S'), when only what is highlighted is kept.
 
     Example:
@@ -42,7 +42,7 @@ class RemovalDrop(ConfidenceDrop):
     higher_is_better = True
 
 
-class ConfidenceIncrease(PairMean):
+class ConfidenceIncrease(PairMetric):
     """Percentage of pairs whose score rises when only what is highlighted is kept.
 
     Example:
@@ -72,12 +72,9 @@ class CurveArea(PairMetric):
     kind: str
 
     def update(self, curve: Tensor, shares: Tensor | None = None, ids: Sequence[str] | None = None) -> None:
-        """Add B curves, as `removal.patch_curve` gives them.
+        """Add B curves `(S + 1, B)` and their shares `(S + 1,)`, as `removal.patch_curve` gives them, and pairs' ids.
 
-        Args:
-            curve: `(S + 1, B)` scores.
-            shares: `(S + 1,)` the share of patches of each; evenly spread by default.
-            ids: Ids of the B pairs.
+        The shares are evenly spread by default.
         """
         areas = functional.curve_area(curve, *functional.curve_ends(curve, self.kind), shares)
         self._add(torch.stack(areas, 1), ids)

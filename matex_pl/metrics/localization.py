@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.base import BoxMean, PairMean, PairMetric, masks_of
+from matex_pl.metrics.base import BoxMetric, check_boxes, masks_of
 from matex_pl.metrics.functional import THRESHOLDS
 
 
-class PointingGame(BoxMean):
+class PointingGame(BoxMetric):
     """Share of pairs with boxes whose map has its maximum in one of them (Zhang et al. 2018).
 
     Example:
@@ -22,14 +22,10 @@ class PointingGame(BoxMean):
         1.0
     """
 
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    def _score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return functional.pointing_game(maps, masks)
+    _score = staticmethod(functional.pointing_game)
 
 
-class ContrastToNoise(BoxMean):
+class ContrastToNoise(BoxMetric):
     """Mean signed contrast-to-noise ratio between inside and outside of the boxes (Boecking et al. 2022).
 
     Example:
@@ -39,11 +35,12 @@ class ContrastToNoise(BoxMean):
         2.7456
     """
 
-    def _score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return functional.contrast_to_noise(maps, masks)
+    plot_lower_bound = None
+    plot_upper_bound = None
+    _score = staticmethod(functional.contrast_to_noise)
 
 
-class EnergyPointingGame(BoxMean):
+class EnergyPointingGame(BoxMetric):
     """Mean share of the map's mass that lies in the boxes (Wang et al. 2020); 0 for a map of zeros.
 
     Example:
@@ -53,14 +50,10 @@ class EnergyPointingGame(BoxMean):
         0.75
     """
 
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    def _score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return functional.energy_pointing_game(maps, masks)
+    _score = staticmethod(functional.energy_pointing_game)
 
 
-class RelevanceRankAccuracy(BoxMean):
+class RelevanceRankAccuracy(BoxMetric):
     """Mean share of the K highest pixels that lie in the boxes of K pixels (Arras et al. 2022).
 
     Example:
@@ -70,14 +63,10 @@ class RelevanceRankAccuracy(BoxMean):
         0.5
     """
 
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    def _score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return functional.relevance_rank_accuracy(maps, masks)
+    _score = staticmethod(functional.relevance_rank_accuracy)
 
 
-class MeanIoU(BoxMean):
+class MeanIoU(BoxMetric):
     """Mean intersection over union of map and boxes, over the thresholds .1, .2, .3, .4, .5 and over pairs.
 
     Example:
@@ -87,14 +76,10 @@ class MeanIoU(BoxMean):
         0.8667
     """
 
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    def _score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return functional.mean_iou(maps, masks)
+    _score = staticmethod(functional.mean_iou)
 
 
-class ThresholdedIoU(PairMetric):
+class ThresholdedIoU(BoxMetric):
     """Mean intersection over union of the boxes and `map > threshold`, at one threshold for all pairs.
 
     Without one, all of `THRESHOLDS` are tried and the best is taken: do this on the validation split, and give
@@ -110,10 +95,6 @@ class ThresholdedIoU(PairMetric):
         (1.0, 0.3)
     """
 
-    higher_is_better = True
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
     def __init__(self, threshold: float | None = None) -> None:
         super().__init__()
         if threshold is not None:
@@ -121,9 +102,8 @@ class ThresholdedIoU(PairMetric):
         self.thresholds = THRESHOLDS if threshold is None else (threshold,)
         self.columns = len(self.thresholds)
 
-    def update(self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the pairs' ids."""
-        self._add(functional.iou(maps, masks_of(maps, boxes), self.thresholds), ids)
+    def _values(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        return functional.iou(maps, masks_of(maps, boxes), self.thresholds)
 
     def best_threshold(self) -> float:
         """The threshold with the highest mean, the lowest of equal ones; NaN if no pair counts.
@@ -138,7 +118,7 @@ class ThresholdedIoU(PairMetric):
         return values.nanmean(0).max()
 
 
-class BoxAccuracy(PairMean):
+class BoxAccuracy(BoxMetric):
     """Share of pairs with boxes one of which the map finds (Acc@0.5).
 
     The map's box is that of the connected component of `map > threshold` with the highest peak; it has to overlap one
@@ -155,23 +135,17 @@ class BoxAccuracy(PairMean):
         1.0
     """
 
-    higher_is_better = True
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
     def __init__(self, threshold: float = 0.5, iou: float = 0.5) -> None:
         super().__init__()
         check_threshold(threshold)
         self.threshold = threshold
         self.iou = iou
 
-    def update(self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the pairs' ids."""
-        found = functional.components(maps, self.threshold)
-        self._add(functional.box_accuracy(found, boxes, len(maps), self.iou), ids)
+    def _values(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        return functional.box_accuracy(functional.components(maps, self.threshold), boxes, len(maps), self.iou)
 
 
-class AveragePrecision50(PairMetric):
+class AveragePrecision50(BoxMetric):
     """Average precision of the maps' connected components as boxes, scored by their maximum (AP50).
 
     A component is right by the rule of PASCAL VOC, with an IoU above `iou`; those of equal score enter together.
@@ -187,9 +161,6 @@ class AveragePrecision50(PairMetric):
         1.0
     """
 
-    higher_is_better = True
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
     # Number of boxes and of components of each pair.
     columns = 2
     scores: list[Tensor]
@@ -207,10 +178,10 @@ class AveragePrecision50(PairMetric):
         nothing = torch.zeros(0, device=self.device)
         return super()._empty() | {"scores": nothing, "hits": nothing.bool()}
 
-    def update(self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the pairs' ids."""
-        if len(maps) != len(boxes):
-            raise ValueError(f"There are {len(maps)} maps, but boxes of {len(boxes)} pairs.")
+    def update(  # noqa: D102
+        self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None
+    ) -> None:
+        check_boxes(maps, boxes)
         found = functional.components(maps, self.threshold)
         number = torch.tensor([len(box) for box in boxes], device=maps.device)
         self._add(torch.stack([number, found.pair.bincount(minlength=len(maps))], 1), ids)
@@ -228,10 +199,6 @@ class AveragePrecision50(PairMetric):
 
 
 def check_threshold(threshold: float) -> None:
-    """Refuse a threshold that is none of maps in [0, 1].
-
-    Raises:
-        ValueError: It is not in [0, 1).
-    """
+    """Refuse a threshold outside of [0, 1)."""
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must be in [0, 1), got {threshold}. Maps are in [0, 1].")

@@ -71,15 +71,7 @@ def confidence_values(score: Tensor, left: Mapping[str, Tensor]) -> dict[str, Te
 def image_score(clip: Clip, images: Tensor, keep: Tensor, fill: str, text: Tensor) -> Tensor:
     """Cosine of each pair when only `keep` of the image is kept, `(B,)`; the rest is filled. One forward.
 
-    Args:
-        clip: The model.
-        images: `(B, 3, H, W)` normalized.
-        keep: `(B, H, W)` bool, or float in [0, 1] where a pixel is kept in part.
-        fill: `mean_image`, `mean_color` or `blur`, see `fill_images`.
-        text: `(B, D)` L2-normalized embeddings of the phrases.
-
-    Raises:
-        ValueError: There is no such fill, or the model carries no mean image.
+    `keep` is `(B, H, W)` bool, or float in [0, 1] where a pixel is kept in part; the rest is as for `patch_curve`.
     """
     with borrowed(clip):
         kept = keep_highlighted(images, keep, fill_images(fill, clip, images))
@@ -102,14 +94,7 @@ def text_score(clip: Clip, tokens: Tensor, drop: Tensor, image: Tensor) -> Tenso
 def end_scores(clip: Clip, images: Tensor, fill: str, text: Tensor) -> tuple[Tensor, Tensor]:
     """The two ends of every `patch_curve`: cosine of the fill alone and of the whole image, `(B,)` each.
 
-    Args:
-        clip: The model.
-        images: `(B, 3, H, W)` normalized.
-        fill: `mean_image`, `mean_color` or `blur`.
-        text: `(B, D)` L2-normalized embeddings of the phrases.
-
-    Raises:
-        ValueError: There is no such fill, or the model carries no mean image.
+    The arguments are those of `patch_curve`.
     """
     with borrowed(clip):
         blank = clip.encode_image(fill_images(fill, clip, images))
@@ -136,7 +121,7 @@ def patch_curve(
         clip: The model.
         images: `(B, 3, H, W)` normalized.
         grid: `(B, Gh, Gw)` the maps at patch resolution.
-        fill: `mean_image`, `mean_color` or `blur`.
+        fill: `mean_image`, `mean_color` or `blur`, see `fill_images`.
         text: `(B, D)` L2-normalized embeddings of the phrases.
         kind: `insertion` or `deletion`.
         steps: Most steps.
@@ -156,13 +141,16 @@ def patch_curve(
     counts = patch_counts(patches, steps, grid.device)
     with borrowed(clip):
         filled = fill_images(fill, clip, images)
-        rank = enlarge_grid(_ranks(grid), images)
+        # Place of each patch in the order of its map, 0 the highest.
+        order = grid.flatten(1).argsort(dim=1, descending=True, stable=True)
+        rank = enlarge_grid(order.argsort(dim=1).view_as(grid), images)
         scores = [blank if kind == "insertion" else full]
         # Without chunks of no images.
         for some in counts[1:-1].split(max(1, chunk_size // len(images))) if len(counts) > 2 else ():
             moved = rank < some[:, None, None, None]
             keep = moved if kind == "insertion" else ~moved
-            scores.extend(_score_kept(clip, images, keep, filled, text))
+            shown = torch.where(keep[:, :, None], images, filled)
+            scores.extend(_cosine(clip.encode_image(shown.flatten(0, 1)).view(*keep.shape[:2], -1), text))
         scores.append(full if kind == "insertion" else blank)
     return counts / patches, torch.stack(scores)
 
@@ -171,19 +159,6 @@ def patch_counts(patches: int, steps: int, device: torch.device | None = None) -
     """S + 1 numbers of patches from none to all, spread evenly, S = min(steps, patches). Long."""
     number = min(steps, patches)
     return torch.arange(number + 1, device=device) * patches // number
-
-
-def _score_kept(clip: Clip, images: Tensor, keep: Tensor, filled: Tensor, text: Tensor) -> Tensor:
-    """Cosines `(S, B)` of S cuts of each image, by masks `(S, B, H, W)` bool."""
-    kept = torch.where(keep[:, :, None], images, filled)
-    embeddings = clip.encode_image(kept.flatten(0, 1))
-    return _cosine(embeddings.view(*keep.shape[:2], -1), text)
-
-
-def _ranks(grid: Tensor) -> Tensor:
-    """Place of each cell in the order of its map, 0 the highest, ties in raster order. `(B, Gh, Gw)` long."""
-    order = grid.flatten(1).argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1).view_as(grid)
 
 
 def enlarge_grid(grid: Tensor, images: Tensor) -> Tensor:

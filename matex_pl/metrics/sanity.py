@@ -51,10 +51,14 @@ def randomized(clip: Clip, seed: int = 0) -> Iterator[tuple[str, Clip]]:
     Yields:
         Name of the stage, and the copy, which is made of the one before; it shares the tokenizer.
     """
-    current = clip
-    for name, parameters in stages(clip).items():
-        current = _shuffled(current, parameters, seed)
-        yield name, current
+    for stage, names in stages(clip).items():
+        # Some callers are in inference mode, whose tensors take no part in gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            clip = copy.deepcopy(clip, {id(part): part for part in (clip.tokenizer, clip._rows)})
+            for name in names:
+                weight = clip.get_parameter(name)
+                weight.copy_(_shuffle(weight, f"{seed}/{name.replace('_orig_mod.', '')}"))
+        yield stage, clip
 
 
 def stages(clip: Clip) -> dict[str, list[str]]:
@@ -87,18 +91,6 @@ def _is_before(model: Any, name: str) -> bool:
     if "visual" in path and isinstance(towers.original(towers.original(model).visual), ModifiedResNet):
         return bool(path & _STEM) and "attnpool" not in path
     return bool(path & _BEFORE) and "text_decoder" not in path
-
-
-def _shuffled(clip: Clip, names: list[str], seed: int) -> Clip:
-    """A copy of the model with the entries of the named parameters shuffled."""
-    # Some callers are in inference mode, whose tensors take no part in gradients.
-    with torch.inference_mode(False), torch.no_grad():
-        shared = {id(part): part for part in (clip.tokenizer, clip._rows)}
-        result = copy.deepcopy(clip, shared)
-        for name in names:
-            weight = result.get_parameter(name)
-            weight.copy_(_shuffle(weight, f"{seed}/{name.replace('_orig_mod.', '')}"))
-    return result
 
 
 def _shuffle(weight: Tensor, key: str) -> Tensor:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.base import PairMean
+from matex_pl.metrics.base import PairMetric
 
 
-class RankCorrelation(PairMean):
+class RankCorrelation(PairMetric):
     """Mean rank correlation of two maps of each pair; lower is better.
 
     Sanity: the map of the model and that of a model with randomized parameters (`sanity.randomized`; Adebayo et al.
@@ -32,19 +32,15 @@ class RankCorrelation(PairMean):
     def update(
         self, maps: Tensor, others: Tensor, among: Tensor | None = None, ids: Sequence[str] | None = None
     ) -> None:
-        """Add the maps of B pairs under either condition.
+        """Add the maps `(B, ...)` of B pairs under either condition, and the pairs' ids.
 
-        Args:
-            maps: `(B, ...)`.
-            others: `(B, ...)`.
-            among: `(B, ...)` bool, the entries that take part (content tokens); all by default.
-            ids: Ids of the B pairs.
+        `among`, `(B, ...)` bool, names the entries that take part (content tokens); all by default.
         """
         among = None if among is None else among.flatten(1)
         self._add(functional.spearman(maps.flatten(1), others.flatten(1), among), ids)
 
 
-class SideSensitivity(PairMean):
+class SideSensitivity(PairMetric):
     """Mean share of the map's mass that moves to the other side when the phrase names that one; -1 to 1.
 
     Example:
@@ -68,19 +64,11 @@ class SideSensitivity(PairMean):
         content_box: Tensor | None = None,
         ids: Sequence[str] | None = None,
     ) -> None:
-        """Add B pairs; those that name no side do not count.
-
-        Args:
-            maps: `(B, H, W)` under the true phrases.
-            swapped: `(B, H, W)` under the phrases with right and left exchanged.
-            sides: The side that each true phrase names: `right`, `left` or an empty text.
-            content_box: `(B, 4)` rectangle of the image in [0, 1] of the frame; all of it by default.
-            ids: Ids of the B pairs.
-        """
+        """Add B pairs as `functional.side_sensitivity` takes them, and their ids; without a side they do not count."""
         self._add(functional.side_sensitivity(maps, swapped, sides, content_box), ids)
 
 
-class OutsideMass(PairMean):
+class OutsideMass(PairMetric):
     """Mean share of the map's mass outside of a zone: of the thorax, or within the border of the image.
 
     Example:
@@ -100,7 +88,7 @@ class OutsideMass(PairMean):
         self._add(functional.outside_mass(maps, inside), ids)
 
 
-class MapMass(PairMean):
+class MapMass(PairMetric):
     """Mean value of the maps. A map of all ones has a perfect confidence drop; its mass of 1 says so.
 
     Example:

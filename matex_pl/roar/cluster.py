@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ class RayOptions:
         address: Address of the cluster, `auto` or `ray://host:port`; a cluster on this machine by default.
         num_cpus: CPUs of a run; the training's threads by default.
         num_gpus: GPUs of a run, also parts of one.
-        retries: Number of times that a run is started again if its process or machine is lost.
+        retries: Restarts of a run whose process or machine is lost.
     """
 
     address: str | None = None
@@ -36,32 +35,13 @@ class RayOptions:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ValueError: A value is out of range.
-        """
         for name in ("num_cpus", "num_gpus", "retries"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"ray.{name} must not be negative, got {getattr(self, name)}.")
 
 
-def check_ray() -> None:
-    """Raise if Ray is not installed.
-
-    Raises:
-        ImportError: Ray is not installed.
-    """
-    if find_spec("ray") is None:
-        raise ImportError("executor='ray' needs Ray: pip install 'matex_pl[ray]'.")
-
-
 def check_gpus(training: Training, options: RayOptions) -> None:
-    """Raise if runs train on a GPU that Ray does not give them.
-
-    Raises:
-        ValueError: The accelerator is a GPU, and `num_gpus` is 0.
-    """
+    """Raise if runs train on a GPU that Ray does not give them."""
     if training.accelerator in ("gpu", "cuda") and not options.num_gpus:
         raise ValueError(
             f"training.accelerator is {training.accelerator!r}, but ray.num_gpus is 0. Give the GPUs of a run, as "
@@ -75,10 +55,8 @@ def work_on_ray(plan: Plan, runs: Sequence[Run], options: RayOptions) -> None:
     If the process of a task dies more often than `retries`, its run has failed.
 
     Raises:
-        ImportError: Ray is not installed.
         ConnectionError: There is no cluster at the address.
     """
-    check_ray()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -124,5 +102,4 @@ def init_settings(address: str | None) -> dict[str, Any]:
 
 
 def _work(folder: str, run: Run) -> None:
-    """One run, on a machine of the cluster."""
     work_alone(read_plan(Path(folder)), [run])

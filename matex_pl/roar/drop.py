@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
@@ -14,7 +12,7 @@ from matex_pl.console import progress
 from matex_pl.evaluation.store import MapStore, fill_store
 from matex_pl.maps import patch_mean
 from matex_pl.metrics.functional import box_masks, top_share
-from matex_pl.roar.images import PlanImages
+from matex_pl.roar.images import PlanImages, split_rows
 from matex_pl.roar.plan import Plan, PlanMethod, Run
 
 _AT_ONCE = 32
@@ -33,11 +31,7 @@ def build_method(method: PlanMethod) -> AttributionMethod:
 
 
 def make_maps(plan: Plan, images: PlanImages, method: PlanMethod, clip: Clip) -> None:
-    """Make the missing maps of a method, of all pairs that some run drops from.
-
-    Raises:
-        NotImplementedError: The method does not support the model.
-    """
+    """Make the missing maps of a method, of all pairs that some run drops from."""
     built, store, rows = build_method(method), map_store(plan, method), dropped_rows(plan, images)
     chunks = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
     for chunk in progress(chunks, method.name):
@@ -51,8 +45,8 @@ def dropped_rows(plan: Plan, images: PlanImages) -> list[int]:
     protocol = plan.protocol
     if protocol.corrupt_val:
         return list(range(len(images.pairs)))
-    trained = [images.split(protocol.train_share, protocol.seed + repeat)[0] for repeat in range(protocol.repeats)]
-    return sorted(set().union(*trained))
+    seeds = range(protocol.seed, protocol.seed + protocol.repeats)
+    return sorted(set().union(*(split_rows(images.pairs, protocol.train_share, seed)[0] for seed in seeds)))
 
 
 def drop_of(plan: Plan, images: PlanImages, run: Run) -> dict[str, Tensor]:
@@ -67,49 +61,27 @@ def drop_of(plan: Plan, images: PlanImages, run: Run) -> dict[str, Tensor]:
     if not run.method:
         return {}
     method = next(method for method in plan.methods if method.name == run.method)
-    rows = dropped_rows(plan, images)
+    rows, model = dropped_rows(plan, images), plan.about["model"]
     if method.method is None:
-        values, among = _boxed_patches(plan, images, rows)
+        # The share of each patch that lies in a box is the best possible map of the image.
+        masks = box_masks([images.boxes(row) for row in rows], tuple(model["image_size"])).float()
+        units = {"grid": patch_mean(masks, tuple(model["grid"]))}
     else:
-        values, among = _mapped_units(plan, images, method, run.modality, rows)
+        units = map_store(plan, method).read_units([images.keys[row] for row in rows])
+    read = units["text"] if run.modality == "text" else units["grid"].flatten(1)
     # Pairs that no run drops from have no map, and drop nothing.
-    all_values = torch.zeros(len(images.pairs), values.shape[1])
-    all_among = torch.zeros(all_values.shape, dtype=torch.bool)
-    all_values[rows], all_among[rows] = values, among
-    drop = top_units(all_values, all_among, run.fraction, plan.protocol.seed + run.repeat)
-    if run.modality == "text":
-        return {"drop_tokens": drop}
-    return {"drop_patches": drop.view(len(drop), *plan.about["model"]["grid"])}
+    values = torch.zeros(len(images.pairs), read.shape[1])
+    among = torch.zeros(values.shape, dtype=torch.bool)
+    values[rows], among[rows] = read, units["content"] if run.modality == "text" else torch.tensor(True)
+    drop = top_units(values, among, run.fraction, plan.protocol.seed + run.repeat)
+    return {"drop_tokens": drop} if run.modality == "text" else {"drop_patches": drop.view(-1, *model["grid"])}
 
 
 def top_units(values: Tensor, among: Tensor, fraction: float, seed: int) -> Tensor:
-    """The floor(fraction * n) highest of the n units that take part in each row, `(B, U)` bool; ties in a seeded order.
+    """The floor(fraction * n) highest of the n units among which each row chooses; ties in a seeded order.
 
-    Args:
-        values: Values of the units, `(B, U)`.
-        among: Units that take part, `(B, U)` bool.
-        fraction: Share of the units, in [0, 1].
-        seed: Random seed for the order among equal values.
+    Values `(B, U)` and `among` `(B, U)` bool to `(B, U)` bool; the fraction is in [0, 1].
     """
     order = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
     dropped = top_share(values.gather(1, order), fraction, among.gather(1, order))
     return torch.zeros_like(dropped).scatter(1, order, dropped)
-
-
-def _mapped_units(
-    plan: Plan, images: PlanImages, method: PlanMethod, modality: str, rows: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Values of the units in a method's maps, and which units take part."""
-    units = map_store(plan, method).read_units([images.keys[row] for row in rows])
-    if modality == "text":
-        return units["text"], units["content"]
-    grid = units["grid"].flatten(1)
-    return grid, torch.ones_like(grid, dtype=torch.bool)
-
-
-def _boxed_patches(plan: Plan, images: PlanImages, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The share of each patch that lies in a box, the best possible map of the image; all patches take part."""
-    model = plan.about["model"]
-    masks = box_masks([images.boxes(row) for row in rows], tuple(model["image_size"])).float()
-    grid = patch_mean(masks, tuple(model["grid"])).flatten(1)
-    return grid, torch.ones_like(grid, dtype=torch.bool)

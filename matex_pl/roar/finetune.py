@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -21,9 +21,25 @@ from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.tensors import read_tensors, write_tensors
 from matex_pl.metrics.removal import enlarge_grid
 from matex_pl.roar.drop import drop_of
-from matex_pl.roar.images import PlanImages
-from matex_pl.roar.plan import Plan, Run, Training
+from matex_pl.roar.images import PlanImages, split_rows
+from matex_pl.roar.plan import Plan, Run
 from matex_pl.training.module import ClipModule
+
+Module = TypeVar("Module", bound=ClipModule)
+
+
+class Stopwatch(Callback):
+    """Seconds in training steps, from the batch on its device to the updated weights, and number of pairs."""
+
+    def __init__(self) -> None:
+        self.seconds, self.pairs, self._start = 0.0, 0, 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:  # noqa: D102
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: D102
+        self.seconds += time.perf_counter() - self._start
+        self.pairs += len(batch["id"])
 
 
 class RoarModule(ClipModule):
@@ -49,11 +65,6 @@ class RoarModule(ClipModule):
 def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
     """Fine-tune from the plan's weights and validate; the scores depend on the plan and the run alone.
 
-    Args:
-        plan: The experiment.
-        images: Its pairs.
-        run: What is dropped.
-
     Returns:
         `loss` of validation, the other validation scores as `metrics`, `units` dropped per pair, and times.
 
@@ -65,10 +76,25 @@ def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
     with _isolated(training.threads):
         seed = protocol.seed + run.repeat
         torch.manual_seed(seed)
-        train, val = images.split(protocol.train_share, seed)
+        train, val = split_rows(images.pairs, protocol.train_share, seed)
         drop = drop_of(plan, images, run)
-        module, stopwatch = build_module(plan, images.findings), _Stopwatch()
-        trainer = _trainer(training, stopwatch, plan.path(run))
+        module, stopwatch = build_module(plan, images.findings), Stopwatch()
+        trainer = Trainer(
+            # Gets the weights from before a loss that is not finite.
+            default_root_dir=plan.path(run),
+            accelerator=training.accelerator,
+            devices=1,
+            precision=training.precision,  # type: ignore[arg-type]
+            max_epochs=training.epochs,
+            check_val_every_n_epoch=training.epochs,
+            gradient_clip_val=training.gradient_clip_val or None,
+            num_sanity_val_steps=0,
+            callbacks=[stopwatch],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         trainer.fit(
             module,
             images.loader(
@@ -102,20 +128,16 @@ def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
 
 
 def build_module(plan: Plan, findings: Sequence[str] = ()) -> RoarModule:
-    """The module that a run trains, with the plan's start weights.
-
-    Args:
-        plan: The experiment.
-        findings: Findings of the zero-shot scores, unless the settings of the start weights have some.
-    """
+    """The module that a run trains, with the plan's start weights; `findings` if these were trained without any."""
     training = plan.training
-    settings = {
-        "lr": training.lr,
-        "weight_decay": training.weight_decay,
-        "warmup_steps": training.warmup_steps,
-        "freeze": {"full": "none", "head": "all-but-head", "lora": "none"}[training.finetune],
-    }
-    module = _load(RoarModule, plan.folder / "start.safetensors", settings)
+    module = read_module(
+        plan.folder / "start.safetensors",
+        RoarModule,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup_steps,
+        freeze="all-but-head" if training.finetune == "head" else "none",
+    )
     module.fill = plan.protocol.fill
     module.hparams["findings"] = module.hparams["findings"] or list(findings)
     if training.finetune == "lora":
@@ -126,14 +148,7 @@ def build_module(plan: Plan, findings: Sequence[str] = ()) -> RoarModule:
 def add_lora(model: nn.Module, rank: int) -> None:
     """Freeze a model except its logit scale, and add low-rank updates to its linear layers (Hu et al. 2022).
 
-    Layers inside of torch's own attention, which multiplies with their weights itself, stay as they are.
-
-    Args:
-        model: A CLIP model; it is changed.
-        rank: Rank of the updates.
-
-    Raises:
-        ImportError: peft is not installed.
+    Layers inside torch's own attention, which multiplies with their weights itself, stay as they are.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -148,64 +163,19 @@ def add_lora(model: nn.Module, rank: int) -> None:
         parameter.requires_grad_("lora_" in name or name.startswith("logit_"))
 
 
-def load_explained(plan: Plan) -> ClipModule:
-    """The module that makes the maps, in eval mode."""
-    return read_module(plan.folder / "explained.safetensors").eval()
-
-
-def read_module(path: Path) -> ClipModule:
-    """The module of a file of `write_module`."""
-    return _load(ClipModule, path, {})
-
-
 def write_module(module: ClipModule, path: Path) -> None:
-    """Write the weights and settings of a module, for `build_module` and `load_explained`."""
+    """Write the weights and settings of a module, for `read_module`."""
     weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
     write_tensors(path, weights, {"settings": dict(module.hparams)})
 
 
-def _load(kind: type[Any], path: Path, settings: dict[str, Any]) -> Any:
+def read_module(path: Path, kind: type[Module], **settings: Any) -> Module:
+    """The module of a file of `write_module`, with some settings replaced."""
     weights, about = read_tensors(path)
-    arguments = {**about["settings"], **settings}
-    arguments["betas"] = tuple(arguments["betas"])
-    module = kind(**arguments)
+    settings = about["settings"] | settings
+    module = kind(**settings | {"betas": tuple(settings["betas"])})
     module.load_state_dict(weights)
     return module
-
-
-class _Stopwatch(Callback):
-    """Seconds in training steps, from the batch on its device to the updated weights."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._start = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Start."""
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Stop."""
-        self.seconds += time.perf_counter() - self._start
-
-
-def _trainer(training: Training, stopwatch: Callback, folder: Path) -> Trainer:
-    return Trainer(
-        # Takes the weights from before a loss that is not finite.
-        default_root_dir=folder,
-        accelerator=training.accelerator,
-        devices=1,
-        precision=training.precision,  # type: ignore[arg-type]
-        max_epochs=training.epochs,
-        check_val_every_n_epoch=training.epochs,
-        gradient_clip_val=training.gradient_clip_val or None,
-        num_sanity_val_steps=0,
-        callbacks=[stopwatch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 @contextmanager

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from matex_pl.console import progress
 from matex_pl.data.datamodule import ChestXrayDataModule
@@ -26,49 +25,41 @@ _IMAGES, _PAIRS = "images.npy", "pairs.json"
 _READ_AT_ONCE = 64
 
 
-class _Images(Dataset[list[Sample]]):
-    """Images with the samples of all their pairs, each decoded once."""
-
-    def __init__(
-        self, data: ChestXrayDataModule, images: Sequence[list[ImageTextPair]], transform: ImageTransform
-    ) -> None:
-        self.data = data
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> list[Sample]:
-        pairs = self.images[index]
+def _read(
+    data: ChestXrayDataModule, transform: ImageTransform, images: Sequence[list[ImageTextPair]]
+) -> list[list[Sample]]:
+    """The samples of the pairs of each image, which is decoded once."""
+    samples = []
+    for pairs in images:
         try:
-            image = self.data.open_image(pairs[0], self.transform)
-            return [Sample(pair, *self.transform(image.pixels, pair.boxes, size=image.size)) for pair in pairs]
+            image = data.open_image(pairs[0], transform)
+            samples.append([
+                Sample(pair, *transform(image.pixels, pair.boxes, size=image.size)) for pair in pairs
+            ])  # fmt: skip
         except (OSError, ValueError) as error:
             raise ValueError(f"Image {pairs[0].image_id!r} ({pairs[0].image}): {error}") from error
+    return samples
 
 
 def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], folder: Path) -> None:
     """Decode the images of the pairs once, and write them with the pairs to `folder`.
 
-    Args:
-        data: Data module that reads the images; prepared, so that it knows the model's frame.
-        pairs: The pairs.
-        folder: Folder for `images.npy`, `(F, H, W)` uint8, and `pairs.json`.
+    The files are `images.npy`, `(F, H, W)` uint8, and `pairs.json`. The data module is prepared, which gives it the
+    model's frame.
 
     Raises:
-        ValueError: An image cannot be read, or a box covers nothing of it; the message names it.
+        ValueError: An image cannot be read, or a box covers nothing of it.
     """
     images: dict[str, list[ImageTextPair]] = {}
     for pair in pairs:
         images.setdefault(pair.image_id, []).append(pair)
-    dataset = _Images(data, list(images.values()), data.dataset(pairs[0].split).transform)
-    loader = DataLoader(dataset, batch_size=_READ_AT_ONCE, num_workers=data.num_workers, collate_fn=list)
+    transform = data.dataset(pairs[0].split).transform
+    groups: Any = list(images.values())
+    read = partial(_read, data, transform)
+    loader: Any = DataLoader(groups, batch_size=_READ_AT_ONCE, num_workers=data.num_workers, collate_fn=read)
     records: list[dict[str, Any]] = []
     with whole_file(folder / _IMAGES) as part:
-        pixels = np.lib.format.open_memmap(
-            part, mode="w+", dtype=np.uint8, shape=(len(images), *dataset.transform.size)
-        )
+        pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(images), *transform.size))
         samples_of_images = (samples for group in progress(loader, "reading images") for samples in group)
         for row, samples in enumerate(samples_of_images):
             pixels[row] = samples[0].image[0].numpy()
@@ -78,11 +69,7 @@ def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], fold
 
 
 def split_rows(pairs: Sequence[ImageTextPair], train_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train on and to validate on, in order. The patients are drawn by the seed.
-
-    Raises:
-        ValueError: There are too few patients for both.
-    """
+    """Rows to train on and to validate on, in order; the patients are drawn by the seed."""
     patients = list(dict.fromkeys(pair.patient_id for pair in pairs))
     number = round(train_share * len(patients))
     if not 0 < number < len(patients):
@@ -105,10 +92,7 @@ def _record(sample: Sample, row: int) -> dict[str, Any]:
 
 
 class PlanImages:
-    """The n pairs of a plan, with their images on disk.
-
-    Args:
-        folder: Folder of the plan.
+    """The n pairs of a plan, in its folder, with their images on disk.
 
     Attributes:
         pairs: The n pairs; `image` is the row of the image.
@@ -121,27 +105,23 @@ class PlanImages:
         self.pairs = [ImageTextPair.from_record(record["pair"]) for record in records]
         self.keys = [record["key"] for record in records]
         self.findings = sorted({finding for pair in self.pairs for finding in pair.image_findings})
-        self._image = torch.tensor([record["content_box"] for record in records])
+        self._content_boxes = torch.tensor([record["content_box"] for record in records])
         self._pixels = np.load(folder / _IMAGES, mmap_mode="r")
 
-    def batch(self, rows: Sequence[int], drop: Mapping[str, Tensor] = MappingProxyType({})) -> ImageTextBatch:
+    def batch(self, rows: Sequence[int], drop: Mapping[str, Tensor] | None = None) -> ImageTextBatch:
         """The pairs of these rows, with boxes in [0, 1] of the frame, and their rows of the tensors in `drop`."""
         pixels = torch.from_numpy(self._pixels[[int(self.pairs[row].image) for row in rows]])
         images = pixels[:, None].expand(-1, 3, -1, -1)
         batch = collate([
-            Sample(self.pairs[row], image, self.boxes(row), self._image[row])
+            Sample(self.pairs[row], image, self.boxes(row), self._content_boxes[row])
             for row, image in zip(rows, images, strict=True)
         ])  # fmt: skip
-        return {**batch, **{name: part[list(rows)] for name, part in drop.items()}}  # type: ignore[typeddict-item]
+        return {**batch, **{name: part[list(rows)] for name, part in (drop or {}).items()}}  # type: ignore[typeddict-item]
 
     def boxes(self, row: int) -> Tensor:
         """The boxes of a pair, `(K, 4)`, in [0, 1] of the frame."""
         height, width = self._pixels.shape[1:]
         return torch.tensor(self.pairs[row].boxes).view(-1, 4) / torch.tensor([width, height, width, height])
-
-    def split(self, train_share: float, seed: int) -> tuple[list[int], list[int]]:
-        """Rows to train on and to validate on; see `split_rows`."""
-        return split_rows(self.pairs, train_share, seed)
 
     def loader(self, rows: Sequence[int], batch_size: int, drop: Mapping[str, Tensor], **settings: Any) -> DataLoader:
         """Batches of these rows, in order by default, with the rows of the tensors in `drop`."""

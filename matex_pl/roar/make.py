@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from matex_pl.attribution import Matex
 from matex_pl.attribution.shipped import load_method
-from matex_pl.clip.model import Clip
-from matex_pl.data import ChestXrayDataModule, ImageTextPair
+from matex_pl.data import ChestXrayDataModule
 from matex_pl.evaluation.compared import CENTER, PRIOR, RANDOM, USUAL_PLACES, WITHOUT_PRIOR, controls, method_row
 from matex_pl.evaluation.pairs import choose_pairs, prepare_data
 from matex_pl.evaluation.provenance import PACKAGES
 from matex_pl.evaluation.store import describe_method, weight_hash
 from matex_pl.evaluation.tensors import fingerprint
+from matex_pl.files import write_text
 from matex_pl.roar.finetune import write_module
 from matex_pl.roar.images import split_rows, write_images
-from matex_pl.roar.plan import Plan, PlanMethod, Protocol, Training, check_same, has_plan, read_plan, slug
+from matex_pl.roar.plan import PLAN, Plan, PlanMethod, Protocol, Training, check_same, read_plan, slug
 from matex_pl.training.module import ClipModule
 
 BOXES = "True boxes"
@@ -34,7 +34,7 @@ def make_plan(
     methods: Sequence[str],
     protocol: Protocol,
     training: Training,
-    about: dict[str, str],
+    origins: dict[str, str],
 ) -> Plan:
     """A plan in `folder`, with its pairs, decoded, and its weights; a plan that is there already is continued.
 
@@ -46,28 +46,50 @@ def make_plan(
         methods: Names of shipped methods and YAML files.
         protocol: What is removed, and how often.
         training: The fine-tuning of each run.
-        about: Origin of the weights, for the tables.
+        origins: Origins of the weights, for the tables.
 
     Raises:
         ValueError: The folder holds another plan, a method is unknown or named twice, there are too few pairs, or the
             two models do not fit each other.
     """
-    pairs = _pairs(data, explained.clip.image_size, protocol)
+    prepare_data(data, explained.clip.image_size, *protocol.splits)
+    data.pairs["roar"] = [pair for split in protocol.splits for pair in data.pairs[split]]
+    pairs = choose_pairs(data, "roar", protocol.num_pairs, protocol.seed, boxed=False)
+    del data.pairs["roar"]
+    # Fails here if there are too few patients, before the images are decoded.
+    split_rows(pairs, protocol.train_share, protocol.seed)
+    shape, start_shape = ((clip.image_size, clip.grid, clip.context_length) for clip in (explained.clip, start.clip))
+    if shape != start_shape:
+        raise ValueError(
+            f"The model to start from has the input size, raster and context length {start_shape}, the one whose "
+            f"maps are taken {shape}. Start from weights of the same model."
+        )
     if explained.clip.mean_image.isnan().any():
         explained.clip.mean_image.copy_(data.mean_image())
-    _check_start(explained.clip, start.clip)
     start.clip.mean_image.copy_(explained.clip.mean_image)
-    described = {
-        "model": about | _about_model(explained.clip, start.clip),
-        "data": _about_data(data, pairs),
+    boxed = sum(bool(pair.boxes) for pair in pairs)
+    about = {
+        "model": {
+            **origins,
+            "explained": weight_hash(explained.clip),
+            "start": weight_hash(start.clip),
+            "image_size": list(explained.clip.image_size),
+            "grid": list(explained.clip.grid),
+        },
+        "data": {
+            "class": type(data).__name__,
+            "pairs": len(pairs),
+            "patients": len({pair.patient_id for pair in pairs}),
+            "boxed": boxed,
+            "fingerprint": fingerprint([[pair.id, pair.phrase, pair.boxes] for pair in pairs]),
+        },
         "versions": {name: version(name) for name in PACKAGES},
     }
-    found = plan_methods(methods, described["data"]["boxed"], len(pairs))
-    plan = Plan(folder, protocol, training, found, described)
+    plan = Plan(folder, protocol, training, plan_methods(methods, boxed, len(pairs)), about)
     folder.mkdir(parents=True, exist_ok=True)
-    # Two that start at once decode the images once.
+    # Two commands that start at once decode the images once.
     with FileLock(folder / ".lock"):
-        if has_plan(folder):
+        if (folder / PLAN).is_file():
             check_same(read_plan(folder), plan)
             return plan
         for part in folder.glob(".*.part"):
@@ -75,61 +97,13 @@ def make_plan(
         write_images(data, pairs, folder)
         write_module(explained, folder / "explained.safetensors")
         write_module(start, folder / "start.safetensors")
-        plan.write()
+        # The last file, which makes the folder a plan.
+        write_text(folder / PLAN, json.dumps(plan.described(), indent=1))
     return plan
 
 
-def _check_start(explained: Clip, start: Clip) -> None:
-    """Raise if the maps of the explained model do not fit the model to start from.
-
-    Raises:
-        ValueError: The models differ in input size, raster or context length.
-    """
-    shape, start_shape = ((clip.image_size, clip.grid, clip.context_length) for clip in (explained, start))
-    if shape != start_shape:
-        raise ValueError(
-            f"The model to start from has the input size, raster and context length {start_shape}, the one whose "
-            f"maps are taken {shape}. Start from weights of the same model."
-        )
-
-
-def _about_model(explained: Clip, start: Clip) -> dict[str, Any]:
-    return {
-        "explained": weight_hash(explained),
-        "start": weight_hash(start),
-        "image_size": list(explained.image_size),
-        "grid": list(explained.grid),
-    }
-
-
-def _about_data(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair]) -> dict[str, Any]:
-    return {
-        "class": type(data).__name__,
-        "pairs": len(pairs),
-        "patients": len({pair.patient_id for pair in pairs}),
-        "boxed": sum(bool(pair.boxes) for pair in pairs),
-        "fingerprint": fingerprint([[pair.id, pair.phrase, pair.boxes] for pair in pairs]),
-    }
-
-
-def _pairs(data: ChestXrayDataModule, image_size: tuple[int, int], protocol: Protocol) -> list[ImageTextPair]:
-    """The pairs of the experiment, from all of its splits."""
-    prepare_data(data, image_size, *protocol.splits)
-    data.pairs["roar"] = [pair for split in protocol.splits for pair in data.pairs[split]]
-    pairs = choose_pairs(data, "roar", protocol.num_pairs, protocol.seed, boxed=False)
-    del data.pairs["roar"]
-    # Fails here if there are too few patients, before the images are decoded.
-    split_rows(pairs, protocol.train_share, protocol.seed)
-    return pairs
-
-
 def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMethod]:
-    """The methods that were asked for, and the controls, which are always there.
-
-    Args:
-        methods: Names of shipped methods and YAML files.
-        boxed: Number of pairs with boxes. If there are any, the true boxes are a control.
-        pairs: Number of pairs.
+    """The methods of these names and YAML files, and the controls: the true boxes too if some of the pairs have boxes.
 
     Raises:
         ValueError: A method is unknown, named twice, or called like a control.
@@ -138,7 +112,7 @@ def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMet
     matex = next((entry.method for entry in asked if isinstance(entry.method, Matex)), None)
     entries = [entry for entry in asked if entry.name not in (RANDOM, CENTER, PRIOR)]
     entries += [entry for entry in controls(matex) if entry.name != USUAL_PLACES]
-    found = [
+    planned = [
         PlanMethod(
             entry.name,
             describe_method(entry.method),
@@ -151,9 +125,10 @@ def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMet
     ]
     if boxed:
         note = f"what a perfect map would drop; {boxed} of {pairs} pairs have boxes"
-        found.append(PlanMethod(BOXES, None, False, True, note))
-    names = [slug(method.name) for method in found]
-    twice = next((method.name for place, method in enumerate(found) if names[place] in names[:place]), None)
-    if twice:
-        raise ValueError(f"Two methods are called {twice!r}. Name each once; a YAML file is called by its name.")
-    return found
+        planned.append(PlanMethod(BOXES, None, False, True, note))
+    for place, method in enumerate(planned):
+        if slug(method.name) in [slug(other.name) for other in planned[:place]]:
+            raise ValueError(
+                f"Two methods are called {method.name!r}. Name each once; a YAML file is called by its name."
+            )
+    return planned

@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 
 from matex_pl.arguments import check_choice, check_choices, check_positive
 from matex_pl.attribution.core.fill import Fill
-from matex_pl.files import write_text
 
 Modality = Literal["image", "text"]
 MODALITIES = get_args(Modality)
+Split = Literal["train", "val", "test"]
 FORMAT = 2
-_PLAN = "plan.json"
+PLAN = "plan.json"
 
 
 @dataclass
@@ -39,27 +39,21 @@ class Protocol:
     fractions: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5])
     repeats: int = 5
     num_pairs: int = -1
-    splits: list[Literal["train", "val", "test"]] = field(default_factory=lambda: ["train"])
+    splits: list[Split] = field(default_factory=lambda: ["train"])
     train_share: float = 0.8
     fill: Fill = "mean_image"
     corrupt_val: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ValueError: A value is out of range.
-        """
-        for modality in self.modalities:
-            check_choice("modalities", modality, MODALITIES)
-        for split in self.splits:
-            check_choice("splits", split, ("train", "val", "test"))
         check_choices(Protocol, vars(self))
+        for name, choices in (("modalities", MODALITIES), ("splits", get_args(Split))):
+            for value in getattr(self, name):
+                check_choice(name, value, choices)
         for name in ("modalities", "fractions", "splits"):
-            given = getattr(self, name)
-            if not given or len(set(given)) < len(given):
-                raise ValueError(f"{name} must name at least one, each once; got {given}.")
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must name at least one, each once; got {values}.")
         for fraction in self.fractions:
             if not 0 <= fraction <= 1:
                 raise ValueError(f"fractions must be in [0, 1], got {fraction:g}. Give a share, not a percentage.")
@@ -103,11 +97,6 @@ class Training:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ValueError: A value is out of range.
-        """
         check_choices(Training, vars(self))
         check_positive(epochs=self.epochs, lr=self.lr, threads=self.threads, lora_rank=self.lora_rank)
         if self.batch_size < 2:
@@ -170,12 +159,7 @@ def slug(name: str) -> str:
 class Plan:
     """An experiment in a folder that holds everything a run needs: images, phrases, weights and, later, maps.
 
-    Args:
-        folder: Folder of the plan.
-        protocol: What is removed, and how often.
-        training: The fine-tuning of each run.
-        methods: The methods, controls included.
-        about: Model, data and versions, for the tables.
+    `methods` are in the order of the tables, controls included; `about` describes model, data and versions.
     """
 
     folder: Path
@@ -219,22 +203,9 @@ class Plan:
 
     def described(self) -> dict[str, Any]:
         """The plan as plain types."""
-        return {
-            "format": FORMAT,
-            "protocol": asdict(self.protocol),
-            "training": asdict(self.training),
-            "methods": [asdict(method) for method in self.methods],
-            "about": self.about,
-        }
-
-    def write(self) -> None:
-        """Write `plan.json`, the last file of a plan, which makes the folder one."""
-        write_text(self.folder / _PLAN, json.dumps(self.described(), indent=1))
-
-
-def has_plan(folder: Path) -> bool:
-    """Whether a folder holds a complete plan."""
-    return (folder / _PLAN).is_file()
+        described = {"format": FORMAT, **asdict(self)}
+        del described["folder"]
+        return described
 
 
 def read_plan(folder: Path) -> Plan:
@@ -244,9 +215,9 @@ def read_plan(folder: Path) -> Plan:
         FileNotFoundError: The folder holds no plan.
         ValueError: The plan has another format.
     """
-    if not has_plan(folder):
+    if not (folder / PLAN).is_file():
         raise FileNotFoundError(f"{folder} holds no plan. `matex roar run --config FILE --out {folder}` makes one.")
-    described = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
+    described = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     if described.get("format") != FORMAT:
         raise ValueError(
             f"The plan in {folder} has format {described.get('format')!r}, this version reads {FORMAT}. Start again in "
@@ -262,10 +233,9 @@ def read_plan(folder: Path) -> Plan:
 
 
 def check_same(plan: Plan, wanted: Plan) -> None:
-    """Raise if a folder's plan is not the wanted one. The paths of the weights may differ, their content may not.
+    """Raise a ValueError that names the first differing settings of a folder's plan.
 
-    Raises:
-        ValueError: The plans differ; the message names the first settings that do.
+    The paths of the weights may differ, their content may not.
     """
     differing = [
         difference
@@ -284,21 +254,12 @@ def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
         for name in sorted(there.keys() | here.keys()):
             yield from _differences(there.get(name), here.get(name), f"{path}.{name}".strip("."))
     elif there != here:
-        yield f"{path} is {_short(there)} there, {_short(here)} here"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        yield f"{path} is {json.dumps(there):.60} there, {json.dumps(here):.60} here"
 
 
 def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
-    """Every n-th run from the i-th, for `shard` as `i/n`, for job arrays.
-
-    Raises:
-        ValueError: `shard` has another form.
-    """
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if found is None or not 0 <= int(found[1]) < int(found[2]):
+    """Every n-th run from the i-th, for `shard` as `i/n`, for job arrays."""
+    parts = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if parts is None or not 0 <= int(parts[1]) < int(parts[2]):
         raise ValueError(f"shard must be I/N with I below N, for example 3/8 in the fourth of 8 jobs; got {shard!r}.")
-    return list(runs[int(found[1]) :: int(found[2])])
+    return list(runs[int(parts[1]) :: int(parts[2])])

@@ -6,36 +6,27 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from matex_pl.arguments import check_choice
+from matex_pl.arguments import check_choices
 from matex_pl.console import duration
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.files import write_text
 from matex_pl.report.benchmark import add_to_report
 from matex_pl.report.results import RoarResult, parse
 from matex_pl.report.roar import roar_tables, write_roar
-from matex_pl.roar.cluster import RayOptions, check_gpus, check_ray, work_on_ray
+from matex_pl.roar.cluster import RayOptions, check_gpus, work_on_ray
 from matex_pl.roar.collect import collect
 from matex_pl.roar.make import make_plan
 from matex_pl.roar.plan import Plan, Protocol, Run, Training, read_plan, take_shard
-from matex_pl.roar.work import (
-    broken_maps,
-    failure,
-    has_maps,
-    prepare_maps,
-    result,
-    state,
-    work_here,
-    work_in_processes,
-)
+from matex_pl.roar.work import broken_maps, failure, has_maps, prepare_maps, result, state, work_here, work_in_processes
 from matex_pl.training.module import ClipModule, load_module
 
 log = logging.getLogger(__name__)
 
-EXECUTORS = ("local", "ray")
 _FAILURES_NAMED = 5
 
 
@@ -88,32 +79,48 @@ def run_roar(
     Raises:
         ValueError: An argument is out of range, the folder holds another plan, or there are too few pairs.
         FileNotFoundError: There is no such checkpoint or plan.
-        ImportError: Ray is not installed.
-        RunsFailedError: Some runs failed.
-        KeyboardInterrupt: The user pressed Ctrl-C; finished runs are kept.
-        SystemExit: The process received SIGTERM.
+        RunsFailedError: Some runs failed; the others are kept, also after Ctrl-C.
     """
-    check_choice("executor", executor, EXECUTORS)
+    check_choices(run_roar, locals())
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}.")
-    if executor == "ray":
-        check_ray()
+    if executor == "ray" and find_spec("ray") is None:
+        raise ImportError("executor='ray' needs Ray: pip install 'matex_pl[ray]'.")
     # Before the plan is made: it takes a while.
     take_shard([], shard)
     if plan is not None:
-        opened = _existing_plan(Path(plan), protocol, training, {"data": data, "ckpt_path": ckpt_path, "out": out})
+        opened = read_plan(Path(plan))
+        given: dict[str, Any] = {"data": data, "ckpt_path": ckpt_path, "out": out}
+        given["protocol"] = protocol if protocol not in (Protocol(), opened.protocol) else None
+        given["training"] = training if training not in (Training(), opened.training) else None
+        refused = [name for name, value in given.items() if value is not None]
+        if refused:
+            raise ValueError(
+                f"the plan in {plan} has its own settings. Leave out {', '.join(refused)}, or leave out plan."
+            )
     elif data is None or ckpt_path is None or out is None:
         raise ValueError("there is no plan. Give data, ckpt_path and out, or plan, the folder of one.")
     else:
-        explained = load_module(ckpt_path)
-        start, origin = _initial_module(explained, ckpt_path, init_model, init_weights)
-        about = {"checkpoint": ckpt_path, "start_checkpoint": origin}
+        explained = start = load_module(ckpt_path)
+        if init_model or init_weights:
+            name = init_model or explained.hparams["name"]
+            start = ClipModule(name, init_weights, image_size=explained.clip.image_size)
+        origins = {
+            "checkpoint": ckpt_path,
+            "start_checkpoint": " ".join(filter(None, [init_model, init_weights])) or ckpt_path,
+        }
         names = methods.split(",") if isinstance(methods, str) else methods
-        opened = make_plan(Path(out), data, explained, start, names, protocol, training, about)
+        opened = make_plan(Path(out), data, explained, start, names, protocol, training, origins)
     if executor == "ray":
         check_gpus(opened.training, ray)
     try:
-        _make_maps(opened)
+        if not has_maps(opened):
+            log.info("Making the maps that are missing.")
+            prepare_maps(opened)
+            for name, reason in opened.refusals().items():
+                log.warning("%s does not support the model and is left out: %s", name, reason)
+            for name, trace in broken_maps(opened).items():
+                log.warning("The maps of %s failed, and so do its runs: %s", name, trace.strip().splitlines()[-1])
         runs = take_shard(opened.runs(), shard)
         left = [run for run in runs if result(opened, run) is None]
         log.info("%d of %d runs to do, each of %d steps.", len(left), len(runs), opened.steps())
@@ -130,60 +137,17 @@ def run_roar(
     return _summary(opened, runs)
 
 
-def _existing_plan(folder: Path, protocol: Protocol, training: Training, others: dict[str, Any]) -> Plan:
-    """The plan of a folder. It has its own settings, so that others are an error.
-
-    Raises:
-        ValueError: Other settings are given.
-    """
-    plan = read_plan(folder)
-    given = [name for name, value in others.items() if value is not None]
-    given += ["protocol"] if protocol not in (Protocol(), plan.protocol) else []
-    given += ["training"] if training not in (Training(), plan.training) else []
-    if given:
-        raise ValueError(f"the plan in {folder} has its own settings. Leave out {', '.join(given)}, or leave out plan.")
-    return plan
-
-
-def _initial_module(
-    explained: ClipModule, ckpt_path: str, init_model: str | None, init_weights: str | None
-) -> tuple[ClipModule, str]:
-    """The module that each run starts from, and the origin of its weights."""
-    if not init_model and not init_weights:
-        return explained, ckpt_path
-    name = init_model or explained.hparams["name"]
-    module = ClipModule(name, init_weights, image_size=explained.clip.image_size)
-    return module, " ".join(filter(None, [init_model, init_weights]))
-
-
-def _make_maps(plan: Plan) -> None:
-    if has_maps(plan):
-        return
-    log.info("Making the maps that are missing.")
-    prepare_maps(plan)
-    for name, reason in plan.refusals().items():
-        log.warning("%s does not support the model and is left out: %s", name, reason)
-    for name, trace in broken_maps(plan).items():
-        log.warning("The maps of %s failed, and so do its runs: %s", name, trace.strip().splitlines()[-1])
-
-
 def _summary(plan: Plan, runs: Sequence[Run]) -> str:
-    """The table if all runs of the plan are done, else the number of those that are left.
-
-    Raises:
-        RunsFailedError: Some of the runs failed.
-    """
+    """The table if all runs of the plan are done, else the number of those that are left."""
     failed = {run.id: error for run in runs if (error := failure(plan, run))}
     if failed:
         write_results(plan)
         lines = [f"  {name}: {error}\n    {plan.folder}/runs/{name}/error.log" for name, error in failed.items()]
         if len(lines) > _FAILURES_NAMED:
-            more = len(lines) - _FAILURES_NAMED
-            lines[_FAILURES_NAMED:] = [f"  and {more} more, see `matex roar status`"]
-        named = "\n".join(lines)
+            lines[_FAILURES_NAMED:] = [f"  and {len(lines) - _FAILURES_NAMED} more, see `matex roar status`"]
         raise RunsFailedError(
-            f"{len(failed)} of {len(runs)} runs failed:\n{named}\n"
-            f"The others are kept, and {plan.folder}/report.html shows them. The same command tries these again."
+            "\n".join([f"{len(failed)} of {len(runs)} runs failed:", *lines])
+            + f"\nThe others are kept, and {plan.folder}/report.html shows them. The same command tries these again."
         )
     left = sum(result(plan, run) is None for run in plan.runs())
     if left:
@@ -192,39 +156,29 @@ def _summary(plan: Plan, runs: Sequence[Run]) -> str:
 
 
 def roar_status(folder: str) -> str:
-    """Show how far a plan is: runs that are done, running, failed and left, and about how long the rest takes.
-
-    Args:
-        folder: Folder of the plan.
-
-    Raises:
-        FileNotFoundError: There is no plan.
-    """
+    """The progress of the plan in `folder`: done, running, failed and remaining runs, and about how long these take."""
     plan = read_plan(Path(folder))
     runs = plan.runs()
     states: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         states[state(plan, run)].append(run)
-    number = {name: len(states[name]) for name in ("done", "running", "failed")}
-    lines = [f"{number['done']} of {len(runs)} runs are done, {number['running']} running, {number['failed']} failed."]
+    done, running, failed = (len(states[name]) for name in ("done", "running", "failed"))
+    lines = [f"{done} of {len(runs)} runs are done, {running} running, {failed} failed."]
     if not has_maps(plan):
         lines.append("The maps are not all made yet.")
     lines += [f"  running: {run.id}" for run in states["running"]]
     lines += [f"  stopped: {run.id}: its process ended; `matex roar run` starts it again" for run in states["died"]]
     lines += [f"  failed: {run.id}: {failure(plan, run)} (runs/{run.id}/error.log)" for run in states["failed"]]
-    done = [scores for run in states["done"] if (scores := result(plan, run))]
-    return "\n".join([*lines, _outlook(plan, done, len(runs) - len(done), number["running"])])
-
-
-def _outlook(plan: Plan, done: Sequence[dict[str, Any]], left: int, running: int) -> str:
-    """The estimated time of the runs that are left."""
+    seconds = [scores["seconds"] for run in states["done"] if (scores := result(plan, run))]
+    left = len(runs) - done
     if not left:
-        return f"`matex roar collect {plan.folder}` writes the tables."
-    if not done:
-        return f"How long the {left} left take is known after the first."
-    at_once = f"with {running} at a time" if running else "one at a time; no run is active now"
-    seconds = mean(scores["seconds"] for scores in done) * left / max(running, 1)
-    return f"About {duration(seconds)} for the {left} left, {at_once}."
+        lines.append(f"`matex roar collect {folder}` writes the tables.")
+    elif not seconds:
+        lines.append(f"How long the {left} left take is known after the first.")
+    else:
+        at_once = f"with {running} at a time" if running else "one at a time; no run is active now"
+        lines.append(f"About {duration(mean(seconds) * left / max(running, 1))} for the {left} left, {at_once}.")
+    return "\n".join(lines)
 
 
 def collect_roar(folder: str, report: str | None = None) -> str:
@@ -236,9 +190,6 @@ def collect_roar(folder: str, report: str | None = None) -> str:
 
     Returns:
         The table as text, and the folder of the files.
-
-    Raises:
-        FileNotFoundError: There is no plan, or no benchmark.
     """
     results = write_results(read_plan(Path(folder)))
     if report is not None:

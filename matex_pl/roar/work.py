@@ -25,15 +25,17 @@ from tqdm import tqdm
 from matex_pl.console import duration
 from matex_pl.files import write_text
 from matex_pl.roar.drop import make_maps
-from matex_pl.roar.finetune import load_explained, train_run
+from matex_pl.roar.finetune import read_module, train_run
 from matex_pl.roar.images import PlanImages
 from matex_pl.roar.plan import Plan, Run
+from matex_pl.training.module import ClipModule
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 _LINE_SECONDS = 60.0
 _LOCK, _PID, RESULT, _ERROR = ".lock", "pid", "result.json", "error.log"
+_BROKEN = Path("maps", "broken.json")
 
 
 def prepare_maps(plan: Plan) -> None:
@@ -46,7 +48,8 @@ def prepare_maps(plan: Plan) -> None:
             return
         for part in (plan.folder / "maps").rglob(".*.part"):
             part.unlink()
-        images, clip = PlanImages(plan.folder), load_explained(plan).clip
+        images = PlanImages(plan.folder)
+        clip = read_module(plan.folder / "explained.safetensors", ClipModule).eval().clip
         if plan.training.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
             clip = clip.to("cuda")
         refused, broken = {}, {}
@@ -58,7 +61,7 @@ def prepare_maps(plan: Plan) -> None:
                 refused[method.name] = str(error)
             except Exception:
                 broken[method.name] = traceback.format_exc()
-        write_text(_broken(plan), json.dumps(broken))
+        write_text(plan.folder / _BROKEN, json.dumps(broken))
         write_text(plan.folder / "refused.json", json.dumps(refused))
 
 
@@ -69,12 +72,8 @@ def has_maps(plan: Plan) -> bool:
 
 def broken_maps(plan: Plan) -> dict[str, str]:
     """Tracebacks of the methods whose maps could not be made, by name."""
-    path = _broken(plan)
+    path = plan.folder / _BROKEN
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _broken(plan: Plan) -> Path:
-    return plan.folder / "maps" / "broken.json"
 
 
 def result(plan: Plan, run: Run) -> dict[str, Any] | None:
@@ -109,12 +108,7 @@ def locked(plan: Plan, run: Run, pool: str = "") -> Iterator[bool]:
     """Hold the lock of a run, unless another process does; yields whether it is held.
 
     The system frees the lock when the process ends, however that happens. The file `pid` names the process meanwhile.
-
-    Args:
-        plan: The experiment.
-        run: One of its runs.
-        pool: Name of the pool of processes that this one belongs to. If another one of the pool has died in the run,
-            the run is left to the process that started them.
+    If another process of the `pool` has died in the run, the run is left to the process that started them.
     """
     folder = plan.path(run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,20 +118,20 @@ def locked(plan: Plan, run: Run, pool: str = "") -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    is_mine = not pool or _holder(plan, run).partition(" ")[2] != f"{socket.gethostname()} {pool}"
+    is_held = not pool or _holder(plan, run).partition(" ")[2] != f"{socket.gethostname()} {pool}"
     try:
-        if is_mine:
+        if is_held:
             _remove_leftovers(folder)
             write_text(folder / _PID, _process(os.getpid(), pool))
-        yield is_mine
+        yield is_held
     finally:
-        if is_mine:
+        if is_held:
             (folder / _PID).unlink(missing_ok=True)
         lock.release()
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the files that a killed process left in the folder of a run. The caller holds the lock."""
+    """Remove what a killed process left in the folder of a run. The caller holds the lock."""
     for path in (folder / _PID, *folder.glob(".*.part")):
         path.unlink(missing_ok=True)
 
@@ -170,10 +164,10 @@ def state(plan: Plan, run: Run) -> str:
 def note_death(plan: Plan, run: Run, reason: str) -> None:
     """Keep the reason why a process died in a run, as soon as no process works on it; a result stays."""
     while not has_ended(plan, run):
-        with locked(plan, run) as is_mine:
-            if is_mine and not has_ended(plan, run):
+        with locked(plan, run) as is_held:
+            if is_held and not has_ended(plan, run):
                 write_text(plan.path(run) / _ERROR, reason)
-        if not is_mine:
+        if not is_held:
             time.sleep(POLL_SECONDS)
 
 
@@ -182,10 +176,6 @@ class Progress:
 
     Runs that failed before are tried again. On a terminal there is a bar; elsewhere a line after the first run, and
     then at most one a minute.
-
-    Args:
-        plan: The experiment.
-        runs: The runs that are counted.
     """
 
     def __init__(self, plan: Plan, runs: Sequence[Run]) -> None:
@@ -230,18 +220,14 @@ def work_here(plan: Plan, runs: Sequence[Run]) -> None:
 def work_alone(plan: Plan, runs: Sequence[Run], show: Callable[[], None] = lambda: None, pool: str = "") -> None:
     """Work on the runs that no other process has, one after the other, until all of them have ended somewhere.
 
-    Args:
-        plan: The experiment.
-        runs: Some of its runs.
-        show: Called after each run.
-        pool: Name of the pool that this process belongs to; see `locked`.
+    `show` is called after each run; `pool` is as in `locked`.
     """
     images = PlanImages(plan.folder)
     while pending := [run for run in runs if not has_ended(plan, run)]:
         for run in pending:
-            with locked(plan, run, pool) as is_mine:
+            with locked(plan, run, pool) as is_held:
                 # Another process may have ended it since the list was made.
-                if is_mine and not has_ended(plan, run):
+                if is_held and not has_ended(plan, run):
                     _attempt(plan, images, run)
             show()
         if not all(has_ended(plan, run) for run in pending):
@@ -261,16 +247,16 @@ def _attempt(plan: Plan, images: PlanImages, run: Run) -> None:
         # One broken run must not take the others with it; it is named at the end, and never averaged over.
         write_text(folder / _ERROR, traceback.format_exc())
     except SIGTERMException:
-        # A Trainer that a scheduler ends exits with status 0, as if all was done.
+        # A Trainer that gets SIGTERM would exit with status 0, as if all was done.
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as end:
-        # The Trainer turns Ctrl-C into this, and has the process ignore Ctrl-C from then on.
+        # The Trainer turns Ctrl-C into this, and sets the process to ignore Ctrl-C from then on.
         if isinstance(end.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from None
         raise
     finally:
-        # A Trainer and its module hold each other, and the weights: Python would let many of them pile up.
+        # A Trainer and its module refer to each other, so that their weights would pile up.
         gc.collect()
 
 
@@ -279,17 +265,10 @@ def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: in
 
     If a process dies in a run, for example for lack of memory, that run has failed, and another process takes over.
 
-    Args:
-        plan: The experiment.
-        runs: The runs of the shard that have no result.
-        shard: Runs that the processes work on; see `take_shard`.
-        processes: Number of processes.
-
-    Raises:
-        ChildProcessError: All processes ended outside of a run.
+    `runs` are those of the shard that have no result.
     """
-    # Started as commands, not forked: a fork of a process with threads, or with a GPU in use, may hang. A process ends
-    # when its standard input does, so with this one; Ctrl-C is for this one alone.
+    # Not forked: a fork of a process with threads, or with a GPU in use, may hang. A process ends when its standard
+    # input does, so with this one; a new session keeps Ctrl-C from it.
     command = [sys.executable, "-m", "matex_pl.roar", str(plan.folder), shard]
 
     def start() -> subprocess.Popen[bytes]:
@@ -302,8 +281,15 @@ def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: in
                 time.sleep(POLL_SECONDS)
                 for worker in [worker for worker in workers if worker.poll() is not None]:
                     workers.remove(worker)
-                    codes.append(worker.returncode)
-                    if worker.returncode and _note_end(progress, worker):
+                    codes.append(code := worker.returncode)
+                    name = _process(worker.pid, str(os.getpid()))
+                    run = next((run for run in progress.pending() if _holder(plan, run) == name), None)
+                    if code and run:
+                        reason = f"with the exit code {code}"
+                        if code < 0:
+                            signal_name = signal.Signals(-code).name
+                            reason = f"by the signal {signal_name}; the system kills processes if memory runs out"
+                        note_death(plan, run, f"The process of this run ended early, {reason}.")
                         workers.append(start())
                 progress.show()
         finally:
@@ -312,19 +298,3 @@ def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: in
                 worker.wait()
     if progress.pending():
         raise ChildProcessError(f"All processes ended before their first run, with the exit codes {codes}; see above.")
-
-
-def _note_end(progress: Progress, worker: subprocess.Popen[bytes]) -> bool:
-    """Note the end of a process in the run that it worked on; False if there is none."""
-    plan, name = progress.plan, _process(worker.pid, str(os.getpid()))
-    for run in progress.pending():
-        if _holder(plan, run) == name:
-            note_death(plan, run, f"The process of this run ended early, {_reason(worker.returncode)}.")
-            return True
-    return False
-
-
-def _reason(code: int) -> str:
-    if code >= 0:
-        return f"with the exit code {code}"
-    return f"by the signal {signal.Signals(-code).name}; the system ends what takes more memory than there is"

@@ -13,18 +13,14 @@ from matex_pl.files import remove_abandoned_parts, whole_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it.
+    """Writes a checkpoint next to its destination and renames it.
 
     Lightning writes to the system's temporary folder and moves the file: where that is another disk, a process that is
     killed during the move has lost the old checkpoint and leaves half of the new one under its name.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write to a path; addresses are left to Lightning.
-
-        Raises:
-            OSError: It could not be written; what was there before is as it was.
-        """
+        """Write to a path; addresses are left to Lightning."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -1,4 +1,4 @@
-"""Rows of all processes, and hashes by which repeats are told."""
+"""Rows of all processes, and hashes that identify repeats."""
 
 from __future__ import annotations
 

@@ -14,18 +14,14 @@ from matex_pl.training.distributed import fingerprints, gather_rows, process_cou
 
 
 def same_phrase(phrases: Sequence[str]) -> Tensor:
-    """Which pairs have the same phrase, but for case and spaces: `(B, B)` bool. They are no negatives of each other."""
+    """Pairs with the same phrase, which are no negatives of each other: `(B, B)` bool."""
     keys = phrase_keys(phrases)
     return keys[:, None] == keys[None]
 
 
 def phrase_keys(phrases: Sequence[str]) -> Tensor:
     """One int64 per phrase, equal where they differ by case and spaces only: `(B,)`."""
-    return fingerprints([_plain(phrase) for phrase in phrases])
-
-
-def _plain(phrase: str) -> str:
-    return " ".join(phrase.lower().split())
+    return fingerprints([" ".join(phrase.lower().split()) for phrase in phrases])
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, positives: Tensor) -> Tensor:
@@ -74,14 +70,14 @@ def gathered_loss(
         local_loss: Loss of the process's own pairs against all pairs; its mean over the processes is the loss of the
             batch. Otherwise every process computes the whole loss.
         gather_with_grad: Let gradients pass to the process that an embedding came from. Without it, gradients are
-            those of the own embeddings alone, smaller by the number of processes, and `local_loss` is not possible.
+            those of the process's own embeddings, smaller by the number of processes, and `local_loss` is not possible.
 
     Raises:
         ValueError: The processes have batches of different size.
     """
-    keys = phrase_keys(phrases).to(image.device)
     if process_count() == 1:
-        return contrastive_loss(image, text, logit_scale, keys[:, None] == keys)
+        return contrastive_loss(image, text, logit_scale, same_phrase(phrases).to(image.device))
+    keys = phrase_keys(phrases).to(image.device)
     all_keys, rank = gather_rows(keys), dist.get_rank()
     # Without a graph there is nothing to pass back, as in validation.
     with_grad = gather_with_grad and torch.is_grad_enabled()

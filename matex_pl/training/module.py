@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -48,23 +48,22 @@ class ClipModule(LightningModule):
 
     Args:
         name: An open_clip name, `hf-hub:org/repo`, `local-dir:folder`, or a path to a JSON model config.
-        pretrained: A tag of open_clip (`openai`) or a checkpoint file, one of this module included. Random weights when
-            left out.
+        pretrained: A tag of open_clip (`openai`) or a checkpoint file, also of this module; random weights by default.
         lr: Peak learning rate of AdamW.
         weight_decay: Decay of the weight matrices; biases, norms and the logit scale have none.
         betas: AdamW's two momenta.
         warmup_steps: Steps of linear warm-up, followed by a cosine to zero at the end of training.
-        freeze: What is not trained: `none`, `text`, `image` (towers), `all-but-projections`, or `all-but-head`
-            (projections and final norms). The logit scale always is.
+        freeze: Frozen parts: `none`, `text`, `image` (towers), `all-but-projections`, or `all-but-head`
+            (projections and final norms). The logit scale always is trained.
         max_logit_scale: Upper bound of the factor between cosines and logits (100 in CLIP).
         findings: Findings of the zero-shot scores; the data module's by default.
         prompt: Prompt per finding; `{finding}` stands for its name.
-        image_size: Side of the square input in pixels, or height and width, where it is not the model's own; position
+        image_size: Side of the square input in pixels, or height and width; the model's own by default. Position
             embeddings are interpolated to it.
         local_loss: With several processes, each computes the loss of its own pairs against those of all; otherwise
             each computes the whole.
-        gather_with_grad: With several processes, gradients pass to the process that an embedding came from, so that
-            they are those of one process on the whole batch. See `contrastive.gathered_loss`.
+        gather_with_grad: With several processes, gradients pass to the process that an embedding came from, as in one
+            process on the whole batch. See `loss.gathered_loss`.
     """
 
     clip: Clip
@@ -91,11 +90,18 @@ class ClipModule(LightningModule):
     ) -> None:
         super().__init__()
         check_choices(ClipModule.__init__, locals())
-        _check_arguments(lr, warmup_steps, max_logit_scale, prompt)
+        if lr <= 0 or warmup_steps < 0:
+            raise ValueError(f"lr must be positive and warmup_steps not negative, got {lr} and {warmup_steps}.")
+        if max_logit_scale < 1:
+            raise ValueError(
+                f"max_logit_scale must be at least 1, got {max_logit_scale}. Give the factor, not its log."
+            )
+        if "{finding}" not in prompt:
+            raise ValueError(f"prompt must contain {{finding}}, got {prompt!r}.")
         if local_loss and not gather_with_grad:
             raise ValueError(
-                "local_loss=True with gather_with_grad=False would give wrong gradients: a process never hears of the "
-                "pairs of the others that its embeddings are negatives of. Set local_loss=False as well."
+                "local_loss=True with gather_with_grad=False would give wrong gradients, without those of the other "
+                "processes' pairs. Set local_loss=False as well."
             )
         self.save_hyperparameters()
         self.clip = load_clip(name, pretrained, image_size)
@@ -115,25 +121,32 @@ class ClipModule(LightningModule):
         self.train()
 
     def inputs(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
-        """What the model takes of a batch: normalized images `(B, 3, H, W)` and tokens `(B, T)`."""
+        """Inputs of the model for a batch: normalized images `(B, 3, H, W)` and tokens `(B, T)`."""
         return self.clip.inputs(batch)
 
     def setup(self, stage: str) -> None:
-        """Learn from the data module what to score, and the mean image.
-
-        Raises:
-            NotImplementedError: The strategy keeps a part of each weight in each process.
-            OSError: A folder for checkpoints takes no files.
-            ValueError: The data module's frame is not the model's.
-        """
-        self._refuse_shards()
-        # One that the user chose stays.
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        """Take findings and mean image from the data module, and check what would fail later."""
+        strategy, data = self.trainer.strategy, cast(Any, getattr(self.trainer, "datamodule", None))
+        if isinstance(strategy, _SHARDED):
+            raise NotImplementedError(
+                f"{type(strategy).__name__} keeps a part of each weight in each process, but maps swap the attention "
+                "of whole towers and differentiate through it outside of the strategy. Set trainer.strategy=ddp."
+            )
+        # A user's own choice stays.
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeCheckpointIO()
         if stage == "fit" and self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
-            self._check_checkpoint_folders()
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self._check_size(getattr(data, "image_size", None))
+            # Callbacks know their folders by now.
+            for callback in self.trainer.checkpoint_callbacks:
+                folder = getattr(callback, "dirpath", None)
+                if folder and "://" not in str(folder):
+                    check_folder(Path(folder))
+        size = getattr(data, "image_size", None)
+        if size not in (None, self.clip.image_size):
+            raise ValueError(
+                f"The data module's image_size is {size}, the model takes {self.clip.image_size}. Leave it out of the "
+                "data module, which then asks the model."
+            )
         self.findings = tuple(self.hparams["findings"] or getattr(data, "findings", ()))
         if self.findings:
             scores = {split: ZeroShot(self.findings) for split in ("val", "test")}
@@ -141,31 +154,9 @@ class ClipModule(LightningModule):
         if self.clip.mean_image.isnan().any() and hasattr(data, "mean_image"):
             # Read once, not by every process.
             image: Any = data.mean_image() if self.trainer.is_global_zero else None
-            self.clip.mean_image.copy_(self.trainer.strategy.broadcast(image))
+            self.clip.mean_image.copy_(strategy.broadcast(image))
         for split in STAGES[stage] if hasattr(data, "pairs") and self.trainer.is_global_zero else ():
             self._report_cut_phrases(split, data.pairs[split])
-
-    def _refuse_shards(self) -> None:
-        strategy = self.trainer.strategy
-        if isinstance(strategy, _SHARDED):
-            raise NotImplementedError(
-                f"{type(strategy).__name__} keeps a part of each weight in each process, but maps swap the attention "
-                "of whole towers and differentiate through it outside of the strategy. Set trainer.strategy=ddp."
-            )
-
-    def _check_checkpoint_folders(self) -> None:
-        """Before the first step, not at the end of the first epoch; callbacks know their folders by now."""
-        for callback in self.trainer.checkpoint_callbacks:
-            folder = getattr(callback, "dirpath", None)
-            if folder and "://" not in str(folder):
-                check_folder(Path(folder))
-
-    def _check_size(self, size: tuple[int, int] | None) -> None:
-        if size not in (None, self.clip.image_size):
-            raise ValueError(
-                f"The data module's image_size is {size}, the model takes {self.clip.image_size}. Leave it out of the "
-                "data module, which then asks the model."
-            )
 
     def _report_cut_phrases(self, split: str, pairs: Sequence[ImageTextPair]) -> None:
         limit = self.clip.context_length
@@ -180,9 +171,10 @@ class ClipModule(LightningModule):
         """Training mode, except for towers that are frozen: those stay as they are deployed."""
         super().train(mode)
         freeze = self.hparams["freeze"]
-        both = ("image", "text") if freeze.startswith("all-but") else ()
-        for tower in {"image": ("image",), "text": ("text",)}.get(freeze, both):
-            for part in tower_modules(self.clip.model, tower):
+        frozen = ("image", "text") if freeze.startswith("all-but") else (freeze,)
+        for name, part in self.clip.model.named_children():
+            # open_clip's plain CLIP has no module for its text tower.
+            if ("image" if name == "visual" else "text") in frozen:
                 part.eval()
         return self
 
@@ -212,7 +204,7 @@ class ClipModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Refuse a step that would spoil the weights."""
-        # A gradient scaler looks itself, and takes what overflows for a reason to scale less.
+        # A gradient scaler checks for overflow itself, and lowers the scale.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             norm = nn.utils.get_total_norm(grads)
@@ -224,17 +216,14 @@ class ClipModule(LightningModule):
         """End the training before a step that would spoil the weights, and keep those it has.
 
         Args:
-            what: What is no number.
-            spoilt: Pairs of this process whose embeddings are none.
-
-        Raises:
-            FloatingPointError: With the ids of the pairs since the last step, and the path of the checkpoint.
+            what: The value that is not finite.
+            spoilt: Pairs of this process whose embeddings are not finite.
         """
-        found: list[Any] = [(self._step_ids, spoilt)] * process_count()
+        parts: list[Any] = [(self._step_ids, spoilt)] * process_count()
         if process_count() > 1:
-            dist.all_gather_object(found, found[0])
-        ids = [name for part in found for name in part[0]]
-        spoilt = [name for part in found for name in part[1]]
+            dist.all_gather_object(parts, parts[0])
+        ids = [name for part in parts for name in part[0]]
+        spoilt = [name for part in parts for name in part[1]]
         message = f"{what} in epoch {self.current_epoch} at step {self.global_step}, with the pairs {', '.join(ids)}."
         if spoilt:
             message += f" The embeddings of {', '.join(spoilt)} are no numbers."
@@ -253,7 +242,7 @@ class ClipModule(LightningModule):
         self.clip.logit_scale.clamp_(0, math.log(self.hparams["max_logit_scale"]))
 
     def on_validation_epoch_start(self) -> None:
-        """Encode the prompts with the weights of now."""
+        """Encode the prompts with the current weights."""
         self._scored = set()
         if self.zero_shot is not None:
             prompts = [self.hparams["prompt"].format(finding=finding) for finding in self.findings]
@@ -262,27 +251,21 @@ class ClipModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_predict_epoch_start = on_validation_epoch_start
 
+    @property
+    def _split(self) -> str:
+        return "test" if self.trainer.testing else "val"
+
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the validation scores; returns its embeddings, for callbacks to share."""
-        return self._score(batch, "val")
-
-    def test_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the test scores; returns its embeddings, for callbacks to share."""
-        return self._score(batch, "test")
-
-    def _score(self, batch: ImageTextBatch, split: str) -> dict[str, Tensor]:
+        """Add a batch to the scores of its split; returns its embeddings, for callbacks to share."""
         image, text = self(batch)
-        self._log_loss(split, image, text, batch)
-        self.retrieval[split].update(image, text, batch["id"], batch["image_id"], batch["phrase"])
+        self._log_loss(image, text, batch)
+        self.retrieval[self._split].update(image, text, batch["id"], batch["image_id"], batch["phrase"])
         if self.zero_shot is not None:
-            self.zero_shot[split].update(image @ self._prompts.T, batch["image_findings"], batch["image_id"])
+            self.zero_shot[self._split].update(image @ self._prompts.T, batch["image_findings"], batch["image_id"])
         return {"image": image, "text": text}
 
-    def _log_loss(self, split: str, image: Tensor, text: Tensor, batch: ImageTextBatch) -> None:
-        """The loss of a batch of all processes, without the pairs that came before: samplers fill up shards with them.
-
-        So it is that of one process with a batch as large as theirs together.
-        """
+    def _log_loss(self, image: Tensor, text: Tensor, batch: ImageTextBatch) -> None:
+        """Log the loss that one process would have on the batches of all, without pairs that samplers repeat."""
         keys = torch.stack([fingerprints(batch["id"]), phrase_keys(batch["phrase"])], 1).to(image.device)
         images, texts, keys = gather_rows(image), gather_rows(text), gather_rows(keys)
         rows = {key: row for row, key in reversed(list(enumerate(keys[:, 0].tolist())))}
@@ -292,22 +275,19 @@ class ClipModule(LightningModule):
             phrases = keys[new, 1]
             scale, positives = self.clip.logit_scale.exp(), phrases[:, None] == phrases
             loss = contrastive_loss(images[new], texts[new], scale, positives)
-            self.log(f"{split}/loss", loss, prog_bar=True, batch_size=len(new), sync_dist=True)
+            self.log(f"{self._split}/loss", loss, prog_bar=True, batch_size=len(new), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole split."""
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores of the whole split."""
-        self._log_scores("test")
-
-    def _log_scores(self, split: str) -> None:
+        split = self._split
         for metric in (self.retrieval[split], *([self.zero_shot[split]] if self.zero_shot is not None else [])):
             for name, value in metric.compute().items():
                 # The same in every process.
                 self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "zero_shot_top1", sync_dist=True)
             metric.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: ImageTextBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One row per pair: id, phrase, cosine, and the cosine with each finding's prompt."""
@@ -322,15 +302,11 @@ class ClipModule(LightningModule):
         return rows
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with linear warm-up and a cosine to zero.
-
-        Raises:
-            ValueError: The training has no end, towards which the learning rate could fall.
-        """
+        """AdamW with linear warm-up and a cosine to zero, which needs a training with an end."""
         steps, warmup = self.trainer.estimated_stepping_batches, self.hparams["warmup_steps"]
         if math.isinf(steps):
             raise ValueError(
-                "The cosine of the learning rate needs an end. Set trainer.max_epochs or trainer.max_steps."
+                "The cosine schedule needs a fixed training length. Set trainer.max_epochs or trainer.max_steps."
             )
         if steps <= warmup:
             rank_zero_warn(
@@ -356,20 +332,17 @@ class ClipModule(LightningModule):
         checkpoint["tokenizer"] = self.clip.tokenizer_mark()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the states of the random numbers out of the checkpoint; they are set when this training is resumed.
+        """Check the weights, and take the states of the random numbers for a resumed training.
 
         Raises:
-            ValueError: Its weights hold NaN or Inf, or it was trained with another tokenizer.
+            ValueError: The weights hold NaN or Inf, or were trained with another tokenizer.
         """
         path = self.trainer.ckpt_path if self._trainer is not None else None
         self.clip.refuse_checkpoint(checkpoint, str(path or "The checkpoint"))
         self._rng_state = checkpoint.get("rng_state")
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the checkpoint, if this run resumes one; else each process gets its own.
-
-        A process that the checkpoint's run did not have begins with numbers of its own, too.
-        """
+        """Continue the random numbers of a resumed checkpoint; without any, each process gets its own."""
         rank = self.trainer.global_rank
         states = self._rng_state if self.trainer.ckpt_path is not None else None
         self._rng_state = None
@@ -397,13 +370,6 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def tower_modules(model: nn.Module, tower: str) -> list[nn.Module]:
-    """The modules that make up the `image` or the `text` tower; open_clip's plain CLIP has no module for its text."""
-    if tower == "image" or hasattr(model, "text"):
-        return [model.get_submodule("visual" if tower == "image" else "text")]
-    return [module for name, module in model.named_children() if name != "visual"]
-
-
 def freeze_parameters(model: nn.Module, freeze: Freeze) -> None:
     """Switch off the gradients of a tower, or of all but the last layers before the common space; see `ClipModule`."""
     projections = 0
@@ -420,15 +386,6 @@ def freeze_parameters(model: nn.Module, freeze: Freeze) -> None:
         parameter.requires_grad_(parameter.requires_grad and (not is_frozen or name.startswith("logit_")))
     if freeze.startswith("all-but") and not projections:
         raise ValueError(f"{type(model).__name__} has no projection by a known name; freeze 'text' or 'image' instead.")
-
-
-def _check_arguments(lr: float, warmup_steps: int, max_logit_scale: float, prompt: str) -> None:
-    if lr <= 0 or warmup_steps < 0:
-        raise ValueError(f"lr must be positive and warmup_steps not negative, got {lr} and {warmup_steps}.")
-    if max_logit_scale < 1:
-        raise ValueError(f"max_logit_scale must be at least 1, got {max_logit_scale}. Give the factor, not its log.")
-    if "{finding}" not in prompt:
-        raise ValueError(f"prompt must contain {{finding}}, got {prompt!r}.")
 
 
 def load_module(ckpt_path: str) -> ClipModule:

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from matex_pl.training.distributed import fingerprints, first_of_each
-from matex_pl.training.loss import _plain
+from matex_pl.training.loss import phrase_keys
 
 
 def best_positive_rank(scores: Tensor, positives: Tensor) -> Tensor:
@@ -55,10 +55,10 @@ class ImageTextRecall(Metric):
         self, image: Tensor, text: Tensor, ids: Sequence[str], image_ids: Sequence[str], phrases: Sequence[str]
     ) -> None:
         """Add B pairs: embeddings `(B, D)`, and the names that tell repeats, images and phrases apart."""
-        phrases = [_plain(phrase) for phrase in phrases]
         self.image.append(image.detach().float())
         self.text.append(text.detach().float())
-        self.keys.append(torch.stack([fingerprints(names) for names in (ids, image_ids, phrases)], 1).to(image.device))
+        keys = [fingerprints(ids), fingerprints(image_ids), phrase_keys(phrases)]
+        self.keys.append(torch.stack(keys, 1).to(image.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Shares in [0, 1] of the queries whose best positive is among the first k."""
@@ -67,21 +67,18 @@ class ImageTextRecall(Metric):
             return {f"{way}_recall@{k}": torch.tensor(torch.nan) for way in ranks for k in self.ks}
         keys = dim_zero_cat(self.keys)
         first = first_of_each(keys[:, 0])
-        image, text, image_key, phrase_key = (
-            dim_zero_cat(self.image)[first],
-            dim_zero_cat(self.text)[first],
-            *keys[first, 1:].T,
-        )
+        image, text = dim_zero_cat(self.image)[first], dim_zero_cat(self.text)[first]
+        image_key, phrase_key = keys[first, 1:].T
         for rows in torch.arange(len(image_key), device=image_key.device).split(1024):
             positives = (image_key[rows, None] == image_key) | (phrase_key[rows, None] == phrase_key)
             ranks["image_to_text"].append(best_positive_rank(image[rows] @ text.T, positives))
             ranks["text_to_image"].append(best_positive_rank(text[rows] @ image.T, positives))
         return {
-            f"{way}_recall@{k}": (torch.cat(found) < k).float().mean() for way, found in ranks.items() for k in self.ks
+            f"{way}_recall@{k}": (torch.cat(parts) < k).float().mean() for way, parts in ranks.items() for k in self.ks
         }
 
 
-# Name of before 0.2.
+# Name before 0.2.
 RetrievalRecall = ImageTextRecall
 
 
@@ -113,7 +110,7 @@ class ZeroShot(Metric):
 
     def update(self, scores: Tensor, image_findings: Sequence[Sequence[str]], image_ids: Sequence[str]) -> None:
         """Add B images: cosines with the F prompts `(B, F)`, the findings each has, and its name."""
-        labels = [[finding in found for finding in self.findings] for found in image_findings]
+        labels = [[finding in present for finding in self.findings] for present in image_findings]
         self.scores.append(scores.detach().float())
         self.labels.append(torch.tensor(labels, device=scores.device).view(scores.shape))
         self.images.append(fingerprints(image_ids).to(scores.device))

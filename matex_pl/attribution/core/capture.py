@@ -37,10 +37,6 @@ class Block:
 
     mean: Tensor
 
-    def pooled_row(self, position: Tensor) -> Tensor:
-        """Row of the pooled token, at `position` `(B,)`, averaged over heads: `(B, n)`."""
-        return self.mean[:, 0] if self.mean.shape[1] == 1 else at(self.mean[:, None], position)[:, 0]
-
 
 @dataclass
 class GradBlock(Block):
@@ -83,25 +79,18 @@ def borrowed(clip: Clip) -> Iterator[None]:
         raise ValueError(
             "The model was built or moved under torch.inference_mode(). Build it outside, then explain it."
         )
-    with _LOCK:
-        yield from _borrowed(clip)
-
-
-def _borrowed(clip: Clip) -> Iterator[None]:
-    training = [module for module in clip.modules() if module.training]
-    checkpointing = [module for module in clip.modules() if getattr(module, "grad_checkpointing", False) is True]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = {parameter.device.index for parameter in clip.parameters() if parameter.device.type == "cuda"}
-    kind = clip.logit_scale.device.type
-    with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+    with _LOCK, ExitStack() as stack:
+        training = [module for module in clip.modules() if module.training]
+        checkpointing = [module for module in clip.modules() if getattr(module, "grad_checkpointing", False) is True]
+        devices = {parameter.device.index for parameter in clip.parameters() if parameter.device.type == "cuda"}
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         stack.callback(_set_attribute, checkpointing, "grad_checkpointing", True)
         stack.callback(_set_attribute, training, "training", True)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng(devices=sorted(index or 0 for index in devices)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.autocast(clip.logit_scale.device.type, enabled=False))
         torch.backends.mha.set_fastpath_enabled(False)
         _set_attribute(checkpointing, "grad_checkpointing", False)
         _set_attribute(training, "training", False)
@@ -169,30 +158,22 @@ def count_blocks(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[int, int]:
             clip.encode_image(images)
         with capture_attention(clip.text_pooling(tokens), full=True) as text_blocks:
             clip.encode_text(tokens)
-        _check_image_blocks(original(model.visual), blocks, clip.grid)
-        if not text_blocks:
-            raise NotImplementedError(_unseen("text", text_tower(model)))
+        visual = original(model.visual)
+        for side, tower, seen in (("image", visual, blocks), ("text", text_tower(model), text_blocks)):
+            if not seen:
+                raise NotImplementedError(
+                    f"The {side} tower {type(tower).__name__} calls no {_ATTENTION}, so its maps cannot be computed. "
+                    "Use a transformer tower, or switch fused attention on where the tower has an option for it."
+                )
+        patches, depth = clip.grid[0] * clip.grid[1], image_depth(visual)
+        if any(len(block.mean) != 1 or block.mean.shape[-1] < patches for block in blocks):
+            reason = f"its attention sees parts of its {patches} patches"
+            raise NotImplementedError(not_explained("image", visual, reason))
+        if len(blocks) != depth:
+            reason = f"its {depth} blocks call {_ATTENTION} {len(blocks)} times"
+            raise NotImplementedError(not_explained("image", visual, reason))
         _BLOCKS[model] = modules, len(blocks), len(text_blocks)
     return _BLOCKS[model][1:]
-
-
-def _check_image_blocks(tower: nn.Module, blocks: Sequence[Block], grid: tuple[int, int]) -> None:
-    if not blocks:
-        raise NotImplementedError(_unseen("image", tower))
-    patches, depth = grid[0] * grid[1], image_depth(tower)
-    seen = {(len(block.mean), block.mean.shape[-1]) for block in blocks}
-    if any(samples != 1 or tokens < patches for samples, tokens in seen):
-        raise NotImplementedError(not_explained("image", tower, f"its attention sees parts of its {patches} patches"))
-    if len(blocks) != depth:
-        reason = f"its {depth} blocks call {_ATTENTION} {len(blocks)} times"
-        raise NotImplementedError(not_explained("image", tower, reason))
-
-
-def _unseen(side: str, tower: nn.Module) -> str:
-    return (
-        f"The {side} tower {type(tower).__name__} calls no {_ATTENTION}, so its maps cannot be computed. "
-        "Use a transformer tower, or switch fused attention on where the tower has an option for it."
-    )
 
 
 def _scale_and_bias(
@@ -204,9 +185,16 @@ def _scale_and_bias(
     scale: float | None = None,
     **_: object,
 ) -> tuple[float, Tensor | None]:
-    """Factor of the attention logits and what is added to them, from the arguments of the attention call."""
-    bias = _bias(attn_mask, is_causal, (*query.shape[:3], key.shape[2]), query.device)
-    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale, bias
+    """Factor of the attention logits, and what is added to them as a view `(B, h, m, n)`; of the call's arguments."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    shape = (*query.shape[:3], key.shape[2])
+    if is_causal:
+        attn_mask = torch.ones(shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is None:
+        return scale, None
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill(~attn_mask, -torch.inf)
+    return scale, full_precision(attn_mask).expand(shape)
 
 
 def _attention(
@@ -238,17 +226,6 @@ def _mean(attention: Callable[..., Tensor], position: Tensor | None, full: bool)
 def at(tensor: Tensor, positions: Tensor) -> Tensor:
     """`(B, h, n, m)` at one of the n positions per sample: `(B, h, m)`."""
     return tensor[torch.arange(len(tensor), device=tensor.device), :, positions]
-
-
-def _bias(mask: Tensor | None, is_causal: bool, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """What is added to the attention logits, as a view of `shape` (B, h, m, n)."""
-    if is_causal:
-        mask = torch.ones(shape[-2:], dtype=torch.bool, device=device).tril()
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-    return full_precision(mask).expand(shape)
 
 
 def _set_attribute(modules: list[nn.Module], name: str, value: bool) -> None:

@@ -33,7 +33,8 @@ def row_weights(blocks: Sequence[Block], pooling: Pooling) -> list[Tensor | None
 def attention_rows(blocks: Sequence[Block], pooling: Pooling) -> Tensor:
     """Head-averaged attention of what is pooled to each token of the map, by layer: `(B, L, length)`."""
     if pooling.position is not None:
-        rows = [block.pooled_row(pooling.position) for block in blocks]
+        means = [block.mean for block in blocks]
+        rows = [mean[:, 0] if mean.shape[1] == 1 else at(mean[:, None], pooling.position)[:, 0] for mean in means]
     else:
         pairs = zip(row_weights(blocks, pooling), blocks, strict=True)
         rows = [torch.einsum("bm,bmn->bn", weight, block.mean) for weight, block in pairs]
@@ -43,9 +44,7 @@ def attention_rows(blocks: Sequence[Block], pooling: Pooling) -> Tensor:
 def rollout_row(matrices: Sequence[Tensor], pooling: Pooling) -> Tensor:
     """What is read of the product over layers of rownorm(A + I) (Abnar and Zuidema 2020), `(B, length)`.
 
-    Args:
-        matrices: L head-averaged attention matrices `(B, m, n)`, first layer first, the pool's last.
-        pooling: How the tower pools.
+    A are head-averaged attention matrices `(B, m, n)`, first layer first, the pool's last.
     """
     row, matrices = first_row(matrices, pooling)
     for matrix in reversed(matrices):

@@ -14,7 +14,6 @@ from matex_pl.clip.towers import original
 from matex_pl.maps import full_precision
 
 Target = Literal["cosine", "margin"]
-"""What is explained."""
 
 _PLACED = (
     "atelectasis",
@@ -30,7 +29,7 @@ _LOBES = ("right upper lobe", "left upper lobe", "right lower lobe", "left lower
 _PLACES = ("", "right", "left", "bilateral", *_LOBES)
 
 REFERENCES: tuple[str, ...] = ("cardiomegaly", *(f"{place} {name}".strip() for name in _PLACED for place in _PLACES))
-"""Common findings by side and zone: the phrases that `target="margin"` compares with unless told otherwise."""
+"""Common findings by side and zone: the phrases that `target="margin"` compares with by default."""
 
 
 def directions(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,36 +51,31 @@ def directions(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[T
     return score, text if reference is None else text - reference, image.expand_as(text)
 
 
-_ENCODED: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+_ENCODED: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor, Tensor]] = WeakKeyDictionary()
 # Entries of each weight that are compared: a step of any optimizer moves more than a few of them.
 _SAMPLED = 256
 
 
 def reference_mean(clip: Clip, references: Sequence[str]) -> Tensor:
-    """Mean embedding of the reference phrases, `(D,)`, float32 or better; encoded once per weights of the text tower.
-
-    Call it inside `borrowed`: what it keeps must neither depend on dropout nor be an inference tensor.
-    """
-    return _encoded(clip, references)[1]
-
-
-def reference_embeddings(clip: Clip, references: Sequence[str]) -> Tensor:
-    """Embedding of each reference phrase, `(R, D)`; otherwise as `reference_mean`."""
-    return _encoded(clip, references)[0]
+    """Mean embedding of the reference phrases, `(D,)`; otherwise as `reference_embeddings`."""
+    return reference_embeddings(clip, references).mean(0)
 
 
 @torch.no_grad()
-def _encoded(clip: Clip, references: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings and their mean."""
+def reference_embeddings(clip: Clip, references: Sequence[str]) -> Tensor:
+    """Embedding of each reference phrase, `(R, D)`, float32 or better; encoded once per weights of the text tower.
+
+    Call it inside `borrowed`: what it keeps must neither depend on dropout nor be an inference tensor.
+    """
     model, weights = original(clip.model), _sample(clip)
     key = (*references, clip.std.dtype, weights.device)
     if model in _ENCODED:
-        known, sampled, embeddings, mean = _ENCODED[model]
+        known, sampled, embeddings = _ENCODED[model]
         if known == key and torch.equal(sampled, weights):
-            return embeddings, mean
+            return embeddings
     embeddings = full_precision(clip.encode_text(clip.tokenize(references)))
-    _ENCODED[model] = key, weights, embeddings, embeddings.mean(0)
-    return _ENCODED[model][2:]
+    _ENCODED[model] = key, weights, embeddings
+    return embeddings
 
 
 def _sample(clip: Clip) -> Tensor:

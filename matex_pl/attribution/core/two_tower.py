@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
 from matex_pl.attribution.core.capture import borrowed, count_blocks
 from matex_pl.attribution.core.fill import drop_tokens
+from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
 from matex_pl.clip import towers
 from matex_pl.clip.model import Clip
@@ -39,8 +39,16 @@ class Relevance:
     parts: dict[str, Any] = field(default_factory=dict)
 
 
-Trace = tuple[Tensor, Callable[[Tensor], Relevance]]
-"""Embedding `(B, D)`, or `(1, D)` of one image, and what makes of a direction `(B, D)` the side's `Relevance`."""
+class Trace(NamedTuple):
+    """A forward of one tower.
+
+    Args:
+        embedding: `(B, D)`, or `(1, D)` of one image.
+        relevance_for: The `Relevance` of the tower's inputs to a direction `(B, D)` in the space of the embedding.
+    """
+
+    embedding: Tensor
+    relevance_for: Callable[[Tensor], Relevance]
 
 
 class Tower(ABC):
@@ -84,18 +92,29 @@ class Tower(ABC):
 
     @abstractmethod
     def encode(self, inputs: Tensor | None = None) -> Tensor:
-        """Unit embeddings `(b, D)` of inputs like this side's own; of those by default."""
+        """Unit embeddings `(b, D)` of inputs of the tower's kind; of its own by default."""
 
-    @abstractmethod
     def encode_signal(self, signal: Tensor) -> Tensor:
         """Unit embeddings `(k * B, D)` of k signals per sample, the samples running fastest."""
+        return self.encode(signal)
 
     @abstractmethod
     def encode_stream(self, copies: int) -> Tensor:
         """Unit embeddings of `copies` per sample, the samples running fastest, inside `Stream.resumed`."""
 
+    def stream(self) -> Stream:
+        """The residual stream of the tower's tokens.
+
+        Raises:
+            NotImplementedError: It has none: a ResNet.
+        """
+        if not self.blocks:
+            tower = towers.original(self.clip.model.visual)
+            raise NotImplementedError(towers.not_explained("image", tower, "it has no stream of tokens"))
+        return Stream(self.blocks)
+
     def rows(self, rows: Tensor) -> Tower:
-        """The side of some of the pairs `(k,)`; one image stays one image."""
+        """The tower with some of the pairs `(k,)`; one image stays one image."""
         inputs = self.inputs[rows] if len(self.inputs) > 1 else self.inputs
         return type(self)(self.clip, inputs, self._depth)
 
@@ -129,9 +148,6 @@ class ImageTower(Tower):
     def encode(self, inputs: Tensor | None = None) -> Tensor:  # noqa: D102
         return self.clip.encode_image(self.inputs if inputs is None else inputs)
 
-    def encode_signal(self, signal: Tensor) -> Tensor:  # noqa: D102
-        return self.encode(signal)
-
     def encode_stream(self, copies: int) -> Tensor:  # noqa: D102
         # The pixels pass through no block that is resumed: those of one image will do.
         return self.encode(self.inputs[:1])
@@ -153,8 +169,7 @@ class TextTower(Tower):
     """The text tower and its phrases."""
 
     @property
-    def pooling(self) -> Pooling:
-        """How the embedding is read from the tokens."""
+    def pooling(self) -> Pooling:  # noqa: D102
         return self.clip.text_pooling(self.inputs)
 
     @property
@@ -185,7 +200,7 @@ class TextTower(Tower):
 
     def encode_signal(self, signal: Tensor) -> Tensor:
         """Unit embeddings of token embeddings; which tokens are pads and which one is pooled stays."""
-        with _output_replaced(self._table, signal):
+        with self._table.register_forward_hook(lambda _, __, found: signal[:, : found.shape[1]].to(found)):
             return self.encode_stream(len(signal) // len(self.inputs))
 
     def encode_stream(self, copies: int) -> Tensor:  # noqa: D102
@@ -202,22 +217,15 @@ class TextTower(Tower):
             chunk_size: Phrases per forward.
         """
         keep = keep.expand(-1, len(self.inputs), -1)
-        pairs = max(1, _MOST_TOKENS // keep[:, 0].numel())
-        chunks = torch.arange(len(self.inputs), device=keep.device).split(pairs)
-        return torch.cat([self._score_some(rows, keep[:, rows], direction[rows], chunk_size) for rows in chunks], 1)
-
-    def _score_some(self, pairs: Tensor, keep: Tensor, direction: Tensor, chunk_size: int) -> Tensor:
-        dropped = drop_tokens(self.inputs[pairs], self.keep[pairs] & ~keep, self.clip.pad_id)
-        rows, places = dropped.flatten(0, 1).unique(dim=0, return_inverse=True)
-        score = torch.cat([full_precision(self.encode(chunk)) @ direction.T for chunk in rows.split(chunk_size)])
-        return score.gather(0, places.view(dropped.shape[:2]))
-
-
-@contextmanager
-def _output_replaced(module: nn.Module, output: Tensor) -> Iterator[None]:
-    """Inside, `module` gives `output` `(B, n, C)`, cut to the length that it is asked for."""
-    with module.register_forward_hook(lambda _, __, looked_up: output[:, : looked_up.shape[1]].to(looked_up)):
-        yield
+        scores = []
+        most = max(1, _MOST_TOKENS // keep[:, 0].numel())
+        for pairs in torch.arange(len(self.inputs), device=keep.device).split(most):
+            dropped = drop_tokens(self.inputs[pairs], self.keep[pairs] & ~keep[:, pairs], self.clip.pad_id)
+            rows, places = dropped.flatten(0, 1).unique(dim=0, return_inverse=True)
+            towards = direction[pairs].T
+            score = torch.cat([full_precision(self.encode(chunk)) @ towards for chunk in rows.split(chunk_size)])
+            scores.append(score.gather(0, places.view(dropped.shape[:2])))
+        return torch.cat(scores, 1)
 
 
 class TwoTowerMethod(AttributionMethod):
@@ -239,56 +247,58 @@ class TwoTowerMethod(AttributionMethod):
 
     @abstractmethod
     def trace(self, tower: Tower) -> Trace:
-        """Run a tower: its embeddings, and what finds, for a direction in their space, where they come from."""
-
-    def check(self, clip: Clip) -> None:
-        """Refuse a model that the method cannot explain, before any work."""
+        """Run a tower: its embeddings, and a function that finds where a direction in their space comes from."""
 
     def attribute(
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
     ) -> Attribution:
         """Maps of B pairs; see `AttributionMethod.attribute`."""
         check_pairs(clip, images, tokens, phrases, content_box)
-        return self._explain(clip, images, tokens, phrases)
+        return self._explain(clip, images, tokens, phrases, content_box)
 
     def attribute_phrases(
         self, clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
     ) -> Attribution:
         """Maps of one image and P phrases; what does not depend on the phrase is done once."""
-        tokens, _ = check_phrases(clip, image, phrases, content_box)
-        return self._explain(clip, image[None], tokens, phrases)
+        tokens, content_box = check_phrases(clip, image, phrases, content_box)
+        return self._explain(clip, image[None], tokens, phrases, content_box)
 
-    def _explain(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Attribution:
-        self.check(clip)
+    def _explain(
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None
+    ) -> Attribution:
+        """Maps of B pairs, or of one image and B phrases."""
+        dtype = clip.std.dtype
         with borrowed(clip):
-            images, tokens = images.detach().clone(), tokens.clone()
-            image_tower = ImageTower(clip, images, lambda: count_blocks(clip, images, tokens)[0])
-            text_tower = TextTower(clip, tokens, lambda: count_blocks(clip, images, tokens)[1])
-            reference = reference_mean(clip, self.references) if self.target == "margin" else None
-            image, relevance_for = self.trace(image_tower)
-            text, text_relevance_for = self.trace(text_tower) if self.supports_text else (text_tower.encode(), None)
-            image, text = full_precision(image.detach()), full_precision(text.detach())
-            score, by_image, by_text = directions(image, text, reference)
-            check_scores(score, phrases)
-            raw = relevance_for(by_image)
-            words = text_relevance_for(by_text) if text_relevance_for else None
-            check_scores(score, phrases, raw.values.expand(len(score), *raw.values.shape[1:]))
-            if words:
-                check_scores(score, phrases, words.values)
-            return _finish(clip, raw, words, text_tower.keep, score)
+            patches, words, content, score = self._relevance(clip, images, tokens, phrases)
+            if patches.values.ndim == 2:
+                grid = min_max(patches.values.unflatten(1, clip.grid), dtype=dtype)
+                image = min_max(upsample(grid, clip.image_size))
+            else:
+                image = min_max(patches.values, dtype=dtype)
+                grid = patch_mean(image, clip.grid)
+            image, grid = (part.expand(len(score), -1, -1) for part in (image, grid))
+            if words is None:
+                return Attribution(
+                    image, grid, torch.zeros_like(content, dtype=grid.dtype), content, score, patches.parts
+                )
+            parts = patches.parts | {f"text_{name}": part for name, part in words.parts.items()}
+            return Attribution(image, grid, token_map(words.values, content, dtype=dtype), content, score, parts)
 
-
-def _finish(clip: Clip, raw: Relevance, words: Relevance | None, content: Tensor, score: Tensor) -> Attribution:
-    """Maps in [0, 1] of raw values; the text map is zero without `words`."""
-    dtype = clip.std.dtype
-    if raw.values.ndim == 2:
-        grid = min_max(raw.values.unflatten(1, clip.grid), dtype=dtype)
-        image = min_max(upsample(grid, clip.image_size))
-    else:
-        image = min_max(raw.values, dtype=dtype)
-        grid = patch_mean(image, clip.grid)
-    image, grid = (part.expand(len(score), -1, -1) for part in (image, grid))
-    if words is None:
-        return Attribution(image, grid, torch.zeros_like(content, dtype=grid.dtype), content, score, raw.parts)
-    parts = raw.parts | {f"text_{name}": part for name, part in words.parts.items()}
-    return Attribution(image, grid, token_map(words.values, content, dtype=dtype), content, score, parts)
+    def _relevance(
+        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]
+    ) -> tuple[Relevance, Relevance | None, Tensor, Tensor]:
+        """Relevance of the images and of the tokens, content `(B, T)` and score `(B,)`, inside `borrowed`."""
+        images, tokens = images.detach().clone(), tokens.clone()
+        image_tower = ImageTower(clip, images, lambda: count_blocks(clip, images, tokens)[0])
+        text_tower = TextTower(clip, tokens, lambda: count_blocks(clip, images, tokens)[1])
+        reference = reference_mean(clip, self.references) if self.target == "margin" else None
+        image, relevance_for = self.trace(image_tower)
+        text, text_relevance_for = self.trace(text_tower) if self.supports_text else (text_tower.encode(), None)
+        image, text = full_precision(image.detach()), full_precision(text.detach())
+        score, by_image, by_text = directions(image, text, reference)
+        check_scores(score, phrases)
+        patches = relevance_for(by_image)
+        words = text_relevance_for(by_text) if text_relevance_for else None
+        for side in (patches, words) if words else (patches,):
+            check_scores(score, phrases, side.values.expand(len(score), *side.values.shape[1:]))
+        return patches, words, text_tower.keep, score

@@ -1,4 +1,4 @@
-"""The connected parts of a map above a threshold as boxes, held against the boxes of the pair."""
+"""The connected parts of a map above a threshold as boxes, compared with the boxes of the pair."""
 
 from __future__ import annotations
 
@@ -32,54 +32,38 @@ class Components:
 
 def components(maps: Tensor, threshold: float) -> Components:
     """The 8-connected components of `map > threshold`, of maps `(B, H, W)`."""
-    label, pair, boxes = label_components(maps > threshold)
-    label, place = label.flatten(), torch.arange(label.numel(), device=maps.device)
+    number, height, width = maps.shape
+    if not maps.numel():
+        return Components(torch.zeros(0, dtype=torch.long, device=maps.device), maps.new_zeros(0, 4), maps.new_zeros(0))
+    # One image of all masks, with an empty row between; to OpenCV on the CPU.
+    stacked = torch.nn.functional.pad((maps > threshold).to(torch.uint8), (0, 0, 0, 1)).flatten(0, 1)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(stacked.cpu().numpy(), connectivity=8, ltype=cv2.CV_32S)
+    # Of each pixel the number of its component, from 1, or 0.
+    label = torch.from_numpy(labels).to(maps.device).view(number, height + 1, width)[:, :-1].long().flatten()
+    left, top, across, down = torch.from_numpy(stats[1:, :4]).to(maps.device).long().T
+    pair = top // (height + 1)
+    top = top - pair * (height + 1)
+    corners = torch.stack([left, top, left + across, top + down], 1)
+    boxes = corners / torch.tensor([width, height, width, height], device=maps.device)
+    place = torch.arange(label.numel(), device=maps.device)
     first = place.new_full((len(pair) + 1,), label.numel()).scatter_reduce(0, label, place, "amin")[1:]
     peak = maps.new_zeros(len(pair) + 1).scatter_reduce(0, label, maps.flatten(), "amax", include_self=False)[1:]
     order = first.argsort()
     return Components(pair[order], boxes.to(maps.dtype)[order], peak[order])
 
 
-def label_components(above: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The 8-connected components of masks.
-
-    Args:
-        above: `(B, H, W)` bool.
-
-    Returns:
-        Of each cell the number of its component, from 1, or 0 `(B, H, W)`; of each of the n components the index of its
-        mask `(n,)`, and its box `(n, 4)` `x0, y0, x1, y1` in [0, 1].
-    """
-    number, height, width = above.shape
-    if not above.numel():
-        return above.long(), above.new_zeros(0, dtype=torch.long), torch.zeros(0, 4, device=above.device)
-    # One image of all masks, with an empty row between; to OpenCV on the CPU.
-    stacked = torch.nn.functional.pad(above.to(torch.uint8), (0, 0, 0, 1)).flatten(0, 1)
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(stacked.cpu().numpy(), connectivity=8, ltype=cv2.CV_32S)
-    label = torch.from_numpy(labels).to(above.device).view(number, height + 1, width)[:, :-1].long()
-    left, top, across, down = torch.from_numpy(stats[1:, :4]).to(above.device).long().T
-    pair = top // (height + 1)
-    top = top - pair * (height + 1)
-    corners = torch.stack([left, top, left + across, top + down], 1)
-    return label, pair, corners / torch.tensor([width, height, width, height], device=above.device)
-
-
 def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -> Tensor:
     """IoU of the box of the component with the highest peak with the pair's best box, `(B,)`.
 
-    0 without a component, NaN without boxes; of equal peaks the first component counts.
-
-    Args:
-        components: Components of `number` maps.
-        boxes: B tensors `(K, 4)`, `x0, y0, x1, y1` in [0, 1].
-        number: B.
+    0 without a component, NaN without boxes; of equal peaks the first component counts. Boxes are `(K, 4)` for each of
+    the `number` maps, `x0, y0, x1, y1` in [0, 1].
 
     Raises:
-        ValueError: There are not B lists of boxes.
+        ValueError: There are not as many lists of boxes as maps.
     """
     if len(boxes) != number:
         raise ValueError(f"There are {number} maps, but boxes of {len(boxes)} pairs.")
-    order = _by_peak(components)
+    order = components.peak.argsort(descending=True, stable=True)
     best = _overlaps(components, boxes).amax(1)[order] if len(order) else components.peak
     pair = components.pair[order]
     leads = first_of_each(pair)
@@ -98,17 +82,12 @@ def match_components(components: Components, boxes: Sequence[Tensor], iou: float
     """Which components find a box, `(n,)` bool, by the rule of PASCAL VOC (Everingham et al. 2010).
 
     By descending peak, each component points at the box of its pair that it overlaps most; it hits if their IoU
-    exceeds `iou` and no component before it has hit that box.
-
-    Args:
-        components: Components of B maps.
-        boxes: B tensors `(K, 4)`, `x0, y0, x1, y1` in [0, 1].
-        iou: What their overlap has to exceed.
+    exceeds `iou` and no component before it has hit that box. Boxes are as in `best_box_iou`.
     """
     if not len(components.pair):
         return torch.zeros_like(components.pair, dtype=torch.bool)
     overlap, target = _overlaps(components, boxes).max(1)
-    order = _by_peak(components)
+    order = components.peak.argsort(descending=True, stable=True)
     order = order[(overlap > iou)[order]]
     most = max(len(box) for box in boxes) + 1
     takes = order[first_of_each((components.pair * most + target)[order])]
@@ -143,41 +122,23 @@ def average_precision(
 
 
 def _envelope_area(counts: Tensor, hits: Tensor, last: Tensor) -> Tensor:
-    """Sum over hits of the best precision from there on, `(R,)`: AP times the number of boxes.
+    """Sum over hits `(n,)` of the best precision from there on, `(R,)`: AP times the number of boxes.
 
-    Args:
-        counts: `(R, n)` how often each detection counts, by descending score.
-        hits: `(n,)` bool.
-        last: `(n,)` bool, the last of equal scores.
+    `counts` `(R, n)` is how often each detection counts, by descending score; `last` `(n,)` the last of equal scores.
     """
-    found = counts * hits
-    seen = counts.cumsum(1)
-    precision = found.cumsum(1) / torch.where(seen > 0, seen, torch.ones_like(seen))
+    correct, seen = counts * hits, counts.cumsum(1)
+    precision = correct.cumsum(1) / torch.where(seen > 0, seen, torch.ones_like(seen))
     envelope = (precision * last).flip(1).cummax(1).values.flip(1)
-    return (found * envelope).sum(1)
-
-
-def _by_peak(components: Components) -> Tensor:
-    """The order of descending peaks, equal ones as they come."""
-    return components.peak.argsort(descending=True, stable=True)
+    return (correct * envelope).sum(1)
 
 
 def _overlaps(components: Components, boxes: Sequence[Tensor]) -> Tensor:
     """IoU of each component's box with each box of its pair, `(n, K)`; 0 where a pair has fewer, K at least 1."""
-    return box_iou(components.boxes[:, None], pad_boxes(boxes, components.boxes)[components.pair])
-
-
-def pad_boxes(boxes: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The boxes of B pairs `(B, K, 4)`, filled up with empty ones, at least one each."""
-    padded = torch.nn.utils.rnn.pad_sequence([box.to(like).view(-1, 4) for box in boxes], batch_first=True)
-    return torch.nn.functional.pad(padded, (0, 0, 0, 1))
-
-
-def box_iou(ours: Tensor, theirs: Tensor) -> Tensor:
-    """IoU of boxes `(..., 4)` with others, by the rules of broadcasting; NaN of two empty ones."""
-    sides = (torch.minimum(ours[..., 2:], theirs[..., 2:]) - torch.maximum(ours[..., :2], theirs[..., :2])).clamp(min=0)
-    common = sides.prod(-1)
-    return common / (_area(ours) + _area(theirs) - common)
+    padded = torch.nn.utils.rnn.pad_sequence([box.to(components.boxes).view(-1, 4) for box in boxes], batch_first=True)
+    own, targets = components.boxes[:, None], torch.nn.functional.pad(padded, (0, 0, 0, 1))[components.pair]
+    low, high = torch.maximum(own[..., :2], targets[..., :2]), torch.minimum(own[..., 2:], targets[..., 2:])
+    common = (high - low).clamp(min=0).prod(-1)
+    return common / (_area(own) + _area(targets) - common)
 
 
 def _area(boxes: Tensor) -> Tensor:

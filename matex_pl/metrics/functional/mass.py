@@ -85,7 +85,11 @@ def side_half(size: tuple[int, int], sides: Sequence[str], content_box: Tensor |
         ValueError: There is no such side.
     """
     content_box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if content_box is None else content_box.float()
-    named = _named_right(sides).to(content_box.device)
+    right = {"right": 1.0, "left": 0.0, "": torch.nan}
+    unknown = sorted(set(sides) - set(right))
+    if unknown:
+        raise ValueError(f"sides must be `right`, `left` or empty; got {unknown[0]!r}.")
+    named = torch.tensor([right[side] for side in sides], device=content_box.device)
     x0, y0, x1, y1 = content_box.expand(len(sides), 4).unbind(1)
     middle = (x0 + x1) / 2
     is_right = named == 1
@@ -105,21 +109,9 @@ def side_sensitivity(maps: Tensor, swapped: Tensor, sides: Sequence[str], conten
         swapped: `(B, H, W)` under the phrases with right and left exchanged.
         sides: The side that each true phrase names: `right`, `left` or an empty text.
         content_box: As in `half_share`.
-
-    Raises:
-        ValueError: As in `half_share`.
     """
     named = [OTHER_SIDE.get(side, side) for side in sides]
     return half_share(swapped, named, content_box) - half_share(maps, named, content_box)
-
-
-def _named_right(sides: Sequence[str]) -> Tensor:
-    """1 for right, 0 for left, NaN for no side, `(B,)`."""
-    value = {"right": 1.0, "left": 0.0, "": torch.nan}
-    unknown = sorted(set(sides) - set(value))
-    if unknown:
-        raise ValueError(f"sides must be `right`, `left` or empty; got {unknown[0]!r}.")
-    return torch.tensor([value[side] for side in sides])
 
 
 def _covered(low: Tensor, high: Tensor, number: int) -> Tensor:
