@@ -26,7 +26,7 @@ TABLE = FILES | {"on_bad_row": "{error,skip}"}
 DATA_MODULES = {
     "PhantomDataModule": SHARED | {"shortcut": "Probability in [0, 1]"},
     "NihDataModule": FILES | {"fractions": "Shares of the patients"},
-    "ManifestDataModule": TABLE | {"fractions": "Shares of the patients", "columns": "The file's names of columns"},
+    "ManifestDataModule": TABLE | {"fractions": "Shares of the patients", "columns": "Names of the file's columns"},
     "MsCxrDataModule": TABLE | {"fractions": "Shares of the patients", "splits": "{file,patients}"},
     "MimicCxrDataModule": TABLE | {"sections": "Literal['findings', 'impression']"},
 }
