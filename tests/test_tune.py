@@ -489,8 +489,7 @@ def test_the_command_writes_what_it_found(images: Path, ckpt_path: str, tmp_path
     text, result = tune(method=own, grad_layers=[1, 2], prior_shape=["gaussian", "parabola"], out="new/tuned")
     out = tmp_path / "new" / "tuned"
     assert sorted(path.name for path in out.iterdir()) == ["surface.png", "surface.svg", "tune.json", "tuned.yaml"]
-    # Without its first block the image tower of two has one, so that 1 and 2 are the same.
-    assert len(result["settings"]) == 16
+    assert len(result["settings"]) == 32
     assert "optimistic" in text
     assert str(out / "tuned.yaml") in text
     tuned = load_method(str(out / "tuned.yaml"))

@@ -80,11 +80,12 @@ class EpochSampler(DistributedSampler):
         count, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
         if len(dataset) < count:
             raise ValueError(f"There are {len(dataset)} training pairs for {count} processes. Take fewer processes.")
+        self.num_pairs = len(dataset)
         super().__init__(dataset, num_replicas=count, rank=rank, seed=seed, drop_last=True)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.dataset), generator=generator)[: self.total_size]
+        order = torch.randperm(self.num_pairs, generator=generator)[: self.total_size]
         return ((self.epoch, index) for index in order[self.rank :: self.num_replicas].tolist())
 
 

@@ -114,7 +114,7 @@ class ImageTransform:
 
     def _inside(self, drawn: np.ndarray) -> np.ndarray:
         """Whether boxes `(K, 4)` overlap the model's frame, `(K,)` bool."""
-        return (drawn[:, 2:] > 0).all(1) & (drawn[:, :2] < self._ends[:2]).all(1)
+        return np.all(drawn[:, 2:] > 0, axis=1) & np.all(drawn[:, :2] < self._ends[:2], axis=1)
 
 
 def _clipped(boxes: Sequence[Sequence[float]], stored_size: Size) -> np.ndarray:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from matex_pl.visualization.draw import single_line
 
-BENCHMARK_FORMAT = 2
+BENCHMARK_FORMAT, ROAR_FORMAT = 2, 1
 MODALITIES = {"image": "image", "text": "phrase"}
 FEATURED = "Matex"
 # Highest p-value, after Holm's correction, of a difference that is more than noise.
