@@ -1,11 +1,11 @@
-"""Checks of arguments."""
+"""Arguments: their checks, and the classes that a command line can name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import inf
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -47,3 +47,9 @@ def check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 < value < inf:
             raise ValueError(f"{name} must be a number greater than 0, got {value}.")
+
+
+def import_all(package: ModuleType) -> None:
+    """Import all public names of a package: jsonargparse finds a class by its short name once it is imported."""
+    for name in package.__all__:
+        getattr(package, name)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from matex_pl import attribution, import_all
+from matex_pl import attribution
+from matex_pl.arguments import import_all
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.files import CONFIG_FOLDER
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 from jsonargparse import ArgumentParser
 
-from matex_pl import attribution, import_all
+from matex_pl import attribution
+from matex_pl.arguments import import_all
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
 from matex_pl.commands.options import NAMED_METHODS, call_parsed

@@ -9,7 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from matex_pl import data, import_all
+from matex_pl import data
+from matex_pl.arguments import import_all
 from matex_pl.clip.weights import no_checkpoint
 from matex_pl.commands.options import ShippedConfig
 from matex_pl.data import ChestXrayDataModule

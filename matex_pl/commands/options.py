@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, get_loader, set_loader
 
-from matex_pl import data, import_all
+from matex_pl import data
+from matex_pl.arguments import import_all
 from matex_pl.attribution.shipped import method_names, method_path
 from matex_pl.files import find_config, shipped_configs
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from matex_pl import data, import_all
+from matex_pl import data
+from matex_pl.arguments import import_all
 from matex_pl.commands.options import ShippedConfig, call_parsed, check_words, choose, read_mapping, stop
 
 COMMANDS = {

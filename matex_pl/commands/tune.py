@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matex_pl import attribution, import_all
+from matex_pl import attribution
+from matex_pl.arguments import import_all
 from matex_pl.commands.options import run_on_data
 from matex_pl.tune import tune_matex
 

@@ -1,15 +1,6 @@
 """Synthetic chest radiographs with exact boxes and the phrases that describe them."""
 
-from matex_pl import lazy_names
+import lazy_loader
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "FINDINGS": "findings",
-        "Phantom": "image",
-        "PlacedFinding": "image",
-        "draw_phantom": "image",
-        "phantom_cache": "cache",
-        "write_phrase": "phrases",
-    },
-)
+# The names are listed in `__init__.pyi`, and their modules imported when they are asked for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
