@@ -5,13 +5,13 @@ import sys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 AT_LEAST = {"val/zero_shot_top1": 0.75, "attribution/pointing_game": 0.65, "attribution/no_prior/pointing_game": 0.50}
-BESIDE = ("attribution/center/pointing_game", "attribution/prior_only/pointing_game")
+CONTROLS = ("attribution/center/pointing_game", "attribution/prior_only/pointing_game")
 
 
 def main() -> None:
     """Print the scores and compare."""
     events = EventAccumulator(sys.argv[1]).Reload()
-    scores = {name: events.Scalars(name)[-1].value for name in (*AT_LEAST, *BESIDE)}
+    scores = {name: events.Scalars(name)[-1].value for name in (*AT_LEAST, *CONTROLS)}
     for name, value in scores.items():
         print(f"{name:40s} {value:.3f}" + (f"  (at least {AT_LEAST[name]})" if name in AT_LEAST else ""))
     short = [name for name, least in AT_LEAST.items() if scores[name] < least]
