@@ -25,8 +25,8 @@ from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.phantom.image import Phantom, draw_phantom, phantom_rng
 from matex_pl.data.phantom.phrases import TEMPLATES, write_phrase
 
-# Raise it whenever the same settings draw other pixels, boxes or phrases than before.
-GENERATOR_VERSION = 7
+# Raise it whenever the same settings give other pixels, boxes, phrases or files than before.
+GENERATOR_VERSION = 8
 
 _CHUNK = 64
 _IMAGES, _PAIRS = "images.npy", "pairs.json"
