@@ -102,7 +102,7 @@ def methods_present() -> dict[str, AttributionMethod]:
     }
     for name in attribution.__all__:
         kind = getattr(attribution, name)
-        if isinstance(kind, type) and not isabstract(kind) and kind is not Matex:
+        if issubclass(kind, AttributionMethod) and not isabstract(kind) and kind is not Matex:
             settings = FEWER.get(name, {})
             named[f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"] = kind(**settings)
     return named
