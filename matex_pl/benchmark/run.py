@@ -10,13 +10,13 @@ import torch
 
 from matex_pl.benchmark.bench import BenchmarkRun, Settings
 from matex_pl.benchmark.results import panels, results, summary
+from matex_pl.clip.load import load_trained
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.evaluation.compared import compared_rows
 from matex_pl.files import write_text
 from matex_pl.report.benchmark import PANELS, RESULTS, read_added_roar, write_report
 from matex_pl.report.gallery import write_panels
 from matex_pl.report.results import BenchmarkResult, read
-from matex_pl.training.module import load_module
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +77,10 @@ def run_benchmark(
     folder = Path(out)
     roar = read_added_roar(folder)
     rows = compared_rows(methods.split(",") if isinstance(methods, str) else methods, budget)
-    module = load_module(ckpt_path)
+    clip = load_trained(ckpt_path)
     folder.mkdir(parents=True, exist_ok=True)
     cuda = device != "cpu" and torch.cuda.is_available()
-    run = BenchmarkRun.open(module.clip.to("cuda" if cuda else "cpu"), data, folder, settings)
+    run = BenchmarkRun.open(clip.to("cuda" if cuda else "cpu"), data, folder, settings)
     rows += run.mean_box_row()
     scored = []
     for place, row in enumerate(rows, start=1):

@@ -56,15 +56,19 @@ class PairBatch:
     fill: str
 
     @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Normalized images `(B, 3, H, W)` and tokens `(B, L)`."""
+        return model_inputs(self.clip, self.batch)
+
+    @cached_property
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Embeddings of images and phrases, `(B, D)` each."""
-        return embed_pairs(self.clip, *model_inputs(self.clip, self.batch))
+        return embed_pairs(self.clip, *self.inputs)
 
     @cached_property
     def curve_ends(self) -> tuple[Tensor, Tensor]:
         """Both ends of every curve, see `removal.end_scores`."""
-        images, _ = model_inputs(self.clip, self.batch)
-        return removal.end_scores(self.clip, images, self.fill, self.embeddings[1])
+        return removal.end_scores(self.clip, self.inputs[0], self.fill, self.embeddings[1])
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,7 @@ class Objective:
         return IN_BOXES[self.metric](maps, masks)
 
     def _removal(self, pairs: PairBatch, maps: Attribution) -> Tensor:
-        images, tokens = model_inputs(pairs.clip, pairs.batch)
-        image, text = pairs.embeddings
+        (images, tokens), (image, text) = pairs.inputs, pairs.embeddings
         if self.metric in removal.KINDS:
             # Numerator of the AUC; its denominator S_full - S_blank is the same under every setting.
             shares, scores = removal.patch_curve(

@@ -15,12 +15,12 @@ from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.core.capture import borrowed, count_blocks
 from matex_pl.attribution.core.fill import check_fill
 from matex_pl.attribution.shipped import load_method
+from matex_pl.clip.load import load_trained
 from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
 from matex_pl.evaluation.provenance import provenance
 from matex_pl.evaluation.store import weight_hash
-from matex_pl.training.module import load_module
 from matex_pl.tune.objective import Objective, boxless_objectives, find_objective
 from matex_pl.tune.outcome import describe, report, write_files
 from matex_pl.tune.search import AXES, attribute_pairs, choose_setting, make_grid, score_setting
@@ -105,7 +105,7 @@ def tune_matex(
     check_positive(batch_size=batch_size, raster=raster)
     if num_pairs < -1 or num_pairs == 0:
         raise ValueError(f"num_pairs must be positive, or -1 for all; got {num_pairs}.")
-    clip = load_module(ckpt_path).clip
+    clip = load_trained(ckpt_path)
     if goal.fill:
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")
