@@ -1,6 +1,6 @@
-"""What MATEX's settings do to its maps, on phantom images, over several training seeds: writes docs/choices.md.
+"""What MATEX's settings do to its maps, on phantom images, over several training seeds: writes docs/results/tables/choices.md.
 
-    python benchmarks/choices.py --out docs/choices.md
+    python benchmarks/choices.py --out docs/results/tables/choices.md
 
 Trains a model per seed with `matex fit --config phantom.yaml` where none lies in `--runs`, computes the components of
 validation pairs once per target and weight, fuses them again for every setting, and scores each. The presets are then
@@ -101,7 +101,7 @@ Maps = Callable[[ClipModule, ImageTextBatch, Tensor, Tensor], Iterator[tuple[str
 def main(
     runs: str = "runs/choices",
     data: str = "data/phantom",
-    out: str = "docs/choices.md",
+    out: str = "docs/results/tables/choices.md",
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     num_pairs: int = 600,
     batch_size: int = 60,

@@ -1,7 +1,7 @@
 """The README's second picture: the components of one phantom's map, and what the settings make of them.
 
 python benchmarks/components.py --ckpt_path runs/phantom/checkpoints/last.ckpt --pair phantom-11004-1 \
-        --out docs/components.png
+        --out docs/pictures/components.png
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a pair and a process cost: the numbers of docs/scaling.md.
+"""What a pair and a process cost: the numbers of docs/guides/many-gpus.md.
 
     python benchmarks/scaling.py
 

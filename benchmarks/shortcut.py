@@ -3,7 +3,7 @@
     matex fit --config phantom.yaml
     matex fit --config phantom_shortcut.yaml
     python benchmarks/shortcut.py --plain runs/phantom/checkpoints/last.ckpt \
-        --tagged runs/phantom_shortcut/version_0/checkpoints/last.ckpt --out docs/shortcut.png
+        --tagged runs/phantom_shortcut/version_0/checkpoints/last.ckpt --out docs/pictures/shortcut.png
 
 Prints a Markdown table over all test pairs of the finding whose image carries the tag, and over the same images drawn
 without it, and makes a picture of the first of them.

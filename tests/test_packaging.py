@@ -60,4 +60,4 @@ def test_what_is_imported_is_declared(folders, statements, extras):
 def test_every_floor_has_one():
     """Without a lowest release, a package that is installed already is taken, however old."""
     lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.keys() - {"dev"} for line in EXTRAS[extra])]
-    assert [line for line in lines if ">=" not in line] == []
+    assert [line for line in lines if ">=" not in line and not line.startswith("matex_pl[")] == []
