@@ -15,6 +15,7 @@ import matplotlib
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from matex_pl.metrics import (
     AveragePrecision50,
@@ -39,7 +40,7 @@ from matex_pl.metrics import (
     localization,
     sensitivity,
 )
-from matex_pl.metrics.base import PairMetric
+from matex_pl.metrics.base import BoxMetric, PairMetric
 from matex_pl.metrics.functional import THRESHOLDS, box_masks
 
 matplotlib.use("Agg")
@@ -228,6 +229,38 @@ def test_states_merge_and_forward_gives_the_batch(case: Case) -> None:
     rest = [0, 4, 5, 6, 7, 1]
     stepwise.update(*case.inputs(rest), ids=_pick(IDS, rest))
     assert float(stepwise.compute()) == pytest.approx(case.value(), abs=1e-6)
+
+
+TOGETHER = {
+    "boxes": [name for name, case in CASES.items() if issubclass(type(case.make()), BoxMetric)],
+    "scores": ["confidence_drop", "confidence_increase", "removal_drop"],
+    "curves": ["insertion", "deletion"],
+}
+
+
+@pytest.mark.parametrize("names", TOGETHER.values(), ids=TOGETHER)
+def test_metrics_of_a_collection_keep_their_own_values(names: list[str]) -> None:
+    """After a first pair whose value is 0 in each of them, by which a collection would take them for one."""
+    first = {
+        "boxes": (torch.zeros(1, *SIZE), [torch.tensor([[0.5, 0.5, 1.0, 1.0]])]),
+        "scores": (torch.ones(1), torch.ones(1)),
+        "curves": (torch.ones(3, 1),),
+    }[next(group for group, members in TOGETHER.items() if members is names)]
+    collection = MetricCollection({name: CASES[name].make() for name in names}, compute_groups=True)
+    alone = {name: CASES[name].make() for name in names}
+    for inputs in (first, CASES[names[0]].inputs([0, 1, 2, 3]), CASES[names[0]].inputs([4, 5, 6, 7])):
+        collection.update(*inputs)
+        for metric in alone.values():
+            metric.update(*inputs)
+    wanted = {name: metric.compute() for name, metric in alone.items()}
+    torch.testing.assert_close(collection.compute(), wanted, equal_nan=True)
+    assert len({float(value) for value in wanted.values()}) > 1
+
+
+def test_equal_metrics_of_a_collection_share_their_states() -> None:
+    collection = MetricCollection({"a": BoxAccuracy(0.2), "b": BoxAccuracy(0.2), "c": BoxAccuracy(0.3)})
+    collection.update(*CASES["box_accuracy"].inputs([0, 1]))
+    assert sorted(map(sorted, collection.compute_groups.values())) == [["a", "b"], ["c"]]
 
 
 @every_case

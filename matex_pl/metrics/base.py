@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from matex_pl.metrics.functional import box_masks
-from matex_pl.training.distributed import fingerprints, first_of_each
+from matex_pl.training.distributed import GatheredMetric, fingerprints, first_of_each
 
 
-class PairMetric(Metric):
+class PairMetric(GatheredMetric):
     """Mean over pairs of one value each, without NaN; a subclass with C `columns` of values reduces them itself.
 
     If `update` gets ids, a repeated pair, as in padded shards, counts once, also across processes. Pairs without an id
     all count. If no pair counts, the result is NaN, with a warning.
+
+    Args:
+        settings: Arguments of the subclass that its values depend on. In a `MetricCollection`, only metrics of the same
+            class and settings share their states.
     """
 
-    full_state_update = False
     plot_lower_bound: float | None = None
     plot_upper_bound: float | None = None
     columns = 1
     values: list[Tensor]
     keys: list[Tensor]
 
-    def __init__(self) -> None:
+    def __init__(self, *settings: object) -> None:
         super().__init__()
+        # A `MetricCollection` shares the states of metrics whose states are equal after the first update.
+        identity = blake2b(f"{type(self).__module__}.{type(self).__qualname__}{settings}".encode(), digest_size=8)
+        self.add_state("identity", default=torch.tensor(list(identity.digest())), dist_reduce_fx="max")
         self.add_state("values", default=[], dist_reduce_fx="cat")
         self.add_state("keys", default=[], dist_reduce_fx="cat")
 
@@ -47,7 +53,7 @@ class PairMetric(Metric):
         self.keys.append(keys.to(values.device))
 
     def _empty(self) -> dict[str, Tensor]:
-        """Empty value of each state, for a process without pairs that synchronizes with others."""
+        """Empty value of each list state, for a process without pairs."""
         return {
             "values": torch.zeros(0, self.columns, device=self.device),
             "keys": torch.zeros(0, 2, dtype=torch.long, device=self.device),
@@ -65,13 +71,6 @@ class PairMetric(Metric):
         rows = named.nonzero()[:, 0]
         counted[rows[first_of_each(prints[rows])]] = True
         return counted
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes, including processes without pairs."""
-        for name, empty in self._empty().items():
-            if isinstance(getattr(self, name), list) and not getattr(self, name):
-                getattr(self, name).append(empty)
-        super().sync(*args, **kwargs)
 
     def compute(self) -> Tensor:
         """Result over all pairs, a float32 scalar."""

@@ -96,7 +96,7 @@ class ThresholdedIoU(BoxMetric):
     """
 
     def __init__(self, threshold: float | None = None) -> None:
-        super().__init__()
+        super().__init__(threshold)
         if threshold is not None:
             check_threshold(threshold)
         self.thresholds = THRESHOLDS if threshold is None else (threshold,)
@@ -136,7 +136,7 @@ class BoxAccuracy(BoxMetric):
     """
 
     def __init__(self, threshold: float = 0.5, iou: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(threshold, iou)
         check_threshold(threshold)
         self.threshold = threshold
         self.iou = iou
@@ -168,7 +168,7 @@ class AveragePrecision50(BoxMetric):
     hits: list[Tensor]
 
     def __init__(self, threshold: float = 0.5, iou: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(threshold, iou)
         check_threshold(threshold)
         self.threshold = threshold
         self.iou = iou

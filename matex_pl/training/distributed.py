@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchmetrics import Metric
 
 
 def fingerprints(names: Sequence[str]) -> Tensor:
@@ -42,6 +44,32 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in counts]
     dist.all_gather(parts, rows)
     return torch.cat(parts)
+
+
+def largest(number: int, device: torch.device) -> int:
+    """Largest of a number over all processes; every process must call this."""
+    if process_count() == 1:
+        return number
+    result = torch.tensor(number, device=device)
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return int(result)
+
+
+class GatheredMetric(Metric):
+    """Metric with list states that a process without data can synchronize too."""
+
+    full_state_update = False
+
+    def _empty(self) -> dict[str, Tensor]:
+        """Empty value of each list state; every process calls this before a synchronization."""
+        raise NotImplementedError
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes, including processes without data."""
+        for name, empty in self._empty().items():
+            if isinstance(getattr(self, name), list) and not getattr(self, name):
+                getattr(self, name).append(empty)
+        super().sync(*args, **kwargs)
 
 
 def first_of_each(keys: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from matex_pl.training.distributed import fingerprints, first_of_each
+from matex_pl.training.distributed import GatheredMetric, fingerprints, first_of_each, largest
 from matex_pl.training.loss import phrase_keys
 
 
@@ -26,7 +25,7 @@ def auroc(scores: Tensor, labels: Tensor) -> Tensor:
     return (below / (2 * len(negative))).mean()
 
 
-class ImageTextRecall(Metric):
+class ImageTextRecall(GatheredMetric):
     """Recall at k over all pairs seen, both ways: a dict `image_to_text_recall@k`, `text_to_image_recall@k`.
 
     A pair with the same phrase or the same image counts as right too. Pairs that come twice, as padded shards bring
@@ -40,7 +39,6 @@ class ImageTextRecall(Metric):
     """
 
     higher_is_better = True
-    full_state_update = False
     image: list[Tensor]
     text: list[Tensor]
     keys: list[Tensor]
@@ -50,6 +48,11 @@ class ImageTextRecall(Metric):
         self.ks = tuple(ks)
         for name in ("image", "text", "keys"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def _empty(self) -> dict[str, Tensor]:
+        width = largest(self.image[0].shape[1] if len(self.image) else 0, self.device)
+        nothing = torch.zeros(0, width, device=self.device)
+        return {"image": nothing, "text": nothing, "keys": torch.zeros(0, 3, dtype=torch.long, device=self.device)}
 
     def update(
         self, image: Tensor, text: Tensor, ids: Sequence[str], image_ids: Sequence[str], phrases: Sequence[str]
@@ -82,7 +85,7 @@ class ImageTextRecall(Metric):
 RetrievalRecall = ImageTextRecall
 
 
-class ZeroShot(Metric):
+class ZeroShot(GatheredMetric):
     """Zero-shot classification of images by one prompt per finding: a dict `zero_shot_top1`, `zero_shot_auroc`.
 
     Top-1 is right when the best prompt names a finding that the image has; images without a finding do not count there.
@@ -97,7 +100,6 @@ class ZeroShot(Metric):
     """
 
     higher_is_better = True
-    full_state_update = False
     scores: list[Tensor]
     labels: list[Tensor]
     images: list[Tensor]
@@ -107,6 +109,11 @@ class ZeroShot(Metric):
         self.findings = tuple(findings)
         for name in ("scores", "labels", "images"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def _empty(self) -> dict[str, Tensor]:
+        nothing = torch.zeros(0, len(self.findings), device=self.device)
+        images = torch.zeros(0, dtype=torch.long, device=self.device)
+        return {"scores": nothing, "labels": nothing.bool(), "images": images}
 
     def update(self, scores: Tensor, image_findings: Sequence[Sequence[str]], image_ids: Sequence[str]) -> None:
         """Add B images: cosines with the F prompts `(B, F)`, the findings each has, and its name."""
