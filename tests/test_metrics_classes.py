@@ -259,7 +259,7 @@ def test_metrics_of_a_collection_keep_their_own_values(names: list[str]) -> None
 
 def test_equal_metrics_of_a_collection_share_their_states() -> None:
     collection = MetricCollection({"a": BoxAccuracy(0.2), "b": BoxAccuracy(0.2), "c": BoxAccuracy(0.3)})
-    collection.update(*CASES["box_accuracy"].inputs([0, 1]))
+    collection.update(*CASES["box_accuracy"].inputs([1, 2]))
     assert sorted(map(sorted, collection.compute_groups.values())) == [["a", "b"], ["c"]]
 
 

@@ -78,12 +78,7 @@ def test_docstrings_and_messages(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     problems = []
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and " " in node.value
-            and path.name not in DATA
-        ):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value and path.name not in DATA:
             problems += [f"{path.name}:{node.lineno}: {form}" for form in found(node.value)]
             problems += [
                 f"{path.name}:{node.lineno}: an argument begins with 'Of'"
