@@ -846,28 +846,30 @@ def raw_grad_cam(
     tokens: Tensor,
     layers: Sequence[int] = (-1,),
     variant: str = "gradcam",
+    at: str = "norm",
     **explained: Any,
 ) -> dict[str, Tensor]:
-    values = partial(grad_cam, layers=layers, variant=variant)
+    values = partial(grad_cam, layers=layers, variant=variant, at=at)
     return both_sides(clip, images, tokens, values, values, **explained)
 
 
-def grad_cam(side: Side, layers: Sequence[int], variant: str) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) or HiResCAM (Draelos and Carin 2020) of the tokens that enter the blocks.
+def grad_cam(side: Side, layers: Sequence[int], variant: str, at: str) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017) or HiResCAM (Draelos and Carin 2020) of the tokens at the blocks' first norms.
 
-    HiResCAM takes them behind the norm: before it, <g, a> of a last patch token is 0, whose length changes nothing.
+    The mean is over the tokens of the map after the norm, and over all tokens before it.
     """
-    maps = [camera(side, block_number(layer, len(side.tower.blocks)), variant) for layer in layers]
+    maps = [camera(side, block_number(layer, len(side.tower.blocks)), variant, at) for layer in layers]
     return maps[0] if len(maps) == 1 else sum(norm(values) for values in maps) / len(maps)
 
 
-def camera(side: Side, block: int, variant: str) -> Tensor:
+def camera(side: Side, block: int, variant: str, at: str) -> Tensor:
     """The map of one block, a value for each of the tokens `among`."""
     tokens, normed = side.run.stream[block], side.run.layers[block].normed
-    if variant == "hires" and normed is not None:
+    if at == "norm" and normed is not None:
         tokens = normed
     gradient = torch.autograd.grad(side.score(side.run), tokens, retain_graph=True)[0]
-    mean = sum((gradient[i] for i in side.among), torch.zeros_like(gradient[0])) / max(1, len(side.among))
+    counted = side.among if at == "norm" else range(len(gradient))
+    mean = sum((gradient[i] for i in counted), torch.zeros_like(gradient[0])) / max(1, len(counted))
     values = tokens.new_zeros(len(side.among))
     for place, j in enumerate(side.among):
         values[place] = ((mean if variant == "gradcam" else gradient[j]) * tokens[j]).sum().relu()
@@ -1153,16 +1155,19 @@ def head_mean(layer: Layer, score: Tensor) -> Tensor:
 def raw_grad_eclip(
     clip: Clip, images: Tensor, tokens: Tensor, image_blocks: int = 1, text_blocks: int = 8, **explained: Any
 ) -> dict[str, Tensor]:
-    image_values, text_values = (partial(grad_eclip, blocks=blocks) for blocks in (image_blocks, text_blocks))
+    image_values = partial(grad_eclip, blocks=image_blocks, clipped="each")
+    text_values = partial(grad_eclip, blocks=text_blocks, clipped="sum")
     return both_sides(clip, images, tokens, image_values, text_values, **explained)
 
 
-def grad_eclip(side: Side, blocks: int) -> Tensor:
-    """Grad-ECLIP (Zhao et al. 2024): the loosened terms, summed over the last blocks."""
+def grad_eclip(side: Side, blocks: int, clipped: str) -> Tensor:
+    """Grad-ECLIP (Zhao et al. 2024): the loosened terms of the last blocks, each clipped, or their sum."""
     if not side.among:
         return side.x.new_zeros(0)
     found = side.run
     maps = gradient_maps(found.layers, side.score(found), found.pooling, side.among, blocks, "loosened")
+    if clipped == "each":
+        return sum(torch.stack(values).relu() for values in maps)
     return sum(torch.stack(values) for values in maps).relu()
 
 

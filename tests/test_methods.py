@@ -217,6 +217,7 @@ Case = tuple[type[AttributionMethod], dict[str, Any]]
 # On every family.
 CHEAP: list[Case] = [
     (GradCam, {}),
+    (GradCam, {"layers": [-1, -2], "at": "input"}),
     (GradCam, {"layers": [-1, -3], "variant": "hires", **MARGIN}),
     (Saliency, {}),
     (Saliency, MARGIN),
@@ -323,29 +324,35 @@ class ImageEmbeddings(nn.Module):
         return self.clip.encode_image(images)
 
 
-CAMS: dict[str, tuple[Any, Callable[[Sequence[Any]], nn.Module]]] = {
-    "gradcam": (pytorch_grad_cam.GradCAM, lambda blocks: blocks[-2]),
-    "hires": (pytorch_grad_cam.HiResCAM, lambda blocks: blocks[-1].ln_1),
+CAMS: dict[str, tuple[Any, dict[str, str], Callable[[Sequence[Any]], nn.Module]]] = {
+    "the norm": (pytorch_grad_cam.GradCAM, {}, lambda blocks: blocks[-1].ln_1),
+    "its input": (pytorch_grad_cam.GradCAM, {"at": "input"}, lambda blocks: blocks[-2]),
+    "hires": (pytorch_grad_cam.HiResCAM, {"variant": "hires"}, lambda blocks: blocks[-1].ln_1),
 }
 
 
-@pytest.mark.parametrize("variant", CAMS)
-def test_cameras_are_those_of_grad_cam(variant: str) -> None:
+@pytest.mark.parametrize("name", CAMS)
+def test_cameras_are_those_of_grad_cam(name: str) -> None:
+    """The mean of the gradients is without the class token at the norm, and with it at the norm's input."""
     source = family("square", torch.float64)
     clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
     images, tokens, phrases = pairs(clip)
-    kind, layer = CAMS[variant]
+    kind, settings, layer = CAMS[name]
+    rows, columns = clip.grid
+    with_class = "at" in settings
+    shape = (rows * columns + 1, 1) if with_class else clip.grid
     targets = [lambda embedding, d=d: (embedding * d).sum() for d in clip.encode_text(tokens).detach()]
     camera = kind(
         ImageEmbeddings(clip),
         [layer(native_blocks(clip)[0])],
-        reshape_transform=lambda stream: stream[:, 1:].transpose(1, 2).unflatten(2, clip.grid),
+        reshape_transform=lambda stream: stream[:, not with_class :].transpose(1, 2).unflatten(2, shape),
     )
     # It enlarges by OpenCV; at the size of the raster it leaves the maps as they are.
-    camera.get_target_width_height = lambda _: clip.grid[::-1]
-    expected = min_max(torch.from_numpy(np.asarray(camera(images, targets))))
+    camera.get_target_width_height = lambda _: shape[::-1]
+    found = torch.from_numpy(np.asarray(camera(images, targets))).flatten(1)[:, -rows * columns :]
+    expected = min_max(found.unflatten(1, clip.grid))
     assert (expected.flatten(1).amax(1) == 1).any()
-    maps = GradCam(variant=variant).attribute(source, images, tokens, phrases)
+    maps = GradCam(**settings).attribute(source, images, tokens, phrases)
     torch.testing.assert_close(maps.grid, expected.double(), atol=1e-5, rtol=0)
 
 
@@ -764,6 +771,7 @@ def test_steps_cost_a_forward_each() -> None:
 
 
 BAD: list[tuple[Callable[..., AttributionMethod], dict[str, Any], str]] = [
+    (GradCam, {"variant": "hires", "at": "input"}, "variant='hires' is 0 at the input"),
     (GradCam, {"variant": "eigen"}, "variant must be one of gradcam, hires, got 'eigen'"),
     (GradCam, {"layers": []}, "layers must name at least one block"),
     (GradCam, {"target": "logit"}, "target must be one of cosine, margin, got 'logit'"),

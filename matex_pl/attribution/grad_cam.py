@@ -17,25 +17,36 @@ from matex_pl.maps import full_precision, min_max
 
 
 class GradCam(TwoTowerMethod):
-    """Grad-CAM (Selvaraju et al. 2017) and HiResCAM (Draelos and Carin 2020) on the tokens that enter a block.
+    """Grad-CAM (Selvaraju et al. 2017) and HiResCAM (Draelos and Carin 2020) on the tokens of a block.
 
-    With g = dS/da, the map of a layer is
+    With the tokens a at the block's first norm and g = dS/da, the map of a layer is
 
-    - `gradcam`: `max(0, sum over channels of (mean over tokens of g) * a)`, where a is the input of the block's norm
-    - `hires`: `max(0, sum over channels of g * a)`, where a is the output of that norm
+    - `gradcam`: `max(0, sum over channels of (mean over tokens of g) * a)`
+    - `hires`: `max(0, sum over channels of g * a)`
 
-    At the input of the norm `<g, a>` is 0 by Euler's theorem, because the score does not change with the length of a
-    patch's last token. Tokens are the patches, or the content tokens of the phrase. Each layer is min-maxed before
-    several are averaged. In a ResNet a is the map that enters the attention pool.
+    Each layer is min-maxed before several are averaged. In a ResNet, or in a block without a first norm, a is the input
+    of the attention pool or of the block.
+
+    The argument `at` selects the published form of `gradcam`:
+
+    - `norm`: a is the output of the norm, and the mean is over the patches without the class token, or over the content
+      tokens of the phrase. Users of the package `grad-cam` name this norm as the target layer of a CLIP.
+    - `input`: a is the input of the norm, and the mean is over all tokens with the class token, as in the released code
+      of Grad-ECLIP (Zhao et al. 2024).
 
     Released code: the package `grad-cam` clips, min-maxes and averages layers as here, but enlarges each of them first.
-    Its example for CLIP uses the output of the norm and explains a softmax over labels. Neither package supports text.
+    Its example for CLIP explains a softmax over labels. Neither package supports text.
 
     Args:
         layers: Blocks, by index from 0 or from the end; the last by default. A negative index below the first block
             gives the first.
         variant: `gradcam` or `hires`.
+        at: Place of the tokens: `norm`, the output of the block's first norm, or `input`, its input. `hires` needs
+            `norm`: at the input `<g, a>` is 0, because the score does not change with the length of a patch's token.
         kwargs: `target` and `references` of `TwoTowerMethod`.
+
+    Raises:
+        ValueError: If `layers` is empty, or `hires` is combined with `input`.
     """
 
     cost: ClassVar[str] = "1 forward and a backward to the first of the layers"
@@ -44,17 +55,21 @@ class GradCam(TwoTowerMethod):
         self,
         layers: list[int] | None = None,
         variant: Literal["gradcam", "hires"] = "gradcam",
+        at: Literal["norm", "input"] = "norm",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_choices(GradCam.__init__, locals())
         if layers is not None and not layers:
             raise ValueError("layers must name at least one block, got []. Leave `layers` out to use the last block.")
+        if (variant, at) == ("hires", "input"):
+            raise ValueError("variant='hires' is 0 at the input of the norm. Use at='norm', or variant='gradcam'.")
         self.layers = [-1] if layers is None else list(layers)
         self.variant = variant
+        self.at = at
 
     def trace(self, tower: Tower) -> Trace:
-        """Run one forward, recording the tokens that enter the layers."""
+        """Run one forward, recording the tokens of the layers."""
         stream = Stream(tower.blocks or [original(tower.clip.model.visual).attnpool])
         places = sorted({block_index(layer, len(stream.blocks)) for layer in self.layers})
         with stream.capture(cut=places[:1]):
@@ -62,7 +77,7 @@ class GradCam(TwoTowerMethod):
 
         def relevance_for(direction: Tensor) -> Relevance:
             handles = [stream.before[place] for place in places]
-            if self.variant == "hires":
+            if self.at == "norm":
                 handles = [stream.normed.get(place, before) for place, before in zip(places, handles, strict=True)]
             keep = tower.keep.expand(len(direction), -1)
             gradients = gradients_of(embedding, handles, direction)
@@ -73,9 +88,12 @@ class GradCam(TwoTowerMethod):
 
     def _layer(self, tower: Tower, tokens: Tensor, gradient: Tensor, keep: Tensor) -> Tensor:
         # The input of a ResNet's pool is `(B, C, Gh, Gw)`.
-        at_map = tower.tokens_of if tokens.ndim == 3 else lambda grid: grid.flatten(2).transpose(1, 2)
-        tokens, gradient = full_precision(at_map(tokens.detach())), full_precision(at_map(gradient))
+        is_raster = tokens.ndim == 4
+        at_map = (lambda raster: raster.flatten(2).transpose(1, 2)) if is_raster else tower.tokens_of
+        everywhere = full_precision(gradient)
+        tokens, gradient = full_precision(at_map(tokens.detach())), at_map(everywhere)
         if self.variant == "gradcam":
-            kept = keep[..., None] * gradient
-            gradient = kept.sum(1, keepdim=True) / keep.sum(1).clamp(min=1)[:, None, None]
+            # The scale of the mean is that of the whole map, which is min-maxed.
+            counted = everywhere if self.at == "input" and not is_raster else keep[..., None] * gradient
+            gradient = counted.sum(1, keepdim=True)
         return min_max((gradient * tokens).sum(-1).relu(), keep=keep, dtype=tower.clip.std.dtype)

@@ -18,13 +18,11 @@ class GradEclip(TwoTowerMethod):
     """Grad-ECLIP (Zhao et al. 2024): sum over channels of `dS/do * v_i`, weighted by `norm(cos(q, k_i))`, clipped at 0.
 
     q, k, v and o (the attention's output before its projection) are the concatenated heads of a block. The gradient is
-    that of the pooled row. Several blocks are summed before the clipping.
-
-    Released code differs:
+    that of the pooled row. Over several blocks, the clipped maps of an image are summed, and the sum of a phrase's maps
+    is clipped, as in the released code. Released code differs:
 
     - It explains a copy of the tower whose last blocks attend with one head over the full width; here the heads stay as
       deployed.
-    - It sums the clipped maps of several image blocks.
     - For phrases it computes `norm()` over all positions, here over the content, and divides by the sum.
 
     Args:
@@ -58,7 +56,7 @@ class GradEclip(TwoTowerMethod):
             gradients = gradients_of(embedding, [block.output for block in counted], direction)
             weights = row_weights(blocks, tower.pooling)[start:]
             triples = zip(counted, gradients, weights, strict=True)
-            terms = [loosened_term(*triple, tower.pooling, tower.keep) for triple in triples]
-            return Relevance(torch.stack(terms).sum(0).relu())
+            terms = torch.stack([loosened_term(*triple, tower.pooling, tower.keep) for triple in triples])
+            return Relevance(terms.relu().sum(0) if isinstance(tower, ImageTower) else terms.sum(0).relu())
 
         return Trace(embedding, relevance_for)
