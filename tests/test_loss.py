@@ -47,6 +47,34 @@ def test_loss_against_a_loop_with_repeats() -> None:
     assert float(ours) == pytest.approx(_slow_loss(image, text, 9.0, phrases), abs=1e-5)
 
 
+def test_equal_phrases_of_equal_embeddings_are_plain_clip() -> None:
+    """Copies in the denominator cancel those in the target."""
+    phrases = ["a", "b", "a", "c", "b", "a"]
+    image, apart = _unit(6).requires_grad_(), _unit(3, seed=1).requires_grad_()
+    found = []
+    for positives in (same_phrase(phrases), torch.eye(6, dtype=torch.bool)):
+        text = apart[[0, 1, 0, 2, 1, 0]]
+        loss = contrastive_loss(image, text, torch.tensor(9.0), positives)
+        found.append([loss, *torch.autograd.grad(loss, (image, apart))])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_masked_equal_phrases_are_no_part_of_the_loss() -> None:
+    phrases = ["a", "b", "a", "c", "b", "a"]
+    image, text, scale, total = _unit(6), _unit(6, seed=1), 9.0, 0.0
+    for queries, keys in ((image, text), (text, image)):
+        for row, query in enumerate(queries):
+            kept = [key for column, key in enumerate(keys) if column == row or phrases[column] != phrases[row]]
+            norm = math.log(sum(math.exp(scale * float(query @ key)) for key in kept))
+            total -= scale * float(query @ keys[row]) - norm
+    ours = contrastive_loss(image, text, torch.tensor(scale), same_phrase(phrases), "masked")
+    assert float(ours) == pytest.approx(total / 12, abs=1e-5)
+    different = [f"phrase {n}" for n in range(6)]
+    plain = open_clip.ClipLoss()(image, text, torch.tensor(scale))
+    torch.testing.assert_close(contrastive_loss(image, text, torch.tensor(scale), same_phrase(different), "masked"), plain)
+
+
 def test_repeats_of_one_phrase_cost_nothing_when_they_look_the_same() -> None:
     image = text = torch.eye(2)[[0, 0, 1, 1]]
     loss = contrastive_loss(image, text, torch.tensor(100.0), same_phrase(["x", "x", "y", "y"]))

@@ -71,7 +71,9 @@ def test_the_top_floor_of_the_units_is_dropped_and_ties_come_in_a_seeded_order()
     assert drawn == {(0, 2), (0, 4), (2, 4)}
 
 
-@pytest.mark.parametrize(("fraction", "units", "dropped"), [(0.29, 100, 29), (0.1, 30, 3), (0.1, 9, 0), (1.0, 7, 7)])
+@pytest.mark.parametrize(
+    ("fraction", "units", "dropped"), [(0.29, 100, 29), (0.1, 30, 3), (0.1, 9, 1), (0.0, 9, 0), (1.0, 7, 7)]
+)
 def test_units_are_counted_exactly(fraction, units, dropped):
     values = torch.rand(3, units)
     drop = top_units(values, torch.ones_like(values, dtype=torch.bool), fraction, 0)
@@ -320,12 +322,17 @@ def test_what_is_missing_is_named_and_never_averaged_over(tmp_path):
     assert all(test["p"] is None and test["difference"] is None for test in tests)
 
 
-def test_the_paired_test_is_students():
+def test_the_paired_test_is_students_with_a_corrected_variance():
     mine, theirs = [3.0, 5.0, 4.5, 6.0], [1.0, 2.0, 4.0, 2.5]
-    test, wanted = _paired(mine, theirs), stats.ttest_rel(mine, theirs)
+    test, wanted = _paired(mine, theirs, 0.0), stats.ttest_rel(mine, theirs)
     interval = wanted.confidence_interval(0.95)
     assert test["p"] == pytest.approx(wanted.pvalue)
     assert (test["low"], test["high"]) == pytest.approx((interval.low, interval.high))
+    # By hand: differences 2, 3, .5, 3.5 with mean 2.25 and variance 1.75; one validation for four training pairs.
+    corrected = _paired(mine, theirs, 0.25)
+    t = 2.25 / (1.75 * (1 / 4 + 1 / 4)) ** 0.5
+    assert corrected["p"] == pytest.approx(2 * stats.t.sf(t, 3))
+    assert corrected["high"] - corrected["low"] == pytest.approx(2**0.5 * (interval.high - interval.low))
     # By hand: three tests, the least p counts three times, the next twice but not less than that.
     assert _holm([0.04, 0.01, None, 0.015]) == pytest.approx([0.04, 0.03, None, 0.03])
 

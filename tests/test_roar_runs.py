@@ -58,6 +58,7 @@ def config(tmp_path_factory):
         "data": data,
         "ckpt_path": str(folder / "last.ckpt"),
         "methods": ["chefer"],
+        "start": "explained",
         "protocol": {"modalities": ["image"], "fractions": [0.5], "repeats": 1},
         "training": {"accelerator": "cpu", "epochs": 1, "batch_size": 4, "lr": 0.001, "warmup_steps": 1},
     }
@@ -645,6 +646,7 @@ def test_from_python(config, whole, tmp_path):
         ckpt_path=settings["ckpt_path"],
         out=str(tmp_path / "plan"),
         methods="chefer",
+        start="explained",
     )
     assert "Chefer" in said
     assert numbers(tmp_path / "plan") == numbers(whole)

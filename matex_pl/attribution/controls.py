@@ -37,14 +37,14 @@ class Control(AttributionMethod):
             content = clip.content(tokens)
             text = torch.zeros(tokens.shape, device=tokens.device)
             if self.supports_text:
-                text = token_map(self._draw_words(images, tokens, phrases), content)
+                text = token_map(self._draw_words(clip, images, tokens, phrases), content)
             return Attribution(image, patch_mean(image, clip.grid), text, content, score)
 
     @abstractmethod
     def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:
         """Image maps `(B, H, W)` in [0, 1]."""
 
-    def _draw_words(self, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Tensor:
+    def _draw_words(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Tensor:
         """Relevance of the tokens `(B, T)`, with `supports_text`."""
         raise NotImplementedError
 
@@ -52,7 +52,8 @@ class Control(AttributionMethod):
 class RandomMap(Control):
     """Noise: a uniform number per patch, enlarged like any map, and one per content token.
 
-    The noise of a pair depends on the seed, the image and the phrase only.
+    The noise of a pair depends on the seed, the gray levels of the image and the phrase only: not on the device and the
+    precision.
 
     Args:
         seed: Random seed of the noise.
@@ -69,16 +70,17 @@ class RandomMap(Control):
         self.blur = blur
 
     def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:
-        grid = self._noise("film", images, phrases, clip.grid)
+        grid = self._noise(clip, "image", images, phrases, clip.grid)
         return min_max(upsample(min_max(grid), clip.image_size))
 
-    def _draw_words(self, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Tensor:
-        return self._noise("phrase", images, phrases, tokens.shape[1:])
+    def _draw_words(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Tensor:
+        return self._noise(clip, "phrase", images, phrases, tokens.shape[1:])
 
-    def _noise(self, side: str, images: Tensor, phrases: Sequence[str], shape: Sequence[int]) -> Tensor:
-        """`(B, *shape)` in [0, 1)."""
+    def _noise(self, clip: Clip, side: str, images: Tensor, phrases: Sequence[str], shape: Sequence[int]) -> Tensor:
+        """Noise `(B, *shape)` in [0, 1)."""
+        pixels = 255 * (images.detach().float() * clip.std.float() + clip.mean.float())
         drawn = []
-        for image, phrase in zip(images.detach().float().cpu(), phrases, strict=True):
+        for image, phrase in zip(pixels.round().clamp(0, 255).byte().cpu(), phrases, strict=True):
             key = hashlib.blake2b(f"{self.seed} {side} {phrase}".encode(), digest_size=7)
             key.update(image.numpy().tobytes())
             generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "big"))

@@ -164,7 +164,7 @@ class BenchmarkRun:
         """Hash of everything that determines the values."""
         return fingerprint(
             {
-                "format": 3,
+                "format": 4,
                 "maps": store.key,
                 "pairs": [batch.keys for batch in [*self.batches, *self.validation]],
                 "phrases": [[batch.other, batch.swapped] for batch in self.batches],

@@ -56,7 +56,7 @@ def image_values(
     for batch in progress(pairs, "scoring images"):
         maps, (images, _) = _read_maps(store, batch, clip), model_inputs(clip, batch.batch)
         components = F.components(maps.image, threshold)
-        detections.append(Detections.of(components, batch.batch["boxes"]))
+        detections.append(Detections.of(components, batch.batch["boxes"], batch.score))
         values = _map_values(store, batch, maps, components, threshold, thorax)
         keep = {rule: kept_pixels(maps.image, rule) for rule in RULES}
         for fill in CONFIDENCE_FILLS:
@@ -92,7 +92,8 @@ def _map_values(
     masks, content_box = box_masks(image, boxes), batch.batch["content_box"].to(image.device)
     values = {name: metric(image, masks) for name, metric in IN_BOXES.items()}
     values["iou"] = F.iou(image, masks, (threshold,))[:, 0]
-    values["acc50"] = F.box_accuracy(components, boxes, len(boxes))
+    found = F.box_accuracy(components, boxes, len(boxes))
+    values["acc50"] = found.masked_fill(~F.has_order(maps.image).to(found.device), torch.nan)
     values["mean_map_mass"] = image.flatten(1).mean(1)
     if thorax is not None:
         values["outside_thorax_mass"] = F.outside_mass(image, thorax[None].to(image.device))

@@ -59,30 +59,31 @@ class Detections:
     """Average precision of d components as boxes, over n pairs.
 
     Args:
-        peak: `(d,)` score of each component.
+        score_of: `(d,)` score of each component, see `functional.detection_scores`.
         hit: `(d,)` bool mask of the components that match a box.
         pair: `(d,)` long, pair of each component.
         num_boxes: `(n,)` number of boxes of each pair.
     """
 
-    peak: Tensor
+    score_of: Tensor
     hit: Tensor
     pair: Tensor
     num_boxes: Tensor
 
     @classmethod
-    def of(cls, components: F.Components, boxes: Sequence[Tensor]) -> Detections:
-        """Detections from the components of B maps and the boxes of their pairs."""
+    def of(cls, components: F.Components, boxes: Sequence[Tensor], pair_scores: Tensor) -> Detections:
+        """Detections from the components of B maps, with the boxes and the scores `(B,)` of their pairs."""
         hit = F.match_components(components, [box.to(components.boxes) for box in boxes])
         num_boxes = torch.tensor([len(box) for box in boxes])
-        return cls(components.peak.cpu(), hit.cpu(), components.pair.cpu(), num_boxes)
+        scores = F.detection_scores(components, pair_scores)
+        return cls(scores.cpu(), hit.cpu(), components.pair.cpu(), num_boxes)
 
     @classmethod
     def joined(cls, parts: Sequence[Detections]) -> Detections:
         """Detections of several batches, whose pairs follow each other."""
         starts = np.cumsum([0, *(len(part.num_boxes) for part in parts[:-1])]).tolist()
         return cls(
-            peak=torch.cat([part.peak for part in parts]),
+            score_of=torch.cat([part.score_of for part in parts]),
             hit=torch.cat([part.hit for part in parts]),
             pair=torch.cat([part.pair + start for part, start in zip(parts, starts, strict=True)]),
             num_boxes=torch.cat([part.num_boxes for part in parts]),
@@ -91,12 +92,12 @@ class Detections:
     def among(self, pairs: Tensor) -> Detections:
         """Detections restricted to some of the pairs, `(n,)` bool."""
         kept = pairs[self.pair]
-        return Detections(self.peak[kept], self.hit[kept], self.pair[kept], self.num_boxes * pairs)
+        return Detections(self.score_of[kept], self.hit[kept], self.pair[kept], self.num_boxes * pairs)
 
     def score(self, drawn: Tensor | None = None) -> Tensor:
         """Average precision `(1,)`, or `(R,)` if each pair is drawn `(R, n)` times; NaN without boxes."""
         drawn = torch.ones(1, len(self.num_boxes)) if drawn is None else drawn
-        return F.average_precision(self.peak, self.hit, self.pair, self.num_boxes, drawn)
+        return F.average_precision(self.score_of, self.hit, self.pair, self.num_boxes, drawn)
 
     @property
     def count(self) -> int:

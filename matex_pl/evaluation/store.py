@@ -20,6 +20,8 @@ from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.tensors import _about, fingerprint, read_head, read_tensors, write_tensors
 from matex_pl.maps import Attribution, min_max, upsample
 
+# Counts up with each change of a method's maps, so that stored ones are made again.
+_MAPS = 2
 _FIELDS = ("grid", "text", "content", "score")
 
 
@@ -78,7 +80,7 @@ class MapStore:
     """
 
     def __init__(self, root: Path, weights: str, method: AttributionMethod) -> None:
-        self._head = {"method": describe_method(method), "weights": weights, "version": __version__}
+        self._head = {"method": describe_method(method), "weights": weights, "version": __version__, "maps": _MAPS}
         self.key = fingerprint(self._head)
         self.folder = root / f"{type(method).__name__}-{self.key}"
         self._files: dict[str, Path] = {}

@@ -19,9 +19,9 @@ IN_BOXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """By metric: function of maps and masks of boxes, `(B, H, W)` each."""
 
 
-def box_masks(maps: Tensor, boxes: Sequence[Tensor], *, keep_small: bool = False) -> Tensor:
+def box_masks(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """`functional.box_masks` in the size and on the device of maps `(B, H, W)`."""
-    return F.box_masks(boxes, (maps.shape[1], maps.shape[2]), keep_small=keep_small).to(maps.device)
+    return F.box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
 
 
 def map_correlation(maps: Attribution, reference: Attribution, side: str) -> Tensor:

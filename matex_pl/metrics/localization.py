@@ -122,11 +122,11 @@ class BoxAccuracy(BoxMetric):
     """Share of pairs with boxes whose map finds a box (Acc@0.5).
 
     The map's box encloses the connected component of `map > threshold` with the highest peak. It finds a box if their
-    IoU exceeds `iou`.
+    IoU reaches `iou`, see `functional.reaches`. Flat maps do not count.
 
     Args:
         threshold: Threshold of the map in [0, 1), to be chosen on the validation split (`ThresholdedIoU`).
-        iou: IoU that the overlap must exceed.
+        iou: IoU that the overlap must reach.
 
     Example:
         >>> metric = BoxAccuracy(threshold=0.3)
@@ -142,18 +142,20 @@ class BoxAccuracy(BoxMetric):
         self.iou = iou
 
     def _values(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        return functional.box_accuracy(functional.components(maps, self.threshold), boxes, len(maps), self.iou)
+        hits = functional.box_accuracy(functional.components(maps, self.threshold), boxes, len(maps), self.iou)
+        return hits.masked_fill(~functional.has_order(maps), torch.nan)
 
 
 class AveragePrecision50(BoxMetric):
-    """Average precision of the maps' connected components as boxes, scored by their maximum (AP50).
+    """Average precision of the maps' connected components as boxes (AP50).
 
-    A component is a hit by the rule of PASCAL VOC, with an IoU above `iou`. Components of equal score are added
-    together.
+    A component is a hit by the rule of PASCAL VOC, if its IoU reaches `iou`, see `functional.reaches`. Components rank
+    by `functional.detection_scores` where `update` gets the scores of the pairs, otherwise by their peak. Maps in
+    [0, 1] all peak at 1, so the peaks alone rank little. Components of equal score are added together.
 
     Args:
         threshold: Threshold of the components of `map > threshold`, in [0, 1), to be chosen on the validation split.
-        iou: IoU that the overlap must exceed.
+        iou: IoU that the overlap must reach.
 
     Example:
         >>> metric = AveragePrecision50(threshold=0.3)
@@ -179,14 +181,20 @@ class AveragePrecision50(BoxMetric):
         nothing = torch.zeros(0, device=self.device)
         return super()._empty() | {"scores": nothing, "hits": nothing.bool()}
 
-    def update(  # noqa: D102
-        self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None
+    def update(
+        self,
+        maps: Tensor,
+        boxes: Sequence[Tensor],
+        ids: Sequence[str] | None = None,
+        pair_scores: Tensor | None = None,
     ) -> None:
+        """Add B maps `(B, H, W)` in [0, 1], their boxes `(K, 4)`, and the pairs' ids and scores `(B,)` in [-1, 1]."""
         check_boxes(maps, boxes)
         found = functional.components(maps, self.threshold)
         number = torch.tensor([len(box) for box in boxes], device=maps.device)
         self._add(torch.stack([number, found.pair.bincount(minlength=len(maps))], 1), ids)
-        self.scores.append(found.peak.detach().float())
+        scores = found.peak if pair_scores is None else functional.detection_scores(found, pair_scores)
+        self.scores.append(scores.detach().float())
         self.hits.append(functional.match_components(found, boxes, self.iou))
 
     def _reduce(self, values: Tensor) -> Tensor:

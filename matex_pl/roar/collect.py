@@ -79,7 +79,7 @@ def collect(plan: Plan) -> dict[str, Any]:
             {"repeat": repeat, "loss": scores and scores["loss"], "metrics": scores["metrics"] if scores else {}}
             for repeat, scores in enumerate(clean)
         ],
-        "tests": _tests(rows),
+        "tests": _tests(rows, done[0]["val_pairs"] / done[0]["train_pairs"] if done else 0.0),
         "refused": plan.refusals(),
         "failed": [
             {"run": run.id, "error": error, "log": f"runs/{run.id}/error.log"} for run, error in failures.items()
@@ -105,7 +105,7 @@ def _summary(scores: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def _tests(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _tests(rows: Sequence[dict[str, Any]], overlap: float) -> list[dict[str, Any]]:
     """Tests of every method against both kinds of noise, paired by repeat, at each fraction and over all of them."""
     tests = []
     for modality in dict.fromkeys(row["modality"] for row in rows):
@@ -114,7 +114,8 @@ def _tests(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for against in (row for row in of_modality if row["name"] in _CONTROLS):
             for place, point in enumerate([*against["points"], against["mean"]]):
                 family = [
-                    _paired((*row["points"], row["mean"])[place]["repeats"], point["repeats"]) for row in compared
+                    _paired((*row["points"], row["mean"])[place]["repeats"], point["repeats"], overlap)
+                    for row in compared
                 ]
                 for row, test, adjusted in zip(compared, family, _holm([test["p"] for test in family]), strict=True):
                     names = {"row": row["name"], "against": against["name"], "modality": modality}
@@ -122,17 +123,27 @@ def _tests(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return tests
 
 
-def _paired(scores: Sequence[float | None], references: Sequence[float | None]) -> dict[str, Any]:
-    """Mean difference over repeats, its 95 % interval and the p-value of Student's paired test; None if a score is."""
+def _paired(scores: Sequence[float | None], references: Sequence[float | None], overlap: float) -> dict[str, Any]:
+    """Mean difference over J repeats, its 95 % interval and the p-value of the corrected paired t-test.
+
+    The repeats split the same patients again and again, so their scores are not independent, and Student's variance of
+    the mean, s^2 / J, is too small. Nadeau and Bengio (2003) take s^2 (1 / J + n_test / n_train).
+
+    Args:
+        scores: Score of the method in each repeat; without one of them there is no test.
+        references: Score of the control in each repeat.
+        overlap: n_test / n_train, the ratio of validation to training pairs.
+    """
     pairs = zip(scores, references, strict=True)
     differences = [score - reference for score, reference in pairs if score is not None and reference is not None]
     test: dict[str, Any] = {"difference": None, "low": None, "high": None, "p": None, "n": len(differences)}
     if len(differences) == len(scores):
-        test["difference"] = mean(differences)
+        test["difference"] = center = mean(differences)
         if len(set(differences)) > 1:
-            student = stats.ttest_1samp(differences, 0.0)
-            low, high = student.confidence_interval(0.95)
-            test |= {"low": float(low), "high": float(high), "p": float(student.pvalue)}
+            error = stdev(differences) * (1 / len(differences) + overlap) ** 0.5
+            student = stats.t(len(differences) - 1)
+            half = error * float(student.ppf(0.975))
+            test |= {"low": center - half, "high": center + half, "p": 2 * float(student.sf(abs(center) / error))}
     return test
 
 

@@ -52,8 +52,8 @@ def dropped_rows(plan: Plan, images: PlanImages) -> list[int]:
 def drop_of(plan: Plan, images: PlanImages, run: Run) -> dict[str, Tensor]:
     """The parts that a run drops of each of n pairs, as `RoarModule` takes them in a batch.
 
-    They are the floor(fraction * units) highest units of a pair in the maps of the run's method; ties in an order of
-    the repeat.
+    They are the floor(fraction * units) highest units of a pair in the maps of the run's method, at least one; ties in
+    an order of the repeat.
 
     Returns:
         `drop_patches` `(n, Gh, Gw)` or `drop_tokens` `(n, T)` bool; nothing for a clean run.
@@ -78,10 +78,10 @@ def drop_of(plan: Plan, images: PlanImages, run: Run) -> dict[str, Tensor]:
 
 
 def top_units(values: Tensor, among: Tensor, fraction: float, seed: int) -> Tensor:
-    """The floor(fraction * n) highest of the n units among which each row chooses; ties in a seeded order.
+    """The floor(fraction * n) highest of the n units of each row, at least one above a fraction of 0; seeded ties.
 
     Values `(B, U)` and `among` `(B, U)` bool to `(B, U)` bool; the fraction is in [0, 1].
     """
     order = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
-    dropped = top_share(values.gather(1, order), fraction, among.gather(1, order))
+    dropped = top_share(values.gather(1, order), fraction, among.gather(1, order), at_least=int(fraction > 0))
     return torch.zeros_like(dropped).scatter(1, order, dropped)

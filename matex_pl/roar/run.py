@@ -44,6 +44,7 @@ def run_roar(
     methods: list[str] | str = "matex,m2ib,grad_cam,chefer,saliency",
     init_model: str | None = None,
     init_weights: str | None = None,
+    start: Literal["init", "explained"] = "init",
     plan: str | None = None,
     shard: str = "0/1",
     executor: Literal["local", "ray"] = "local",
@@ -66,7 +67,10 @@ def run_roar(
         methods: Names of shipped methods and YAML files, `matex,m2ib,mine.yaml`.
         init_model: Model that each run starts from, like `model.name` of a training; that of `ckpt_path` by default.
         init_weights: Weights that each run starts from, like `model.pretrained` of a training: a file, or a tag of
-            open_clip for `init_model`. Those of `ckpt_path` if neither is given.
+            open_clip for `init_model`.
+        start: Start of each run: `init`, the weights of `init_model` and `init_weights`, or `explained`, those of
+            `ckpt_path`. A checkpoint that was trained on these pairs has seen the validation pairs of every split, and
+            the scores leak: take `explained` for other pairs only.
         plan: Folder of an existing plan, for example of the callback `RoarPlus`, instead of `data`, `ckpt_path` and
             `out`.
         shard: Runs of this command: `I/N` for every N-th run from the I-th, `3/8` in the fourth of eight jobs.
@@ -101,16 +105,22 @@ def run_roar(
     elif data is None or ckpt_path is None or out is None:
         raise ValueError("there is no plan. Give data, ckpt_path and out, or plan, the folder of one.")
     else:
-        explained = start = load_module(ckpt_path)
-        if init_model or init_weights:
+        if (start == "init") != bool(init_model or init_weights):
+            raise ValueError(
+                f"start is {start!r}, init_model {init_model!r} and init_weights {init_weights!r}. Give the weights "
+                "before the training of ckpt_path as init_model and init_weights. If that training has not seen these "
+                "pairs, give start: explained and neither of them."
+            )
+        explained = begin = load_module(ckpt_path)
+        if start == "init":
             name = init_model or explained.hparams["name"]
-            start = ClipModule(name, init_weights, image_size=explained.clip.image_size)
+            begin = ClipModule(name, init_weights, image_size=explained.clip.image_size)
         origins = {
             "checkpoint": ckpt_path,
             "start_checkpoint": " ".join(filter(None, [init_model, init_weights])) or ckpt_path,
         }
         names = methods.split(",") if isinstance(methods, str) else methods
-        opened = make_plan(Path(out), data, explained, start, names, protocol, training, origins)
+        opened = make_plan(Path(out), data, explained, begin, names, protocol, training, origins)
     if executor == "ray":
         check_gpus(opened.training, ray)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,13 @@ from open_clip.loss import gather_features
 from torch import Tensor
 
 from matex_pl.training.distributed import fingerprints, gather_rows, process_count
+
+EqualPhrases = Literal["positive", "masked"]
+"""Role of another pair with the same phrase: `positive` shares the target of the row, `masked` leaves the pair out of it.
+
+Where equal phrases have equal embeddings, `positive` is plain CLIP's loss in value and gradient: the copies cancel.
+`masked` takes them out of the denominator too, and no image is pushed away from its own phrase.
+"""
 
 
 def same_phrase(phrases: Sequence[str]) -> Tensor:
@@ -24,8 +32,10 @@ def phrase_keys(phrases: Sequence[str]) -> Tensor:
     return fingerprints([" ".join(phrase.lower().split()) for phrase in phrases])
 
 
-def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, positives: Tensor) -> Tensor:
-    """Symmetric cross-entropy of the scaled cosines, a scalar; the target is uniform over the positives of each row.
+def contrastive_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor, positives: Tensor, equal_phrases: EqualPhrases = "positive"
+) -> Tensor:
+    """Symmetric cross-entropy of the scaled cosines, a scalar.
 
     With one positive per row it is CLIP's loss (Radford et al. 2021).
 
@@ -33,19 +43,31 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, positives
         image: `(B, D)` L2-normalized.
         text: `(B, D)` L2-normalized.
         logit_scale: Scalar factor, not its logarithm.
-        positives: `(B, B)` bool, symmetric, true on the diagonal.
+        positives: `(B, B)` bool, symmetric, true on the diagonal: pairs with the same phrase.
+        equal_phrases: Role of the other positives of a row, see `EqualPhrases`.
     """
-    return _cross_entropy(image, text, (image, text), logit_scale, positives)
+    own = torch.arange(len(image), device=image.device)
+    return _cross_entropy(image, text, (image, text), logit_scale, positives, own, equal_phrases)
 
 
 def _cross_entropy(
-    image: Tensor, text: Tensor, keys: tuple[Tensor, Tensor], logit_scale: Tensor, positives: Tensor
+    image: Tensor,
+    text: Tensor,
+    keys: tuple[Tensor, Tensor],
+    logit_scale: Tensor,
+    positives: Tensor,
+    own: Tensor,
+    equal_phrases: EqualPhrases,
 ) -> Tensor:
-    """Mean over B pairs of the loss against N keys, images and texts `(N, D)`; positives `(B, N)`."""
-    target = positives.to(image) / positives.sum(1, keepdim=True)
+    """Mean over B pairs of the loss against N keys, images and texts `(N, D)`; `own` `(B,)` is the pair among them."""
     images, texts = keys
-    to_text = F.cross_entropy(logit_scale * image @ texts.T, target)
-    return (to_text + F.cross_entropy(logit_scale * text @ images.T, target)) / 2
+    to_text, to_image = logit_scale * image @ texts.T, logit_scale * text @ images.T
+    if equal_phrases == "masked":
+        others = positives.scatter(1, own[:, None], False)
+        to_text, to_image = (logits.masked_fill(others, -torch.inf) for logits in (to_text, to_image))
+        return (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
+    target = positives.to(image) / positives.sum(1, keepdim=True)
+    return (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target)) / 2
 
 
 def gathered_loss(
@@ -56,6 +78,7 @@ def gathered_loss(
     *,
     local_loss: bool = True,
     gather_with_grad: bool = True,
+    equal_phrases: EqualPhrases = "positive",
 ) -> Tensor:
     """`contrastive_loss` of the pairs of all processes, or of the given pairs if there is one process.
 
@@ -71,17 +94,20 @@ def gathered_loss(
             batch. Otherwise every process computes the whole loss.
         gather_with_grad: Let gradients pass to the process that an embedding came from. Without it, gradients are
             those of the process's own embeddings, smaller by the number of processes, and `local_loss` is not possible.
+        equal_phrases: Role of the other pairs with the same phrase, see `EqualPhrases`.
 
     Raises:
         ValueError: The processes have batches of different size.
     """
     if process_count() == 1:
-        return contrastive_loss(image, text, logit_scale, same_phrase(phrases).to(image.device))
+        return contrastive_loss(image, text, logit_scale, same_phrase(phrases).to(image.device), equal_phrases)
     keys = phrase_keys(phrases).to(image.device)
     all_keys, rank = gather_rows(keys), dist.get_rank()
     # Without a graph there is nothing to pass back, as in validation.
     with_grad = gather_with_grad and torch.is_grad_enabled()
     images, texts = gather_features(image, text, local_loss, with_grad, rank, process_count())
     if local_loss:
-        return _cross_entropy(image, text, (images, texts), logit_scale, keys[:, None] == all_keys)
-    return contrastive_loss(images, texts, logit_scale, all_keys[:, None] == all_keys)
+        own = rank * len(image) + torch.arange(len(image), device=image.device)
+        positives = keys[:, None] == all_keys
+        return _cross_entropy(image, text, (images, texts), logit_scale, positives, own, equal_phrases)
+    return contrastive_loss(images, texts, logit_scale, all_keys[:, None] == all_keys, equal_phrases)

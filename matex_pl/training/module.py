@@ -28,7 +28,7 @@ from matex_pl.data.pair import ImageTextBatch, ImageTextPair
 from matex_pl.files import check_folder
 from matex_pl.training.checkpoints import WholeCheckpointIO
 from matex_pl.training.distributed import fingerprints, gather_rows, process_count
-from matex_pl.training.loss import contrastive_loss, gathered_loss, phrase_keys
+from matex_pl.training.loss import EqualPhrases, contrastive_loss, gathered_loss, phrase_keys
 from matex_pl.training.scores import ImageTextRecall, ZeroShot
 
 Freeze = Literal["none", "text", "image", "all-but-projections", "all-but-head"]
@@ -64,6 +64,8 @@ class ClipModule(LightningModule):
             each computes the whole.
         gather_with_grad: With several processes, gradients pass to the process that an embedding came from, as in one
             process on the whole batch. See `loss.gathered_loss`.
+        equal_phrases: Role of other pairs of the batch with the same phrase: `positive`, or `masked`, which leaves them
+            out of the loss of the row. Neither makes them negatives.
     """
 
     clip: Clip
@@ -87,6 +89,7 @@ class ClipModule(LightningModule):
         image_size: int | tuple[int, int] | None = None,
         local_loss: bool = True,
         gather_with_grad: bool = True,
+        equal_phrases: EqualPhrases = "positive",
     ) -> None:
         super().__init__()
         check_choices(ClipModule.__init__, locals())
@@ -193,6 +196,7 @@ class ClipModule(LightningModule):
             batch["phrase"],
             local_loss=self.hparams["local_loss"],
             gather_with_grad=self.hparams["gather_with_grad"],
+            equal_phrases=self.hparams["equal_phrases"],
         )
         self._step_ids += batch["id"]
         if not loss.isfinite():
@@ -274,7 +278,7 @@ class ClipModule(LightningModule):
         if new:
             phrases = keys[new, 1]
             scale, positives = self.clip.logit_scale.exp(), phrases[:, None] == phrases
-            loss = contrastive_loss(images[new], texts[new], scale, positives)
+            loss = contrastive_loss(images[new], texts[new], scale, positives, self.hparams["equal_phrases"])
             self.log(f"{self._split}/loss", loss, prog_bar=True, batch_size=len(new), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:

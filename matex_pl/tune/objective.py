@@ -140,7 +140,7 @@ class Objective:
             references: Maps of each of `references`.
         """
         if self.needs_boxes:
-            return self._in_boxes(pairs, maps.image)
+            return self._in_boxes(pairs, maps)
         if self.forwards:
             return self._removal(pairs, maps)
         size, content_box = (maps.image.shape[1], maps.image.shape[2]), pairs.batch["content_box"]
@@ -161,14 +161,14 @@ class Objective:
         # Mean of the sanity check over the stages.
         return torch.stack([map_correlation(shuffled, maps, self.side) for shuffled in references]).nanmean(0)
 
-    def _in_boxes(self, pairs: PairBatch, maps: Tensor) -> Tensor | Detections:
-        boxes = pairs.batch["boxes"]
+    def _in_boxes(self, pairs: PairBatch, attribution: Attribution) -> Tensor | Detections:
+        maps, boxes = attribution.image, pairs.batch["boxes"]
         if self.metric == "acc50":
-            return F.box_accuracy(F.components(maps, self.threshold), boxes, len(maps))
+            found = F.box_accuracy(F.components(maps, self.threshold), boxes, len(maps))
+            return found.masked_fill(~F.has_order(maps), torch.nan)
         if self.metric == "ap50":
-            return Detections.of(F.components(maps, self.threshold), boxes)
-        # On a raster a box without any raster point keeps one.
-        masks = box_masks(maps, boxes, keep_small=maps.shape[1:] != pairs.clip.image_size)
+            return Detections.of(F.components(maps, self.threshold), boxes, attribution.score)
+        masks = box_masks(maps, boxes)
         if self.metric == "iou":
             return F.iou(maps, masks, (self.threshold,))[:, 0]
         return IN_BOXES[self.metric](maps, masks)

@@ -13,6 +13,8 @@ from matex_pl.training.distributed import first_of_each
 
 # Maximum size of one table of resamples by detections.
 _TABLE = 2**24
+# A box of half the size of another has an IoU of exactly one half with it, up to rounding.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Components:
 
 
 def components(maps: Tensor, threshold: float) -> Components:
-    """8-connected components of `map > threshold`, for maps `(B, H, W)`."""
+    """8-connected components of `map > threshold`, for maps `(B, H, W)` of any floating type."""
+    maps = maps.float()
     number, height, width = maps.shape
     if not maps.numel():
         return Components(torch.zeros(0, dtype=torch.long, device=maps.device), maps.new_zeros(0, 4), maps.new_zeros(0))
@@ -72,26 +75,44 @@ def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -
     return result.masked_fill(without, torch.nan)
 
 
+def reaches(overlap: Tensor, iou: float) -> Tensor:
+    """Overlaps of at least `iou`, up to rounding: the rule of every metric that compares boxes."""
+    return overlap >= iou - _ROUNDING
+
+
 def box_accuracy(components: Components, boxes: Sequence[Tensor], number: int, iou: float = 0.5) -> Tensor:
-    """1 if `best_box_iou` exceeds `iou`, else 0; NaN without boxes. `(B,)`."""
+    """1 if `best_box_iou` `reaches` `iou`, else 0; NaN without boxes. `(B,)`."""
     best = best_box_iou(components, boxes, number)
-    return (best > iou).to(best).masked_fill(best.isnan(), torch.nan)
+    return reaches(best, iou).to(best).masked_fill(best.isnan(), torch.nan)
 
 
 def match_components(components: Components, boxes: Sequence[Tensor], iou: float = 0.5) -> Tensor:
     """Mask `(n,)` bool of the components that hit a box, by the rule of PASCAL VOC (Everingham et al. 2010).
 
     In order of descending peak, each component is assigned to the box of its pair that it overlaps most. It hits the
-    box if their IoU exceeds `iou` and no earlier component has hit that box. See `best_box_iou` for `boxes`.
+    box if their IoU `reaches` `iou` and no earlier component has hit that box. See `best_box_iou` for `boxes`.
     """
     if not len(components.pair):
         return torch.zeros_like(components.pair, dtype=torch.bool)
     overlap, target = _overlaps(components, boxes).max(1)
     order = components.peak.argsort(descending=True, stable=True)
-    order = order[(overlap > iou)[order]]
+    order = order[reaches(overlap, iou)[order]]
     most = max(len(box) for box in boxes) + 1
     takes = order[first_of_each((components.pair * most + target)[order])]
     return torch.zeros_like(components.pair, dtype=torch.bool).scatter(0, takes, True)
+
+
+def detection_scores(components: Components, pair_scores: Tensor) -> Tensor:
+    """Score of each component `(n,)` in [0, 1]: its peak times (1 + s) / 2, with the score s of its pair in [-1, 1].
+
+    Maps in [0, 1] have a peak of 1 in every pair. By the peak alone, a detection in a pair that the model finds alike
+    ranks no higher than one in a pair that it does not.
+
+    Args:
+        components: Components of B maps.
+        pair_scores: `(B,)` cosines of the pairs, for example `Attribution.score`.
+    """
+    return components.peak * (1 + pair_scores.to(components.peak)[components.pair]).clamp(min=0) / 2
 
 
 def average_precision(
@@ -99,11 +120,10 @@ def average_precision(
 ) -> Tensor:
     """Area under the precision envelope over all detections (PASCAL VOC 2010), a scalar or `(R,)`; NaN without boxes.
 
-    Detections of equal score are added together. A map in [0, 1] has a component of score 1 in every pair, and the
-    order of these must not matter.
+    Detections of equal score are added together, because their order must not matter.
 
     Args:
-        scores: `(n,)` score of each detection.
+        scores: `(n,)` score of each detection, for example from `detection_scores`.
         hits: `(n,)` bool mask of the detections that hit a box.
         pair: `(n,)` long, pair of each detection.
         num_boxes: `(B,)` number of boxes of each pair.
