@@ -1,4 +1,4 @@
-"""What MATEX's settings do to its maps, on phantom images, over several training seeds: writes docs/results/tables/choices.md.
+"""What MATEX's settings do to its maps, on phantom images, over several training seeds.
 
     python benchmarks/choices.py --out docs/results/tables/choices.md
 

@@ -1,6 +1,7 @@
 """The README's pictures: the panel of one phantom of the test split, or the contact sheet of every method on it.
 
-python benchmarks/panel.py --ckpt_path runs/phantom/checkpoints/last.ckpt --pair phantom-11004-1 --out docs/pictures/panel.png
+python benchmarks/panel.py --ckpt_path runs/phantom/checkpoints/last.ckpt --pair phantom-11004-1 \
+    --out docs/pictures/panel.png
 python benchmarks/panel.py ... --method all --width 1440 --out docs/pictures/methods.png
 """
 

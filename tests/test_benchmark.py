@@ -143,8 +143,8 @@ def curves(clip, images, grid, fill, text, kind):
 
 def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     """The mean over all pairs, computed in one piece from the method's own maps."""
-    # In one batch, as below: the kept half of a coarse map ends among near-equal pixels, which another batch size rounds
-    # into another order.
+    # In one batch, as below: the kept half of a coarse map ends among near-equal pixels, and another batch size rounds
+    # them into another order.
     results = run(data, checkpoint, tmp_path, batch_size=100)
     clip = load_module(str(checkpoint)).clip
     prepare_data(data, clip.image_size, "test")

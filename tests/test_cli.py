@@ -107,12 +107,17 @@ def test_phantom_config_from_fit_to_explain(here, images, capsys):
     assert -1 <= float(rows[0]["cosine"]) <= 1
     assert {"id", "phrase", "nodule"} <= rows[0].keys()
 
-    Path("tiny.json").unlink()
+    Path("models").mkdir()
+    Path("tiny.json").rename("models/tiny.json")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("image.png")
     capsys.readouterr()
-    main(["explain", "image.png", "Left lower lobe consolidation.", "--ckpt_path", last, "--out", "out/panel.png"])
+    phrase = ["explain", "image.png", "Left lower lobe consolidation."]
+    main([*phrase, "--ckpt_path", last, "--out", "out/panel.png"])
     assert "out/panel.png" in capsys.readouterr().out
     assert cv2.imread("out/panel.png").shape[1] == 880
+    # The same weights as those of any CLIP model, by the name of its architecture.
+    main([*phrase, "--model", "models/tiny.json", "--pretrained", last, "--out", "model.png"])
+    assert np.array_equal(cv2.imread("out/panel.png"), cv2.imread("model.png"))
     main(["explain", "image.png", "Nodule.", "--ckpt_path", last, "--out", "center.png", "--method", "CenterMap"])
     assert Path("center.png").is_file()
 
@@ -388,6 +393,25 @@ def test_explain_says_what_is_wrong(here, change, message):
     assert not Path("panel.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Give one model: --ckpt_path, a checkpoint of `matex fit`, or --model"),
+        (["--ckpt_path", "last.ckpt", "--model", "ViT-B-32"], "Give one model"),
+        (["--model", "ViT-B-32"], "--model ViT-B-32 has no weights. Give --pretrained"),
+        (["--ckpt_path", "last.ckpt", "--pretrained", "openai"], "--pretrained belongs to --model"),
+        (["--model", "ViT-B-33", "--pretrained", "openai"], "ViT-B-33"),
+        (["--model", "tiny.json", "--pretrained", "none.pt"], "No checkpoint file at 'none.pt'"),
+    ],
+)
+def test_explain_takes_one_model(here, words, message):
+    Image.fromarray(np.zeros((64, 64), dtype=np.uint8)).save("image.png")
+    with pytest.raises(SystemExit, match=message) as end:
+        main(["explain", "image.png", "Nodule.", *words])
+    assert end.value.code == 2
+    assert not Path("panel.png").exists()
+
+
 @pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["explain", "--help"]])
 def test_help_is_there(words, capsys):
     with pytest.raises(SystemExit) as end:
@@ -439,7 +463,7 @@ def test_options_change_the_data_of_a_config(here, option, capsys):
         (["fit", "--data.root=x", "--config=phantom.yaml"], "--data.root comes before anything names a data module"),
         (["tune", "--config=phantom.yaml", "--out=x"], "required: --ckpt_path"),
         (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "no config 'none.yaml'"),
-        (["explain", "image.png"], "required: phrase, ckpt_path"),
+        (["explain", "image.png"], "required: phrase"),
         (["roar", "walk"], "invalid choice: 'walk'"),
     ],
 )
