@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
