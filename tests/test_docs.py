@@ -82,10 +82,9 @@ def test_commands_of_a_page_have_their_options(page, options_of, capsys):
         options = options_of(words, capsys)
         given = [word.split("=")[0] for word in words if word.startswith("--")]
         # Arguments of a callback follow its name: `--trainer.callbacks+=MapWriter --trainer.callbacks.root maps`.
-        wrong += [
-            f"{' '.join(words)}: {name}" for name in given if re.sub(r"callbacks\..*", "callbacks", name) not in options
-        ]
-        for name, value in zip(words, words[1:], strict=False):
+        unknown = [name for name in given if re.sub(r"callbacks\..*", "callbacks", name) not in options]
+        wrong += [f"{' '.join(words)}: {name}" for name in unknown]
+        for name, value in pairwise(words):
             if name == "--config" and value not in OWN and find_config(value) is None:
                 wrong.append(f"{' '.join(words)}: no config {value}")
     assert not wrong, "\n".join(wrong)
