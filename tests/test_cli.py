@@ -122,6 +122,15 @@ def test_phantom_config_from_fit_to_explain(here, images, capsys):
     assert Path("center.png").is_file()
 
 
+def test_roar_plus_in_a_training_from_the_command_line(here, images):
+    few = ["--trainer.callbacks.methods=[chefer]", "--trainer.callbacks.training.epochs=1"]
+    few += ["--trainer.callbacks.protocol.modalities=[image]", "--trainer.callbacks.protocol.fractions=[0.5]"]
+    few += ["--trainer.callbacks.protocol.repeats=1", "--trainer.callbacks.training.batch_size=4"]
+    fit_phantom(images, "--trainer.callbacks+=matex_pl.callbacks.RoarPlus", *few)
+    logged = EventAccumulator(str(here / "runs" / "phantom" / "version_0")).Reload().Tags()["scalars"]
+    assert "roar/image/Chefer" in logged
+
+
 def test_the_last_checkpoint_of_a_second_run_is_its_own(here, images):
     """Every documented `--ckpt_path .../last.ckpt` is of the run before it."""
     Path("none.yaml").write_text("trainer: {limit_val_batches: 0}", encoding="utf-8")

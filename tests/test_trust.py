@@ -97,6 +97,18 @@ def test_a_checkpoint_that_would_run_code_is_refused_by_its_name(
     assert not trace.exists()
 
 
+def test_a_function_that_a_checkpoint_names_is_not_called(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's loading imports the `_instantiator` of the settings."""
+    folder = checkpoint.parent
+    (folder / "made_to_run.py").write_text(f"open({str(folder / 'trace')!r}, 'w').close()", encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+    named = {"_instantiator": "made_to_run.make"}
+    evil = _changed(checkpoint, "evil.ckpt", lambda content: content["hyper_parameters"].update(named))
+    load_module(str(evil))
+    load_trained(str(evil))
+    assert not (folder / "trace").exists()
+
+
 def test_the_command_line_refuses_it_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint.parent)
     evil = _changed(checkpoint, "evil.ckpt", lambda content: content.update(callbacks=Touch(Path("trace"))))

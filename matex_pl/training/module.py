@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -107,6 +108,8 @@ class ClipModule(LightningModule):
         self.clip = load_clip(name, pretrained, image_size)
         # A checkpoint rebuilds the model from these, without the files that this run was started from.
         self.hparams.update(name=json.dumps(self.clip.config), pretrained=None, image_size=None)
+        # LightningCLI adds the path of a function here, which Lightning calls when a checkpoint is loaded.
+        self.hparams.pop("_instantiator", None)
         self.retrieval = nn.ModuleDict({"val": ImageTextRecall(), "test": ImageTextRecall()})
         self.zero_shot = None
         self.findings: tuple[str, ...] = ()
@@ -396,4 +399,11 @@ def load_module(ckpt_path: str) -> ClipModule:
         ValueError: The file is no checkpoint of `matex fit`.
     """
     with reading_checkpoint(ckpt_path):
-        return ClipModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
+        checkpoint = torch.load(ckpt_path, "cpu", weights_only=True)
+        # Only arguments: Lightning's own loading calls a function that a checkpoint may name among them.
+        known = signature(ClipModule).parameters
+        settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
+        module = ClipModule(**settings)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module.eval()
