@@ -1,4 +1,4 @@
-"""The README's second picture: the components of one phantom's map, and what the settings make of them.
+"""Picture of the documentation: the components of one phantom's map, and the effect of the settings.
 
 python benchmarks/components.py --ckpt_path runs/phantom/checkpoints/last.ckpt --pair phantom-11004-1 \
         --out docs/pictures/components.png
@@ -43,10 +43,10 @@ def main(ckpt_path: str, pair: str, out: str, side: int = 168) -> None:
     """Write the picture.
 
     Args:
-        ckpt_path: A checkpoint of `matex fit --config phantom.yaml`.
+        ckpt_path: Checkpoint of `matex fit --config phantom.yaml`.
         pair: Id of a test pair.
-        out: The PNG to write.
-        side: Of each cell in pixels.
+        out: Path of the PNG file.
+        side: Side of each picture in pixels.
     """
     module = load_module(ckpt_path)
     data = PhantomDataModule(image_size=module.clip.image_size)
@@ -71,12 +71,12 @@ def main(ckpt_path: str, pair: str, out: str, side: int = 168) -> None:
 
 
 def over(image: Picture, heat: Tensor) -> Picture:
-    """The map over the image, both at the image's size."""
+    """Map over the image, both at the image's size."""
     return overlay(image, resize(heat.numpy(), (image.shape[1], image.shape[0])).clip(0, 1))
 
 
 def captioned(caption: str, picture: Picture) -> Picture:
-    """The picture with a line under it."""
+    """Picture with a caption below it."""
     height, width = picture.shape[:2]
     canvas = blank_picture(height + 20, width)
     paste(canvas, picture, 0, 0)
