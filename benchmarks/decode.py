@@ -83,7 +83,7 @@ def main(folder: str | None = None, number: int = 8, rounds: int = 5, size: int 
     Args:
         folder: Folder of JPEGs to read; drawn phantoms by default.
         number: Number of images to read in each round.
-        rounds: Number of rounds, in each of which every reader reads all images.
+        rounds: Number of rounds; every reader reads all images in each round.
         size: Side of the model's square input.
     """
     with TemporaryDirectory() as made:

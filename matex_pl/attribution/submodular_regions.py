@@ -199,7 +199,7 @@ class Weights:
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
             if not 0 <= weight < torch.inf:
-                raise ValueError(f"The weight `{name}` must be a finite number of at least 0, got {weight}.")
+                raise ValueError(f"The weight {name} must be a finite number of at least 0, got {weight}.")
         if not any(vars(self).values()):
             raise ValueError(
                 f"The weights {', '.join(vars(self))} are all 0, which leaves no score to search for. Set one above 0."

@@ -44,8 +44,8 @@ def check_gpus(training: Training, options: RayOptions) -> None:
     """Raise if runs train on a GPU that Ray does not assign to them."""
     if training.accelerator in ("gpu", "cuda") and not options.num_gpus:
         raise ValueError(
-            f"The runs train on {training.accelerator!r}, but ray.num_gpus is 0. Set the number of GPUs per run, for "
-            "example ray.num_gpus=1, or 0.5 for two runs on each GPU."
+            f"training.accelerator is {training.accelerator!r}, but ray.num_gpus is 0. Set the number of GPUs per run, "
+            "for example ray.num_gpus=1, or 0.5 for two runs on each GPU."
         )
 
 

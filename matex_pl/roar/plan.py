@@ -53,7 +53,7 @@ class Protocol:
         for name in ("modalities", "fractions", "splits"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must have at least one value, each only once, got {values}.")
+                raise ValueError(f"{name} must name at least one value, each once, got {values}.")
         for fraction in self.fractions:
             if not 0 <= fraction <= 1:
                 raise ValueError(f"fractions must be in [0, 1], got {fraction:g}. Give a share, not a percentage.")

@@ -110,7 +110,7 @@ def picture_grid(pictures: Sequence[Picture], *, columns: int, gap: int = 12) ->
         gap: Pixels between cells and around the grid.
     """
     if not pictures:
-        raise ValueError("`picture_grid` needs at least one picture, got none.")
+        raise ValueError("picture_grid needs at least one picture, got none.")
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}.")
     images = [check_image(picture, name="picture") for picture in pictures]

@@ -132,7 +132,7 @@ class _Sheet(Page):
     def of(cls, width: int, columns: int, num_entries: int, aspect: float, text_lines: int) -> _Sheet:
         """Layout for an image of `aspect` = height / width and `num_entries` methods."""
         if num_entries < 1:
-            raise ValueError("`contact_sheet` needs at least one entry, got none.")
+            raise ValueError("contact_sheet needs at least one entry, got none.")
         for name, value in (("columns", columns), ("text_lines", text_lines)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")

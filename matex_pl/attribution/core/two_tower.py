@@ -244,7 +244,7 @@ class TwoTowerMethod(AttributionMethod):
         check_choices(TwoTowerMethod.__init__, locals())
         if references is not None and not references:
             raise ValueError(
-                "references must name at least one phrase, got []. Leave `references` out to use the package's list."
+                "references must name at least one phrase, got []. Leave references out to use the package's list."
             )
         self.target = target
         self.references = list(REFERENCES if references is None else references)
