@@ -42,7 +42,7 @@ class Relevance:
 class Trace(NamedTuple):
     """One forward of a tower, and its relevance function.
 
-    Args:
+    Attributes:
         embedding: `(B, D)` embeddings, or `(1, D)` of one image.
         relevance_for: Function from directions `(B, D)` in the embedding space to the `Relevance` of the tower's
             inputs.
