@@ -54,7 +54,7 @@ def main(ckpt_path: str, pair: str, out: str, side: int = 224) -> None:
     """Write `components.png` and a `matex_<part>.png` per equation, and print the phrase and the range of C.
 
     Args:
-        ckpt_path: A checkpoint of `matex fit --config phantom.yaml`.
+        ckpt_path: Checkpoint of `matex fit --config phantom.yaml`.
         pair: Id of a test pair.
         out: The folder to write to.
         side: Width and height of each cell in pixels.
@@ -189,7 +189,7 @@ def words(phrase: str, pieces: list[str], maps: Attribution) -> Picture:
 
 
 def over(image: Picture, heat: Tensor) -> Picture:
-    """The map over the image, both at the image's size."""
+    """Map over the image, both at the image's size."""
     return overlay(image, resize(heat.numpy(), (image.shape[1], image.shape[0])).clip(0, 1))
 
 
@@ -204,7 +204,7 @@ def enlarged(values: Tensor, image: Picture) -> Tensor:
 
 
 def captioned(caption: str, picture: Picture) -> Picture:
-    """The picture with a line under it."""
+    """Picture with a caption below it."""
     height, width = picture.shape[:2]
     canvas = blank_picture(height + TYPE + 10, width)
     paste(canvas, picture, 0, 0)

@@ -171,7 +171,7 @@ def test_methods_by_name_and_all_of_them(here, images, capsys):
     main([*words, "--method", "all", "--out", "all.png"])
     # The image and one tile per method, six in a row.
     assert cv2.imread("all.png").shape[1] == 1920
-    with pytest.raises(SystemExit, match=r"No method 'm3ib'. Take one of center_map.*saliency"):
+    with pytest.raises(SystemExit, match=r"There is no method 'm3ib'. Use one of center_map.*saliency"):
         main([*words, "--method", "m3ib"])
     Path("mine.yaml").write_text("class_path: matex_pl.attribution.M2ib\ninit_args: {step: 1}", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"mine.yaml does not describe a method(?s:.*)'step' is not accepted"):

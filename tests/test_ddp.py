@@ -211,7 +211,7 @@ def test_a_image_that_is_no_number_to_one_process_stops_both(found: Path) -> Non
 def test_remove_and_retrain_is_planned_and_left_to_its_command(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (found / "roar" / "runs").exists()
     main(["roar", "run", "--plan", str(found / "roar"), "--shard", "0/9"])
-    assert "These runs are done; 8 others of the plan are left." in capsys.readouterr().out
+    assert "These runs are done; 8 runs of the plan are left." in capsys.readouterr().out
 
 
 def test_the_way_to_gather_that_is_wrong_is_refused(tiny_json: str) -> None:

@@ -405,7 +405,7 @@ def test_half_share_of_known_maps() -> None:
 def test_half_share_refuses_what_is_no_side() -> None:
     with pytest.raises(ValueError, match="'both'"):
         half_share(torch.rand(1, 4, 4), ["both"])
-    with pytest.raises(ValueError, match="one for each of 2 maps; got 1"):
+    with pytest.raises(ValueError, match="sides must hold one side for each of 2 maps, got 1"):
         half_share(torch.rand(2, 4, 4), ["left"])
 
 

@@ -341,7 +341,7 @@ def test_smooth_noise_is_smooth(tiny_clip):
     assert step(smooth.grid) < 0.7 * step(rough.grid)
     words = [maps.text[maps.content].view(4, -1) for maps in (smooth, rough)]
     assert step(words[0]) < 0.7 * step(words[1])
-    with pytest.raises(ValueError, match="blur must not be negative, got -1"):
+    with pytest.raises(ValueError, match="blur must be a finite number of at least 0, got -1"):
         RandomMap(blur=-1.0)
 
 
@@ -370,9 +370,9 @@ def test_methods_are_named_once_and_controls_are_always_there():
     names = [row.name for row in plan_methods(["matex", "random_map"], 3, 4)]
     assert names == ["MATEX", "MATEX, delta = 0", "PriorOnly", RANDOM, BLURRED, "CenterMap", BOXES]
     assert [row.name for row in plan_methods(["chefer"], 0, 4)] == ["Chefer", RANDOM, BLURRED, "CenterMap"]
-    with pytest.raises(ValueError, match="Two methods are called 'MATEX'"):
+    with pytest.raises(ValueError, match="Two methods have the name 'MATEX'"):
         plan_methods(["matex", "matex"], 0, 4)
-    with pytest.raises(ValueError, match="No method 'mattex'"):
+    with pytest.raises(ValueError, match="There is no method 'mattex'"):
         plan_methods(["mattex"], 0, 4)
 
 
@@ -418,7 +418,7 @@ def test_the_command_with_the_shipped_config(tmp_path, image_root, capsys):
     assert capsys.readouterr().out.startswith("9 of 9 runs are done, 0 running, 0 failed.")
     with pytest.raises(SystemExit):
         main([*words, "--training.lr=1.0"])
-    assert "training.lr is 0.0001 there, 1.0 here" in capsys.readouterr().err
+    assert "training.lr is 0.0001 in the plan, 1.0 in this command" in capsys.readouterr().err
     (tmp_path / "mine.yaml").write_text(f"out: {tmp_path / 'roar'}\n", encoding="utf-8")
     main(["roar", "collect", "--config", str(tmp_path / "mine.yaml")])
     assert "Chefer" in capsys.readouterr().out

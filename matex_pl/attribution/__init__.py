@@ -1,6 +1,6 @@
-"""Methods that say where a CLIP model looked and which words mattered."""
+"""Attribution methods: image and word relevance maps of a CLIP model."""
 
 import lazy_loader
 
-# The names are listed in `__init__.pyi`, and their modules imported when they are asked for.
+# `__init__.pyi` lists the names. Their modules are imported on first access.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

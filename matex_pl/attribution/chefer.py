@@ -1,4 +1,4 @@
-"""Relevance that is passed from block to block."""
+"""Relevance propagated from block to block (Chefer et al.)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from matex_pl.clip.towers import Pooling
 class Chefer(TwoTowerMethod):
     """Transformer-MM-Explainability (Chefer, Gur and Wolf 2021).
 
-    R <- R + mean over heads of max(0, A * dS/dA) times R, from the first of the blocks on; the map is what is read of R
-    (the class token's or the end of text's row). dS/dA of all blocks comes from one backward, as <dS/do, v>. An
-    attention pool's query is no token: its row of max(0, A * dS/dA) begins the product.
+    `R <- R + mean over heads of max(0, A * dS/dA) R`, starting at the first counted block. The map is the row of R at
+    the pooled token (class token or end of text). One backward gives dS/dA of all blocks, as `<dS/do, v>`. An attention
+    pool's query is not a token: the pool's row of `max(0, A * dS/dA)` starts the product.
 
-    Released code: a backward per layer, half precision on a GPU, and the cosine times exp(logit_scale), which is
-    `target="logit"`; it divides the words by their sum. Only class tokens and ends of text are read there.
+    Released code differs:
+
+    - It runs a backward per layer, in half precision on a GPU.
+    - It explains the cosine times `exp(logit_scale)`, which is `target="logit"` here.
+    - It divides the word relevance by its sum.
+    - It supports only towers that pool the class token or the end of text.
 
     Args:
-        start_layer: First block whose attention counts, by index from 0 or from the end; -1, the last block, is the
-            default of the authors' CLIP code, 0 takes all.
+        start_layer: First block whose attention counts, by index from 0 or from the end; 0 counts all. The default -1,
+            the last block, is that of the authors' CLIP code.
         target: `cosine`, `margin`, or `logit` (as the authors' code: the cosine times the model's logit scale). With
             several blocks the map depends on that scale, because each block adds to the identity.
         kwargs: `references` of `TwoTowerMethod`.
@@ -48,7 +52,7 @@ class Chefer(TwoTowerMethod):
         self.start_layer = start_layer
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward, recording the attention of the blocks that count."""
+        """Run one forward, recording the attention of the counted blocks."""
         start = block_index(self.start_layer, tower.depth)
         with capture_attention(tower.pooling, grad_from=start) as blocks:
             embedding = tower.encode()
@@ -68,9 +72,9 @@ class Chefer(TwoTowerMethod):
 
 
 def _relevance(passed: Sequence[Tensor], pooling: Pooling) -> Tensor:
-    """What is read of R at the tokens of the map, `(B, length)`.
+    """Row of R for the embedding, at the tokens of the map, `(B, length)`.
 
-    Where tokens are averaged it is that of R - I: the identity gives each of them the same, which drowns the rest.
+    Under mean pooling the row is that of R - I: the identity would add the same large value to every token.
     """
     start, passed = first_row(passed, pooling)
     row = start if pooling.kind == "query" else torch.zeros_like(start)

@@ -1,4 +1,4 @@
-"""Maps that do not ask the model where it looked: what any method has to be compared with."""
+"""Control maps that do not depend on the model: baselines for every method."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, toke
 
 
 class Control(AttributionMethod):
-    """Maps that need the model for the score alone."""
+    """Base class of maps that use the model for the score alone."""
 
     supports_text: ClassVar[bool] = False
     cost: ClassVar[str] = "1 forward, for the score"
@@ -50,21 +50,21 @@ class Control(AttributionMethod):
 
 
 class RandomMap(Control):
-    """Noise: a number per patch, drawn evenly and enlarged as any map, and one per content token.
+    """Noise: a uniform number per patch, enlarged like any map, and one per content token.
 
-    Each pair has noise of its own, which depends on the seed, the image and the phrase, and on nothing else.
+    The noise of a pair depends on the seed, the image and the phrase only.
 
     Args:
         seed: Random seed of the noise.
-        blur: Standard deviation of a Gaussian over neighboring patches, and words, that the noise is smoothed with, in
-            patches and in tokens; 0 for none. So neighbors are as alike as they are in maps of methods.
+        blur: Standard deviation, in patches and in tokens, of the Gaussian that smooths the noise over neighbors; 0 for
+            none. Smoothed noise has neighbors as similar as those in the maps of methods.
     """
 
     supports_text: ClassVar[bool] = True
 
     def __init__(self, seed: int = 0, blur: float = 0.0) -> None:
         if not 0 <= blur < torch.inf:
-            raise ValueError(f"blur must not be negative, got {blur}.")
+            raise ValueError(f"blur must be a finite number of at least 0, got {blur}.")
         self.seed = seed
         self.blur = blur
 
@@ -87,7 +87,7 @@ class RandomMap(Control):
 
 
 def _blurred(noise: Tensor, sigma: float) -> Tensor:
-    """Noise `(B, ...)` smoothed along each axis by a Gaussian, cut off at three sigma and at the edges."""
+    """Noise `(B, ...)` smoothed along each axis by a Gaussian, truncated at three sigma and at the edges."""
     if not sigma:
         return noise
     for axis in range(1, noise.ndim):
@@ -99,7 +99,7 @@ def _blurred(noise: Tensor, sigma: float) -> Tensor:
 
 
 class CenterMap(Control):
-    """The center of the frame: 1 there, falling linearly with the distance to 0 in the corners."""
+    """Distance to the center of the frame as a map: 1 at the center, falling linearly to 0 in the corners."""
 
     def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:
         device, (height, width) = images.device, clip.image_size
@@ -109,12 +109,14 @@ class CenterMap(Control):
 
 
 class PriorOnly(Control):
-    """The spatial prior of the phrase alone (M of eq. 5, min-maxed): what the words give away; zeros if they name none.
+    """Spatial prior of the phrase alone (M of eq. 5, min-maxed); zeros if the phrase names no place.
+
+    The control shows how much of a map the words alone give away.
 
     Args:
         prior_shape: `parabola`, `gaussian` or `plateau`.
         laterality: `patient` or `paper`.
-        knowledge_prior: A finding that names no place takes its usual one.
+        knowledge_prior: Whether a finding without a named place gets its usual one.
     """
 
     def __init__(

@@ -19,18 +19,21 @@ from matex_pl.maps import full_precision, min_max
 class GradCam(TwoTowerMethod):
     """Grad-CAM (Selvaraju et al. 2017) and HiResCAM (Draelos and Carin 2020) on the tokens that enter a block.
 
-    `gradcam` is max(0, sum over channels of (mean over tokens of g) * a) with a the input of the block's norm and
-    g = dS/da; `hires` is max(0, sum over channels of g * a) with a the output of that norm: at its input, the score
-    does not change with the length of a patch's last token, so that <g, a> is 0 there by Euler's theorem. Tokens are
-    the patches, or the content tokens of the phrase. Several layers are min-maxed each and averaged. In a ResNet a is
-    the map that enters the attention pool.
+    With g = dS/da, the map of a layer is
 
-    Released code: the package `grad-cam` clips, min-maxes and averages layers as here, but enlarges each of them first;
-    its example for CLIP takes the output of the norm and explains a softmax over labels. None serves text.
+    - `gradcam`: `max(0, sum over channels of (mean over tokens of g) * a)`, where a is the input of the block's norm
+    - `hires`: `max(0, sum over channels of g * a)`, where a is the output of that norm
+
+    At the input of the norm `<g, a>` is 0 by Euler's theorem, because the score does not change with the length of a
+    patch's last token. Tokens are the patches, or the content tokens of the phrase. Each layer is min-maxed before
+    several are averaged. In a ResNet a is the map that enters the attention pool.
+
+    Released code: the package `grad-cam` clips, min-maxes and averages layers as here, but enlarges each of them first.
+    Its example for CLIP uses the output of the norm and explains a softmax over labels. Neither package supports text.
 
     Args:
-        layers: Blocks, by index from 0 or from the end; the last by default. A tower with fewer blocks than a negative
-            index asks for uses its first.
+        layers: Blocks, by index from 0 or from the end; the last by default. A negative index below the first block
+            gives the first.
         variant: `gradcam` or `hires`.
         kwargs: `target` and `references` of `TwoTowerMethod`.
     """
@@ -46,12 +49,12 @@ class GradCam(TwoTowerMethod):
         super().__init__(**kwargs)
         check_choices(GradCam.__init__, locals())
         if layers is not None and not layers:
-            raise ValueError("layers must name at least one block; leave it out for the last.")
+            raise ValueError("layers must name at least one block, got []. Leave layers out to use the last block.")
         self.layers = [-1] if layers is None else list(layers)
         self.variant = variant
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward, recording the tokens that enter the layers."""
+        """Run one forward, recording the tokens that enter the layers."""
         stream = Stream(tower.blocks or [original(tower.clip.model.visual).attnpool])
         places = sorted({block_index(layer, len(stream.blocks)) for layer in self.layers})
         with stream.capture(cut=places[:1]):
@@ -69,7 +72,7 @@ class GradCam(TwoTowerMethod):
         return Trace(embedding, relevance_for)
 
     def _layer(self, tower: Tower, tokens: Tensor, gradient: Tensor, keep: Tensor) -> Tensor:
-        # What enters a ResNet's pool is `(B, C, Gh, Gw)`.
+        # The input of a ResNet's pool is `(B, C, Gh, Gw)`.
         at_map = tower.tokens_of if tokens.ndim == 3 else lambda grid: grid.flatten(2).transpose(1, 2)
         tokens, gradient = full_precision(at_map(tokens.detach())), full_precision(at_map(gradient))
         if self.variant == "gradcam":

@@ -1,4 +1,4 @@
-"""Gradients times values under a loosened spatial weight."""
+"""Gradients times values with a loosened spatial weight (Grad-ECLIP)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Tr
 
 
 class GradEclip(TwoTowerMethod):
-    """Grad-ECLIP (Zhao et al. 2024): sum over channels of dS/do * v_i, weighted by norm(cos(q, k_i)), clipped at 0.
+    """Grad-ECLIP (Zhao et al. 2024): sum over channels of `dS/do * v_i`, weighted by `norm(cos(q, k_i))`, clipped at 0.
 
-    q, k, v and o (the attention's output before its projection) are those of all heads, side by tower, and the gradient
-    is that of the row that is pooled. Several blocks are summed before the clipping.
+    q, k, v and o (the attention's output before its projection) are the concatenated heads of a block. The gradient is
+    that of the pooled row. Several blocks are summed before the clipping.
 
-    Released code: explains a copy of the tower whose last blocks attend with one head over the full width; here the
-    heads stay as they are deployed. Of several image blocks it sums the clipped maps. For phrases it takes norm() over
-    all positions, here over the content, and divides by the sum.
+    Released code differs:
+
+    - It explains a copy of the tower whose last blocks attend with one head over the full width; here the heads stay as
+      deployed.
+    - It sums the clipped maps of several image blocks.
+    - For phrases it computes `norm()` over all positions, here over the content, and divides by the sum.
 
     Args:
-        image_blocks: Last blocks of the image tower that count.
-        text_blocks: Last blocks of the text tower that count; a tower with fewer uses all.
+        image_blocks: Number of last blocks of the image tower that count.
+        text_blocks: Number of last blocks of the text tower that count; all blocks if the tower has fewer.
         kwargs: `target` and `references` of `TwoTowerMethod`.
     """
 
@@ -44,7 +47,7 @@ class GradEclip(TwoTowerMethod):
         self.text_blocks = text_blocks
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward, recording q, k, v and o of the last blocks."""
+        """Run one forward, recording q, k, v and o of the last blocks."""
         number = self.image_blocks if isinstance(tower, ImageTower) else self.text_blocks
         start = block_index(-number, tower.depth)
         with capture_attention(tower.pooling, grad_from=start) as blocks:

@@ -1,4 +1,4 @@
-"""Gradients along the way from a baseline."""
+"""Gradients integrated along the line from a baseline to the input."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from matex_pl.maps import full_precision
 
 
 class IntegratedGradients(TwoTowerMethod):
-    """Integrated gradients (Sundararajan et al. 2017), (x - x0) times the mean of dS/dx on the line from x0 to x.
+    """Integrated gradients (Sundararajan et al. 2017): `(x - x0)` times the mean of dS/dx on the line from x0 to x.
 
-    The integral is a Gauss-Legendre sum. The map is the positive part of the sum over channels. x0 is the fill for
-    images; for phrases the embeddings of the same phrase with pad tokens in place of its content.
+    The integral is a Gauss-Legendre sum. The map is the positive part of the sum over channels. For images x0 is the
+    fill. For phrases x0 is the embeddings of the same phrase with its content replaced by pad tokens.
 
-    Released code: captum has the same rule with 50 nodes, and leaves sign and channels as they are.
+    Released code: captum uses the same rule with 50 nodes, and keeps sign and channels.
 
     Args:
-        steps: Nodes of the sum.
+        steps: Number of nodes of the sum.
         fill: x0 of images: `mean_color` (as published), `mean_image` or `blur`.
-        chunk_size: Most samples in one forward and backward, or the batch where that is larger.
+        chunk_size: Maximum number of samples in one forward and backward; the batch size if that is larger.
         kwargs: `target` and `references` of `TwoTowerMethod`.
 
-    `parts` holds signed `(B, H, W)` and text_signed `(B, T)`, the sums over channels; completeness_error and
-    text_completeness_error `(B,)`, what their total differs from S(x) - S(x0) by, which more steps make smaller.
+    `parts` holds
+
+    - `signed` `(B, H, W)` and `text_signed` `(B, T)`, the sums over channels
+    - `completeness_error` and `text_completeness_error` `(B,)`, the total of these sums minus S(x) - S(x0); more steps
+      make them smaller
     """
 
     cost: ClassVar[str] = "2 forwards, and `steps` forwards and backwards"
@@ -50,7 +53,7 @@ class IntegratedGradients(TwoTowerMethod):
         self.chunk_size = chunk_size
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward; the rest needs the direction."""
+        """Run one forward; the gradients need the direction and follow later."""
         embedding = tower.encode()
 
         def relevance_for(direction: Tensor) -> Relevance:
@@ -68,9 +71,9 @@ class IntegratedGradients(TwoTowerMethod):
         return Trace(embedding, relevance_for)
 
     def _mean_gradient(self, tower: Tower, start: Tensor, end: Tensor, direction: Tensor) -> Tensor:
-        """Gauss-Legendre sum of the gradients at `steps` places between `start` and `end` `(B, ...)`."""
+        """Gauss-Legendre mean of the gradients at `steps` points between `start` and `end` `(B, ...)`."""
         nodes, weight = np.polynomial.legendre.leggauss(self.steps)
-        # From -1 to 1, as numpy has it, to 0 to 1.
+        # From numpy's interval -1 to 1 to the interval 0 to 1.
         places, weights = (torch.from_numpy(part / 2).to(direction) for part in (nodes + 1, weight))
         chunk = max(1, self.chunk_size // len(direction))
         total = torch.zeros_like(full_precision(end))

@@ -1,4 +1,4 @@
-"""Shapley values by regression over coalitions."""
+"""Shapley values of patches and words, by regression over coalitions."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ MAX_FEATURES = 64
 
 
 class KernelShap(TwoTowerMethod):
-    """Kernel SHAP (Lundberg and Lee 2017): the values whose sums over coalitions come closest to their scores.
+    """Kernel SHAP (Lundberg and Lee 2017): feature values whose sums over coalitions best fit the scores of these.
 
-    Features of an image are its patches, in square groups where there are more than 64; of a phrase its content tokens.
-    What is left out is filled, or replaced by pad tokens. The values add up to S(all) - S(nothing) exactly. Where
-    `samples` reaches, all coalitions are taken and the values are the Shapley values; otherwise they are drawn in pairs
-    with their complements, one bank for all pairs of a call. The map is the positive part.
+    Features of an image are its patches, or square groups of patches if there are more than 64. Features of a phrase
+    are its content tokens. Features outside a coalition are filled, or replaced by pad tokens. The values add up to
+    S(all) - S(nothing) exactly. If `samples` covers all coalitions, the values are the Shapley values. Otherwise
+    coalitions are drawn in pairs with their complements, one bank for all pairs of a call. The map is the positive
+    part.
 
-    Released code: `shap` also enumerates the smallest and largest coalitions where it cannot take all, and by default
-    drops features by LASSO, which would break the sum; captum keeps the sum by a large weight, draws no complements,
-    and gives every pixel its group's whole value.
+    Released code:
+
+    - `shap` also enumerates the smallest and largest coalitions if there are too many for all. By default it drops
+      features by LASSO, which would break the sum.
+    - captum keeps the sum by a large weight, draws no complements, and gives every pixel the whole value of its group.
 
     Args:
-        samples: Coalitions, at most.
-        fill: What stands in for removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
+        samples: Maximum number of coalitions.
+        fill: Replacement of removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         seed: Random seed of the coalitions.
-        chunk_size: Most samples in one forward, or the batch where that is larger.
+        chunk_size: Maximum number of samples in one forward; the batch size if that is larger.
         kwargs: `target` and `references` of `TwoTowerMethod`.
 
-    `parts` holds the signed values: `values` `(B, N)` per patch, each its group's value over the patches of the group,
-    and `text_values` `(B, T)`.
+    `parts` holds the signed values: `values` `(B, N)` per patch, where a group's value is divided equally over its
+    patches, and `text_values` `(B, T)`.
     """
 
     perturbs_inputs: ClassVar[bool] = True
@@ -62,7 +65,7 @@ class KernelShap(TwoTowerMethod):
         self.chunk_size = chunk_size
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward; the coalitions need the direction."""
+        """Run one forward; the coalitions need the direction and follow later."""
         embedding = tower.encode()
 
         def relevance_for(direction: Tensor) -> Relevance:
@@ -98,7 +101,7 @@ class KernelShap(TwoTowerMethod):
 
 
 def patch_groups(grid: tuple[int, int], most: int = MAX_FEATURES) -> Tensor:
-    """The group of each patch, `(Gh, Gw)`: squares, of the smallest side that gives at most `most` groups."""
+    """Group index of each patch, `(Gh, Gw)`: squares of the smallest side that gives at most `most` groups."""
     side = next(k for k in count(1) if ceil(grid[0] / k) * ceil(grid[1] / k) <= most)
     rows, columns = torch.arange(grid[0]) // side, torch.arange(grid[1]) // side
     return rows[:, None] * ceil(grid[1] / side) + columns
@@ -107,13 +110,13 @@ def patch_groups(grid: tuple[int, int], most: int = MAX_FEATURES) -> Tensor:
 def coalitions(present: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Coalitions of the features of B samples, and their weights in the regression.
 
-    A sample with at most `samples` proper coalitions gets each of them once, with the weight of Shapley's kernel.
-    Others get sizes by that kernel, members at random, and every complement. A sample's coalitions depend on the seed
-    and on its own features alone.
+    If a sample has at most `samples` proper coalitions, each of them appears once, with the weight of Shapley's kernel.
+    Otherwise sizes are drawn by that kernel and members at random, and every complement is added. The coalitions of a
+    sample depend only on the seed and on its own features.
 
     Args:
-        present: `(B, F)` bool, the features that a sample has.
-        samples: S, at most.
+        present: `(B, F)` bool, features of each sample.
+        samples: S, the maximum number of coalitions.
         seed: Random seed of the draw.
 
     Returns:
@@ -130,7 +133,7 @@ def coalitions(present: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor
 
 
 def _enumerated(present: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The first proper coalitions in the order of binary numbers, and Shapley's kernel."""
+    """First proper coalitions in the order of binary numbers, and their weights in Shapley's kernel."""
     size = present.sum(1)
     code = torch.arange(1, rows + 1, device=present.device)[:, None, None]
     place = (present.cumsum(1) - 1).clamp(0, 62)
@@ -143,7 +146,7 @@ def _enumerated(present: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _drawn(present: Tensor, half: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Coalitions by Shapley's kernel and their complements, `(2 * half, B, F)`, with weight 1."""
+    """Coalitions drawn by Shapley's kernel and their complements, `(2 * half, B, F)`, with weight 1."""
     generator = torch.Generator().manual_seed(seed)
     quantile = torch.rand(half, 1, generator=generator).to(present.device)
     order = torch.rand(half, 1, present.shape[1], generator=generator).to(present.device)
@@ -151,7 +154,7 @@ def _drawn(present: Tensor, half: int, seed: int) -> tuple[Tensor, Tensor]:
     share = torch.where(members < size, 1 / (members * (size - members)).clamp(min=1), 0).double().cumsum(1)
     share = share / share[:, -1:].clamp(min=1e-300)
     number = 1 + (quantile[..., None] > share).sum(2, keepdim=True)
-    # The first of the present features, by rank of the random order.
+    # The first `number` of the present features in the random order.
     rank = order.masked_fill(~present, torch.inf).argsort(2).argsort(2)
     keep = (rank < number) & present
     both = torch.stack([keep, present & ~keep], 1).flatten(0, 1)
@@ -167,21 +170,21 @@ def shapley_regression(
     whole: Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Least squares for S(z) - S(nothing) by the sum of the values in z; all add up to S(all) - S(nothing).
+    """Least-squares fit of S(z) - S(nothing) by the sum of the values in z, under the total S(all) - S(nothing).
 
-    Where all scores are the same but for rounding, the values are 0.
+    If all scores are equal up to rounding, the values are 0.
 
     Args:
         keep: `(S, B, F)` bool, or `(S, 1, F)` for all samples.
-        weight: `(S, B)` or `(S, 1)`.
-        present: `(B, F)` or `(1, F)` bool.
-        scores: `(S, B)` of the coalitions.
-        empty: `(B,)` of no feature.
-        whole: `(B,)` of all features.
-        dtype: The dtype that the scores were computed in, which bounds their rounding.
+        weight: `(S, B)` or `(S, 1)` weights of the coalitions.
+        present: `(B, F)` or `(1, F)` bool, features of each sample.
+        scores: `(S, B)` scores of the coalitions.
+        empty: `(B,)` scores without any feature.
+        whole: `(B,)` scores with all features.
+        dtype: Dtype of the computation of the scores, which bounds their rounding.
 
     Returns:
-        `(B, F)`, 0 for features that are not present.
+        `(B, F)` values, 0 for features that are not present.
     """
     members, ones = keep.double(), present.double()
     normal = torch.einsum("sbf,sb,sbg->bfg", members, weight, members)

@@ -1,4 +1,4 @@
-"""Gradients by the attention of every layer, each read for itself."""
+"""Gradients by the attention of each layer, one layer at a time (LeGrad)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowe
 
 
 class LeGrad(TwoTowerMethod):
-    """LeGrad (Bousselham et al. 2024): mean over blocks, heads and queries of max(0, ds_l/dA_l).
+    """LeGrad (Bousselham et al. 2024): mean over blocks, heads and queries of `max(0, ds_l/dA_l)`.
 
-    s_l is the score that the tower's own head gives when it reads the tokens behind block l, and A_l the attention of
-    that block alone. An attention pool counts as one more block.
+    s_l is the score of the tower's own head on the tokens after block l. A_l is the attention of that block alone. An
+    attention pool counts as one more block.
 
-    Released code: takes the last two blocks unless told otherwise, reads CLIP's layers by the mean of all tokens, where
-    this reads what the tower reads, and under an attention pool differentiates the pool's attention alone. No text.
+    Released code differs:
+
+    - It uses the last two blocks by default.
+    - It reads each layer of CLIP as the mean of all tokens; here each layer is read as the tower pools.
+    - Under an attention pool it differentiates the attention of the pool alone.
+    - It does not support text.
 
     Args:
-        num_blocks: Last blocks that count; all by default.
+        num_blocks: Number of last blocks that count; all by default.
         kwargs: `target` and `references` of `TwoTowerMethod`.
     """
 
@@ -36,7 +40,7 @@ class LeGrad(TwoTowerMethod):
         self.num_blocks = num_blocks
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward in which each block begins anew, so that its score depends on its own attention alone."""
+        """Run one forward with the graph cut before each block, which isolates the attention of each block."""
         stream = Stream(tower.blocks)
         start = 0 if self.num_blocks is None else max(tower.depth - self.num_blocks, 0)
         own = range(start, len(tower.blocks))
@@ -58,7 +62,7 @@ class LeGrad(TwoTowerMethod):
 
 
 def _rows(tower: Tower, blocks: list[GradBlock], embedding: Tensor, direction: Tensor, copies: int = 1) -> list[Tensor]:
-    """`(B, length)` per block."""
+    """Map rows `(B, length)`, one per block."""
     gradients = gradients_of(embedding, [block.output for block in blocks], direction, copies=copies)
     pairs = zip(blocks, gradients, strict=True)
     return [tower.pooling.to_map(gradient_by_attention(*pair).relu().mean((1, 2))) for pair in pairs]

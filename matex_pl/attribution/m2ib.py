@@ -1,4 +1,4 @@
-"""An information bottleneck in the stream of either tower."""
+"""An information bottleneck in the token stream of either tower (M2IB)."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ from matex_pl.maps import full_precision
 
 
 class M2ib(TwoTowerMethod):
-    """M2IB (Wang, Rudner and Wilson 2023): how much of each token has to pass a bottleneck for the pair to agree.
+    """M2IB (Wang, Rudner and Wilson 2023): information that each token must pass through a bottleneck.
 
-    Behind a block each number h of the stream becomes z = lambda h + (1 - lambda) eps with standard normal noise eps
-    and lambda = sigmoid(alpha). Adam moves alpha to lower beta * (mean capacity) - (mean score over copies of z), with
-    capacity = -1/2 (1 + log((1 - lambda)^2) - (lambda h)^2 - (1 - lambda)^2). The map is the capacity summed over the
-    channels. Only the blocks behind the bottleneck are run again, for all copies at once, and the other tower is
-    encoded once. All pairs of a call are given the same noise.
+    After a block each number h of the stream becomes `z = lambda h + (1 - lambda) eps`, with standard normal noise eps
+    and `lambda = sigmoid(alpha)`. Adam optimizes alpha to lower `beta * (mean capacity) - (mean score over copies of
+    z)`, with `capacity = -1/2 (1 + log((1 - lambda)^2) - (lambda h)^2 - (1 - lambda)^2)`. The map is the capacity
+    summed over the channels. Only the blocks after the bottleneck run again, for all copies at once, and the other
+    tower is encoded once. All pairs of a call share the noise.
 
-    In phrases the tokens up to the pooled one take part (all that are no padding, where the first is pooled), so that
-    padding changes nothing; the others pass as they are.
+    In phrases the bottleneck acts on the tokens up to the pooled one, or on all tokens but the padding if the first is
+    pooled. Therefore padding does not change the map. Other tokens pass unchanged.
 
-    Released code: the same for an image, pair by pair, with forwards of the whole model. For phrases it averages the
-    capacity over all positions it is given, padding included, min-maxes over the special tokens too, and its wrapper of
-    OpenAI's weights reads the last position instead of the end of text. Here log(1 - lambda) cannot underflow to an
-    infinite capacity.
+    Released code does the same for an image, pair by pair, with forwards of the whole model. Differences for phrases
+    and in numerics:
+
+    - It averages the capacity over all positions, padding included, and min-maxes over the special tokens too.
+    - Its wrapper of OpenAI's weights reads the last position and not the end of text.
+    - Its `log(1 - lambda)` can underflow to an infinite capacity; the one here cannot.
 
     Args:
-        block: The bottleneck is behind this block, by index from 0 or from the end (-3: index 9 of 12). A tower with
-            fewer blocks than a negative index asks for uses its first.
+        block: Index of the block before the bottleneck, from 0 or from the end (-3: index 9 of 12). A negative index
+            below the first block gives the first.
         beta: Weight of the capacity.
-        lr: Adam's learning rate.
-        steps: Steps of Adam.
-        copies: Draws of the noise per step.
-        after_last_update: Take the capacity after the last step; as published it is that of the last forward, which
-            comes before the last update.
+        lr: Learning rate of Adam.
+        steps: Number of steps of Adam.
+        copies: Number of noise samples per step.
+        after_last_update: Whether to use the capacity after the last step. As published it is that of the last forward,
+            before the last update.
         seed: Random seed of the noise.
-        chunk_size: Most copies in one forward and backward, or the copies of one pair where these are more.
+        chunk_size: Maximum number of copies in one forward and backward; the copies of one pair if that is larger.
         kwargs: `target` and `references` of `TwoTowerMethod`.
 
-    `parts` holds capacity `(B,)` and text_capacity `(B,)`: nats per number of the stream that are let through.
+    `parts` holds `capacity` `(B,)` and `text_capacity` `(B,)`: mean capacity in nats per number of the stream.
     """
 
-    cost: ClassVar[str] = "1 forward, and `steps` times `copies` forwards and backwards of the blocks behind `block`"
+    cost: ClassVar[str] = "1 forward, and `steps` times `copies` forwards and backwards of the blocks after `block`"
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class M2ib(TwoTowerMethod):
         self.chunk_size = chunk_size
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward, recording the tokens behind the block."""
+        """Run one forward, recording the tokens after the block."""
         stream = tower.stream()
         place = block_index(self.block, len(tower.blocks))
         with stream.capture():
@@ -86,7 +88,7 @@ class M2ib(TwoTowerMethod):
             size = max(1, self.chunk_size // self.copies)
             chunks = []
             for rows in progress(torch.arange(len(direction), device=direction.device).split(size), "bottlenecks"):
-                # One image serves all phrases.
+                # All phrases share one image.
                 inputs = rows.clamp(max=len(hidden) - 1)
                 part = tower.rows(rows)
                 chunks.append(self._capacity(part, stream, place, hidden[inputs], counted[inputs], direction[rows]))
@@ -99,13 +101,13 @@ class M2ib(TwoTowerMethod):
     def _capacity(
         self, tower: Tower, stream: Stream, place: int, hidden: Tensor, counted: Tensor, direction: Tensor
     ) -> Tensor:
-        """Capacity `(B, n, C)` of each number of the stream, 0 where it is not counted."""
+        """Capacity `(B, n, C)` of each number of the stream, 0 for tokens without a bottleneck."""
         clean, counted = full_precision(hidden), counted[..., None]
         alpha = torch.full_like(clean, 5.0)
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
         generator = torch.Generator().manual_seed(self.seed)
         numbers = counted.sum((1, 2)) * clean.shape[2]
-        # The same noise for each phrase, whatever the longest of its batch is.
+        # The noise of a phrase does not depend on the longest phrase of its batch.
         shape = self.copies, 1, max(clean.shape[1], tower.pooling.length), clean.shape[2]
         for _ in range(self.steps if self.after_last_update else self.steps - 1):
             noise = torch.randn(shape, generator=generator)[:, :, : clean.shape[1]].to(clean)
@@ -127,12 +129,12 @@ class M2ib(TwoTowerMethod):
 def capacity_of(alpha: Tensor, hidden: Tensor) -> Tensor:
     """KL divergence of z from standard normal noise, in nats, elementwise (Schulz et al. 2020, eq. 6)."""
     kept, noise = alpha.sigmoid(), (-alpha).sigmoid()
-    # log(1 - sigmoid(alpha)), which underflows where it is written so.
+    # log(1 - sigmoid(alpha)) in a form that does not underflow.
     return -0.5 * (1 + 2 * F.logsigmoid(-alpha) - (kept * hidden) ** 2 - noise**2)
 
 
 def _counted(tower: Tower, tokens: int) -> Tensor:
-    """Which of the tokens of a block the bottleneck acts on, `(B, n)` bool."""
+    """Mask `(B, n)` bool of the tokens of a block that the bottleneck acts on."""
     place = torch.arange(tokens, device=tower.inputs.device)
     if isinstance(tower, ImageTower):
         return torch.ones(len(tower.inputs), tokens, dtype=torch.bool, device=place.device)

@@ -1,4 +1,4 @@
-"""MATEX: gradients, attention flow, layer consistency and a spatial prior from the phrase, fused (equations 1 to 8)."""
+"""MATEX: gradients, attention flow, layer consistency and a spatial prior of the phrase, fused (eqs. 1 to 8)."""
 
 from __future__ import annotations
 
@@ -29,67 +29,77 @@ from matex_pl.maps import Attribution, min_max, patch_mean, token_map, upsample
 
 
 def layer_weights(num_layers: int, tau: float) -> Tensor:
-    """Softmax weights over layers, eq. (1): deeper layers count more when tau > 0. Shape (L,), sums to 1."""
+    """Softmax weights over layers, eq. (1), shape `(L,)`, summing to 1; with tau > 0 deeper layers weigh more."""
     return torch.softmax(tau * torch.arange(1, num_layers + 1, dtype=torch.float32), dim=0)
 
 
 BlockCount = int | Literal["all"]
-"""Number of last blocks."""
+"""Number of last blocks, or `"all"`."""
 
 
 def attention_flow(layers: Tensor, tau: float) -> Tensor:
-    """A_flow of eq. (1): `(B, L, ...)` rows of the layers to `(B, ...)`, weighted by `layer_weights`."""
+    """A_flow of eq. (1): attention rows `(B, L, ...)` averaged over layers with `layer_weights`, `(B, ...)`."""
     return torch.einsum("l,bl...->b...", layer_weights(layers.shape[1], tau).to(layers), layers)
 
 
 def consistency(layers: Tensor, kappa: float | Tensor) -> Tensor:
-    """C of eq. (2): 1 / (1 + kappa * population std over the L layers), in (0, 1].
+    """C of eq. (2), `1 / (1 + kappa * std)` in (0, 1], with the population standard deviation over the L layers.
 
     Args:
-        layers: `(B, L, ...)` rows of the layers.
+        layers: `(B, L, ...)` attention rows of the layers.
         kappa: A number, or one per sample `(B, 1)`.
     """
     return 1 / (1 + kappa * layers.std(1, correction=0))
 
 
 class Matex(TwoTowerMethod):
-    """MATEX maps (Imran et al., sections 3.1 to 3.4), image and text, from one forward and one partial backward.
+    """MATEX maps of image and text (Imran et al., sections 3.1 to 3.4), from one forward and one partial backward.
 
-    The defaults are the paper's numbers where it prints them, with three departures, each an argument: `kappa` (with
-    the printed 1, attention of about 1/N leaves C near 1), `laterality` (the print mirrors the patient's sides) and
-    `fuse_at` (the prior keeps its shape). Towers that pool otherwise than from one token: see `row_weights`.
+    The defaults are the paper's numbers where the paper gives them, with three departures, each an argument:
+
+    - `kappa`: with the printed 1, attention of about 1/N leaves C near 1.
+    - `laterality`: the print mirrors the patient's sides.
+    - `fuse_at`: the prior keeps its shape when fused at the pixels.
+
+    For towers that do not pool one token see `row_weights`.
 
     Args:
         grad_layers: K, the number of last image blocks whose gradients count ("last 2-3" in the paper), or `all`.
-        text_grad_layers: The same for text blocks; `grad_layers` by default.
+        text_grad_layers: Number of last text blocks whose gradients count, or `all`; `grad_layers` by default.
         skip_layers: Number of first image blocks whose gradients never count, whatever `grad_layers` is; one block
             always counts.
-        spatial_weight: `softmax` (the attention row per head, as printed) or `loosened` (Grad-ECLIP's).
-        tau: Temperature of eq. 1; larger favors deeper layers. The paper gives none; 0.2 puts half the mass on the
-            last 3 of 12.
+        spatial_weight: `softmax` (the attention row per head, as printed) or `loosened` (the weight of Grad-ECLIP).
+        tau: Temperature of eq. 1; larger favors deeper layers. The paper gives none; 0.2 puts half the mass on the last
+            3 of 12.
         flow: `sum` (eq. 1) or `rollout` (Abnar and Zuidema).
-        kappa: Scale of the deviation in eq. 2: a number (1 in the paper), or `tokens`: the number of patches or of
+        kappa: Scale of the deviation in eq. 2: a number (1 in the paper), or `tokens`, the number of patches or of
             content tokens.
         alpha: Weight of the gradient map, eq. 6; 0.5 in the paper.
         beta: Weight of the attention flow, eq. 6; 0.2 in the paper.
         lambda_c: gamma of eqs. 6 and 8, the weight of the consistent gradients; 0.35 in the paper, tuned in 0.2 to 0.6.
-        delta: Weight of the gradients under the prior, eq. 6; 0.2 in the paper. 0 takes the prior out of either fusion.
-        lambda_s: Strength of the prior, eq. 5; 2.5 in the paper, tuned in 1.5 to 3.5; 1 takes the prior out.
+        delta: Weight of the gradients under the prior, eq. 6; 0.2 in the paper. 0 switches the prior off in either
+            fusion.
+        lambda_s: Strength of the prior, eq. 5; 2.5 in the paper, tuned in 1.5 to 3.5. 1 switches the prior off.
         prior_shape: `parabola` (eqs. 3 and 4), `gaussian` or `plateau`.
         laterality: `patient` (the patient's right is on the left of the image) or `paper` (as printed, mirrored).
-        fuse_at: `pixel` or `grid`, where eq. 6 is evaluated.
-        fusion: `sum` (eq. 6) or `product`: norm((alpha G + gamma C G + beta F) * M ** prior_power), where delta has no
-            weight, but still switches.
+        fuse_at: `pixel` or `grid`, the resolution at which eq. 6 is evaluated.
+        fusion: `sum` (eq. 6) or `product`: `norm((alpha G + gamma C G + beta F) * M ** prior_power)`. In the product
+            delta has no weight, but 0 still switches the prior off.
         prior_power: Exponent of M in the product.
-        knowledge_prior: A finding that names no place takes its usual one ("edema": both hila). Leakage by design:
-            score it as a row of its own.
+        knowledge_prior: Whether a finding without a named place gets its usual one ("edema": both hila). This leaks
+            knowledge by design: score it as a row of its own.
         kwargs: `target` and `references` of `TwoTowerMethod`; the paper's S is the cosine.
 
-    `parts` holds what `fuse` needs to fuse again: per block or layer grad_blocks `(B, K, Gh, Gw)` signed and
-    attention_layers `(B, L, Gh, Gw)`, and from them grad, flow, consistency `(B, Gh, Gw)` raw; prior `(B, H, W)` and
-    prior_grid `(B, Gh, Gw)`; text_grad_blocks `(B, K, T)`, text_attention_layers `(B, L, T)`, text_grad, text_flow and
-    text_consistency `(B, T)` raw and 0 off content; rollout and text_rollout where `flow` is that; regions and spans,
-    a list per pair; phrases, image, content, score and the settings.
+    `parts` holds the inputs of `fuse`:
+
+    - `grad_blocks` `(B, K, Gh, Gw)`, signed, and `attention_layers` `(B, L, Gh, Gw)`.
+    - `grad`, `flow` and `consistency` `(B, Gh, Gw)`, raw, derived from the two above.
+    - `prior` `(B, H, W)` and `prior_grid` `(B, Gh, Gw)`.
+    - `text_grad_blocks` `(B, K, T)` and `text_attention_layers` `(B, L, T)`.
+    - `text_grad`, `text_flow` and `text_consistency` `(B, T)`, raw, 0 off content.
+    - `rollout` and `text_rollout`, if `flow` is `rollout`.
+    - `regions` and `spans`, a list per pair.
+    - `phrases`, image size, `content`, `score` and the settings.
     """
 
     cost: ClassVar[str] = (
@@ -124,22 +134,23 @@ class Matex(TwoTowerMethod):
         for name, count in (("grad_layers", grad_layers), ("text_grad_layers", text_grad_layers)):
             if isinstance(count, int) and count < 1:
                 raise ValueError(
-                    f"{name} must be at least 1, or 'all', got {count!r}. For all image blocks but the first, give "
-                    "grad_layers='all' and skip_layers=1."
+                    f"{name} must be at least 1, or 'all', got {count!r}. To leave out the first image block only, "
+                    "set grad_layers='all' and skip_layers=1."
                 )
         if skip_layers < 0:
             raise ValueError(f"skip_layers must be at least 0, got {skip_layers}.")
         if kappa != "tokens" and not 0 <= kappa < inf:
-            raise ValueError(f"kappa must be a number from 0 or 'tokens', got {kappa}.")
+            raise ValueError(f"kappa must be a finite number of at least 0, or 'tokens', got {kappa}.")
         if not lambda_s >= 1:
-            raise ValueError(f"lambda_s must be at least 1 (1 takes the prior out), got {lambda_s}.")
+            raise ValueError(f"lambda_s must be at least 1 (1 switches the prior off), got {lambda_s}.")
         weights = {"alpha": alpha, "beta": beta, "lambda_c": lambda_c, "delta": delta}
         for name, number in (weights | {"tau": tau, "prior_power": prior_power, "lambda_s": lambda_s}).items():
             if not isfinite(number):
                 raise ValueError(f"{name} must be a finite number, got {number}.")
         if not any((alpha, beta, lambda_c, delta if fusion == "sum" else 0)):
             raise ValueError(
-                "alpha, beta, lambda_c and delta are 0, so that the map would be empty. Raise one of them."
+                "alpha, beta, lambda_c and delta are all 0, which gives an empty map. Set one of them above 0; "
+                "delta does not count with fusion='product'."
             )
         self.grad_layers = grad_layers
         self.text_grad_layers = text_grad_layers
@@ -162,27 +173,28 @@ class Matex(TwoTowerMethod):
 
     @classmethod
     def paper(cls, **changes: Any) -> Matex:
-        """What the paper prints: cosine, kappa 1, mirrored sides, fused on the patch raster by eq. 6.
+        """MATEX as printed in the paper: cosine, kappa 1, mirrored sides, eq. 6 on the patch raster.
 
-        Where it prints nothing (tau, one K of "2-3", the scales of G and F, how the words are fused) these are ours.
+        Settings that the paper leaves open are the defaults of this package: tau, one K of "2-3", the scales of G and
+        F, and the fusion of the words.
         """
         printed: dict[str, Any] = {"target": "cosine", "kappa": 1.0, "laterality": "paper"}
         return cls(**(printed | {"fuse_at": "grid", "fusion": "sum"} | changes))
 
     @classmethod
     def recommended(cls, **changes: Any) -> Matex:
-        """The settings that a study on phantom validation images picked: the margin, the product, most blocks.
+        """MATEX with the settings selected on phantom validation images: the margin, the product, most blocks.
 
         All blocks of the text tower count, and all but the first of the image tower.
         """
         blocks: dict[str, Any] = {"grad_layers": "all", "skip_layers": 1, "text_grad_layers": "all"}
         return cls(**(blocks | {"target": "margin", "fusion": "product"} | changes))
 
-    # The name in 0.1.
+    # Alias from 0.1.
     measured = recommended
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward, recording all attention, and q, k and v of the last blocks."""
+        """Run one forward, recording all attention, and q, k and v of the last blocks."""
         image, text = self.depths(tower.depth, tower.depth)
         start = tower.depth - (image if isinstance(tower, ImageTower) else text)
         pooling = tower.pooling
@@ -232,24 +244,30 @@ class Matex(TwoTowerMethod):
 
     @classmethod
     def fuse(cls, parts: dict[str, Any], **changes: Any) -> Attribution:
-        """The maps of `parts` with some settings changed, without another forward.
+        """Maps fused again from `parts` with changed settings, without another forward.
 
-        What is not named stays as the parts were made; `Matex.fuse(parts, **Matex.paper(grad_layers=1).settings)` would
-        change all of it. `spatial_weight`, `target`, `references` and more blocks or another `flow` than were computed
-        need another `attribute`.
+        Settings that are not named keep the values of the parts; `Matex.fuse(parts,
+        **Matex.paper(grad_layers=1).settings)` changes all of them. Three changes need another `attribute`:
+
+        - another `spatial_weight`, `target` or `references`
+        - more blocks than were computed
+        - `flow="rollout"`, if the parts hold no rollout
 
         Args:
-            parts: `parts` of the maps that `Matex.attribute` gave.
-            changes: Arguments of the constructor.
+            parts: `parts` of an `Attribution` from `Matex.attribute`.
+            changes: Constructor arguments to change.
 
         Raises:
-            ValueError: A setting is out of range, or needs what the parts do not hold.
+            ValueError: If a setting is out of range, or the parts lack its components.
         """
         if not {"settings", "grad_blocks"} <= parts.keys():
-            raise ValueError(f"These are no parts of `Matex.attribute`: they hold {', '.join(parts) or 'nothing'}.")
+            raise ValueError(
+                f"The parts hold {', '.join(parts) or 'nothing'}, not the components of MATEX. Give the `parts` of "
+                "`Matex.attribute`."
+            )
         lengths = {name: len(parts[name]) for name in ("score", "grad_blocks", "content", "phrases", "regions")}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"The parts are of different numbers of pairs: {lengths}. Cut all of them alike.")
+            raise ValueError(f"The parts have different numbers of pairs: {lengths}. Slice all of them alike.")
         method = cls(**(parts["settings"] | changes))
         method._check(parts)
         if method.knowledge_prior != parts["settings"]["knowledge_prior"]:
@@ -261,39 +279,43 @@ class Matex(TwoTowerMethod):
         for name in ("spatial_weight", "target", "references"):
             if wanted[name] != made[name]:
                 raise ValueError(
-                    f"These parts were made with {name}={made[name]!r}; {wanted[name]!r} needs another `attribute`."
+                    f"The parts were made with {name}={made[name]!r} and cannot be fused with {wanted[name]!r}. Call "
+                    "`attribute` with the new value."
                 )
         if self.flow == "rollout" and "rollout" not in parts:
-            raise ValueError("These parts hold no rollout; make them with flow='rollout', which can be fused as 'sum'.")
+            raise ValueError(
+                "The parts hold no rollout. Call `attribute` with flow='rollout'; its parts can also be fused as 'sum'."
+            )
         held = parts["grad_blocks"].shape[1], parts["text_grad_blocks"].shape[1]
         needed = self.depths(parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1])
         if needed[0] > held[0] or needed[1] > held[1]:
             raise ValueError(
-                f"These parts hold the gradients of {held[0]} image and {held[1]} text blocks, not of {needed[0]} and "
-                f"{needed[1]}; make them with grad_layers={self.grad_layers!r}."
+                f"The parts hold the gradients of {held[0]} image and {held[1]} text blocks, but {needed[0]} and "
+                f"{needed[1]} are needed. Call `attribute` with grad_layers={self.grad_layers!r} and "
+                f"text_grad_layers={self.text_grad_layers!r}."
             )
 
     def depths(self, layers: int, text_layers: int) -> tuple[int, int]:
-        """K of the image tower and of the text tower, at least 1, if they have this many layers."""
+        """K of the image tower and of the text tower, at least 1, for the given numbers of layers."""
         image, text = self.grad_layers, self.grad_layers if self.text_grad_layers is None else self.text_grad_layers
         most = max(layers - self.skip_layers, 1)
         return most if image == "all" else min(image, most), text_layers if text == "all" else min(text, text_layers)
 
     def _read(self, phrases: Sequence[str]) -> dict[str, Any]:
-        """The regions that each phrase names, and where it names them."""
+        """Named regions of each phrase, and the spans of their words."""
         parsed = [parse_phrase(phrase, knowledge_prior=self.knowledge_prior) for phrase in phrases]
         return {"regions": [phrase.regions for phrase in parsed], "spans": [phrase.spans for phrase in parsed]}
 
     def _fuse(self, parts: dict[str, Any]) -> Attribution:
-        """Parts with this method's components, and the maps that they give."""
+        """Maps fused from parts, whose components are computed with the settings of this method."""
         parts = parts | self._derive(parts) | self._prior(parts) | {"settings": self.settings}
         image, raster = self._fuse_image(parts)
         return Attribution(image, raster, self._fuse_text(parts), parts["content"], parts["score"], parts)
 
     def _derive(self, parts: dict[str, Any]) -> dict[str, Tensor]:
-        """A_grad, A_flow and C of both sides from their blocks and layers, raw.
+        """Raw A_grad, A_flow and C of both towers, from their blocks and layers.
 
-        On the image side each block's gradient term is clipped at 0, on the text side their mean.
+        For the image the gradient term of each block is clipped at 0; for the text their mean is.
         """
         content, layers, text_layers = parts["content"], parts["attention_layers"], parts["text_attention_layers"]
         last, text_last = self.depths(layers.shape[1], text_layers.shape[1])
@@ -311,7 +333,7 @@ class Matex(TwoTowerMethod):
         }
 
     def _prior(self, parts: dict[str, Any]) -> dict[str, Tensor]:
-        """M at the pixels and, drawn anew, at the centers of the patches."""
+        """M at the pixels, and evaluated again at the patch centers."""
         draw = partial(
             prior_maps,
             parts["regions"],
@@ -325,9 +347,9 @@ class Matex(TwoTowerMethod):
         return {"prior": draw(parts["size"]), "prior_grid": draw(tuple(parts["grad_blocks"].shape[-2:]))}
 
     def _fuse_image(self, parts: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Eq. (6) over raw components: the finished map `(B, H, W)` and its raster `(B, Gh, Gw)`.
+        """Final map `(B, H, W)` of eq. (6) over raw components, and its raster `(B, Gh, Gw)`.
 
-        G and F are min-maxed first: their scales are unrelated, and the paper is silent.
+        G and F are min-maxed first, because their scales are unrelated. The paper does not specify this.
         """
         prior, dtype = parts["prior"], parts["dtype"]
         size, grid = prior.shape[-2:], parts["grad"].shape[-2:]
@@ -340,16 +362,16 @@ class Matex(TwoTowerMethod):
         return image, patch_mean(image, grid)
 
     def _equation_6(self, grad: Tensor, flow: Tensor, stable: Tensor, prior: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weighted sum of eq. (6), or the product option; the same at pixels and on the raster."""
+        """Weighted sum of eq. (6), or the product option; the same at pixels and on the raster."""
         base = self.alpha * grad + self.beta * flow + self.lambda_c * stable * grad
         if self.fusion == "product":
             return min_max(base * prior**self.prior_power if self.delta else base, dtype=dtype)
         return min_max(base + self.delta * prior * grad, dtype=dtype)
 
     def _fuse_text(self, parts: dict[str, Any]) -> Tensor:
-        """Text map `(B, T)`: norm(norm(T_grad) * (alpha + gamma C + delta) + beta norm(T_flow)) over content tokens.
+        """Text map `(B, T)`: `norm(norm(T_grad) * (alpha + gamma C + delta) + beta norm(T_flow))` over content tokens.
 
-        0 off content; a single content token has the value 1. Words have no place, so that M is 1 in either fusion.
+        The map is 0 off content, and 1 at a single content token. M is 1 in either fusion, because words have no place.
         """
         content, dtype = parts["content"], parts["dtype"]
         grad = min_max(parts["text_grad"], keep=content, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Each patch on its own beside the phrase."""
+"""Similarity of each patch alone to the phrase."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from matex_pl.maps import full_precision
 
 
 class PatchSimilarity(TwoTowerMethod):
-    """Cosine of each patch with the phrase, the patch's last token taken through the tower's head alone.
+    """Cosine of each patch with the phrase, from the patch's last token passed alone through the tower's head.
 
-    The token stands where the class token does, or is all that there is to average or to attend to. CLIP trains the
-    class token only, so that nothing makes the patches agree with the phrase.
+    The token replaces the class token, or is the only token to average or to attend to. CLIP trains the class token
+    only, therefore patches need not agree with the phrase.
 
-    Released code: MaskCLIP, the nearest, leaves the last block's attention, residual and perceptron out; here the tower
-    stays as it is deployed.
+    Released code: the nearest is MaskCLIP, which leaves out the last block's attention, residual and perceptron. This
+    method keeps the tower as deployed.
     """
 
     supports_text: ClassVar[bool] = False
     cost: ClassVar[str] = "1 forward, and the tower's head once per patch"
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward, recording the tokens behind the last block."""
+        """Run one forward, recording the tokens after the last block."""
         stream = tower.stream()
         with stream.capture():
             embedding = tower.encode()
         tokens = stream.behind[-1]
         patches = tower.tokens_of(tokens)
         others = tokens.shape[1] - patches.shape[1]
-        # As many copies as there are tokens beside the patches: whichever of them the head reads, it is the patch.
+        # One copy for each token that is not a patch, and one more: every token that the head reads is the patch.
         alone = patches.flatten(0, 1)[:, None].expand(-1, others + 1, -1)
         with stream.resumed(len(tower.blocks) - 1, alone):
             read = full_precision(tower.encode_stream(1)).unflatten(0, patches.shape[:2])

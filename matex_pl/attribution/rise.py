@@ -1,4 +1,4 @@
-"""Random masks, weighted by the score of what they leave."""
+"""Random masks, weighted by the score of the masked input (RISE)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from matex_pl.maps import differ
 
 
 class Rise(TwoTowerMethod):
-    """RISE (Petsiuk, Das and Saenko 2018): sum over masks m of S(x m + fill (1 - m)) m / (masks * keep_probability).
+    """RISE (Petsiuk, Das and Saenko 2018): sum over masks m of `S(x m + fill (1 - m)) m / (masks * keep_probability)`.
 
-    A mask is a coarse grid of zeros and ones, enlarged bilinearly to one cell more than the image and cut out at a
-    random place. Phrases: each content token is kept or replaced by a pad token. All pairs of a call see the same
-    masks, made on the device in chunks.
+    A mask is a coarse grid of zeros and ones, enlarged bilinearly to one grid step more than the image and cropped at a
+    random place. In phrases each content token is kept or replaced by a pad token. All pairs of a call share the masks,
+    which are made on the device in chunks.
 
-    Released code: explains a class probability, fills with the mean color, and its scripts take 6000 masks of 8 cells
-    with probability 0.1; its enlargement mirrors at the border of the grid, where this repeats the edge.
+    Released code explains a class probability and fills with the mean color. Its scripts use 6000 masks with a grid of
+    8 and probability 0.1. Its enlargement mirrors at the border of the grid, while this one repeats the edge.
 
     Args:
         masks: Number of masks (4000 for the smaller network of the paper).
         grid_size: Side of the coarse grid.
-        keep_probability: Probability in (0, 1) that a cell or a token is kept.
-        centered: Subtract the mean score over the masks from each score first: a cosine is far from 0 whatever is
-            shown, and with few masks that constant times their unevenness is most of the map.
-        fill: What stands in for removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
+        keep_probability: Probability in (0, 1) that a grid point or a token is kept.
+        centered: Whether to subtract the mean score over the masks first. A cosine has a large constant part, and with
+            few masks this constant times their unevenness dominates the map.
+        fill: Replacement of removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         seed: Random seed of the masks.
-        chunk_size: Most samples in one forward, or the batch where that is larger.
+        chunk_size: Maximum number of samples in one forward; the batch size if that is larger.
         kwargs: `target` and `references` of `TwoTowerMethod`.
     """
 
@@ -56,7 +56,7 @@ class Rise(TwoTowerMethod):
         super().__init__(**kwargs)
         check_positive(masks=masks, grid_size=grid_size, chunk_size=chunk_size)
         if not 0 < keep_probability < 1:
-            raise ValueError(f"keep_probability must be between 0 and 1, got {keep_probability}.")
+            raise ValueError(f"keep_probability must be between 0 and 1, both excluded, got {keep_probability}.")
         self.masks = masks
         self.grid_size = grid_size
         self.keep_probability = keep_probability
@@ -66,7 +66,7 @@ class Rise(TwoTowerMethod):
         self.chunk_size = chunk_size
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward; the masks need the direction."""
+        """Run one forward; the masked forwards need the direction and follow later."""
         if isinstance(tower, ImageTower):
             return Trace(tower.encode(), partial(self._image, tower))
         assert isinstance(tower, TextTower)
@@ -86,7 +86,7 @@ class Rise(TwoTowerMethod):
         if self.centered:
             score = torch.cat(scores)
             weighted -= score.mean(0)[:, None, None] * kept
-            # What is left of scores that are all the same is rounding.
+            # If all scores are the same, the remainder is rounding error.
             weighted *= differ(score, tower.clip.std.dtype)[:, None, None]
         return Relevance(weighted / (self.masks * self.keep_probability))
 
@@ -100,7 +100,7 @@ class Rise(TwoTowerMethod):
         return Relevance(values / (self.masks * self.keep_probability) * tower.keep)
 
     def bank(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Coarse grids `(masks, grid_size, grid_size)` bool and the places `(masks, 2)` of their crops, on the CPU."""
+        """Coarse grids `(masks, grid_size, grid_size)` bool and the offsets `(masks, 2)` of their crops, on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
         grids = torch.rand(self.masks, self.grid_size, self.grid_size, generator=generator) < self.keep_probability
         cell = torch.tensor([ceil(side / self.grid_size) for side in size])
@@ -109,13 +109,13 @@ class Rise(TwoTowerMethod):
 
 
 def draw_masks(grids: Tensor, shifts: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks `(S, H, W)` in [0, 1]: grids `(S, n, n)` enlarged to n + 1 cells a side, cut out at `shifts` `(S, 2)`."""
+    """Masks `(S, H, W)` in [0, 1]: grids `(S, n, n)` enlarged to n + 1 steps a side, cropped at `shifts` `(S, 2)`."""
     rows, columns = (_interpolation(shifts[:, axis], side, grids.shape[1]) for axis, side in enumerate(size))
     return torch.einsum("sin,snm,sjm->sij", rows, grids.to(rows), columns)
 
 
 def _interpolation(shift: Tensor, side: int, cells: int) -> Tensor:
-    """Share of each cell in each pixel along one axis, `(S, side, cells)`: bilinear, with half-pixel centers."""
+    """Share of each grid point in each pixel along one axis, `(S, side, cells)`: bilinear, with half-pixel centers."""
     enlarged = (cells + 1) * ceil(side / cells)
     place = (torch.arange(side, device=shift.device) + shift[:, None] + 0.5) * cells / enlarged - 0.5
     distance = place.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=shift.device)

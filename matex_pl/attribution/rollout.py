@@ -1,4 +1,4 @@
-"""Attention multiplied through the layers."""
+"""Attention matrices multiplied through the layers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowe
 
 
 class Rollout(TwoTowerMethod):
-    """Attention rollout (Abnar and Zuidema 2020): the product over layers of rownorm(mean over heads of A + I).
+    """Attention rollout (Abnar and Zuidema 2020): product over layers of `rownorm(mean over heads of A + I)`.
 
-    It sees the attention alone: the map of an image is the same for every phrase, and that of a phrase for every image.
-    What the embedding is read from begins the product: the pooled token, equal shares, or an attention pool's row.
+    The method uses the attention alone. The map of an image is the same for every phrase, and the map of a phrase for
+    every image. The product starts at the pooled token, at equal shares, or at an attention pool's row.
 
-    Released code: for text encoders, without a choice of row; copies of it for CLIP often start at the last layer, and
-    then show that layer's attention.
+    Released code is for text encoders, without a choice of row. Copies for CLIP often start at the last layer and then
+    show the attention of that layer.
     """
 
     cost: ClassVar[str] = "1 forward"
@@ -27,7 +27,7 @@ class Rollout(TwoTowerMethod):
         super().__init__()
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward, recording all attention."""
+        """Run one forward, recording all attention."""
         with capture_attention(tower.pooling, full=True) as blocks:
             embedding = tower.encode()
 

@@ -1,4 +1,4 @@
-"""Plain gradients by what the towers are continuous in."""
+"""Plain gradients by pixels and token embeddings."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from matex_pl.maps import full_precision
 
 
 class Saliency(TwoTowerMethod):
-    """Gradients (Simonyan et al. 2014): the largest over channels of abs(dS/dx) per pixel.
+    """Gradients (Simonyan et al. 2014): largest `abs(dS/dx)` over the channels of each pixel.
 
-    Per token the L2 norm of the gradient by its embedding, as a token has no channels that could be told apart.
+    The value of a token is the L2 norm of the gradient by its embedding, because its channels have no meaning of their
+    own.
 
-    Released code: captum gives abs(dS/dx) of each channel; the maximum and the norm over channels are taken here.
+    Released code: captum returns `abs(dS/dx)` of each channel; the maximum and the norm over channels are computed
+    here.
     """
 
     cost: ClassVar[str] = "1 forward and 1 backward"
 
     def trace(self, tower: Tower) -> Trace:
-        """One forward with gradient from pixels or token embeddings on."""
+        """Run one forward with gradients from the pixels or token embeddings on."""
         with torch.enable_grad():
             signal = tower.signal.detach().requires_grad_()
             embedding = tower.encode_signal(signal)

@@ -1,4 +1,4 @@
-"""Methods by the names of their shipped settings."""
+"""Attribution methods by the names of their shipped settings."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ METHOD_FOLDER = CONFIG_FOLDER / "methods"
 
 
 def method_names() -> list[str]:
-    """Names of the shipped settings, as `m2ib`."""
+    """Names of the shipped settings, for example `m2ib`."""
     return sorted(path.stem for path in METHOD_FOLDER.glob("*.yaml"))
 
 
 def method_path(name: str) -> Path:
-    """The YAML of a method: a file, or a shipped one by its name (`m2ib`, `methods/m2ib.yaml`).
+    """YAML file of a method: a path, or the name of a shipped file (`m2ib`, `methods/m2ib.yaml`).
 
     Raises:
-        ValueError: There is none; the message lists the shipped ones.
+        ValueError: If there is no such file; the message lists the shipped ones.
     """
     shipped = METHOD_FOLDER / f"{name.removeprefix('configs/').removeprefix('methods/').removesuffix('.yaml')}.yaml"
     for path in (Path(name), shipped):
         if path.is_file():
             return path
-    raise ValueError(f"No method {name!r}. Take one of {', '.join(method_names())}, a class or a YAML file.")
+    raise ValueError(
+        f"There is no method {name!r}. Use one of {', '.join(method_names())}, the path of a class, or a YAML file."
+    )
 
 
 def load_method(method: AttributionMethod | str) -> AttributionMethod:
-    """A method as it is, or by its YAML; see `method_path`.
+    """Attribution method built from its YAML (see `method_path`), or the given method unchanged.
 
     Raises:
-        ValueError: There is no such YAML, or it does not describe a method.
+        ValueError: If there is no such YAML, or the YAML does not describe a method.
     """
     if isinstance(method, AttributionMethod):
         return method
@@ -47,11 +49,11 @@ def load_method(method: AttributionMethod | str) -> AttributionMethod:
     try:
         return parser.instantiate(parser.parse_args(["--method", str(path)])).method
     except ArgumentError as error:
-        raise ValueError(f"{path} does not describe a method: {error}") from error
+        raise ValueError(f"The file {path} does not describe an attribution method: {error}") from error
 
 
 def shipped_methods() -> dict[str, AttributionMethod]:
-    """The methods of the shipped settings by class name: MATEX first, the controls last."""
+    """Methods of the shipped settings by class name: MATEX first, the controls last."""
     from matex_pl.attribution.controls import Control
     from matex_pl.attribution.matex import Matex
 

@@ -1,4 +1,4 @@
-"""A greedy search for the few regions that a score needs, from either end."""
+"""Greedy search from both ends for the few regions that a score needs."""
 
 from __future__ import annotations
 
@@ -23,53 +23,64 @@ from matex_pl.maps import full_precision
 class SubmodularRegions(TwoTowerMethod):
     """Less is more (Chen et al. 2024), with the bidirectional search of LiMA (Chen et al. 2025); for offline use.
 
-    The formulas are those of the released code (SMDL-Attribution, LIMA). Regions are the patches, in squares of the
-    smallest side that gives at most `regions` of them. x_S is the image with the regions of S kept and the others
-    filled, V all regions. They are ordered by greedy search for large F(S), the weighted sum of
+    The formulas are those of the released code (SMDL-Attribution, LIMA). Regions are square groups of patches, of the
+    smallest side that gives at most `regions` groups. `x_S` is the image with the regions of S kept and the others
+    filled; V is the set of all regions. Greedy search orders the regions by large F(S), the weighted sum of
 
-        consistency    S(x_S)
-        collaboration  1 - S(x_{V without S})
-        confidence     1 - H(q) / log C, q the softmax over C classes for x_S, H its entropy
-        effectiveness  sum over i in S of the least angle / pi, over j in S, between the embeddings of i and of j alone
+    - consistency: `S(x_S)`
+    - collaboration: `1 - S(x_{V without S})`
+    - confidence: `1 - H(q) / log C`, where q is the softmax over C classes for `x_S` and H its entropy
+    - effectiveness: sum over i in S of the smallest `angle / pi` between the embeddings of i alone and of another j in
+      S alone
 
-    where the classes are the phrase and the references (but one that is the same to the model), at the model's logit
-    scale. Each round appends the best candidate to the most important regions P. While more than `pending` are left it
-    also appends one to the least important Q: of the `pending` candidates with the smallest F(P + v), with Q's
-    effectiveness in place of P's, the one with the smallest F(Q + v). The order is P, then Q from its end.
+    The classes are the phrase and the references, at the model's logit scale. A reference with the embedding of the
+    phrase is left out.
 
-    With S_r the first r regions and G_r = S(x_{S_r}) + 1 - S(x_{V without S_r}), the region of rank r gets
-    - sum over q <= r of |G_q - G_{q-1}|, as in the authors' code. So a gain parts a region from those that follow, and
-    where the first brings all there is the map is empty: read `parts` then.
+    Each round appends the best candidate to the most important regions P. While more than `pending` are left, the round
+    also appends one to the least important regions Q. The `pending` candidates with the smallest F(P + v) are
+    preselected, with the effectiveness of Q. The candidate with the smallest F(Q + v) is appended. The order is P, then
+    Q from its end.
 
-    What the authors' code does otherwise, and what is done here:
-        - S is the probability of a class of a closed set: `target="probability"`. Other targets keep the formulas.
-        - Regions are superpixels, what is removed is black, and CLIP gets the channels in reverse. Here squares of
-          patches as in Kernel SHAP, the image's fill, the channels as they are.
-        - Where the best candidate is among the `pending`, Q has one fewer to choose from; with `pending` 1 and equal
-          scores none, and the code fails. Here there are always `pending` others.
-        - Values are written where a region is not black, over 0, the maximum: a black border lights up. Here they go by
-          region.
-        - Regions alone are encoded once more, as are the first candidates for Q and the last of all in the search from
-          one end: 1659 forwards for 49 regions, 2500 from one end. Here 1594 and 2450.
-        - The entropy has 1e-7 in its logarithm. Here it is exact.
+    `S_r` is the first r regions, and `G_r = S(x_{S_r}) + 1 - S(x_{V without S_r})`. As in the authors' code, the region
+    of rank r gets the value `-sum over q <= r of |G_q - G_{q-1}|`. A gain therefore separates a region from those after
+    it. If the first region accounts for the whole gain, the map is empty: read `parts` then.
+
+    Differences from the authors' code:
+
+    - There S is the probability of a class of a closed set, which is `target="probability"` here. Other targets use the
+      same formulas.
+    - There regions are superpixels, removed regions are black, and CLIP gets the channels in reverse. Here regions are
+      squares of patches as in Kernel SHAP, removed regions get the fill, and the channels keep their order.
+    - There Q has one candidate fewer if the best candidate is among the `pending`. With `pending` 1 and equal scores
+      none is left, and the code fails. Here there are always `pending` others.
+    - There values are written where a region is not black, over 0, the maximum: a black border lights up. Here values
+      are written by region.
+    - There single regions are encoded once more, and so are the first candidates for Q and, in the search from one end,
+      the last of all. For 49 regions this takes 1659 forwards, or 2500 from one end. Here it takes 1594 and 2450.
+    - There the entropy has 1e-7 in its logarithm. Here the entropy is exact.
 
     Args:
-        regions: Most regions of an image.
-        confidence: Weight of the confidence. The four defaults are those of LiMA's ablations; the first paper has 1
+        regions: Maximum number of regions of an image.
+        confidence: Weight of the confidence. The four defaults are those of LiMA's ablations. The first paper has 1
             each, and LiMA's script for CLIP 0, 0.05, 1, 1 in the order of these arguments.
         effectiveness: Weight of the effectiveness.
         consistency: Weight of the consistency.
         collaboration: Weight of the collaboration.
-        pending: Candidates for the least important region of a round; 0 searches from the most important end alone.
-        fill: What stands in for removed pixels: `mean_image`, `mean_color` or `blur`.
-        chunk_size: Most images in one forward.
-        target: S: `cosine`, `margin`, the cosine less its mean over `references`, or `probability`, the phrase's share
-            in the softmax. The softmax of margins is that of cosines.
-        references: Phrases of the margin, and classes alongside the phrase; the package's list of findings by side and
+        pending: Number of candidates for the least important region of a round; 0 searches from the most important end
+            alone.
+        fill: Replacement of removed pixels: `mean_image`, `mean_color` or `blur`.
+        chunk_size: Maximum number of images in one forward.
+        target: S: `cosine`, `margin` (the cosine minus its mean over `references`) or `probability` (the phrase's share
+            in the softmax). The softmax of margins equals that of cosines.
+        references: Phrases of the margin, and classes next to the phrase; the package's list of findings by side and
             zone by default.
 
-    `parts`, with R regions in the order found: order `(B, R)`, the regions; insertion and deletion `(B, R + 1)`,
-    S(x_{S_r}) and S(x_{V without S_r}) from r = 0; gains `(B, R)`, G_r - G_{r-1}; and region `(B, N)`, of each patch.
+    `parts` holds, with the R regions in the order of the search:
+
+    - `order` `(B, R)`, the regions
+    - `insertion` and `deletion` `(B, R + 1)`, `S(x_{S_r})` and `S(x_{V without S_r})` from r = 0
+    - `gains` `(B, R)`, `G_r - G_{r-1}`
+    - `region` `(B, N)`, the region of each patch
     """
 
     supports_text: ClassVar[bool] = False
@@ -93,7 +104,7 @@ class SubmodularRegions(TwoTowerMethod):
         super().__init__(references=references)
         check_positive(chunk_size=chunk_size)
         if regions < 2:
-            raise ValueError(f"regions must be at least 2, got {regions}: one region has no order.")
+            raise ValueError(f"regions must be at least 2, got {regions}: a single region has no order.")
         if pending < 0:
             raise ValueError(f"pending must be at least 0, got {pending}. 0 searches from one end alone.")
         self.target = target
@@ -108,17 +119,17 @@ class SubmodularRegions(TwoTowerMethod):
         self.chunk_size = chunk_size
 
     def forwards(self, regions: int | None = None) -> int:
-        """Images through the image tower per pair of `attribute`, for this number of regions; by default the most.
+        """Number of forwards of the image tower per pair of `attribute`, by number of regions (default: the maximum).
 
-        The image, the fill, and each region alone and away: the first 2 + 2 * regions. Phrases on one image share
-        these.
+        The first 2 + 2 * regions are the image, the fill, and each region kept alone and removed alone. Phrases on one
+        image share these.
         """
         regions = self.regions if regions is None else regions
         later = search_rounds(regions, self.pending)[1:]
         return 2 + 2 * regions + sum(2 * (left + tried) for left, tried in later)
 
     def trace(self, tower: Tower) -> Trace:
-        """What no phrase changes: the image, the fill, and each region alone and away."""
+        """Encode the views that no phrase changes: image, fill, and each region kept alone and removed alone."""
         assert isinstance(tower, ImageTower)
         groups = patch_groups(tower.clip.grid, self.regions).to(tower.inputs.device)
         views = _Views(tower, groups, fill_images(self.fill, tower.clip, tower.inputs), self.chunk_size)
@@ -150,17 +161,17 @@ class SubmodularRegions(TwoTowerMethod):
         return Trace(whole, relevance_for)
 
     def _judge(self, clip: Clip, direction: Tensor) -> Callable[[Tensor], Seen]:
-        """What makes scores of views `(2, B, m, D)`, as `_Views.of` gives them, for directions `(B, D)` of phrases."""
+        """Function that scores views `(2, B, m, D)` of `_Views.of` for phrase directions `(B, D)`."""
         classes = direction[:0]
         if self.target == "probability" or self.weights.confidence:
             once = [self.references.index(phrase) for phrase in dict.fromkeys(self.references)]
             classes = reference_embeddings(clip, self.references)[once]
             if self.target == "margin":
-                # As the direction is; it adds the same to all logits of an image.
+                # The direction is shifted too. The shift adds the same value to all logits of an image.
                 classes = classes - reference_mean(clip, self.references)
-        # A phrase of the pair's own is no other class.
+        # The pair's own phrase is not a second class.
         apart = (direction[:, None] - classes).norm(dim=2) > torch.finfo(clip.std.dtype).eps ** 0.5
-        # One class alone has no entropy, and no scale for it.
+        # The entropy of a single class is 0 and has no maximum to divide by.
         most = (1 + apart.sum(1, keepdim=True)).clamp(min=2).to(direction).log()
         scale = full_precision(clip.logit_scale).exp()
 
@@ -178,7 +189,7 @@ class SubmodularRegions(TwoTowerMethod):
 
 @dataclass
 class Weights:
-    """Weights of the four scores."""
+    """Weights of the four scores in F."""
 
     confidence: float
     effectiveness: float
@@ -188,13 +199,15 @@ class Weights:
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
             if not 0 <= weight < torch.inf:
-                raise ValueError(f"{name} is a weight, a number of at least 0, got {weight}.")
+                raise ValueError(f"The weight {name} must be a finite number of at least 0, got {weight}.")
         if not any(vars(self).values()):
-            raise ValueError(f"{', '.join(vars(self))} are all 0: there is nothing to search for. Give one a weight.")
+            raise ValueError(
+                f"The weights {', '.join(vars(self))} are all 0, which leaves no score to search for. Set one above 0."
+            )
 
 
 class _Views:
-    """Embeddings of the tower's images, one for all pairs or one each, with some of their regions `(Gh, Gw)`."""
+    """Embeddings of the tower's images (one for all pairs or one each) with subsets of their regions `(Gh, Gw)`."""
 
     def __init__(self, tower: ImageTower, groups: Tensor, fill: Tensor, chunk_size: int) -> None:
         enlarged = torch.nn.functional.interpolate(groups[None, None].double(), tower.clip.image_size, mode="nearest")
@@ -204,12 +217,12 @@ class _Views:
         self.chunk_size = chunk_size
 
     def of(self, subsets: Tensor) -> Tensor:
-        """With nothing but the regions of each subset `(B, m, R)` bool, and with all but these: `(2, B, m, D)`."""
+        """Embeddings with only the regions of each subset `(B, m, R)` bool, and with all but these: `(2, B, m, D)`."""
         both = torch.stack([subsets, ~subsets])
         return self.embeddings(both.transpose(0, 1).flatten(1, 2)).unflatten(1, (2, -1)).transpose(0, 1)
 
     def embeddings(self, keep: Tensor) -> Tensor:
-        """With the regions `keep` `(B, k, R)` bool: `(B, k, D)`."""
+        """Embeddings `(B, k, D)` of images with the regions `keep` `(B, k, R)` bool."""
         images, subsets = self.tower.inputs, keep.flatten(0, 1).split(self.chunk_size)
         rows = torch.arange(len(keep), device=keep.device).clamp(max=len(images) - 1).repeat_interleave(keep.shape[1])
         encoded = []
@@ -221,26 +234,27 @@ class _Views:
 
 @dataclass
 class Seen:
-    """What the model makes of m subsets per pair, `(B, m)` each: S without the others, S without them, confidence."""
+    """Scores of m subsets per pair, `(B, m)` each: S with the subset kept alone and removed, and the confidence."""
 
     kept: Tensor
     removed: Tensor
     confidence: Tensor
 
     def at(self, places: Tensor) -> Seen:
-        """Those at `places` `(B, k)`."""
+        """Scores of the subsets at `places` `(B, k)`."""
         return Seen(*(part.gather(1, places) for part in (self.kept, self.removed, self.confidence)))
 
     def worth(self, weights: Weights) -> Tensor:
-        """F without the effectiveness, which alone depends on how the subset came about."""
+        """F without the effectiveness, which alone depends on the search history."""
         agreement = weights.consistency * self.kept + weights.collaboration * (1 - self.removed)
         return agreement + weights.confidence * self.confidence
 
 
 def angles_between(embeddings: Tensor) -> Tensor:
-    """Angle / pi of unit embeddings `(B, R, D)` to each other, `(B, R, R)`; inf to themselves.
+    """Angle / pi between unit embeddings `(B, R, D)`, as `(B, R, R)`; inf on the diagonal.
 
-    By the chord: arccos of a product makes an angle of 1e-4 of the rounding between two regions that look alike.
+    The angle is computed from the chord: arccos of the dot product would turn rounding into an angle of 1e-4 between
+    two similar regions.
     """
     chord = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
     angles = 2 / pi * (chord / 2).clamp(max=1).asin()
@@ -248,7 +262,10 @@ def angles_between(embeddings: Tensor) -> Tensor:
 
 
 def effectiveness(angles: Tensor, members: Tensor, candidates: Tensor) -> Tensor:
-    """Of members `(B, R)` bool joined by each candidate `(B, m)`: the sum of their least angles, `(B, m)`; 0 of one."""
+    """Sum of the smallest angles within members `(B, R)` bool plus each candidate `(B, m)`, as `(B, m)`.
+
+    The sum is 0 for a single region.
+    """
     nearest = angles.masked_fill(~members[:, None], torch.inf).amin(2)
     towards = angles.gather(1, candidates[..., None].expand(-1, -1, angles.shape[2]))
     total = torch.minimum(nearest[:, None], towards).masked_fill(~members[:, None], 0).sum(2)
@@ -256,7 +273,7 @@ def effectiveness(angles: Tensor, members: Tensor, candidates: Tensor) -> Tensor
 
 
 def search_rounds(regions: int, pending: int) -> list[tuple[int, int]]:
-    """Per round, how many candidates are tried for the most important region, and how many for the least."""
+    """Number of candidates per round for the most important region, and for the least important one."""
     rounds, left = [], regions
     while left > 1:
         rounds.append((left, pending if 0 < pending < left else 0))
@@ -267,15 +284,15 @@ def search_rounds(regions: int, pending: int) -> list[tuple[int, int]]:
 def search(
     look_at: Callable[[Tensor, Tensor], Seen], angles: Tensor, weights: Weights, pending: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bidirectional greedy search, of all pairs at once.
+    """Order of the regions by bidirectional greedy search, for all pairs at once.
 
     The first of equal candidates wins.
 
     Args:
-        look_at: What is seen of the members `(B, R)` bool joined by each of the candidates `(B, m)`.
-        angles: `(B, R, R)` of `angles_between`.
+        look_at: Function that scores the members `(B, R)` bool plus each of the candidates `(B, m)`.
+        angles: `(B, R, R)` angles of `angles_between`.
         weights: Weights of the scores in F.
-        pending: Candidates for the least important region of a round; 0: there is none.
+        pending: Number of candidates for the least important region of a round; 0 for none.
 
     Returns:
         The order `(B, R)`, and S with the first r regions kept and with them removed, `(B, R + 1)` each; 0 where r is 0
@@ -302,7 +319,7 @@ def search(
             seen = look_at(bottom.members, few)
             place = (seen.worth(weights) + spread(bottom, few)).argmin(1, keepdim=True)
             left = bottom.take(left, few.gather(1, place))
-            # Without the least important regions, the others are the first of the order.
+            # Removing the least important regions keeps the first regions of the order.
             rank = count - len(bottom.regions)
             insertion[:, rank] = seen.removed.gather(1, place)[:, 0]
             deletion[:, rank] = seen.kept.gather(1, place)[:, 0]
@@ -311,13 +328,13 @@ def search(
 
 @dataclass
 class _End:
-    """One end of the order: which regions are in it `(B, R)` bool, and these from the outermost, `(B, 1)` each."""
+    """One end of the order: its regions as a mask `(B, R)` bool, and as a list from the outermost, `(B, 1)` each."""
 
     members: Tensor
     regions: list[Tensor] = field(default_factory=list)
 
     def take(self, left: Tensor, region: Tensor) -> Tensor:
-        """Append a region `(B, 1)` of those that are left, `(B, m)`; what is left then."""
+        """Append a region `(B, 1)` of the remaining ones `(B, m)`, and return the new remaining ones."""
         self.regions.append(region)
         self.members = self.members.scatter(1, region, True)
         return left[left != region].view(len(left), -1)

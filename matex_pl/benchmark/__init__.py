@@ -1,4 +1,4 @@
-"""Attribution methods compared on a checkpoint: what `matex benchmark` runs."""
+"""Comparison of attribution methods on a checkpoint, the command `matex benchmark`."""
 
 from matex_pl.benchmark.run import run_benchmark
 

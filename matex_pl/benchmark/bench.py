@@ -1,4 +1,4 @@
-"""A checkpoint and its pairs, and the values of one method's maps on them; read from disk if they are there."""
+"""Benchmark run: a checkpoint, its pairs, and the metric values of each method, cached on disk."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, 
 from matex_pl.evaluation.store import MapStore, fill_store, weight_hash
 from matex_pl.evaluation.tensors import fingerprint, read_head, read_tensors, write_tensors
 
-# Training pairs behind the mean boxes.
+# Number of training pairs for the mean boxes.
 _MEAN_OF = 512
 _TIMED_PAIRS = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a benchmark; see `run_benchmark`."""
+    """Settings of a benchmark; see `run_benchmark`."""
 
     split: str
     num_pairs: int
@@ -50,22 +50,23 @@ class Settings:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.num_pairs != -1 and self.num_pairs < 2:
-            raise ValueError(f"num_pairs must be at least 2, or -1 for all; got {self.num_pairs}.")
+            raise ValueError(f"num_pairs must be at least 2, or -1 for all pairs, got {self.num_pairs}.")
         if not 1 <= self.steps <= 32:
             raise ValueError(f"steps must be from 1 to 32, got {self.steps}.")
 
 
 @dataclass
 class MethodResult:
-    """A method with the values of its maps.
+    """A method with the metric values of its maps.
 
     Args:
-        row: The method.
-        store: Its maps.
-        values: By modality, `image` and, if it has text maps, `text`; empty if it refuses the model.
-        seconds: Time of one map.
-        forward_seconds: Time of a plain forward of both towers for one pair, measured alongside.
-        error: Reason for refusing the model, or an empty text.
+        row: Entry of the method.
+        store: Store of the method's maps.
+        values: Values by modality: `image` and, if the method has text maps, `text`; empty if it does not support the
+            model.
+        seconds: Seconds per map.
+        forward_seconds: Seconds of a plain forward of both towers for one pair, measured in the same run.
+        error: Reason for not supporting the model, or an empty string.
     """
 
     row: MethodEntry
@@ -81,13 +82,13 @@ class BenchmarkRun:
     """A checkpoint and the pairs on which methods are compared.
 
     Args:
-        clip: The model, on its device.
-        weights: Its `weight_hash`.
-        data: The data module.
+        clip: CLIP model, on its device.
+        weights: `weight_hash` of the model.
+        data: Data module.
         pairs: The n pairs.
-        batches: The same in batches.
-        validation: Pairs that choose thresholds.
-        thorax: `(H, W)` bool, the usual place of lungs and heart, if the data module knows it.
+        batches: The same pairs in batches.
+        validation: Pairs on which thresholds are chosen.
+        thorax: `(H, W)` bool, usual place of lungs and heart; None if the data module has none.
         folder: Folder of maps and values.
         settings: Settings of the run.
     """
@@ -104,7 +105,7 @@ class BenchmarkRun:
 
     @classmethod
     def open(cls, clip: Clip, data: ChestXrayDataModule, folder: Path, settings: Settings) -> BenchmarkRun:
-        """Choose the pairs, read them and embed them."""
+        """Select, read and embed the pairs."""
         prepare_data(data, clip.image_size, settings.split, "val")
         if clip.mean_image.isnan().any():
             prepare_data(data, clip.image_size, "train")
@@ -126,11 +127,11 @@ class BenchmarkRun:
 
     @property
     def boxes(self) -> list[list[list[float]]]:
-        """Boxes of the n pairs, and of those that choose thresholds."""
+        """Boxes of the n pairs and of the validation pairs."""
         return [box.tolist() for batch in [*self.batches, *self.validation] for box in batch.batch["boxes"]]
 
     def mean_box_row(self) -> list[MethodEntry]:
-        """The mean box of each finding over training images; no row without training boxes."""
+        """Entry of the mean box of each finding over training images; empty without training boxes."""
         if not self.data.pairs["train"]:
             return []
         pairs = [pair for pair in choose_pairs(self.data, "train", _MEAN_OF, self.settings.seed) if pair.boxes]
@@ -138,7 +139,7 @@ class BenchmarkRun:
         return mean_box_row(train, [batch.batch for batch in [*self.batches, *self.validation]], self.clip.image_size)
 
     def score(self, row: MethodEntry) -> MethodResult:
-        """The values of the row's maps; computed once."""
+        """Metric values of a method's maps, computed once and cached on disk."""
         result = MethodResult(row, MapStore(self.folder / "maps", self.weights, row.method))
         path = self.folder / "values" / f"{self._key(result.store)}.safetensors"
         stages, size = path.with_suffix(".stages.safetensors"), self.settings.batch_size
@@ -160,7 +161,7 @@ class BenchmarkRun:
         return result
 
     def _key(self, store: MapStore) -> str:
-        """Hash of all that decides the values."""
+        """Hash of everything that determines the values."""
         return fingerprint(
             {
                 "format": 3,
@@ -177,7 +178,7 @@ class BenchmarkRun:
     def _computed(
         self, method: AttributionMethod, store: MapStore, path: Path
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The values of both modalities and the cost, to be kept; until then, `path` keeps the sanity check."""
+        """Values of both modalities and the cost. The sanity check caches its stages in `path`."""
         threshold = chosen_threshold(store, self.validation, self.clip.image_size)
         values = {"image": image_values(self.clip, store, self.batches, threshold, self.thorax, self.settings.steps)}
         if method.supports_text:
@@ -195,7 +196,7 @@ class BenchmarkRun:
         return tensors, head
 
     def _time(self, method: AttributionMethod) -> list[float]:
-        """Seconds per pair of the method, and of a plain forward of both towers, taken in turns."""
+        """Seconds per pair of the method, and of a plain forward of both towers, measured in alternation."""
         batch = self.batches[0].part(0, _TIMED_PAIRS).batch
         images, tokens = model_inputs(self.clip, batch)
         phrases, content_box = batch["phrase"], batch["content_box"].to(images.device)

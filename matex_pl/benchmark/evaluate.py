@@ -1,4 +1,4 @@
-"""The contribution of each pair to every metric of a method."""
+"""Contribution of each pair to every metric of a method."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from matex_pl.metrics.removal import (
 from matex_pl.metrics.sanity import randomized
 from matex_pl.report.results import Score
 
-# The published form and the one that is no finding on a radiograph; insertion is published with a blurred image.
+# The published fills (blur for insertion), and the mean image, which does not look like a finding on a radiograph.
 CONFIDENCE_FILLS = ("mean_color", "mean_image")
 CURVES = (("insertion", "blur"), ("insertion", "mean_image"), ("deletion", "mean_color"), ("deletion", "mean_image"))
 
@@ -41,15 +41,15 @@ CURVES = (("insertion", "blur"), ("insertion", "mean_image"), ("deletion", "mean
 def image_values(
     clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch], threshold: float, thorax: Tensor | None, steps: int
 ) -> Values:
-    """All metrics of the image maps but the sanity check.
+    """All metrics of the image maps except the sanity check.
 
     Args:
-        clip: The model.
+        clip: CLIP model.
         store: Maps of the pairs, and of their images with other phrases.
-        pairs: The pairs.
-        threshold: Threshold of the IoU and of the boxes.
-        thorax: `(H, W)` bool, the usual place of lungs and heart, if known.
-        steps: Most steps of the insertion and deletion curves.
+        pairs: Batches of pairs.
+        threshold: Threshold for the IoU and the components.
+        thorax: `(H, W)` bool, usual place of lungs and heart; None if unknown.
+        steps: Maximum number of steps of the insertion and deletion curves.
     """
     scored, detections = [], []
     curves: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -86,7 +86,7 @@ def _map_values(
     threshold: float,
     thorax: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The metrics that compare maps with boxes, with the frame, and with the maps under other phrases; `(B,)` each."""
+    """Metrics from boxes, from the frame, and from the maps under other phrases; `(B,)` each."""
     image, grid = maps.image, maps.grid
     boxes = [box.to(image.device) for box in batch.batch["boxes"]]
     masks, content_box = box_masks(image, boxes), batch.batch["content_box"].to(image.device)
@@ -108,7 +108,7 @@ def _map_values(
 
 
 def text_values(clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch]) -> Values:
-    """All metrics of the text maps but the sanity check."""
+    """All metrics of the text maps except the sanity check."""
     scored = []
     for batch in pairs:
         maps, (_, tokens) = _read_maps(store, batch, clip), model_inputs(clip, batch.batch)
@@ -121,7 +121,7 @@ def text_values(clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch]) -> 
 
 
 def _read_maps(store: MapStore, batch: PreparedBatch, clip: Clip) -> Attribution:
-    """The maps of the pairs, on the model's device."""
+    """Maps of the pairs, on the model's device."""
     maps = store.read(batch.keys)
     fields = ("image", "grid", "text", "content", "score")
     return Attribution(*(getattr(maps, name).to(clip.std.device) for name in fields))
@@ -132,7 +132,7 @@ def _joined_sums(batches: Sequence[dict[str, Tensor]]) -> dict[str, Sums]:
 
 
 def chosen_threshold(store: MapStore, pairs: Sequence[PreparedBatch], size: tuple[int, int]) -> float:
-    """The threshold with the highest mean IoU over pairs; the middle one where none of them has boxes."""
+    """Threshold with the highest mean IoU over pairs; the middle threshold if no pair has boxes."""
     thresholds = torch.tensor(F.THRESHOLDS)
     values = [
         F.iou(store.read(batch.keys).image, F.box_masks(batch.batch["boxes"], size), thresholds) for batch in pairs
@@ -144,18 +144,18 @@ def chosen_threshold(store: MapStore, pairs: Sequence[PreparedBatch], size: tupl
 def sanity_check(
     clip: Clip, method: AttributionMethod, store: MapStore, pairs: Sequence[PreparedBatch], seed: int, path: Path
 ) -> dict[str, dict[str, Tensor]]:
-    """Rank correlation of the maps under shuffled weights with those of the model.
+    """Rank correlation of the maps under shuffled weights with the maps of the model.
 
     Args:
-        clip: The model.
+        clip: CLIP model.
         method: Attribution method of the maps.
         store: Maps of the pairs under the weights of the model.
-        pairs: The m pairs.
+        pairs: Batches with the m pairs.
         seed: Random seed of the shuffling.
-        path: File of these pairs, method and weights to which each stage is added; the stages in it are not repeated.
+        path: Cache file for these pairs, method and weights; each stage is added to it, and cached stages are skipped.
 
     Returns:
-        By `image` (over patches) and `text` (over content tokens): correlations `(m,)` by stage.
+        Correlations `(m,)` by stage, by `image` (over patches) and `text` (over content tokens).
     """
     kept = {} if read_head(path) is None else read_tensors(path)[0]
     original = [_read_maps(store, batch, clip) for batch in pairs]
@@ -178,13 +178,13 @@ def sanity_check(
 
 @dataclass
 class Values:
-    """The contributions of the n pairs to the metrics of one modality of a method, as their file has them.
+    """Contributions of the n pairs to the metrics of one modality of a method, as stored in its file.
 
     Args:
         tensors: `sums/METRIC` `(2, n)`, numerator and denominator; `curves/METRIC/FILL` `(S + 1, 1 + n)`, shares and
-            scores; the fields of `Detections` as `detections/FIELD`; and `correlation` `(stages, m)` of the sanity
-            check of the first m pairs.
-        threshold: Threshold of the IoU, chosen on validation.
+            scores; the fields of `Detections` as `detections/FIELD`; and `correlation` `(stages, m)`, the sanity check
+            of the first m pairs.
+        threshold: Threshold of the IoU, chosen on validation pairs.
         stages: Names of the stages of the sanity check.
     """
 
@@ -194,12 +194,12 @@ class Values:
 
     @property
     def sums(self) -> dict[str, Sums]:
-        """The scores by metric, without the average precision."""
+        """Sums by metric, without the average precision."""
         return {name: Sums(*sums) for name, sums in tensors_below(self.tensors, "sums").items()}
 
     @property
     def curves(self) -> dict[str, Tensor]:
-        """Shares and scores `(S + 1, 1 + n)`, by name as `insertion/blur`."""
+        """Shares and scores `(S + 1, 1 + n)` by name, for example `insertion/blur`."""
         return tensors_below(self.tensors, "curves")
 
     @property
@@ -209,11 +209,11 @@ class Values:
         return Detections(**fields) if fields else None
 
     def add_sums(self, sums: Mapping[str, Sums]) -> None:
-        """Add scores by metric."""
+        """Add sums by metric."""
         self.tensors |= {f"sums/{name}": torch.stack([part.above, part.below]) for name, part in sums.items()}
 
     def add_sanity(self, stages: Mapping[str, Tensor], number: int) -> None:
-        """Add the curve of the sanity check, and its mean over the stages as a metric of the pairs that took part.
+        """Add the curve of the sanity check, and its mean over the stages as a metric of the checked pairs.
 
         Args:
             stages: Rank correlations `(m,)` by stage.
@@ -229,7 +229,7 @@ class Values:
         """Every metric with its interval, by name.
 
         Args:
-            pairs: `(n,)` bool, the pairs that count.
+            pairs: `(n,)` bool mask of the pairs that count.
             drawn: `(R, n)` of `draw_patients`.
         """
         scores, curves = {}, self.curves
@@ -242,5 +242,5 @@ class Values:
 
 
 def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `PREFIX/`, by the rest of the name."""
+    """Tensors whose names begin with `PREFIX/`, by the rest of the name."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}/")}

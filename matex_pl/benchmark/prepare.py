@@ -1,4 +1,4 @@
-"""The pairs of a benchmark in batches, with everything that all methods need of them, computed once."""
+"""Pairs of a benchmark in batches, with the inputs that all methods share, computed once."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class PreparedBatch:
     """A batch of B pairs, and the same images with other phrases.
 
     Args:
-        batch: The loader's batch, on the CPU.
+        batch: Batch of the loader, on the CPU.
         image: Image embeddings `(B, D)`.
         text: Text embeddings `(B, D)`.
-        other: Another pair's phrase for each image; None if all phrases are alike.
-        swapped: Each phrase with right and left exchanged; None if it does not name a single side.
-        sides: The single side that each phrase names, or an empty text.
+        other: Phrase of another pair for each image; None if all phrases are equal.
+        swapped: Each phrase with right and left exchanged; None if the phrase does not name a single side.
+        sides: The single side that each phrase names, or an empty string.
         keys: Keys of the pairs in the map store.
-        other_keys: Keys of the images with the other phrases, or with their own instead of None.
-        swapped_keys: Keys of the images with the swapped phrases, or with their own instead of None.
+        other_keys: Keys of the images with the other phrases; where these are None, with their own phrases.
+        swapped_keys: Keys of the images with the swapped phrases; where these are None, with their own phrases.
         blank: Scores `(B,)` of the fill alone, by fill.
     """
 
@@ -53,7 +53,7 @@ class PreparedBatch:
         return (self.image * self.text).sum(1)
 
     def part(self, start: int, end: int) -> PreparedBatch:
-        """The pairs from `start` to before `end`."""
+        """Pairs from `start` up to but excluding `end`."""
         nested = ("batch", "blank")
         cut: dict[str, Any] = {name: column[start:end] for name, column in vars(self).items() if name not in nested}
         for name in nested:
@@ -61,7 +61,7 @@ class PreparedBatch:
         return PreparedBatch(**cut)
 
     def variants(self) -> tuple[ImageTextBatch, list[str]]:
-        """The pairs, the images with other and those with swapped phrases as one batch, and their keys."""
+        """One batch of the pairs and of their images with the other and the swapped phrases, and its keys."""
         repeated = {
             name: torch.cat([column] * 3) if isinstance(column, Tensor) else column * 3
             for name, column in cast(dict[str, Any], self.batch).items()
@@ -72,7 +72,7 @@ class PreparedBatch:
 
 
 def prepare_pairs(clip: Clip, batches: Sequence[ImageTextBatch]) -> list[PreparedBatch]:
-    """Embed the pairs, and choose the phrases that sensitivity is measured with."""
+    """Embed the pairs, and select the phrases of the sensitivity metrics."""
     prepared = []
     for batch, other in zip(progress(batches, "embedding"), other_phrases_of(batches), strict=True):
         images, tokens = model_inputs(clip, batch)

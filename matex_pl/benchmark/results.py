@@ -1,4 +1,4 @@
-"""The results of a benchmark: scores with intervals, differences to the controls, and panels."""
+"""Results of a benchmark: scores with intervals, differences from the controls, and panels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PANEL_WIDTH, _RANDOM_PANELS = 600, 2
 
 
 def results(run: BenchmarkRun, scored: Sequence[MethodResult], checkpoint: str) -> BenchmarkResult:
-    """The results of all methods, as they are written to `results.json`."""
+    """Results of all methods, the content of `results.json`."""
     settings, pairs, device = run.settings, run.pairs, run.clip.std.device
     drawn = draw_patients([pair.patient_id for pair in pairs], settings.resamples, settings.seed)
     rows = [_method_scores(run, result, "image", drawn) for result in scored]
@@ -65,7 +65,7 @@ def results(run: BenchmarkRun, scored: Sequence[MethodResult], checkpoint: str) 
 
 
 def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn: Tensor) -> MethodScores:
-    """One row of the tables; without scores if the method refuses the model."""
+    """One row of the tables; without scores if the method does not support the model."""
     row, values = result.row, result.values.get(modality, Values())
     about = {
         finding: torch.tensor([pair.finding == finding for pair in run.pairs])
@@ -98,7 +98,7 @@ def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn
 
 
 def _comparisons(run: BenchmarkRun, scored: Sequence[MethodResult], drawn: Tensor) -> list[Comparison]:
-    """Differences of each method to each control, on the same draws of patients."""
+    """Differences of each method from each control, on the same draws of patients."""
     measured = [(result.row, result.values["image"].sums) for result in scored if "image" in result.values]
     metrics = COMPARED if any(pair.boxes for pair in run.pairs) else COMPARED_WITHOUT_BOXES
     comparisons = []
@@ -113,7 +113,7 @@ def _comparisons(run: BenchmarkRun, scored: Sequence[MethodResult], drawn: Tenso
 
 
 def panels(run: BenchmarkRun, result: MethodResult) -> list[Panel]:
-    """The best and the worst pair of a method by the energy in the boxes, and two pairs that the seed draws."""
+    """Panels of a method: its best and worst pair by energy in the boxes, and two random pairs."""
     if "image" not in result.values:
         return []
     energy = result.values["image"].sums["energy_pointing_game"]
@@ -136,7 +136,7 @@ def _panel(run: BenchmarkRun, result: MethodResult, kind: str, place: int) -> Pa
 
 
 def summary(result: BenchmarkResult) -> str:
-    """Pointing game and contrast of the image maps as a short table."""
+    """Pointing game and CNR of the image maps as a short text table."""
     lines = [f"{'':22s}{'pointing game':>16s}{'CNR':>8s}"]
     for row in (row for row in result.rows if row.modality == "image"):
         values = [row.scores[name].value if name in row.scores else None for name in ("pointing_game", "cnr")]

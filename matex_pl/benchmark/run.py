@@ -1,4 +1,4 @@
-"""`matex benchmark`: every method on the pairs of a split, to tables and a page."""
+"""`matex benchmark`: all methods on the pairs of a split, written as tables and an HTML page."""
 
 from __future__ import annotations
 
@@ -37,43 +37,52 @@ def run_benchmark(
     device: str = "auto",
     seed: int = 0,
 ) -> str:
-    """Compare attribution methods on a checkpoint: every metric, with intervals, in tables and on a page.
+    """Compare attribution methods on a checkpoint: all metrics with intervals, as tables and an HTML page.
 
-    Maps are kept in `OUT/maps` and scores in `OUT/values`, so that another run with the same weights and settings only
-    computes what is missing. MATEX without its prior (and so
-    each Matex of a YAML file), MATEX with the usual places of findings, the phrase's prior alone, noise, the image's
-    center and, where training images have boxes, the mean box of the finding are always among the rows.
+    Maps are cached in `OUT/maps` and scores in `OUT/values`. Another run with the same weights and settings computes
+    only the missing ones. The following controls are always compared:
+
+    - MATEX without its prior, also for each Matex of a YAML file
+    - MATEX with the usual places of findings
+    - the prior of the phrase alone
+    - noise
+    - the center of the image
+    - the mean box of the finding, if training images have boxes
 
     Args:
-        data: The data module.
-        ckpt_path: A checkpoint of `matex fit`.
-        out: Folder for `results.json`, `tables.md`, `report.html`, panels, maps and values. Where it has a `roar.json`
-            of the same weights, the tables and the page show the measured ROAR+ too.
-        methods: Names of shipped methods and YAML files, `m2ib,rise,mine.yaml`; all shipped ones but
-            `submodular_regions` by default.
-        split: `test` or `val`, where the thresholds of IoU, Acc@0.5 and AP50 are chosen on pairs that are scored too.
-        num_pairs: Pairs to compare on, drawn by the seed from those with boxes if there are any; -1 for all.
-        validation_pairs: Pairs of the validation split that choose each method's threshold of the IoU.
-        sanity_pairs: Pairs of the check with shuffled weights, which takes a map per block of the towers.
-        batch_size: Pairs explained at once.
-        budget: `quick`: 500 masks of RISE and 300 coalitions of KernelShap; `full`: the methods' own defaults.
-        steps: Most steps of the insertion and deletion curves, up to 32.
-        resamples: Draws of the bootstrap over patients.
-        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
-        seed: Random seed of the choice of pairs, the bootstrap, the shuffled weights and the random panels.
+        data: Data module.
+        ckpt_path: Checkpoint of `matex fit`.
+        out: Folder for `results.json`, `tables.md`, `report.html`, panels, maps and values. If it has a `roar.json` of
+            the same weights, the tables and the page also show the measured ROAR+.
+        methods: Names of shipped methods and YAML files, for example `m2ib,rise,mine.yaml`; by default all shipped
+            methods except `submodular_regions`.
+        split: `test` or `val`. On `val` the thresholds of IoU, Acc@0.5 and AP50 are chosen on pairs that are also
+            scored.
+        num_pairs: Number of pairs, drawn with the seed, from pairs with boxes if there are any; -1 for all.
+        validation_pairs: Number of validation pairs on which each method's IoU threshold is chosen.
+        sanity_pairs: Number of pairs for the weight randomization, which needs one map per block of the towers.
+        batch_size: Number of pairs explained at once.
+        budget: `quick` (500 masks of RISE and 300 coalitions of Kernel SHAP) or `full` (the methods' own defaults).
+        steps: Maximum number of steps of the insertion and deletion curves, up to 32.
+        resamples: Number of bootstrap draws over patients.
+        device: `cpu`, `cuda`, or `auto`, which uses a GPU if there is one.
+        seed: Random seed of the drawn pairs, the bootstrap, the shuffled weights and the random panels.
 
     Returns:
-        Pointing game and contrast as text, and where the files are.
+        Pointing game and CNR as text, and the paths of the files.
 
     Raises:
-        ValueError: An argument is out of range, the split has too few pairs, or `roar.json` is damaged.
-        FileNotFoundError: There is no such checkpoint.
+        ValueError: If an argument is out of range, the split has too few pairs, or `roar.json` is damaged.
+        FileNotFoundError: If there is no such checkpoint.
     """
     settings = Settings(
         split, num_pairs, validation_pairs, sanity_pairs, batch_size, budget, steps, resamples, seed
     )  # fmt: skip
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device must be auto, cpu or, where torch can use a GPU, cuda; got {device!r}.")
+        raise ValueError(
+            f"device must be auto, cpu or cuda, got {device!r}. cuda needs a GPU that torch can use; auto uses one if "
+            "there is one."
+        )
     folder = Path(out)
     roar = read_added_roar(folder)
     rows = compared_rows(methods.split(",") if isinstance(methods, str) else methods, budget)
@@ -91,4 +100,4 @@ def run_benchmark(
     write_panels(shown, folder / PANELS)
     result = read(BenchmarkResult, folder / RESULTS)
     write_report(result, shown, folder, roar)
-    return f"{summary(result)}\n{out}/report.html, tables.md and results.json hold all of it."
+    return f"{summary(result)}\nAll results: {out}/report.html, tables.md and results.json."

@@ -1,1 +1,1 @@
-"""What benchmark, tune and ROAR+ share: pairs, map stores, intervals, compared methods, provenance."""
+"""Shared code of benchmark, tune and ROAR+: pairs, map stores, intervals, compared methods, provenance."""

@@ -1,4 +1,4 @@
-"""The metrics of an experiment: their names, directions and how to read them, in the order of the tables."""
+"""Metrics of an experiment: names, directions and explanations, in the order of the tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matex_pl import metrics as M
 from matex_pl.report.results import Metric as Column
 
 FILL_NAMES = {"mean_color": "mean color", "mean_image": "mean image", "blur": "blurred image"}
-# Fills by group, in the order of the tables; without one are the words.
+# Fills by group, in the order of the tables; the empty fill is for the words.
 _FILLS = {
     "paper": ("", "mean_color", "mean_image"),
     "confidence": ("", "mean_color", "mean_image"),
@@ -29,19 +29,25 @@ _GROUPS = {
     "localization": {
         "pointing_game": _Row(M.PointingGame, "Pointing game", "Share of maps whose maximum lies in a box."),
         "cnr": _Row(
-            M.ContrastToNoise, "CNR", "Contrast of box and rest over their noise; negative if the rest is brighter."
+            M.ContrastToNoise,
+            "CNR",
+            "Contrast of box and rest divided by their noise; negative if the rest is brighter.",
         ),
         "miou": _Row(M.MeanIoU, "mIoU", "IoU of map and boxes, mean over the thresholds .1 to .5."),
-        "iou": _Row(M.ThresholdedIoU, "IoU", "IoU at one threshold per method, which validation pairs chose."),
-        "acc50": _Row(M.BoxAccuracy, "Acc@0.5", "Share of pairs whose best component, as a box, has an IoU above .5."),
+        "iou": _Row(M.ThresholdedIoU, "IoU", "IoU at one threshold per method, chosen on validation pairs."),
+        "acc50": _Row(
+            M.BoxAccuracy, "Acc@0.5", "Share of pairs whose highest component, as a box, has an IoU above .5."
+        ),
         "ap50": _Row(
-            M.AveragePrecision50, "AP50", "Average precision of all components as boxes, hits from an IoU of .5."
+            M.AveragePrecision50, "AP50", "Average precision of all components as boxes; a hit has an IoU above .5."
         ),
         "energy_pointing_game": _Row(
             M.EnergyPointingGame, "Energy in box", "Share of the map's mass inside the boxes."
         ),
         "relevance_rank_accuracy": _Row(
-            M.RelevanceRankAccuracy, "Rank accuracy", "Share of the K highest pixels in the boxes of K pixels."
+            M.RelevanceRankAccuracy,
+            "Rank accuracy",
+            "Share of the K highest pixels inside the boxes, which have K pixels.",
         ),
     },
     "paper": {
@@ -75,12 +81,14 @@ _GROUPS = {
         "insertion": _Row(
             M.InsertionAUC,
             "Insertion AUC",
-            "How soon the cosine rises as patches are inserted by rank, 1 at once; none if images score as their fill.",
+            "How soon the cosine rises as patches are inserted by rank; 1 is at once. Empty if images score no higher "
+            "than their fill.",
         ),
         "deletion": _Row(
             M.DeletionAUC,
             "Deletion AUC",
-            "How long the cosine stays as patches are deleted by rank; none if images score as their fill.",
+            "How long the cosine stays high as patches are deleted by rank. Empty if images score no higher than "
+            "their fill.",
         ),
     },
     "sensitivity": {
@@ -88,7 +96,9 @@ _GROUPS = {
             M.RankCorrelation, "Prompt sensitivity", "Rank correlation with the map under the phrase of another pair."
         ),
         "side_sensitivity": _Row(
-            M.SideSensitivity, "Side sensitivity", "Share of mass that changes sides when the phrase does."
+            M.SideSensitivity,
+            "Side sensitivity",
+            "Share of the map's mass that moves to the other side when the phrase names it.",
         ),
     },
     "sanity": {
@@ -102,7 +112,7 @@ _GROUPS = {
         "outside_thorax_mass": _Row(
             M.OutsideMass,
             "Mass outside thorax",
-            "Share of the map's mass outside of where lungs and heart usually are.",
+            "Share of the map's mass outside the usual place of lungs and heart.",
         ),
         "border_mass": _Row(
             M.OutsideMass, "Mass at the border", "Share of the map's mass in the outer tenth of the image."
@@ -110,7 +120,7 @@ _GROUPS = {
         "mean_map_mass": _Row(
             M.MapMass,
             "Mean value",
-            "Mean of the map. A map of all ones has a perfect confidence drop: read the two together.",
+            "Mean of the map. Read it with the confidence drop, which is perfect for a map of all ones.",
         ),
     },
 }
@@ -120,11 +130,11 @@ METRICS: dict[str, type[Metric]] = {name: row.metric for rows in _GROUPS.values(
 
 
 def metric_columns(keys: set[str]) -> dict[str, Column]:
-    """The columns of metrics such as `cnr` or `insertion/blur`, in the order of the tables."""
+    """Columns of metrics such as `cnr` or `insertion/blur`, in the order of the tables."""
     columns = {}
     for group, rows in _GROUPS.items():
         fills = _FILLS.get(group, ("",))
-        # A curve stands with itself under the other fills, a confidence with those under the same fill.
+        # Curves are sorted by metric, then fill. Confidences are sorted by fill, then metric.
         named = product(rows, fills) if group == "curves" else ((name, fill) for fill in fills for name in rows)
         for name, fill in named:
             columns[f"{name}/{fill}" if fill else name] = Column(

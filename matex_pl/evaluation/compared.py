@@ -1,4 +1,4 @@
-"""Methods that are compared, with the controls of every comparison."""
+"""Compared methods and the controls of every comparison."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.tensors import fingerprint
 from matex_pl.metrics.functional import box_masks
 
-# Per class: fewer of the repeated forwards than the method's own default, so that an evening will do.
+# Numbers of repeated forwards by class under the `quick` budget, fewer than the defaults of the methods.
 QUICK: dict[str, dict[str, int]] = {"Rise": {"masks": 500}, "KernelShap": {"samples": 300}}
 BUDGETS = ("quick", "full")
-# What takes many minutes per pair is compared when it is named.
+# Methods that take many minutes per pair are compared only if they are named.
 SLOW = ("submodular_regions",)
 REPEATED = {"Rise": "masks", "KernelShap": "samples", "IntegratedGradients": "steps", "SubmodularRegions": "regions"}
 
@@ -33,8 +33,8 @@ class MethodEntry:
 
     Args:
         name: Name in the tables.
-        method: The attribution method.
-        control: A baseline for the others: it needs no attribution, or is MATEX without one of its parts.
+        method: Attribution method.
+        control: Whether the method is a baseline: maps without the model, or MATEX without one of its parts.
         note: Remark for the tables.
     """
 
@@ -45,10 +45,10 @@ class MethodEntry:
 
 
 class _MeanBox(Control):
-    """The share of training images that have a box of the same finding at each place: a guess that sees no image.
+    """Control that shows, for each place, the share of training images with a box of the same finding there.
 
     Args:
-        finding_of: The finding of each phrase; a phrase of none gets a map of zeros.
+        finding_of: Finding of each phrase; a phrase without a finding gets a map of zeros.
         means: Mean box mask `(H, W)` of each finding.
     """
 
@@ -58,7 +58,7 @@ class _MeanBox(Control):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells these boxes from others: a hash, since the boxes are as many as the training images."""
+        """Hashes that identify these boxes, because the boxes themselves are as many as the training images."""
         sums = {finding: mean.double().cumsum(0).sum(1).tolist() for finding, mean in self.means.items()}
         return {"boxes": fingerprint(sums), "findings": sorted(self.means), "phrases": fingerprint(self.finding_of)}
 
@@ -71,22 +71,22 @@ class _MeanBox(Control):
 def mean_box_row(
     train: Sequence[ImageTextBatch], compared: Sequence[ImageTextBatch], size: tuple[int, int]
 ) -> list[MethodEntry]:
-    """The mean box of each finding over training pairs, where these have any.
+    """Entry of the mean box of each finding over training pairs; an empty list if no training pair has a box.
 
     Args:
         train: Training pairs.
-        compared: The pairs that maps are made for.
+        compared: Pairs of the comparison.
         size: Height and width of the frame.
     """
     means = mean_boxes(train, size)
     pairs = [pair for batch in compared for pair in zip(batch["phrase"], batch["finding"], strict=True)]
     count = sum(bool(len(boxes)) for batch in train for boxes in batch["boxes"])
-    note = f"of the finding, which it is told, over {count} training pairs; no model"
+    note = f"mean box of the given finding over {count} training pairs, no model"
     return [MethodEntry(MEAN_BOX, _MeanBox(dict(pairs), means), True, note)] if means else []
 
 
 def mean_boxes(batches: Sequence[ImageTextBatch], size: tuple[int, int]) -> dict[str, Tensor]:
-    """Mean box mask `(H, W)` of each finding over training pairs, from 0 to its highest place at 1."""
+    """Mean box mask `(H, W)` of each finding over training pairs, scaled to a maximum of 1."""
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size))
     for batch in batches:
         for finding, mask in zip(batch["finding"], box_masks(batch["boxes"], size), strict=True):
@@ -96,14 +96,14 @@ def mean_boxes(batches: Sequence[ImageTextBatch], size: tuple[int, int]) -> dict
 
 
 def compared_rows(methods: Sequence[str] | None, budget: str) -> list[MethodEntry]:
-    """The methods that were asked for, by default all shipped but the slow ones, and the controls, which always are.
+    """Entries of the requested methods and of the controls, which are always included.
 
     Args:
-        methods: Names of shipped methods and YAML files.
+        methods: Names of shipped methods and YAML files; by default all shipped methods but the slow ones.
         budget: `quick` or `full`.
 
     Raises:
-        ValueError: A method is unknown, or named twice.
+        ValueError: If a method is unknown, or named twice.
     """
     names = [name for name in method_names() if name not in SLOW] if methods is None else list(methods)
     asked = [method_row(name, load_method(name), budget) for name in names]
@@ -120,7 +120,9 @@ def compared_rows(methods: Sequence[str] | None, budget: str) -> list[MethodEntr
     counts = Counter([*(row.name for row in rows), MEAN_BOX])
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
-        raise ValueError(f"Two methods are called {twice[0]!r}. Name each once; a YAML file is called by its name.")
+        raise ValueError(
+            f"Two methods have the name {twice[0]!r}. Name each method once; a YAML file gets its file name."
+        )
     return rows
 
 
@@ -131,14 +133,14 @@ _BLUR = 1.5
 
 
 def controls(matex: Matex | None) -> list[MethodEntry]:
-    """The controls of a comparison: variants of MATEX and of its prior, if it takes part, and maps without a model.
+    """Controls of a comparison: variants of MATEX and its prior, if MATEX is compared, and maps without a model.
 
     `matex benchmark` leaves out the blurred noise, and `matex roar` the usual places.
     """
     entries = [
         MethodEntry(RANDOM, RandomMap(), True, "noise"),
-        MethodEntry(BLURRED, RandomMap(blur=_BLUR), True, "noise as smooth as maps are"),
-        MethodEntry(CENTER, CenterMap(), True, "the middle of the frame"),
+        MethodEntry(BLURRED, RandomMap(blur=_BLUR), True, "noise as smooth as the maps of methods"),
+        MethodEntry(CENTER, CenterMap(), True, "center of the frame"),
     ]
     if matex is None:
         return entries
@@ -146,8 +148,8 @@ def controls(matex: Matex | None) -> list[MethodEntry]:
     prior = PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior)
     return [
         _without_prior(MATEX, matex),
-        MethodEntry(USUAL_PLACES, usual, True, "a finding without a place takes its usual one: leakage by design"),
-        MethodEntry(PRIOR, prior, True, "the regions that the phrase names, no model"),
+        MethodEntry(USUAL_PLACES, usual, True, "a finding without a place gets its usual one: leakage by design"),
+        MethodEntry(PRIOR, prior, True, "regions that the phrase names, no model"),
         *entries,
     ]
 
@@ -157,11 +159,11 @@ def _without_prior(name: str, matex: Matex) -> MethodEntry:
 
 
 def method_row(name: str, method: AttributionMethod, budget: str) -> MethodEntry:
-    """A method under its name in the tables: the class of a shipped method, the file name of a YAML.
+    """Entry of a method under its name in the tables: the class of a shipped method, the file name of a YAML.
 
     Args:
-        name: As `load_method` takes it.
-        method: The method.
+        name: Name or path for `load_method`.
+        method: Attribution method.
         budget: `quick` or `full`.
     """
     kind = type(method).__name__

@@ -1,4 +1,4 @@
-"""Scores over pairs and their intervals by bootstrap over patients: the pairs of a patient are drawn together."""
+"""Scores over pairs with bootstrap intervals over patients, whose pairs are drawn together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matex_pl.report.results import Score
 
 @dataclass(frozen=True)
 class Sums:
-    """A score over n pairs as a ratio of sums: the mean of a value has the weight 1 wherever it counts.
+    """A score over n pairs as a ratio of sums; for a mean the denominator is 1 for each pair that counts.
 
     Args:
         above: `(n,)` summands of the numerator.
@@ -28,24 +28,24 @@ class Sums:
 
     @classmethod
     def of(cls, values: Tensor) -> Sums:
-        """The mean of values `(n,)` without NaN."""
+        """Sums of the mean of values `(n,)` without NaN."""
         return cls(values.nan_to_num(0).double(), (~values.isnan()).double())
 
     def among(self, pairs: Tensor) -> Sums:
-        """The same over some of the pairs, `(n,)` bool."""
+        """Sums restricted to some of the pairs, `(n,)` bool."""
         return Sums(self.above * pairs, self.below * pairs)
 
     def score(self, drawn: Tensor | None = None) -> Tensor:
-        """The score `(1,)`, or `(R,)` when each pair is drawn `(R, n)` times.
+        """Score `(1,)`, or `(R,)` if each pair is drawn `(R, n)` times.
 
-        NaN where no pair counts, or where the denominator, which a curve can make negative, is below 0.
+        NaN if no pair counts, or if the denominator is not above 0, which is possible for a curve.
         """
         drawn = torch.ones(1, len(self.above), dtype=torch.float64) if drawn is None else drawn
         below = drawn @ self.below
         return (drawn @ self.above) / torch.where(below > 0, below, torch.nan)
 
     def spans(self, drawn: Tensor) -> bool:
-        """Whether the denominator is above 0 in 97.5 % of the draws `(R, n)`, so that the ratio means something."""
+        """Whether the denominator is above 0 in at least 97.5 % of the draws `(R, n)`, which the ratio needs."""
         return bool(((drawn @ self.below) > 0).double().mean() >= 0.975)
 
     @property
@@ -56,12 +56,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class Detections:
-    """The average precision of d components as boxes, over n pairs.
+    """Average precision of d components as boxes, over n pairs.
 
     Args:
-        peak: `(d,)` score of each.
-        hit: `(d,)` bool, which of them match a box.
-        pair: `(d,)` long, the pair of each.
+        peak: `(d,)` score of each component.
+        hit: `(d,)` bool mask of the components that match a box.
+        pair: `(d,)` long, pair of each component.
         num_boxes: `(n,)` number of boxes of each pair.
     """
 
@@ -72,14 +72,14 @@ class Detections:
 
     @classmethod
     def of(cls, components: F.Components, boxes: Sequence[Tensor]) -> Detections:
-        """Components of B maps, and the boxes of their pairs."""
+        """Detections from the components of B maps and the boxes of their pairs."""
         hit = F.match_components(components, [box.to(components.boxes) for box in boxes])
         num_boxes = torch.tensor([len(box) for box in boxes])
         return cls(components.peak.cpu(), hit.cpu(), components.pair.cpu(), num_boxes)
 
     @classmethod
     def joined(cls, parts: Sequence[Detections]) -> Detections:
-        """Those of several batches, whose pairs follow each other."""
+        """Detections of several batches, whose pairs follow each other."""
         starts = np.cumsum([0, *(len(part.num_boxes) for part in parts[:-1])]).tolist()
         return cls(
             peak=torch.cat([part.peak for part in parts]),
@@ -89,12 +89,12 @@ class Detections:
         )
 
     def among(self, pairs: Tensor) -> Detections:
-        """The same over some of the pairs, `(n,)` bool."""
+        """Detections restricted to some of the pairs, `(n,)` bool."""
         kept = pairs[self.pair]
         return Detections(self.peak[kept], self.hit[kept], self.pair[kept], self.num_boxes * pairs)
 
     def score(self, drawn: Tensor | None = None) -> Tensor:
-        """The average precision `(1,)`, or `(R,)` when each pair is drawn `(R, n)` times; NaN without boxes."""
+        """Average precision `(1,)`, or `(R,)` if each pair is drawn `(R, n)` times; NaN without boxes."""
         drawn = torch.ones(1, len(self.num_boxes)) if drawn is None else drawn
         return F.average_precision(self.peak, self.hit, self.pair, self.num_boxes, drawn)
 
@@ -105,19 +105,19 @@ class Detections:
 
 
 def draw_patients(patients: Sequence[str], resamples: int, seed: int) -> Tensor:
-    """How often each pair is drawn when as many patients are drawn as there are, with replacement: `(R, n)`."""
+    """Number of times each pair is drawn, `(R, n)`, when patients are drawn with replacement, as many as there are."""
     names, place = np.unique(np.asarray(patients), return_inverse=True)
     drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
     return torch.from_numpy(drawn[:, place]).double()
 
 
 def estimate(pairs: Sums | Detections, drawn: Tensor, reference: Sums | Detections | None = None) -> Score:
-    """The score of pairs with its 95 % interval and their number; above that of a reference, if there is one.
+    """Score of pairs with its 95 % interval and the number of pairs, or its difference from a reference.
 
     Args:
-        pairs: The n pairs.
+        pairs: Values of the n pairs.
         drawn: `(R, n)` of `draw_patients`; draws without a score do not count.
-        reference: The same pairs under another setting or method, drawn together with them.
+        reference: Values of the same pairs under another setting or method, drawn together; None for no difference.
     """
     value, scores = pairs.score()[0], pairs.score(drawn)
     if reference is not None:
@@ -129,5 +129,5 @@ def estimate(pairs: Sums | Detections, drawn: Tensor, reference: Sums | Detectio
 
 
 def plain(value: float) -> float | None:
-    """None for NaN, which JSON does not have."""
+    """The value, or None for NaN, which JSON lacks."""
     return None if isnan(value) else value

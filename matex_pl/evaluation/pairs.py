@@ -1,4 +1,4 @@
-"""The pairs on which a checkpoint is judged: a seeded choice from a split, read once."""
+"""Image-text pairs of an evaluation: a seeded selection from a split, read once."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def prepare_data(data: ChestXrayDataModule, image_size: tuple[int, int], *splits
     """List the pairs of a data module, without a trainer.
 
     Args:
-        data: The data module.
+        data: Data module.
         image_size: Height and width of the model's input.
-        splits: The splits that are needed.
+        splits: Names of the required splits.
 
     Raises:
-        ValueError: The data module has another image size, or one of the splits is empty.
+        ValueError: If the data module has another image size, or one of the splits is empty.
     """
     if data.image_size not in (None, image_size):
         raise ValueError(
-            f"The data module's image_size is {data.image_size}, the checkpoint takes {image_size}. Leave it out of "
-            "the data module."
+            f"The data module has image_size {data.image_size}, but the checkpoint takes {image_size}. Leave "
+            "image_size out of the data module."
         )
     data.image_size = image_size
     data.prepare_data()
@@ -44,14 +44,14 @@ def prepare_data(data: ChestXrayDataModule, image_size: tuple[int, int], *splits
 def choose_pairs(
     data: ChestXrayDataModule, split: str, number: int, seed: int, *, boxed: bool = True
 ) -> list[ImageTextPair]:
-    """Up to `number` pairs of a split, drawn by the seed and in the order of the split; -1 for all of them.
+    """Up to `number` pairs of a split, drawn with the seed, in the order of the split.
 
     Args:
-        data: The data module, prepared.
+        data: Data module, prepared.
         split: `train`, `val` or `test`.
-        number: Highest number of pairs; -1 for all.
-        seed: Random seed of the choice.
-        boxed: Only pairs with boxes, where the split has any.
+        number: Maximum number of pairs; -1 for all.
+        seed: Random seed of the draw.
+        boxed: Whether to draw only pairs with boxes, if the split has any.
     """
     pairs = data.pairs[split]
     with_boxes = [pair for pair in pairs if pair.boxes]
@@ -65,7 +65,7 @@ def choose_pairs(
 def read_pairs(
     data: ChestXrayDataModule, split: str, pairs: list[ImageTextPair], batch_size: int
 ) -> list[ImageTextBatch]:
-    """The pairs with their pixels as batches of up to `batch_size`, each image decoded once."""
+    """Pairs with their pixels as batches of up to `batch_size`, each image decoded once."""
     images = PairDataset(data, pairs, data.dataset(split).transform)
     return list(DataLoader(images, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate))
 
@@ -82,31 +82,33 @@ def embed_pairs(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, Ten
 
 
 def with_phrases(batch: ImageTextBatch, phrases: Sequence[str | None]) -> ImageTextBatch:
-    """The images with other phrases; None keeps the phrase of the batch."""
+    """Batch with other phrases; None keeps the phrase of the batch."""
     changed = [new or old for new, old in zip(phrases, batch["phrase"], strict=True)]
     return cast(ImageTextBatch, {**batch, "phrase": changed})
 
 
 def swapped_phrases(phrases: Sequence[str]) -> list[str | None]:
-    """The phrases with right and left exchanged; None where one names no one side."""
+    """Phrases with right and left exchanged; None for a phrase that does not name exactly one side."""
     return [swap_sides(phrase) if named_side(phrase) else None for phrase in phrases]
 
 
 def other_phrases(phrases: Sequence[str], findings: Sequence[str]) -> list[str | None]:
-    """For each of B pairs another pair's phrase: of the next one, cyclic, that is about another finding.
+    """Phrase of another pair for each of B pairs: that of the next pair, cyclic, with another finding.
 
-    Where no finding is another one (or none is known), of the next one with another wording; None where all say the
-    same.
+    If no pair has another finding, or the finding is unknown, the next pair with another wording is used. None if all
+    phrases are equal.
 
     Args:
         phrases: Phrase of each pair.
         findings: Finding that each phrase names; empty if unknown.
 
     Raises:
-        ValueError: The two differ in length.
+        ValueError: If the two differ in length.
     """
     if len(phrases) != len(findings):
-        raise ValueError(f"There are {len(phrases)} phrases, but findings of {len(findings)} pairs.")
+        raise ValueError(
+            f"There are {len(phrases)} phrases, but findings of {len(findings)} pairs. Give one finding per phrase."
+        )
     chosen = []
     for row, (phrase, finding) in enumerate(zip(phrases, findings, strict=True)):
         following = [*range(row + 1, len(phrases)), *range(row)]

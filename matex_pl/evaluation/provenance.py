@@ -1,4 +1,4 @@
-"""The versions, settings and data behind a result."""
+"""Versions, settings and data behind a result."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataMod
     """Provenance of a result in plain types: time, model, data, seed and versions.
 
     Args:
-        clip: The model.
-        weights: Its `weight_hash`.
+        clip: CLIP model.
+        weights: `weight_hash` of the model.
         checkpoint: Path or name that the model was loaded from.
-        data: The data module.
+        data: Data module.
         seed: Random seed of the run.
     """
     inherited = vars(LightningDataModule()).keys()

@@ -1,4 +1,4 @@
-"""Maps on disk, by pair: computed once, and again only where weights, settings, pixels or words are others."""
+"""Maps on disk by pair, computed again only if weights, settings, pixels or words change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIELDS = ("grid", "text", "content", "score")
 
 
 def weight_hash(clip: Clip) -> str:
-    """SHA-256, in hex, of what decides the model's numbers: its config, weights and mean image, names and dtypes."""
+    """SHA-256 in hex of the model's config, weights and mean image, including names and dtypes."""
     digest = sha256(json.dumps(clip.config, sort_keys=True).encode())
     for name, value in sorted(clip.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -33,10 +33,10 @@ def weight_hash(clip: Clip) -> str:
 
 
 def describe_method(method: AttributionMethod) -> dict[str, Any]:
-    """The method in the form of a YAML: `class_path` and `init_args`, plain types.
+    """Description of the method as in a YAML: `class_path` and `init_args`, in plain types.
 
     Raises:
-        TypeError: The method does not keep its arguments under their names, or one of them is no plain type.
+        TypeError: If the method does not keep its arguments under their names, or an argument is not a plain type.
     """
     kind = type(method)
     described = {"class_path": f"{kind.__module__}.{kind.__qualname__}"}
@@ -44,13 +44,13 @@ def describe_method(method: AttributionMethod) -> dict[str, Any]:
         return described | {"init_args": json.loads(json.dumps(method.settings))}
     except (AttributeError, TypeError) as error:
         raise TypeError(
-            f"{kind.__name__} cannot be told from other settings of itself: {error}. Keep each argument of the "
-            "constructor as an attribute of its name and of a plain type."
+            f"The settings of {kind.__name__} cannot be read: {error}. Keep each argument of the constructor as an "
+            "attribute of the same name and of a plain type."
         ) from error
 
 
 def pair_keys(batch: ImageTextBatch) -> list[str]:
-    """A key per pair: its id, and a hash of its pixels, its phrase and the image's place in the frame."""
+    """Key of each pair: its id, and a hash of its pixels, its phrase and the image's place in the frame."""
     pixels = batch["image"].cpu().contiguous()
     keys = []
     for name, image, phrase, content_box in zip(
@@ -63,13 +63,13 @@ def pair_keys(batch: ImageTextBatch) -> list[str]:
 
 
 class MapStore:
-    """The maps of one method with one set of weights, as safetensors of some pairs each.
+    """Maps of one method and one set of weights, as safetensors files of several pairs each.
 
-    A map is kept on the patch raster. Where that does not give the image map back (a prior, pixels, masks that were
-    moved), the pixels are kept too, so that what is read is what was written.
+    A map is stored on the patch raster. If the image map cannot be restored from the raster (a prior, pixels, shifted
+    masks), the pixels are stored too. Therefore maps are read exactly as written.
 
     Args:
-        root: Folder of all stores; this one's is `root/<class>-<key>`.
+        root: Folder of all stores; the folder of this store is `root/<class>-<key>`.
         weights: `weight_hash` of the model.
         method: Attribution method of the maps.
 
@@ -89,21 +89,21 @@ class MapStore:
         return len(self._files)
 
     def refresh(self) -> None:
-        """Read what is on disk, from all processes."""
+        """Read the list of files on disk, from all processes."""
         self._files = {key: path for path, pairs in self._shards() for key in pairs}
 
     def _shards(self) -> Iterator[tuple[Path, list[str]]]:
-        """Each file that is whole, and its pairs."""
+        """Path and pairs of each complete file."""
         for path in sorted(self.folder.glob("*.safetensors")):
             head = read_head(path)
             if head is not None:
                 yield path, head["pairs"]
 
     def drop_repeats(self) -> int:
-        """Leave each pair in one file only; returns the number of repeats.
+        """Keep each pair in one file only; returns the number of repeats.
 
-        Processes that work on shards of a split, filled up to the same length, write some pairs twice. To be called by
-        one process when all are done.
+        Processes that work on shards of a split, padded to the same length, write some pairs twice. Call this in one
+        process after all are done.
         """
         seen: set[str] = set()
         repeats = 0
@@ -117,7 +117,7 @@ class MapStore:
         return repeats
 
     def _keep_rows(self, path: Path, rows: list[int]) -> None:
-        """Put some rows of a file in its place."""
+        """Replace a file by some of its rows."""
         tensors, about = read_tensors(path)
         pairs = [about["pairs"][row] for row in rows]
         if rows:
@@ -128,11 +128,11 @@ class MapStore:
         return self.folder / f"{fingerprint(list(keys))}.safetensors"
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """Those of the keys that have no map yet."""
+        """Keys without a map in this store."""
         return [key for key in keys if key not in self._files]
 
     def write(self, keys: Sequence[str], maps: Attribution) -> None:
-        """Keep the maps of B pairs under their keys."""
+        """Store the maps of B pairs under their keys."""
         tensors = {name: getattr(maps, name) for name in _FIELDS}
         if not torch.equal(_enlarged(maps.grid, maps.image.shape[-2:]), maps.image):
             tensors["image"] = maps.image
@@ -141,25 +141,28 @@ class MapStore:
         self._files.update(dict.fromkeys(keys, path))
 
     def read(self, keys: Sequence[str]) -> Attribution:
-        """The maps of the keys, in their order, on the CPU; without parts.
+        """Maps of the keys, in their order, on the CPU; without parts.
 
         Raises:
-            KeyError: A pair has no map here.
+            KeyError: If a pair has no map in this store.
         """
         return Attribution(**cast(dict[str, Any], self._read(keys, ("image", *_FIELDS))))
 
     def read_units(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """`grid`, `text`, `content` and `score` of the maps of the keys, as `read` gives them; the pixels stay on disk.
+        """`grid`, `text`, `content` and `score` of the maps of the keys, as in `read`, without reading pixels.
 
         Raises:
-            KeyError: A pair has no map here.
+            KeyError: If a pair has no map in this store.
         """
         return self._read(keys, _FIELDS)
 
     def _read(self, keys: Sequence[str], fields: Sequence[str]) -> dict[str, Tensor]:
         gone = self.missing(keys)
         if gone:
-            raise KeyError(f"{len(gone)} of {len(keys)} pairs have no map in {self.folder}, e.g. {gone[0]!r}.")
+            raise KeyError(
+                f"{len(gone)} of {len(keys)} pairs have no map in {self.folder}, e.g. {gone[0]!r}. Compute the maps "
+                "with `fill_store` first."
+            )
         maps: dict[str, dict[str, Tensor]] = {}
         for path in dict.fromkeys(self._files[key] for key in keys):
             maps.update(_read_shard(path, fields))
@@ -183,15 +186,16 @@ def _enlarged(grid: Tensor, size: Sequence[int]) -> Tensor:
 def fill_store(
     clip: Clip, method: AttributionMethod, store: MapStore, batch: ImageTextBatch, keys: Sequence[str], size: int
 ) -> None:
-    """Make and write the maps that the store does not have.
+    """Compute and write the maps that the store lacks.
 
     Args:
-        clip: The model.
+        clip: CLIP model.
         method: Attribution method of the maps.
         store: Store of the maps.
-        batch: The pairs; the same pair may come twice.
+        batch: Pairs of the maps; a pair may be repeated.
         keys: Key of each pair, from `pair_keys`.
-        size: Most pairs per call. A method that perturbs inputs takes all pairs of an image per call instead.
+        size: Maximum number of pairs per call. A method that perturbs inputs gets all pairs of an image per call
+            instead.
     """
     lacking = set(store.missing(keys))
     rows = list({key: row for row, key in enumerate(keys) if key in lacking}.values())

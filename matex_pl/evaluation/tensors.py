@@ -1,4 +1,4 @@
-"""Safetensors files with a JSON head, and fingerprints of settings."""
+"""Safetensors files with JSON metadata, and fingerprints of settings."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from matex_pl.files import whole_file
 
 
 def fingerprint(value: Any) -> str:
-    """A short hash of what JSON can write."""
+    """Short hash of a value that JSON can write."""
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """A safetensors file with `about` as JSON in its head; a reader sees the old file or the whole new one."""
+    """Write a safetensors file with `about` as JSON metadata; readers see the old file or the complete new one."""
     with whole_file(path) as part:
         head = {name: json.dumps(value) for name, value in about.items()}
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, head)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and head of a file of `write_tensors`."""
+    """Tensors and metadata of a file written by `write_tensors`."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, _about(file.metadata())
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
-    """What a file of `write_tensors` is about; None where there is none, or, with a warning, a damaged one."""
+    """Metadata of a file written by `write_tensors`; None if the file is missing or, with a warning, damaged."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             return _about(file.metadata())
     except (SafetensorError, ValueError) as error:
-        rank_zero_warn(f"{path} is damaged ({error}); what it held is computed anew.")
+        rank_zero_warn(f"The file {path} is damaged ({error}). Its content is computed again.")
         return None
 
 

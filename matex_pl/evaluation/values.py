@@ -1,4 +1,4 @@
-"""Values of a batch of pairs that the benchmark and `matex tune` compute alike."""
+"""Per-pair metric values shared by the benchmark and `matex tune`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IN_BOXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "energy_pointing_game": F.energy_pointing_game,
     "relevance_rank_accuracy": F.relevance_rank_accuracy,
 }
-"""By metric: the function of maps and masks of boxes, `(B, H, W)` each."""
+"""By metric: function of maps and masks of boxes, `(B, H, W)` each."""
 
 
 def box_masks(maps: Tensor, boxes: Sequence[Tensor], *, keep_small: bool = False) -> Tensor:

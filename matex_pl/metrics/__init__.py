@@ -1,6 +1,6 @@
-"""Attribution quality: pure functions in `functional`, torchmetrics classes over them here.
+"""Metrics of attribution quality: torchmetrics classes, over pure functions in `functional`.
 
-`removal` runs the model on images and phrases with parts taken away, `sanity` on randomized parameters.
+`removal` scores images and phrases with parts removed, `sanity` randomizes the model's parameters.
 """
 
 from matex_pl.metrics.confidence import ConfidenceDrop, ConfidenceIncrease, DeletionAUC, InsertionAUC, RemovalDrop
@@ -16,7 +16,7 @@ from matex_pl.metrics.localization import (
 )
 from matex_pl.metrics.sensitivity import MapMass, OutsideMass, RankCorrelation, SideSensitivity
 
-# Names of before 0.2.
+# Names before 0.2.
 EnergyInBox, RankAccuracy = EnergyPointingGame, RelevanceRankAccuracy
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What all metrics of attribution share: numbers of each pair, repeats left out, and the mean of what counts."""
+"""Base classes of attribution metrics: one value per pair, repeated pairs counted once, mean over counted pairs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from matex_pl.training.distributed import fingerprints, first_of_each
 
 
 class PairMetric(Metric):
-    """Mean over pairs of one number each, without NaN; with C `columns` of numbers, a subclass reduces them.
+    """Mean over pairs of one value each, without NaN; a subclass with C `columns` of values reduces them itself.
 
-    Pairs that come twice, as in padded shards, count once where `update` gets their ids, also across processes; those
-    without an id all count. NaN with a warning when nothing counts.
+    If `update` gets ids, a repeated pair, as in padded shards, counts once, also across processes. Pairs without an id
+    all count. If no pair counts, the result is NaN, with a warning.
     """
 
     full_state_update = False
@@ -35,11 +35,11 @@ class PairMetric(Metric):
         self.add_state("keys", default=[], dist_reduce_fx="cat")
 
     def _add(self, values: Tensor, ids: Sequence[str] | None) -> None:
-        """Keep the numbers of B pairs, `(B,)` or `(B, C)`."""
+        """Store the values of B pairs, `(B,)` or `(B, C)`."""
         values = values.detach().float().view(len(values), self.columns)
         if ids is not None and (isinstance(ids, str) or len(ids) != len(values)):
             raise ValueError(f"ids must be a list of one id for each of {len(values)} pairs, got {ids!r}.")
-        # A one and the fingerprint of the id, or zeros.
+        # 1 and the fingerprint of the id, or zeros without ids.
         keys = torch.zeros(len(values), 2, dtype=torch.long)
         if ids is not None:
             keys = torch.stack([keys[:, 0] + 1, fingerprints(ids)], 1)
@@ -47,19 +47,19 @@ class PairMetric(Metric):
         self.keys.append(keys.to(values.device))
 
     def _empty(self) -> dict[str, Tensor]:
-        """Each state without any pair, for a process that has seen none and joins the others."""
+        """Empty value of each state, for a process without pairs that synchronizes with others."""
         return {
             "values": torch.zeros(0, self.columns, device=self.device),
             "keys": torch.zeros(0, 2, dtype=torch.long, device=self.device),
         }
 
     def _gathered(self, name: str) -> Tensor:
-        """All of a list of states, as one tensor."""
+        """A list state concatenated to one tensor."""
         state = getattr(self, name)
         return dim_zero_cat(state) if len(state) else self._empty()[name]
 
     def _counted(self) -> Tensor:
-        """Which rows count, `(n,)` bool: the first of each id, and all that have none."""
+        """Mask `(n,)` bool of the rows that count: the first of each id, and all rows without an id."""
         named, prints = self._gathered("keys").T
         counted = named == 0
         rows = named.nonzero()[:, 0]
@@ -67,39 +67,39 @@ class PairMetric(Metric):
         return counted
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes, also where one of them has seen no pair."""
+        """Gather the states of all processes, including processes without pairs."""
         for name, empty in self._empty().items():
             if isinstance(getattr(self, name), list) and not getattr(self, name):
                 getattr(self, name).append(empty)
         super().sync(*args, **kwargs)
 
     def compute(self) -> Tensor:
-        """The result over all pairs, a float32 scalar."""
+        """Result over all pairs, a float32 scalar."""
         value = self._reduce(self._gathered("values")[self._counted()])
         if value.isnan():
             rank_zero_warn(f"{type(self).__name__} is NaN: none of the {len(self._gathered('keys'))} pairs counts.")
         return value
 
     def _reduce(self, values: Tensor) -> Tensor:
-        """The result of the rows that count, `(n, C)` to a scalar."""
+        """Result of the rows that count, `(n, C)` to a scalar."""
         return values.nanmean()
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Figure and axes with the result, or with several results `val` as steps."""
+        """Figure and axes of the result, or of several results `val` as steps."""
         return self._plot(val, ax)
 
 
 class BoxMetric(PairMetric):
-    """Agreement of maps with the boxes of their pairs, the mean over pairs with boxes; in [0, 1]."""
+    """Agreement of maps with the boxes of their pairs: mean over pairs with boxes, in [0, 1]."""
 
     higher_is_better = True
     plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
     _score: ClassVar[staticmethod[[Tensor, Tensor], Tensor]]
-    """The value of each map `(B, H, W)` with the mask of its boxes, `(B,)`, NaN without boxes."""
+    """Function from maps and masks of boxes, `(B, H, W)` each, to values `(B,)`, NaN without boxes."""
 
     def update(self, maps: Tensor, boxes: Sequence[Tensor], ids: Sequence[str] | None = None) -> None:
-        """Add B maps `(B, H, W)` and their boxes, `(K, 4)` each in [0, 1] of the map's frame; and the pairs' ids."""
+        """Add B maps `(B, H, W)`, their boxes, `(K, 4)` each in [0, 1] of the map's frame, and the pairs' ids."""
         check_boxes(maps, boxes)
         self._add(self._values(maps, boxes), ids)
 
@@ -108,11 +108,13 @@ class BoxMetric(PairMetric):
 
 
 def masks_of(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """The boxes of maps as masks, `(B, H, W)` bool."""
+    """Boxes of maps as masks, `(B, H, W)` bool."""
     return box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
 
 
 def check_boxes(maps: Tensor, boxes: Sequence[Tensor]) -> None:
-    """Refuse lists of boxes that are not as many as the maps."""
+    """Refuse a list of boxes whose length differs from the number of maps."""
     if len(maps) != len(boxes):
-        raise ValueError(f"There are {len(maps)} maps, but boxes of {len(boxes)} pairs.")
+        raise ValueError(
+            f"There are {len(maps)} maps, but boxes of {len(boxes)} pairs. Give one tensor of boxes for each map."
+        )

@@ -1,4 +1,4 @@
-"""How maps agree with boxes."""
+"""Agreement of maps with boxes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from matex_pl.metrics.functional import THRESHOLDS
 
 
 class PointingGame(BoxMetric):
-    """Share of pairs with boxes whose map has its maximum in one of them (Zhang et al. 2018).
+    """Share of pairs with boxes whose map has its maximum inside a box (Zhang et al. 2018).
 
-    Example:
+    Examples:
         >>> metric = PointingGame()
         >>> metric.update(torch.eye(2)[None].flip(2), [torch.tensor([[0.5, 0.0, 1.0, 0.5]])])
         >>> float(metric.compute())
@@ -28,7 +28,7 @@ class PointingGame(BoxMetric):
 class ContrastToNoise(BoxMetric):
     """Mean signed contrast-to-noise ratio between inside and outside of the boxes (Boecking et al. 2022).
 
-    Example:
+    Examples:
         >>> metric = ContrastToNoise()
         >>> metric.update(torch.tensor([[[1.0, 0.0], [0.5, 0.1]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> round(float(metric.compute()), 4)
@@ -41,9 +41,9 @@ class ContrastToNoise(BoxMetric):
 
 
 class EnergyPointingGame(BoxMetric):
-    """Mean share of the map's mass that lies in the boxes (Wang et al. 2020); 0 for a map of zeros.
+    """Mean share of the map's mass inside the boxes (Wang et al. 2020); 0 for a map of zeros.
 
-    Example:
+    Examples:
         >>> metric = EnergyPointingGame()
         >>> metric.update(torch.tensor([[[0.9, 0.0], [0.6, 0.5]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> round(float(metric.compute()), 4)
@@ -54,9 +54,9 @@ class EnergyPointingGame(BoxMetric):
 
 
 class RelevanceRankAccuracy(BoxMetric):
-    """Mean share of the K highest pixels that lie in the boxes of K pixels (Arras et al. 2022).
+    """Mean share of the K highest pixels that lie inside boxes of K pixels (Arras et al. 2022).
 
-    Example:
+    Examples:
         >>> metric = RelevanceRankAccuracy()
         >>> metric.update(torch.tensor([[[0.9, 0.6], [0.5, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> float(metric.compute())
@@ -69,7 +69,7 @@ class RelevanceRankAccuracy(BoxMetric):
 class MeanIoU(BoxMetric):
     """Mean intersection over union of map and boxes, over the thresholds .1, .2, .3, .4, .5 and over pairs.
 
-    Example:
+    Examples:
         >>> metric = MeanIoU()
         >>> metric.update(torch.tensor([[[0.9, 0.3], [0.9, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> round(float(metric.compute()), 4)
@@ -80,15 +80,15 @@ class MeanIoU(BoxMetric):
 
 
 class ThresholdedIoU(BoxMetric):
-    """Mean intersection over union of the boxes and `map > threshold`, at one threshold for all pairs.
+    """Mean intersection over union of the boxes and `map > threshold`, with one threshold for all pairs.
 
-    Without one, all of `THRESHOLDS` are tried and the best is taken: do this on the validation split, and give
-    `best_threshold()` to the metric of the test split.
+    Without a threshold, the best of `THRESHOLDS` is used. Do this on the validation split, and pass `best_threshold()`
+    to the metric of the test split.
 
     Args:
-        threshold: In [0, 1).
+        threshold: Threshold in [0, 1); the best of `THRESHOLDS` by default.
 
-    Example:
+    Examples:
         >>> metric = ThresholdedIoU()
         >>> metric.update(torch.tensor([[[0.9, 0.3], [0.9, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> float(metric.compute()), metric.best_threshold()
@@ -106,9 +106,9 @@ class ThresholdedIoU(BoxMetric):
         return functional.iou(maps, masks_of(maps, boxes), self.thresholds)
 
     def best_threshold(self) -> float:
-        """The threshold with the highest mean, the lowest of equal ones; NaN if no pair counts.
+        """Threshold with the highest mean, the lowest of equal ones; NaN if no pair counts.
 
-        Among processes all have to call it.
+        With several processes, all of them must call this method.
         """
         with self.sync_context():
             means = self._gathered("values")[self._counted()].nanmean(0)
@@ -119,16 +119,16 @@ class ThresholdedIoU(BoxMetric):
 
 
 class BoxAccuracy(BoxMetric):
-    """Share of pairs with boxes one of which the map finds (Acc@0.5).
+    """Share of pairs with boxes whose map finds a box (Acc@0.5).
 
-    The map's box is that of the connected component of `map > threshold` with the highest peak; it has to overlap one
-    of the boxes with an IoU above `iou`.
+    The map's box encloses the connected component of `map > threshold` with the highest peak. It finds a box if their
+    IoU exceeds `iou`.
 
     Args:
-        threshold: In [0, 1); to be chosen on the validation split (`ThresholdedIoU`).
-        iou: What the overlap has to exceed.
+        threshold: Threshold of the map in [0, 1), to be chosen on the validation split (`ThresholdedIoU`).
+        iou: IoU that the overlap must exceed.
 
-    Example:
+    Examples:
         >>> metric = BoxAccuracy(threshold=0.3)
         >>> metric.update(torch.tensor([[[0.9, 0.3], [0.9, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> float(metric.compute())
@@ -148,13 +148,14 @@ class BoxAccuracy(BoxMetric):
 class AveragePrecision50(BoxMetric):
     """Average precision of the maps' connected components as boxes, scored by their maximum (AP50).
 
-    A component is right by the rule of PASCAL VOC, with an IoU above `iou`; those of equal score enter together.
+    A component is a hit by the rule of PASCAL VOC, with an IoU above `iou`. Components of equal score are added
+    together.
 
     Args:
-        threshold: Components are those of `map > threshold`, in [0, 1); to be chosen on the validation split.
-        iou: What the overlap has to exceed.
+        threshold: Threshold of the components of `map > threshold`, in [0, 1), to be chosen on the validation split.
+        iou: IoU that the overlap must exceed.
 
-    Example:
+    Examples:
         >>> metric = AveragePrecision50(threshold=0.3)
         >>> metric.update(torch.tensor([[[0.9, 0.3], [0.9, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> float(metric.compute())
@@ -199,6 +200,6 @@ class AveragePrecision50(BoxMetric):
 
 
 def check_threshold(threshold: float) -> None:
-    """Refuse a threshold outside of [0, 1)."""
+    """Refuse a threshold outside [0, 1)."""
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must be in [0, 1), got {threshold}. Maps are in [0, 1].")

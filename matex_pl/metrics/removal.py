@@ -1,4 +1,4 @@
-"""The score of images and phrases with parts taken away. Runs the model, which comes back as it went."""
+"""Scores of images and phrases with parts removed; the functions run the model and restore its state."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ CONFIDENCE: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "confidence_increase@50": ("half", confidence_increase),
     "top20_removal": ("rest", confidence_drop),
 }
-"""By metric: the rule of what is left, and what is made of the scores before and after."""
+"""By metric: the removal rule, and the function of the scores before and after."""
 
 
 def kept_pixels(maps: Tensor, rule: str) -> Tensor:
-    """What is left of the images by a rule, `(B, H, W)` as `image_score` takes it.
+    """Kept share of each pixel under a rule, `(B, H, W)`, as input of `image_score`.
 
     Args:
-        maps: `(B, H, W)` in [0, 1].
-        rule: `map`: each pixel by its value; `half`: the higher half of the pixels; `rest`: all but the highest fifth.
+        maps: `(B, H, W)` maps in [0, 1].
+        rule: `map` (each pixel by its value), `half` (the higher half of the pixels) or `rest` (all but the highest
+            fifth).
     """
     if rule == "map":
         return maps
@@ -48,13 +49,13 @@ def kept_pixels(maps: Tensor, rule: str) -> Tensor:
 
 
 def dropped_tokens(text_map: Tensor, content: Tensor, rule: str) -> Tensor:
-    """What a rule takes from the phrases, `(B, T)` bool as `text_score` takes it.
+    """Mask `(B, T)` bool of the tokens that a rule removes, as input of `text_score`.
 
     Args:
-        text_map: `(B, T)`.
-        content: `(B, T)` bool.
-        rule: `map`: what is not above the median of the content tokens; `half`: all but the higher half of them;
-            `rest`: the highest fifth, at least one.
+        text_map: `(B, T)` text maps.
+        content: `(B, T)` bool mask of the content tokens.
+        rule: `map` (content tokens not above their median), `half` (all but the higher half of the content tokens) or
+            `rest` (the highest fifth, at least one).
     """
     if rule == "map":
         return not_above_median(text_map, content)
@@ -64,14 +65,14 @@ def dropped_tokens(text_map: Tensor, content: Tensor, rule: str) -> Tensor:
 
 
 def confidence_values(score: Tensor, left: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All metrics of `CONFIDENCE`, `(B,)` each, from the scores of the pairs and, by rule, of what is left of them."""
+    """All metrics of `CONFIDENCE`, `(B,)` each, from the scores of the pairs and, by rule, of their kept parts."""
     return {name: change(score, left[rule]) for name, (rule, change) in CONFIDENCE.items()}
 
 
 def image_score(clip: Clip, images: Tensor, keep: Tensor, fill: str, text: Tensor) -> Tensor:
-    """Cosine of each pair when only `keep` of the image is kept, `(B,)`; the rest is filled. One forward.
+    """Cosine of each pair with only `keep` of the image kept and the rest filled, `(B,)`. One forward.
 
-    `keep` is `(B, H, W)` bool, or float in [0, 1] where a pixel is kept in part; the rest is as for `patch_curve`.
+    `keep` is `(B, H, W)` bool, or float in [0, 1] to keep pixels in part. See `patch_curve` for the other arguments.
     """
     with borrowed(clip):
         kept = keep_highlighted(images, keep, fill_images(fill, clip, images))
@@ -79,12 +80,12 @@ def image_score(clip: Clip, images: Tensor, keep: Tensor, fill: str, text: Tenso
 
 
 def text_score(clip: Clip, tokens: Tensor, drop: Tensor, image: Tensor) -> Tensor:
-    """Cosine of each pair when the tokens `drop` are replaced by pads, `(B,)`. One forward.
+    """Cosine of each pair with the tokens `drop` replaced by pads, `(B,)`. One forward.
 
     Args:
-        clip: The model.
-        tokens: `(B, T)`.
-        drop: `(B, T)` bool.
+        clip: CLIP model.
+        tokens: `(B, T)` tokens of the phrases.
+        drop: `(B, T)` bool mask of the tokens to replace.
         image: `(B, D)` L2-normalized embeddings of the images.
     """
     with borrowed(clip):
@@ -92,9 +93,9 @@ def text_score(clip: Clip, tokens: Tensor, drop: Tensor, image: Tensor) -> Tenso
 
 
 def end_scores(clip: Clip, images: Tensor, fill: str, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The two ends of every `patch_curve`: cosine of the fill alone and of the whole image, `(B,)` each.
+    """Both ends of every `patch_curve`: cosine of the fill alone and of the whole image, `(B,)` each.
 
-    The arguments are those of `patch_curve`.
+    See `patch_curve` for the arguments.
     """
     with borrowed(clip):
         blank = clip.encode_image(fill_images(fill, clip, images))
@@ -112,27 +113,27 @@ def patch_curve(
     chunk_size: int = 32,
     ends: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The score while patches come into the fill (insertion) or make way for it (deletion), in the order of the map.
+    """Score while patches are inserted into the fill (`insertion`) or replaced by it (`deletion`) in map order.
 
-    Patches are the places of the grid, the highest first, ties in raster order. S is `steps`, or the number of patches
-    where that is smaller; the S + 1 numbers of patches are spread evenly and include none and all.
+    Patches are the points of the grid, highest first, ties in raster order. S is `steps`, or the number of patches if
+    that is smaller. The S + 1 numbers of patches are evenly spaced from none to all.
 
     Args:
-        clip: The model.
-        images: `(B, 3, H, W)` normalized.
-        grid: `(B, Gh, Gw)` the maps at patch resolution.
+        clip: CLIP model.
+        images: `(B, 3, H, W)` normalized images.
+        grid: `(B, Gh, Gw)` maps at patch resolution.
         fill: `mean_image`, `mean_color` or `blur`, see `fill_images`.
         text: `(B, D)` L2-normalized embeddings of the phrases.
         kind: `insertion` or `deletion`.
-        steps: Most steps.
-        chunk_size: Most images in one forward, or the batch where that is larger.
-        ends: What `end_scores` gave for these pairs, to share it between kinds and maps; computed by default.
+        steps: Maximum number of steps.
+        chunk_size: Maximum number of images in one forward; the batch size if that is larger.
+        ends: Result of `end_scores` for these pairs, to share it between kinds and maps; computed by default.
 
     Returns:
         Share of patches inserted or deleted `(S + 1,)`, and the scores `(S + 1, B)`.
 
     Raises:
-        ValueError: There is no such kind or fill, a number is not positive, or the model carries no mean image.
+        ValueError: If there is no such kind or fill, a number is not positive, or the model has no mean image.
     """
     check_choice("kind", kind, KINDS)
     check_positive(steps=steps, chunk_size=chunk_size)
@@ -141,11 +142,11 @@ def patch_curve(
     counts = patch_counts(patches, steps, grid.device)
     with borrowed(clip):
         filled = fill_images(fill, clip, images)
-        # Place of each patch in the order of its map, 0 the highest.
+        # Rank of each patch in its map, 0 the highest.
         order = grid.flatten(1).argsort(dim=1, descending=True, stable=True)
         rank = enlarge_grid(order.argsort(dim=1).view_as(grid), images)
         scores = [blank if kind == "insertion" else full]
-        # Without chunks of no images.
+        # Skip empty chunks.
         for some in counts[1:-1].split(max(1, chunk_size // len(images))) if len(counts) > 2 else ():
             moved = rank < some[:, None, None, None]
             keep = moved if kind == "insertion" else ~moved
@@ -156,13 +157,13 @@ def patch_curve(
 
 
 def patch_counts(patches: int, steps: int, device: torch.device | None = None) -> Tensor:
-    """S + 1 numbers of patches from none to all, spread evenly, S = min(steps, patches). Long."""
+    """Numbers of patches from none to all, `(S + 1,)` long, evenly spaced, with S = min(steps, patches)."""
     number = min(steps, patches)
     return torch.arange(number + 1, device=device) * patches // number
 
 
 def enlarge_grid(grid: Tensor, images: Tensor) -> Tensor:
-    """The value of the grid at each pixel: `(B, Gh, Gw)` to `(B, H, W)` of the images."""
+    """Value of the grid at each pixel: `(B, Gh, Gw)` to `(B, H, W)` of the images."""
     for axis in (1, 2):
         pixels, places = images.shape[axis + 1], grid.shape[axis]
         grid = grid.index_select(axis, torch.arange(pixels, device=grid.device) * places // pixels)
@@ -170,5 +171,5 @@ def enlarge_grid(grid: Tensor, images: Tensor) -> Tensor:
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Product of unit vectors, float32 or better: `(..., D)` and `(B, D)` to `(..., B)`, or broadcast."""
+    """Dot product of unit vectors, float32 or better: `(..., D)` and `(B, D)` to `(..., B)`, or broadcast."""
     return (full_precision(one) * full_precision(other)).sum(-1)

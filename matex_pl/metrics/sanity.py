@@ -1,4 +1,4 @@
-"""Sanity checks for saliency maps (Adebayo et al. 2018): the model with its parameters randomized, stage by stage."""
+"""Sanity checks for saliency maps (Adebayo et al. 2018): models with parameters randomized stage by stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from matex_pl.clip import towers
 from matex_pl.clip.model import Clip
 
-# Parts of towers that run before their first block, as open_clip, timm and Hugging Face name them.
+# Names in open_clip, timm and Hugging Face of the parts of towers before their first block.
 _BEFORE = {
     "class_embedding",
     "cls_emb",
@@ -33,26 +33,33 @@ _STEM = {"conv1", "bn1", "conv2", "bn2", "conv3", "bn3"}
 
 
 def randomized(clip: Clip, seed: int = 0) -> Iterator[tuple[str, Clip]]:
-    """Copies of the model with ever more of its parameters randomized, from the output to the input.
+    """Copies of the model with more and more randomized parameters, from the output to the input.
 
-    First what lies behind the last block of both towers (`head`: projections, final norms, pools), then block by block
-    from the last, both towers together (`block -1`, `block -2`, ...), at last what lies before the first
-    (`embeddings`). Each stage keeps the earlier ones. The blocks of a ResNet are its four layers.
+    The stages are, in this order:
 
-    Randomized is a parameter whose entries are shuffled, by a generator of its own from the seed and its name. This
-    keeps their distribution, so that no tower saturates, and forgets none: `reset_parameters` of modules misses
-    parameters that belong to none that has it, a fifth of CLIP's. What stays: parameters whose entries are all equal,
-    the logit scale and bias, which no map depends on, and buffers.
+    - `head`: the parts after the last block of both towers (projections, final norms, pools)
+    - `block -1`, `block -2`, ...: one block of both towers at a time, from the last
+    - `embeddings`: the parts before the first block
+
+    Each stage includes the earlier ones. The blocks of a ResNet are its four layers.
+
+    A parameter is randomized by shuffling its entries, with a generator seeded by the seed and the parameter's name.
+    Shuffling keeps the distribution of the entries, so no tower saturates. It also reaches every parameter, while
+    `reset_parameters` of modules would miss a fifth of CLIP's. Unchanged are
+
+    - parameters whose entries are all equal
+    - the logit scale and bias, on which no map depends
+    - buffers
 
     Args:
-        clip: The model; it is not touched, nor is the global random state.
+        clip: CLIP model; neither the model nor the global random state changes.
         seed: Random seed of the shuffling.
 
     Yields:
-        Name of the stage, and the copy, which is made of the one before; it shares the tokenizer.
+        Name of the stage, and a copy made from the previous one; all copies share the tokenizer.
     """
     for stage, names in stages(clip).items():
-        # Some callers are in inference mode, whose tensors take no part in gradients.
+        # Some callers are in inference mode, whose tensors allow no gradients.
         with torch.inference_mode(False), torch.no_grad():
             clip = copy.deepcopy(clip, {id(part): part for part in (clip.tokenizer, clip._rows)})
             for name in names:
@@ -62,7 +69,7 @@ def randomized(clip: Clip, seed: int = 0) -> Iterator[tuple[str, Clip]]:
 
 
 def stages(clip: Clip) -> dict[str, list[str]]:
-    """Names of the stages in the order of `randomized`, and of the parameters of `clip` that each adds."""
+    """Names of the stages in the order of `randomized`, with the names of the parameters that each stage adds."""
     model = clip.model
     image, text = _image_blocks(model), towers.text_blocks(model)
     depth = max(len(image), len(text))
@@ -86,7 +93,7 @@ def _image_blocks(model: Any) -> list[nn.Module]:
 
 
 def _is_before(model: Any, name: str) -> bool:
-    """Whether a parameter, which is in no block, belongs to what runs before them."""
+    """Whether a parameter outside the blocks belongs to a part before them."""
     path = set(name.split("."))
     if "visual" in path and isinstance(towers.original(towers.original(model).visual), ModifiedResNet):
         return bool(path & _STEM) and "attnpool" not in path
@@ -94,10 +101,10 @@ def _is_before(model: Any, name: str) -> bool:
 
 
 def _shuffle(weight: Tensor, key: str) -> Tensor:
-    """The entries of a parameter in another order; the same only where they are all equal."""
+    """Entries of a parameter in another order; unchanged only if all are equal."""
     flat = weight.flatten()
     digest = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big")
     order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(digest))
     moved = flat[order.to(flat.device)]
-    # Of few entries, one in a few orders is the one they have.
+    # With few entries a random order is often the original one.
     return (flat.roll(1) if torch.equal(moved, flat) else moved).view_as(weight)

@@ -1,4 +1,4 @@
-"""What a map depends on, and where its mass lies: metrics that need no boxes."""
+"""Metrics that need no boxes: dependence of a map on its inputs, and location of its mass."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from matex_pl.metrics.base import PairMetric
 class RankCorrelation(PairMetric):
     """Mean rank correlation of two maps of each pair; lower is better.
 
-    Sanity: the map of the model and that of a model with randomized parameters (`sanity.randomized`; Adebayo et al.
-    2018). Prompt sensitivity: the map under the true phrase and under that of another pair. A method whose maps stay
-    as they are explains neither the model nor the phrase. Constant maps have no order and do not count.
+    Weight randomization compares the map of the model with that of a model with randomized parameters
+    (`sanity.randomized`; Adebayo et al. 2018). Prompt sensitivity compares the map under the true phrase with that
+    under the phrase of another pair. A method whose maps do not change explains neither the model nor the phrase.
+    Constant maps have no order and do not count.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = RankCorrelation()
         >>> metric.update(torch.tensor([[0.1, 0.2, 0.9]]), torch.tensor([[0.3, 0.2, 0.1]]))
@@ -32,18 +33,18 @@ class RankCorrelation(PairMetric):
     def update(
         self, maps: Tensor, others: Tensor, among: Tensor | None = None, ids: Sequence[str] | None = None
     ) -> None:
-        """Add the maps `(B, ...)` of B pairs under either condition, and the pairs' ids.
+        """Add the maps `(B, ...)` of B pairs under both conditions, and the pairs' ids.
 
-        `among`, `(B, ...)` bool, names the entries that take part (content tokens); all by default.
+        `among`, `(B, ...)` bool, selects the entries that are compared (content tokens); all by default.
         """
         among = None if among is None else among.flatten(1)
         self._add(functional.spearman(maps.flatten(1), others.flatten(1), among), ids)
 
 
 class SideSensitivity(PairMetric):
-    """Mean share of the map's mass that moves to the other side when the phrase names that one; -1 to 1.
+    """Mean share of the map's mass that moves to the other side when the phrase names that side; -1 to 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = SideSensitivity()
         >>> true, swapped = torch.tensor([[[0.8, 0.2]]]), torch.tensor([[[0.3, 0.7]]])
@@ -64,14 +65,17 @@ class SideSensitivity(PairMetric):
         content_box: Tensor | None = None,
         ids: Sequence[str] | None = None,
     ) -> None:
-        """Add B pairs as `functional.side_sensitivity` takes them, and their ids; without a side they do not count."""
+        """Add B pairs, with the arguments of `functional.side_sensitivity`, and their ids.
+
+        Pairs without a side do not count.
+        """
         self._add(functional.side_sensitivity(maps, swapped, sides, content_box), ids)
 
 
 class OutsideMass(PairMetric):
-    """Mean share of the map's mass outside of a zone: of the thorax, or within the border of the image.
+    """Mean share of the map's mass outside a zone, for example outside the thorax or at the border of the image.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = OutsideMass()
         >>> metric.update(torch.tensor([[[0.6, 0.2]]]), torch.tensor([[[True, False]]]))
@@ -89,9 +93,9 @@ class OutsideMass(PairMetric):
 
 
 class MapMass(PairMetric):
-    """Mean value of the maps. A map of all ones has a perfect confidence drop; its mass of 1 says so.
+    """Mean value of the maps; it exposes maps of all ones, whose confidence drop is perfect and whose mass is 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = MapMass()
         >>> metric.update(torch.eye(2)[None])

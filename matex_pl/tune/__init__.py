@@ -1,4 +1,4 @@
-"""The settings of MATEX that suit a model and its images: what `matex tune` runs."""
+"""Tuning of MATEX settings for a model and its images, the command `matex tune`."""
 
 from matex_pl.tune.run import tune_matex
 

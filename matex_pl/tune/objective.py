@@ -1,4 +1,4 @@
-"""Objectives of `matex tune`: any metric of the benchmark, as the values of a batch of pairs under one setting."""
+"""Objectives of `matex tune`: metrics of the benchmark, as values of a batch of pairs under one setting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from matex_pl.metrics import functional as F
 from matex_pl.metrics import removal
 from matex_pl.metrics.sanity import randomized
 
-# Steps of an insertion or deletion curve; its two ends are the same under every setting.
+# Number of steps of an insertion or deletion curve; both ends are the same under every setting.
 STEPS = 16
 AT_THRESHOLD = ("iou", "acc50", "ap50")
 PLAIN = (
@@ -37,14 +37,14 @@ TITLES = {"insertion": "insertion gain", "deletion": "deletion area above the fi
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs and the components that MATEX fuses under every setting.
+    """B pairs and the MATEX components that every setting fuses.
 
     Args:
-        clip: The model.
-        batch: The pairs, as the loader gives them.
+        clip: CLIP model.
+        batch: Batch of the loader.
         parts: `parts` of `Matex.attribute`.
-        references: `parts` of each map that the objective compares with: another phrase, shuffled weights.
-        thorax: `(H, W)` bool, the usual place of lungs and heart, for an objective that needs it.
+        references: `parts` of each reference map of the objective: another phrase, or shuffled weights.
+        thorax: `(H, W)` bool, usual place of lungs and heart, for an objective that needs it.
         fill: Replacement of removed pixels, for an objective that removes pixels.
     """
 
@@ -67,20 +67,20 @@ class PairBatch:
 
     @cached_property
     def curve_ends(self) -> tuple[Tensor, Tensor]:
-        """Both ends of every curve, see `removal.end_scores`."""
+        """Both ends of every curve; see `removal.end_scores`."""
         return removal.end_scores(self.clip, self.inputs[0], self.fill, self.embeddings[1])
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A metric of the benchmark that settings are chosen by.
+    """A metric of the benchmark by which settings are ranked.
 
     Args:
         name: Name on the command line.
         metric: Name of the metric in the benchmark, without side, threshold and fill.
-        side: `image` or `text`: the map that is scored.
-        threshold: Threshold of the maps, for a metric at one.
-        fill: Replacement of removed pixels; empty if none are removed.
+        side: Scored map: `image` or `text`.
+        threshold: Threshold of the maps, for a metric at a threshold.
+        fill: Replacement of removed pixels; empty if no pixels are removed.
     """
 
     name: str
@@ -91,12 +91,12 @@ class Objective:
 
     @property
     def needs_boxes(self) -> bool:
-        """Only pairs with boxes count."""
+        """Whether only pairs with boxes count."""
         return self.metric in IN_BOXES or self.metric in AT_THRESHOLD
 
     @property
     def forwards(self) -> int:
-        """Forwards of the model per pair and setting; 0 if maps alone are scored."""
+        """Number of model forwards per pair and setting; 0 if the maps alone are scored."""
         return STEPS - 1 if self.metric in removal.KINDS else int(self.metric in removal.CONFIDENCE)
 
     @property
@@ -106,7 +106,7 @@ class Objective:
 
     @property
     def title(self) -> str:
-        """Name in words, with the direction."""
+        """Name in words, with the better direction."""
         kind, _, detail = self.name.partition("/")
         words = TITLES.get(kind, kind.replace("_", " "))
         words += f" above {detail}" * (kind in AT_THRESHOLD) + f" ({self.fill.replace('_', ' ')})" * bool(self.fill)
@@ -115,11 +115,11 @@ class Objective:
     def references(
         self, clip: Clip, batches: Sequence[ImageTextBatch], seed: int
     ) -> Iterator[tuple[Clip, Sequence[ImageTextBatch]]]:
-        """A model and batches for each map that the objective compares with.
+        """Model and batches of each reference map of the objective.
 
         Args:
-            clip: The model.
-            batches: The pairs.
+            clip: CLIP model.
+            batches: Batches of pairs.
             seed: Random seed of shuffled weights.
         """
         if self.metric == "prompt_sensitivity":
@@ -132,11 +132,11 @@ class Objective:
                 yield shuffled, batches
 
     def values(self, pairs: PairBatch, maps: Attribution, *references: Attribution) -> Tensor | Detections:
-        """Value of each pair `(B,)`, where NaN does not count, or the detections in their maps.
+        """Value of each pair `(B,)`, NaN if the pair does not count, or the detections in the maps.
 
         Args:
-            pairs: The pairs.
-            maps: Their maps, of any size.
+            pairs: Batch of pairs.
+            maps: Maps of the pairs, of any size.
             references: Maps of each of `references`.
         """
         if self.needs_boxes:
@@ -158,7 +158,7 @@ class Objective:
             phrases = zip(maps.parts["phrases"], references[0].parts["phrases"], strict=True)
             same = torch.tensor([phrase == other for phrase, other in phrases], device=maps.grid.device)
             return map_correlation(maps, references[0], "image").masked_fill(same, torch.nan)
-        # The sanity check: its mean over the stages.
+        # Mean of the sanity check over the stages.
         return torch.stack([map_correlation(shuffled, maps, self.side) for shuffled in references]).nanmean(0)
 
     def _in_boxes(self, pairs: PairBatch, maps: Tensor) -> Tensor | Detections:
@@ -167,7 +167,7 @@ class Objective:
             return F.box_accuracy(F.components(maps, self.threshold), boxes, len(maps))
         if self.metric == "ap50":
             return Detections.of(F.components(maps, self.threshold), boxes)
-        # On a raster a box smaller than a cell keeps one.
+        # On a raster a box without any raster point keeps one.
         masks = box_masks(maps, boxes, keep_small=maps.shape[1:] != pairs.clip.image_size)
         if self.metric == "iou":
             return F.iou(maps, masks, (self.threshold,))[:, 0]
@@ -176,7 +176,7 @@ class Objective:
     def _removal(self, pairs: PairBatch, maps: Attribution) -> Tensor:
         (images, tokens), (image, text) = pairs.inputs, pairs.embeddings
         if self.metric in removal.KINDS:
-            # Numerator of the AUC; its denominator S_full - S_blank is the same under every setting.
+            # Numerator of the AUC. The denominator S_full - S_blank is the same under every setting.
             shares, scores = removal.patch_curve(
                 pairs.clip, images, maps.grid, self.fill, text, self.metric, STEPS, ends=pairs.curve_ends
             )
@@ -191,10 +191,10 @@ class Objective:
 
 
 def find_objective(name: str) -> Objective:
-    """The objective of this name.
+    """Objective of the given name.
 
     Raises:
-        ValueError: There is none; the message lists all.
+        ValueError: If there is none; the message lists all.
     """
     metric, _, detail = name.partition("/")
     if name in PLAIN:
@@ -206,9 +206,9 @@ def find_objective(name: str) -> Objective:
     if metric in FILLED and (name == metric or detail in FILLS):
         return Objective(name, metric, fill=detail or "mean_image")
     raise ValueError(
-        f"No objective {name!r}. Take one of {', '.join(PLAIN)}; one of {', '.join(AT_THRESHOLD)} at a threshold, as "
-        f"iou/0.3; one of {', '.join(FILLED)}, which may name a fill, as top20_removal/blur "
-        f"({', '.join(FILLS)}); or, for the words, one of {', '.join(TEXT)}."
+        f"There is no objective {name!r}. Use one of the following. Without an addition: {', '.join(PLAIN)}. "
+        f"At a threshold, as iou/0.3: {', '.join(AT_THRESHOLD)}. With an optional fill ({', '.join(FILLS)}), as "
+        f"top20_removal/blur: {', '.join(FILLED)}. For the words: {', '.join(TEXT)}."
     )
 
 

@@ -21,7 +21,7 @@ from matex_pl.files import whole_file, write_text
 from matex_pl.tune.search import AXES, FINALISTS, Choice
 
 RESAMPLES = 2000
-# Name, marker, size and color of both settings in the picture.
+# Shape, marker, size and color of both settings in the picture.
 _MARKS = {"own": ("disc", "o", 14, "white"), "winner": ("star", "*", 11, "#e4002b")}
 
 
@@ -32,12 +32,12 @@ def report(
     seconds: float,
     seed: int,
 ) -> dict[str, Any]:
-    """The result as plain types.
+    """Result as plain types.
 
     Args:
         choice: Result on validation pairs.
-        tests: The test pairs under the method's own setting and under the winner.
-        pairs: The pairs by split.
+        tests: Values of the test pairs under the method's own setting and under the winner.
+        pairs: Pairs by split.
         seconds: Seconds for the components of the validation pairs.
         seed: Random seed of the bootstrap.
     """
@@ -74,21 +74,21 @@ def report(
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """Conclusion from the test pairs, in a sentence."""
+    """Conclusion from the test pairs, in one or two sentences."""
     if result["own"] == result["winner"]:
-        return "Tuning gained nothing: none of these settings is better on validation than the method's own."
+        return "Tuning gained nothing: on validation pairs no setting is better than the method's own."
     low, high = result["test"]["difference"]["low"], result["test"]["difference"]["high"]
     if low is None:
-        return "No test pair counts, so that nothing can be said about the gain."
+        return "No test pair counts, therefore the gain is unknown."
     if low <= 0 <= high:
-        return "Tuning gained nothing that the test pairs can show: the interval of the difference holds 0."
+        return "Tuning gained nothing that the test pairs confirm: the interval of the difference contains 0."
     if (low > 0) == result["objective"]["higher_is_better"]:
-        return "The test pairs agree: the tuned setting is better, by more than chance in these patients."
-    return "Tuning lost: on the test pairs the tuned setting is worse than the method's own. Keep that."
+        return "The test pairs confirm the gain: the interval of the difference excludes 0."
+    return "Tuning lost: on the test pairs the tuned setting is worse. Keep the method's own setting."
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """Text of a `report`, as the command prints it."""
+    """Text of a `report`, which the command prints."""
     validation, test, names, seconds = (result[name] for name in ("validation", "test", "varied", "seconds"))
     gain = test["difference"]
     rows = [
@@ -96,23 +96,24 @@ def describe(result: Mapping[str, Any]) -> str:
         for title in ("own", "winner")
     ]
     where = f" on a raster of {' x '.join(map(str, result['raster']))}" if result["raster"] else ""
-    again = f"; the best {len(result['on_all_pixels'])} again on all pixels, {seconds.get('finalists', 0):.2f} s"
+    again = f" Scoring the best {len(result['on_all_pixels'])} on all pixels took {seconds.get('finalists', 0):.2f} s."
     lines = [
         f"{result['objective']['title']}; {len(result['settings'])} settings were tried.",
         "",
-        f"| setting | {' | '.join(names)} | validation, chosen there: optimistic | test |",
+        f"| setting | {' | '.join(names)} | validation (used for the selection) | test |",
         f"|{'---|' * (len(names) + 3)}",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
         f"Validation: {validation['pairs']} pairs of {validation['patients']} patients; test: {test['pairs']} of "
-        f"{test['patients']}. On test the winner less the own is {number(gain['value'], '+')} "
-        f"({number(gain['low'], '+')} to {number(gain['high'], '+')}, 95 % bootstrap by patient).",
+        f"{test['patients']}. On test pairs the winner minus the method's own setting is "
+        f"{number(gain['value'], '+')} ({number(gain['low'], '+')} to {number(gain['high'], '+')}, 95 % bootstrap by "
+        "patient).",
         verdict(result),
         f"{len(result['settings'])} settings{where} took {seconds['settings']:.2f} s, {result['ratio']:.1%} of the "
-        f"{seconds['components']:.2f} s of the components{again if where else ''}.",
+        f"{seconds['components']:.2f} s of the components.{again if where else ''}",
     ]
     idle = "; ".join(f"{name}: {reason}" for name, reason in result["without_effect"].items())
-    return "\n".join(lines + [f"Left as they are, for they change nothing here: {idle}."] * bool(idle))
+    return "\n".join(lines + [f"Not varied, because they have no effect here: {idle}."] * bool(idle))
 
 
 def write_files(folder: Path, result: Mapping[str, Any], choice: Choice) -> list[Path]:
@@ -131,17 +132,17 @@ def write_files(folder: Path, result: Mapping[str, Any], choice: Choice) -> list
 
 
 def as_yaml(method: Matex, result: Mapping[str, Any]) -> str:
-    """YAML of the method like the shipped ones: the tuned settings and all that differ from the constructor's."""
+    """YAML of the method like the shipped ones: the tuned settings, and all settings that differ from the defaults."""
     kind, validation, test = type(method), result["validation"], result["test"]
     defaults = kind().settings
     kept = {name: value for name, value in method.settings.items() if value != defaults[name] or name in AXES[2:]}
     module = attribution.__name__ if getattr(attribution, kind.__name__, None) is kind else kind.__module__
     lines = [
-        f"MATEX as `matex tune` found it, {result['created']}: {result['objective']['name']} on {validation['pairs']} "
+        f"MATEX tuned by `matex tune`, {result['created']}: {result['objective']['name']} on {validation['pairs']} "
         "validation",
         f"pairs of {result['data']['class']} (seed {result['seed']}), weights {result['model']['weights'][:12]}.",
-        f"Validation {number(validation['winner'])}, chosen there, and {number(validation['own'])} before; "
-        f"test {number(test['winner'])} and {number(test['own'])}.",
+        f"Validation (used for the selection): {number(validation['winner'])}, before {number(validation['own'])}. "
+        f"Test: {number(test['winner'])}, before {number(test['own'])}.",
         verdict(result),
     ]
     described = {"class_path": f"{module}.{kind.__qualname__}", "init_args": kept}
@@ -149,10 +150,10 @@ def as_yaml(method: Matex, result: Mapping[str, Any]) -> str:
 
 
 def draw_surface(choice: Choice, pairs: int) -> Figure:
-    """Scores over lambda_s, lambda_c and tau: a panel per tau, on one scale, bright is better.
+    """Scores over lambda_s, lambda_c and tau: one panel per tau, on one scale, brighter is better.
 
-    The panels have the blocks and the shape of the prior of the best setting of the grid. A disc marks the method's own
-    setting, a star the winner, each if it is on these panels.
+    The panels show the blocks and the prior shape of the best setting of the grid. A disc marks the method's own
+    setting and a star the winner, if they are on these panels.
     """
     grid = choice.grid
     lambda_s, lambda_c, tau = (grid.axes[name] for name in AXES[2:])
@@ -169,7 +170,7 @@ def draw_surface(choice: Choice, pairs: int) -> Figure:
     for index, (panel, value) in enumerate(zip(panels, tau, strict=False)):
         image = panel.imshow(scores[..., index], **style)
         panel.set_title(f"tau {value:g}", fontsize=10)
-        # A panel with none below it has no shared labels.
+        # A panel without another one below it needs its own labels.
         panel.tick_params(labelbottom=index + columns >= len(tau))
         for set_ticks, values in ((panel.set_xticks, lambda_c), (panel.set_yticks, lambda_s)):
             # Every value, or every second one if there are many.

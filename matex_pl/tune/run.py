@@ -1,4 +1,4 @@
-"""`matex tune`: the settings of MATEX that suit a model and its images, found on validation pairs."""
+"""`matex tune`: settings of MATEX for a model and its images, selected on validation pairs."""
 
 from __future__ import annotations
 
@@ -51,45 +51,52 @@ def tune_matex(
     """Find lambda_s, lambda_c and tau of MATEX on validation pairs, and score the winner once on test pairs.
 
     The components are computed once, and every setting is fused from them. Image maps are compared on a raster, and the
-    ten best settings again at every pixel; the winner is the best of those and of the method's own setting. An
+    ten best settings again at every pixel. The winner is the best of these and of the method's own setting. An
     objective that runs the model (confidence, curves) scores all settings at every pixel. Of equal settings the nearest
-    to the method's own wins. A setting without effect stays as it is, and the text names the reason.
+    to the method's own wins. A setting without effect is not varied, and the text names the reason.
 
-    Writes `tuned.yaml`, which `--method` and the callbacks read; `surface.png` and `surface.svg`, the scores over
-    lambda_s, lambda_c and tau; and `tune.json`, all scores with their origin.
+    The command writes
+
+    - `tuned.yaml`, which `--method` and the callbacks read
+    - `surface.png` and `surface.svg`, the scores over lambda_s, lambda_c and tau
+    - `tune.json`, all scores with their provenance
+
+    Some objectives compare with other maps: `prompt_sensitivity` with those of another pair's phrase,
+    `side_sensitivity` with right and left exchanged, and `sanity` with shuffled weights. `sanity` computes the
+    components once more for each block of the towers. `insertion` and `deletion` use the gain, which ranks settings
+    like the AUC.
 
     Args:
-        data: The data module; its validation split is tuned on, its test split scores the winner.
-        ckpt_path: A checkpoint of `matex fit`.
-        out: The output folder.
-        method: A Matex, `Matex.recommended()` by default, whose other settings stay: the name of a shipped setting, a
-            YAML file, or a class.
-        objective: A metric of the benchmark. Compared on the raster: `pointing_game`, `cnr`, `miou`,
-            `energy_pointing_game`, `relevance_rank_accuracy`; `iou`, `acc50` and `ap50` at a threshold, as `iou/0.3`;
-            `border_mass`, `mean_map_mass` (lower is better) and, where the data module has a thorax,
-            `outside_thorax_mass`; `prompt_sensitivity` (against another pair's phrase), `side_sensitivity` (against
-            right and left exchanged) and `sanity` (against shuffled weights: the components once more for each block of
-            the towers). With forwards of the model for each setting: `confidence_drop`, `confidence_increase`,
-            `confidence_drop@50`, `confidence_increase@50`, `top20_removal`, `insertion` and `deletion` (the gain, which
-            orders settings as the AUC does), filled with the mean image or with another fill, as `top20_removal/blur`.
-            For the words: `text_` before the first five of these, before `mean_map_mass` or `sanity`.
+        data: Data module; settings are tuned on its validation split, and the winner is scored on its test split.
+        ckpt_path: Checkpoint of `matex fit`.
+        out: Output folder.
+        method: A Matex whose other settings stay fixed, `Matex.recommended()` by default: the name of a shipped
+            setting, a YAML file, or a class.
+        objective: Metric of the benchmark by which settings are ranked. Compared on the raster are `pointing_game`,
+            `cnr`, `miou`, `energy_pointing_game`, `relevance_rank_accuracy`, `border_mass` and `mean_map_mass` (lower
+            is better), `prompt_sensitivity`, `side_sensitivity`, `sanity`, and `outside_thorax_mass` if the data module
+            has a thorax. At a threshold, as `iou/0.3`: `iou`, `acc50` and `ap50`. With forwards of the model for each
+            setting: `confidence_drop`, `confidence_increase`, `confidence_drop@50`, `confidence_increase@50`,
+            `top20_removal`, `insertion` and `deletion`. These fill with the mean image or with a named fill, as
+            `top20_removal/blur`. For the words: `text_` before the first five of these, before `mean_map_mass` or
+            before `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
         grad_layers: Numbers of blocks with gradients to try, or `all`; the method's own by default.
         prior_shape: Shapes of the prior to try; the method's own by default.
-        num_pairs: Number of pairs of either split, those with boxes if the objective needs boxes; -1 for all.
-        batch_size: Pairs per batch.
-        raster: Points on the longer side of the raster, at most one per pixel.
-        seed: Random seed of the choice of pairs, of shuffled weights and of the bootstrap.
+        num_pairs: Number of pairs of each split, only pairs with boxes if the objective needs boxes; -1 for all.
+        batch_size: Number of pairs per batch.
+        raster: Number of raster points on the longer side, at most one per pixel.
+        seed: Random seed of the drawn pairs, the shuffled weights and the bootstrap.
 
     Returns:
-        The winner, the number of pairs, the interval on test and the paths of the files.
+        The winner, the number of pairs, the interval on test pairs and the paths of the files.
 
     Raises:
-        FileNotFoundError: There is no checkpoint.
-        ValueError: An argument is out of range, the method is no Matex, its prior is off and an image map is scored, or
-            the objective needs boxes, a thorax or a mean image that are not there.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If an argument is out of range, the method is not a Matex, its prior is off although image maps are
+            scored, or the objective needs boxes, a thorax or a mean image that are missing.
     """
     goal = find_objective(objective)
     own = _checked_method(method, goal)
@@ -98,13 +105,13 @@ def tune_matex(
     )
     for name, values in tried.items():
         if values is not None and not len(values):
-            raise ValueError(f"{name} names no value to try.")
+            raise ValueError(f"{name} names no value to try. Give at least one value, or leave {name} out.")
         for value in values or []:
-            # Refuses what a Matex refuses.
+            # The constructor refuses invalid values.
             type(own)(**own.settings | {name: value})
     check_positive(batch_size=batch_size, raster=raster)
     if num_pairs < -1 or num_pairs == 0:
-        raise ValueError(f"num_pairs must be positive, or -1 for all; got {num_pairs}.")
+        raise ValueError(f"num_pairs must be positive, or -1 for all pairs, got {num_pairs}.")
     clip = load_trained(ckpt_path)
     if goal.fill:
         check_fill(goal.fill, clip)
@@ -120,7 +127,7 @@ def tune_matex(
     if goal.forwards:
         number, settings = len(pairs["val"]), len(grid.settings)
         log.info(
-            f"{goal.name} asks the model: {settings} settings of {number} pairs take "
+            f"The objective {goal.name} runs the model: {settings} settings of {number} pairs take "
             f"{settings * number * goal.forwards} forwards of the {goal.side} tower."
         )
     # At most one raster point per pixel.
@@ -135,16 +142,14 @@ def tune_matex(
 
 
 def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> Matex:
-    """The Matex that is tuned; its prior has to be on, but for words."""
+    """MATEX to tune; for an image objective its prior must be on."""
     matex = load_method(method or Matex.recommended())
     if not isinstance(matex, Matex):
-        raise ValueError(
-            f"Only MATEX has these settings, got {type(matex).__name__}. Leave method out, or give a Matex."
-        )
+        raise ValueError(f"Only MATEX can be tuned, got {type(matex).__name__}. Leave method out, or give a Matex.")
     for name, off in (("delta", 0), ("lambda_s", 1)):
         if goal.side == "image" and getattr(matex, name) == off:
             raise ValueError(
-                f"The method has {name}={off}, which takes the prior out, so that there is no lambda_s to tune. "
+                f"The method has {name}={off}, which switches the prior off and leaves no lambda_s to tune. "
                 f"Give {name} another value."
             )
     return matex
@@ -159,7 +164,7 @@ def _choose(
     for split, chosen in pairs.items():
         if goal.needs_boxes and not any(pair.boxes for pair in chosen):
             raise ValueError(
-                f"{goal.name} needs boxes, and no {split} pair of {kind} has any. Take an objective that needs none: "
+                f"The objective {goal.name} needs boxes, but no {split} pair of {kind} has any. Use one without boxes: "
                 f"{', '.join(boxless_objectives())}."
             )
     if goal.metric != "outside_thorax_mass":
@@ -167,7 +172,7 @@ def _choose(
     thorax = data.thorax()
     if thorax is None:
         raise ValueError(
-            f"{goal.name} needs to know where the thorax is, and {kind} has no `thorax()`. Take border_mass, or give "
-            "the data module one."
+            f"The objective {goal.name} needs the place of the thorax, but {kind} has no `thorax()`. Use border_mass, "
+            "or add `thorax()` to the data module."
         )
     return pairs, thorax

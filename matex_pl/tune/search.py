@@ -1,4 +1,4 @@
-"""Search of a grid of MATEX settings: the components of each pair once, then one fusion per pair and setting."""
+"""Grid search over MATEX settings: components once per pair, then one fusion per pair and setting."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from matex_pl.evaluation.pairs import model_inputs
 from matex_pl.tune.objective import Objective, PairBatch
 
 AXES = ("grad_layers", "prior_shape", "lambda_s", "lambda_c", "tau")
-# Number of settings that are scored again at every pixel.
+# Number of best settings that are scored again at every pixel.
 FINALISTS = 10
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of the values of each setting.
+    """All combinations of the values of each setting.
 
     Args:
-        method: The method that is tuned.
+        method: MATEX to tune.
         depth: Number of blocks of the image and the text tower.
         axes: Values by setting, in the order of the axes of a score tensor.
         idle: Reason by setting without effect, which keeps the method's own value.
@@ -46,7 +46,7 @@ class Grid:
 
     @property
     def varied(self) -> list[str]:
-        """Settings with more than one value; all if there are none."""
+        """Settings with more than one value; all settings if there are none."""
         return [name for name, values in self.axes.items() if len(values) > 1] or list(self.axes)
 
     @property
@@ -56,13 +56,13 @@ class Grid:
 
     @property
     def deepest(self) -> Matex:
-        """The method with the gradients of every block that a combination or the method itself needs."""
+        """MATEX with the gradients of every block that a combination or the method itself needs."""
         layers = [*self.axes["grad_layers"], self.method.grad_layers]
         image, text = zip(*(depths(value, self.method, self.depth) for value in layers), strict=True)
         return type(self.method)(**self.method.settings | {"grad_layers": max(image), "text_grad_layers": max(text)})
 
     def place(self, method: Matex) -> tuple[int, ...] | None:
-        """Index of the method's combination in a score tensor; None if it is not on the grid."""
+        """Index of the method's combination in a score tensor; None if the combination is not on the grid."""
         if any(getattr(method, name) not in values for name, values in self.axes.items()):
             return None
         return tuple(values.index(getattr(method, name)) for name, values in self.axes.items())
@@ -70,8 +70,8 @@ class Grid:
     def distance(self, method: Matex) -> float:
         """Distance of another setting from the method's own.
 
-        The sum over the axes of the difference as a share of the range of the values. `grad_layers` counts in blocks,
-        another `prior_shape` counts 1.
+        The distance is the sum over the axes of the difference, as a share of the range of the values. `grad_layers`
+        counts in blocks. Another `prior_shape` counts 1.
         """
         total = float(method.prior_shape != self.method.prior_shape)
         for name in ("grad_layers", *AXES[2:]):
@@ -90,13 +90,13 @@ def make_grid(
     tried: Mapping[str, Sequence[Any] | None],
     phrases: Sequence[str],
 ) -> Grid:
-    """The grid of the values to try, each once and in order.
+    """Grid of the values to try, each once and in ascending order.
 
     Args:
-        method: The method that is tuned.
-        objective: Objective that settings are chosen by.
-        depth: Number of blocks of the image and the text tower. Of numbers of blocks that mean the same one is tried,
-            the method's own if it is one of them.
+        method: MATEX to tune.
+        objective: Objective by which settings are ranked.
+        depth: Number of blocks of the image and the text tower. Of equivalent numbers of blocks only one is tried,
+            preferably the method's own.
         tried: Values by setting; None for the method's own.
         phrases: Phrases of the pairs.
     """
@@ -117,37 +117,37 @@ def make_grid(
 
 
 def _idle_settings(method: Matex, objective: Objective, phrases: Sequence[str]) -> dict[str, str]:
-    """Settings without effect on the objective of pairs with these phrases, each with the reason."""
+    """Settings without effect on the objective for pairs with these phrases, each with the reason."""
     idle = {}
     if objective.side == "text":
         idle = dict.fromkeys(("lambda_s", "prior_shape"), "words have no place")
         if method.text_grad_layers is not None:
-            idle["grad_layers"] = "the text side has its own number of blocks"
+            idle["grad_layers"] = "the text tower has its own number of blocks"
     elif not any(parse_phrase(phrase, knowledge_prior=method.knowledge_prior).regions for phrase in phrases):
         idle = dict.fromkeys(("lambda_s", "prior_shape"), "no phrase of the validation pairs names a place")
     if method.flow == "rollout":
         idle["tau"] = "a rollout has no temperature"
     elif method.beta == 0:
-        idle["tau"] = "beta is 0, so that the flow has no weight"
+        idle["tau"] = "beta is 0, which gives the flow no weight"
     return idle
 
 
 def depths(grad_layers: BlockCount, method: Matex, depth: tuple[int, int]) -> tuple[int, int]:
-    """Number of blocks with gradients on the image and the text side, of towers with `depth` blocks."""
+    """Number of blocks with gradients in the image and the text tower, for towers with `depth` blocks."""
     return type(method)(**method.settings | {"grad_layers": grad_layers}).depths(*depth)
 
 
 def attribute_pairs(
     clip: Clip, method: Matex, batches: Sequence[ImageTextBatch], objective: Objective, thorax: Tensor | None, seed: int
 ) -> tuple[list[PairBatch], float]:
-    """The pairs with their components and those of the objective's reference maps, and the seconds of `attribute`.
+    """Pairs with their components and those of the objective's reference maps, and the seconds of `attribute`.
 
     Args:
-        clip: The model.
-        method: Method with the gradients of every block that a setting needs.
-        batches: The pairs.
-        objective: Objective that settings are chosen by.
-        thorax: `(H, W)` bool, the usual place of lungs and heart, if the objective needs it.
+        clip: CLIP model.
+        method: MATEX with the gradients of every block that a setting needs.
+        batches: Batches of pairs.
+        objective: Objective by which settings are ranked.
+        thorax: `(H, W)` bool, usual place of lungs and heart, if the objective needs it.
         seed: Random seed of shuffled weights.
     """
     pairs, seconds = [], 0.0
@@ -162,12 +162,12 @@ def attribute_pairs(
 
 
 def _components(clip: Clip, method: Matex, batches: Sequence[ImageTextBatch]) -> Iterator[tuple[dict[str, Any], float]]:
-    """The components of each batch, and the seconds that they took."""
+    """Components of each batch, and the seconds for them."""
     for batch in progress(batches, "components"):
         images, tokens = model_inputs(clip, batch)
         start = perf_counter()
         parts = method.attribute(clip, images, tokens, batch["phrase"], batch["content_box"].to(images.device)).parts
-        # `fuse` draws the prior again, and at every pixel it is the largest part.
+        # The prior at every pixel is the largest part, and `fuse` computes it again.
         yield {name: part for name, part in parts.items() if name != "prior"}, perf_counter() - start
 
 
@@ -185,11 +185,11 @@ class Choice:
     """Result of a search on validation pairs.
 
     Args:
-        objective: Objective that the winner was chosen by.
-        grid: Settings that were tried.
+        objective: Objective by which the winner was selected.
+        grid: Grid of the tried settings.
         scores: Score of every setting, in the shape of the grid.
         raster: Height and width at which `scores` were computed; None for every pixel or word.
-        best: Settings scored at every pixel or word, the best first, among them the method's own.
+        best: Settings scored at every pixel or word, best first, including the method's own.
         seconds: Seconds for all `settings`, and for scoring `finalists` again after a raster.
     """
 
@@ -212,7 +212,7 @@ class Choice:
 
 
 def choose_setting(pairs: Sequence[PairBatch], grid: Grid, objective: Objective, raster: tuple[int, int]) -> Choice:
-    """The best setting of the grid and the method's own; of equal ones the nearest to the method's own.
+    """Best setting of the grid, with the method's own; of equal ones the nearest to the method's own.
 
     Image maps are compared on a raster, and the best ones again at every pixel. An objective that runs the model scores
     all settings at every pixel.
@@ -224,7 +224,7 @@ def choose_setting(pairs: Sequence[PairBatch], grid: Grid, objective: Objective,
         return Scored(method, float(score_setting(pairs, method, objective, size).score()), grid.distance(method))
 
     def ranked(scored: Sequence[Scored]) -> list[Scored]:
-        """The best first, NaN last, and of equal scores the nearest."""
+        """Settings sorted best first, NaN last, and equal scores by distance."""
         return sorted(scored, key=lambda s: (inf if isnan(s.score) else -objective.sign * s.score, s.distance))
 
     start = perf_counter()
@@ -244,7 +244,7 @@ def choose_setting(pairs: Sequence[PairBatch], grid: Grid, objective: Objective,
 def score_setting(
     pairs: Sequence[PairBatch], method: Matex, objective: Objective, size: tuple[int, int] | None = None
 ) -> Sums | Detections:
-    """The pairs under a setting, from maps of height and width `size`; at every pixel by default."""
+    """Values of the pairs under a setting, from maps of height and width `size`; at every pixel by default."""
     changes: dict[str, Any] = {} if size is None else {"size": size}
     values = []
     with torch.no_grad():

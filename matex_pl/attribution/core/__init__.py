@@ -1,1 +1,1 @@
-"""Machinery of the methods: capture of attention, gradients, towers, targets, fills."""
+"""Internals of the methods: capture of attention, gradients, towers, targets, fills."""

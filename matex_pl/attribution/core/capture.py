@@ -1,7 +1,7 @@
-"""Borrow a CLIP model: see every attention block, take gradients in the last ones, give the model back untouched.
+"""Temporary access to a CLIP model: attention of every block and gradients of the last ones, without lasting changes.
 
-Every tower that matters calls `torch.nn.functional.scaled_dot_product_attention`. Swapping that one function for the
-time of a forward records q, k, v and the output of each block, in any family, with the fused kernel left in place.
+All supported towers call `torch.nn.functional.scaled_dot_product_attention`. Replacing this function during a forward
+records q, k, v and the output of each block in any model family, and keeps the fused kernel.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Block:
     """Attention of one block, for B samples and n tokens.
 
     Args:
-        mean: `(B, r, n)` softmax attention averaged over heads. r is the number of queries, or 1 where only the row of
-            the pooled token is recorded.
+        mean: `(B, r, n)` softmax attention averaged over heads. r is the number of queries, or 1 if only the row of the
+            pooled token is recorded.
     """
 
     mean: Tensor
@@ -40,14 +40,15 @@ class Block:
 
 @dataclass
 class GradBlock(Block):
-    """A block that a backward reaches, for h heads and m queries of width d.
+    """Attention of one block that a backward reaches, for h heads and m queries of width d.
 
     Args:
-        query: `(B, h, m, d)`, like `key` cut off from the graph.
-        key: `(B, h, n, d)`.
-        value: `(B, h, n, d)` on the graph.
-        output: `(B, h, m, d)`, the attention's output before its projection, on the graph.
-        attention: Softmax attention by head: `(B, h, m, n)`, or `(B, h, n)` of the queries at `(B,)` positions.
+        query: `(B, h, m, d)` queries, detached from the graph.
+        key: `(B, h, n, d)` keys, detached from the graph.
+        value: `(B, h, n, d)` values on the graph.
+        output: `(B, h, m, d)` output of the attention before its projection, on the graph.
+        attention: Function that returns the softmax attention by head: `(B, h, m, n)`, or `(B, h, n)` of the queries at
+            `(B,)` positions.
     """
 
     query: Tensor
@@ -58,26 +59,31 @@ class GradBlock(Block):
 
 
 def grad_blocks(blocks: Sequence[Block]) -> list[GradBlock]:
-    """The blocks that were recorded with gradient, first block first."""
+    """Blocks that were recorded with gradient, first block first."""
     return [block for block in blocks if isinstance(block, GradBlock)]
 
 
 @contextmanager
 def borrowed(clip: Clip) -> Iterator[None]:
-    """The model in the state that explaining needs, inside `fit`, `validate`, `test` and `predict` alike.
+    """Set the model to the state for explanations, and restore its own state on exit.
 
-    Eval mode, no inference mode, grad mode off until a capture switches it on, no autocast (the model computes in the
-    dtype of its weights, so that a map does not depend on who asks for it), no native attention path, no gradient
-    checkpointing, and modules that `torch.compile` has wrapped run as they were written. Leaving it restores all of
-    them, and the RNG, even after an exception. Some of this belongs to the process: explanations of several threads
-    wait for each other.
+    The context works inside `fit`, `validate`, `test` and `predict` alike. Inside it
+
+    - modules are in eval mode, without inference mode, gradient checkpointing and the native attention path
+    - grad mode is off until a capture switches it on
+    - autocast is off: the model computes in the dtype of its weights, whatever the caller's precision
+    - modules wrapped by `torch.compile` run as written
+
+    On exit all of this and the RNG are restored, even after an exception. Some of these settings are global to the
+    process, so explanations of several threads run one after another.
 
     Raises:
-        ValueError: The weights were made under `torch.inference_mode`, and can have no gradients behind them.
+        ValueError: If the weights were made under `torch.inference_mode` and therefore cannot have gradients.
     """
     if any(parameter.is_inference() for parameter in clip.parameters()):
         raise ValueError(
-            "The model was built or moved under torch.inference_mode(). Build it outside, then explain it."
+            "The model was built or moved under torch.inference_mode(), which allows no gradients. Build the model "
+            "outside of that context, then explain it."
         )
     with _LOCK, ExitStack() as stack:
         training = [module for module in clip.modules() if module.training]
@@ -99,20 +105,23 @@ def borrowed(clip: Clip) -> Iterator[None]:
 
 @contextmanager
 def capture_attention(pooling: Pooling, *, grad_from: int | None = None, full: bool = False) -> Iterator[list[Block]]:
-    """Record each attention block of one tower's forward, in order; the list is complete when the forward has ended.
+    """Record each attention block of one tower's forward, in order; the list is complete after the forward.
 
     Args:
-        pooling: How the tower pools: says which rows of the attention count.
-        grad_from: Index of the first block with gradient: its q, k and v are cut off from what came before, so that a
-            backward ends there, and grad mode is on from there until the context is left. None: no gradient at all.
-        full: Record the rows of all queries even where that of the pooled token would do.
+        pooling: Pooling of the tower, which determines the rows of the attention that count.
+        grad_from: Index of the first block with gradient. Its q, k and v are detached, a backward ends there, and grad
+            mode is on from there until the context exits. None records no gradient.
+        full: Whether to record the rows of all queries even if the row of the pooled token suffices.
 
     Raises:
-        RuntimeError: One is open already: a hook of the model explains while the model is explained.
+        RuntimeError: If a capture is open already, because a hook of the model explains during an explanation.
     """
     attend: Callable[..., Tensor] = getattr(F, _ATTENTION)
     if attend.__module__ == __name__:
-        raise RuntimeError("An explanation was asked for while another one runs the model, from one of its hooks.")
+        raise RuntimeError(
+            "A hook of the model requested an explanation while another explanation runs the model. Remove the hook, "
+            "or explain after the forward."
+        )
     blocks: list[Block] = []
     owner = threading.get_ident()
 
@@ -147,8 +156,8 @@ def count_blocks(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[int, int]:
     """Number of attention blocks of the image and the text tower, counted once per model by a forward of one sample.
 
     Raises:
-        NotImplementedError: A tower calls no `scaled_dot_product_attention`, not once per block, or on windows of its
-            patches; the message names the tower.
+        NotImplementedError: If a tower does not call `scaled_dot_product_attention`, does not call it once per block,
+            or calls it on windows of its patches; the message names the tower.
     """
     model = original(clip.model)
     modules = sum(1 for _ in model.modules())
@@ -162,7 +171,7 @@ def count_blocks(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[int, int]:
         for side, tower, seen in (("image", visual, blocks), ("text", text_tower(model), text_blocks)):
             if not seen:
                 raise NotImplementedError(
-                    f"The {side} tower {type(tower).__name__} calls no {_ATTENTION}, so its maps cannot be computed. "
+                    f"The {side} tower {type(tower).__name__} does not call {_ATTENTION}, which its maps need. "
                     "Use a transformer tower, or switch fused attention on where the tower has an option for it."
                 )
         patches, depth = clip.grid[0] * clip.grid[1], image_depth(visual)
@@ -185,7 +194,7 @@ def _scale_and_bias(
     scale: float | None = None,
     **_: object,
 ) -> tuple[float, Tensor | None]:
-    """Factor of the attention logits, and what is added to them as a view `(B, h, m, n)`; of the call's arguments."""
+    """Factor of the attention logits, and the bias added to them as a view `(B, h, m, n)`, from a call's arguments."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     shape = (*query.shape[:3], key.shape[2])
     if is_causal:
@@ -211,20 +220,20 @@ def _attention(
 
 
 def _mean(attention: Callable[..., Tensor], position: Tensor | None, full: bool) -> Tensor:
-    """Attention averaged over heads, `(B, r, n)`: all rows, or that of the pooled token alone; see `Block`."""
+    """Attention averaged over heads, `(B, r, n)`: all rows, or the row of the pooled token alone; see `Block`."""
     if position is None:
         return attention().mean(1)
     row = attention(position).mean(1)
     if not full:
         return row[:, None]
     mean = attention().mean(1)
-    # To the bit the row that is recorded alone.
+    # Bit-identical to the row that is recorded alone.
     mean[torch.arange(len(mean), device=mean.device), position] = row
     return mean
 
 
 def at(tensor: Tensor, positions: Tensor) -> Tensor:
-    """`(B, h, n, m)` at one of the n positions per sample: `(B, h, m)`."""
+    """`(B, h, m)`: entries of `(B, h, n, m)` at one of the n positions per sample."""
     return tensor[torch.arange(len(tensor), device=tensor.device), :, positions]
 
 

@@ -1,4 +1,4 @@
-"""What stands in for pixels that are taken away, and the tokens that stand in for words."""
+"""Replacement of removed pixels, and of removed words by pad tokens."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ FILLS = get_args(Fill)
 
 
 def check_fill(kind: str, clip: Clip) -> None:
-    """Refuse a fill that this model has no pixels for.
+    """Refuse a fill whose pixels the model lacks.
 
     Raises:
-        ValueError: It is the mean image, and the model carries none.
+        ValueError: If the fill is the mean image and the model has none.
     """
     if kind == "mean_image" and clip.mean_image.isnan().any():
         raise ValueError(
-            "fill='mean_image' needs the mean of the training images, which neither the checkpoint nor a data module "
-            "gave to the model. Use fill='blur' or 'mean_color', or set `clip.mean_image`."
+            "The model has no mean of the training images, which fill='mean_image' needs: neither the checkpoint nor "
+            "a data module set it. Use fill='blur' or 'mean_color', or set `clip.mean_image`."
         )
 
 
 def fill_images(kind: str, clip: Clip, images: Tensor) -> Tensor:
-    """What stands in for removed pixels, in the model's normalized frame; broadcasts to `images`.
+    """Replacement pixels in the model's normalized frame, of a shape that broadcasts to `images`.
 
     Args:
         kind: `mean_image` (position-wise mean of training images), `mean_color` (0, as published) or `blur`. On
             radiographs a constant fill looks like a consolidation.
-        clip: The model, which carries the mean image.
-        images: `(B, 3, H, W)` normalized.
+        clip: CLIP model, which carries the mean image.
+        images: `(B, 3, H, W)` normalized images.
 
     Raises:
-        ValueError: There is no such fill, or the model carries no mean image.
+        ValueError: If there is no such fill, or the model has no mean image.
     """
     check_choice("fill", kind, FILLS)
     check_fill(kind, clip)
@@ -51,5 +51,5 @@ def fill_images(kind: str, clip: Clip, images: Tensor) -> Tensor:
 
 
 def drop_tokens(tokens: Tensor, drop: Tensor, pad_id: int) -> Tensor:
-    """Tokens `(..., T)` with pads where `drop` `(..., T)` bool says so; what is left stays in its place."""
+    """Tokens `(..., T)` with pads where `drop` `(..., T)` bool is true; the other tokens keep their position."""
     return torch.where(drop, pad_id, tokens)

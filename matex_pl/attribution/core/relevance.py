@@ -1,4 +1,4 @@
-"""What a block passes on from its tokens to the embedding: rows of attention, and gradient terms. Pure functions."""
+"""Attention rows and gradient terms that lead from a block's tokens to the embedding. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from matex_pl.maps import full_precision, min_max
 
 
 def row_weights(blocks: Sequence[Block], pooling: Pooling) -> list[Tensor | None]:
-    """Share of each query of each block in the embedding, `(B, m)` per block; rows sum to 1. None: one token is pooled.
+    """Weight of each query in the embedding, `(B, m)` per block, rows summing to 1; None under token pooling.
 
-    Eqs. (1) and (2) read the row of the pooled token. Where no one token is pooled, they read the rows of all tokens
-    that are, with the weight that each has: equal ones under an average; under an attention pool (SigLIP, CoCa) its own
-    query in the pool, which is the last layer, and in the layers below the tokens as the pool attends to them.
+    Eqs. (1) and (2) read the row of the pooled token. If the tower does not pool one token, they read the rows of all
+    pooled tokens with these weights:
+
+    - Under an average the weights are equal.
+    - Under an attention pool (SigLIP, CoCa) the pool is the last layer, where its own query has all the weight. In the
+      layers below, the weights are the attention of the pool to the tokens.
     """
     if pooling.kind == "token":
         return [None] * len(blocks)
@@ -31,7 +34,7 @@ def row_weights(blocks: Sequence[Block], pooling: Pooling) -> list[Tensor | None
 
 
 def attention_rows(blocks: Sequence[Block], pooling: Pooling) -> Tensor:
-    """Head-averaged attention of what is pooled to each token of the map, by layer: `(B, L, length)`."""
+    """Head-averaged attention from the pooled token or tokens to each token of the map, by layer: `(B, L, length)`."""
     if pooling.position is not None:
         means = [block.mean for block in blocks]
         rows = [mean[:, 0] if mean.shape[1] == 1 else at(mean[:, None], pooling.position)[:, 0] for mean in means]
@@ -42,9 +45,9 @@ def attention_rows(blocks: Sequence[Block], pooling: Pooling) -> Tensor:
 
 
 def rollout_row(matrices: Sequence[Tensor], pooling: Pooling) -> Tensor:
-    """What is read of the product over layers of rownorm(A + I) (Abnar and Zuidema 2020), `(B, length)`.
+    """Row of the embedding in the product over layers of `rownorm(A + I)` (Abnar and Zuidema 2020), `(B, length)`.
 
-    A are head-averaged attention matrices `(B, m, n)`, first layer first, the pool's last.
+    `matrices` are head-averaged attention matrices A `(B, m, n)`, first layer first, with that of the pool last.
     """
     row, matrices = first_row(matrices, pooling)
     for matrix in reversed(matrices):
@@ -54,10 +57,10 @@ def rollout_row(matrices: Sequence[Tensor], pooling: Pooling) -> Tensor:
 
 
 def first_row(matrices: Sequence[Tensor], pooling: Pooling) -> tuple[Tensor, Sequence[Tensor]]:
-    """What the embedding is read from, `(B, n)`, and the matrices of the layers that it then goes through.
+    """Initial row `(B, n)` of a product of attention matrices, and the remaining matrices.
 
-    1 at the pooled position, or equal shares. The query of an attention pool is no token: it has no share of its own,
-    and its row of the last matrix comes first.
+    The row is one-hot at the pooled token, or has equal shares under mean pooling. Under an attention pool it is the
+    pool's row of the last matrix, because the pool's query is not a token and has no share of its own.
     """
     tokens, last = matrices[0].shape[-1], matrices[-1]
     if pooling.kind == "query":
@@ -68,15 +71,16 @@ def first_row(matrices: Sequence[Tensor], pooling: Pooling) -> tuple[Tensor, Seq
 
 
 def softmax_term(block: GradBlock, gradient: Tensor, pooling: Pooling) -> Tensor:
-    """Signed relevance of each token of a block, with the softmax attention as its weight: `(B, n)`.
+    """Signed relevance of each token of a block, weighted by the softmax attention: `(B, n)`.
 
-    Sum over heads, channels and the rows that are read of g_l * A_l * v_l; over all tokens it sums to <g_l, o_l> there.
+    The relevance is the sum over heads, channels and the pooled rows of `g_l * A_l * v_l`. Over all tokens it sums to
+    `<g_l, o_l>` of these rows.
 
     Args:
-        block: The block.
-        gradient: `(B, h, m, d)` of what is explained, by the block's output where one token is pooled; otherwise, where
-            every row is read, `(B, h, n, d)` by its value, which is the sum over rows of A_l * g_l.
-        pooling: How the tower pools.
+        block: Recorded block.
+        gradient: Gradient of the target. Under token pooling it is that by the block's output, `(B, h, m, d)`.
+            Otherwise it is that by the block's value, `(B, h, n, d)`, which equals the sum over rows of `A_l * g_l`.
+        pooling: Pooling of the tower.
     """
     value = full_precision(block.value.detach())
     if pooling.position is None:
@@ -88,15 +92,15 @@ def softmax_term(block: GradBlock, gradient: Tensor, pooling: Pooling) -> Tensor
 def loosened_term(block: GradBlock, gradient: Tensor, weight: Tensor | None, pooling: Pooling, keep: Tensor) -> Tensor:
     """Signed relevance of each token of the map with Grad-ECLIP's weight: `(B, length)`.
 
-    The weight is the norm over the tokens of `keep` of cos(q, k_i) on the concatenated heads, q the query that is read
-    (their weighted mean where several are); 1 when all are equal.
+    The weight is `cos(q, k_i)` on the concatenated heads, min-maxed over the tokens of `keep`; 1 if all are equal. q is
+    the pooled query, or the weighted mean of several.
 
     Args:
-        block: The block.
-        gradient: `(B, h, m, d)` of what is explained, by the block's output.
-        weight: `(B, m)` of `row_weights`, where several rows are read.
-        pooling: How the tower pools.
-        keep: `(B, length)` bool.
+        block: Recorded block.
+        gradient: `(B, h, m, d)` gradient of the target by the block's output.
+        weight: `(B, m)` weights of `row_weights`, used if several rows are pooled.
+        pooling: Pooling of the tower.
+        keep: `(B, length)` bool mask of the tokens that count.
     """
     query, key, value = (full_precision(part.detach()) for part in (block.query, block.key, block.value))
     gradient = full_precision(gradient)
@@ -111,29 +115,29 @@ def loosened_term(block: GradBlock, gradient: Tensor, weight: Tensor | None, poo
 
 
 def _share(pooling: Pooling) -> Tensor:
-    """Equal shares of the tokens that are averaged, `(B, length)`."""
+    """Equal shares of the averaged tokens, `(B, length)`."""
     assert pooling.pooled is not None
     return pooling.pooled / pooling.pooled.sum(1, keepdim=True)
 
 
 def gradient_by_attention(block: GradBlock, gradient: Tensor) -> Tensor:
-    """Gradient by each attention weight, `(B, h, m, n)`: <g_o, v>, from that by the block's output `(B, h, m, d)`."""
+    """Gradient by each attention weight, `(B, h, m, n)`: `<g_o, v>`, with g_o that by the output `(B, h, m, d)`."""
     return full_precision(gradient) @ full_precision(block.value.detach()).transpose(-1, -2)
 
 
 def gradients_of(
     embedding: Tensor, handles: Sequence[Tensor], direction: Tensor, *, copies: int = 1
 ) -> Sequence[Tensor]:
-    """Gradient of <direction, embedding> by each handle.
+    """Gradient of `<direction, embedding>` by each handle.
 
     Args:
-        embedding: `(copies * B, D)` on the graph, samples running fastest, or of one sample in B directions.
+        embedding: `(copies * B, D)` embeddings on the graph, samples running fastest, or one sample's for B directions.
         handles: Tensors on its graph, `(B, ...)` or `(1, ...)`.
-        direction: `(B, D)`.
-        copies: Embeddings per sample, whose sum counts.
+        direction: `(B, D)` directions.
+        copies: Number of embeddings per sample, over which the score is summed.
 
     Returns:
-        `(B, ...)` per handle.
+        Gradients `(B, ...)`, one per handle.
     """
     direction = direction.to(embedding.dtype)
     if len(embedding) == copies * len(direction):

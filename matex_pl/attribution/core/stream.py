@@ -1,4 +1,4 @@
-"""The residual stream of a tower: its tokens before and behind each block, and forwards that begin behind a block."""
+"""Residual stream of a tower: tokens before and after each block, and forwards that start after a block."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from matex_pl.clip.towers import block_norm
 
 
 class Stream:
-    """The tokens of one tower, `(B, n, C)` before and behind each of its blocks, and as their first norms give them.
+    """Tokens `(B, n, C)` of one tower before and after each block, and after each block's first norm.
 
     Args:
-        blocks: The transformer blocks, first block first.
+        blocks: Transformer blocks, first block first.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
@@ -29,11 +29,11 @@ class Stream:
 
     @contextmanager
     def capture(self, cut: Collection[int] = ()) -> Iterator[None]:
-        """Record the tokens of the one forward inside.
+        """Record the tokens of the single forward inside the context.
 
         Args:
-            cut: Blocks whose input is cut off from what came before, so that a backward ends there; grad mode is on
-                from the first of them until the context is left.
+            cut: Indices of the blocks whose input is detached, where a backward ends. Grad mode is on from the first of
+                them until the context exits.
         """
         self.before, self.behind, self.normed = [], [], {}
         with ExitStack() as stack, torch.no_grad():
@@ -60,20 +60,20 @@ class Stream:
         self.normed[index] = output
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # BERT's blocks gave a tuple until transformers 4.57.
+        # BERT's blocks returned a tuple until transformers 4.57.
         self._packed = isinstance(output, tuple)
         self.behind.append(output[0] if self._packed else output)
 
     @contextmanager
     def resumed(self, behind: int, tokens: Tensor) -> Iterator[None]:
-        """Forwards inside run the tower from behind a block on; call it after `capture`.
+        """Run the forwards inside the context from a block on; call it after `capture`.
 
-        The blocks up to it pass `tokens` on, whatever comes in; a forward has to be given as many samples only where
-        the tower needs its input again to pool (text).
+        The blocks up to it return `tokens` for any input. The input of a forward needs the same number of samples only
+        if the tower pools by its input (text).
 
         Args:
-            behind: Index of the last block that is not run.
-            tokens: `(B, n, C)` in place of what it would give; cut to the length that the tower runs at.
+            behind: Index of the last block that does not run.
+            tokens: `(B, n, C)` output of that block, truncated to the length at which the tower runs.
         """
 
         def pass_on(entering: Tensor, *_: Any, **__: Any) -> Any:
@@ -88,7 +88,7 @@ class Stream:
 
 
 def _set_forward(block: nn.Module, forward: Any) -> None:
-    """Give a block another forward, or, with None, that of its class."""
+    """Replace the forward of a block, or restore that of its class if `forward` is None."""
     if forward is None:
         del block.forward
     else:

@@ -1,4 +1,4 @@
-"""What is explained: the cosine of a pair, or its margin over reference phrases."""
+"""Explanation targets: the cosine of a pair, or its margin over reference phrases."""
 
 from __future__ import annotations
 
@@ -29,43 +29,43 @@ _LOBES = ("right upper lobe", "left upper lobe", "right lower lobe", "left lower
 _PLACES = ("", "right", "left", "bilateral", *_LOBES)
 
 REFERENCES: tuple[str, ...] = ("cardiomegaly", *(f"{place} {name}".strip() for name in _PLACED for place in _PLACES))
-"""Common findings by side and zone: the phrases that `target="margin"` compares with by default."""
+"""Common findings by side and zone: the default reference phrases of `target="margin"`."""
 
 
 def directions(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Score of each pair, and what is explained as a direction in the embedding space of either side.
+    """Score of each pair, and the gradients of the target by either embedding.
 
-    The cosine <f_i, f_t> and the margin <f_i, f_t - mean of f_r> are linear in each embedding: their gradient is
-    (f_t - mean of f_r) on the image side and f_i on the text side. The margin takes away the large common direction of
-    all phrases of this field, which the cosine explains too.
+    The cosine `<f_i, f_t>` and the margin `<f_i, f_t - mean of f_r>` are linear in each embedding. Their gradient is
+    `f_t - mean of f_r` by the image embedding and `f_i` by the text embedding. The margin removes the large direction
+    that all phrases of this field share, which the cosine explains too.
 
     Args:
-        image: `(B, D)` L2-normalized, or `(1, D)` for all.
-        text: `(B, D)` L2-normalized.
+        image: `(B, D)` L2-normalized embeddings, or `(1, D)` for all pairs.
+        text: `(B, D)` L2-normalized embeddings.
         reference: `(D,)` mean embedding of the reference phrases; None explains the cosine.
 
     Returns:
-        The cosine `(B,)`, and the gradients of what is explained by `image` and by `text`, `(B, D)` each.
+        The cosine `(B,)`, and the gradients of the target by `image` and by `text`, `(B, D)` each.
     """
     score = (image * text).sum(-1)
     return score, text if reference is None else text - reference, image.expand_as(text)
 
 
 _ENCODED: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor, Tensor]] = WeakKeyDictionary()
-# Entries of each weight that are compared: a step of any optimizer moves more than a few of them.
+# Number of compared entries per weight; a step of any optimizer changes more than a few of them.
 _SAMPLED = 256
 
 
 def reference_mean(clip: Clip, references: Sequence[str]) -> Tensor:
-    """Mean embedding of the reference phrases, `(D,)`; otherwise as `reference_embeddings`."""
+    """Mean embedding of the reference phrases, `(D,)`; see `reference_embeddings`."""
     return reference_embeddings(clip, references).mean(0)
 
 
 @torch.no_grad()
 def reference_embeddings(clip: Clip, references: Sequence[str]) -> Tensor:
-    """Embedding of each reference phrase, `(R, D)`, float32 or better; encoded once per weights of the text tower.
+    """Embedding of each reference phrase, `(R, D)`, float32 or better; encoded once per state of the text tower.
 
-    Call it inside `borrowed`: what it keeps must neither depend on dropout nor be an inference tensor.
+    Call it inside `borrowed`: the cached embeddings must not depend on dropout nor be inference tensors.
     """
     model, weights = original(clip.model), _sample(clip)
     key = (*references, clip.std.dtype, weights.device)
@@ -79,10 +79,10 @@ def reference_embeddings(clip: Clip, references: Sequence[str]) -> Tensor:
 
 
 def _sample(clip: Clip) -> Tensor:
-    """Entries spread over the text tower's weights, and the weights' versions, as one vector.
+    """Vector of sampled entries of the text tower's weights and of the weights' versions.
 
-    By value and by version: fused optimizers leave version counters alone, a change by hand may miss the sample. A
-    change of single rows through `.data` is seen by neither.
+    Both are needed: fused optimizers do not raise version counters, and the sample may miss a change by hand. Neither
+    detects a change of single rows through `.data`.
     """
     named = original(clip.model).named_parameters()
     weights = [weight for name, weight in named if not name.startswith(("visual.", "_orig_mod.visual.", "logit_"))]

@@ -22,16 +22,16 @@ from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Pooling
 from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
 
-# Of remainders that are compared at once, 128 MiB of ids.
+# Maximum number of token ids that are compared at once: 128 MiB.
 _MOST_TOKENS = 2**24
 
 
 @dataclass
 class Relevance:
-    """What a method finds on one tower, before it is scaled to [0, 1].
+    """Relevance of one tower's inputs, before scaling to [0, 1].
 
     Args:
-        values: `(B, length)` per token of the map, or `(B, H, W)` per pixel; of one image `(1, ...)` will do.
+        values: `(B, length)` per token of the map, or `(B, H, W)` per pixel; `(1, ...)` if one image serves all pairs.
         parts: Components by name, for `Attribution.parts`.
     """
 
@@ -40,11 +40,12 @@ class Relevance:
 
 
 class Trace(NamedTuple):
-    """A forward of one tower.
+    """One forward of a tower, and its relevance function.
 
-    Args:
-        embedding: `(B, D)`, or `(1, D)` of one image.
-        relevance_for: The `Relevance` of the tower's inputs to a direction `(B, D)` in the space of the embedding.
+    Attributes:
+        embedding: `(B, D)` embeddings, or `(1, D)` of one image.
+        relevance_for: Function from directions `(B, D)` in the embedding space to the `Relevance` of the tower's
+            inputs.
     """
 
     embedding: Tensor
@@ -55,9 +56,10 @@ class Tower(ABC):
     """One tower of the model with its input, inside `borrowed`.
 
     Args:
-        clip: The model.
+        clip: CLIP model.
         inputs: `(B, 3, H, W)` images, or one image for all pairs, or `(B, T)` tokens.
-        depth: Number of attention blocks of the tower; called when it is needed, since counting takes a forward.
+        depth: Function that returns the number of attention blocks; called on first use, because counting takes a
+            forward.
     """
 
     def __init__(self, clip: Clip, inputs: Tensor, depth: Callable[[], int]) -> None:
@@ -67,46 +69,46 @@ class Tower(ABC):
 
     @cached_property
     def depth(self) -> int:
-        """Number of attention blocks; counting them refuses towers whose attention is not understood."""
+        """Number of attention blocks; counting them refuses towers with unsupported attention."""
         return self._depth()
 
     @property
     @abstractmethod
     def pooling(self) -> Pooling:
-        """How the embedding is read from the tokens."""
+        """Pooling of the tokens into the embedding."""
 
     @property
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, first block first; none in a ResNet."""
+        """Transformer blocks, first block first; none in a ResNet."""
 
     @property
     @abstractmethod
     def keep(self) -> Tensor:
-        """Which tokens of the map count, `(B, length)` bool: all patches, or the content tokens."""
+        """Mask `(B, length)` bool of the map's tokens that count: all patches, or the content tokens."""
 
     @property
     @abstractmethod
     def signal(self) -> Tensor:
-        """What the tower is continuous in: pixels `(B, 3, H, W)`, or the embeddings of the tokens `(B, T, C)`."""
+        """Differentiable input of the tower: pixels `(B, 3, H, W)`, or token embeddings `(B, T, C)`."""
 
     @abstractmethod
     def encode(self, inputs: Tensor | None = None) -> Tensor:
-        """Unit embeddings `(b, D)` of inputs of the tower's kind; of its own by default."""
+        """Unit embeddings `(b, D)` of inputs of this tower's kind; of its own inputs by default."""
 
     def encode_signal(self, signal: Tensor) -> Tensor:
-        """Unit embeddings `(k * B, D)` of k signals per sample, the samples running fastest."""
+        """Unit embeddings `(k * B, D)` of k signals per sample, samples running fastest."""
         return self.encode(signal)
 
     @abstractmethod
     def encode_stream(self, copies: int) -> Tensor:
-        """Unit embeddings of `copies` per sample, the samples running fastest, inside `Stream.resumed`."""
+        """Unit embeddings of `copies` per sample, samples running fastest, inside `Stream.resumed`."""
 
     def stream(self) -> Stream:
-        """The residual stream of the tower's tokens.
+        """Residual stream of the tower's tokens.
 
         Raises:
-            NotImplementedError: It has none: a ResNet.
+            NotImplementedError: If the tower has no token stream: a ResNet.
         """
         if not self.blocks:
             tower = towers.original(self.clip.model.visual)
@@ -114,17 +116,17 @@ class Tower(ABC):
         return Stream(self.blocks)
 
     def rows(self, rows: Tensor) -> Tower:
-        """The tower with some of the pairs `(k,)`; one image stays one image."""
+        """Tower restricted to some of the pairs `(k,)`; a shared image stays shared."""
         inputs = self.inputs[rows] if len(self.inputs) > 1 else self.inputs
         return type(self)(self.clip, inputs, self._depth)
 
     def tokens_of(self, stream: Tensor) -> Tensor:
-        """The tokens `(b, length, C)` of the map among those of a block, `(b, n, C)`; 0 where it has none."""
+        """Tokens `(b, length, C)` of the map among the tokens `(b, n, C)` of a block; 0 where the block has none."""
         return self.pooling.to_map(stream.transpose(1, 2)).transpose(1, 2)
 
 
 class ImageTower(Tower):
-    """The image tower and its images."""
+    """Image tower and its images."""
 
     @property
     def pooling(self) -> Pooling:  # noqa: D102
@@ -149,16 +151,16 @@ class ImageTower(Tower):
         return self.clip.encode_image(self.inputs if inputs is None else inputs)
 
     def encode_stream(self, copies: int) -> Tensor:  # noqa: D102
-        # The pixels pass through no block that is resumed: those of one image will do.
+        # No resumed block reads the pixels: those of one image suffice.
         return self.encode(self.inputs[:1])
 
     def score_kept(self, keep: Tensor, fill: Tensor, direction: Tensor) -> Tensor:
-        """Score of each pair when pixels are faded into the fill, `(S, B)`, from one forward of all of them.
+        """Score of each pair with pixels faded into the fill, `(S, B)`, from one forward of all.
 
         Args:
-            keep: `(S, H, W)` share of each pixel that is kept.
+            keep: `(S, H, W)` kept share of each pixel.
             fill: Pixels from `fill_images`.
-            direction: `(B, D)`.
+            direction: `(B, D)` directions.
         """
         kept = torch.lerp(fill, self.inputs, keep[:, None, None].to(self.inputs))
         embedding = self.encode(kept.flatten(0, 1)).unflatten(0, (len(keep), -1))
@@ -166,7 +168,7 @@ class ImageTower(Tower):
 
 
 class TextTower(Tower):
-    """The text tower and its phrases."""
+    """Text tower and its phrases."""
 
     @property
     def pooling(self) -> Pooling:  # noqa: D102
@@ -187,19 +189,19 @@ class TextTower(Tower):
 
     @property
     def signal(self) -> Tensor:
-        """The embeddings of the tokens, before positions are added."""
+        """Embeddings of the tokens, before positions are added."""
         return self._table(self.inputs)
 
     @property
     def blank(self) -> Tensor:
-        """The signal of the phrase without its content, which pad tokens stand in for."""
+        """Signal of the phrase with its content replaced by pad tokens."""
         return self._table(drop_tokens(self.inputs, self.keep, self.clip.pad_id))
 
     def encode(self, inputs: Tensor | None = None) -> Tensor:  # noqa: D102
         return self.clip.encode_text(self.inputs if inputs is None else inputs)
 
     def encode_signal(self, signal: Tensor) -> Tensor:
-        """Unit embeddings of token embeddings; which tokens are pads and which one is pooled stays."""
+        """Unit embeddings of token embeddings; pad positions and the pooled position stay those of the phrase."""
         with self._table.register_forward_hook(lambda _, __, found: signal[:, : found.shape[1]].to(found)):
             return self.encode_stream(len(signal) // len(self.inputs))
 
@@ -207,14 +209,14 @@ class TextTower(Tower):
         return self.encode(self.inputs.repeat(copies, 1))
 
     def score_kept(self, keep: Tensor, direction: Tensor, chunk_size: int) -> Tensor:
-        """Score of each pair when pad tokens stand in for content that is not kept, `(S, B)`.
+        """Score of each pair with dropped content replaced by pad tokens, `(S, B)`.
 
-        A phrase has few words, so that what is left of it comes again: each remainder is encoded once.
+        A phrase has few words, so many remainders are equal: each distinct remainder is encoded once.
 
         Args:
-            keep: `(S, B, T)` bool, or `(S, 1, T)` for all.
-            direction: `(B, D)`.
-            chunk_size: Phrases per forward.
+            keep: `(S, B, T)` bool, or `(S, 1, T)` for all pairs.
+            direction: `(B, D)` directions.
+            chunk_size: Number of phrases per forward.
         """
         keep = keep.expand(-1, len(self.inputs), -1)
         scores = []
@@ -229,10 +231,10 @@ class TextTower(Tower):
 
 
 class TwoTowerMethod(AttributionMethod):
-    """A method that explains the cosine or the margin of pairs, by one procedure for either tower.
+    """Base class of methods that explain the cosine or margin of pairs by one procedure for both towers.
 
     Args:
-        target: `cosine` or `margin`, the cosine less its mean over `references`.
+        target: `cosine`, or `margin`, the cosine minus its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
     """
 
@@ -241,13 +243,15 @@ class TwoTowerMethod(AttributionMethod):
     def __init__(self, target: Target = "cosine", references: list[str] | None = None) -> None:
         check_choices(TwoTowerMethod.__init__, locals())
         if references is not None and not references:
-            raise ValueError("references must name at least one phrase; leave it out for the package's own list.")
+            raise ValueError(
+                "references must name at least one phrase, got []. Leave references out to use the package's list."
+            )
         self.target = target
         self.references = list(REFERENCES if references is None else references)
 
     @abstractmethod
     def trace(self, tower: Tower) -> Trace:
-        """Run a tower: its embeddings, and a function that finds where a direction in their space comes from."""
+        """Embeddings of a tower from one forward, and a function from directions to the relevance of its inputs."""
 
     def attribute(
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
@@ -259,7 +263,7 @@ class TwoTowerMethod(AttributionMethod):
     def attribute_phrases(
         self, clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
     ) -> Attribution:
-        """Maps of one image and P phrases; what does not depend on the phrase is done once."""
+        """Maps of one image and P phrases; the work on the image is done once."""
         tokens, content_box = check_phrases(clip, image, phrases, content_box)
         return self._explain(clip, image[None], tokens, phrases, content_box)
 

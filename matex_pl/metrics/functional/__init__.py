@@ -1,4 +1,4 @@
-"""Attribution quality as pure functions on tensors, batched over pairs. Names say what is kept."""
+"""Attribution quality as pure functions on tensors, batched over pairs; their names state the part that is kept."""
 
 from matex_pl.metrics.functional.confidence import (
     confidence_drop,
@@ -39,7 +39,7 @@ from matex_pl.metrics.functional.mass import (
 )
 from matex_pl.metrics.functional.ranking import spearman, top_ranked, top_share
 
-# Names of before 0.2.
+# Names before 0.2.
 energy_in_box, rank_accuracy = energy_pointing_game, relevance_rank_accuracy
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The connected parts of a map above a threshold as boxes, compared with the boxes of the pair."""
+"""Connected components of a thresholded map as boxes, matched to the boxes of the pair."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from matex_pl.training.distributed import first_of_each
 
-# Numbers in one table of resamples by detections.
+# Maximum size of one table of resamples by detections.
 _TABLE = 2**24
 
 
 @dataclass(frozen=True)
 class Components:
-    """The n components of B maps, by pair and there in raster order of their first pixels.
+    """The n components of B maps, sorted by pair and then by first pixel in raster order.
 
     Args:
-        pair: `(n,)` long, the index of the map.
-        boxes: `(n, 4)` `x0, y0, x1, y1` in [0, 1] of the map's frame.
-        peak: `(n,)` the map's maximum in the component.
+        pair: `(n,)` long, index of the map.
+        boxes: `(n, 4)` boxes `x0, y0, x1, y1` in [0, 1] of the map's frame.
+        peak: `(n,)` maximum of the map in the component.
     """
 
     pair: Tensor
@@ -31,14 +31,14 @@ class Components:
 
 
 def components(maps: Tensor, threshold: float) -> Components:
-    """The 8-connected components of `map > threshold`, of maps `(B, H, W)`."""
+    """8-connected components of `map > threshold`, for maps `(B, H, W)`."""
     number, height, width = maps.shape
     if not maps.numel():
         return Components(torch.zeros(0, dtype=torch.long, device=maps.device), maps.new_zeros(0, 4), maps.new_zeros(0))
-    # One image of all masks, with an empty row between; to OpenCV on the CPU.
+    # OpenCV gets all masks as one image on the CPU, with an empty row between them.
     stacked = torch.nn.functional.pad((maps > threshold).to(torch.uint8), (0, 0, 0, 1)).flatten(0, 1)
     _, labels, stats, _ = cv2.connectedComponentsWithStats(stacked.cpu().numpy(), connectivity=8, ltype=cv2.CV_32S)
-    # Of each pixel the number of its component, from 1, or 0.
+    # Number of each pixel's component, from 1; 0 outside.
     label = torch.from_numpy(labels).to(maps.device).view(number, height + 1, width)[:, :-1].long().flatten()
     left, top, across, down = torch.from_numpy(stats[1:, :4]).to(maps.device).long().T
     pair = top // (height + 1)
@@ -53,16 +53,16 @@ def components(maps: Tensor, threshold: float) -> Components:
 
 
 def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -> Tensor:
-    """IoU of the box of the component with the highest peak with the pair's best box, `(B,)`.
+    """IoU of the highest component's box with the pair's best box, `(B,)`.
 
-    0 without a component, NaN without boxes; of equal peaks the first component counts. Boxes are `(K, 4)` for each of
-    the `number` maps, `x0, y0, x1, y1` in [0, 1].
+    The highest component is that with the highest peak, the first of equal ones. The IoU is 0 without a component and
+    NaN without boxes. `boxes` holds `(K, 4)` boxes for each of the `number` maps, `x0, y0, x1, y1` in [0, 1].
 
     Raises:
-        ValueError: There are not as many lists of boxes as maps.
+        ValueError: If the number of box lists differs from that of the maps.
     """
     if len(boxes) != number:
-        raise ValueError(f"There are {number} maps, but boxes of {len(boxes)} pairs.")
+        raise ValueError(f"There are {number} maps, but boxes of {len(boxes)} pairs. Give one tensor of boxes per map.")
     order = components.peak.argsort(descending=True, stable=True)
     best = _overlaps(components, boxes).amax(1)[order] if len(order) else components.peak
     pair = components.pair[order]
@@ -73,16 +73,16 @@ def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -
 
 
 def box_accuracy(components: Components, boxes: Sequence[Tensor], number: int, iou: float = 0.5) -> Tensor:
-    """1 where `best_box_iou` exceeds `iou`, else 0; NaN without boxes. `(B,)`."""
+    """1 if `best_box_iou` exceeds `iou`, else 0; NaN without boxes. `(B,)`."""
     best = best_box_iou(components, boxes, number)
     return (best > iou).to(best).masked_fill(best.isnan(), torch.nan)
 
 
 def match_components(components: Components, boxes: Sequence[Tensor], iou: float = 0.5) -> Tensor:
-    """Which components find a box, `(n,)` bool, by the rule of PASCAL VOC (Everingham et al. 2010).
+    """Mask `(n,)` bool of the components that hit a box, by the rule of PASCAL VOC (Everingham et al. 2010).
 
-    By descending peak, each component points at the box of its pair that it overlaps most; it hits if their IoU
-    exceeds `iou` and no component before it has hit that box. Boxes are as in `best_box_iou`.
+    In order of descending peak, each component is assigned to the box of its pair that it overlaps most. It hits the
+    box if their IoU exceeds `iou` and no earlier component has hit that box. See `best_box_iou` for `boxes`.
     """
     if not len(components.pair):
         return torch.zeros_like(components.pair, dtype=torch.bool)
@@ -99,15 +99,15 @@ def average_precision(
 ) -> Tensor:
     """Area under the precision envelope over all detections (PASCAL VOC 2010), a scalar or `(R,)`; NaN without boxes.
 
-    Detections of equal score enter together: a map in [0, 1] has a component of score 1 in every pair, and their order
-    must not matter.
+    Detections of equal score are added together. A map in [0, 1] has a component of score 1 in every pair, and the
+    order of these must not matter.
 
     Args:
         scores: `(n,)` score of each detection.
-        hits: `(n,)` bool, which of them find a box.
-        pair: `(n,)` long, the pair of each.
+        hits: `(n,)` bool mask of the detections that hit a box.
+        pair: `(n,)` long, pair of each detection.
         num_boxes: `(B,)` number of boxes of each pair.
-        weights: `(R, B)` how often each pair counts in each of R resamples (bootstrap); once by default.
+        weights: `(R, B)` counts of each pair in each of R bootstrap resamples; 1 by default.
     """
     if weights is None:
         return average_precision(scores, hits, pair, num_boxes, torch.ones_like(num_boxes)[None])[0]
@@ -122,9 +122,10 @@ def average_precision(
 
 
 def _envelope_area(counts: Tensor, hits: Tensor, last: Tensor) -> Tensor:
-    """Sum over hits `(n,)` of the best precision from there on, `(R,)`: AP times the number of boxes.
+    """Sum over hits `(n,)` of the best precision from each hit on, `(R,)`: AP times the number of boxes.
 
-    `counts` `(R, n)` is how often each detection counts, by descending score; `last` `(n,)` the last of equal scores.
+    `counts` `(R, n)` holds the count of each detection, by descending score. `last` `(n,)` marks the last of equal
+    scores.
     """
     correct, seen = counts * hits, counts.cumsum(1)
     precision = correct.cumsum(1) / torch.where(seen > 0, seen, torch.ones_like(seen))
@@ -133,7 +134,7 @@ def _envelope_area(counts: Tensor, hits: Tensor, last: Tensor) -> Tensor:
 
 
 def _overlaps(components: Components, boxes: Sequence[Tensor]) -> Tensor:
-    """IoU of each component's box with each box of its pair, `(n, K)`; 0 where a pair has fewer, K at least 1."""
+    """IoU of each component's box with each box of its pair, `(n, K)`, K at least 1; 0 for missing boxes."""
     padded = torch.nn.utils.rnn.pad_sequence([box.to(components.boxes).view(-1, 4) for box in boxes], batch_first=True)
     own, targets = components.boxes[:, None], torch.nn.functional.pad(padded, (0, 0, 0, 1))[components.pair]
     low, high = torch.maximum(own[..., :2], targets[..., :2]), torch.minimum(own[..., 2:], targets[..., 2:])

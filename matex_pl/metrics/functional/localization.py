@@ -1,4 +1,4 @@
-"""How a map agrees with the boxes of its pair, as masks."""
+"""Agreement of a map with the boxes of its pair, as masks."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from matex_pl.metrics.functional.ranking import top_ranked
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
-"""Candidates of the threshold that is chosen on the validation split."""
+"""Candidates for the threshold chosen on the validation split."""
 MEAN_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Thresholds of the mean IoU."""
 
 
 def box_masks(boxes: Sequence[Tensor], size: tuple[int, int], *, keep_small: bool = False) -> Tensor:
-    """Which pixel centers lie in any box.
+    """Mask of the pixels whose centers lie in any box.
 
     Args:
         boxes: B lists `(K, 4)` of `x0, y0, x1, y1` in [0, 1].
-        size: Height and width.
-        keep_small: A box that is too narrow or too flat for any center has the column or the row of its middle.
+        size: Height and width in pixels.
+        keep_small: Whether a box too narrow or too flat for any center gets the column or row of its middle.
 
     Returns:
-        `(B, H, W)` bool.
+        `(B, H, W)` bool mask.
     """
     height, width = size
     if not boxes:
@@ -36,7 +36,7 @@ def box_masks(boxes: Sequence[Tensor], size: tuple[int, int], *, keep_small: boo
 
 
 def _pixels_between(low: Tensor, high: Tensor, number: int, keep_small: bool) -> Tensor:
-    """Which of `number` pixels of [0, 1] have their center in `[low, high)`, with one more last axis."""
+    """Mask of the `number` pixels of [0, 1] with centers in `[low, high)`; the pixels are an added last axis."""
     pixels = torch.arange(number, device=low.device)
     centers = (pixels + 0.5) / number
     inside = (centers >= low[..., None]) & (centers < high[..., None])
@@ -47,16 +47,16 @@ def _pixels_between(low: Tensor, high: Tensor, number: int, keep_small: bool) ->
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
-    """1 where the maximum of the map `(B, H, W)` lies in a box, else 0; NaN without boxes. `(B,)`."""
+    """1 if the maximum of the map `(B, H, W)` lies in a box, else 0; NaN without boxes. `(B,)`."""
     peak = maps.flatten(1).argmax(1, keepdim=True)
     hit = masks.flatten(1).gather(1, peak)[:, 0].float()
     return hit.masked_fill(~masks.flatten(1).any(1), torch.nan)
 
 
 def contrast_to_noise(maps: Tensor, masks: Tensor) -> Tensor:
-    """Signed (mean_in - mean_out) / sqrt(var_in + var_out) per map, `(B,)`; NaN with nothing inside or nothing outside.
+    """Signed (mean_in - mean_out) / sqrt(var_in + var_out) per map, `(B,)`; NaN if the inside or the outside is empty.
 
-    Where neither side varies the difference of the means is taken as it is, so that a constant map gives 0.
+    If both variances are 0, the result is the difference of the means, therefore 0 for a constant map.
     """
     flat, inside = maps.flatten(1).float(), masks.flatten(1).float()
     (mean_in, var_in), (mean_out, var_out) = _moments(flat, inside), _moments(flat, 1 - inside)
@@ -75,9 +75,9 @@ def iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] | Tensor) -> Te
     """Intersection over union of `map > threshold` and the mask of the boxes, `(B, K)`; NaN without boxes.
 
     Args:
-        maps: `(B, H, W)` in [0, 1].
-        masks: `(B, H, W)` bool.
-        thresholds: K of them.
+        maps: `(B, H, W)` maps in [0, 1].
+        masks: `(B, H, W)` bool masks of the boxes.
+        thresholds: The K thresholds.
     """
     flat, inside = maps.flatten(1), masks.flatten(1)
     size = inside.sum(1)
@@ -95,7 +95,7 @@ def mean_iou(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def energy_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of the map's mass that lies in the boxes (Wang et al. 2020), `(B,)`; NaN without boxes, 0 of a zero map."""
+    """Share of the map's mass inside the boxes (Wang et al. 2020), `(B,)`; NaN without boxes, 0 for a map of zeros."""
     flat, inside = maps.flatten(1).float(), masks.flatten(1)
     mass = flat.sum(1)
     share = (flat * inside).sum(1) / torch.where(mass > 0, mass, torch.ones_like(mass))
@@ -103,9 +103,9 @@ def energy_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def relevance_rank_accuracy(maps: Tensor, masks: Tensor) -> Tensor:
-    """Relevance rank accuracy (Arras et al. 2022): share of the K highest pixels that lie in the boxes, `(B,)`.
+    """Relevance rank accuracy (Arras et al. 2022): share of the K highest pixels inside the boxes, `(B,)`.
 
-    K is the number of pixels in the boxes; ties in raster order, NaN without boxes.
+    K is the number of pixels in the boxes. Ties are broken in raster order. NaN without boxes.
     """
     inside = masks.flatten(1)
     size = inside.sum(1)

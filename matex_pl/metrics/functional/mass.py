@@ -1,4 +1,4 @@
-"""Where the mass of a map lies: outside of the thorax, at the border of the image, on a side of the patient."""
+"""Location of a map's mass: outside the thorax, at the border of the image, on a side of the patient."""
 
 from __future__ import annotations
 
@@ -10,41 +10,42 @@ from torch import Tensor
 from matex_pl.metrics.functional.localization import box_masks
 
 OTHER_SIDE = {"right": "left", "left": "right", "": ""}
-"""The other side of the patient; none of none."""
+"""Opposite side of the patient; empty for no side."""
 
 
 def outside_mass(maps: Tensor, inside: Tensor) -> Tensor:
-    """Share of the map's mass outside of a zone, `(B,)` in [0, 1]; NaN for a map of zeros.
+    """Share of the map's mass outside a zone, `(B,)` in [0, 1]; NaN for a map of zeros.
 
     Args:
-        maps: `(B, H, W)` in [0, 1].
-        inside: `(B, H, W)` bool, or `(1, H, W)` for all.
+        maps: `(B, H, W)` maps in [0, 1].
+        inside: `(B, H, W)` bool mask of the zone, or `(1, H, W)` for all maps.
     """
     flat = maps.flatten(1).float()
     return (flat * ~inside.to(flat.device).flatten(1)).sum(1) / flat.sum(1)
 
 
 def text_mass(text_map: Tensor, content: Tensor) -> Tensor:
-    """Mean value of a text map `(B, T)` over its content tokens `(B, T)` bool, `(B,)`; NaN without any."""
+    """Mean value of a text map `(B, T)` over its content tokens `(B, T)` bool, `(B,)`; NaN without content."""
     return (text_map * content).sum(1) / content.sum(1)
 
 
 def border_mask(size: tuple[int, int], content_box: Tensor | None = None, width: float = 0.1) -> Tensor:
-    """The border of the image: which pixel centers lie in its outer share `width` on any side, or outside of it.
+    """Border of the image: pixels whose centers lie outside the image or in its outer share `width` on any side.
 
     Args:
         size: Height and width of the frame in pixels.
-        content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
-        width: Share of the image's width and height.
+        content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; the whole frame by
+            default.
+        width: Width of the border on each side, as a share of the image's width and height.
 
     Returns:
-        `(B, H, W)` bool, `(1, H, W)` without `content_box`.
+        `(B, H, W)` bool mask; `(1, H, W)` without `content_box`.
 
     Raises:
-        ValueError: The width is not in [0, 0.5).
+        ValueError: If the width is not in [0, 0.5).
     """
     if not 0 <= width < 0.5:
-        raise ValueError(f"width must be in [0, 0.5), got {width}. It is a share of the image, on each side.")
+        raise ValueError(f"width must be in [0, 0.5), got {width}. Give the share of the image on each side.")
     content_box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if content_box is None else content_box
     margin = width * (content_box[:, 2:] - content_box[:, :2])
     inner = torch.cat([content_box[:, :2] + margin, content_box[:, 2:] - margin], 1)
@@ -54,18 +55,19 @@ def border_mask(size: tuple[int, int], content_box: Tensor | None = None, width:
 def half_share(maps: Tensor, sides: Sequence[str], content_box: Tensor | None = None) -> Tensor:
     """Share of the map's mass in the half of the image on a side of the patient, `(B,)` in [0, 1].
 
-    Pixels count by their share in `side_half`. NaN without a side, and for a map of zeros.
+    Pixels are weighted by `side_half`. NaN without a side, and for a map of zeros.
 
     Args:
-        maps: `(B, H, W)` in [0, 1].
-        sides: B times `right`, `left` or an empty text.
-        content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
+        maps: `(B, H, W)` maps in [0, 1].
+        sides: B sides: `right`, `left` or an empty string.
+        content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; the whole frame by
+            default.
 
     Raises:
-        ValueError: There is no such side, or not one for each map.
+        ValueError: If a side is unknown, or there is not one side for each map.
     """
     if len(sides) != len(maps):
-        raise ValueError(f"sides must be one for each of {len(maps)} maps; got {len(sides)}.")
+        raise ValueError(f"sides must hold one side for each of {len(maps)} maps, got {len(sides)}.")
     content_box = None if content_box is None else content_box.to(maps.device)
     heat, half = maps.float(), side_half((maps.shape[1], maps.shape[2]), sides, content_box).to(maps.device)
     return (heat * half).sum((1, 2)) / heat.sum((1, 2))
@@ -78,17 +80,18 @@ def side_half(size: tuple[int, int], sides: Sequence[str], content_box: Tensor |
 
     Args:
         size: Height and width of the frame in pixels.
-        sides: B times `right`, `left` or an empty text.
-        content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; all of it by default.
+        sides: B sides: `right`, `left` or an empty string.
+        content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; the whole frame by
+            default.
 
     Raises:
-        ValueError: There is no such side.
+        ValueError: If a side is unknown.
     """
     content_box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if content_box is None else content_box.float()
     right = {"right": 1.0, "left": 0.0, "": torch.nan}
     unknown = sorted(set(sides) - set(right))
     if unknown:
-        raise ValueError(f"sides must be `right`, `left` or empty; got {unknown[0]!r}.")
+        raise ValueError(f"sides must be `right`, `left` or empty, got {unknown[0]!r}.")
     named = torch.tensor([right[side] for side in sides], device=content_box.device)
     x0, y0, x1, y1 = content_box.expand(len(sides), 4).unbind(1)
     middle = (x0 + x1) / 2
@@ -99,23 +102,23 @@ def side_half(size: tuple[int, int], sides: Sequence[str], content_box: Tensor |
 
 
 def side_sensitivity(maps: Tensor, swapped: Tensor, sides: Sequence[str], content_box: Tensor | None = None) -> Tensor:
-    """Share of the mass that moves to the other side of the patient when the phrase names that one, `(B,)` in [-1, 1].
+    """Share of the mass that moves to the patient's other side when the phrase names that side, `(B,)` in [-1, 1].
 
-    `half_share` of the half that the swapped phrase names, of the map under the swapped phrase less that under the true
-    one; 0 for a map that does not heed the side, NaN where `half_share` is.
+    The value is the `half_share` of the side that the swapped phrase names: of the map under the swapped phrase minus
+    that of the map under the true phrase. It is 0 for a map that ignores the side, and NaN if `half_share` is NaN.
 
     Args:
-        maps: `(B, H, W)` under the true phrases.
-        swapped: `(B, H, W)` under the phrases with right and left exchanged.
-        sides: The side that each true phrase names: `right`, `left` or an empty text.
-        content_box: As in `half_share`.
+        maps: `(B, H, W)` maps under the true phrases.
+        swapped: `(B, H, W)` maps under the phrases with right and left exchanged.
+        sides: Side that each true phrase names: `right`, `left` or an empty string.
+        content_box: `(B, 4)` rectangle of the image, as in `half_share`.
     """
     named = [OTHER_SIDE.get(side, side) for side in sides]
     return half_share(swapped, named, content_box) - half_share(maps, named, content_box)
 
 
 def _covered(low: Tensor, high: Tensor, number: int) -> Tensor:
-    """Share of each of `number` pixels of [0, 1] that lies between `low` and `high` `(B,)`: `(B, number)`."""
+    """Share of each of `number` pixels of [0, 1] between `low` and `high` `(B,)`: `(B, number)`."""
     edge = torch.arange(number, device=low.device)
     reached = [(end[:, None] * number - edge).clamp(0, 1) for end in (low, high)]
     return (reached[1] - reached[0]).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Which entries are highest or come first, and how alike two orders are."""
+"""Highest entries of each row, and rank correlation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def top_ranked(values: Tensor, counts: Tensor, among: Tensor | None = None) -> Tensor:
-    """Exactly the `counts[b]` highest entries of each row, or all where there are fewer; ties in raster order.
+    """Mask of exactly the `counts[b]` highest entries of each row, or of all if there are fewer; ties in raster order.
 
     Args:
-        values: `(B, N)`.
+        values: `(B, N)` values.
         counts: `(B,)` integers.
-        among: `(B, N)` bool, the entries that take part; all by default.
+        among: `(B, N)` bool mask of the ranked entries; all by default.
 
     Returns:
-        `(B, N)` bool.
+        `(B, N)` bool mask.
     """
     order = values.argsort(dim=1, descending=True, stable=True)
     among = torch.ones_like(values, dtype=torch.bool) if among is None else among
@@ -27,18 +27,18 @@ def top_ranked(values: Tensor, counts: Tensor, among: Tensor | None = None) -> T
 
 
 def top_share(values: Tensor, share: float, among: Tensor | None = None, at_least: int = 0) -> Tensor:
-    """The floor(share * n) highest of the n entries that take part in each row; ties in raster order. `(B, N)` bool.
+    """Mask of the floor(share * n) highest of the n ranked entries of each row; ties in raster order. `(B, N)` bool.
 
-    The share is taken as the simplest fraction that it stands for, so that .29 of 100 is 29.
+    The share is converted to the nearest simple fraction, which makes .29 of 100 exactly 29.
 
     Args:
-        values: `(B, N)`.
-        share: In [0, 1].
-        among: `(B, N)` bool, the entries that take part; all by default.
-        at_least: So many where there are so many.
+        values: `(B, N)` values.
+        share: Share in [0, 1].
+        among: `(B, N)` bool mask of the ranked entries; all by default.
+        at_least: Minimum number of selected entries, if a row has as many.
 
     Raises:
-        ValueError: The share is not in [0, 1].
+        ValueError: If the share is not in [0, 1].
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share}. Give a share, not a percentage.")
@@ -51,12 +51,12 @@ def top_share(values: Tensor, share: float, among: Tensor | None = None, at_leas
 def spearman(a: Tensor, b: Tensor, among: Tensor | None = None) -> Tensor:
     """Rank correlation of each row of `a` and `b`, `(B,)` in [-1, 1]; ties get their average rank.
 
-    NaN where one side is constant, and where a number is NaN.
+    NaN if a row is constant in `a` or `b`, or contains NaN.
 
     Args:
-        a: `(B, N)`.
-        b: `(B, N)`.
-        among: `(B, N)` bool, the entries that take part; all by default.
+        a: `(B, N)` values.
+        b: `(B, N)` values.
+        among: `(B, N)` bool mask of the compared entries; all by default.
     """
     among = torch.ones_like(a, dtype=torch.bool) if among is None else among
     first, second = _centered_ranks(a, among), _centered_ranks(b, among)
@@ -66,12 +66,12 @@ def spearman(a: Tensor, b: Tensor, among: Tensor | None = None) -> Tensor:
 
 
 def _centered_ranks(values: Tensor, among: Tensor) -> Tensor:
-    """Average rank less the mean rank, of the entries that take part; 0 at the others. `(B, N)` float."""
+    """Average rank minus the mean rank of the compared entries; 0 for the others. `(B, N)` float."""
     values = values.masked_fill(~among, torch.inf).contiguous()
     ordered = values.sort(dim=1).values
     below = torch.searchsorted(ordered, values)
     up_to = torch.searchsorted(ordered, values, right=True)
     number = among.sum(1, keepdim=True)
-    # An infinite entry that takes part ties with those that do not.
+    # An infinite entry of the mask ties with the entries outside the mask.
     up_to = torch.minimum(up_to, number)
     return ((below + up_to - number) / 2).masked_fill(~among, 0)
