@@ -1,5 +1,6 @@
 """The notebook runs; `python tests/test_notebook.py` also writes its outputs, which the site shows."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "first_map.ipynb"
-# Their output needs a kernel.
+# The cell whose output needs a kernel.
 SLIDERS = "sliders"
 MOST_BYTES = 1_500_000
 
@@ -24,7 +25,7 @@ def execute(folder):
         "language_info": {"name": "python"},
     }
     for cell in notebook.cells:
-        if SLIDERS in cell.metadata.get("tags", ()):
+        if cell.id == SLIDERS:
             cell.outputs = []
     return notebook
 
@@ -51,6 +52,16 @@ def test_written_outputs():
     check_outputs(notebook)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert NOTEBOOK.stat().st_size < MOST_BYTES
+
+
+def test_links():
+    """The site does not rewrite the links of notebooks, which name the built pages."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 1
+    for link in links:
+        assert (NOTEBOOK.parent / link.replace(".html", ".md")).is_file(), link
 
 
 if __name__ == "__main__":
