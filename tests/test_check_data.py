@@ -141,7 +141,7 @@ def test_a_table_that_cannot_be_read_ends_with_status_2(here: Path, capsys: pyte
         main(["check-data", "--config", "mine.yaml"])
     assert end.value.code == 2
     assert "t.csv, line 2: the byte 0xf6 is not UTF-8. Save the file as UTF-8." in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"no images\. Give --config"):
+    with pytest.raises(SystemExit, match=r"No data module given\. Pass --config"):
         main(["check-data"])
     _write(_rows())
     with pytest.raises(SystemExit, match="workers must be at least 1, got 0"):

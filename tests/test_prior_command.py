@@ -71,9 +71,9 @@ def test_m_is_highest_where_the_words_say(prior, phrase, place, words, shape):
 def test_the_reading_in_words(prior):
     said = prior("Left lower lobe consolidation. No right effusion, no right pneumothorax.", "--out", "out/left.png")
     assert said == (
-        "Phrase, in brackets what names a region:\n"
+        "Phrase, with brackets around words that name a region:\n"
         "  [Left lower lobe] consolidation. No right effusion, no right pneumothorax.\n\n"
-        "Regions, sides of the patient, x to the right and y down in parts of the image:\n"
+        "Regions by the patient's side, with x to the right and y down as fractions of the image:\n"
         "  side  zone   x             y             on the image\n"
         "  left  lower  0.50 to 1.00  0.60 to 1.00  right, bottom\n\n"
         'Ignored:\n  "right": negated (2 times)\n\n'
