@@ -115,7 +115,7 @@ def test_strength_1_switches_the_prior_off(prior):
 
 def test_what_is_ignored_is_said_with_its_reason(prior):
     said = prior("Left chest tube in place. The heart is normal. No right effusion. Left apical opacity.")
-    assert "\"Left\": said of 'chest tube'" in said
+    assert "\"Left\": belongs to 'chest tube'" in said
     assert '"heart": normal' in said
     assert '"right": negated' in said
     assert "[Left apical] opacity" in said
@@ -152,7 +152,7 @@ def test_a_table_of_your_own(prior):
         (["--regions", "folder.png"], "Is a directory: 'folder.png'"),
         (["--regions", "binary.yaml"], "binary.yaml is no readable YAML file of regions"),
         (["--regions", "broken.yaml"], "broken.yaml is no readable YAML file of regions"),
-        (["--regions", "list.yaml"], "list.yaml: a region table maps zone -> side"),
+        (["--regions", "list.yaml"], "list.yaml is no table of regions. Map zone -> side"),
         (["--regions", "box.yaml"], "box.yaml: box of left lower needs 0 <= u0 < u1"),
         (["--color", "red"], "color"),
     ],
