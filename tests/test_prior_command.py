@@ -153,7 +153,7 @@ def test_a_table_of_your_own(prior):
         (["--regions", "binary.yaml"], "binary.yaml is no readable YAML file of regions"),
         (["--regions", "broken.yaml"], "broken.yaml is no readable YAML file of regions"),
         (["--regions", "list.yaml"], "list.yaml is no table of regions. Map zone -> side"),
-        (["--regions", "box.yaml"], "box.yaml: box of left lower needs 0 <= u0 < u1"),
+        (["--regions", "box.yaml"], "box.yaml: The box of left lower needs 0 <= u0 < u1"),
         (["--color", "red"], "color"),
     ],
 )
