@@ -374,7 +374,7 @@ def test_an_unknown_config_lists_the_shipped_ones(here):
     ("change", "message"),
     [
         ({"image": "none.png"}, "There is no image at 'none.png'"),
-        ({"image": "tiny.json"}, "no readable image at 'tiny.json'"),
+        ({"image": "tiny.json"}, "No readable image at 'tiny.json'"),
         ({"phrase": " "}, "The phrase is empty"),
         ({"ckpt_path": "none.ckpt"}, "No checkpoint at 'none.ckpt'"),
         ({"ckpt_path": "tiny.json"}, "no checkpoint of `matex fit`"),
