@@ -135,12 +135,12 @@ def test_a_table_that_cannot_be_read_ends_with_status_2(here: Path, capsys: pyte
     with pytest.raises(SystemExit) as end:
         main(["check-data", "--config", "mine.yaml"])
     assert end.value.code == 2
-    assert "matex check-data: t.csv lacks the columns ['image', 'phrase']; it has" in capsys.readouterr().err
+    assert "matex check-data: t.csv lacks the columns ['image', 'phrase']. The columns are" in capsys.readouterr().err
     Path("t.csv").write_bytes(b"\xef\xbb\xbfimage,phrase\nimages/0.jpg,gr\xf6\xdfer\n")
     with pytest.raises(SystemExit) as end:
         main(["check-data", "--config", "mine.yaml"])
     assert end.value.code == 2
-    assert "t.csv, line 2: the byte 0xf6 is not UTF-8. Save the file as UTF-8." in capsys.readouterr().err
+    assert "t.csv, line 2: The byte 0xf6 is not UTF-8. Save the file as UTF-8." in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"No data module given\. Pass --config"):
         main(["check-data"])
     _write(_rows())

@@ -397,7 +397,7 @@ def test_a_worker_names_the_image_that_broke(root: Path, workers: int) -> None:
     data.setup("fit")
     Path(data.pairs["train"][0].image).unlink()
     Path(data.pairs["train"][3].image).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"Pair 'images/\d+\.png' \(.*images/\d+\.png\): (There is|no readable)"):
+    with pytest.raises(ValueError, match=r"Pair 'images/\d+\.png' \(.*images/\d+\.png\): (There is|No readable)"):
         list(data.train_dataloader())
 
 
