@@ -259,7 +259,7 @@ def test_first_of_several_frames_with_a_warning(tmp_path: Path, monkeypatch: pyt
     """By any process: each of several reads images of its own."""
     monkeypatch.setattr("lightning.pytorch.utilities.rank_zero.rank_zero_only.rank", 1)
     path = write_dicom(tmp_path / "image.dcm", np.stack([_ramp(), _ramp() // 2, _ramp() // 3]))
-    with pytest.warns(UserWarning, match=r"image\.dcm has 3 frames; the first one is taken"):
+    with pytest.warns(UserWarning, match=r"image\.dcm has 3 frames\. Only the first is used"):
         np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
 
 

@@ -117,7 +117,7 @@ def test_every_kind_gives_the_same_image(tmp_path: Path, kind: str) -> None:
 def test_first_of_several_pages_with_a_warning(tmp_path: Path, suffix: str) -> None:
     pages = [Image.fromarray(np.full((HEIGHT, WIDTH), level, dtype=np.uint8)) for level in (90, 20, 200)]
     path = _save(pages[0], tmp_path / f"image.{suffix}", save_all=True, append_images=pages[1:])
-    with pytest.warns(UserWarning, match=rf"image\.{suffix} has 3 pages; the first one is taken"):
+    with pytest.warns(UserWarning, match=rf"image\.{suffix} has 3 pages\. Only the first is used"):
         image = read_image(path)
     np.testing.assert_allclose(image.pixels, 90, atol=2)
 
@@ -132,7 +132,7 @@ def test_levels_keep_what_is_hardly_above_black(tmp_path: Path) -> None:
     np.testing.assert_allclose(turned / 65535, _ramp(), atol=1e-4)
     several = tmp_path / "several.tif"
     Image.fromarray(levels).save(several, save_all=True, append_images=[Image.fromarray(levels)])
-    with pytest.warns(UserWarning, match=r"several\.tif has 2 pages; the first one is taken"):
+    with pytest.warns(UserWarning, match=r"several\.tif has 2 pages\. Only the first is used"):
         assert read_levels(several).tolist() == levels.tolist()
 
 

@@ -103,7 +103,7 @@ def test_columns_are_mapped_and_root_is_set(root: Path) -> None:
         _module(path, columns={"phrase": "caption"}).checked_rows()
     with pytest.raises(ValueError, match=r"`columns` names \['fund'\], which .* does not have"):
         _module(path, columns={**columns, "finding": "fund"}).checked_rows()
-    with pytest.raises(ValueError, match=r"columns maps \['pictures'\], expected names of image, phrase, id"):
+    with pytest.raises(ValueError, match=r"columns maps \['pictures'\]\. Map only the names image, phrase, id"):
         _module(path, columns={"pictures": "file"})
 
 

@@ -197,7 +197,7 @@ def test_missing_files_are_named(distribution: Write, tmp_path: Path) -> None:
         NihDataModule(str(tmp_path / "nowhere")).setup("fit")
     root = distribution()
     (root / BOX_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{BOX_FILE} is missing. data.root should hold"):
+    with pytest.raises(FileNotFoundError, match=rf"{BOX_FILE} is missing. data.root must hold"):
         _pairs(root)
 
 

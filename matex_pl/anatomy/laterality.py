@@ -34,8 +34,8 @@ def swap_sides(phrase: str) -> str:
 def named_side(phrase: str) -> str:
     """`right` or `left` if the phrase names regions on that side only and `swap_sides` mirrors them, else empty.
 
-    The result is therefore empty for the middle lobe, the lingula, the heart, places in the midline or on both sides,
-    and for phrases that name no region.
+    The result is therefore empty for the middle lobe, the lingula, the heart, and places in the midline or on both
+    sides. It is also empty for phrases that name no region.
     """
     regions, table = parse_phrase(phrase).regions, shipped_regions()
     sides = {region.side for region in regions}

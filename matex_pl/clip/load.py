@@ -29,8 +29,8 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     """A CLIP model with its tokenizer and preprocessing, in eval mode on the CPU.
 
     Args:
-        name: An open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder`, a path to a JSON model config
-            (looked up as a file first, then among the shipped `configs/`), or the text of such a JSON.
+        name: An open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder`, a path to a JSON model config, or
+            the text of such a JSON. A path is looked up as a file first, then among the shipped `configs/`.
         pretrained: Tag of open_clip (`openai`) or a checkpoint file: open_clip weights (`.pt`, `.bin`,
             `.safetensors`) or a Lightning checkpoint of `ClipModule`. Files are read without running code. By default
             `hf-hub:` and `local-dir:` models get their own weights, all others random weights.
@@ -49,7 +49,7 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     if config is None:
         model, tokenizer, config = _from_open_clip(name, None if file else pretrained, size, has_file=file is not None)
     elif pretrained and not file:
-        raise FileNotFoundError(f"No checkpoint file at {pretrained!r} for the model {short(name)}.")
+        raise FileNotFoundError(f"No checkpoint file at {pretrained!r} for the model {short(name)}. Check the path.")
     else:
         config |= _resized(config["model_cfg"], size, name)
         model, tokenizer = _from_config(config, name)
@@ -115,7 +115,9 @@ def _json_config(name: str) -> dict[str, Any] | None:
     if name.endswith(".json"):
         path = find_config(name)
         if path is None:
-            raise FileNotFoundError(f"No model config at {name!r}, nor among the shipped configs in {CONFIG_FOLDER}.")
+            raise FileNotFoundError(
+                f"No model config at {name!r}, nor among the shipped configs in {CONFIG_FOLDER}. Check the path."
+            )
         text = path.read_text(encoding="utf-8")
     elif not name.lstrip().startswith("{"):
         return None

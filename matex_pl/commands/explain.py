@@ -48,9 +48,9 @@ def explain_image(
         phrase: Sentence as in a report, e.g. "Left lower lobe consolidation."
         ckpt_path: Checkpoint of `matex fit`.
         out: Path of the picture.
-        method: Attribution method, `Matex.recommended()` by default: the name of a shipped setting (`m2ib`), a YAML
-            file with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of all shipped
-            settings.
+        method: Attribution method, `Matex.recommended()` by default: the name of a shipped setting (`m2ib`), a class
+            (`M2ib`), or a YAML file with `class_path` and `init_args`. With `all`, the picture is a contact sheet of
+            all shipped settings.
         resize_mode: How the image is fitted into the model's input, as in training: `longest`, `shortest` or `squash`.
 
     Returns:

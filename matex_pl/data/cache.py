@@ -71,7 +71,7 @@ class ImageCache:
             path = Path(path).resolve()
             state = path.stat()
         except OSError as error:
-            raise FileNotFoundError(f"There is no image at {str(path)!r}.") from error
+            raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.") from error
         text = f"{_CACHE_VERSION} {path} {state.st_size} {state.st_mtime_ns} {settings}"
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.npz"

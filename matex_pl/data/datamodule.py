@@ -316,7 +316,7 @@ def count_cut_boxes(transform: ImageTransform, pairs: Iterable[ImageTextPair]) -
 def _by_split(pairs: Sequence[ImageTextPair]) -> dict[str, list[ImageTextPair]]:
     repeated = [name for name, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if repeated:
-        raise ValueError(f"{len(repeated)} pair ids are not unique, e.g. {', '.join(repeated[:3])}.")
+        raise ValueError(f"{len(repeated)} pair ids are not unique, e.g. {', '.join(repeated[:3])}. Give unique ids.")
     for pair in pairs:
         if pair.split not in SPLITS:
             raise ValueError(f"Pair {pair.id!r} is in the split {pair.split!r}, expected one of {', '.join(SPLITS)}.")

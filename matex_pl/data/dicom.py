@@ -68,7 +68,7 @@ def warn_if_several(path: Path, number: int, kind: str) -> None:
     """Warn if a file holds more than one image of a `kind`, "frames" or "pages"."""
     if number > 1:
         # In all processes, not only in the first: each reads other images.
-        warnings.warn(f"{path} has {number} {kind}; the first one is taken.", stacklevel=2)
+        warnings.warn(f"{path} has {number} {kind}. Only the first is used.", stacklevel=2)
 
 
 def _with_modality(header: Dataset) -> Dataset:

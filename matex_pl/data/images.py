@@ -141,7 +141,7 @@ def _reading(path: str | Path) -> Iterator[Path]:
     """Context with the path of an image file; errors of decoders become a ValueError that names the file."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"There is no image at {str(path)!r}.")
+        raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.")
     try:
         yield file
     except ImportError:

@@ -71,7 +71,7 @@ class ManifestDataModule(TableDataModule):
         super().__init__(**kwargs)
         unknown = [name for name in columns or {} if name not in REQUIRED + OPTIONAL]
         if unknown:
-            raise ValueError(f"columns maps {unknown}, expected names of {', '.join(REQUIRED + OPTIONAL)}.")
+            raise ValueError(f"columns maps {unknown}. Map only the names {', '.join(REQUIRED + OPTIONAL)}.")
         self.manifest = Path(manifest)
         self.root = Path(root) if root is not None else self.manifest.parent
         self.columns = dict(columns or {})

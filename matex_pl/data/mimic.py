@@ -87,7 +87,7 @@ class MimicCxrDataModule(TableDataModule):
         images = {text(row.cells, "dicom_id") for row in rows if text(row.cells, "ViewPosition") in self.views}
         if not images:
             known = sorted({text(row.cells, "ViewPosition") for row in rows} - {""})
-            raise ValueError(f"No image of {path} has one of the views {self.views}; there are {known}.")
+            raise ValueError(f"No image of {path} has one of the views {self.views}. The views are {known}.")
         return images, bad
 
     def _pair(self, row: TableRow, sentences: dict[str, list[str]]) -> ImageTextPair:

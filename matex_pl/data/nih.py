@@ -172,7 +172,7 @@ def read_boxes(path: Path) -> dict[str, dict[str, list[Box]]]:
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of the named columns of each row; missing cells are empty."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. data.root should hold {LABEL_FILE}, {BOX_FILE} and images/.")
+        raise FileNotFoundError(f"{path} is missing. data.root must hold {LABEL_FILE}, {BOX_FILE} and images/.")
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]

@@ -88,7 +88,7 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, optionally gzipped, without its byte-order mark."""
     if not path.is_file():
-        raise FileNotFoundError(f"There is no table at {str(path)!r}.")
+        raise FileNotFoundError(f"There is no table at {str(path)!r}. Check the path.")
     content = path.read_bytes()
     if path.suffix.lower() == ".gz":
         try:

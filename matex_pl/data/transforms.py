@@ -122,7 +122,7 @@ def _clipped(boxes: Sequence[Sequence[float]], stored_size: Size) -> np.ndarray:
     height, width = stored_size
     drawn = np.array(boxes, dtype=np.float32).reshape(-1, 4)
     clipped = np.clip(drawn, 0, np.array([width, height] * 2, dtype=np.float32))
-    # Written so that NaN fails too.
+    # In this form NaN fails, too.
     empty = ~((clipped[:, 2:] > clipped[:, :2]).all(1))
     if empty.any():
         raise ValueError(

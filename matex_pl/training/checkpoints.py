@@ -15,8 +15,8 @@ from matex_pl.files import remove_abandoned_parts, whole_file
 class WholeCheckpointIO(TorchCheckpointIO):
     """Checkpoint IO with atomic writes: a checkpoint is written next to its destination and then renamed.
 
-    Lightning writes to the system's temporary folder and moves the file. If that folder is on another disk and the
-    process is killed during the move, the old checkpoint is lost and half of the new one remains under its name.
+    Lightning writes to the system's temporary folder and moves the file. If the process is killed while the file moves
+    to another disk, the old checkpoint is lost, and half of the new one remains under its name.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
