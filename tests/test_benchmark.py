@@ -401,7 +401,7 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path, data, checkpoint,
 def test_errors_of_the_command_line(tmp_path, images, checkpoint, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", "--ckpt_path", str(checkpoint), "--out", str(tmp_path)])
-    assert "Give --config, a YAML of `matex fit`, or --data" in capsys.readouterr().err
+    assert "Pass --config with a `matex fit` config, or --data" in capsys.readouterr().err
     for more, message in (
         (["--split=train"], "typing.Literal['test', 'val']. Got value: train"),
         (["--methods=chefer,nope"], "There is no method 'nope'. Use one of"),

@@ -380,7 +380,7 @@ def test_a_config_may_hold_a_part_per_command(here, capsys):
 
 
 def test_an_unknown_config_lists_the_shipped_ones(here):
-    with pytest.raises(SystemExit, match=r"no config 'mine.yaml'.*phantom\.yaml"):
+    with pytest.raises(SystemExit, match=r"Config 'mine.yaml' is neither a file nor a shipped config.*phantom\.yaml"):
         main(["fit", "--config", "mine.yaml"])
 
 
@@ -388,7 +388,7 @@ def test_an_unknown_config_lists_the_shipped_ones(here):
     ("change", "message"),
     [
         ({"image": "none.png"}, "There is no image at 'none.png'"),
-        ({"image": "tiny.json"}, "no readable image at 'tiny.json'"),
+        ({"image": "tiny.json"}, "No readable image at 'tiny.json'"),
         ({"phrase": " "}, "The phrase is empty"),
         ({"ckpt_path": "none.ckpt"}, "No checkpoint at 'none.ckpt'"),
         ({"ckpt_path": "tiny.json"}, "no checkpoint of `matex fit`"),
@@ -467,11 +467,11 @@ def test_options_change_the_data_of_a_config(here, option, capsys):
     [
         (["fitt"], "invalid choice: 'fitt'"),
         ([], "required: COMMAND"),
-        (["fit"], "there are no images"),
-        (["test", "--ckpt_path=last"], "there are no images"),
-        (["fit", "--data.root=x", "--config=phantom.yaml"], "--data.root comes before anything names a data module"),
+        (["fit"], "No data module given. Pass --config"),
+        (["test", "--ckpt_path=last"], "No data module given. Pass --config"),
+        (["fit", "--data.root=x", "--config=phantom.yaml"], "--data.root comes before the data module"),
         (["tune", "--config=phantom.yaml", "--out=x"], "required: --ckpt_path"),
-        (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "no config 'none.yaml'"),
+        (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "Config 'none.yaml' is neither a file"),
         (["explain", "image.png"], "required: phrase"),
         (["roar", "walk"], "invalid choice: 'walk'"),
     ],

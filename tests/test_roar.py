@@ -424,7 +424,7 @@ def test_the_command_with_the_shipped_config(tmp_path, image_root, capsys):
     assert "Chefer" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["roar", "status"])
-    assert "matex roar: there is no plan. Give its folder, or --config" in capsys.readouterr().err
+    assert "matex roar: No plan given. Pass the folder of the plan, or --config" in capsys.readouterr().err
 
 
 def _fit(tmp_path, name, callbacks, **settings):

@@ -624,8 +624,15 @@ def test_help(capsys, verb):
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     wanted = {
-        "run": ["Remove what maps mark", "--shard", "3/8", "--executor", "--processes", "--ray.num_gpus"],
-        "status": ["how far a plan is", "folder"],
+        "run": [
+            "Remove the pixels and words that maps mark",
+            "--shard",
+            "3/8",
+            "--executor",
+            "--processes",
+            "--ray.num_gpus",
+        ],
+        "status": ["Show the progress of a plan", "folder"],
         "collect": ["Write the tables, curves and page of a plan", "folder", "--report"],
     }
     for word in wanted[verb]:
