@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.evaluation.store import MapStore, pair_keys, weight_hash
 from matex_pl.files import check_folder, remove_abandoned_parts
+
+log = logging.getLogger(__name__)
 
 
 class MapWriter(Callback):
@@ -76,7 +78,8 @@ class MapWriter(Callback):
             remove_abandoned_parts(self.store.folder)
         trainer.strategy.barrier("maps are merged")
         self.store.refresh()
-        rank_zero_info(f"{len(self.store)} maps in {self.store.folder}")
+        if trainer.is_global_zero:
+            log.info(f"{len(self.store)} maps in {self.store.folder}")
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end

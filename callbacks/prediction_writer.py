@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_info
 
 from matex_pl.files import check_folder, whole_file
+
+log = logging.getLogger(__name__)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -55,4 +57,4 @@ class PredictionWriter(BasePredictionWriter):
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
             writer.writeheader()
             writer.writerows(rows)
-        rank_zero_info(f"{len(rows)} predictions in {path}")
+        log.info(f"{len(rows)} predictions in {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
 from collections import defaultdict
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from matex_pl.arguments import check_choices
@@ -28,6 +29,8 @@ from matex_pl.roar.plan import Protocol, Training
 from matex_pl.roar.run import write_results
 from matex_pl.roar.work import prepare_maps, work_here
 from matex_pl.training.module import ClipModule
+
+log = logging.getLogger(__name__)
 
 
 class RoarPlus(Stopwatch):
@@ -102,9 +105,9 @@ class RoarPlus(Stopwatch):
         if self.pairs:
             seconds = self.seconds / self.pairs * steps * training.batch_size * number
             times = f", about {duration(seconds)} plus the time of the maps."
-        rank_zero_info(f"ROAR+: {number} fine-tunings of {steps} steps{times}")
+        log.info(f"ROAR+: {number} fine-tunings of {steps} steps{times}")
         if trainer.world_size > 1:
-            rank_zero_info(f"The plan is in {plan.folder}. Run it with: matex roar run --plan {plan.folder}")
+            log.info(f"The plan is in {plan.folder}. Run it with: matex roar run --plan {plan.folder}")
             return
         prepare_maps(plan)
         work_here(plan, plan.runs())

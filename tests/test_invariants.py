@@ -590,6 +590,17 @@ def test_unsupported_towers_are_refused_by_name(side: str, changes: dict[str, An
         Matex().attribute(other, *pairs(other))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convolutions", "windows"])
+def test_methods_on_tokens_refuse_towers_without_blocks(name: str) -> None:
+    config = copy.deepcopy(family("square").config)
+    config["model_cfg"]["vision_cfg"] = REFUSED[name][1]
+    other = load_clip(json.dumps(config))
+    for method in (GradCam(), LeGrad(), M2ib(steps=1), PatchSimilarity()):
+        with pytest.raises(NotImplementedError, match=r"image tower TimmModel.*(no list of transformer|no raster)"):
+            method.attribute(other, *pairs(other))
+
+
 def test_a_text_tower_of_hugging_face_with_another_pool_is_refused() -> None:
     clip = family("biomedclip")
     pooler = clip.model.text.pooler

@@ -461,9 +461,9 @@ def test_the_callback_logs_curves_table_and_scores_and_leaves_the_training_alone
 
 
 def test_the_callback_says_beforehand_how_much_it_is(tmp_path, caplog, monkeypatch):
-    # Lightning's messages reach the root logger only where that had a handler when Lightning was imported.
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+    # The command line shows the messages itself.
+    monkeypatch.setattr(logging.getLogger("matex_pl"), "propagate", True)
+    with caplog.at_level("INFO", logger="matex_pl"):
         _fit(tmp_path, "run", [RoarPlus(["chefer"], Protocol(modalities=["image"], fractions=[0.5], repeats=1), QUICK)])
     said = next(record.message for record in caplog.records if record.message.startswith("ROAR+"))
     assert said.startswith("ROAR+: 6 fine-tunings of 1 steps, about ")

@@ -126,11 +126,21 @@ def _timm_kind(tower: TimmModel) -> tuple[str, str]:
 
 
 def image_blocks(visual: nn.Module) -> list[nn.Module]:
-    """Transformer blocks of an image tower with a known pooling; none for a ResNet."""
+    """Transformer blocks of an image tower; none for a ResNet.
+
+    Raises:
+        NotImplementedError: The tower has no list of blocks, as Swin and ConvNeXt; the message names its class.
+    """
     tower = original(visual)
     if isinstance(tower, ModifiedResNet):
         return []
-    return list(tower.transformer.resblocks if isinstance(tower, VisionTransformer) else tower.trunk.blocks)
+    if isinstance(tower, VisionTransformer):
+        return list(tower.transformer.resblocks)
+    trunk = getattr(tower, "trunk", tower)
+    if not hasattr(trunk, "blocks"):
+        reason = f"a tower around {type(trunk).__name__} has no list of transformer blocks"
+        raise NotImplementedError(not_explained("image", tower, reason))
+    return list(trunk.blocks)
 
 
 def image_depth(visual: nn.Module) -> int:
