@@ -27,7 +27,7 @@ def prior_map(
     content_box: Tensor | Sequence[float] | None = None,
     **settings: Any,
 ) -> Tensor:
-    """M of one phrase, shape `(H, W)`, in `[1, lambda_s]`; settings as in `prior_maps`, but a `content_box` of `(4,)`."""
+    """M of one phrase, shape `(H, W)`, in `[1, lambda_s]`; settings as in `prior_maps`, with a `content_box` `(4,)`."""
     import torch
 
     content_boxes = None if content_box is None else torch.as_tensor(content_box)[None]

@@ -379,7 +379,7 @@ def freeze_parameters(model: nn.Module, freeze: Freeze) -> None:
     """Switch off the gradients of the frozen parts; see `freeze` of `ClipModule`.
 
     Raises:
-        ValueError: `freeze` is `all-but-projections` or `all-but-head`, and the model has no projection by a known name.
+        ValueError: `freeze` is `all-but-projections` or `all-but-head`, and the model has no known projection.
     """
     projections = 0
     for name, parameter in model.named_parameters():
