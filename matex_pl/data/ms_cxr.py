@@ -149,7 +149,7 @@ def find_annotations(root: Path, given: str | None) -> Path:
         paths = sorted(root.glob(ANNOTATIONS + suffix))
         if len(paths) > 1:
             raise ValueError(
-                f"{root} has several files of MS-CXR: {[path.name for path in paths]}. Choose one with data.annotations."
+                f"{root} has several MS-CXR files: {[path.name for path in paths]}. Choose one with data.annotations."
             )
         if paths:
             return paths[0]
