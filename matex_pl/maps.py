@@ -37,7 +37,7 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Relative tolerance, max(1e-6, 4 eps), within which values that a model computed in `dtype` count as equal."""
+    """Relative tolerance, `max(1e-6, 4 eps)`, within which values that a model computed in `dtype` count as equal."""
     return max(1e-6, 4 * torch.finfo(dtype).eps)
 
 
@@ -49,7 +49,7 @@ def differ(scores: Tensor, dtype: torch.dtype) -> Tensor:
 def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Min-max normalization per sample over all but the first axis: (z - min) / (max - min), same shape, in [0, 1].
 
-    If a sample is constant within max(1e-6, 4 eps of `dtype`) of its own magnitude, the result is 0.
+    If a sample is constant within `max(1e-6, 4 eps)`, with eps of `dtype`, of its own magnitude, the result is 0.
 
     Args:
         z: `(B, ...)` values.

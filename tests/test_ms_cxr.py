@@ -242,7 +242,7 @@ def test_annotation_files_are_found(root: Path, tmp_path_factory: pytest.TempPat
     with pytest.raises(FileNotFoundError, match=r"no MS_CXR_Local_Alignment_\* .*give data.annotations"):
         _module(tmp_path_factory.mktemp("empty")).checked_rows()
     write_annotations(root, annotation_rows(), "1.0.0")
-    with pytest.raises(ValueError, match=r"has several files of MS-CXR: .*Choose one with data.annotations"):
+    with pytest.raises(ValueError, match=r"has several MS-CXR files: .*Choose one with data.annotations"):
         _module(root).checked_rows()
     for content in ("[]", "{", '{"images": []}'):
         (root / "x.json").write_text(content, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The spatial prior M of eqs. (3) to (5): 1 outside of the named regions, up to lambda_s inside."""
+"""The spatial prior M of eqs. (3) to (5): 1 outside of the named regions, up to `lambda_s` inside."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prior_map(
     content_box: Tensor | Sequence[float] | None = None,
     **settings: Any,
 ) -> Tensor:
-    """M of one phrase, shape `(H, W)`, in [1, lambda_s]; settings as in `prior_maps`, but a `content_box` of `(4,)`."""
+    """M of one phrase, shape `(H, W)`, in `[1, lambda_s]`; settings as in `prior_maps`, with a `content_box` `(4,)`."""
     import torch
 
     content_boxes = None if content_box is None else torch.as_tensor(content_box)[None]
@@ -46,7 +46,7 @@ def prior_maps(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """M of B phrases, eqs. (3) to (5), shape `(B, H, W)`, in [1, lambda_s]; exactly 1 for a phrase without regions.
+    """M of B phrases, eqs. (3) to (5), shape `(B, H, W)`, in `[1, lambda_s]`; exactly 1 for a phrase without regions.
 
     The minimum and the maximum of eq. (5) are taken over the whole frame. Equal boxes count once.
 

@@ -148,8 +148,9 @@ def find_annotations(root: Path, given: str | None) -> Path:
     for suffix in (".csv", ".json"):
         paths = sorted(root.glob(ANNOTATIONS + suffix))
         if len(paths) > 1:
-            names = [path.name for path in paths]
-            raise ValueError(f"{root} has several files of MS-CXR: {names}. Choose one with data.annotations.")
+            raise ValueError(
+                f"{root} has several MS-CXR files: {[path.name for path in paths]}. Choose one with data.annotations."
+            )
         if paths:
             return paths[0]
     raise FileNotFoundError(

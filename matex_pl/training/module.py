@@ -246,7 +246,7 @@ class ClipModule(LightningModule):
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
-        """Clamp the logit scale to [1, max_logit_scale], as CLIP does."""
+        """Clamp the logit scale to `[1, max_logit_scale]`, as CLIP does."""
         self.clip.logit_scale.clamp_(0, math.log(self.hparams["max_logit_scale"]))
 
     def on_validation_epoch_start(self) -> None:
@@ -382,7 +382,7 @@ def freeze_parameters(model: nn.Module, freeze: Freeze) -> None:
     """Switch off the gradients of the frozen parts; see `freeze` of `ClipModule`.
 
     Raises:
-        ValueError: `freeze` keeps only the projections, and the model has none by a known name.
+        ValueError: `freeze` is `all-but-projections` or `all-but-head`, and the model has no known projection.
     """
     projections = 0
     for name, parameter in model.named_parameters():
