@@ -1,10 +1,10 @@
-"""What MATEX's settings do to its maps, on phantom images, over several training seeds: writes docs/results/tables/choices.md.
+"""Effect of MATEX's settings on its maps, on phantom images, over several training seeds.
 
     python benchmarks/choices.py --out docs/results/tables/choices.md
 
-Trains a model per seed with `matex fit --config phantom.yaml` where none lies in `--runs`, computes the components of
-validation pairs once per target and weight, fuses them again for every setting, and scores each. The presets are then
-scored on test images, beside the controls and the single-pass methods.
+Trains a model per seed with `matex fit --config phantom.yaml`, unless there is one in `--runs`. Computes the components
+of validation pairs once per target and weight, fuses them again for every setting, and scores each setting. The presets
+are then scored on test images, with the controls and the single-pass methods.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, Pointi
 from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
 from matex_pl.training import ClipModule, load_module
 
-# `Matex.recommended()` in a tower of three blocks: every setting is varied alone around it, with and without the prior.
+# `Matex.recommended()` in a tower of three blocks. Every setting is varied alone, with and without the prior.
 BASE: dict[str, Any] = {"grad_layers": 2, "target": "margin", "fusion": "product"}
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "Target": {"target": ["cosine", "margin"]},
@@ -69,7 +69,7 @@ PRESETS: dict[str, Matex] = {
     "`Matex.recommended()`": Matex.recommended(),
     "`Matex.recommended(lambda_s=1)`": Matex.recommended(lambda_s=1.0),
 }
-# These rows are for the pointing game alone: their confidence is not computed.
+# Suffix of rows that have the pointing game alone, without confidence.
 WITHOUT_PRIOR = ", without the prior"
 HEADER = ["pointing game", "confidence drop", "confidence increase", "mean map mass"]
 
@@ -81,7 +81,7 @@ class Scores:
         self.metrics = (PointingGame(), ConfidenceDrop(), ConfidenceIncrease(), MapMass())
 
     def update(self, maps: Tensor, batch: ImageTextBatch, score: Tensor, kept: Tensor) -> None:
-        """Add a batch of maps `(B, H, W)`, with the cosines of the whole image and of what they keep."""
+        """Add a batch of maps `(B, H, W)`, with the cosines of the whole images and of their kept parts."""
         pointing, drop, increase, mass = self.metrics
         pointing.update(maps, batch["boxes"])
         drop.update(score, kept)
@@ -89,11 +89,11 @@ class Scores:
         mass.update(maps)
 
     def values(self) -> list[float]:
-        """The four metrics, as in `HEADER`."""
+        """The four metrics, in the order of `HEADER`."""
         return [float(metric.compute()) for metric in self.metrics]
 
 
-# Per model, the metrics of each row.
+# Metrics of each row, per model.
 Table = list[dict[str, list[float]]]
 Maps = Callable[[ClipModule, ImageTextBatch, Tensor, Tensor], Iterator[tuple[str, Tensor]]]
 
@@ -106,18 +106,18 @@ def main(
     num_pairs: int = 600,
     batch_size: int = 60,
 ) -> None:
-    """Write the pair.
+    """Write the tables.
 
     Args:
-        runs: Folder with a run per seed; what is missing is trained there.
-        data: Folder of the phantom images; drawn where they are missing.
-        out: The Markdown file to write.
+        runs: Folder with a run per seed; missing runs are trained.
+        data: Folder of the phantom images; missing images are drawn.
+        out: Path of the Markdown file.
         seeds: Training seeds, at least three.
-        num_pairs: Pairs with boxes of either split, spread over it.
-        batch_size: Pairs explained at once.
+        num_pairs: Number of pairs with boxes per split, evenly spaced over it.
+        batch_size: Number of pairs explained at once.
     """
     if len(set(seeds)) < 3:
-        raise SystemExit(f"A spread needs at least three seeds, got {seeds}.")
+        raise SystemExit(f"seeds must name at least three different seeds, got {seeds}.")
     checkpoints = [train(Path(runs) / f"seed{seed}", seed, Path(data)) for seed in seeds]
     val = [score(path, data, "val", fused, num_pairs, batch_size) for path in checkpoints]
     words = [score_words(path, data, num_pairs, batch_size) for path in checkpoints]
@@ -128,7 +128,7 @@ def main(
 
 
 def train(folder: Path, seed: int, data: Path) -> Path:
-    """The last checkpoint of the shipped config under one seed; trained in `folder` where there is none."""
+    """Last checkpoint of the shipped config under one seed; trained in `folder` if missing."""
     checkpoint = folder / "runs/phantom/checkpoints/last.ckpt"
     log = folder / "finished"
     if not log.exists():
@@ -142,7 +142,7 @@ def train(folder: Path, seed: int, data: Path) -> Path:
 
 
 def score(path: Path, root: str, split: str, maps: Maps, num_pairs: int, batch_size: int) -> dict[str, list[float]]:
-    """The metrics of every row of maps on pairs with boxes of a split."""
+    """Metrics of every row of maps on pairs with boxes of a split."""
     module = load_module(str(path))
     fill = fill_images("mean_image", module.clip, module.clip.std)
     table: dict[str, Scores] = defaultdict(Scores)
@@ -183,7 +183,7 @@ def score_words(path: Path, root: str, num_pairs: int, batch_size: int) -> dict[
 def pairs_with_boxes(
     module: ClipModule, root: str, split: str, num_pairs: int, batch_size: int
 ) -> Iterator[ImageTextBatch]:
-    """Batches of pairs with boxes, spread over a split."""
+    """Batches of pairs with boxes, evenly spaced over a split."""
     images = PhantomDataModule(root=root, image_size=module.clip.image_size)
     images.prepare_data()
     images.setup("test" if split == "test" else "fit")
@@ -195,7 +195,7 @@ def pairs_with_boxes(
 
 
 def fused(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A map for every setting: four sets of components, fused again for the rest."""
+    """Maps of all settings: four sets of components, fused again for the rest."""
     parts = {
         (target, weight): Matex(
             **BASE | {"target": target, "spatial_weight": weight, "flow": "rollout", "grad_layers": 3}
@@ -219,7 +219,7 @@ def fused(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Ten
 
 
 def compared(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A map for every preset, control and single-pass method, the last under both targets."""
+    """Maps of all presets, controls and single-pass methods, the last under both targets."""
     given = (module.clip, images, tokens, batch["phrase"], batch["content_box"])
     for name, method in [*PRESETS.items(), ("`PriorOnly()`", PriorOnly()), ("`CenterMap()`", CenterMap())]:
         yield name, method.attribute(*given).image
@@ -229,9 +229,9 @@ def compared(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: 
 
 
 def single_pass(target: str) -> dict[str, AttributionMethod]:
-    """The single-pass methods, the first two of which do not depend on what is explained."""
+    """Single-pass methods; the first two do not depend on the target."""
     return {
-        # Eq. 1 alone, with a tau that leaves no weight to the layers below.
+        # Eq. 1 alone, with a tau that gives no weight to the lower layers.
         "attention of the last block": Matex(alpha=0.0, beta=1.0, lambda_c=0.0, delta=0.0, tau=100.0),
         "rollout (Abnar and Zuidema)": Rollout(),
         "Chefer, last block": Chefer(target=target),
@@ -245,7 +245,7 @@ def single_pass(target: str) -> dict[str, AttributionMethod]:
 
 
 def rows(table: dict[str, dict[str, list[Any]]]) -> dict[str, tuple[str, Any]]:
-    """Every row by its name, with the argument and the value that it stands for."""
+    """Argument and value of every row, by name."""
     return {
         f"{title}: {value}": (argument, value)
         for title, setting in table.items()
@@ -255,22 +255,22 @@ def rows(table: dict[str, dict[str, list[Any]]]) -> dict[str, tuple[str, Any]]:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean over seeds, least and greatest."""
+    """Mean over seeds, with minimum and maximum."""
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def report(val: Table, seeds: Sequence[int], num_pairs: int) -> list[str]:
-    """The validation images, as lines of Markdown."""
+    """Markdown lines of the validation images."""
     base = ", ".join(f"{name}={value!r}" for name, value in BASE.items())
     lines = [
-        "# What the settings of MATEX do",
+        "# Effect of the settings of MATEX",
         "",
         f"Written by `python benchmarks/choices.py`. {len(seeds)} models of `configs/phantom.yaml`, training seeds "
-        f"{', '.join(map(str, seeds))}; every cell is the mean over the seeds, with the least and the greatest.",
-        f"{num_pairs} pairs with boxes of the validation images; every setting is varied alone around",
-        f"`Matex({base})`, in a tower of three blocks `Matex.recommended()`; without the prior means `lambda_s=1`.",
-        "Confidence is of the image, in percent points of the cosine, with the mean image as the fill; a drop is",
-        "better when low, and is 0 for a map of ones: read the mass beside it in the test table.",
+        f"{', '.join(map(str, seeds))}. Every cell is the mean over the seeds, with minimum and maximum.",
+        f"{num_pairs} pairs with boxes of the validation images. Every setting is varied alone around",
+        f"`Matex({base})`, which is `Matex.recommended()` in a tower of three blocks. Without the prior: `lambda_s=1`.",
+        "Confidence is that of the image, in percentage points of the cosine, with the mean image as the fill.",
+        "A low drop is better. A map of ones has the drop 0: read the drop with the mass in the test table.",
         "",
         "| setting | value | pointing game | to the base | without the prior | to the base | confidence drop | "
         "confidence increase |",
@@ -287,7 +287,7 @@ def report(val: Table, seeds: Sequence[int], num_pairs: int) -> list[str]:
 
 
 def report_words(words: Table) -> list[str]:
-    """The words, as lines of Markdown."""
+    """Markdown lines of the words."""
     lines = [
         "",
         "| text blocks with gradients, of 2 | text confidence drop | text confidence increase |",
@@ -300,8 +300,8 @@ def report_words(words: Table) -> list[str]:
 
 
 def report_test(test: Table, num_pairs: int) -> list[str]:
-    """The test images, as lines of Markdown."""
-    lines = ["", "## Test images", "", f"Nothing was chosen here. {num_pairs} pairs with boxes.", ""]
+    """Markdown lines of the test images."""
+    lines = ["", "## Test images", "", f"No setting was selected on these images. {num_pairs} pairs with boxes.", ""]
     lines += [f"| method | {' | '.join(HEADER)} |", "|---|---|---|---|---|"]
     for name in sorted(test[0], key=lambda name: -mean(scores[name][0] for scores in test)):
         cells = [spread([scores[name][k] for scores in test], 1 if k in (1, 2) else 3) for k in range(4)]
@@ -310,7 +310,7 @@ def report_test(test: Table, num_pairs: int) -> list[str]:
 
 
 def ahead(test: Table) -> list[str]:
-    """Which single-pass methods beat MATEX without its prior, and in how many of the models."""
+    """Single-pass methods that beat MATEX without its prior, and the number of models where they do."""
     ours = "`Matex.recommended(lambda_s=1)`"
     lines = [f"Single-pass methods ahead of {ours} in the pointing game, and the difference:"]
     for name in test[0]:

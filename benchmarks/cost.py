@@ -1,4 +1,4 @@
-"""What maps cost: the time of each method against a plain forward of both towers, and its memory."""
+"""Cost of maps: time of each method relative to a plain forward of both towers, and its memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from matex_pl.attribution.core.target import REFERENCES
 from matex_pl.clip import Clip, load_clip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of one image, for `attribute_phrases`.
+# Number of phrases on one image, for `attribute_phrases`.
 _PHRASES = 16
 _FEWEST = 7
-# Of methods that repeat forwards: the time is theirs times a number, and their defaults would take minutes per round.
+# Fewer repeated forwards than by default, which would take minutes per round. The time is proportional to them.
 FEWER: dict[str, dict[str, int]] = {
     "IntegratedGradients": {"steps": 2},
     "KernelShap": {"samples": 12},
@@ -45,46 +45,47 @@ def measure_cost(
     device: str = "auto",
     precision: str = "fp32",
 ) -> str:
-    """Measure, on this machine, what every method costs; a Markdown table.
+    """Measure the cost of every method on this machine; returns a Markdown table.
 
     Times are ratios to a plain forward of both towers without gradient, as open_clip runs them, on the same pairs in
-    the same round: the methods take turns, so that a slow minute of the machine falls on all of them. Images are noise
-    and phrases are the package's list of findings by side and zone; the weights are random, which changes no time.
+    the same round. The methods take turns, which spreads a slow minute of the machine over all of them. Images are
+    noise, and phrases are the package's list of findings by side and zone. The weights are random, which does not
+    change the time.
 
     Args:
-        model: An open_clip name or a path to a JSON model config.
-        batch_size: Pairs per call; several, as `[1,16]`, give a table each.
-        repeats: Rounds after one to warm up, at least 7.
-        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
+        model: Name of an open_clip model, or path of a JSON model config.
+        batch_size: Number of pairs per call; several, as `[1,16]`, give a table each.
+        repeats: Number of rounds after one to warm up, at least 7.
+        device: `cpu`, `cuda`, or `auto`, which uses a GPU if there is one.
         precision: `fp32` or `bf16`, the dtype of the weights.
 
     Returns:
-        Per batch size, a table with a row per method: median, least and greatest ratio, for methods that repeat
-        forwards the ratio to those forwards alone, pairs per second, and peak memory beyond the model's weights. Then
-        the time of 16 phrases on one image, in single pairs.
+        A table per batch size with a row per method: median, minimum and maximum of the ratio, for methods that repeat
+            forwards the ratio to these forwards alone, pairs per second, and peak memory beyond the model's weights.
+            Then the time of 16 phrases on one image, in single pairs.
 
     Raises:
-        ValueError: An argument is out of range.
-        NotImplementedError: The maps of one of the towers are not supported.
+        ValueError: If an argument is out of range.
+        NotImplementedError: If the maps of one of the towers are not supported.
     """
     sizes = [batch_size] if isinstance(batch_size, int) else batch_size
     if repeats < _FEWEST or not sizes or min(sizes) < 1:
         raise ValueError(f"repeats must be at least {_FEWEST} and batch_size at least 1, got {repeats} and {sizes}.")
     if precision not in PRECISIONS or device not in ("auto", "cpu", "cuda"):
         raise ValueError(
-            f"precision is one of fp32, bf16, device of auto, cpu, cuda; got {precision!r} and {device!r}."
+            f"precision must be one of fp32, bf16, and device one of auto, cpu, cuda, got {precision!r} and {device!r}."
         )
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but there is no GPU that torch can use. Leave it out, or take cpu.")
+        raise ValueError("device is cuda, but there is no GPU that torch can use. Leave device out, or use cpu.")
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     clip = load_clip(model).to(place, PRECISIONS[precision])
-    # What it holds changes no time; without one, what fills with it would be refused.
+    # The mean image does not change the time, but methods that fill with it need one.
     clip.mean_image.fill_(0.5)
     phrases = clip.tokenize(REFERENCES[:_PHRASES])
     lines = [
         f"{model}, {precision}, {_machine(place)}, torch {torch.__version__}; phrases of "
         f"{float(clip.content(phrases).sum(1).float().mean()):.0f} words or pieces, median of {repeats} rounds "
-        "(least to greatest). Counting the blocks and encoding the references, once per model, is not in it."
+        "(minimum to maximum). Counting the blocks and encoding the references, once per model, is not included."
     ]
     for size in sizes:
         lines += ["", *_table(clip, size, repeats)]
@@ -92,7 +93,7 @@ def measure_cost(
 
 
 def methods_present() -> dict[str, AttributionMethod]:
-    """Every method of the package by how it is called: with its defaults, or with fewer of its repeated forwards."""
+    """All methods of the package by their call, with the defaults or with fewer repeated forwards."""
     named: dict[str, AttributionMethod] = {
         "Matex()": Matex(),
         "Matex(grad_layers='all')": Matex(grad_layers="all"),
@@ -135,7 +136,7 @@ def _table(clip: Clip, size: int, repeats: int) -> list[str]:
 
 
 def _recorded(clip: Clip, call: Call) -> list[tuple[Call, Tensor]]:
-    """The inputs that a call gives to either tower, with the functions it gives them to."""
+    """Inputs that a call passes to either tower, with the called functions."""
     seen: list[tuple[Call, Tensor]] = []
     encoders = {name: getattr(clip, name) for name in ("encode_image", "encode_text")}
 
@@ -185,12 +186,12 @@ def _plain_forward(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, 
 
 @torch.no_grad()
 def _short_forward(clip: Clip, images: Tensor, tokens: Tensor) -> Tensor:
-    """Both towers as this package runs them, see `towers.encode_text`."""
+    """Both towers as this package runs them; see `towers.encode_text`."""
     return clip.similarity(images, tokens)
 
 
 def _interleaved(calls: dict[str, Call], repeats: int, clip: Clip, size: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, the calls taking turns."""
+    """Seconds of each call in each round, with the calls taking turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     rounds = track(range(repeats + 1), f"batch {size}", console=Console(stderr=True), transient=True)
     for turn in rounds:
@@ -215,7 +216,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _ratio(times: Sequence[float], base: Sequence[float]) -> str:
-    """Median, least and greatest of the ratios, round by round."""
+    """Median, minimum and maximum of the ratios, round by round."""
     ratios = [mine / other for mine, other in zip(times, base, strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
@@ -227,7 +228,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _peak_memory(call: Call, device: torch.device) -> int:
-    """The most bytes of tensors that a call holds at once, beyond what was there before."""
+    """Peak bytes of tensors that a call allocates, beyond those before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -239,9 +240,9 @@ def _peak_memory(call: Call, device: torch.device) -> int:
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is entered and still alive, and their peak.
+    """Context that counts the bytes of tensors created inside it and still alive, and their peak.
 
-    The allocator of the CPU keeps no such count, and a process's memory includes what was freed and not given back.
+    The allocator of the CPU has no such count, and the memory of a process includes freed memory that was not returned.
     """
 
     def __init__(self) -> None:
@@ -253,7 +254,7 @@ class TensorMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation, and count the storages that it made."""
+        """Run the operation, and count the storages that it created."""
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):

@@ -1,11 +1,11 @@
-"""How fast images are read: a full decode by Pillow beside this package's reader and its cache, in one run.
+"""Speed of reading images: a full decode by Pillow, this package's reader and its cache, in one run.
 
     python benchmarks/decode.py
 
-Prints a Markdown table of images per second of one core's time, and how many times as many that is as Pillow's full
-decode with the resize that follows it. Without `--folder` it draws gray JPEGs of 2,500 x 3,000 pixels at quality 95,
-whose grain sets the length of the file: the images of MIMIC-CXR-JPG have about 1.5 MB. The ways take turns on the same
-images; the median over the rounds counts.
+Prints a Markdown table of images per second of one core, and the ratio to Pillow's full decode with the following
+resize. Without `--folder` it draws gray JPEGs of 2,500 x 3,000 pixels at quality 95, whose grain sets the file size:
+the images of MIMIC-CXR-JPG have about 1.5 MB. The readers take turns on the same images, and the table has the median
+over the rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BASE = "Pillow, full decode and resize"
 
 
 def draw_images(folder: Path, number: int, grain: float) -> list[Path]:
-    """Phantom images at the size of a detector, with grain of that standard deviation, as JPEG of quality 95."""
+    """Phantom images at the size of a detector, with grain of the given standard deviation, as JPEGs of quality 95."""
     folder.mkdir()
     paths = []
     for index in range(number):
@@ -46,7 +46,7 @@ def draw_images(folder: Path, number: int, grain: float) -> list[Path]:
 
 
 def ways(size: int, cache: ImageCache) -> dict[str, Callable[[Path], object]]:
-    """What is compared, by name: from a path to pixels."""
+    """Compared readers by name: functions from a path to pixels."""
     transform = ImageTransform((size, size))
     height, width = transform.fit((HEIGHT, WIDTH))
 
@@ -66,7 +66,7 @@ def ways(size: int, cache: ImageCache) -> dict[str, Callable[[Path], object]]:
 
 
 def measure(paths: list[Path], size: int, rounds: int, cache: ImageCache) -> dict[str, float]:
-    """Seconds per image of each way, the median over rounds, after one that does not count."""
+    """Seconds per image of each reader: the median over rounds, without the first round."""
     taken: dict[str, list[float]] = {name: [] for name in ways(size, cache)}
     for _ in range(rounds + 1):
         for name, read in ways(size, cache).items():
@@ -81,9 +81,9 @@ def main(folder: str | None = None, number: int = 8, rounds: int = 5, size: int 
     """Print the table.
 
     Args:
-        folder: JPEGs of one's own to measure on instead.
-        number: Images to read in each round.
-        rounds: Times that each way reads all images.
+        folder: Folder of JPEGs to read; drawn phantoms by default.
+        number: Number of images to read in each round.
+        rounds: Number of rounds; every reader reads all images in each round.
         size: Side of the model's square input.
     """
     with TemporaryDirectory() as made:

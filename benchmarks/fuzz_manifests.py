@@ -1,12 +1,12 @@
-"""Is any table of images read, or refused with a clear error: thousands of broken ones, each made from its seed.
+"""Fuzz test of tables of images: thousands of broken tables, each made from its seed, are read or clearly refused.
 
     python benchmarks/fuzz_manifests.py
-    python benchmarks/fuzz_manifests.py --first 4711 --number 1      one again, with its traceback if it has one
+    python benchmarks/fuzz_manifests.py --first 4711 --number 1      repeats one table, with its traceback if it fails
 
-A right table is spoilt in up to four ways (cells, columns, bytes) and goes through `ManifestDataModule.setup`, through
-`matex check-data`'s function and, where that finds nothing wrong, with all of its images through the dataset. What
-comes out has to be pairs with right boxes and images below the root, or an error that names the file and what is wrong.
-Anything else is printed with its seed, and the status is 1. Counts of the outcomes are printed as a Markdown table.
+A correct table is corrupted in up to four ways (cells, columns, bytes). It goes through `ManifestDataModule.setup` and
+the function of `matex check-data`. If this finds no error, all of its images go through the dataset. The expected
+result is pairs with valid boxes and images below the root, or an error that names the file and the reason. Any other
+result is printed with its seed, and the exit status is 1. Counts of the outcomes are printed as a Markdown table.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from matex_pl.data import ManifestDataModule
 
 HEIGHT, WIDTH = 30, 40
 COLUMNS = ("image", "phrase", "id", "patient_id", "boxes", "finding", "split", "mask", "x", "y", "w", "h")
-# Of a core.
+# CPU seconds of a slow table.
 SLOW_SECONDS = 10
-# The clear errors, beside the list of bad rows; {} is the table.
+# Patterns of the clear errors, including the list of bad rows; {} is the table.
 CLEAR = {
     "bad rows": r"^\d+ bad rows?:\n  {}, line \d+: .+",
     "no such encoding": r"^{}(, line \d+: the byte 0x.. is not UTF-8| is UTF-16)",
@@ -58,7 +58,7 @@ Rows = list[dict[str, Any]]
 
 
 def images(root: Path) -> None:
-    """Images in `root/images`, and what is none: broken, empty, folders, links in and out and in a circle."""
+    """Write images to `root/images`, and invalid entries: broken, empty, folders, links in and out and in a circle."""
     outside = root.parent / "outside.png"
     folder = root / "images"
     folder.mkdir(parents=True)
@@ -108,14 +108,14 @@ NUMBERS = [
 
 
 def boxes_cell(rng: random.Random) -> Any:
-    """Boxes that are right, or almost, or not at all."""
+    """Boxes that are valid, almost valid or invalid."""
     box = [rng.choice([0, 1, 5, 10, 20, WIDTH, 1e9, rng.uniform(-50, 50), rng.choice(NUMBERS)]) for _ in range(4)]
     boxes: Any = rng.choice([[box], [box, [1, 1, 9, 9]], box, [box[:3]], [[box]], {"a": box}, [], "", "[[", "[" * 5000])
     return boxes if rng.random() < 0.4 or isinstance(boxes, str) else json.dumps(boxes)
 
 
 def any_cell(rng: random.Random, column: str) -> Any:
-    """A value for a cell of that column, mostly one that does not belong there."""
+    """Value for a cell of that column, mostly an invalid one."""
     if rng.random() < 0.15:
         return rng.choice(PATHS + WORDS + NUMBERS)
     if column in ("image", "mask"):
@@ -126,7 +126,7 @@ def any_cell(rng: random.Random, column: str) -> Any:
 
 
 def right_rows(rng: random.Random) -> Rows:
-    """A table that is right, with some of the columns that need not be there."""
+    """Rows of a valid table, with some of the optional columns."""
     rows: Rows = []
     wanted = {name for name in ("id", "patient_id", "finding", "split", "boxes", "mask", "x") if rng.random() < 0.4}
     for number in range(rng.randrange(6, 9)):
@@ -142,7 +142,7 @@ def right_rows(rng: random.Random) -> Rows:
 
 
 def spoil_rows(rng: random.Random, rows: Rows) -> Rows:
-    """The rows with something wrong in a cell, a column or their number."""
+    """Rows with an error in a cell, a column or their number."""
     how = rng.randrange(9)
     names = list(rows[0]) if rows and rows[0] else ["image"]
     name, row = rng.choice(names), rng.randrange(len(rows)) if rows else 0
@@ -162,7 +162,7 @@ def spoil_rows(rng: random.Random, rows: Rows) -> Rows:
 
 
 def as_csv(rng: random.Random, rows: Rows) -> str:
-    """The rows as CSV, by one of the separators and ways to quote."""
+    """Rows as CSV, with a random separator and quoting."""
     file = io.StringIO(newline="")
     writer = csv.writer(
         file,
@@ -179,7 +179,7 @@ def as_csv(rng: random.Random, rows: Rows) -> str:
 
 
 def as_lines(rng: random.Random, rows: Rows) -> str:
-    """The rows as JSON lines, some of which may be no objects."""
+    """Rows as JSON lines; some lines may not be objects."""
     lines = [json.dumps(row) for row in rows]
     if lines and rng.random() < 0.2:
         lines[rng.randrange(len(lines))] = rng.choice(
@@ -189,7 +189,7 @@ def as_lines(rng: random.Random, rows: Rows) -> str:
 
 
 def spoil_bytes(rng: random.Random, content: bytes) -> bytes:
-    """The bytes with some exchanged, taken out, put in or cut off."""
+    """Bytes with some replaced, removed, inserted or cut off."""
     place, length = rng.randrange(len(content) + 1), rng.choice([0, 1, 1, 4, 40])
     random_bytes = bytes(rng.randrange(256) for _ in range(rng.choice([1, 2, 8])))
     odd = [
@@ -211,13 +211,13 @@ def spoil_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def encoded(rng: random.Random, text: str) -> bytes:
-    """The text, mostly in UTF-8; what the encoding does not have becomes something else."""
+    """Text as bytes, mostly in UTF-8; characters that the encoding lacks are replaced."""
     encoding = rng.choice(["utf-8"] * 40 + ["utf-8-sig", "utf-16", "latin-1", "utf-32", "utf-7"])
     return text.encode(encoding, rng.choice(["surrogatepass", "replace"]) if encoding == "utf-8" else "replace")
 
 
 def write_table(rng: random.Random, root: Path) -> Path:
-    """A table of the seed's in `root`, spoilt in up to four ways."""
+    """Write the table of a seed to `root`, corrupted in up to four ways, and return its path."""
     rows = right_rows(rng)
     ways = rng.randrange(5)
     bytewise = rng.randrange(3) if ways else 0
@@ -237,7 +237,7 @@ def write_table(rng: random.Random, root: Path) -> Path:
 
 
 def module(rng: random.Random, path: Path) -> ManifestDataModule:
-    """A data module with settings of the seed's."""
+    """Data module with the settings of a seed."""
     return ManifestDataModule(
         str(path),
         columns=rng.choice([None, None, None, None, {"phrase": "caption"}, {"finding": "c1"}, {"image": "image"}]),
@@ -251,7 +251,7 @@ def module(rng: random.Random, path: Path) -> ManifestDataModule:
 
 
 def outcome(path: Path, work: Callable[[], str]) -> str:
-    """What a piece of work came to; errors that are not among the clear ones go on."""
+    """Result of a piece of work, or the name of its clear error; other errors are raised."""
     try:
         return work()
     except ValueError as error:
@@ -263,7 +263,7 @@ def outcome(path: Path, work: Callable[[], str]) -> str:
 
 
 def set_up(data: ManifestDataModule) -> str:
-    """Set up, look at what is there, and say what came of it."""
+    """Set up the data module, check its pairs, and return the outcome."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         data.setup("fit")
@@ -278,7 +278,7 @@ def set_up(data: ManifestDataModule) -> str:
 
 
 def checked(data: ManifestDataModule) -> str:
-    """Check, write and read what was found; where nothing is wrong every image has to come out of the dataset."""
+    """Check the data, and write and read the report; if there is no error, load every image from the dataset."""
     report = check_data(data, workers=1, out="bad.csv")
     report.text.encode()
     if report.bad:
@@ -294,7 +294,7 @@ def checked(data: ManifestDataModule) -> str:
 
 
 def run(seed: int, root: Path) -> tuple[str, str]:
-    """Outcomes of the table of a seed: of the set-up and of the check."""
+    """Outcomes of the table of a seed: that of the set-up and that of the check."""
     rng = random.Random(seed)
     path = write_table(rng, root)
     data = module(rng, path)
@@ -308,8 +308,8 @@ def main(number: int = 10_000, first: int = 0) -> None:
     """Print the outcomes, and every table that is neither read nor clearly refused.
 
     Args:
-        number: Tables.
-        first: Seed of the first.
+        number: Number of tables.
+        first: Seed of the first table.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     counts: Counter[str] = Counter()

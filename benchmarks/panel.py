@@ -1,6 +1,7 @@
-"""The README's pictures: the panel of one phantom of the test split, or the contact sheet of every method on it.
+"""Pictures of the documentation: the panel of one test phantom, or the contact sheet of all methods on it.
 
-python benchmarks/panel.py --ckpt_path runs/phantom/checkpoints/last.ckpt --pair phantom-11004-1 --out docs/pictures/panel.png
+python benchmarks/panel.py --ckpt_path runs/phantom/checkpoints/last.ckpt --pair phantom-11004-1 \
+        --out docs/pictures/panel.png
 python benchmarks/panel.py ... --method all --width 1440 --out docs/pictures/methods.png
 """
 
@@ -18,14 +19,14 @@ from matex_pl.visualization.draw import save_png
 
 
 def main(ckpt_path: str, pair: str, out: str, width: int = 704, method: str = "matex") -> None:
-    """Write the panel.
+    """Write the picture.
 
     Args:
-        ckpt_path: A checkpoint of `matex fit --config phantom.yaml`.
+        ckpt_path: Checkpoint of `matex fit --config phantom.yaml`.
         pair: Id of a test pair.
-        out: The PNG to write.
-        width: Of the picture in pixels; smaller than a panel, for a small file.
-        method: A shipped method by name, or `all` for a contact sheet.
+        out: Path of the PNG file.
+        width: Width of the picture in pixels; smaller than a panel, for a small file.
+        method: Name of a shipped method, or `all` for a contact sheet.
     """
     module = load_module(ckpt_path)
     data = PhantomDataModule(image_size=module.clip.image_size)

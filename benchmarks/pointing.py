@@ -1,9 +1,9 @@
-"""Pointing game per finding on a validation or test split: MATEX beside what needs no model.
+"""Pointing game per finding on a validation or test split: MATEX and baselines without a model.
 
     python benchmarks/pointing.py --data NihDataModule --data.root FOLDER --ckpt_path last.ckpt
 
-Prints a Markdown table. The mean box is the position-wise mean of the training split's boxes of the same finding; its
-peak is what somebody who knows the finding but not the image would point at.
+Prints a Markdown table. The mean box is the position-wise mean of the training split's boxes of the same finding. Its
+peak is the best guess from the finding alone, without the image.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def mean_boxes(data: ChestXrayDataModule, size: tuple[int, int]) -> dict[str, Te
 
 
 def hits(module: ClipModule, batch: ImageTextBatch, means: dict[str, Tensor]) -> dict[str, Tensor]:
-    """1 or 0 per pair of a batch and row of the comparison, `(B,)` each."""
+    """Hit (1 or 0) of each pair of a batch, `(B,)`, by row of the comparison."""
     images, tokens = module.inputs(batch)
     masks = box_masks(batch["boxes"], module.clip.image_size)
     blank = torch.zeros(module.clip.image_size)
@@ -58,10 +58,10 @@ def main(data: ChestXrayDataModule, ckpt_path: str, split: str = "test", batch_s
     """Print the table.
 
     Args:
-        data: The data module.
-        ckpt_path: A checkpoint of `matex fit`.
+        data: Data module.
+        ckpt_path: Checkpoint of `matex fit`.
         split: `val` or `test`.
-        batch_size: Pairs explained at once.
+        batch_size: Number of pairs explained at once.
     """
     module = load_module(ckpt_path)
     data.image_size = module.clip.image_size

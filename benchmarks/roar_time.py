@@ -1,4 +1,4 @@
-"""What a plan of `matex roar` cost: seconds per run, whether more runs cost the same, and what is not training.
+"""Time of a plan of `matex roar`: seconds per run, their change over the runs, and the share outside training.
 
 python benchmarks/roar_time.py roar/phantom
 """
@@ -18,7 +18,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=Path, help="Folder of the plan.")
-    parser.add_argument("--processes", type=int, default=2, help="Processes that ran it at a time.")
+    parser.add_argument("--processes", type=int, default=2, help="Number of processes that worked at the same time.")
     arguments = parser.parse_args()
     print(measured(read_plan(arguments.folder), arguments.processes))
 

@@ -1,10 +1,11 @@
-"""What a pair and a process cost: the numbers of docs/guides/many-gpus.md.
+"""Cost of a pair and of a process: the numbers of docs/guides/many-gpus.md.
 
     python benchmarks/scaling.py
 
-Prints a Markdown table. Steps are those of `configs/phantom.yaml`'s model, on one process and on two (gloo), 64 pairs
-per step in both; everything else is counted on made-up pairs. Takes three minutes. Seconds are those of one core in one
-process (`time.process_time`), so that what else the machine does counts less; those of disks are of the clock.
+Prints a Markdown table. Steps are those of the model of `configs/phantom.yaml`, on one process and on two (gloo), with
+64 pairs per step in both. All other numbers are measured on synthetic pairs. Seconds are those of one core in one
+process (`time.process_time`), which reduces the effect of other work on the machine. Seconds of disks are wall-clock
+time.
 """
 
 from __future__ import annotations
@@ -43,24 +44,24 @@ _PAIRS, _WIDTH = 100_000, 512
 
 
 class Clock(Callback):
-    """Seconds of each training step, without the first ten."""
+    """Callback that measures the seconds of each training step, without the first ten."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.times = path, []
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.times.append(time.process_time())
 
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
-        """Keep the median of the first process."""
+        """Write the median of the first process."""
         steps = [after - before for before, after in zip(self.times[10:], self.times[11:], strict=False)]
         if trainer.is_global_zero:
             self.path.write_text(json.dumps(median(steps)), encoding="utf-8")
 
 
 def step_seconds(rank: int, folder: Path, processes: int) -> None:
-    """Median seconds of a step of 64 pairs in each of `processes` that share them."""
+    """Write the median seconds of a step of 64 pairs, in each of `processes` that share them."""
     clock = Clock(folder / f"steps{processes}")
     trainer = Trainer(
         accelerator="cpu",
@@ -81,7 +82,7 @@ def step_seconds(rank: int, folder: Path, processes: int) -> None:
 
 
 def loss_seconds(rank: int, folder: Path, batch: int) -> None:
-    """Median seconds of the loss and its backward in one of two processes, 512 channels."""
+    """Write the median seconds of the loss and its backward in one of two processes, with 512 channels."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/group{batch}", rank=rank, world_size=2)
     image, text = (F.normalize(torch.randn(batch, _WIDTH), dim=-1).requires_grad_() for _ in range(2))
     phrases = [f"phrase {rank} {number}" for number in range(batch)]
@@ -92,14 +93,14 @@ def loss_seconds(rank: int, folder: Path, batch: int) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of a core that some work takes."""
+    """CPU seconds of some work."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def pairs(number: int) -> list[ImageTextPair]:
-    """Pairs as a manifest of one finding and one box each makes them."""
+    """Pairs like those of a manifest with one finding and one box each."""
     phrase = "There is a small left pleural effusion with adjacent atelectasis, unchanged."
     return [
         ImageTextPair(
@@ -117,7 +118,7 @@ def pairs(number: int) -> list[ImageTextPair]:
 
 
 def of_the_list() -> Iterator[tuple[str, str]]:
-    """The list of pairs, and the order of an epoch."""
+    """Cost of the list of pairs, and of the order of an epoch."""
     tracemalloc.start()
     listed = pairs(_PAIRS)
     yield "list of pairs, bytes per pair and process", f"{tracemalloc.get_traced_memory()[0] / _PAIRS:.0f}"
@@ -131,7 +132,7 @@ def of_the_list() -> Iterator[tuple[str, str]]:
 
 
 def of_the_scores() -> Iterator[tuple[str, str]]:
-    """Retrieval over a whole split."""
+    """Cost of retrieval over a whole split."""
     for pairs in (2_000, 4_000, 8_000):
         image, text = (F.normalize(torch.randn(pairs, _WIDTH), dim=-1) for _ in range(2))
         names = [str(number) for number in range(pairs)]
@@ -147,7 +148,7 @@ def of_the_scores() -> Iterator[tuple[str, str]]:
 
 
 def of_the_store(folder: Path) -> Iterator[tuple[str, str]]:
-    """Maps on disk: 64 files of 64 pairs, 224 pixels and 7 x 7 patches, with pixels and without."""
+    """Cost of maps on disk: 64 files of 64 pairs, 224 pixels and 7 x 7 patches, with pixels and without."""
     for kind, image in (("grid alone", False), ("grid and pixels", True)):
         store = MapStore(folder / kind, "weights", CenterMap())
         seconds = []
@@ -164,14 +165,14 @@ def of_the_store(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def made_up_maps(*, pixels: bool) -> Attribution:
-    """Maps of 64 pairs; with `pixels` their image maps do not follow from the patches."""
+    """Synthetic maps of 64 pairs; with `pixels` their image maps do not follow from the patches."""
     grid = min_max(torch.rand(64, 7, 7))
     image = torch.rand(64, 224, 224) if pixels else min_max(upsample(grid, (224, 224)))
     return Attribution(image, grid, torch.rand(64, 77), torch.ones(64, 77, dtype=torch.bool), torch.rand(64))
 
 
 def of_the_weights(folder: Path) -> Iterator[tuple[str, str]]:
-    """ViT-B/32: its weights, their hash and a checkpoint of training."""
+    """Cost of ViT-B/32: its weights, their hash and a checkpoint of training."""
     module = ClipModule("ViT-B-32")
     count = sum(parameter.numel() for parameter in module.parameters())
     yield "parameters of ViT-B/32, millions", f"{count / 1e6:.1f}"
@@ -188,7 +189,7 @@ def of_the_weights(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def of_a_real_step(number: int = 32) -> Iterator[tuple[str, str]]:
-    """A training step of ViT-B/32 with random weights on all cores, or on a GPU where there is one; by the clock."""
+    """Wall-clock time of a training step of ViT-B/32 with random weights, on all cores or on a GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     torch.set_num_threads(cores)
@@ -215,7 +216,7 @@ def of_a_real_step(number: int = 32) -> Iterator[tuple[str, str]]:
 
 
 def of_the_images(folder: Path) -> Iterator[tuple[str, str]]:
-    """What the cache keeps of an image, and what reading MIMIC's reports takes before the first step."""
+    """Size of a cached image, and time to read MIMIC's reports before the first step."""
     source = folder / "image.png"
     Image.fromarray(torch.randint(256, (600, 500), dtype=torch.uint8).numpy()).save(source)
     ImageCache(folder / "kept").read(source, lambda size: (224, 224), "224 x 224")
@@ -240,7 +241,7 @@ def main() -> None:
     rows = [("cores, and load when it began", f"{os.cpu_count()}, {os.getloadavg()[0]:.1f}")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # Processes are forked first: later this one will have threads.
+        # Processes are forked first, before this one has threads.
         step_seconds(0, folder, 2)
         fork(step_seconds, folder, 1)
         for processes in (1, 2):
@@ -257,7 +258,7 @@ def main() -> None:
 
 
 def fork(function: Callable[..., None], *arguments: Any, processes: int = 1) -> None:
-    """Run a function in processes of its own."""
+    """Run a function in separate processes."""
     torch.multiprocessing.start_processes(function, arguments, nprocs=processes, start_method="fork")
 
 

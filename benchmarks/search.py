@@ -1,11 +1,10 @@
-"""Seconds that `matex tune` takes for the components, for its settings and for the best settings at every pixel.
+"""Seconds of `matex tune` for the components, for its settings and for the best settings at every pixel.
 
     python benchmarks/search.py
     python benchmarks/search.py --ckpt_path runs/phantom/checkpoints/last.ckpt
 
-Without a checkpoint the model is ViT-B/32 with random weights: the cost of a setting does not depend on them. Prints a
-Markdown table for the 567 settings of the default grid. A minute or two per objective on two cores, nothing is
-downloaded.
+Without a checkpoint the model is ViT-B/32 with random weights, because the cost of a setting does not depend on the
+weights. Prints a Markdown table for the 567 settings of the default grid. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ def main(
     """Print the table.
 
     Args:
-        ckpt_path: A checkpoint of `matex fit`; random weights by default.
+        ckpt_path: Checkpoint of `matex fit`; random weights by default.
         name: Name of the model with random weights.
-        root: Folder of the phantoms, which are drawn if there are none.
-        pairs: Number of pairs of either split.
-        objectives: Objectives to measure; `sanity` takes all times once more for each block of the towers.
+        root: Folder of the phantoms, which are drawn if missing.
+        pairs: Number of pairs of each split.
+        objectives: Objectives to measure; `sanity` needs all times once more for each block of the towers.
     """
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = ckpt_path or save_random(name, Path(folder) / "random.ckpt")
@@ -67,7 +66,7 @@ def main(
 
 
 def save_random(name: str, path: Path) -> str:
-    """A checkpoint of a model with random weights."""
+    """Path of a new checkpoint of a model with random weights."""
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     trainer.strategy.connect(ClipModule(name))
     trainer.save_checkpoint(path)

@@ -1,12 +1,12 @@
-"""Whether maps tell a model that reads a tag in the corner from one that reads the lung; see the README.
+"""Maps of a model that reads a tag in the corner, compared with those of a model that reads the lung.
 
     matex fit --config phantom.yaml
     matex fit --config phantom_shortcut.yaml
     python benchmarks/shortcut.py --plain runs/phantom/checkpoints/last.ckpt \
         --tagged runs/phantom_shortcut/version_0/checkpoints/last.ckpt --out docs/pictures/shortcut.png
 
-Prints a Markdown table over all test pairs of the finding whose image carries the tag, and over the same images drawn
-without it, and makes a picture of the first of them.
+Prints a Markdown table over all test pairs of the finding whose image has the tag, and over the same images drawn
+without it. Also writes a picture of the first pair.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ METHODS: dict[str, AttributionMethod] = {
 
 
 def has_tag(image: NDArray[np.uint8]) -> bool:
-    """Whether a phantom `(h, w)` carries the tag."""
+    """Whether a phantom `(h, w)` has the tag."""
     drawn = np.array(image)
     draw_token(drawn)
     return bool((drawn == image).all())
 
 
 def read(data: PhantomDataModule, pairs: list[ImageTextPair]) -> list[ImageTextBatch]:
-    """The images of test pairs as the data module draws them, with the tag or without, 64 at a time."""
+    """Batches of 64 test pairs, with the images as the data module draws them."""
     images = PairDataset(data, pairs, data.dataset("test").transform)
     return list(DataLoader(images, batch_size=64, collate_fn=collate))
 
 
 def tag_zone(data: PhantomDataModule, module: ClipModule) -> Tensor:
-    """The tag with half a patch around it, `(H, W)` bool in the model's frame."""
+    """Mask of the tag with half a patch around it, `(H, W)` bool in the model's frame."""
     image = np.zeros((data.stored_size, data.stored_size), np.uint8)
     draw_token(image)
     rows, columns = np.nonzero(image)
@@ -66,7 +66,7 @@ def tag_zone(data: PhantomDataModule, module: ClipModule) -> Tensor:
 def measure(
     module: ClipModule, method: AttributionMethod, batches: list[ImageTextBatch], thorax: Tensor, tag: Tensor
 ) -> list[float]:
-    """Share of the mass outside of the thorax, share of maxima on the tag, and pointing game."""
+    """Share of the mass outside the thorax, share of maxima on the tag, and pointing game."""
     values = []
     for batch in batches:
         images, tokens = module.inputs(batch)
@@ -79,14 +79,14 @@ def measure(
 
 @torch.no_grad()
 def says(module: ClipModule, batches: list[ImageTextBatch], findings: Sequence[str], finding: str) -> float:
-    """Share of images for which the prompt of this finding is the best of all."""
+    """Share of images whose best prompt is that of this finding."""
     text = module.clip.encode_text(module.clip.tokenize([f"There is {name}." for name in findings]))
     best = [(module.clip.encode_image(module.inputs(batch)[0]) @ text.T).argmax(1) for batch in batches]
     return float((torch.cat(best) == findings.index(finding)).float().mean())
 
 
 def table(models: dict[str, ClipModule], images: dict[str, list[ImageTextBatch]], data: PhantomDataModule) -> str:
-    """Markdown: a row per model, images and method."""
+    """Markdown table with a row per model, images and method."""
     head = ["trained", "test images", f"called {data.shortcut_finding}"]
     head += ["method", "mass outside the thorax", "maxima on the tag", "pointing game"]
     rows = [head, ["---"] * len(head)]
@@ -133,13 +133,13 @@ def main(
     """Print the table and write the picture.
 
     Args:
-        tagged: The checkpoint of a model that was trained with the tag.
-        plain: That of one that was trained without.
-        out: The PNG to write.
+        tagged: Checkpoint of a model that was trained with the tag.
+        plain: Checkpoint of a model that was trained without the tag.
+        out: Path of the PNG file.
         root: Folder of the image cache.
-        shortcut: The share of images with the tag among those with the finding, as in training.
-        finding: The finding that the tag gives away, as in training.
-        width: Of the picture in pixels.
+        shortcut: Share of images with the tag among those with the finding, as in training.
+        finding: Finding that the tag reveals, as in training.
+        width: Width of the picture in pixels.
     """
     models = {"without the tag": load_module(plain), "with the tag": load_module(tagged)}
     size = models["with the tag"].clip.image_size

@@ -1,11 +1,10 @@
-"""Does memory stay flat: 2,000 training steps with maps, scores and checkpoints every 100 steps.
+"""Memory over 2,000 training steps, with maps, scores and checkpoints every 100 steps.
 
     python benchmarks/soak.py
 
-Prints a Markdown table of the memory of the process and its loaders, the median over each 100 steps, and a verdict; the
-status is 1 where a median after the warm-up is more than 2 % above or below the first one after it. Linux with
-glibc 2.33 or later, and `psutil`, which `pip install -e '.[dev]'` brings. Two to four minutes on two cores, nothing is
-downloaded.
+Prints a verdict and a Markdown table of the memory of the process and its loaders, the median over each 100 steps. The
+exit status is 1 if a median after the warm-up differs by more than 2 % from the first one after it. Needs Linux with
+glibc 2.33 or later, and `psutil`, which `pip install -e '.[dev]'` installs. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ MODEL = {
     }
 }
 LIMIT = 2.0
-"""By how many percent memory may differ after the warm-up."""
+"""Allowed difference of memory after the warm-up, in percent."""
 _EVERY = 10
 _HEAP = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 COLUMNS = (
@@ -55,12 +54,18 @@ COLUMNS = (
 
 
 class Gauge(Callback):
-    """Notes the memory every tenth step, between validations, and prints the medians of each `every` steps.
+    """Callback that records the memory every tenth step and prints the medians of each `every` steps.
 
-    `rows` are lists of the step and the values of `COLUMNS`: what the process and its children hold beside files, where
-    pages that they share count once (other programs that have mapped the same libraries do not count), RSS of the
-    process, the largest it ever was, what of its heap is in use, which a leak raises and holes between live pieces do
-    not, what torch holds on a GPU, blocks of Python's own allocator, and open files.
+    Each of the `rows` has the step and the values of `COLUMNS`:
+
+    - memory of the process and its children without files; a page that they share counts once, and other programs with
+      the same libraries do not affect the value
+    - resident memory of the process
+    - the maximum of the resident memory so far
+    - heap in use, which grows with a leak but not with holes between live blocks
+    - memory of torch on a GPU
+    - blocks of Python's own allocator
+    - open files
     """
 
     def __init__(self, every: int) -> None:
@@ -69,7 +74,7 @@ class Gauge(Callback):
         self.process = psutil.Process()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Note it."""
+        """Record the memory."""
         if trainer.global_step % _EVERY == 0:
             self.rows.append([trainer.global_step, *self._read()])
         if trainer.global_step % self.every == 0:
@@ -85,7 +90,7 @@ class Gauge(Callback):
 
 
 def _held(pid: int) -> int:
-    """Bytes that a process holds beside files; of a page that n processes share an n-th part."""
+    """Bytes of a process without files; a page shared by n processes counts as an n-th of its size."""
     path = Path(f"/proc/{pid}/smaps_rollup")
     return _bytes(path, "Pss_Anon") + _bytes(path, "Pss_Shmem")
 
@@ -97,7 +102,7 @@ class _Heap(ctypes.Structure):
 
 
 def _heap_in_use() -> int:
-    """Bytes that the C library's main heap, and its mappings of large pieces, have given out."""
+    """Bytes in use of the C library's main heap and of its mappings of large blocks."""
     ask = ctypes.CDLL("libc.so.6").mallinfo2
     ask.restype = _Heap
     found = ask()
@@ -105,13 +110,13 @@ def _heap_in_use() -> int:
 
 
 def _bytes(path: Path, name: str) -> int:
-    """A number of Linux' tables of a process, in bytes."""
+    """Value of an entry in Linux's tables of a process, in bytes."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def soak(folder: Path, steps: int, every: int, workers: int, accelerator: str) -> list[list[float]]:
-    """Train, and give the rows of the gauge."""
+    """Train, and return the rows of the gauge."""
     data = PhantomDataModule(
         str(folder / "images"),
         num_train=300,
@@ -145,7 +150,7 @@ def soak(folder: Path, steps: int, every: int, workers: int, accelerator: str) -
 
 
 def windows(rows: list[list[float]], every: int) -> list[list[float]]:
-    """Last step of each `every` steps, and the medians of the columns over these."""
+    """Last step of each `every` steps, and the medians of the columns over these steps."""
     last = sorted({-(-int(row[0]) // every) * every for row in rows})
     parts = [[row for row in rows if end - every < row[0] <= end] for end in last]
     return [
@@ -154,7 +159,7 @@ def windows(rows: list[list[float]], every: int) -> list[list[float]]:
 
 
 def spread(medians: list[list[float]], column: int, warm_up: int) -> float:
-    """By how many percent a column's medians after the warm-up differ at most from the first of them."""
+    """Largest difference, in percent, of a column's medians after the warm-up from the first of them."""
     after = [row[column] for row in medians if row[0] > warm_up]
     return 100 * max(abs(value / after[0] - 1) for value in after) if after[0] else 0.0
 
@@ -163,11 +168,11 @@ def main(steps: int = 2000, every: int = 100, warm_up: int = 400, workers: int =
     """Print the table and the verdict.
 
     Args:
-        steps: Training steps.
-        every: Steps from one validation, with maps, scores and a checkpoint, to the next.
-        warm_up: Steps that do not count.
-        workers: Processes of the loader of each split.
-        accelerator: Of the Trainer.
+        steps: Number of training steps.
+        every: Number of steps between validations, with maps, scores and a checkpoint.
+        warm_up: Number of steps that do not count.
+        workers: Number of loader processes of each split.
+        accelerator: Accelerator of the Trainer.
     """
     if steps <= warm_up + every:
         raise SystemExit(f"steps must be more than warm_up + every = {warm_up + every}, got {steps}.")

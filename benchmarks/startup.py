@@ -1,10 +1,10 @@
-"""CPU seconds until `matex` answers, against importing what it stands on.
+"""CPU seconds until `matex` answers, compared with importing its dependencies.
 
     python benchmarks/startup.py --rounds 5 --before ../matex_pl_of_yesterday
 
-Prints a Markdown table. The commands take turns, so that a slow minute of the machine falls on all of them; a number is
-the median of user and system seconds of a process and its children. `matex explain` runs on a tiny model made here,
-once with a checkpoint that is missing, which ends it where it would load, and once in whole.
+Prints a Markdown table. The commands take turns, which spreads a slow minute of the machine over all of them. A number
+is the median of user and system seconds of a process and its children. `matex explain` runs on a tiny model made here:
+once with a missing checkpoint, which ends it at the point of loading, and once completely.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ trainer.save_checkpoint({path!r})
 
 
 def measure_startup(rounds: int = 5, before: str | None = None) -> str:
-    """Measure how soon commands answer on this machine; a Markdown table.
+    """Measure the CPU time until commands answer on this machine; returns a Markdown table.
 
     Args:
-        rounds: Runs of each command, after one to warm up the disk.
-        before: A checkout of another version, which is measured too.
+        rounds: Number of runs of each command, after one to warm up the disk.
+        before: Checkout of another version, which is measured too.
     """
     commands = {(name, ""): ["-c", name] for name in YARDSTICKS}
     for root in filter(None, (before, str(ROOT))):
@@ -62,7 +62,7 @@ def measure_startup(rounds: int = 5, before: str | None = None) -> str:
 
 
 def cpu_seconds(words: list[str], root: str, folder: str) -> float:
-    """User and system seconds of a Python process with `root` first on its path, in a folder."""
+    """User and system seconds of a Python process in a folder, with `root` first on its path."""
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     process = os.fork()
     if not process:

@@ -1,7 +1,7 @@
-"""Callbacks that explain the model while it learns."""
+"""Callbacks that explain the model during training."""
 
 if __name__ != "matex_pl.callbacks":
-    raise ImportError(f"Import matex_pl.callbacks, not {__name__}: otherwise each class would exist twice.")
+    raise ImportError(f"The module {__name__} would define each class twice. Import matex_pl.callbacks instead.")
 
 from matex_pl.callbacks.attribution_maps import AttributionMaps
 from matex_pl.callbacks.attribution_metrics import AttributionMetrics

@@ -19,21 +19,22 @@ from matex_pl.visualization.draw import Picture
 
 
 class AttributionMaps(Callback):
-    """Logs, for K fixed pairs, a panel of image, boxes, map, shaded phrase and score.
+    """Log, for K fixed pairs, a panel of image, boxes, map, shaded phrase and score.
 
-    Each pair has one tag, `maps/<name>/<id>`, for the whole run, so that TensorBoard's slider runs through training.
-    All loggers that take images get it. The pairs are chosen once, in turn over the findings, and kept with the
-    checkpoint.
+    Each pair has one tag, `maps/<name>/<id>`, for the whole run, and TensorBoard's slider moves through the training.
+    The panels go to all loggers that accept images. The pairs are chosen once, in turn over the findings, and saved in
+    the checkpoint.
 
     Args:
-        method: An attribution method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by default.
-        name: Part of the tag, to have several methods side by side.
-        num_pairs: K, without `pair_ids`.
-        pair_ids: Ids of the pairs, which have to be in the split that is validated or tested.
-        every_n_validations: Log at the first validation and then at every n-th; 0 switches it off.
-        show_text: Write the phrases and findings in the panels; with `false`, shaded bars replace the words. By
-            default, only loggers that write to local disks get words (see `is_local`). Patient ids are never in
-            panels; the id of the pair always is.
+        method: An attribution method, the name of a shipped one (`m2ib`), or a YAML file; `Matex.recommended()` by
+            default.
+        name: Part of the tag that distinguishes several methods.
+        num_pairs: Number K of pairs, unless `pair_ids` is given.
+        pair_ids: Ids of the pairs, which must be in the validated or tested split.
+        every_n_validations: Interval of the panels: the first validation, then every n-th; 0 switches the callback off.
+        show_text: Whether to write phrases and findings in the panels; with `false`, shaded bars replace the words. By
+            default, only loggers that write to local disks get words (see `is_local`). Panels never contain patient
+            ids, and always the id of the pair.
         log_text: Deprecated name of `show_text`.
     """
 
@@ -49,7 +50,7 @@ class AttributionMaps(Callback):
     ) -> None:
         if num_pairs < 1 or every_n_validations < 0:
             raise ValueError(
-                "num_pairs must be at least 1 and every_n_validations at least 0, "
+                "AttributionMaps: num_pairs must be at least 1 and every_n_validations at least 0, "
                 f"got {num_pairs} and {every_n_validations}."
             )
         self.method = load_method(method or Matex.recommended())
@@ -63,7 +64,7 @@ class AttributionMaps(Callback):
 
     @property
     def state_key(self) -> str:
-        """A key per name, for several instances."""
+        """Key with the name, to support several instances."""
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class AttributionMaps(Callback):
         return {"validations": self.validations, "chosen": self.chosen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the pairs of the checkpoint."""
+        """Restore the pairs of the checkpoint."""
         self.validations, self.chosen = state_dict["validations"], state_dict["chosen"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,11 +83,12 @@ class AttributionMaps(Callback):
             missing = [name for name in self.pair_ids if name not in ids]
             if missing:
                 raise ValueError(
-                    f"AttributionMaps: no pair {missing[0]!r} among {len(ids)}, e.g. {min(ids, default='none')!r}."
+                    f"AttributionMaps: there is no pair {missing[0]!r} among the {len(ids)} pairs of the split, e.g. "
+                    f"{min(ids, default='none')!r}. Give pair_ids of this split."
                 )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the panels, if it is their turn."""
+        """Log the panels at every n-th validation."""
         if trainer.sanity_checking or not self.every_n_validations:
             return
         self.validations += 1
@@ -104,7 +106,7 @@ class AttributionMaps(Callback):
         data = getattr(loader, "dataset", None)
         if not isinstance(data, PairDataset):
             raise TypeError(
-                f"AttributionMaps needs the loader of a matex_pl data module, got one over {type(data).__name__}."
+                f"AttributionMaps needs the loader of a matex_pl data module, got a loader of {type(data).__name__}."
             )
         if split not in self.chosen:
             self.chosen[split] = self.pair_ids or choose_pairs(data.pairs, self.num_pairs)
@@ -119,12 +121,14 @@ class AttributionMaps(Callback):
             for pair, panel in panels.items() if trainer.is_global_zero else ():
                 taken += log_images(loggers, f"maps/{self.name}/{pair}", panel, trainer.global_step)
         if not taken:
-            rank_zero_warn("None of the trainer's loggers takes images, so no maps are shown. Use a TensorBoardLogger.")
+            rank_zero_warn(
+                "No logger of the trainer accepts images, so AttributionMaps shows no maps. Use a TensorBoardLogger."
+            )
 
     def _panels(
         self, trainer: Trainer, module: Any, data: PairDataset, pairs: list[str], show_text: bool
     ) -> dict[str, Picture]:
-        """The panels by pair, on the first process those of all; each process explains its share."""
+        """Panels by pair, all of them on the first process; each process explains its share."""
         share = pairs[trainer.global_rank :: trainer.world_size]
         panels: dict[str, Picture] = {}
         if share:
@@ -139,7 +143,7 @@ class AttributionMaps(Callback):
 
 
 def choose_pairs(pairs: Sequence[ImageTextPair], number: int) -> list[str]:
-    """Ids of up to `number` pairs: findings in turn, in the order of the split, those with boxes first."""
+    """Ids of up to `number` pairs: findings in turn, in the order of the split, pairs with boxes first."""
     queues: dict[str, list[str]] = {}
     for pair in sorted(pairs, key=lambda pair: not pair.boxes):
         queues.setdefault(pair.finding, []).append(pair.id)

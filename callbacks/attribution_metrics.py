@@ -37,28 +37,35 @@ from matex_pl.metrics.removal import dropped_tokens, image_score, text_score
 
 
 class AttributionMetrics(Callback):
-    """Logs the quality of a method's maps, over the first batches of validation and of test.
+    """Log the quality of a method's maps, over the first batches of validation and test.
 
-    Scalars, with `attribution/` in front: `pointing_game` and `cnr` over pairs with boxes, `confidence_drop` and
-    `confidence_increase`, `mean_map_mass`, and for methods that support text `text_confidence_drop` and
-    `text_confidence_increase`; for MATEX also `consistency_mean` and `consistency_min`, over patches and pairs
-    (near 1 everywhere, C does nothing). `ModelCheckpoint(monitor="attribution/pointing_game")` works.
+    The scalars, with the prefix `attribution/`, are
 
-    `outside_thorax_mass` is the share of the maps' mass outside lungs and heart, if the trainer's data module knows
-    them (`thorax()`), otherwise `border_mass` the share in the outer tenth of the image. It rises if a model reads
-    something outside the patient. A prior draws the map to the named region and hides that: log a method without.
+    - `pointing_game` and `cnr`, over pairs with boxes
+    - `confidence_drop` and `confidence_increase`
+    - `mean_map_mass`
+    - `text_confidence_drop` and `text_confidence_increase`, for methods that support text
+    - `consistency_mean` and `consistency_min` over patches and pairs, for MATEX (if C is near 1 everywhere, it has no
+      effect)
+    - `outside_thorax_mass`, the share of the maps' mass outside lungs and heart, if the data module has a `thorax()`
+    - `border_mass`, the share in the outer tenth of the image, if it has none
+
+    `ModelCheckpoint(monitor="attribution/pointing_game")` works. The mass outside rises if a model reads something
+    outside the patient. A prior draws the map to the named region and hides this: log a method without a prior.
 
     Args:
-        method: An attribution method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by default.
-        name: Put between `attribution/` and the scalar, to have several methods side by side; empty for none.
-        num_batches: Explained batches per validation (or test), in each process; -1 for all.
-        fill: Replacement of pixels that are not kept: `mean_image`, `mean_color` (as published) or `blur`.
-        per_finding: Also log the pointing game and the mass outside (and the prompt sensitivity) of each finding, as
-            `pointing_game/<finding>`.
-        sensitivity: Also log how maps follow the phrase, which takes two to three times as long. `prompt_sensitivity`:
-            the rank correlation, over patches, of the maps under the true phrase and under that of another pair of the
-            batch (see `other_phrases`), lower is better. `side_sensitivity`: the share of mass that moves to the other
-            side of the patient when the phrase names that one, over phrases with a `named_side`, higher is better.
+        method: An attribution method, the name of a shipped one (`m2ib`), or a YAML file; `Matex.recommended()` by
+            default.
+        name: Name between `attribution/` and the scalar that distinguishes several methods; empty for none.
+        num_batches: Number of explained batches per validation (or test), in each process; -1 for all.
+        fill: Replacement of removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
+        per_finding: Whether to log the pointing game, the mass outside and the prompt sensitivity of each finding too,
+            as `pointing_game/<finding>`.
+        sensitivity: Whether to log how maps follow the phrase, which takes two to three times as long.
+            `prompt_sensitivity` is the rank correlation, over patches, of the maps under the true phrase and under that
+            of another pair of the batch (see `other_phrases`); lower is better. `side_sensitivity` is the share of mass
+            that moves to the other side of the patient when the phrase names that side, over phrases with a
+            `named_side`; higher is better.
     """
 
     def __init__(
@@ -73,7 +80,8 @@ class AttributionMetrics(Callback):
         check_choices(AttributionMetrics.__init__, locals())
         if num_batches < -1 or num_batches == 0:
             raise ValueError(
-                f"num_batches must be positive, or -1 for all; got {num_batches}. To switch it off, leave it out."
+                f"num_batches must be positive, or -1 for all batches, got {num_batches}. To log no scalars, leave "
+                "AttributionMetrics out."
             )
         self.method = load_method(method or Matex.recommended())
         self.name = name
@@ -86,23 +94,23 @@ class AttributionMetrics(Callback):
         self._kept: dict[str, Metric] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the name, and take the thorax from the data module."""
+        """Check the name, and read the thorax from the data module."""
         taken = [
             other
             for other in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(other, AttributionMetrics) and other is not self and other.name == self.name
         ]
         if taken:
-            raise ValueError(f"Two AttributionMetrics log under the name {self.name!r}. Give each a name of its own.")
+            raise ValueError(f"Two AttributionMetrics log under the name {self.name!r}. Give each a different name.")
         data = getattr(trainer, "datamodule", None)
         self.thorax = data.thorax() if isinstance(data, ChestXrayDataModule) else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Check the fill; the model has its mean image by now."""
+        """Check the fill; the model has its mean image at this point."""
         check_fill(self.fill, pl_module.clip)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Reset the metrics, which Lightning does not do for those of a callback."""
+        """Reset the metrics, because Lightning does not reset those of a callback."""
         check_fill(self.fill, pl_module.clip)
         self.metrics = {}
         for metric in self._kept.values():
@@ -119,7 +127,7 @@ class AttributionMetrics(Callback):
             kinds |= {"text_confidence_drop": ConfidenceDrop, "text_confidence_increase": ConfidenceIncrease}
         if self.sensitivity:
             kinds |= {"prompt_sensitivity": RankCorrelation, "side_sensitivity": SideSensitivity}
-        # Made on every process, whatever findings its batches have: `compute` waits for all of them.
+        # Created on every process, for all findings: `compute` waits for all processes.
         kinds |= {
             f"{name}/{finding}": kinds[name]
             for finding in getattr(pl_module, "findings", ())
@@ -135,7 +143,7 @@ class AttributionMetrics(Callback):
 
     @property
     def _of_findings(self) -> tuple[str, ...]:
-        """The scalars that each finding gets too."""
+        """Names of the scalars that are logged per finding too."""
         return ("pointing_game", self._outside, "prompt_sensitivity") if self.per_finding else ()
 
     def on_validation_batch_end(
@@ -156,10 +164,10 @@ class AttributionMetrics(Callback):
         self._add("mean_map_mass", batch, rows, maps.image)
         self._add(self._outside, batch, rows, maps.image, inside)
         if "consistency" in maps.parts:
-            # The mean of what is one number per patch.
+            # `MapMass` is the mean over patches.
             self._metric("consistency_mean", MapMass).update(maps.parts["consistency"], ids=batch["id"])
             self._metric("consistency_min", MinMetric).update(maps.parts["consistency"])
-        # Not the embeddings of the validation step, which differ under autocast.
+        # The embeddings of the validation step would differ under autocast.
         image, text = embed_pairs(clip, images, tokens)
         score = (image * text).sum(-1)
         kept = {"confidence": image_score(clip, images, maps.image, self.fill, text)}
@@ -173,7 +181,7 @@ class AttributionMetrics(Callback):
             self._change_phrases(clip, images, maps, batch)
 
     def _change_phrases(self, clip: Clip, images: Tensor, maps: Attribution, batch: ImageTextBatch) -> None:
-        """Compare the maps with those under other phrases, for the pairs that have one."""
+        """Compare the maps with those under other phrases, for pairs that have another phrase."""
         changed = {
             "prompt_sensitivity": other_phrases(batch["phrase"], batch["finding"]),
             "side_sensitivity": swapped_phrases(batch["phrase"]),
@@ -192,7 +200,7 @@ class AttributionMetrics(Callback):
                 self._add(name, batch, rows, maps.image[rows], other.image, sides, boxes)
 
     def _add(self, name: str, batch: ImageTextBatch, rows: list[int], *values: Any) -> None:
-        """Add R rows of a batch to a scalar, and to those of their findings; `values` are its inputs, each R long."""
+        """Add R rows of a batch to a scalar and to those of their findings; each of the `values` has length R."""
         ids = [batch["id"][row] for row in rows]
         self.metrics[name].update(*values, ids=ids)
         if name not in self._of_findings:
@@ -204,9 +212,9 @@ class AttributionMetrics(Callback):
             self._metric(f"{name}/{finding}", type(self.metrics[name])).update(*picked, ids=[ids[k] for k in places])
 
     def _metric(self, name: str, kind: type[Metric], device: torch.device | None = None) -> Metric:
-        """The scalar of this epoch, made when it first comes; some come with some batches only."""
+        """Metric of a scalar in this epoch, created on first use, because some scalars occur in some batches only."""
         if name not in self.metrics:
-            # Kept from epoch to epoch: torchmetrics' objects hold themselves, so that Python frees them late.
+            # Reused in every epoch: torchmetrics objects refer to themselves, and Python frees them late.
             if name not in self._kept:
                 self._kept[name] = kind()
             self.metrics[name] = self._kept[name].to(device or self.metrics["cnr"].device)
@@ -217,7 +225,7 @@ class AttributionMetrics(Callback):
         if trainer.sanity_checking:
             return
         if trainer.world_size > 1:
-            # `compute` waits for all processes, so each needs the scalars of all, in one order.
+            # `compute` waits for all processes, so each needs all scalars in the same order.
             parts: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(parts, {name: type(metric) for name, metric in self.metrics.items()})
             kinds = {name: kind for part in parts for name, kind in part.items()}
@@ -230,11 +238,11 @@ class AttributionMetrics(Callback):
                 value = metric.compute()
             if value.isnan():
                 if "/" in name:
-                    # A finding that none of the batches has is no reason to worry.
+                    # A finding may be missing in all batches; no warning is needed.
                     continue
                 rank_zero_warn(
-                    f"{prefix}/{name} is NaN: none of the pairs in the explained batches counts (no boxes, or no "
-                    "other phrase?)."
+                    f"The scalar {prefix}/{name} is NaN: no pair in the explained batches counts. The pairs may have "
+                    "no boxes or no other phrase."
                 )
             pl_module.log(f"{prefix}/{name}", value, sync_dist=True)
 

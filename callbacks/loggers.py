@@ -1,4 +1,4 @@
-"""Pictures, texts and scores for Lightning's loggers, without an import of their packages."""
+"""Pictures, texts and scores for Lightning's loggers, without importing their packages."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from PIL import Image
 
 
 def log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> bool:
-    """Hand one picture to a logger; True if the logger takes pictures.
+    """Log one picture to a logger; returns whether the logger accepts pictures.
 
     Supported are TensorBoard (the Trainer's and Fabric's), MLflow (an artifact `tag/000000120.png`), Comet, and every
     logger with Lightning's own `log_image(key, images, step)`, such as Weights & Biases. The loggers themselves write
     on rank 0 only.
 
     Args:
-        logger: A logger of the Trainer.
+        logger: Logger of the Trainer.
         tag: Name of the picture; slashes group it.
         image: `(h, w, 3)` uint8 RGB.
-        step: Usually `trainer.global_step`.
+        step: Step of the picture, usually `trainer.global_step`.
 
     Raises:
-        ValueError: The picture has another shape or type.
+        ValueError: If the picture has another shape or type.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be (h, w, 3) uint8, got {image.shape} {image.dtype}.")
@@ -35,7 +35,7 @@ def log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> boo
     elif isinstance(logger, MLFlowLogger):
         logger.experiment.log_image(logger.run_id, image, artifact_file=f"{tag}/{step:09d}.png")
     elif isinstance(logger, CometLogger):
-        # Comet turns arrays into pictures by matplotlib and, without it, logs an error and drops them.
+        # Comet converts arrays with matplotlib. Without matplotlib it logs an error and drops them.
         logger.experiment.log_image(Image.fromarray(image), name=tag, step=step)
     elif callable(getattr(logger, "log_image", None)):
         logger.log_image(key=tag, images=[image], step=step)
@@ -45,12 +45,15 @@ def log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> boo
 
 
 def log_images(loggers: Iterable[Any], tag: str, image: NDArray[np.uint8], step: int) -> int:
-    """Hand one picture to each logger, e.g. `trainer.loggers`; how many took it. Arguments as in `log_image`."""
+    """Log one picture to each logger, e.g. `trainer.loggers`; returns the number of loggers that accept it.
+
+    The arguments are those of `log_image`.
+    """
     return sum(log_image(logger, tag, image, step) for logger in loggers)
 
 
 def log_text(logger: Any, tag: str, text: str, step: int) -> bool:
-    """Hand a Markdown text to a logger; True if the logger takes texts. Arguments as in `log_image`.
+    """Log a Markdown text to a logger; returns whether the logger accepts texts. Arguments as in `log_image`.
 
     Supported are TensorBoard, MLflow (an artifact `tag.md`), Comet, and every logger with Lightning's own
     `log_text(key, columns, data, step)`, such as Weights & Biases.
@@ -69,12 +72,12 @@ def log_text(logger: Any, tag: str, text: str, step: int) -> bool:
 
 
 def log_session(logger: Any, name: str, params: dict[str, Any], metrics: dict[str, float]) -> bool:
-    """Hand hyper-parameters with scores to TensorBoard; True if it is one.
+    """Log hyper-parameters with scores to TensorBoard; returns whether the logger is one.
 
-    They become a run `name` beneath the logger's own: TensorBoard shows only the first hyper-parameters of a run, and
-    those are what the run itself was made with. They are repeated in the new one, if the logger still has them.
-    The columns of TensorBoard's page are those of the first run that has any: for the scores to be among them, the
-    Trainer's logger needs `default_hp_metric=False`.
+    They become a run `name` below the logger's own, because TensorBoard shows only the first hyper-parameters of a run.
+    Those of the run itself are repeated in the new one, if the logger still has them. The columns of TensorBoard's page
+    are those of the first run that has any. To include the scores, the Trainer's logger needs
+    `default_hp_metric=False`.
     """
     if not isinstance(logger, TensorBoardLogger):
         return False
@@ -85,5 +88,5 @@ def log_session(logger: Any, name: str, params: dict[str, Any], metrics: dict[st
 
 
 def is_local(logger: Any) -> bool:
-    """Whether a logger keeps what it is given on this machine's disks: TensorBoard, unless its folder is an address."""
+    """Whether a logger writes to local disks only: TensorBoard, unless its folder is an address."""
     return isinstance(logger, TensorBoardLogger) and "://" not in str(logger.root_dir)

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.evaluation.store import MapStore, pair_keys, weight_hash
 from matex_pl.files import check_folder, remove_abandoned_parts
 
+log = logging.getLogger(__name__)
+
 
 class MapWriter(Callback):
-    """Keeps the maps of all pairs of `validate`, `test` or `predict` in a `MapStore`.
+    """Write the maps of all pairs of `validate`, `test` or `predict` to a `MapStore`.
 
-    Each process writes a file per batch; at the end they are one store, in which each pair is once. Pairs that have
-    maps of these weights, settings, pixels and words are not explained again, so a stopped run continues, with any
-    number of processes. To read the store:
+    Each process writes a file per batch. At the end they form one store that contains each pair once. Pairs that have
+    maps of these weights, settings, pixels and words are not explained again. Therefore a stopped run continues, with
+    any number of processes. To read the store:
 
         MapStore(Path("maps"), weight_hash(module.clip), method).read(pair_keys(batch))
 
-    Does nothing within `fit`, where every validation has other weights.
+    The callback does nothing within `fit`, where the weights change from validation to validation.
 
     Args:
-        method: An attribution method, a shipped one by name (`m2ib`), or a YAML file; `Matex.recommended()` by default.
-        root: Folder of the stores; this one's is named after the method and a hash of its settings and the weights.
+        method: An attribution method, the name of a shipped one (`m2ib`), or a YAML file; `Matex.recommended()` by
+            default.
+        root: Folder of the stores; each store is named after the method and a hash of its settings and the weights.
     """
 
     def __init__(self, method: AttributionMethod | str | None = None, root: str = "maps") -> None:
@@ -37,7 +40,7 @@ class MapWriter(Callback):
         self.store: MapStore | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the folder can be written."""
+        """Check that the folder is writable."""
         self.store = None
         if trainer.state.fn != TrainerFn.FITTING:
             check_folder(self.root)
@@ -45,7 +48,7 @@ class MapWriter(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the store of these weights and this method."""
         if trainer.state.fn != TrainerFn.FITTING:
-            # Lightning gives all processes the weights of the first.
+            # Lightning broadcasts the weights of the first process.
             self.store = MapStore(self.root, weight_hash(pl_module.clip), self.method)
 
     def on_validation_batch_end(
@@ -66,7 +69,7 @@ class MapWriter(Callback):
             self.store.write(missing, maps)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge what the processes wrote into one store."""
+        """Merge the files of all processes into one store."""
         if self.store is None:
             return
         trainer.strategy.barrier("maps are written")
@@ -75,7 +78,8 @@ class MapWriter(Callback):
             remove_abandoned_parts(self.store.folder)
         trainer.strategy.barrier("maps are merged")
         self.store.refresh()
-        rank_zero_info(f"{len(self.store)} maps in {self.store.folder}")
+        if trainer.is_global_zero:
+            log.info(f"{len(self.store)} maps in {self.store.folder}")
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end

@@ -1,8 +1,9 @@
-"""The table of `matex predict`."""
+"""CSV table of `matex predict`."""
 
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -11,16 +12,17 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_info
 
 from matex_pl.files import check_folder, whole_file
 
+log = logging.getLogger(__name__)
+
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes the predictions as one CSV: id, phrase, cosine, and the cosine with each finding's prompt.
+    """Write the predictions as one CSV: id, phrase, cosine, and the cosine with each finding's prompt.
 
     Args:
-        path: The file; `predictions.csv` in the trainer's log folder by default.
+        path: Path of the file; `predictions.csv` in the trainer's log folder by default.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -28,25 +30,25 @@ class PredictionWriter(BasePredictionWriter):
         self.path = path
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the folder can be written."""
+        """Check that the folder is writable."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
             check_folder(self._file(trainer).parent)
 
     def _file(self, trainer: Trainer) -> Path:
-        """Path of the table, which all processes have to ask for together."""
+        """Path of the table; all processes must call this together."""
         return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write all rows, in the order of the images, under a temporary name until they are complete."""
+        """Write all rows, in the order of the images, under a temporary name until the file is complete."""
         rows = [row for batch in predictions for row in batch]
         if trainer.world_size > 1:
             places = [place for loader in batch_indices for batch in loader for place in batch]
             parts: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(parts, list(zip(places, rows, strict=True)))
-            # In prediction Lightning repeats no pair to fill up a shard.
+            # In prediction Lightning does not pad shards with repeated pairs.
             rows = [row for _, row in sorted((pair for part in parts for pair in part), key=itemgetter(0))]
         path = self._file(trainer)
         if not trainer.is_global_zero:
@@ -55,4 +57,4 @@ class PredictionWriter(BasePredictionWriter):
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
             writer.writeheader()
             writer.writerows(rows)
-        rank_zero_info(f"{len(rows)} predictions in {path}")
+        log.info(f"{len(rows)} predictions in {path}")

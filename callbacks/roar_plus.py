@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
 from collections import defaultdict
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from matex_pl.arguments import check_choices
@@ -29,20 +30,27 @@ from matex_pl.roar.run import write_results
 from matex_pl.roar.work import prepare_maps, work_here
 from matex_pl.training.module import ClipModule
 
+log = logging.getLogger(__name__)
+
 
 class RoarPlus(Stopwatch):
-    """ROAR+ at the end of `fit`: the loss of the model when what the maps mark is removed and it is trained again.
+    """Run ROAR+ at the end of `fit`: remove the parts that the maps mark, retrain, and log the rise of the loss.
 
-    The maps are those of the trained weights. The runs, whose number and time it estimates beforehand, follow one after
-    the other with the trainer's accelerator and precision. Logged to the trainer's loggers are a curve per method and
-    modality (`roar/<modality>/<method>`, score over percent dropped, with the deviation over repeats as `/std`), their
-    picture, the table as text, and hyper-parameters with the final scores. In a training of several processes it writes
-    the plan and prints the command that runs it.
+    The maps are those of the trained weights. The callback first logs the number of runs and their estimated time. The
+    runs follow one after the other, with the trainer's accelerator and precision. The trainer's loggers get
+
+    - a curve per method and modality, `roar/<modality>/<method>`: score over percent dropped, with the deviation over
+      repeats as `/std`
+    - a picture of the curves
+    - the table as text
+    - hyper-parameters with the final scores
+
+    In a training with several processes the callback only writes the plan and prints the command that runs it.
 
     Args:
         methods: Names of shipped methods and YAML files.
-        protocol: What is removed, and how often; pairs come from the data module of the training.
-        training: The fine-tuning of each run; accelerator and precision are those of the trainer.
+        protocol: Removal protocol and number of repeats; pairs come from the data module of the training.
+        training: Fine-tuning of each run; accelerator and precision are those of the trainer.
         start: Start weights of each run: those `before` the training, or `after` it.
         out: Folder of the plan; `roar` in the log folder by default. An existing plan is continued.
     """
@@ -65,7 +73,7 @@ class RoarPlus(Stopwatch):
         self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check module and data, and keep the weights before the training."""
+        """Check module and data, and save the weights before the training."""
         if stage != "fit":
             return
         data: Any = getattr(trainer, "datamodule", None)
@@ -74,9 +82,9 @@ class RoarPlus(Stopwatch):
                 "RoarPlus needs a ClipModule and a data module of matex_pl, got "
                 f"{type(pl_module).__name__} and {type(data).__name__}."
             )
-        # The log folder is broadcast, so that all processes have to ask for it.
+        # The log folder is broadcast, so all processes must read it.
         self._folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "roar")
-        # Before a checkpoint is restored, so that a resumed training has the weights that the first one had.
+        # Before a checkpoint is restored: a resumed training keeps the start weights of the first one.
         if self.start == "before" and trainer.is_global_zero:
             write_module(pl_module, self._folder / "before.safetensors")
 
@@ -96,10 +104,10 @@ class RoarPlus(Stopwatch):
         times = "."
         if self.pairs:
             seconds = self.seconds / self.pairs * steps * training.batch_size * number
-            times = f", about {duration(seconds)} and the time of the maps."
-        rank_zero_info(f"ROAR+: {number} fine-tunings of {steps} steps{times}")
+            times = f", about {duration(seconds)} plus the time of the maps."
+        log.info(f"ROAR+: {number} fine-tunings of {steps} steps{times}")
         if trainer.world_size > 1:
-            rank_zero_info(f"The plan is in {plan.folder}. Run it with: matex roar run --plan {plan.folder}")
+            log.info(f"The plan is in {plan.folder}. Run it with: matex roar run --plan {plan.folder}")
             return
         prepare_maps(plan)
         work_here(plan, plan.runs())
@@ -110,11 +118,11 @@ class RoarPlus(Stopwatch):
 
 
 def log_roar(loggers: Iterable[Any], result: RoarResult) -> None:
-    """Scores, curves, tables and hyper-parameters of ROAR+ to those of Lightning's loggers that take them.
+    """Log scores, curves, tables and hyper-parameters of ROAR+ to the loggers that accept them.
 
-    Scalars are `roar/<modality>/<method>` and `roar/<modality>/<method>/std` with the percent dropped as the step,
-    pictures `roar/<modality>`, the text `roar/table`. TensorBoard gets the settings with the means over the fractions
-    as a session of its own, `roar` beneath the trainer's, whose hyper-parameters stay as they are.
+    Scalars are `roar/<modality>/<method>` and `roar/<modality>/<method>/std`, with the percent dropped as the step.
+    Pictures are `roar/<modality>`, and the text is `roar/table`. TensorBoard gets the settings with the means over the
+    fractions as a session of its own, `roar`, below that of the trainer, whose hyper-parameters do not change.
     """
     loggers = list(loggers)
     means: dict[str, float] = {}
@@ -150,7 +158,7 @@ def log_roar(loggers: Iterable[Any], result: RoarResult) -> None:
 
 
 def _tagged(result: RoarResult, modality: str) -> dict[str, RoarMethod]:
-    """Rows by a tag of letters, digits, `_`, `.` and `-`, which every logger takes; each row has its own."""
+    """Rows by a tag of letters, digits, `_`, `.` and `-`, which every logger accepts; each row has its own tag."""
     rows: dict[str, RoarMethod] = {}
     for row in result.methods(modality):
         tag = f"roar/{modality}/" + (re.sub(r"[^A-Za-z0-9.-]+", "_", row.name).strip("_") or "method")

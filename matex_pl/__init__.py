@@ -4,8 +4,8 @@ from importlib.metadata import version
 
 import lazy_loader
 
-# The command line answers at once because what a command does not use, torch above all, is not imported for it: the
-# names are listed in `__init__.pyi`, and their modules imported when they are asked for.
+# Lazy imports keep the command line fast: modules, torch above all, are imported only when a command uses them.
+# `__init__.pyi` lists the names.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = version("matex_pl")

@@ -1,4 +1,4 @@
-"""The `matex` command: finds what a command needs and imports nothing for the others."""
+"""The `matex` command, which imports only the modules that the given subcommand needs."""
 
 from __future__ import annotations
 
@@ -13,48 +13,50 @@ from matex_pl.commands.options import check_words, choose, stop
 from matex_pl.console import show_messages
 from matex_pl.files import shipped_configs
 
-DESCRIPTION = """Fine-tune CLIP on chest radiographs and watch, in TensorBoard, where it looks.
+DESCRIPTION = """Fine-tune CLIP on chest radiographs and see in TensorBoard where the model looks.
 
   matex fit --config phantom.yaml                         train on synthetic images, with maps and scores
-  tensorboard --logdir runs                               look
+  tensorboard --logdir runs                               show the maps and scores
   matex test --config phantom.yaml --ckpt_path last       score the test images
   matex explain image.png "Left lower lobe consolidation." --ckpt_path runs/phantom/checkpoints/last.ckpt
-                                                          one image, one picture; --method m2ib takes another method,
-                                                          --method all draws every one
+                                                          draw the maps of one image and one phrase; --method m2ib
+                                                          selects another method, --method all draws all of them
   matex prior "Left lower lobe consolidation." --out prior.png
-                                                          how a phrase is read, and the prior M that it gives
+                                                          print how a phrase is parsed, and draw its prior M
   matex benchmark --config phantom.yaml --ckpt_path runs/phantom/checkpoints/last.ckpt --out results
-                                                          every method, every metric, with controls: tables and a page
+                                                          compare all methods and controls by all metrics: tables and
+                                                          an HTML page
   matex tune --config phantom.yaml --ckpt_path runs/phantom/checkpoints/last.ckpt --out tuned
-                                                          MATEX's weights, found on the validation images
-  matex roar run --config roar_phantom.yaml               remove what maps mark, train again, see what the model lost;
-                                                          `matex roar status FOLDER` and `collect FOLDER` say how far
-  matex check-data --config mine.yaml                     read every image and row once, and say what is wrong
+                                                          search for MATEX's weights on the validation images
+  matex roar run --config roar_phantom.yaml               remove the pixels and words that maps mark, and retrain;
+                                                          `matex roar status FOLDER` shows the progress,
+                                                          `matex roar collect FOLDER` writes the tables
+  matex check-data --config mine.yaml                     read every image and row once, and list the bad ones
 
-`matex fit --help` lists every setting of training, `matex fit --data.help NihDataModule` those of a data module,
-`matex explain --help` and `matex prior --help` those of a picture, `matex benchmark --help` those of a comparison.
+`matex fit --help` lists the settings of training, `matex fit --data.help NihDataModule` the settings of a data module.
+Every other command lists its settings with `--help`, for example `matex explain --help`.
 """
 TRAINING = {
     "fit": "Train.",
     "validate": "Score the validation images.",
     "test": "Score the test images.",
-    "predict": "Write a row per pair with its cosine, to a CSV.",
+    "predict": "Write the cosine of each pair to a CSV file.",
 }
 COMMANDS = {
-    "explain": "Write one panel of one image and one phrase.",
-    "prior": "Say how a phrase is read, and draw its prior M.",
-    "benchmark": "Compare methods by every metric.",
-    "tune": "Find MATEX's weights on the validation images.",
-    "roar": "Remove what maps mark, and train again.",
-    "check-data": "Read every image and row once.",
+    "explain": "Draw the maps of one image and one phrase.",
+    "prior": "Print how a phrase is parsed, and draw its prior M.",
+    "benchmark": "Compare attribution methods by all metrics.",
+    "tune": "Search for MATEX's weights on the validation images.",
+    "roar": "Remove the pixels and words that maps mark, and retrain.",
+    "check-data": "Read every image and row once, and list the bad ones.",
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command line, the process's own by default; errors of use end it with a message and status 2."""
+    """Run a command line, by default the arguments of the process; exit with a message and status 2 on wrong usage."""
     show_messages()
     words = list(sys.argv[1:] if args is None else args)
-    # LightningCLI takes a config that holds a part per command, before the command or without one.
+    # LightningCLI accepts a config with a section per command, before the command or without one.
     is_config = bool(words) and words[0].startswith(("-c", "--config", "--print_config"))
     epilog = f"Shipped configs, found by name from anywhere: {', '.join(shipped_configs())}."
     parser = ArgumentParser("matex", None, DESCRIPTION, epilog, formatter_class=RawDescriptionHelpFormatter)
@@ -68,10 +70,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ImportError, OSError, NotImplementedError, ValueError) as error:
         stop(f"matex {command}: {error}")
     except KeyboardInterrupt:
-        # As a shell says it of a process that the signal ended.
+        # The status that a shell reports for a process that this signal ended.
         sys.exit(128 + signal.SIGINT)
     if command in TRAINING:
-        # LightningCLI reads the process's own words itself, and warns of others.
+        # LightningCLI reads the arguments of the process itself, and warns if it is given others.
         import_module("matex_pl.commands.fit").main(args)
 
 

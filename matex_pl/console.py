@@ -21,30 +21,33 @@ _HANDLER = _AboveBars()
 
 
 def show_messages() -> None:
-    """Write the messages of the package's loggers to standard error, from INFO on, as the command line does.
+    """Write the messages of the package's loggers, INFO and above, to standard error.
 
-    A program that imports the package sets its own handlers and levels, on the logger `matex_pl` or above it.
+    The command line calls this. A program that imports the package sets its own handlers and levels, on the logger
+    `matex_pl` or on a parent of it.
     """
     logger = logging.getLogger("matex_pl")
     logger.setLevel(logging.INFO)
     logger.addHandler(_HANDLER)
-    # The root logger gets a handler when a library writes to it, and would show each message a second time.
+    # Once a library logs to the root logger, that one has a handler, which would print each message again.
     logger.propagate = False
 
 
 def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterable[Item]:
-    """The items, with a bar on a terminal once they take more than two seconds, also beneath the bars of a Trainer.
+    """The items, with a progress bar on a terminal if they take more than two seconds.
+
+    The bar also works while a Trainer shows its own bars.
 
     Args:
-        items: The items, or the results of a pool as they come.
+        items: Items, or an iterator such as the results of a pool.
         title: Text in front of the bar.
-        total: Number of the items, if they have no length.
+        total: Number of items, for iterators without a length.
     """
     return tqdm(items, desc=title, total=total, delay=2, leave=False, disable=None)
 
 
 def duration(seconds: float) -> str:
-    """A time no more precise than an estimate: `42 s`, `7 min`, `2 h 5 min`."""
+    """A duration, rounded as for an estimate: `42 s`, `7 min`, `2 h 5 min`."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -52,7 +55,7 @@ def duration(seconds: float) -> str:
 
 
 def text_table(rows: Sequence[Sequence[object]], align: str = "<") -> list[str]:
-    """Lines of a table: the first column to the left, the others to the left (`<`) or the right (`>`)."""
+    """Lines of a plain-text table: first column left-aligned, the others left (`<`) or right (`>`)."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     template = "  ".join(f"{{!s:{align if place else '<'}{width}}}" for place, width in enumerate(widths))
     return [template.format(*row).rstrip() for row in rows]

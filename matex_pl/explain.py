@@ -24,11 +24,11 @@ def explain_batch(
     """One panel per pair of the batch, `(h, w, 3)` uint8 each.
 
     Args:
-        module: A `ClipModule`, or any module with `clip` and `inputs`.
-        method: The attribution method.
+        module: `ClipModule`, or any module with `clip` and `inputs`.
+        method: Attribution method.
         batch: Pairs, on any device.
         subtitle: Second line of the panels.
-        show_text: Write the words of the phrase and the finding; otherwise a panel has bars for the words.
+        show_text: Whether to write the phrase and the finding; if not, bars stand for the words.
     """
     maps, tokens = _attribute(module, method, batch)
     return draw_panels(module.clip, maps, batch, tokens, subtitle, show_text=show_text)
@@ -44,7 +44,7 @@ def draw_panels(
     *,
     show_text: bool = True,
 ) -> list[Picture]:
-    """One panel per pair of the batch, `(h, width, 3)` uint8 each, from finished maps; see `explain_batch`."""
+    """One panel per pair of the batch, `(h, width, 3)` uint8 each, from computed maps; see `explain_batch`."""
     return [
         panel(
             heat=maps.image[row].float().cpu().numpy(),
@@ -60,12 +60,16 @@ def draw_panels(
 
 
 def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch: ImageTextBatch) -> Picture:
-    """A contact sheet of one pair, `(h, w, 3)` uint8: its image, and the map and the words of each method.
+    """Contact sheet of one pair, `(h, w, 3)` uint8: its image, and the map and the words of each method.
 
     Args:
-        module: A `ClipModule`, or any module with `clip` and `inputs`.
-        methods: Methods by the name to write under the map. One that refuses the model is shown with its reason.
+        module: `ClipModule`, or any module with `clip` and `inputs`.
+        methods: Methods by the name to write under their map. If a method does not support the model, the sheet shows
+            the reason instead of a map.
         batch: One pair.
+
+    Raises:
+        NotImplementedError: No method supports the model.
     """
     entries = []
     for name, method in progress(methods.items(), "methods"):
@@ -91,7 +95,7 @@ def _attribute(module: Any, method: AttributionMethod, batch: ImageTextBatch) ->
 def _pair(
     clip: Clip, batch: ImageTextBatch, tokens: Tensor, content: Tensor, row: int, *, show_finding: bool = True
 ) -> dict[str, Any]:
-    """Arguments for a picture of a pair that are the same for all methods."""
+    """Arguments of a pair's picture that are the same for all methods."""
     finding = batch["finding"][row] if show_finding else ""
     return {
         "image": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),

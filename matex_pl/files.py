@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes of files, checks of folders, and the shipped configs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 @contextmanager
 def whole_file(path: Path, parts: Path | None = None) -> Iterator[Path]:
-    """A temporary file that takes the name `path` at the end: a reader sees the old file or the new one.
+    """Context with a temporary file that is renamed to `path` at the end: readers see the old file or the new one.
 
-    Folders on the way are made. After an exception nothing is left of it.
+    The parent folders are created. After an exception the temporary file is removed, and `path` is unchanged.
 
     Args:
-        path: The file.
-        parts: Folder of the temporary file, above or beside `path` on the same disk; that of `path` by default.
+        path: Destination.
+        parts: Folder of the temporary file, on the same disk as `path`; by default the folder of `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = (parts or path.parent) / f".{path.name}.{uuid4().hex}.part"
@@ -34,7 +34,7 @@ def whole_file(path: Path, parts: Path | None = None) -> Iterator[Path]:
 
 
 def remove_abandoned_parts(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder: parts that nobody has written to for an hour."""
+    """Remove the temporary files of killed processes from a folder: parts that have not changed for an hour."""
     for part in folder.glob(".*.part"):
         with suppress(OSError):
             if time.time() - part.stat().st_mtime > _ABANDONED_AFTER:
@@ -42,13 +42,13 @@ def remove_abandoned_parts(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all."""
+    """Write a UTF-8 file atomically; see `whole_file`."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def check_folder(folder: Path) -> None:
-    """Make a folder, with its parents; raise OSError, before the work, if no file can be written there."""
+    """Create a folder and its parents; raise OSError if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -58,7 +58,10 @@ def check_folder(folder: Path) -> None:
 
 
 def find_config(path: str) -> Path | None:
-    """A config file by path, or else by its name among the shipped ones (with or without `configs/` in front)."""
+    """Path of a config: the given file, or else the shipped config of this name, with or without `configs/` in front.
+
+    None if there is neither.
+    """
     candidate = Path(path)
     if candidate.is_file():
         return candidate
@@ -67,5 +70,5 @@ def find_config(path: str) -> Path | None:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the YAML configs for `matex fit` that are installed with the package."""
+    """Names of the YAML configs that are installed with the package."""
     return sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))

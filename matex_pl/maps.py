@@ -1,4 +1,4 @@
-"""What every attribution method returns, and the map arithmetic that all of them share."""
+"""The result type of all attribution methods, and the map arithmetic that they share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Attribution:
     """Maps of B image-phrase pairs.
 
     Args:
-        image: `(B, H, W)` in [0, 1], the model's input frame, x to the right, y down.
-        grid: `(B, Gh, Gw)` the same at patch resolution.
-        text: `(B, T)` in [0, 1]; 0 on special and pad tokens.
-        content: `(B, T)` bool, which tokens are content.
-        score: `(B,)` cosine of the pair.
-        parts: The method's components, by name; each method's docstring lists its own.
+        image: `(B, H, W)` image maps in [0, 1], in the model's input frame, x to the right, y down.
+        grid: `(B, Gh, Gw)` image maps at patch resolution.
+        text: `(B, T)` token maps in [0, 1]; 0 on special and pad tokens.
+        content: `(B, T)` bool mask of the content tokens.
+        score: `(B,)` cosines of the pairs.
+        parts: Components of the method by name. Each method's docstring lists its components.
     """
 
     image: Tensor
@@ -32,29 +32,29 @@ class Attribution:
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or better, which all map arithmetic is done in."""
+    """The tensor in float32 or better, the precision of all map arithmetic."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Share of its magnitude within which what a model computed in `dtype` counts as constant."""
+    """Relative tolerance, `max(1e-6, 4 eps)`, within which values that a model computed in `dtype` count as equal."""
     return max(1e-6, 4 * torch.finfo(dtype).eps)
 
 
 def differ(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whose scores `(S, B)`, products of unit vectors, are more than one number and its rounding; `(B,)` bool."""
+    """Mask `(B,)` of the samples whose S scores `(S, B)`, products of unit vectors, differ by more than rounding."""
     return scores.amax(0) - scores.amin(0) > rounding(dtype)
 
 
 def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`norm` of the design: (z - min) / (max - min) per sample over all but the first axis; same shape, in [0, 1].
+    """Min-max normalization per sample over all but the first axis: (z - min) / (max - min), same shape, in [0, 1].
 
-    A sample that is constant within max(1e-6, 4 eps of `dtype`) of its own magnitude gives zeros: the rest is rounding.
+    If a sample is constant within `max(1e-6, 4 eps)`, with eps of `dtype`, of its own magnitude, the result is 0.
 
     Args:
-        z: `(B, ...)`.
-        keep: `(B, ...)` bool, the entries that take part; the others become 0. All by default.
-        dtype: The dtype that the model computed in, which bounds the rounding in `z`.
+        z: `(B, ...)` values.
+        keep: `(B, ...)` bool mask of the entries to normalize; the others become 0. All by default.
+        dtype: Dtype of the model's computation, which bounds the rounding in `z`.
     """
     flat = full_precision(z.flatten(1))
     low, high = _extremes(flat, keep)
@@ -64,19 +64,19 @@ def min_max(z: Tensor, *, keep: Tensor | None = None, dtype: torch.dtype = torch
 
 
 def token_map(values: Tensor, content: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A finished text map `(B, T)`: `min_max` over the content tokens, 0 elsewhere; a single content token has 1.
+    """Token map `(B, T)`: `min_max` over the content tokens, 0 elsewhere; a single content token gets 1.
 
     Args:
-        values: `(B, T)` whatever is relevance.
-        content: `(B, T)` bool.
-        dtype: The dtype that the model computed in.
+        values: `(B, T)` relevance on any scale.
+        content: `(B, T)` bool mask of the content tokens.
+        dtype: Dtype of the model's computation.
     """
     scaled = min_max(values, keep=content, dtype=dtype)
     return torch.where(content.sum(1, keepdim=True) == 1, content.to(scaled), scaled)
 
 
 def _extremes(flat: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Least and greatest entry of each row, `(B, 1)` each; 0 where nothing is kept."""
+    """Minimum and maximum of each row, `(B, 1)` each; 0 if no entry is kept."""
     if keep is None:
         low, high = flat.aminmax(dim=1, keepdim=True)
         return low, high

@@ -191,7 +191,7 @@ def tokenless(frame: list[int]) -> str:
 @cache
 def bert() -> dict[str, Any]:
     """A text config of a tiny BERT and its tokenizer, letters and a few words."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, PreTrainedTokenizerFast
 
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -199,7 +199,7 @@ def bert() -> dict[str, Any]:
     names = [*special.values(), *WORDS, "##ion", ",", ".", *letters]
     words = Tokenizer(models.WordPiece({name: n for n, name in enumerate(names)}, unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words.pre_tokenizer, words.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     path = str(folder("bert"))
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(path)
@@ -211,13 +211,13 @@ def bert() -> dict[str, Any]:
 @cache
 def unigram() -> str:
     """A folder with a tiny tokenizer like SigLIP's: no start of text, and its end is also the pad token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -6.0)]
     pieces += [("\u2581" + word, -4.0) for word in WORDS] + [(letter, -8.0) for letter in string.ascii_lowercase]
     words = Tokenizer(models.Unigram(pieces, unk_id=2))
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     path = str(folder("unigram"))
     special = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -15,13 +15,13 @@ from matex_pl.metrics import EnergyInBox, EnergyPointingGame, RankAccuracy, Rele
 
 SHARED = {
     "image_size": "Side of the model's square input in pixels",
-    "batch_size": "Pairs per batch and process",
-    "num_workers": "Processes that read and augment images",
+    "batch_size": "Number of pairs per batch and process",
+    "num_workers": "Number of processes that read and augment images",
     "resize_mode": "{longest,shortest,squash}",
-    "augment": "Never a horizontal flip",
+    "augment": "never a horizontal flip",
     "seed": "Random seed of shuffling, augmentation, splits",
 }
-FILES = SHARED | {"cache_dir": "Folder for decoded images"}
+FILES = SHARED | {"cache_dir": "Folder for decoded, resized images"}
 TABLE = FILES | {"on_bad_row": "{error,skip}"}
 DATA_MODULES = {
     "PhantomDataModule": SHARED | {"shortcut": "Probability in [0, 1]"},

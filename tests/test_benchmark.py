@@ -143,8 +143,8 @@ def curves(clip, images, grid, fill, text, kind):
 
 def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     """The mean over all pairs, computed in one piece from the method's own maps."""
-    # In one batch, as below: the kept half of a coarse map ends among near-equal pixels, which another batch size rounds
-    # into another order.
+    # In one batch, as below: the kept half of a coarse map ends among near-equal pixels, and another batch size rounds
+    # them into another order.
     results = run(data, checkpoint, tmp_path, batch_size=100)
     clip = load_module(str(checkpoint)).clip
     prepare_data(data, clip.image_size, "test")
@@ -387,8 +387,8 @@ def test_a_yaml_of_ones_own_is_a_row(tmp_path, data, checkpoint):
         ({"num_pairs": 1}, "num_pairs must be at least 2"),
         ({"steps": 33}, "steps must be from 1 to 32"),
         ({"resamples": 1}, "resamples must be at least 100"),
-        ({"methods": ["gradcam"]}, "No method 'gradcam'. Take one of"),
-        ({"methods": ["chefer", "chefer"]}, "Two methods are called 'Chefer'"),
+        ({"methods": ["gradcam"]}, "There is no method 'gradcam'. Use one of"),
+        ({"methods": ["chefer", "chefer"]}, "Two methods have the name 'Chefer'"),
         ({"device": "tpu"}, "device must be auto, cpu"),
     ],
 )
@@ -401,10 +401,10 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path, data, checkpoint,
 def test_errors_of_the_command_line(tmp_path, images, checkpoint, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", "--ckpt_path", str(checkpoint), "--out", str(tmp_path)])
-    assert "Give --config, a YAML of `matex fit`, or --data" in capsys.readouterr().err
+    assert "Pass --config with a `matex fit` config, or --data" in capsys.readouterr().err
     for more, message in (
         (["--split=train"], "typing.Literal['test', 'val']. Got value: train"),
-        (["--methods=chefer,nope"], "No method 'nope'. Take one of"),
+        (["--methods=chefer,nope"], "There is no method 'nope'. Use one of"),
         (["--ckpt_path=none.ckpt"], "No checkpoint at 'none.ckpt'"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -450,7 +450,7 @@ def test_controls_are_those_of_each_matex_that_is_asked_for(tmp_path):
 )
 def test_nothing_else_has_the_name_of_a_control(tmp_path, name, method, settings):
     path = saved(tmp_path / f"{name}.yaml", method, **settings)
-    with pytest.raises(ValueError, match=f"Two methods are called '{name}'"):
+    with pytest.raises(ValueError, match=f"Two methods have the name '{name}'"):
         compared_rows([path], "quick")
 
 
@@ -466,7 +466,7 @@ def test_without_boxes_the_controls_are_compared_by_what_the_model_says(tmp_path
     compared = {comparison["metric"] for comparison in found["comparisons"]}
     assert compared == {"top20_removal/mean_image", "insertion/mean_image", "deletion/mean_image"}
     page = (tmp_path / "boxless" / "report.html").read_text(encoding="utf-8")
-    assert "Drop, top fifth removed (mean image): MATEX minus each of these" in page
+    assert "Drop, top fifth removed (mean image): MATEX minus each control" in page
     assert "Pointing game: MATEX minus" not in page
     boxed = run(data, checkpoint, tmp_path / "boxed")
     assert boxed["data"]["fingerprint"] != found["data"]["fingerprint"]

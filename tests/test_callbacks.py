@@ -304,7 +304,7 @@ def test_explaining_changes_nothing_that_training_sees(tmp_path, data):
 
 
 def test_chosen_ids_are_checked_before_training(tmp_path, data, module):
-    with pytest.raises(ValueError, match="no pair 'nobody' among"):
+    with pytest.raises(ValueError, match="there is no pair 'nobody' among"):
         trainer(tmp_path, AttributionMaps(pair_ids=["nobody"])).fit(module, data)
 
 
@@ -316,7 +316,7 @@ def test_two_under_one_name_are_refused(tmp_path, data, module):
 
 
 def test_no_logger_for_images_is_said_once(tmp_path, data, module):
-    with pytest.warns(UserWarning, match="None of the trainer's loggers takes images"):
+    with pytest.warns(UserWarning, match="No logger of the trainer accepts images"):
         trainer(tmp_path, AttributionMaps(), logger=CSVLogger(tmp_path), max_epochs=1).fit(module, data)
 
 

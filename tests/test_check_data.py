@@ -115,8 +115,8 @@ def test_every_fault_is_in_the_report(here: Path, capsys: pytest.CaptureFixture[
         4: r"the path leads out of the root '\.', got '\.\./images/2\.jpg'",
         6: "the patient is in two splits: val here, train in t.csv, line 5\n",
         7: "the patient is in two splits: val here, train in t.csv, line 5\n",
-        8: r"no readable image at '.*images/6\.jpg' \(image file is truncated.*, got 'images/6\.jpg'",
-        10: r"no readable image at '.*images/8\.jpg'.*, got 'images/8\.jpg'",
+        8: r"No readable image at '.*images/6\.jpg' \(image file is truncated.*, got 'images/6\.jpg'",
+        10: r"No readable image at '.*images/8\.jpg'.*, got 'images/8\.jpg'",
     }.items():
         assert re.search(rf"  t\.csv, line {line}: .*{rule}", text), rule
     assert "Phrases longer than the 16 tokens of tiny.json: 1" in text
@@ -135,13 +135,13 @@ def test_a_table_that_cannot_be_read_ends_with_status_2(here: Path, capsys: pyte
     with pytest.raises(SystemExit) as end:
         main(["check-data", "--config", "mine.yaml"])
     assert end.value.code == 2
-    assert "matex check-data: t.csv lacks the columns ['image', 'phrase']; it has" in capsys.readouterr().err
+    assert "matex check-data: t.csv lacks the columns ['image', 'phrase']. The columns are" in capsys.readouterr().err
     Path("t.csv").write_bytes(b"\xef\xbb\xbfimage,phrase\nimages/0.jpg,gr\xf6\xdfer\n")
     with pytest.raises(SystemExit) as end:
         main(["check-data", "--config", "mine.yaml"])
     assert end.value.code == 2
-    assert "t.csv, line 2: the byte 0xf6 is not UTF-8. Save the file as UTF-8." in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"no images\. Give --config"):
+    assert "t.csv, line 2: The byte 0xf6 is not UTF-8. Save the file as UTF-8." in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"No data module given\. Pass --config"):
         main(["check-data"])
     _write(_rows())
     with pytest.raises(SystemExit, match="workers must be at least 1, got 0"):
@@ -158,7 +158,7 @@ def test_other_data_modules_are_checked(here: Path, capsys: pytest.CaptureFixtur
         main(words)
     assert end.value.code == 1
     text = capsys.readouterr().out
-    assert re.search(r"Bad rows: 1\n  .*00000004_000\.png: no readable image", text)
+    assert re.search(r"Bad rows: 1\n  .*00000004_000\.png: No readable image", text)
     assert _table(text, "finding")["pleural effusion"]
     assert "tokens of models/phantom_vit.json" in text
 

@@ -107,14 +107,28 @@ def test_phantom_config_from_fit_to_explain(here, images, capsys):
     assert -1 <= float(rows[0]["cosine"]) <= 1
     assert {"id", "phrase", "nodule"} <= rows[0].keys()
 
-    Path("tiny.json").unlink()
+    Path("models").mkdir()
+    Path("tiny.json").rename("models/tiny.json")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)).save("image.png")
     capsys.readouterr()
-    main(["explain", "image.png", "Left lower lobe consolidation.", "--ckpt_path", last, "--out", "out/panel.png"])
+    phrase = ["explain", "image.png", "Left lower lobe consolidation."]
+    main([*phrase, "--ckpt_path", last, "--out", "out/panel.png"])
     assert "out/panel.png" in capsys.readouterr().out
     assert cv2.imread("out/panel.png").shape[1] == 880
+    # The same weights as those of any CLIP model, by the name of its architecture.
+    main([*phrase, "--model", "models/tiny.json", "--pretrained", last, "--out", "model.png"])
+    assert np.array_equal(cv2.imread("out/panel.png"), cv2.imread("model.png"))
     main(["explain", "image.png", "Nodule.", "--ckpt_path", last, "--out", "center.png", "--method", "CenterMap"])
     assert Path("center.png").is_file()
+
+
+def test_roar_plus_in_a_training_from_the_command_line(here, images):
+    few = ["--trainer.callbacks.methods=[chefer]", "--trainer.callbacks.training.epochs=1"]
+    few += ["--trainer.callbacks.protocol.modalities=[image]", "--trainer.callbacks.protocol.fractions=[0.5]"]
+    few += ["--trainer.callbacks.protocol.repeats=1", "--trainer.callbacks.training.batch_size=4"]
+    fit_phantom(images, "--trainer.callbacks+=matex_pl.callbacks.RoarPlus", *few)
+    logged = EventAccumulator(str(here / "runs" / "phantom" / "version_0")).Reload().Tags()["scalars"]
+    assert "roar/image/Chefer" in logged
 
 
 def test_the_last_checkpoint_of_a_second_run_is_its_own(here, images):
@@ -157,7 +171,7 @@ def test_methods_by_name_and_all_of_them(here, images, capsys):
     main([*words, "--method", "all", "--out", "all.png"])
     # The image and one tile per method, six in a row.
     assert cv2.imread("all.png").shape[1] == 1920
-    with pytest.raises(SystemExit, match=r"No method 'm3ib'. Take one of center_map.*saliency"):
+    with pytest.raises(SystemExit, match=r"There is no method 'm3ib'. Use one of center_map.*saliency"):
         main([*words, "--method", "m3ib"])
     Path("mine.yaml").write_text("class_path: matex_pl.attribution.M2ib\ninit_args: {step: 1}", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"mine.yaml does not describe a method(?s:.*)'step' is not accepted"):
@@ -366,7 +380,7 @@ def test_a_config_may_hold_a_part_per_command(here, capsys):
 
 
 def test_an_unknown_config_lists_the_shipped_ones(here):
-    with pytest.raises(SystemExit, match=r"no config 'mine.yaml'.*phantom\.yaml"):
+    with pytest.raises(SystemExit, match=r"Config 'mine.yaml' is neither a file nor a shipped config.*phantom\.yaml"):
         main(["fit", "--config", "mine.yaml"])
 
 
@@ -374,7 +388,7 @@ def test_an_unknown_config_lists_the_shipped_ones(here):
     ("change", "message"),
     [
         ({"image": "none.png"}, "There is no image at 'none.png'"),
-        ({"image": "tiny.json"}, "no readable image at 'tiny.json'"),
+        ({"image": "tiny.json"}, "No readable image at 'tiny.json'"),
         ({"phrase": " "}, "The phrase is empty"),
         ({"ckpt_path": "none.ckpt"}, "No checkpoint at 'none.ckpt'"),
         ({"ckpt_path": "tiny.json"}, "no checkpoint of `matex fit`"),
@@ -385,6 +399,25 @@ def test_explain_says_what_is_wrong(here, change, message):
     words = {"image": "image.png", "phrase": "Nodule.", "ckpt_path": "last.ckpt"} | change
     with pytest.raises(SystemExit, match=message):
         main(["explain", words["image"], words["phrase"], "--ckpt_path", words["ckpt_path"]])
+    assert not Path("panel.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Give one model: --ckpt_path, a checkpoint of `matex fit`, or --model"),
+        (["--ckpt_path", "last.ckpt", "--model", "ViT-B-32"], "Give one model"),
+        (["--model", "ViT-B-32"], "--model ViT-B-32 has no weights. Give --pretrained"),
+        (["--ckpt_path", "last.ckpt", "--pretrained", "openai"], "--pretrained belongs to --model"),
+        (["--model", "ViT-B-33", "--pretrained", "openai"], "ViT-B-33"),
+        (["--model", "tiny.json", "--pretrained", "none.pt"], "No checkpoint file at 'none.pt'"),
+    ],
+)
+def test_explain_takes_one_model(here, words, message):
+    Image.fromarray(np.zeros((64, 64), dtype=np.uint8)).save("image.png")
+    with pytest.raises(SystemExit, match=message) as end:
+        main(["explain", "image.png", "Nodule.", *words])
+    assert end.value.code == 2
     assert not Path("panel.png").exists()
 
 
@@ -434,12 +467,12 @@ def test_options_change_the_data_of_a_config(here, option, capsys):
     [
         (["fitt"], "invalid choice: 'fitt'"),
         ([], "required: COMMAND"),
-        (["fit"], "there are no images"),
-        (["test", "--ckpt_path=last"], "there are no images"),
-        (["fit", "--data.root=x", "--config=phantom.yaml"], "--data.root comes before anything names a data module"),
+        (["fit"], "No data module given. Pass --config"),
+        (["test", "--ckpt_path=last"], "No data module given. Pass --config"),
+        (["fit", "--data.root=x", "--config=phantom.yaml"], "--data.root comes before the data module"),
         (["tune", "--config=phantom.yaml", "--out=x"], "required: --ckpt_path"),
-        (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "no config 'none.yaml'"),
-        (["explain", "image.png"], "required: phrase, ckpt_path"),
+        (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "Config 'none.yaml' is neither a file"),
+        (["explain", "image.png"], "required: phrase"),
         (["roar", "walk"], "invalid choice: 'walk'"),
     ],
 )

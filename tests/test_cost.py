@@ -57,7 +57,7 @@ def test_the_table(deep_json: str) -> None:
     [
         ({"repeats": 3}, "repeats must be at least 7"),
         ({"batch_size": 0}, "batch_size at least 1"),
-        ({"precision": "fp8"}, "precision is one of fp32, bf16"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16"),
         ({"model": "ViT-B/32"}, "Unknown model"),
     ],
 )

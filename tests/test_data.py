@@ -163,7 +163,7 @@ def test_box_that_covers_nothing_is_refused(box: tuple[float, ...]) -> None:
 
 
 def test_wrong_images_and_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(h, w\) uint8, got \(8, 8, 3\)"):
+    with pytest.raises(ValueError, match=r"pixels must be \(h, w\) uint8, got \(8, 8, 3\)"):
         ImageTransform((32, 32))(np.zeros((8, 8, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="uint16"):
         ImageTransform((32, 32))(np.zeros((8, 8), dtype=np.uint16))
@@ -180,7 +180,7 @@ def test_wrong_images_and_settings_are_refused() -> None:
 def test_error_in_a_image_names_the_pair() -> None:
     data = DrawnImages([_pair("s501", boxes=[(30, 0, 40, 5)]), _pair("s502", "val")])
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"Pair 's501' \(100\): the box"):
+    with pytest.raises(ValueError, match=r"Pair 's501' \(100\): The box"):
         data.dataset("train")[0]
 
 
@@ -233,7 +233,7 @@ def test_empty_splits_are_refused_when_they_are_needed() -> None:
     data = DrawnImages(_pairs(test=0))
     data.setup("fit")
     with pytest.raises(
-        ValueError, match=r"DrawnImages has no test pairs, which 'test' needs; it has {'train': 4, 'val': 2"
+        ValueError, match=r"DrawnImages has no test pairs, which 'test' needs\. Pairs per split: {'train': 4, 'val': 2"
     ):
         data.setup("test")
     with pytest.raises(ValueError, match="no val pairs"):

@@ -202,7 +202,7 @@ def test_each_process_goes_on_with_its_own_random_numbers(found: Path) -> None:
 def test_a_image_that_is_no_number_to_one_process_stops_both(found: Path) -> None:
     message, bad = ((found / "nan" / name).read_text(encoding="utf-8") for name in ("error", "bad"))
     assert "FloatingPointError: The loss is nan in epoch 0 at step 1" in message
-    assert f"The embeddings of {bad} are no numbers." in message
+    assert f"The embeddings of {bad} are not finite." in message
     assert message.partition("with the pairs ")[2].partition(".")[0].count(",") == 7
     state = _kept(found / "nan" / "before_nan-epoch=0-step=1.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
@@ -211,7 +211,7 @@ def test_a_image_that_is_no_number_to_one_process_stops_both(found: Path) -> Non
 def test_remove_and_retrain_is_planned_and_left_to_its_command(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (found / "roar" / "runs").exists()
     main(["roar", "run", "--plan", str(found / "roar"), "--shard", "0/9"])
-    assert "These runs are done; 8 others of the plan are left." in capsys.readouterr().out
+    assert "These runs are done; 8 runs of the plan are left." in capsys.readouterr().out
 
 
 def test_the_way_to_gather_that_is_wrong_is_refused(tiny_json: str) -> None:

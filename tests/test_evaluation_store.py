@@ -122,7 +122,7 @@ class Forgetful(CenterMap):
 
 
 def test_a_method_that_forgets_its_arguments_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"Forgetful cannot be told.*'radius'.*Keep each argument"):
+    with pytest.raises(TypeError, match=r"The settings of Forgetful cannot be read.*'radius'.*Keep each argument"):
         MapStore(tmp_path, "weights", Forgetful())
 
 

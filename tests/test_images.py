@@ -117,7 +117,7 @@ def test_every_kind_gives_the_same_image(tmp_path: Path, kind: str) -> None:
 def test_first_of_several_pages_with_a_warning(tmp_path: Path, suffix: str) -> None:
     pages = [Image.fromarray(np.full((HEIGHT, WIDTH), level, dtype=np.uint8)) for level in (90, 20, 200)]
     path = _save(pages[0], tmp_path / f"image.{suffix}", save_all=True, append_images=pages[1:])
-    with pytest.warns(UserWarning, match=rf"image\.{suffix} has 3 pages; the first one is taken"):
+    with pytest.warns(UserWarning, match=rf"image\.{suffix} has 3 pages\. Only the first is used"):
         image = read_image(path)
     np.testing.assert_allclose(image.pixels, 90, atol=2)
 
@@ -132,7 +132,7 @@ def test_levels_keep_what_is_hardly_above_black(tmp_path: Path) -> None:
     np.testing.assert_allclose(turned / 65535, _ramp(), atol=1e-4)
     several = tmp_path / "several.tif"
     Image.fromarray(levels).save(several, save_all=True, append_images=[Image.fromarray(levels)])
-    with pytest.warns(UserWarning, match=r"several\.tif has 2 pages; the first one is taken"):
+    with pytest.warns(UserWarning, match=r"several\.tif has 2 pages\. Only the first is used"):
         assert read_levels(several).tolist() == levels.tolist()
 
 
@@ -218,7 +218,7 @@ def test_reduced_decoding_is_the_image(tmp_path: Path, size: tuple[int, int], ta
 def test_what_is_no_image_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     for read in (read_image, read_size):
-        with pytest.raises(ValueError, match=rf"no readable image at '.*{name}' \(.+\)\. Copy the file anew"):
+        with pytest.raises(ValueError, match=rf"No readable image at '.*{name}' \(.+\)\. Copy the file again"):
             read(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"There is no image at '.*none\.png'"):
         read_image(tmp_path / "none.png")
@@ -228,9 +228,9 @@ def test_what_is_no_image_is_named(tmp_path: Path, name: str, content: bytes) ->
 def test_truncated_files_are_refused(tmp_path: Path, kind: str) -> None:
     path = KINDS[kind](tmp_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    with pytest.raises(ValueError, match="no readable image"):
+    with pytest.raises(ValueError, match="No readable image"):
         read_image(path)
-    with pytest.raises(ValueError, match="no readable image"):
+    with pytest.raises(ValueError, match="No readable image"):
         read_image(path, lambda size: (12, 9))
 
 
@@ -444,7 +444,7 @@ def test_a_full_cache_that_takes_no_more_is_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("matex_pl.data.cache.check_folder", refuse)
     monkeypatch.setattr("matex_pl.data.cache.read_image", None)
     data = _cached(tmp_path / "nih", tmp_path / "kept")
-    with pytest.warns(UserWarning, match="No more images can be kept in cache_dir .*Nothing can be written"):
+    with pytest.warns(UserWarning, match="cache_dir .* is full or read-only .*Nothing can be written"):
         data.setup("fit")
     for index, image in enumerate(wanted):
         assert torch.equal(data.dataset("val")[index].image, image)
@@ -463,7 +463,8 @@ def test_a_cache_without_room_is_done_without(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(found) > 1
     assert [str(warning.message) for warning in caught] == [
-        f"No more images can be kept in cache_dir {tmp_path / 'kept'} (File too large); they are read anew each time."
+        f"cache_dir {tmp_path / 'kept'} is full or read-only (File too large). Images that are not cached are decoded "
+        "each time."
     ]
     assert [path for path in (tmp_path / "kept").rglob("*") if path.is_file()] == []
     # As soon as there is room again, images are kept.

@@ -99,11 +99,11 @@ def test_columns_are_mapped_and_root_is_set(root: Path) -> None:
     pairs, bad = _module(path, root=str(root / "images"), columns=columns).checked_rows()
     assert not bad
     assert [(s.phrase, s.patient_id, s.split) for s in pairs] == [("Clear.", "7", "val"), ("Mass.", "8", "train")]
-    with pytest.raises(ValueError, match=r"lacks the columns \['image'\]; it has \['file', 'caption'"):
+    with pytest.raises(ValueError, match=r"lacks the columns \['image'\]\. The columns are \['file', 'caption'"):
         _module(path, columns={"phrase": "caption"}).checked_rows()
     with pytest.raises(ValueError, match=r"`columns` names \['fund'\], which .* does not have"):
         _module(path, columns={**columns, "finding": "fund"}).checked_rows()
-    with pytest.raises(ValueError, match=r"columns maps \['pictures'\]; names here are image, phrase, id"):
+    with pytest.raises(ValueError, match=r"columns maps \['pictures'\]\. Map only the names image, phrase, id"):
         _module(path, columns={"pictures": "file"})
 
 
@@ -315,26 +315,29 @@ def test_unreadable_image_with_boxes_is_a_bad_row(root: Path) -> None:
     (root / "images" / "1.png").write_bytes(b"no image")
     (bad,) = _bad(_write(root / "t.csv", _rows(boxes="[[8, 6, 40, 30]]")))
     assert (bad.line, bad.value) == (3, "images/1.png")
-    assert "no readable image" in bad.rule
+    assert "No readable image" in bad.rule
 
 
 def test_broken_tables_are_named(root: Path) -> None:
     path = root / "t.csv"
     for content, message in [
-        (b"image|phrase\nimages/0.png|Clear.\n", r"lacks the columns \['image', 'phrase'\]; it has \['image\|ph"),
-        ("image,phrase\nimages/0.png,gr\xf6\xdfer\n".encode("latin-1"), r"t\.csv, line 2: the byte 0xf6 is not UTF-8"),
-        (b"\xef\xbb\xbfimage,phrase\nx,a\n\xf6\n", r"t\.csv, line 3: the byte 0xf6 is not UTF-8"),
+        (
+            b"image|phrase\nimages/0.png|Clear.\n",
+            r"lacks the columns \['image', 'phrase'\]\. The columns are \['image\|ph",
+        ),
+        ("image,phrase\nimages/0.png,gr\xf6\xdfer\n".encode("latin-1"), r"t\.csv, line 2: The byte 0xf6 is not UTF-8"),
+        (b"\xef\xbb\xbfimage,phrase\nx,a\n\xf6\n", r"t\.csv, line 3: The byte 0xf6 is not UTF-8"),
         ("image,phrase\n".encode("utf-16"), "UTF-16"),
-        (b"", r"lacks the columns \['image', 'phrase'\]; it has \[\]"),
+        (b"", r"lacks the columns \['image', 'phrase'\]\. The columns are \[\]"),
         (b"image,phrase\n", "a header and no rows"),
         (b"image,phrase,image\n1,2,3\n", "several columns of the name 'image'"),
         (
             b'image,phrase\nimages/0.png,"A\nB"\nimages/1.png,"Open\nimages/2.png,Clear\n',
-            r"t\.csv, line 4: a quote opens",
+            r"t\.csv, line 4: A quote in this row is not closed",
         ),
         (
             b'image,phrase\nimages/0.png,Clear\nimages/1.png,"A "lung" nodule"\n',
-            r"t\.csv, line 3: text follows the quote",
+            r"t\.csv, line 3: Text follows the quote",
         ),
     ]:
         path.write_bytes(content)
@@ -343,7 +346,7 @@ def test_broken_tables_are_named(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"There is no table at '.*none\.csv'"):
         _module(root / "none.csv").checked_rows()
     (root / "t.csv.gz").write_bytes(b"image,phrase\n")
-    with pytest.raises(ValueError, match="no whole gzip"):
+    with pytest.raises(ValueError, match="no complete gzip"):
         _module(root / "t.csv.gz").checked_rows()
     # A line break within quotes is part of a phrase, and so is a quote within one that does not begin with it.
     path.write_text('image,phrase\nimages/0.png,"Clear,\ndry."\nimages/1.png,A 3" mass.\n', encoding="utf-8")
@@ -394,7 +397,7 @@ def test_a_worker_names_the_image_that_broke(root: Path, workers: int) -> None:
     data.setup("fit")
     Path(data.pairs["train"][0].image).unlink()
     Path(data.pairs["train"][3].image).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"Pair 'images/\d+\.png' \(.*images/\d+\.png\): (There is|no readable)"):
+    with pytest.raises(ValueError, match=r"Pair 'images/\d+\.png' \(.*images/\d+\.png\): (There is|No readable)"):
         list(data.train_dataloader())
 
 

@@ -358,16 +358,16 @@ def test_what_cannot_be_fused_again_says_so() -> None:
     parts = Matex(grad_layers=2).attribute(clip, *pairs(clip)).parts
     for changes, message in (
         ({"flow": "rollout"}, "hold no rollout"),
-        ({"grad_layers": 3}, "gradients of 2 image and 2 text blocks, not of 3 and 3"),
-        ({"text_grad_layers": 4}, "not of 2 and 4"),
-        ({"grad_layers": "all", "skip_layers": 1}, "not of 3 and 4"),
-        ({"spatial_weight": "loosened"}, "made with spatial_weight='softmax'; 'loosened' needs another"),
+        ({"grad_layers": 3}, "gradients of 2 image and 2 text blocks, but 3 and 3 are needed"),
+        ({"text_grad_layers": 4}, "but 2 and 4 are needed"),
+        ({"grad_layers": "all", "skip_layers": 1}, "but 3 and 4 are needed"),
+        ({"spatial_weight": "loosened"}, "made with spatial_weight='softmax' and cannot be fused with 'loosened'"),
         ({"target": "margin"}, "made with target='cosine'"),
         ({"lambda_s": 0.5}, "lambda_s must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             Matex.fuse(parts, **changes)
-    with pytest.raises(ValueError, match=r"no parts of `Matex.attribute`: they hold grad"):
+    with pytest.raises(ValueError, match=r"The parts hold grad, not the components of MATEX. Give the `parts` of"):
         Matex.fuse({"grad": parts["grad"]})
     with pytest.raises(ValueError, match=r"different numbers of pairs: {'score': 2, 'grad_blocks': 5"):
         Matex.fuse(parts | {"score": parts["score"][:2]})
@@ -418,7 +418,7 @@ def test_refuses_at_construction() -> None:
         ({"kappa": "patches"}, "kappa must be one of tokens, any float, got 'patches'"),
         ({"kappa": -1.0}, "kappa"),
         ({"grad_layers": 0}, "grad_layers must be at least 1, or 'all', got 0"),
-        ({"grad_layers": -1}, "give grad_layers='all' and skip_layers=1"),
+        ({"grad_layers": -1}, "set grad_layers='all' and skip_layers=1"),
         ({"grad_layers": "most"}, "grad_layers must be one of all, any int, got 'most'"),
         ({"text_grad_layers": 0}, "text_grad_layers must be at least 1"),
         ({"skip_layers": -1}, "skip_layers must be at least 0, got -1"),
@@ -428,7 +428,7 @@ def test_refuses_at_construction() -> None:
         ({"tau": float("nan")}, "tau must be a finite number"),
         ({"kappa": float("inf")}, "kappa"),
         ({"grad_layers": 2.5}, "grad_layers must be one of all, any int, got 2.5"),
-        ({"alpha": 0, "beta": 0, "lambda_c": 0, "fusion": "product"}, "the map would be empty"),
+        ({"alpha": 0, "beta": 0, "lambda_c": 0, "fusion": "product"}, "are all 0, which gives an empty map"),
         ({"prior_shape": "cone"}, "prior_shape"),
         ({"laterality": "viewer"}, "laterality"),
         ({"fuse_at": "patch"}, "fuse_at"),

@@ -784,8 +784,8 @@ BAD: list[tuple[Callable[..., AttributionMethod], dict[str, Any], str]] = [
     (KernelShap, {"fill": "zero"}, "fill must be one of"),
     (Rise, {"masks": 0}, "masks must be a number greater than 0, got 0"),
     (Rise, {"grid_size": 0}, "grid_size must be a number greater than 0, got 0"),
-    (Rise, {"keep_probability": 1.0}, r"keep_probability must be between 0 and 1, got 1\.0"),
-    (Rise, {"keep_probability": float("nan")}, "keep_probability must be between 0 and 1, got nan"),
+    (Rise, {"keep_probability": 1.0}, r"keep_probability must be between 0 and 1, both excluded, got 1\.0"),
+    (Rise, {"keep_probability": float("nan")}, "keep_probability must be between 0 and 1, both excluded, got nan"),
     (Rise, {"fill": "grey"}, "fill must be one of"),
     (M2ib, {"beta": 0.0}, r"beta must be a number greater than 0, got 0\.0"),
     (M2ib, {"lr": float("inf")}, "lr must be a number greater than 0, got inf"),
@@ -806,7 +806,7 @@ def test_bad_arguments(kind: Callable[..., AttributionMethod], settings: dict[st
 @pytest.mark.parametrize("method", [GradCam([-1, 4]), Chefer(4), M2ib(block=4)], ids=lambda m: type(m).__name__)
 def test_a_block_that_is_not_there(method: AttributionMethod) -> None:
     clip = family("native")
-    with pytest.raises(ValueError, match="The tower has 4 blocks, counted from 0; there is no block 4"):
+    with pytest.raises(ValueError, match="Block 4 does not exist: the tower has 4 blocks, counted from 0"):
         method.attribute(clip, *pairs(clip))
 
 

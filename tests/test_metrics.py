@@ -13,6 +13,7 @@ from torch import Tensor
 from matex_pl.metrics.functional import (
     THRESHOLDS,
     border_mask,
+    box_contrast,
     box_masks,
     confidence_drop,
     confidence_increase,
@@ -53,12 +54,19 @@ def _boxes(count: int = 8) -> list[Tensor]:
 
 
 def _slow_mask(boxes: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Pixels with their center in a box; a box without a center has the column, or the row, of its middle."""
     mask = np.zeros(size, dtype=bool)
-    for row in range(size[0]):
-        for column in range(size[1]):
-            x, y = (column + 0.5) / size[1], (row + 0.5) / size[0]
-            mask[row, column] = any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in boxes.tolist())
+    for x0, y0, x1, y1 in boxes.tolist():
+        rows = [row for row in range(size[0]) if y0 <= (row + 0.5) / size[0] < y1]
+        columns = [column for column in range(size[1]) if x0 <= (column + 0.5) / size[1] < x1]
+        for row in rows or [int((y0 + y1) / 2 * size[0])]:
+            for column in columns or [int((x0 + x1) / 2 * size[1])]:
+                mask[row, column] = True
     return mask
+
+
+def _is_flat(heat: Tensor) -> bool:
+    return len(set(heat.flatten().tolist())) == 1
 
 
 def test_box_masks_against_a_loop() -> None:
@@ -78,28 +86,28 @@ def test_box_masks_frame_and_empty_cases() -> None:
     assert box_masks([torch.tensor([[-1.0, -1.0, 2.0, 2.0]])], (4, 4)).all()
 
 
-def test_small_boxes_keep_a_cell_if_asked() -> None:
+def test_every_box_keeps_a_pixel() -> None:
     generator = torch.Generator().manual_seed(5)
     middle, size = torch.rand(500, 2, generator=generator), 10 ** (-4 * torch.rand(500, 2, generator=generator))
     # Boxes of whole pixels lie on the borders of cells more often than chance would have it.
     middle[:200] = (middle[:200] * 32).round() / 32
     boxes = list(torch.cat([(middle - size / 2), (middle + size / 2)], 1).clamp(0, 1)[:, None])
-    kept, plain = box_masks(boxes, (16, 8), keep_small=True), box_masks(boxes, (16, 8))
+    kept = box_masks(boxes, (16, 8))
     assert kept.flatten(1).any(1).all()
-    some = plain.flatten(1).any(1)
-    assert torch.equal(kept[some], plain[some])
-    assert 0 < some.sum() < 500
+    # Not where rounding decides.
+    for mask, box in zip(kept[200:], boxes[200:], strict=True):
+        np.testing.assert_array_equal(mask.numpy(), _slow_mask(box, (16, 8)))
     # Of two boxes each keeps its own cell; a box too narrow for a column keeps all of its rows.
     tiny, flat = [0.43, 0.61, 0.431, 0.611], [0.43, 0.25, 0.431, 0.5]
-    assert box_masks([torch.tensor([tiny])], (16, 8), keep_small=True).nonzero().tolist() == [[0, 9, 3]]
-    both = box_masks([torch.tensor([tiny, flat]), torch.zeros(0, 4)], (16, 8), keep_small=True)
+    assert box_masks([torch.tensor([tiny])], (16, 8)).nonzero().tolist() == [[0, 9, 3]]
+    both = box_masks([torch.tensor([tiny, flat]), torch.zeros(0, 4)], (16, 8))
     assert both.nonzero().tolist() == [[0, row, 3] for row in (4, 5, 6, 7, 9)]
 
 
 def test_pointing_game_against_a_loop() -> None:
     maps, masks = _maps(), box_masks(_boxes(), SIZE)
     for value, heat, mask in zip(pointing_game(maps, masks), maps.numpy(), masks.numpy(), strict=True):
-        if not mask.any():
+        if not mask.any() or _is_flat(torch.from_numpy(heat)):
             assert value.isnan()
             continue
         row, column = next((r, c) for r in range(SIZE[0]) for c in range(SIZE[1]) if heat[r, c] == heat.max())
@@ -115,8 +123,9 @@ def test_contrast_to_noise_against_a_loop() -> None:
             assert value.isnan()
             continue
         noise = math.sqrt(statistics.pvariance(inside) + statistics.pvariance(outside))
+        noise = max(noise, 0.01 * float(heat.max() - heat.min()))
         signal = statistics.fmean(inside) - statistics.fmean(outside)
-        assert float(value) == pytest.approx(signal / noise if noise else signal, abs=1e-5)
+        assert float(value) == pytest.approx(signal / noise if noise else 0, abs=1e-5)
         counted += 1
     assert counted >= 4
 
@@ -126,6 +135,52 @@ def test_contrast_to_noise_is_signed_and_zero_for_constant_maps() -> None:
     heat = torch.tensor([[[0.9, 0.8, 0.1, 0.0], [0.7, 0.9, 0.2, 0.1]]])
     torch.testing.assert_close(contrast_to_noise(heat, masks), -contrast_to_noise(1 - heat, masks))
     assert contrast_to_noise(torch.full((1, 2, 4), 0.3), masks) == 0
+
+
+def test_contrast_to_noise_has_a_floor() -> None:
+    """Rounding in a constant map, and a single pixel of a binary one, once decided between 0 and millions."""
+    masks = box_masks([torch.tensor([[0.2, 0.2, 0.6, 0.7]])], (224, 224))
+    for constant in torch.rand(50, generator=torch.Generator().manual_seed(0)):
+        assert contrast_to_noise(constant.expand(1, 224, 224), masks) == 0
+    binary = masks.float()
+    assert contrast_to_noise(binary, masks) == pytest.approx(100)
+    binary[0, 0, 0] = 0.01
+    assert contrast_to_noise(binary, masks) == pytest.approx(100, abs=0.1)
+
+
+def test_contrast_to_noise_of_the_image_alone() -> None:
+    maps, masks = _maps(), box_masks(_boxes(), SIZE)
+    counted = torch.zeros_like(masks)
+    counted[:, 1:-1, 2:] = True
+    cut = contrast_to_noise(maps, masks, counted)
+    torch.testing.assert_close(cut, contrast_to_noise(maps[:, 1:-1, 2:], masks[:, 1:-1, 2:]), equal_nan=True)
+
+
+def test_box_contrast_is_the_mean_over_boxes_of_the_absolute_ratio() -> None:
+    maps, boxes = _maps(), _boxes()
+    for value, heat, own in zip(box_contrast(maps, boxes), maps, boxes, strict=True):
+        if not len(own):
+            assert value.isnan()
+            continue
+        ratios = [abs(float(contrast_to_noise(heat[None], box_masks([box[None]], SIZE)))) for box in own]
+        assert float(value) == pytest.approx(statistics.fmean(ratios), abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_scores_in_boxes_take_any_precision(dtype: torch.dtype) -> None:
+    """As in float32 of the same values."""
+    maps, masks = _maps().to(dtype), box_masks(_boxes(), SIZE)
+    for metric in (pointing_game, contrast_to_noise, energy_pointing_game, relevance_rank_accuracy, mean_iou):
+        torch.testing.assert_close(metric(maps, masks), metric(maps.float(), masks), equal_nan=True)
+    torch.testing.assert_close(iou(maps, masks, [0.35]), iou(maps.float(), masks, [0.35]), equal_nan=True)
+
+
+@pytest.mark.parametrize("flat", [0.0, 0.4, 1.0, math.nan])
+def test_flat_maps_have_no_score_that_needs_an_order(flat: float) -> None:
+    maps, masks = torch.full((1, *SIZE), flat), box_masks([torch.tensor([[0.2, 0.2, 0.8, 0.8]])], SIZE)
+    for metric in (pointing_game, relevance_rank_accuracy, mean_iou):
+        assert metric(maps, masks).isnan().all()
+    assert energy_pointing_game(maps, masks).isnan().all() == (flat == 0 or math.isnan(flat))
 
 
 def test_confidence_drop_and_increase_against_a_loop() -> None:
@@ -302,7 +357,8 @@ def test_iou_against_a_loop() -> None:
         slow = []
         for heat, mask in zip(maps.numpy(), masks.numpy(), strict=True):
             above = heat > np.float32(threshold)
-            slow.append((above & mask).sum() / (above | mask).sum() if mask.any() else math.nan)
+            scored = mask.any() and not _is_flat(torch.from_numpy(heat))
+            slow.append((above & mask).sum() / (above | mask).sum() if scored else math.nan)
         _compare(found[:, column], slow)
     torch.testing.assert_close(found, iou(maps, masks, torch.tensor(thresholds)), equal_nan=True)
     mean = torch.stack([iou(maps, masks, [step / 10])[:, 0] for step in range(1, 6)]).mean(0)
@@ -310,7 +366,8 @@ def test_iou_against_a_loop() -> None:
 
 
 def test_iou_of_a_map_that_is_its_boxes_is_one() -> None:
-    masks = box_masks(_boxes(), SIZE)[1:4]
+    # Without the map of a box over the whole frame, which is flat.
+    masks = box_masks(_boxes(), SIZE)[[1, 3]]
     assert (iou(masks.float(), masks, THRESHOLDS) == 1).all()
     assert len(THRESHOLDS) == 19
     assert THRESHOLDS[0] == 0.05
@@ -323,18 +380,18 @@ def test_energy_in_box_against_a_loop() -> None:
     slow = []
     for heat, mask in zip(maps.double().numpy(), masks.numpy(), strict=True):
         inside = sum(heat[place] for place in np.ndindex(SIZE) if mask[place])
-        slow.append((inside / heat.sum() if heat.sum() else 0.0) if mask.any() else math.nan)
+        slow.append(inside / heat.sum() if mask.any() and heat.sum() else math.nan)
     _compare(energy_pointing_game(maps, masks), slow)
-    assert slow[4] == 0
+    assert math.isnan(slow[4])
 
 
 def test_rank_accuracy_against_a_sort() -> None:
-    maps, masks = _boxed()
+    maps, masks = _maps(16), box_masks(_boxes(16), SIZE)
     slow = []
     for heat, mask in zip(maps.flatten(1).tolist(), masks.flatten(1).tolist(), strict=True):
         top = _slow_top(heat, [True] * len(heat), sum(mask))
         hits = sum(one and other for one, other in zip(top, mask, strict=True))
-        slow.append(hits / sum(mask) if any(mask) else math.nan)
+        slow.append(hits / sum(mask) if any(mask) and len(set(heat)) > 1 else math.nan)
     _compare(relevance_rank_accuracy(maps, masks), slow)
 
 
@@ -405,7 +462,7 @@ def test_half_share_of_known_maps() -> None:
 def test_half_share_refuses_what_is_no_side() -> None:
     with pytest.raises(ValueError, match="'both'"):
         half_share(torch.rand(1, 4, 4), ["both"])
-    with pytest.raises(ValueError, match="one for each of 2 maps; got 1"):
+    with pytest.raises(ValueError, match="sides must hold one side for each of 2 maps, got 1"):
         half_share(torch.rand(2, 4, 4), ["left"])
 
 

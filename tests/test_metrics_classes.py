@@ -277,7 +277,9 @@ def test_pairs_without_boxes_do_not_count(make: Callable[[], PairMetric]) -> Non
     metric.update(_maps()[:2], [torch.zeros(0, 4)] * 2)
     with pytest.warns(UserWarning, match="none of the 2 pairs counts"):
         assert metric.compute().isnan()
-    metric.update(torch.ones(1, *SIZE), [torch.tensor([[0.0, 0.0, 1.0, 1.0]])])
+    maps = torch.zeros(1, *SIZE)
+    maps[:, :, 1:] = 1
+    metric.update(maps, [torch.tensor([[1 / SIZE[1], 0.0, 1.0, 1.0]])])
     assert metric.compute() == 1 if not isinstance(metric, AveragePrecision50) else metric.compute() > 0
 
 

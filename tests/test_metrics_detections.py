@@ -141,11 +141,16 @@ def test_best_box_needs_a_component_and_a_box() -> None:
     np.testing.assert_array_equal(box_accuracy(nothing, boxes, 2).numpy(), [0, math.nan])
     with pytest.raises(ValueError, match="3 maps, but boxes of 2 pairs"):
         best_box_iou(nothing, boxes, 3)
-    # Half is not more than half.
+    # Half is enough, also where rounding takes a bit of it.
     half = components(torch.tensor([[[1.0, 0.0]]]), 0.5)
     assert best_box_iou(half, boxes[:1], 1) == 0.5
-    assert box_accuracy(half, boxes[:1], 1) == 0
-    assert not match_components(half, boxes[:1]).any()
+    less = [torch.tensor([[0.0, 0.0, 1.0, 1.0 + 1e-7]])]
+    for whole in (boxes[:1], less):
+        assert box_accuracy(half, whole, 1) == 1
+        assert match_components(half, whole).all()
+    more = [torch.tensor([[0.0, 0.0, 1.0, 1.001]])]
+    assert box_accuracy(half, more, 1) == 0
+    assert not match_components(half, more).any()
 
 
 def test_matches_against_a_loop() -> None:

@@ -134,7 +134,9 @@ def test_what_is_missing_is_said(root: Path) -> None:
     (root / METADATA_FILE).write_text(f"{views}\nf1,1,1,PA,3000,one,more\n", encoding="utf-8")
     named = _module(root).checked_rows()[1]
     assert any(row.file.endswith(METADATA_FILE) and "7 cells and the header 5" in row.rule for row in named)
-    with pytest.raises(ValueError, match=r"has one of the views \['AP axial'\]; there are \['AP', 'LATERAL', 'PA'\]"):
+    with pytest.raises(
+        ValueError, match=r"has one of the views \['AP axial'\]\. The views are \['AP', 'LATERAL', 'PA'\]"
+    ):
         _module(root, views=["AP axial"]).checked_rows()
     with pytest.raises(ValueError, match=r"sections must be some of findings, impression, got \['history'\]"):
         _module(root, sections=["history"])

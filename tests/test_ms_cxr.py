@@ -163,7 +163,7 @@ def test_splits_of_the_files(root: Path) -> None:
     drawn = _module(root, splits="patients").checked_rows()[0]
     assert sorted({pair.split for pair in drawn}) == ["test", "train", "val"]
     assert [pair.split for pair in drawn[::3]] != names
-    with pytest.raises(ValueError, match="leave split_file out"):
+    with pytest.raises(ValueError, match="Leave split_file out"):
         _module(root, split_file=str(path), splits="patients")
     with pytest.raises(ValueError, match="splits must be one of file, patients, got 'own'"):
         _module(root, splits="own")
@@ -183,7 +183,7 @@ def test_bad_rows_are_named(root: Path) -> None:
     assert "line 2" in next(row.rule for row in bad if row.line == 4)
     bad = [row for row in bad if "another row" not in row.rule]
     assert [row.line for row in bad] == [2, 6, 10, 14, 18]
-    rules = ["not two positive numbers", "no patient and pair", "outside of its image of 2500 x 3000", "is empty"]
+    rules = ["not two positive numbers", "no patient and study", "outside of its image of 2500 x 3000", "is empty"]
     for row, rule in zip(bad, [*rules, "no such file"], strict=True):
         assert rule in row.rule
     write_coco(root, annotation_rows())
@@ -242,7 +242,7 @@ def test_annotation_files_are_found(root: Path, tmp_path_factory: pytest.TempPat
     with pytest.raises(FileNotFoundError, match=r"no MS_CXR_Local_Alignment_\* .*give data.annotations"):
         _module(tmp_path_factory.mktemp("empty")).checked_rows()
     write_annotations(root, annotation_rows(), "1.0.0")
-    with pytest.raises(ValueError, match=r"has several: .*Choose one by data.annotations"):
+    with pytest.raises(ValueError, match=r"has several MS-CXR files: .*Choose one with data.annotations"):
         _module(root).checked_rows()
     for content in ("[]", "{", '{"images": []}'):
         (root / "x.json").write_text(content, encoding="utf-8")

@@ -197,16 +197,16 @@ def test_missing_files_are_named(distribution: Write, tmp_path: Path) -> None:
         NihDataModule(str(tmp_path / "nowhere")).setup("fit")
     root = distribution()
     (root / BOX_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{BOX_FILE} is missing. data.root should hold"):
+    with pytest.raises(FileNotFoundError, match=rf"{BOX_FILE} is missing. data.root must hold"):
         _pairs(root)
 
 
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        (("a", 2, 3, 4), r"line 3: the box \['a', '2', '3', '4'\] is not four numbers"),
-        ((1, 2, 3), r"line 3: the box \['1', '2', '3', ''\] is not four numbers"),
-        ((1, 2, 0, 4), r"line 3: the box \['1', '2', '0', '4'\] has no positive, finite size"),
+        (("a", 2, 3, 4), r"line 3: The box \['a', '2', '3', '4'\] is not four numbers"),
+        ((1, 2, 3), r"line 3: The box \['1', '2', '3', ''\] is not four numbers"),
+        ((1, 2, 0, 4), r"line 3: The box \['1', '2', '0', '4'\] has no positive, finite size"),
         ((1, 2, -3, 4), "no positive, finite size"),
         ((1, "nan", 3, 4), "no positive, finite size"),
         ((1, 2, "inf", 4), "no positive, finite size"),
@@ -220,7 +220,7 @@ def test_bad_box_rows_are_named(distribution: Write, box: tuple[object, ...], me
 
 def test_missing_columns_are_named(distribution: Write) -> None:
     root = distribution(box_header="Image Index,Finding Label,x,y,width,height")
-    with pytest.raises(ValueError, match=rf"{BOX_FILE} lacks the columns \['Bbox \[x', 'w', 'h\]'\]; it has"):
+    with pytest.raises(ValueError, match=rf"{BOX_FILE} lacks the columns \['Bbox \[x', 'w', 'h\]'\]\. The columns are"):
         read_boxes(root / BOX_FILE)
     (root / LABEL_FILE).write_text("Image Index,Labels\n1.png,Mass\n", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{LABEL_FILE} lacks the columns \['Finding Labels', 'Patient ID'\]"):
@@ -237,7 +237,7 @@ def test_rows_with_empty_cells_and_blank_lines(distribution: Write) -> None:
     (root / LABEL_FILE).write_bytes(("\ufeff" + text + "\n").replace("\n", "\r\n").encode())
     assert len(read_labels(root / LABEL_FILE)) == len(LABELS)
     (root / LABEL_FILE).write_text(text + "00000009_000.png,Mass,0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"line 7: a cell is empty in .*'Patient ID': ''"):
+    with pytest.raises(ValueError, match=r"line 7: A cell is empty in .*'Patient ID': ''"):
         read_labels(root / LABEL_FILE)
 
 
@@ -256,10 +256,10 @@ def test_unreadable_images_are_named(distribution: Write) -> None:
     split, place = next(
         (split, n) for split, found in data.pairs.items() for n, s in enumerate(found) if s.image == str(plain)
     )
-    with pytest.raises(ValueError, match=r"00000003_000-normal.*00000003_000\.png.*no readable image"):
+    with pytest.raises(ValueError, match=r"00000003_000-normal.*00000003_000\.png.*No readable image"):
         data.dataset(split)[place]
     boxed.write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"no readable image at '.*00000002_000\.png'"):
+    with pytest.raises(ValueError, match=r"No readable image at '.*00000002_000\.png'"):
         _pairs(root)
 
 

@@ -71,9 +71,9 @@ def test_m_is_highest_where_the_words_say(prior, phrase, place, words, shape):
 def test_the_reading_in_words(prior):
     said = prior("Left lower lobe consolidation. No right effusion, no right pneumothorax.", "--out", "out/left.png")
     assert said == (
-        "Phrase, in brackets what names a region:\n"
+        "Phrase, with brackets around words that name a region:\n"
         "  [Left lower lobe] consolidation. No right effusion, no right pneumothorax.\n\n"
-        "Regions, sides of the patient, x to the right and y down in parts of the image:\n"
+        "Regions by the patient's side, with x to the right and y down as fractions of the image:\n"
         "  side  zone   x             y             on the image\n"
         "  left  lower  0.50 to 1.00  0.60 to 1.00  right, bottom\n\n"
         'Ignored:\n  "right": negated (2 times)\n\n'
@@ -115,7 +115,7 @@ def test_strength_1_switches_the_prior_off(prior):
 
 def test_what_is_ignored_is_said_with_its_reason(prior):
     said = prior("Left chest tube in place. The heart is normal. No right effusion. Left apical opacity.")
-    assert "\"Left\": said of 'chest tube'" in said
+    assert "\"Left\": belongs to 'chest tube'" in said
     assert '"heart": normal' in said
     assert '"right": negated' in said
     assert "[Left apical] opacity" in said
@@ -152,8 +152,8 @@ def test_a_table_of_your_own(prior):
         (["--regions", "folder.png"], "Is a directory: 'folder.png'"),
         (["--regions", "binary.yaml"], "binary.yaml is no readable YAML file of regions"),
         (["--regions", "broken.yaml"], "broken.yaml is no readable YAML file of regions"),
-        (["--regions", "list.yaml"], "list.yaml: a region table maps zone -> side"),
-        (["--regions", "box.yaml"], "box.yaml: box of left lower needs 0 <= u0 < u1"),
+        (["--regions", "list.yaml"], "list.yaml is no table of regions. Map zone -> side"),
+        (["--regions", "box.yaml"], "box.yaml: The box of left lower needs 0 <= u0 < u1"),
         (["--color", "red"], "color"),
     ],
 )

@@ -300,7 +300,7 @@ def write(folder, results, panels=()):
 
 LOCALIZATION = "Localization, maps of the image"
 TABLE_1 = "Table 1: maps of the image"
-MASS = "Where the mass lies, maps of the image"
+MASS = "Location of the mass, maps of the image"
 
 
 @pytest.fixture(scope="module")
@@ -493,7 +493,7 @@ def test_cost_in_seconds_and_forwards():
 
 def test_findings_have_a_column_each(report):
     value = fake_results()["rows"][1]["per_finding"]["effusion"]["pointing_game"]["value"]
-    part = report[0].partition("Every measure per finding")[2]
+    part = report[0].partition("All metrics per finding")[2]
     heads = re.findall(r'<th scope="col">(\w+)<', part)
     assert heads[: len(FINDINGS) + 1] == ["Method", *FINDINGS]
     line = re.search(rf'<tr><th scope="row">{METHODS[1]}</th>(.*?)</tr>', part)[1]
@@ -522,8 +522,8 @@ def test_better_is_what_is_surely_better(low, difference, high, higher, is_bette
 def test_comparisons_are_drawn_for_matex_and_listed_for_all(report):
     captions = [caption for caption in Page(report[0]).plots() if "minus" in caption]
     assert captions == [
-        "Pointing game: MATEX minus each of these; right of the line is better",
-        "Confidence drop (mean image): MATEX minus each of these; left of the line is better",
+        "Pointing game: MATEX minus each control; right of the line is better",
+        "Confidence drop (mean image): MATEX minus each control; left of the line is better",
     ]
     title = f"Each method minus each control: Pointing game{UP}"
     found = table_of(report[1], title)
@@ -538,7 +538,7 @@ def test_comparisons_are_drawn_for_matex_and_listed_for_all(report):
 
 def test_the_prior_is_warned_of_where_it_is_used():
     results = small()
-    assert "Read with care: MATEX; Prior of the phrase. These rows take a prior" in tables(results)
+    assert "Read with care: MATEX; Prior of the phrase. These rows use a prior" in tables(results)
     results["rows"][0]["settings"] = {"delta": 0}
     assert "Read with care: Prior of the phrase. These" in tables(results)
     results["rows"] = [row for row in results["rows"] if not row["control"]]
@@ -566,13 +566,13 @@ def test_what_is_absent_is_a_dash(tmp_path, change):
             row.update(scores=None, per_finding=None, curves=None, sanity_curve=None, settings=None, note=None)
     html, text = write(tmp_path, results)
     assert not re.search(r"\b(nan|None|Undefined)\b", Page(html).words() + text)
-    assert "Nothing was localized" in Page(html).words()
+    assert "Localization was not measured" in Page(html).words()
 
 
 def test_results_of_almost_nothing(tmp_path):
     html, text = write(tmp_path, {"format": 2, "rows": []})
-    assert "Nothing was localized" in html
-    assert "Nothing was localized" in text
+    assert "Localization was not measured" in html
+    assert "Localization was not measured" in text
     assert not Page(html).all("table")
 
 
@@ -588,7 +588,7 @@ def test_without_boxes_the_rest_is_there(tmp_path):
     html, text = write(tmp_path, results)
     words = Page(html).words()
     assert "No pair has a box, so pointing is not measured." in words
-    assert "Nothing was localized" in words
+    assert "Localization was not measured" in words
     assert "minus" not in words
     assert "## Insertion and deletion, maps of the image" in text
     # The order is then drawn by the first metric that there is.

@@ -227,7 +227,7 @@ def test_one_repeat_has_no_deviation_and_no_test(tmp_path):
     assert "| MATEX | 10.00 | 10.00 | 10.00 | 10.00 |" in text
     assert "±" not in re.sub(r"\d ± \d+\.\d+ \|\n", "", text.split("Mean ± standard")[1])
     for said in (text, page):
-        assert "Nothing could be tested: a paired test takes at least two whole repeats" in said
+        assert "Nothing could be tested: a paired test needs at least two complete repeats" in said
         assert "Failed" not in said
 
 
@@ -339,7 +339,8 @@ def test_curves_show_every_value_with_its_deviation():
 
 
 def test_a_modality_that_was_not_measured_is_refused():
-    with pytest.raises(ValueError, match=r"No row of modality 'text'; the results have \['image'\]"):
+    message = r"There is no row of modality 'text'. The results have the modalities \['image'\]"
+    with pytest.raises(ValueError, match=message):
         roar_figure(read(roar(rows=rows_of("image"))), "text")
 
 
@@ -541,14 +542,14 @@ def photos(page):
 
 def test_a_benchmark_gets_measured_roar_beside_the_published(bench):
     before, text = pages(bench)
-    assert "not measured here: it is published only" in before.words()
+    assert "not measured here: only the published numbers are shown" in before.words()
     assert "ROAR+ is published only." in text
     results = roar_of(bench)
     results["rows"][-1]["settings"] = {"tau": 9}
     assert add_to_report(read(results), bench) == bench / "report.html"
     after, text = pages(bench)
     assert photos(after) == photos(before) != []
-    assert "published only" not in after.words("p")
+    assert "only the published numbers" not in after.words("p")
     assert "ROAR+ is published only." not in text
     image, phrase = paper_tables(text)
     for table, inside in ((image, ""), (phrase, " (other settings)")):
@@ -559,7 +560,7 @@ def test_a_benchmark_gets_measured_roar_beside_the_published(bench):
         assert values["MATEX"] == "11.00 ± 1.00" + inside
         assert values["Control: RandomMap"] == "2.00 ± 1.00"
         assert values["MATEX, as printed"] == values["M2ib"] == MISSING
-    assert "Failed, and a dash or a gap here: repeat-1/image/M2ib/0.5" in after.words()
+    assert "Failed, shown as a dash or a gap: repeat-1/image/M2ib/0.5" in after.words()
     assert {"ROAR+, maps of the image", "ROAR+, maps of the phrase"} <= after.plots().keys()
 
 
@@ -576,7 +577,7 @@ def test_the_next_benchmark_there_shows_it_too(bench, command):
 def test_roar_of_other_weights_is_named_and_not_shown(bench):
     add_to_report(read(roar_of(bench) | {"model": {"explained": "cd" * 32}}), bench)
     page, text = pages(bench)
-    said = "ROAR+ was measured with maps of other weights (cdcdcdcdcdcd) than those of this page"
+    said = "ROAR+ is not shown: it was measured with maps of other weights (cdcdcdcdcdcd) than this page"
     assert said in page.words()
     assert said in text
     assert "11.00 ± 1.00" not in page.words() + text
@@ -588,7 +589,7 @@ def test_a_folder_without_a_benchmark_is_an_error_with_the_way_out(bench, gone):
     (bench / gone).unlink()
     page = (bench / "report.html").read_bytes()
     with pytest.raises(
-        FileNotFoundError, match=rf"has no {gone}.*`matex benchmark --config FILE .* --out .*bench` makes it"
+        FileNotFoundError, match=rf"has no {gone}.*Run `matex benchmark --config FILE .* --out .*bench` first"
     ):
         add_to_report(results, bench)
     assert (bench / "report.html").read_bytes() == page
@@ -600,7 +601,8 @@ def test_a_roar_that_cannot_be_shown_is_named_before_any_work(tmp_path, command,
     (tmp_path / "roar.json").write_text(content)
     with pytest.raises(SystemExit):
         main([*command, "--out", str(tmp_path)])
-    assert re.search(r"matex benchmark: \S+roar.json cannot be shown: .* Remove it", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(r"matex benchmark: The file \S+roar.json cannot be shown: .* Remove the file", said)
     assert [path.name for path in tmp_path.iterdir()] == ["roar.json"]
 
 

@@ -498,7 +498,7 @@ def test_a_method_that_makes_no_maps_takes_no_other_with_it(config, whole, tmp_p
     own.write_text(f"class_path: {__name__}.Broken\n", encoding="utf-8")
     words = command(config, out, f"--methods=[{own},chefer]")
     said = refused(capsys, words)
-    assert "The maps of own failed, and so do its runs: RuntimeError: no map today" in said
+    assert "The maps of own failed, so its runs fail too: RuntimeError: no map today" in said
     assert "1 of 7 runs failed:\n  repeat-0/image/own/0.5: RuntimeError: no map today" in said
     log = (out / "runs/repeat-0/image/own/0.5/error.log").read_text(encoding="utf-8")
     assert "in make_maps" in log
@@ -513,12 +513,12 @@ def test_a_method_that_makes_no_maps_takes_no_other_with_it(config, whole, tmp_p
 
 def test_two_halves_are_the_whole(made, whole, capsys):
     main(["roar", "run", "--plan", str(made), "--shard", "0/2"])
-    assert "These runs are done; 3 others of the plan are left." in capsys.readouterr().out
+    assert "These runs are done; 3 runs of the plan are left." in capsys.readouterr().out
     assert set(numbers(made)) == set(RUNS[0::2])
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
     assert "3 of 6 runs are done" in said
-    assert "for the 3 left, one at a time; no run is active now." in said
+    assert "for the 3 remaining runs, one at a time; no run is active now." in said
     main(["roar", "run", "--plan", str(made), "--shard", "1/2"])
     assert numbers(made) == numbers(whole)
     assert "report.html" in capsys.readouterr().out
@@ -534,8 +534,8 @@ def test_other_forms_of_shards_are_refused_before_any_work(config, tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--training.lr=0.5"], "training.lr is 0.001 there, 0.5 here"),
-        (["--protocol.seed=7"], "protocol.seed is 0 there, 7 here"),
+        (["--training.lr=0.5"], "training.lr is 0.001 in the plan, 0.5 in this command"),
+        (["--protocol.seed=7"], "protocol.seed is 0 in the plan, 7 in this command"),
         (["--methods=[m2ib]"], "methods is"),
         (["--data.init_args.num_train=16"], "about.data."),
     ],
@@ -553,7 +553,7 @@ def test_errors_of_use(config, whole, tmp_path, capsys):
     assert "holds no plan" in refused(capsys, ["roar", "collect", nothing])
     assert "Give data, ckpt_path and out, or plan" in refused(capsys, ["roar", "run"])
     assert "No checkpoint at" in refused(capsys, command(config, nothing, "--ckpt_path", tmp_path / "none.ckpt"))
-    assert "No method 'nope'" in refused(capsys, command(config, nothing, "--methods=[nope]"))
+    assert "There is no method 'nope'" in refused(capsys, command(config, nothing, "--methods=[nope]"))
     assert "processes must be at least 1" in refused(capsys, command(config, nothing, "--processes=0"))
     assert "Literal['local', 'ray']. Got value: slurm" in refused(capsys, command(config, nothing, "--executor=slurm"))
     assert "ray.retries must not be negative" in refused(capsys, command(config, nothing, "--ray.retries=-1"))
@@ -570,7 +570,7 @@ def test_what_a_run_says_without_a_terminal(made, capsys):
     said = capsys.readouterr().err
     assert "6 of 6 runs to do, each of 4 steps." in said
     assert "1 of 6 runs have ended, about " in said
-    assert "Making the maps" not in said
+    assert "Computing the missing maps" not in said
     main(["roar", "run", "--plan", str(made)])
     assert "0 of 6 runs to do" in capsys.readouterr().err
 
@@ -590,7 +590,7 @@ def test_status_in_the_middle(made, whole, capsys):
     said = capsys.readouterr().out
     assert "2 of 6 runs are done, 2 running, 0 failed." in said
     assert f"  running: {RUNS[2]}\n  running: {RUNS[3]}\n" in said
-    assert "About 2 min for the 4 left, with 2 at a time." in said
+    assert "About 2 min for the 4 remaining runs, with 2 at a time." in said
 
 
 def test_status_after_a_process_was_killed(made, elsewhere, capsys):
@@ -599,13 +599,13 @@ def test_status_after_a_process_was_killed(made, elsewhere, capsys):
     process.join(WAIT)
     main(["roar", "status", str(made)])
     said = capsys.readouterr().out
-    assert f"2 of 6 runs are done, 0 running, 0 failed.\n  stopped: {RUNS[2]}: its process ended" in said
+    assert f"2 of 6 runs are done, 0 running, 0 failed.\n  stopped: {RUNS[2]}: the process ended" in said
 
 
 def test_status_before_the_maps_and_at_the_end(made, whole, capsys):
     (made / "refused.json").unlink()
     main(["roar", "status", str(made)])
-    assert "The maps are not all made yet." in capsys.readouterr().out
+    assert "Some maps are still missing." in capsys.readouterr().out
     main(["roar", "status", str(whole)])
     assert f"`matex roar collect {whole}` writes the tables." in capsys.readouterr().out
 
@@ -625,8 +625,15 @@ def test_help(capsys, verb):
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     wanted = {
-        "run": ["Remove what maps mark", "--shard", "3/8", "--executor", "--processes", "--ray.num_gpus"],
-        "status": ["how far a plan is", "folder"],
+        "run": [
+            "Remove the pixels and words that maps mark",
+            "--shard",
+            "3/8",
+            "--executor",
+            "--processes",
+            "--ray.num_gpus",
+        ],
+        "status": ["Show the progress of a plan", "folder"],
         "collect": ["Write the tables, curves and page of a plan", "folder", "--report"],
     }
     for word in wanted[verb]:
@@ -672,7 +679,7 @@ def test_an_interrupt_ends_it_quietly_and_leaves_nothing(made, whole, capsys, mo
             main(["roar", "run", "--plan", str(made)])
     assert end.value.code == status
     said = capsys.readouterr().err
-    assert "Stopped; 1 of 6 runs are done, the same command continues." in said
+    assert "Stopped; 1 of 6 runs are done. The same command continues." in said
     assert "Traceback" not in said
     assert signal.getsignal(sent) is handler
     assert not rests(made)

@@ -333,9 +333,12 @@ def small_without_words(clip: Clip) -> tuple[Tensor, Tensor, list[str]]:
         ({"regions": 1}, "regions must be at least 2, got 1"),
         ({"pending": -1}, "pending must be at least 0, got -1"),
         ({"chunk_size": 0}, "chunk_size must be a number greater than 0, got 0"),
-        ({"confidence": -0.5}, "confidence is a weight, a number of at least 0, got -0.5"),
-        ({"effectiveness": float("nan")}, "effectiveness is a weight, .* got nan"),
-        ({"confidence": 0, "effectiveness": 0, "consistency": 0, "collaboration": 0}, "all 0: there is nothing"),
+        ({"confidence": -0.5}, "The weight confidence must be a finite number of at least 0, got -0.5"),
+        ({"effectiveness": float("nan")}, "The weight effectiveness must be a finite number .* got nan"),
+        (
+            {"confidence": 0, "effectiveness": 0, "consistency": 0, "collaboration": 0},
+            "are all 0, which leaves no score to search for",
+        ),
         ({"fill": "black"}, "fill must be one of mean_image, mean_color, blur, got 'black'"),
         ({"target": "logit"}, "target must be one of cosine, margin, probability, got 'logit'"),
         ({"references": []}, "references must name at least one phrase"),
@@ -351,5 +354,5 @@ def test_a_model_without_the_fill_is_refused() -> None:
     source = family("square", torch.float64)
     clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
     clip.mean_image.fill_(torch.nan)
-    with pytest.raises(ValueError, match="fill='mean_image' needs the mean of the training images"):
+    with pytest.raises(ValueError, match="no mean of the training images, which fill='mean_image' needs"):
         SubmodularRegions().attribute(clip, *small(clip))

@@ -97,6 +97,18 @@ def test_a_checkpoint_that_would_run_code_is_refused_by_its_name(
     assert not trace.exists()
 
 
+def test_a_function_that_a_checkpoint_names_is_not_called(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's loading imports the `_instantiator` of the settings."""
+    folder = checkpoint.parent
+    (folder / "made_to_run.py").write_text(f"open({str(folder / 'trace')!r}, 'w').close()", encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+    named = {"_instantiator": "made_to_run.make"}
+    evil = _changed(checkpoint, "evil.ckpt", lambda content: content["hyper_parameters"].update(named))
+    load_module(str(evil))
+    load_trained(str(evil))
+    assert not (folder / "trace").exists()
+
+
 def test_the_command_line_refuses_it_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint.parent)
     evil = _changed(checkpoint, "evil.ckpt", lambda content: content.update(callbacks=Touch(Path("trace"))))
@@ -185,7 +197,7 @@ def test_a_loss_that_is_nan_names_the_pairs_and_keeps_the_weights(
         _trainer(tmp_path, limit_val_batches=0).fit(module, tiny_images)
     message = str(caught.value)
     assert f"with the pairs {', '.join(batches[2])}." in message
-    assert f"The embeddings of {module.bad} are no numbers." in message
+    assert f"The embeddings of {module.bad} are not finite." in message
     path = tmp_path / "before_nan-epoch=0-step=2.ckpt"
     assert str(path) in message
     state = _finite(path)
@@ -223,7 +235,7 @@ def test_weights_that_are_spoilt_already_are_not_kept_as_good_ones(
             if batch_idx == 1:
                 torch.nn.init.constant_(self.clip.model.ln_final.weight, torch.nan)
 
-    with pytest.raises(FloatingPointError, match="The weights are no numbers either: go on from an earlier"):
+    with pytest.raises(FloatingPointError, match="The weights are not finite either: resume from an earlier"):
         _trainer(tmp_path, limit_val_batches=0).fit(Spoilt(tiny_json, warmup_steps=0), tiny_images)
     assert not list(tmp_path.rglob("before_nan*"))
 

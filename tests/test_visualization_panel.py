@@ -219,7 +219,7 @@ def test_missing_letters_are_marked_and_panels_without_text_are_bars():
         ({"boxes": [0.1, 0.1, 0.2, 0.2]}, r"boxes must be \(K, 4\)"),
         ({"boxes": [[0.5, 0.1, 0.2, 0.2]]}, "x0 <= x1"),
         ({"boxes": [[10, 10, 90, 90]]}, r"boxes must be in \[0, 1\] of the frame"),
-        ({"relevance": [0.5]}, r"one value per token: got shape \(1,\) for 2 tokens"),
+        ({"relevance": [0.5]}, r"one value per token, got shape \(1,\) for 2 tokens"),
         ({"relevance": [0.5, 2.0]}, r"relevance must be in \[0, 1\]"),
         ({"width": 100}, "width must be at least 200"),
         ({"text_lines": 0}, "text_lines must be at least 1"),

@@ -245,7 +245,7 @@ def test_no_text_is_refused_or_changes_the_size(text):
         ({"heat": np.zeros((7, 7))}, "heat of 'Rise' must have the image's (H, W) = (56, 56), got (7, 7)"),
         ({"heat": np.full((56, 56), 1.5)}, "heat of 'Rise' must be in [0, 1], got values from 1.5 to 1.5"),
         ({"heat": np.full((56, 56), np.nan)}, "heat of 'Rise' must be in [0, 1], got values from nan"),
-        ({"relevance": [0.5]}, "relevance of 'Rise' must be one value per token: got shape (1,) for 2 tokens"),
+        ({"relevance": [0.5]}, "relevance of 'Rise' must have one value per token, got shape (1,) for 2 tokens"),
         ({"relevance": [0.5, 2.0]}, "relevance of 'Rise' must be in [0, 1]"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Where a phrase points: the places a radiologist names, and the spatial prior that they give."""
+"""From a radiologist's phrase to the anatomical regions that it names, and to their spatial prior."""
 
 from matex_pl.anatomy.laterality import named_side, swap_sides
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase

@@ -1,4 +1,4 @@
-"""What a term means where it stands: which "upper" is a zone, which "left" a side, which "no" a negation."""
+"""Meaning of terms in context: which "upper" is a zone, which "left" a side, which "no" a negation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _WHERE = ("side", "zone", "sided_zone", "zone_adjective", "determiner", "preposi
 _NOUNS = ("zone_adjective", "zone", "carrier", "finding")
 # Nouns of a finding that goes away.
 _ENDINGS = ("resolution of", "clearing of", "resolution", "clearing")
-# What no sentence begins with.
+# Kinds that no sentence begins with.
 _GOES_ON = ("and", "or", "to", "with", "verb", "preposition", "negate_either", "negate_back", "normal")
-# How far ahead a word looks for the one that settles its meaning.
+# Number of terms searched ahead for the one that decides a meaning.
 _AHEAD = 12
 
 
 def settle(terms: list[Term], grammar: Grammar) -> list[Term]:
-    """The same terms, those that depend on their neighbours decided; what means nothing becomes `void`."""
+    """The terms, with a kind that depends on neighbors decided; terms without a meaning become `void`."""
     terms = [_dot(terms, k, grammar) for k in range(len(terms))]
     terms = _without_contrasts([term for term in terms if term.kind != "skip"])
     terms = _without_asides(terms, grammar)
@@ -40,7 +40,7 @@ def _void(term: Term) -> Term:
 
 
 def _dot(terms: list[Term], k: int, grammar: Grammar) -> Term:
-    """A full stop that only ends an abbreviation ("Rt. lower lobe", "R.L.L. opacity") goes."""
+    """The term at `k`; a full stop that only ends an abbreviation ("Rt. lower lobe", "R.L.L. opacity") is skipped."""
     if terms[k].text != "." or k == 0:
         return terms[k]
     before, after = terms[k - 1], _kind(terms, k + 1)
@@ -51,7 +51,7 @@ def _dot(terms: list[Term], k: int, grammar: Grammar) -> Term:
 
 
 def _without_contrasts(terms: list[Term]) -> list[Term]:
-    """Terms without a side that is only named to be denied: "left but not right base", "left rather than right"."""
+    """Terms without sides that are named only for denial: "left but not right base", "left rather than right"."""
     dropped: set[int] = set()
     for k in range(1, len(terms) - 2):
         if terms[k].kind != "contrast" and not (terms[k].kind in ("but", "and") and terms[k + 1].text == "not"):
@@ -68,7 +68,7 @@ def _without_contrasts(terms: list[Term]) -> list[Term]:
 
 
 def _without_asides(terms: list[Term], grammar: Grammar) -> list[Term]:
-    """Terms without "to a lesser extent" and "less so", nor the commas that set them off."""
+    """Terms without asides such as "to a lesser extent" and "less so", and without the commas around them."""
     dropped: set[int] = set()
     for k, term in enumerate(terms):
         end = _end_of_aside(terms, k, grammar) if term.kind in ("to", "aside") else k
@@ -86,7 +86,7 @@ def _without_asides(terms: list[Term], grammar: Grammar) -> list[Term]:
 
 
 def _end_of_aside(terms: list[Term], k: int, grammar: Grammar) -> int:
-    """One past the aside that begins at `k`; `k` where none does."""
+    """Index after the aside that begins at `k`; `k` if there is none."""
     if terms[k].kind == "aside":
         return k + 1
     for j, term in enumerate(terms[k + 1 : k + 6], k + 1):
@@ -98,20 +98,20 @@ def _end_of_aside(terms: list[Term], k: int, grammar: Grammar) -> int:
 
 
 def _is_landmark(terms: list[Term], k: int) -> bool:
-    """A midline place that something lies right or left of: "to the right of the heart" is on the right."""
+    """Whether the term is only a landmark in the midline: "to the right of the heart" is on the right."""
     is_midline = terms[k].kind == "zone" and {"cardiac", "mediastinal"}.intersection(terms[k].zones)
     of = k - 1 - (_kind(terms, k - 1) == "determiner")
     return bool(is_midline) and _text(terms, of) == "of" and _text(terms, of - 1) in ("right", "left")
 
 
 def _is_no_side(terms: list[Term], k: int, grammar: Grammar) -> bool:
-    """A word for a side that means something else."""
+    """Whether a word for a side means something else."""
     tests = (_is_lone, _is_adverb, _is_verb, _names_a_shift, _is_direction)
     return terms[k].kind == "side" and any(test(terms, k, grammar) for test in tests)
 
 
 def _is_lone(terms: list[Term], k: int, grammar: Grammar) -> bool:
-    """A letter, "bi" or "both" that no place follows: "R/O", "L1", "both opacity and effusion"."""
+    """Whether a letter, "bi" or "both" has no place next to it: "R/O", "L1", "both opacity and effusion"."""
     text = terms[k].text
     if text == "both":
         return not _has_pair(terms, k)
@@ -126,20 +126,20 @@ def _is_lone(terms: list[Term], k: int, grammar: Grammar) -> bool:
 
 
 def _is_adverb(terms: list[Term], k: int, grammar: Grammar) -> bool:
-    """An adverb or a verb of time: "right after the procedure", "left over the weekend"."""
+    """Whether the side is an adverb or a verb of time: "right after the procedure", "left over the weekend"."""
     after, before = _text(terms, k + 1), _text(terms, k - 1)
     follows = after in grammar.sets["adverb_followers"] and before not in ("the", "on", "to")
     return follows and terms[k].text in ("right", "left")
 
 
 def _is_verb(terms: list[Term], k: int, grammar: Grammar) -> bool:
-    """A participle: "the tube was left in the chest"."""
+    """Whether the side is a participle: "the tube was left in the chest"."""
     leaves = terms[k].text == "left" and _text(terms, k - 1) in grammar.sets["leaves"]
     return leaves and _kind(terms, k + 1) not in (*_ANATOMY, "sided_zone", "and", "or", "comma")
 
 
 def _names_a_shift(terms: list[Term], k: int, grammar: Grammar) -> bool:
-    """Where something goes, without "to": "right shift of the trachea", "rotated left"."""
+    """Whether the side is the direction of a shift, without "to": "right shift of the trachea", "rotated left"."""
     if _text(terms, k + 1) in grammar.sets["shift_nouns"]:
         return True
     ends = _kind(terms, k + 1) in ("break", "but", "comma", "and", "with", "preposition")
@@ -147,7 +147,7 @@ def _names_a_shift(terms: list[Term], k: int, grammar: Grammar) -> bool:
 
 
 def _is_direction(terms: list[Term], k: int, grammar: Grammar) -> bool:
-    """Whether it says where something moves: "deviated to the right", "rotated toward the left"."""
+    """Whether the side is the direction of a movement: "deviated to the right", "rotated toward the left"."""
     at = k - 1 - (_text(terms, k - 1) == "the")
     if _text(terms, at) not in ("to", "toward", "towards", "toward the"):
         return False
@@ -160,7 +160,7 @@ def _is_direction(terms: list[Term], k: int, grammar: Grammar) -> bool:
 
 
 def _has_pair(terms: list[Term], k: int) -> bool:
-    """Whether "both" speaks of two places: "both lungs", not "both opacity and effusion", "both the right and ..."."""
+    """Whether "both" refers to two places: "both lungs", not "both opacity and effusion", "both the right and ..."."""
     between = ("determiner", "preposition", "modifier")
     j = next((j for j in range(k + 1, min(k + 6, len(terms))) if terms[j].kind not in between), k)
     if terms[j].kind in ("zone", "zone_adjective") and _kind(terms, j + 1) == "and":
@@ -169,7 +169,10 @@ def _has_pair(terms: list[Term], k: int) -> bool:
 
 
 def _zone_adjective(terms: list[Term], k: int, grammar: Grammar) -> Term:
-    """A zone before a noun of the lung ("upper and lower lobes") or beside a side, and `void` otherwise."""
+    """The term at `k` as a zone if it precedes a noun of the lung ("upper and lower lobes") or adjoins a side.
+
+    Otherwise a zone adjective becomes `void`.
+    """
     term = terms[k]
     if term.kind == "zone" and _is_segment(terms, k):
         return term._replace(kind="modifier", zones=())
@@ -188,7 +191,7 @@ def _zone_adjective(terms: list[Term], k: int, grammar: Grammar) -> Term:
 
 
 def _speaks_of_lungs(head: Term | None, *, beside: bool) -> bool:
-    """Whether an adjective with this noun, `beside` a side or not, is a zone of the lung."""
+    """Whether an adjective with this noun is a zone of the lung; `beside` is true if it adjoins a side."""
     if head is None:
         return beside
     if head.kind in ("elsewhere", "compare", "word", "device", "vessel", "void"):
@@ -198,13 +201,13 @@ def _speaks_of_lungs(head: Term | None, *, beside: bool) -> bool:
 
 
 def _is_within(terms: list[Term], k: int) -> bool:
-    """Whether it only says which part of another place: "right upper hilar mass", "lower mediastinum"."""
+    """Whether the adjective names only a part of another place: "right upper hilar mass", "lower mediastinum"."""
     place = next((term for term in terms[k + 1 : k + 4] if term.kind not in ("side", "modifier")), terms[k])
     return place.kind == "zone" and not {"hilar", "mediastinal", "cardiac", "lingula"}.isdisjoint(place.zones)
 
 
 def _is_segment(terms: list[Term], k: int) -> bool:
-    """Whether it names a segment of a lobe that is named too: "apical segment of the right lower lobe"."""
+    """Whether the zone is a segment of a lobe named after it: "apical segment of the right lower lobe"."""
     if terms[k].zones not in (("upper",), ("lower",)) or _text(terms, k + 1) not in ("segment", "segments"):
         return False
     kinds = (term.kind for term in terms[k + 3 : k + 7] if term.kind not in ("side", "determiner"))
@@ -212,20 +215,20 @@ def _is_segment(terms: list[Term], k: int) -> bool:
 
 
 def _beside_sided_zone(terms: list[Term], k: int) -> bool:
-    """A side stands before it over a list of zones: "right upper and mid"."""
+    """Whether a side precedes the zone in a list of zones: "right upper and mid"."""
     between = ("zone_adjective", "zone", "and", "or", "to", "modifier", "comma")
     return next((term.kind for term in terms[max(k - 5, 0) : k][::-1] if term.kind not in between), "") == "side"
 
 
 def _head(terms: list[Term], k: int, grammar: Grammar) -> Term | None:
-    """The noun that an adjective leans on, over "and", "to" and other adjectives; None when the phrase ends before."""
+    """Noun of an adjective, past "and", "to" and other adjectives; None if the phrase ends before a noun."""
     for j in range(k + 1, min(k + _AHEAD, len(terms))):
         term = terms[j]
         is_lung_zone = term.kind == "zone" and term.zones[0] in ("upper", "mid", "lower", "middle_lobe")
         if (is_lung_zone and " " in term.text) or (term.kind == "compare" and term.text == "than"):
             return term
         if term.text == "of" and terms[j - 1].text in grammar.sets["parts"]:
-            # "lower half of the right lung" speaks of the lung.
+            # "lower half of the right lung" refers to the lung.
             whole = next((t for t in terms[j + 1 : j + 5] if t.kind not in ("determiner", "side", "modifier")), term)
             return whole if whole.kind == "carrier" else term
         if term.kind not in _BETWEEN:
@@ -234,7 +237,7 @@ def _head(terms: list[Term], k: int, grammar: Grammar) -> Term | None:
 
 
 def _cues(terms: list[Term], grammar: Grammar) -> list[Term]:
-    """Cues that deny nothing become `void`: "no significant change", "not clear", "nearly resolved"."""
+    """The terms, with cues that deny nothing as `void`: "no significant change", "not clear", "nearly resolved"."""
     terms = list(terms)
     for k, term in enumerate(terms):
         if term.text in ("no", "not", "without", "without any") and term.kind == "negate_forward":
@@ -250,7 +253,7 @@ def _cues(terms: list[Term], grammar: Grammar) -> list[Term]:
 
 
 def _undone(terms: list[Term], k: int, grammar: Grammar) -> list[int]:
-    """Indices of a negation and of what it undoes, when together they deny nothing."""
+    """Indices of a negation and of the cue that it cancels; empty if the negation stands."""
     named = ("side", "zone", "sided_zone", "break", "comma", "but", "and", "or")
     for j in range(k + 1, min(k + 5, len(terms))):
         text, kind = terms[j].text, terms[j].kind

@@ -1,4 +1,4 @@
-"""A phrase with the patient's sides exchanged, to see whether a map follows the side that is named."""
+"""Swapping of the patient's sides in a phrase, to test whether a map follows the named side."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def swap_sides(phrase: str) -> str:
-    """The phrase with right and left of the patient exchanged, also where something is denied there.
+    """The phrase with right and left of the patient swapped, also in denials.
 
-    Case and punctuation stay ("RLL" gives "LLL"), a misspelled side comes out well spelled. What has no counterpart
-    ("RML", "bilateral"), what only looks like a side ("left in place") and the side of a device or vessel ("right chest
-    port") stay as they are; the parser is the judge of that.
+    Case and punctuation stay ("RLL" becomes "LLL"), and misspelled sides are corrected. The following stay unchanged,
+    as the parser reads them:
+
+    - words without a counterpart ("RML", "bilateral");
+    - words that only look like a side ("left in place");
+    - the side of a device or vessel ("right chest port").
     """
     for term in reversed(patient_sides(phrase)):
         if term.text in _counterparts():
@@ -26,13 +29,13 @@ def swap_sides(phrase: str) -> str:
     return phrase
 
 
-# Two parses of some milliseconds, and the same phrases come with every validation and every setting.
+# Cached, because the same phrases return in every validation and every setting.
 @lru_cache(maxsize=65536)
 def named_side(phrase: str) -> str:
-    """`right` or `left` where the phrase names regions on that side only and `swap_sides` mirrors them, else empty.
+    """`right` or `left` if the phrase names regions on that side only and `swap_sides` mirrors them, else empty.
 
-    So it is empty for the middle lobe, the lingula, the heart, what lies in the midline or on both sides, and a phrase
-    that names no region.
+    The result is therefore empty for the middle lobe, the lingula, the heart, and places in the midline or on both
+    sides. It is also empty for phrases that name no region.
     """
     regions, table = parse_phrase(phrase).regions, shipped_regions()
     sides = {region.side for region in regions}
@@ -44,25 +47,25 @@ def named_side(phrase: str) -> str:
 
 @cache
 def _counterparts() -> dict[str, tuple[str, str]]:
-    """For all words of a side that have a counterpart: what they begin with, and what that turns into."""
+    """Beginning, and its replacement, of all words of a side that have a counterpart."""
     entries = shipped_grammar().entries
     counterparts = {}
     for words, entry in entries.items():
         begins = next((side for side in _OTHER if words.startswith(side)), "")
         if entry.sides in (("right",), ("left",)) and begins:
             other = entries.get(_OTHER[begins] + words[len(begins) :])
-            # Words that are written out need no entry of their own: "left upper lobar" is read word by word.
+            # Words that are written out need no entry: "left upper lobar" is read word by word.
             if other == entry._replace(sides=(_OTHER[entry.sides[0]],)) or (other is None and len(begins) > 1):
                 counterparts[words] = begins, _OTHER[begins]
     return counterparts
 
 
 def _exchanged(phrase: str, term: Term) -> str:
-    """What stands at the term in the original text, as it was but for the side."""
+    """Original text of a term with only the side exchanged."""
     said = phrase[term.start : term.end]
     begins, other = _counterparts()[term.text]
     if not said.lower().startswith(begins):
-        # A misspelled side: its word, which ends at a blank or hyphen where the term has more words, is written anew.
+        # A misspelled side is replaced whole; in terms of several words it ends at a blank or hyphen.
         first = term.text.split()[0]
         word = _WORD.match(said) if first != term.text else None
         other, begins = other + first[len(begins) :], word.group() if word else said

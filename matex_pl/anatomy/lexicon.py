@@ -1,4 +1,4 @@
-"""From a phrase to terms: what each run of words is, looked up in `grammar.yaml`."""
+"""From a phrase to terms: runs of words, looked up in `grammar.yaml`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Term(NamedTuple):
 
     Args:
         kind: `side`, `zone`, `sided_zone`, `zone_adjective`, a key of `words` in the grammar, a punctuation or `word`.
-        text: The words as the grammar spells them.
-        start: First character in the original text.
-        end: One past the last character.
-        sides: The patient's sides it names.
-        zones: The zones it names.
+        text: Words in the spelling of the grammar.
+        start: Index of the first character in the original text.
+        end: Index after the last character.
+        sides: Named sides of the patient.
+        zones: Named zones.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Term(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What the grammar says of a run of words."""
+    """Meaning of a run of words in the grammar."""
 
     kind: str
     sides: tuple[str, ...] = ()
@@ -52,7 +52,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Grammar:
-    """The compiled grammar: `entries` by words, `runs` the entries of several words by their first, longest first."""
+    """The compiled grammar.
+
+    `entries` maps words to their meaning. `runs` maps a first word to the entries of several words, longest first.
+    """
 
     entries: Mapping[str, Entry]
     runs: Mapping[str, list[tuple[str, ...]]]
@@ -72,7 +75,7 @@ def shipped_grammar() -> Grammar:
 
 
 def compile_grammar(data: Mapping[str, Any]) -> Grammar:
-    """Tables of a grammar laid out as `grammar.yaml`.
+    """Tables of a grammar in the layout of `grammar.yaml`.
 
     Raises:
         ValueError: The same words have two meanings.
@@ -80,7 +83,7 @@ def compile_grammar(data: Mapping[str, Any]) -> Grammar:
     entries: dict[str, Entry] = {}
     for words, entry in _entries(data):
         if entries.setdefault(words, entry) != entry:
-            raise ValueError(f"Grammar: {words!r} is both {entries[words].kind} and {entry.kind}; keep one.")
+            raise ValueError(f"Grammar: {words!r} is both {entries[words].kind} and {entry.kind}. Keep one of them.")
     runs: dict[str, list[tuple[str, ...]]] = {}
     for words in sorted(entries, key=lambda words: -len(words.split())):
         first, *rest = words.split()
@@ -108,7 +111,7 @@ def compile_grammar(data: Mapping[str, Any]) -> Grammar:
 
 
 def read_terms(text: str, grammar: Grammar) -> list[Term]:
-    """Terms of `text` in order, the longest entry of the grammar first. Linear in the text."""
+    """Terms of `text` in order, in linear time; the longest entry of the grammar wins."""
     tokens = list(_mended(list(_tokens(text, grammar)), text, grammar))
     terms: list[Term] = []
     at = 0
@@ -171,7 +174,7 @@ def _tokens(text: str, grammar: Grammar) -> Iterator[tuple[str, int, int]]:
 
 
 def _mended(tokens: list[tuple[str, int, int]], text: str, grammar: Grammar) -> Iterator[tuple[str, int, int]]:
-    """Tokens with the words put together that a hyphen or the end of a line broke: "pneumo-", "thorax"."""
+    """Tokens with the words joined that a hyphen or the end of a line splits: "pneumo-", "thorax"."""
     at = 0
     while at < len(tokens):
         word, start, end = tokens[at]
@@ -185,7 +188,7 @@ def _mended(tokens: list[tuple[str, int, int]], text: str, grammar: Grammar) -> 
         at += 1
 
 
-# Bounded, since a match must not cost more than the text is long.
+# Bounded, to keep matching linear in the text.
 _BREAK = re.compile(r"-|[ \t\r]{0,8}[-\u2010\u2011]?[ \t\r]{0,8}\n[ \t\r]{0,40}")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060]")
 
@@ -214,7 +217,7 @@ def _forms(word: str) -> Iterator[str]:
 
 
 def _swaps(entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Short words of place with two neighbouring letters swapped; longer ones are found by `near`."""
+    """Short words of place with two neighboring letters swapped; `near` finds the longer ones."""
     sides = [word for word, entry in entries.items() if entry.kind == "side" and len(word) == 4]
     zones = [word for word, entry in entries.items() if entry.kind in ("side", "zone", "zone_adjective")]
     short = sides + [word for word in zones if 5 <= len(word) < FUZZY_LENGTH and word.isalpha()]
@@ -222,7 +225,7 @@ def _swaps(entries: Mapping[str, Entry]) -> dict[str, str]:
 
 
 def _deletions(words: Iterable[str]) -> dict[str, str]:
-    """Every word with at most one letter (not the first) left out, so that a lookup needs no search."""
+    """Words by all their forms with at most one letter left out (not the first), for lookups without a search."""
     near: dict[str, str] = {}
     for word in sorted(words):
         if len(word) >= FUZZY_LENGTH:

@@ -1,4 +1,4 @@
-"""What a phrase denies: which terms stand under a negation or a statement of normality."""
+"""Negation: the terms of a phrase in the scope of a negation or of a statement of normality."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from matex_pl.anatomy.lexicon import Grammar, Term
 
 SEPARATORS = ("comma", "colon", "and", "or", "with")
 PLACES = ("side", "zone", "sided_zone")
-# What may stand in a segment that only says where.
+# Kinds allowed in a segment that names only a place.
 _NEUTRAL = (*PLACES, "carrier", "determiner", "preposition", "verb", "modifier", "to", "compare")
-# What may stand before a noun.
+# Kinds allowed before a noun.
 _OF_NOUN = (*PLACES, "carrier", "modifier", "degree")
-# How many terms a scope reaches back, which keeps the time linear in text without any full stop.
+# Number of terms that a scope reaches back, which bounds the time in text without a full stop.
 _REACH = 40
 
 
@@ -21,13 +21,13 @@ class Segment:
     """Terms `start` to `end` between two separators of a sentence.
 
     Args:
-        start: Index of its first term.
-        end: One past its last term.
-        before: The separator on its left; `break` where a new statement begins.
-        kinds: Kinds of its terms.
-        opens: It begins like a new statement: "small ...", "the ...".
-        names_place_only: It says only where.
-        list_follows: It stands in a list that "or" closes.
+        start: Index of the first term.
+        end: Index after the last term.
+        before: Separator on the left; `break` if a new statement begins.
+        kinds: Kinds of the terms.
+        opens: Whether the segment begins like a new statement: "small ...", "the ...".
+        names_place_only: Whether the segment names only a place.
+        list_follows: Whether the segment is in a list that "or" closes.
     """
 
     start: int
@@ -40,17 +40,17 @@ class Segment:
 
     @property
     def has_verb(self) -> bool:
-        """It has a finite verb."""
+        """Whether the segment has a finite verb."""
         return "verb" in self.kinds
 
     @property
     def has_finding(self) -> bool:
-        """It names a finding."""
+        """Whether the segment names a finding."""
         return "finding" in self.kinds
 
     @property
     def places_a_finding(self) -> bool:
-        """It says what is found, and where."""
+        """Whether the segment names a finding and a place."""
         return self.has_finding and bool(self.kinds.intersection(PLACES))
 
 
@@ -65,7 +65,7 @@ def sentences(terms: list[Term]) -> list[tuple[int, int]]:
 
 
 def segments(terms: list[Term], start: int, end: int, grammar: Grammar) -> list[Segment]:
-    """Pieces of one sentence between its separators, in order; empty ones pass their separator on."""
+    """Segments of one sentence between its separators, in order; empty segments pass their separator on."""
     pieces: list[Segment] = []
     before, first = "start", start
     for k in range(start, end + 1):
@@ -85,7 +85,7 @@ def segments(terms: list[Term], start: int, end: int, grammar: Grammar) -> list[
 
 
 def _mark_lists(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> None:
-    """Which pieces stand in one list with a later "or": "no A, B, or C", but not "no A, left B or C"."""
+    """Set `list_follows` of the pieces in a list with a later "or": "no A, B, or C", but not "no A, left B or C"."""
     list_follows = False
     for piece in reversed(pieces):
         piece.list_follows = list_follows
@@ -99,7 +99,7 @@ def _mark_lists(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> N
 
 
 def _runs_on(terms: list[Term], k: int, end: int, grammar: Grammar) -> bool:
-    """Whether a new statement begins at `k` without any punctuation: "no effusion there is ..."."""
+    """Whether a new statement begins at `k` without punctuation: "no effusion there is ..."."""
     term, before = terms[k], terms[k - 1]
     says_it_of = k > 1 and (
         (before.kind == "normal" and terms[k - 2].kind in ("verb", "carrier", *PLACES))
@@ -119,7 +119,7 @@ def _runs_on(terms: list[Term], k: int, end: int, grammar: Grammar) -> bool:
 
 
 def denied(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> dict[int, str]:
-    """Index of each term that is denied, with the reason, in one sentence of `pieces`."""
+    """Index of each denied term, with the reason, in the sentence of `pieces`."""
     reasons: dict[int, str] = {}
     if pieces and _is_exception(terms, pieces[0], grammar):
         _deny(reasons, pieces[0].start, pieces[0].end, "excepted")
@@ -144,7 +144,7 @@ def denied(terms: list[Term], pieces: list[Segment], grammar: Grammar) -> dict[i
 
 
 def _is_exception(terms: list[Term], piece: Segment, grammar: Grammar) -> bool:
-    """Whether a place is left out of what was found before: "both lungs are opaque except for the left apex"."""
+    """Whether a place is excepted from the findings before it: "both lungs are opaque except for the left apex"."""
     cue = piece.start - 1
     if cue < 1 or terms[cue].text not in grammar.sets["exceptions"] or piece.has_finding:
         return False
@@ -170,7 +170,7 @@ def _segment(terms: list[Term], start: int, end: int, before: str, grammar: Gram
 
 
 def _stronger(left: str, right: str) -> str:
-    """The separator that counts when several stand together: ", and" joins, ", with" opens."""
+    """The separator that counts among adjacent ones: ", and" joins, ", with" opens."""
     if {left, right} == {"comma", "with"}:
         return "break"
     return left if right == "comma" and left not in ("", "start") else right
@@ -201,19 +201,19 @@ def _direction(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> s
 
 
 def _is_inverted(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> bool:
-    """Whether what is absent stands behind the verb: "not seen today is the right effusion"."""
+    """Whether the denied terms follow the verb: "not seen today is the right effusion"."""
     copulas = grammar.sets["copulas"]
     return any(term.kind == "verb" and term.text in copulas for term in terms[k + 1 : min(k + 5, piece.end)])
 
 
 def _is_perception(terms: list[Term], piece: Segment, k: int, grammar: Grammar) -> bool:
-    """Whether the cue says that what stands before it is absent: "not seen", "not definitely identified"."""
+    """Whether the cue denies the terms before it: "not seen", "not definitely identified"."""
     follows = {term.text for term in terms[k + 1 : min(k + 4, piece.end)]}
     return terms[k].text == "not" and not follows.isdisjoint(grammar.sets["perceived"])
 
 
 def _end_of_negation(pieces: list[Segment], at: int) -> int:
-    """One past the last term that a cue in piece `at` denies: to the clause's end, or to a new positive finding."""
+    """Index after the last term that a cue in piece `at` denies: the clause's end, or a new positive finding."""
     while at + 1 < len(pieces) and _stays_negated(pieces[at + 1]):
         at += 1
     return pieces[at].end
@@ -228,7 +228,7 @@ def _stays_negated(piece: Segment) -> bool:
 
 
 def _start_of_place(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> int:
-    """Where the place before the cue at `k` begins of which it denies something: "the right base is free of"."""
+    """Start of the place before the cue at `k` to which the denial applies: "the right base is free of"."""
     piece = pieces[at]
     if k - piece.start > _REACH:
         return k
@@ -248,7 +248,7 @@ def _start_of_place(terms: list[Term], pieces: list[Segment], at: int, k: int, g
 
 
 def _start_of_negation(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> int:
-    """Where the noun phrase before the cue at `k` begins."""
+    """Start of the noun phrase before the cue at `k`."""
     begin = max(pieces[at].start, k - _REACH)
     bare = {term.kind for term in terms[begin:k]} <= {"verb", "determiner", "modifier", "word"}
     plural = any(term.text in grammar.sets["plural_verbs"] for term in terms[begin:k])
@@ -263,7 +263,7 @@ def _start_of_negation(terms: list[Term], pieces: list[Segment], at: int, k: int
 
 
 def _end_of_absence(terms: list[Term], piece: Segment, k: int) -> int:
-    """One past the place after the cue at `k` that the same denial covers: "has resolved on the right"."""
+    """Index after the place behind the cue at `k` that the same denial covers: "has resolved on the right"."""
     end = k + 1
     while end < min(piece.end, k + _REACH) and terms[end].kind in _NEUTRAL:
         end += 1
@@ -272,7 +272,7 @@ def _end_of_absence(terms: list[Term], piece: Segment, k: int) -> int:
 
 
 def _normal_range(terms: list[Term], pieces: list[Segment], at: int, k: int, grammar: Grammar) -> tuple[int, int]:
-    """Terms that the word of normality at `k` speaks of: its segment, and plain places joined to it on one side."""
+    """Range of terms that the word of normality at `k` covers: its segment, and plain places joined on one side."""
     first = last = at
     before = terms[max(pieces[at].start, k - _REACH) : k]
     follows = terms[k + 1].kind if k + 1 < pieces[at].end else ""
@@ -296,7 +296,7 @@ def _normal_range(terms: list[Term], pieces: list[Segment], at: int, k: int, gra
 
 
 def _is_echo(terms: list[Term], piece: Segment, grammar: Grammar) -> bool:
-    """Whether it says the same of another place: "the right lung is clear, as is the left"."""
+    """Whether the piece repeats a statement for another place: "the right lung is clear, as is the left"."""
     return piece.has_verb and not piece.has_finding and terms[piece.start].text in grammar.sets["echoes"]
 
 

@@ -1,4 +1,4 @@
-"""From a radiologist's phrase to the regions it names: terms -> sentences -> what is denied -> mentions -> regions."""
+"""From a radiologist's phrase to the regions that it names: terms, sentences, denials, mentions, regions."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _JOINS = ("and", "or", "comma", "to", "compare")
 _TIGHT = ("carrier", "determiner", "preposition", "modifier", "degree")
 _ELSEWHERE = ("device", "vessel", "elsewhere")
 _STOPS = ("preposition", "verb", "and", "or", "comma", "with", "break", "but", "colon", *PLACES)
-# How many terms a noun may stand away from the side that it takes.
+# Largest distance, in terms, of a noun from its side.
 _AHEAD = 8
 
 
 @dataclass(frozen=True)
 class ParsedPhrase:
-    """What a phrase names.
+    """Regions that a phrase names.
 
     Args:
-        regions: The places, each once.
-        spans: Character ranges of the original text that named them, in order.
+        regions: Regions, each once.
+        spans: Character ranges of the original text that name the regions, in order.
         ignored: `(span, reason)` of places and sides that name no region.
     """
 
@@ -37,22 +37,22 @@ class ParsedPhrase:
 
 @dataclass
 class Mention:
-    """A side, a zone, or both in one breath: "right", "lower lobe of the left lung", "RLL".
+    """A side, a zone, or both together: "right", "lower lobe of the left lung", "RLL".
 
     Args:
-        first: Index of its first term.
-        last: Index of its last term.
-        sides: Sides that it says itself or was lent.
-        zones: Zones, likewise.
-        side_follows: The side stands after the zone.
-        has_carrier: A bare side with its own noun, "left lung".
-        has_one_place: Its zones lie on one side or at the midline, so that no side is needed.
-        is_closed: Nothing that follows belongs to it.
-        after: What links it to the mention before: `start`, `join`, or `far`.
-        finding: Index of the finding that it is said of, if any.
-        finding_follows: That finding stands after it.
-        lends_only: A side that another mention has taken, and that names nothing by itself.
-        ignored: Why it names nothing; empty when it does.
+        first: Index of the first term.
+        last: Index of the last term.
+        sides: Sides that the mention names, or that other mentions share with it.
+        zones: Zones that the mention names, or that other mentions share with it.
+        side_follows: Whether the side comes after the zone.
+        has_carrier: Whether a bare side has its own noun, as in "left lung".
+        has_one_place: Whether the zones lie on one side or in the midline, without need of a side.
+        is_closed: Whether later terms cannot belong to the mention.
+        after: Link to the mention before: `start`, `join`, or `far`.
+        finding: Index of the finding at this place, if any.
+        finding_follows: Whether that finding comes after the mention.
+        lends_only: Whether the mention only gives its side to another mention and names no region itself.
+        ignored: Reason why the mention names no region; empty if it names one.
     """
 
     first: int
@@ -71,27 +71,28 @@ class Mention:
 
     @property
     def needs_side(self) -> bool:
-        """It names a zone that has two sides, and no side."""
+        """Whether the mention names a zone that has two sides, and no side."""
         return bool(self.zones) and not self.sides and not self.has_one_place
 
     @property
     def is_bare_side(self) -> bool:
-        """It names a side and no zone."""
+        """Whether the mention names a side and no zone."""
         return bool(self.sides) and not self.zones
 
     @property
     def awaits_zone(self) -> bool:
-        """It names a side that has no noun of its own, so that a zone joined to it may be meant."""
+        """Whether the mention is a side without a noun, which may share the zone of a joined mention."""
         return self.is_bare_side and not self.has_carrier and not self.finding_follows
 
 
 def parse_phrase(text: str, table: RegionTable | None = None, *, knowledge_prior: bool = False) -> ParsedPhrase:
-    """The regions that `text` names, by the rules of the design ("Phrases to regions"). Never raises on any string.
+    """Regions that `text` names. No string raises an error.
 
     Args:
-        text: A phrase or report in English.
+        text: Phrase or report in English.
         table: Boxes by zone and side, see `load_regions`; the package's own by default.
-        knowledge_prior: A finding that names no place takes its usual one ("edema": both hila). Leakage by design.
+        knowledge_prior: Whether a finding without a named place gets its usual place ("edema": both hila). This leaks
+            knowledge about the finding into the prior.
     """
     table = shipped_regions() if table is None else table
     grammar = shipped_grammar()
@@ -119,9 +120,9 @@ def parse_phrase(text: str, table: RegionTable | None = None, *, knowledge_prior
 
 
 def patient_sides(text: str) -> list[Term]:
-    """Terms of `text` that say a side of the patient, in order, also those of which something is denied.
+    """Terms of `text` that name a side of the patient, in order, also in denials.
 
-    Neither words that only look like a side, nor the side of a device, a vessel or another part of the body.
+    Words that only look like a side are left out, and so are sides of devices, vessels or other parts of the body.
     """
     grammar, table = shipped_grammar(), shipped_regions()
     read = read_terms(text, grammar)
@@ -131,12 +132,12 @@ def patient_sides(text: str) -> list[Term]:
         for mention in _Sentence(terms, start, end, table, grammar).mentions:
             if mention.ignored:
                 no_side |= {term.start for term in terms[mention.first : mention.last + 1]}
-    # Of those read: settling takes away what is only named to be denied, "left rather than right".
+    # From `read`, because settling drops sides that are named only for denial, "left rather than right".
     return [term for term in read if term.sides and term.start not in no_side]
 
 
 class _Sentence:
-    """One sentence: its mentions with sides and zones shared among them."""
+    """One sentence, with its mentions and the sides and zones that they share."""
 
     def __init__(self, terms: list[Term], start: int, end: int, table: RegionTable, grammar: Grammar) -> None:
         self.terms, self.start, self.end, self.table, self.grammar = terms, start, end, table, grammar
@@ -155,13 +156,13 @@ class _Sentence:
         self._share_over_clause(kept)
 
     def regions_of(self, mention: Mention) -> set[Region]:
-        """Regions of a mention; none where its side has no such place."""
+        """Regions of a mention; none if its side has no such place."""
         sides = mention.sides or {"right", "left"}
         zones = mention.zones or ["whole"]
         return {region for zone in zones for region in self._boxes(zone, sides, said=bool(mention.sides))}
 
     def usual_places(self) -> Iterator[tuple[Term, set[Region]]]:
-        """Findings that name no place, with the regions where they usually are."""
+        """Findings without a named place, with their usual regions."""
         placed = False
         for piece, following in itertools.zip_longest(self.pieces, self.pieces[1:]):
             if piece.before not in ("and", "or", "with") or piece.opens:
@@ -175,7 +176,7 @@ class _Sentence:
                     yield self.terms[k], self._boxes(zone, set(sides), said=True)
 
     def _index(self) -> None:
-        """Per term: its clause, and the last finding and the last noun before it in the piece."""
+        """Index, per term, the clause, and the last finding and noun before the term in its piece."""
         everywhere = range(self.start, self.end)
         self.clause = dict.fromkeys(everywhere, 0)
         self.finding_before: dict[int, int | None] = dict.fromkeys(everywhere)
@@ -199,7 +200,7 @@ class _Sentence:
             last = noun if noun is not None else last
 
     def _begins_clause(self, at: int) -> bool:
-        """Whether the sides said before piece `at` no longer hold in it."""
+        """Whether the sides named before piece `at` no longer apply to it."""
         piece = self.pieces[at]
         if self.terms[piece.start].kind in ("preposition", "degree"):
             return False
@@ -228,7 +229,7 @@ class _Sentence:
             yield current
 
     def _add(self, mention: Mention, k: int) -> bool:
-        """Take the next place into the mention, if it still lacks what that brings."""
+        """Add the next place to the mention if its side or zone is still missing; return whether it was added."""
         term = self.terms[k]
         if mention.is_closed:
             # "lower lobes bilaterally", "retrocardiac on the left": a side after a midline place adds nothing.
@@ -253,7 +254,7 @@ class _Sentence:
         return True
 
     def _leads_zone(self, k: int) -> bool:
-        """Whether the side at `k` stands right before a zone of its own: "retrocardiac left lower lobe"."""
+        """Whether the side at `k` comes directly before its own zone: "retrocardiac left lower lobe"."""
         following = next((j for j in range(k + 1, min(k + 4, self.end)) if self.terms[j].kind != "modifier"), k)
         return self.terms[following].kind == "zone" and not self._is_midline(self.terms[following])
 
@@ -261,7 +262,7 @@ class _Sentence:
         return bool(term.zones) and all("midline" in self.table.get(zone, ()) for zone in term.zones)
 
     def _link(self, left: int, right: int) -> str:
-        """`tight`, `join` (by "and", "to", "greater than", ...) or `far`."""
+        """Link of two terms: `tight`, `join` (by "and", "to", "greater than", ...) or `far`."""
         joins: list[str] = []
         for k in range(left + 1, right):
             kind = self.terms[k].kind
@@ -276,13 +277,13 @@ class _Sentence:
         return "far" if comma_only and said_with_on else "join"
 
     def _find_noun(self, mention: Mention, previous: Mention | None) -> None:
-        """Which finding the mention is said of; a device, a vessel or another part of the body takes it out."""
+        """Find the finding at the mention; ignore the mention of a device, a vessel or another part of the body."""
         following = self._noun_after(mention)
         before = self.noun_before[mention.first]
         if following is not None and self.terms[following].kind in _ELSEWHERE:
-            mention.ignored = f"said of {self.terms[following].text!r}"
+            mention.ignored = f"belongs to {self.terms[following].text!r}"
         elif following is None and before is not None and self.terms[before].kind in _ELSEWHERE:
-            mention.ignored = f"said of {self.terms[before].text!r}"
+            mention.ignored = f"belongs to {self.terms[before].text!r}"
         elif following is not None:
             mention.finding, mention.finding_follows = following, True
         elif previous and previous.ignored and mention.after == "join":
@@ -301,11 +302,11 @@ class _Sentence:
         return before.text == "the" and starts in self.grammar.sets["echoes"]
 
     def _is_predicate(self, term: Term) -> bool:
-        """Whether the term says how a subject is: "is obscured", or "blunted" alone."""
+        """Whether the term is a predicate: "is obscured", or "blunted" alone."""
         return term.kind in ("verb", "normal") or (term.kind == "finding" and term.text.endswith("ed"))
 
     def _zone_before(self, mention: Mention) -> list[str]:
-        """The zone that the statement before spoke of, also when that was denied; none for a whole lung."""
+        """Zones of the statement before, even if denied; none for a whole lung."""
         has_verb = False
         for k in range(mention.first - 1, max(mention.first - 2 * _AHEAD, 0) - 1, -1):
             term = self.terms[k]
@@ -335,7 +336,7 @@ class _Sentence:
         return noun
 
     def _joined_device(self, mention: Mention, k: int) -> int | None:
-        """The device after a conjunction of sides: "right and left chest tubes"."""
+        """Index of the device after a conjunction of sides, if any: "right and left chest tubes"."""
         joins = self.terms[k].kind in ("and", "or", "compare") and k + 1 < self.end and self.terms[k + 1].kind == "side"
         if not joins or not mention.is_bare_side or mention.has_carrier:
             return None
@@ -347,13 +348,13 @@ class _Sentence:
         return None
 
     def _share_with_compared(self, mentions: list[Mention]) -> None:
-        """The zone of what a bare side is compared with: "the right hilum is larger than the left"."""
+        """Give a bare side the zone of the place it is compared with: "the right hilum is larger than the left"."""
         for before, mention in itertools.pairwise(mentions):
             if mention.awaits_zone and before.zones and before.sides and self._kind_before(mention) == "compare":
                 mention.zones = list(before.zones)
 
     def _share_over_clause(self, mentions: list[Mention]) -> None:
-        """Sides of zones that have none, from what the rest of their clause says."""
+        """Give zones without a side the sides of the rest of their clause."""
         for at, mention in enumerate(mentions):
             if not mention.needs_side:
                 continue
@@ -376,12 +377,12 @@ class _Sentence:
         return self.clause[before.first] == self.clause[after.first]
 
     def _is_entire(self, mention: Mention) -> bool:
-        """Whether it speaks of a whole lung, so that a zone in it does not stand for it: "throughout both lungs"."""
+        """Whether the mention covers a whole lung, which a zone in it does not replace: "throughout both lungs"."""
         near = self.terms[max(mention.first - 2, self.start) : mention.last + 1]
         return any(term.text in self.grammar.sets["entire"] for term in near)
 
     def _answers(self, zone: Mention, side: Mention) -> bool:
-        """Whether a side after a zone says where it is: "lower lobe opacity on the right", "... in the left lung"."""
+        """Whether a side after a zone belongs to it: "lower lobe opacity on the right", "... in the left lung"."""
         # "in the left lung"
         is_placed = self._kind_before(side) == "preposition"
         says_where = side.is_bare_side and not side.finding_follows and is_placed
@@ -395,7 +396,7 @@ class _Sentence:
         return not any(k in self.denied for k in between) and (last_join == zone.last or joins_words)
 
     def _kind_before(self, mention: Mention) -> str:
-        """Kind of the term before it, over a determiner; empty at the beginning of the sentence."""
+        """Kind of the term before a mention and its determiner; empty at the beginning of the sentence."""
         k = mention.first - 1
         k -= k > self.start and self.terms[k].kind == "determiner"
         return self.terms[k].kind if k >= self.start else ""
@@ -414,16 +415,16 @@ class _Sentence:
             zone.sides = set(sides)
 
     def _drop_comparison(self, before: Mention, mention: Mention) -> None:
-        """Sides of a zone already named add nothing: "Bibasilar opacities, left greater than right"."""
+        """Drop sides of a zone that is already named: "Bibasilar opacities, left greater than right"."""
         if not (before.zones or before.lends_only or len(before.sides) == 2) or not mention.is_bare_side:
             return
         if mention.finding is None and not mention.has_carrier and mention.sides <= before.sides:
             mention.lends_only = self._in_one_clause(before, mention)
-            # What follows is compared with the same zone.
+            # The next side is compared with the same zone.
             mention.sides = set(before.sides) if mention.lends_only else mention.sides
 
     def _boxes(self, zone: str, sides: set[str], *, said: bool) -> set[Region]:
-        """Regions of a zone on these sides, which the phrase has `said`; where there are none, of its fallback."""
+        """Regions of a zone on these sides, or of its fallback; `said` is true if the phrase names the sides."""
         boxes = self.table.get(zone, {})
         regions = {boxes[side] for side in sides if side in boxes}
         fallbacks = [f"{side} {zone}" for side in sides if f"{side} {zone}" in self.grammar.fallback]
@@ -437,7 +438,7 @@ class _Sentence:
 
 
 def _share_within_groups(mentions: list[Mention]) -> None:
-    """Sides over joined zones ("right upper and lower"), zones over joined sides ("right and left lower")."""
+    """Share sides over joined zones ("right upper and lower"), and zones over joined sides ("right and left lower")."""
     joined = [pair for pair in itertools.pairwise(mentions) if pair[1].after == "join"]
     led_by = {id(mention): before for before, mention in joined if before.awaits_zone}
     for before, mention in joined:

@@ -1,4 +1,4 @@
-"""The spatial prior M of eqs. (3) to (5): 1 where the phrase names nothing, up to lambda_s where it does."""
+"""The spatial prior M of eqs. (3) to (5): 1 outside of the named regions, up to `lambda_s` inside."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prior_map(
     content_box: Tensor | Sequence[float] | None = None,
     **settings: Any,
 ) -> Tensor:
-    """M of one phrase, shape (H, W), in [1, lambda_s]: `prior_maps`, with its settings, for a `content_box` `(4,)`."""
+    """M of one phrase, shape `(H, W)`, in `[1, lambda_s]`; settings as in `prior_maps`, with a `content_box` `(4,)`."""
     import torch
 
     content_boxes = None if content_box is None else torch.as_tensor(content_box)[None]
@@ -46,21 +46,22 @@ def prior_maps(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """M of B phrases, eqs. (3) to (5), shape (B, H, W), in [1, lambda_s]; exactly 1 for a phrase without regions.
+    """M of B phrases, eqs. (3) to (5), shape `(B, H, W)`, in `[1, lambda_s]`; exactly 1 for a phrase without regions.
 
     The minimum and the maximum of eq. (5) are taken over the whole frame. Equal boxes count once.
 
     Args:
-        regions: The regions that each phrase names, B of them.
-        size: (H, W) of the frame that the map is drawn in.
-        lambda_s: Strength, at least 1.
-        shape: `parabola`, eqs. (3) and (4) as printed; `gaussian`, the box edge at two sigma, neither clamped nor cut;
-            `plateau`, 1 on the inner half of each axis and linear to 0 at the border.
-        laterality: `patient`, the patient's right on the left of the image; `paper`, the mirror of it, as printed.
-        content_box: `(B, 4)` x0, y0, x1, y1 of the image in the frame, [0, 1], x to the right, y down; it may reach
-            outside. The whole frame by default.
-        ids: Names of the pairs, for errors.
-        device: Where to compute; where `content_box` is, by default.
+        regions: Regions that each of the B phrases names.
+        size: Height and width of the frame of the map.
+        lambda_s: Strength of the prior, at least 1.
+        shape: Falloff of M inside a box. `parabola`: eqs. (3) and (4) as printed. `gaussian`: the box edge is at two
+            sigma, without clamping or cutting. `plateau`: 1 on the inner half of each axis, linear to 0 at the border.
+        laterality: `patient` puts the patient's right on the left of the image; `paper` mirrors the map, as the paper
+            prints it.
+        content_box: `(B, 4)` rectangles `x0, y0, x1, y1` of the images in the frame, in [0, 1], x to the right, y down;
+            they may reach outside. The whole frame by default.
+        ids: Ids of the pairs, for error messages.
+        device: Device of the computation; by default the device of `content_box`.
         dtype: Type of the result, float32 by default; the arithmetic is float32 or better.
 
     Raises:
@@ -97,7 +98,7 @@ def prior_array(
     shape: PriorShape = "parabola",
     laterality: Laterality = "patient",
 ) -> NDArray[np.float32]:
-    """M of one phrase over the whole frame, shape (H, W): `prior_map` without torch, for what has to answer at once.
+    """M of one phrase over the whole frame, shape `(H, W)`: `prior_map` in NumPy, for commands without torch.
 
     Raises:
         ValueError: An argument is out of range.
@@ -129,13 +130,13 @@ def check_content_boxes(content_box: Tensor, count: int, ids: Sequence[str] | No
         at = int(bad.nonzero()[0])
         name = f"pair {ids[at]!r}" if ids is not None else f"phrase {at} of the batch"
         raise ValueError(
-            f"The content_box of {name} has no size: {content_box[at].tolist()}. Give x0 < x1 and y0 < y1 in parts of "
-            "the frame."
+            f"The content_box of {name} has no size: {content_box[at].tolist()}. Give x0 < x1 and y0 < y1 as fractions "
+            "of the frame."
         )
 
 
 def _padded_boxes(regions: Sequence[Iterable[Region]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Boxes (B, R, 4), sorted and each once, and (B, R) which of them are there."""
+    """Boxes `(B, R, 4)`, sorted and each once, padded to R, and the mask `(B, R)` without the padding."""
     boxes = [sorted({region.box for region in named}) for named in regions]
     longest = max([1, *map(len, boxes)])
     padded = [row + [(0.0, 0.0, 1.0, 1.0)] * (longest - len(row)) for row in boxes]
@@ -143,7 +144,7 @@ def _padded_boxes(regions: Sequence[Iterable[Region]]) -> tuple[NDArray[np.float
     return np.array(padded, float).reshape(-1, longest, 4), np.array(counted, bool).reshape(-1, longest)
 
 
-# What follows is of tensors and of NumPy arrays alike; `xp` is the library, torch or numpy.
+# The functions below take tensors or NumPy arrays; `xp` is the library, torch or numpy.
 
 
 def _prior(
@@ -156,7 +157,7 @@ def _prior(
     laterality: str,
     xp: ModuleType,
 ) -> Any:
-    """M (B, H, W) from boxes (B, R, 4), which of them count (B, R), images (B, 4), and the numbers (H,) and (W,)."""
+    """M `(B, H, W)` from boxes `(B, R, 4)`, their mask `(B, R)`, content boxes `(B, 4)`, and pixel indices."""
     y = _on_content(pixels[0], content_box[:, 1], content_box[:, 3])
     x = _on_content(pixels[1], content_box[:, 0], content_box[:, 2])
     if laterality == "paper":
@@ -166,18 +167,18 @@ def _prior(
     inside = (content_box[:, 0] < 1) & (content_box[:, 2] > 0) & (content_box[:, 1] < 1) & (content_box[:, 3] > 0)
     total = xp.einsum("brh,brw->bhw", down * (counted & inside[:, None])[..., None], across)
     low, high = xp.amin(total, (1, 2))[:, None, None], xp.amax(total, (1, 2))[:, None, None]
-    # As `maps.min_max`: 0 where all of a map is one number and its rounding.
+    # As in `maps.min_max`: 0 if a map is constant up to rounding.
     return 1 + (lambda_s - 1) * ((total - low) / xp.where(high - low > 1e-6 * high, high - low, xp.inf))
 
 
 def _on_content(pixels: Any, low: Any, high: Any) -> Any:
-    """Pixel centers in coordinates of the image, (B, pixels): 0 at its edge `low`, 1 at `high`."""
+    """Pixel centers in coordinates of the image, `(B, pixels)`: 0 at its edge `low`, 1 at `high`."""
     centers = (pixels + 0.5) / len(pixels)
     return (centers - low[:, None]) / (high - low)[:, None]
 
 
 def _within(position: Any, low: Any, high: Any) -> Any:
-    """Positions (B, P) in coordinates of each box (B, R): (B, R, P), 0 at its edge `low`, 1 at `high`."""
+    """Positions `(B, P)` in coordinates of each box `(B, R)`: `(B, R, P)`, 0 at its edge `low`, 1 at `high`."""
     return (position[:, None] - low[..., None]) / (high - low)[..., None]
 
 

@@ -1,4 +1,4 @@
-"""The places a phrase can name, as boxes on the film."""
+"""The anatomical regions that a phrase can name, as boxes on the image."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SIDES = ("right", "left", "midline")
 
 @dataclass(frozen=True, order=True)
 class Region:
-    """One place on a frontal film.
+    """One anatomical region on a frontal image.
 
     Args:
         side: The patient's `right` or `left`, or `midline`.
-        zone: `upper`, `lower`, `hilar`, `cardiac`, ... as in `regions.yaml`.
-        box: `(u0, v0, u1, v1)` in [0, 1] of the film, u from the patient's right, v downwards.
+        zone: Zone as in `regions.yaml`: `upper`, `lower`, `hilar`, `cardiac`, and others.
+        box: `(u0, v0, u1, v1)` as fractions of the image, in [0, 1], u from the patient's right, v downwards.
     """
 
     side: str
@@ -31,7 +31,7 @@ RegionTable = Mapping[str, Mapping[str, Region]]
 
 
 def load_regions(path: str | Path | None = None) -> RegionTable:
-    """Table zone -> side -> region from a YAML file laid out as the shipped `regions.yaml`, which is read by default.
+    """Regions by zone and side, from a YAML file in the layout of the shipped `regions.yaml`, which is the default.
 
     Raises:
         ValueError: The file is no YAML, a side is unknown, or a box is not `[u0, v0, u1, v1]` with u0 < u1 and
@@ -41,10 +41,10 @@ def load_regions(path: str | Path | None = None) -> RegionTable:
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no readable YAML file of regions: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"{path} is no readable YAML file of regions ({' '.join(str(error).split())}).") from error
     if not isinstance(table, dict) or not all(isinstance(sides, dict) for sides in table.values()):
         raise ValueError(
-            f"{path}: a region table maps zone -> side -> [u0, v0, u1, v1]; see regions.yaml of the package."
+            f"{path} is no table of regions. Map zone -> side -> [u0, v0, u1, v1], as in regions.yaml of the package."
         )
     return {
         str(zone): {side: Region(side, str(zone), _checked(path, zone, side, box)) for side, box in sides.items()}
@@ -54,16 +54,18 @@ def load_regions(path: str | Path | None = None) -> RegionTable:
 
 @cache
 def shipped_regions() -> RegionTable:
-    """The package's own table, read once."""
+    """The package's own table of regions, read once."""
     return load_regions()
 
 
 def _checked(path: Path, zone: str, side: str, box: object) -> tuple[float, float, float, float]:
     if side not in SIDES:
-        raise ValueError(f"{path}: side of {zone!r} must be one of {', '.join(SIDES)}, got {side!r}.")
+        raise ValueError(f"{path}: The side of {zone!r} must be one of {', '.join(SIDES)}, got {side!r}.")
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(edge, (int, float)) for edge in box):
-        raise ValueError(f"{path}: box of {side} {zone} must be four numbers [u0, v0, u1, v1], got {box!r}.")
+        raise ValueError(f"{path}: The box of {side} {zone} must be four numbers [u0, v0, u1, v1], got {box!r}.")
     u0, v0, u1, v1 = map(float, box)
     if not (0 <= u0 < u1 <= 1 and 0 <= v0 < v1 <= 1):
-        raise ValueError(f"{path}: box of {side} {zone} needs 0 <= u0 < u1 <= 1 and 0 <= v0 < v1 <= 1, got {box!r}.")
+        raise ValueError(
+            f"{path}: The box of {side} {zone} needs 0 <= u0 < u1 <= 1 and 0 <= v0 < v1 <= 1, got {box!r}."
+        )
     return u0, v0, u1, v1

@@ -61,7 +61,7 @@ class GradCam(TwoTowerMethod):
         super().__init__(**kwargs)
         check_choices(GradCam.__init__, locals())
         if layers is not None and not layers:
-            raise ValueError("layers must name at least one block, got []. Leave `layers` out to use the last block.")
+            raise ValueError("layers must name at least one block, got []. Leave layers out to use the last block.")
         if (variant, at) == ("hires", "input"):
             raise ValueError("variant='hires' is 0 at the input of the norm. Use at='norm', or variant='gradcam'.")
         self.layers = [-1] if layers is None else list(layers)

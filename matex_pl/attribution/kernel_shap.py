@@ -181,7 +181,7 @@ def shapley_regression(
         scores: `(S, B)` scores of the coalitions.
         empty: `(B,)` scores without any feature.
         whole: `(B,)` scores with all features.
-        dtype: Dtype in which the scores were computed; it bounds their rounding.
+        dtype: Dtype of the computation of the scores, which bounds their rounding.
 
     Returns:
         `(B, F)` values, 0 for features that are not present.

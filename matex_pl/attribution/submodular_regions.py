@@ -24,14 +24,14 @@ class SubmodularRegions(TwoTowerMethod):
     """Less is more (Chen et al. 2024), with the bidirectional search of LiMA (Chen et al. 2025); for offline use.
 
     The formulas are those of the released code (SMDL-Attribution, LIMA). Regions are square groups of patches, of the
-    smallest side that gives at most `regions` groups. x_S is the image with the regions of S kept and the others
+    smallest side that gives at most `regions` groups. `x_S` is the image with the regions of S kept and the others
     filled; V is the set of all regions. Greedy search orders the regions by large F(S), the weighted sum of
 
-    - consistency: S(x_S)
-    - collaboration: 1 - S(x_{V without S})
-    - confidence: 1 - H(q) / log C, where q is the softmax over C classes for x_S and H its entropy
-    - effectiveness: sum over i in S of the smallest angle / pi between the embeddings of i alone and of another j in S
-      alone
+    - consistency: `S(x_S)`
+    - collaboration: `1 - S(x_{V without S})`
+    - confidence: `1 - H(q) / log C`, where q is the softmax over C classes for `x_S` and H its entropy
+    - effectiveness: sum over i in S of the smallest `angle / pi` between the embeddings of i alone and of another j in
+      S alone
 
     The classes are the phrase and the references, at the model's logit scale. A reference with the embedding of the
     phrase is left out.
@@ -41,9 +41,9 @@ class SubmodularRegions(TwoTowerMethod):
     preselected, with the effectiveness of Q. The candidate with the smallest F(Q + v) is appended. The order is P, then
     Q from its end.
 
-    With S_r the first r regions and G_r = S(x_{S_r}) + 1 - S(x_{V without S_r}), the region of rank r gets - sum over q
-    <= r of |G_q - G_{q-1}|, as in the authors' code. A gain therefore separates a region from those after it. If the
-    first region accounts for the whole gain, the map is empty: read `parts` then.
+    `S_r` is the first r regions, and `G_r = S(x_{S_r}) + 1 - S(x_{V without S_r})`. As in the authors' code, the region
+    of rank r gets the value `-sum over q <= r of |G_q - G_{q-1}|`. A gain therefore separates a region from those after
+    it. If the first region accounts for the whole gain, the map is empty: read `parts` then.
 
     Differences from the authors' code:
 
@@ -78,8 +78,8 @@ class SubmodularRegions(TwoTowerMethod):
     `parts` holds, with the R regions in the order of the search:
 
     - `order` `(B, R)`, the regions
-    - `insertion` and `deletion` `(B, R + 1)`, S(x_{S_r}) and S(x_{V without S_r}) from r = 0
-    - `gains` `(B, R)`, G_r - G_{r-1}
+    - `insertion` and `deletion` `(B, R + 1)`, `S(x_{S_r})` and `S(x_{V without S_r})` from r = 0
+    - `gains` `(B, R)`, `G_r - G_{r-1}`
     - `region` `(B, N)`, the region of each patch
     """
 
@@ -199,7 +199,7 @@ class Weights:
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
             if not 0 <= weight < torch.inf:
-                raise ValueError(f"The weight `{name}` must be a finite number of at least 0, got {weight}.")
+                raise ValueError(f"The weight {name} must be a finite number of at least 0, got {weight}.")
         if not any(vars(self).values()):
             raise ValueError(
                 f"The weights {', '.join(vars(self))} are all 0, which leaves no score to search for. Set one above 0."

@@ -1,4 +1,4 @@
-"""The files behind a model's name, as open_clip reads or downloads them: each failure is one error with the way out."""
+"""Access to the files of a model on the Hugging Face hub or on disk, with a clear error for each failure."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from matex_pl.clip.weights import first_line, short
 
 @contextmanager
 def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None) -> Iterator[None]:
-    """Context in which open_clip reads the files of a model; without an answer of the hub it uses the local cache.
+    """Context for open_clip to read the files of a model. If the hub does not answer, only the local cache is used.
 
     Args:
-        name: Name of the model for `load_clip`.
-        tag: Tag of weights to download.
+        name: Name of the model, as for `load_clip`.
+        tag: Tag of the weights to download.
         text_cfg: Text config; its `hf_...` entries name files of the hub.
 
     Raises:
         ImportError: The text tower or the tokenizer needs transformers.
-        ValueError: A folder holds no weights that fit and are read without running code.
-        ConnectionError: A file is neither in the local cache nor downloaded.
+        ValueError: A folder holds no weights that fit and are readable without running code.
+        ConnectionError: A file is not in the local cache and cannot be downloaded.
     """
     constants: Any = huggingface_hub.constants
     uses_hub = bool(tag) or name.startswith(HF_HUB_PREFIX) or any(key.startswith("hf_") for key in text_cfg or ())
@@ -42,11 +42,11 @@ def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None
             ) from error
         if name.startswith(LOCAL_DIR_PREFIX) and isinstance(error, (RuntimeError, UnpicklingError)):
             raise ValueError(
-                f"{name} holds no weights that fit and are read without running code: {error}\n"
+                f"{name} holds no weights that fit and are readable without running code: {error}\n"
                 "Give a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
             ) from error
         if uses_hub and isinstance(error, (OSError, RuntimeError)):
-            state = f"could not be had: {first_line(error)}"
+            state = f"could not be loaded: {first_line(error)}"
             if is_offline:
                 state = "are not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set"
             raise ConnectionError(
@@ -59,10 +59,10 @@ def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None
 
 
 def _hub_answers() -> bool:
-    """Whether the hub answers within seconds, through the client that its downloads go through."""
+    """Whether the hub answers within seconds to the client that downloads its files."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    # The client is requests or httpx, by version, and their errors have no class in common.
+    # By version, the client is requests or httpx, whose errors have no common class.
     except Exception:
         return False
     return True

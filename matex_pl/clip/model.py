@@ -1,4 +1,4 @@
-"""The project's thin wrapper over an open_clip model."""
+"""`Clip`: an open_clip model with its tokenizer and preprocessing."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from matex_pl.clip.towers import Pooling
 from matex_pl.clip.weights import refuse_nan, short
 
 _KEPT_PHRASES = 65_536
-# What tokenizers are told apart by: cases, numbers, hyphens, and words that are cut into pieces.
+# A sentence that distinguishes tokenizers by case, numbers, hyphens, and words that are cut into pieces.
 _PROBE = "No Pleural effusion; left lower-lobe opacity, 3 cm. Cardiomegaly?"
-# Before a word in the pieces of SentencePiece and of byte-level BPE; WordPiece marks what goes on, with `##`.
+# Marks of a word's first piece in SentencePiece and byte-level BPE. WordPiece marks the later pieces, with `##`.
 _WORD_MARKS = ("▁", "Ġ")
 
 
 class Clip(nn.Module):
-    """An open_clip model with what is needed to feed it and to read its tokens.
+    """An open_clip model with its tokenizer and the normalization of its images.
+
+    The buffer `mean_image`, `(1, H, W)` in [0, 1], is the position-wise mean of the training images. It replaces
+    removed pixels. It is NaN until a data module sets it.
 
     Args:
         model: An open_clip model with `encode_image`, `encode_text` and `visual`.
-        tokenizer: Its tokenizer.
-        config: `{"model_cfg": ..., "preprocess_cfg": ...}` in the form of open_clip's `open_clip_config.json`; plain
-            types only, so that a checkpoint can carry it and `load_clip` can rebuild the model from it.
-
-    `mean_image` `(1, H, W)` in [0, 1] is the position-wise mean of the training images, which stands in for removed
-    pixels; NaN until a data module gives it.
+        tokenizer: The model's tokenizer.
+        config: `{"model_cfg": ..., "preprocess_cfg": ...}` in the form of open_clip's `open_clip_config.json`, in plain
+            JSON types. A checkpoint stores the config, and `load_clip` rebuilds the model from it.
     """
 
-    # Towers of five libraries answer to these names, and no type describes them all.
+    # Towers of five libraries have these members, and no type describes them all.
     model: Any
     mean: Tensor
     std: Tensor
@@ -54,7 +54,7 @@ class Clip(nn.Module):
         self.register_buffer("mean_image", torch.full((1, *self.image_size), torch.nan))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load weights; the mean image of a checkpoint of 0.1 is called `mean_film`."""
+        """Load weights. A checkpoint of 0.1 names the mean image `mean_film`."""
         if f"{prefix}mean_film" in state_dict:
             state_dict[f"{prefix}mean_image"] = state_dict.pop(f"{prefix}mean_film")
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -86,27 +86,27 @@ class Clip(nn.Module):
         return int(getattr(tokenizer, "pad_token_id", None) or 0)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Images in the model's normalized frame: `(B, 3, H, W)` uint8, or float in [0, 1], to float.
+        """Images normalized by the model's mean and deviation: `(B, 3, H, W)` uint8, or float in [0, 1], to float.
 
         Raises:
-            ValueError: The images have another size than the model's input.
+            ValueError: The size of the images is not the size of the model's input.
         """
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(
                 f"The images are {tuple(images.shape[-2:])} pixels, the model takes {self.image_size}. "
-                "Set the data module's image_size to the model's, or leave it out."
+                "Set the data module's image_size to the model's, or leave image_size out."
             )
         if images.dtype == torch.uint8:
             images = images / 255
         return ((images - self.mean) / self.std).to(self.std.dtype)
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """What the model takes of a batch: normalized images `(B, 3, H, W)` and tokens `(B, T)`."""
+        """Inputs of the model for a batch: normalized images `(B, 3, H, W)` and tokens `(B, T)`."""
         return self.normalize(batch["image"]), self.tokenize(batch["phrase"])
 
     def tokenize(self, phrases: Sequence[str]) -> Tensor:
         """Token ids of the phrases, padded and cut to the context length: `(B, T)` on the model's device."""
-        # Phrases come again every epoch.
+        # Phrases repeat in every epoch.
         new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._rows]
         if len(self._rows) + len(new) > _KEPT_PHRASES:
             self._rows, new = {}, list(dict.fromkeys(phrases))
@@ -115,7 +115,7 @@ class Clip(nn.Module):
         return torch.stack([self._rows[phrase] for phrase in phrases]).to(self.logit_scale.device)
 
     def tokenizer_mark(self) -> dict[str, Any]:
-        """The tokenizer's name and what it makes of a sentence, in plain types, so that a checkpoint can carry it."""
+        """Mark of the tokenizer for checkpoints, in plain types: its name, and its tokens of a fixed sentence."""
         name = self.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") or "CLIP's"
         return {"name": name, "tokens": self.tokenize([_PROBE])[0].tolist()}
 
@@ -126,17 +126,17 @@ class Clip(nn.Module):
         mark, own = checkpoint.get("tokenizer"), self.tokenizer_mark()
         if mark is None:
             return
-        # A phrase that is cut ends otherwise; weights may be loaded into another context length.
+        # The last token depends on the context length, which may differ from that of the training.
         length = min(len(mark["tokens"]), len(own["tokens"])) - 1
         if mark["tokens"][:length] != own["tokens"][:length]:
             raise ValueError(
                 f"{short(source)} was trained with the tokenizer {mark['name']}, this model has {own['name']}, which "
-                f"gives other tokens ({own['tokens'][:4]}..., not {mark['tokens'][:4]}...). Take the model's name, or "
-                "its JSON, that the checkpoint was trained with."
+                f"gives other tokens ({own['tokens'][:4]}..., not {mark['tokens'][:4]}...). Give the name, or the JSON "
+                "config, of the model that the checkpoint was trained from."
             )
 
     def count_tokens(self, phrase: str) -> int:
-        """Number of tokens of the whole phrase with its special tokens, before it is cut to the context length."""
+        """Number of tokens of the whole phrase with special tokens, before the cut to the context length."""
         if isinstance(self.tokenizer, SimpleTokenizer):
             return len(self.tokenizer.encode(phrase)) + 2
         if isinstance(self.tokenizer, HFTokenizer):
@@ -144,10 +144,10 @@ class Clip(nn.Module):
         return len(self.tokenizer.tokenizer(phrase, truncation=False, verbose=False).input_ids)
 
     def content(self, tokens: Tensor) -> Tensor:
-        """Which tokens are content: `(B, T)` bool.
+        """Mask of the content tokens: `(B, T)` bool.
 
-        Positions strictly between BOS and EOT for CLIP tokenizers (by position: their pad id is also the word piece
-        "!"), ids that are not special elsewhere.
+        For CLIP tokenizers, content tokens are the positions strictly between BOS and EOT, because their pad id is also
+        the word piece "!". For other tokenizers, content tokens are all ids that are not special.
         """
         if isinstance(self.tokenizer, SimpleTokenizer):
             position = torch.arange(tokens.shape[1], device=tokens.device)
@@ -156,9 +156,9 @@ class Clip(nn.Module):
         return ~torch.isin(tokens, special)
 
     def pieces(self, tokens: Tensor) -> list[str]:
-        """Word pieces of one row of tokens `(T,)` as text; a space stands before each that begins a word.
+        """Word pieces of one row of tokens `(T,)` as text, with a space in front of each piece that begins a word.
 
-        A character that is cut into several pieces is in the last of them.
+        If a character is cut into several pieces, the last of them holds the character.
         """
         ids = [int(token) for token in tokens]
         if isinstance(self.tokenizer, SimpleTokenizer):

@@ -1,4 +1,4 @@
-"""How the towers of open_clip's families are read: their raster of patches, and how tokens become an embedding."""
+"""Structure of open_clip's towers: the raster of patches, the blocks, and the pooling of tokens into an embedding."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from torch.func import functional_call
 
 @dataclass(frozen=True)
 class Pooling:
-    """How the embeddings of B samples are read from the tokens of one tower.
+    """How one tower pools the tokens of B samples into embeddings.
 
-    `token`: from the token at `position` (class token, end of text). `mean`: the average of the tokens in `pooled`.
-    `query`: an attention pool, the last block, reads them by its query 0 (SigLIP, CoCa).
+    - `token` takes the token at `position` (class token, end of text).
+    - `mean` averages the tokens in `pooled`.
+    - `query` is an attention pool as the last block, read at its query 0 (SigLIP, CoCa).
 
     Args:
         kind: `token`, `mean` or `query`.
-        length: Number of tokens that a map has: the N patches of the image, or the T positions of the phrase.
-        from_end: These are the last tokens of a block (patches, behind class and register tokens) or the first.
-        position: `(B,)` the pooled position of `token`.
-        pooled: `(B, length)` bool, the tokens of `mean`.
+        length: Number of tokens of a map: the N patches of the image, or the T positions of the phrase.
+        from_end: Whether the map's tokens are the last of a block (patches, after class and register tokens) or the
+            first.
+        position: `(B,)` pooled positions, for `token`.
+        pooled: `(B, length)` bool mask of the averaged tokens, for `mean`.
     """
 
     kind: str
@@ -41,23 +43,23 @@ class Pooling:
     pooled: Tensor | None = None
 
     def to_map(self, values: Tensor) -> Tensor:
-        """Values of all tokens of a block `(..., n)` at the tokens of the map `(..., length)`; 0 where it has none."""
+        """Values at the map's tokens `(..., length)`, from all tokens of a block `(..., n)`; 0 for missing tokens."""
         missing = self.length - values.shape[-1]
         return F.pad(values, (missing, 0) if self.from_end else (0, missing))
 
     def from_map(self, values: Tensor, tokens: int) -> Tensor:
-        """The inverse of `to_map`: values `(..., m)` at all n `tokens` of a block; 0 at the others."""
+        """Inverse of `to_map`: values of the map `(..., m)` at all `tokens` of a block; 0 at the other tokens."""
         missing = tokens - values.shape[-1]
         return F.pad(values, (missing, 0) if self.from_end else (0, missing))
 
 
 def original(module: nn.Module) -> Any:
-    """The module itself, where `torch.compile` has wrapped it."""
+    """The module itself, without the wrapper of `torch.compile`."""
     return getattr(module, "_orig_mod", module)
 
 
 def text_tower(model: nn.Module) -> Any:
-    """The text tower: a module of its own, or the CLIP model that has its parts."""
+    """The text tower: a separate module, or the CLIP model itself if that holds the tower's parts."""
     return original(getattr(original(model), "text", model))
 
 
@@ -65,7 +67,7 @@ def patch_grid(visual: nn.Module) -> tuple[int, int]:
     """Rows and columns of the patches of an image tower.
 
     Raises:
-        NotImplementedError: It keeps no raster of patches.
+        NotImplementedError: The tower keeps no raster of patches.
     """
     tower = original(visual)
     size = getattr(getattr(getattr(tower, "trunk", None), "patch_embed", tower), "grid_size", None)
@@ -77,10 +79,11 @@ def patch_grid(visual: nn.Module) -> tuple[int, int]:
 
 
 def image_pooling(visual: nn.Module, images: Tensor) -> Pooling:
-    """How the image tower reads the embeddings of `images` `(B, 3, H, W)`.
+    """How the image tower pools its tokens for `images` `(B, 3, H, W)`.
 
     Raises:
-        NotImplementedError: Otherwise than from a class token, an average over patches or one query; says how.
+        NotImplementedError: The tower pools neither by a class token, nor by an average over patches, nor by one query;
+            the message names its pooling.
     """
     tower, patches = original(visual), prod(patch_grid(visual))
     kind, reason = _image_kind(tower)
@@ -92,7 +95,7 @@ def image_pooling(visual: nn.Module, images: Tensor) -> Pooling:
 
 
 def _image_kind(tower: Any) -> tuple[str, str]:
-    """Kind of pooling of an image tower, empty where it is unknown, and the reason for that case."""
+    """Kind of pooling of an image tower, empty if unsupported, and the reason for that case."""
     if isinstance(tower, ModifiedResNet):
         return "token", ""
     if isinstance(tower, VisionTransformer):
@@ -100,7 +103,7 @@ def _image_kind(tower: Any) -> tuple[str, str]:
             return {"tok": "token", "avg": "mean"}.get(tower.pool_type, ""), f"its pooling is {tower.pool_type!r}"
         has_one_query = tower.attn_pool_contrastive is None and tower.pool_type == "tok"
         return "query" * has_one_query, "its attention pool is not read by one query of one stage"
-    # By exact type: subclasses pool or attend in ways of their own (two class tokens of DeiT, for one).
+    # By exact type: subclasses may pool or attend in other ways (DeiT has two class tokens).
     if isinstance(tower, TimmModel) and type(tower.trunk) in (timm_vit.VisionTransformer, eva.Eva, beit.Beit):
         return _timm_kind(tower)
     trunk = f" around {type(tower.trunk).__name__}" if hasattr(tower, "trunk") else ""
@@ -123,25 +126,35 @@ def _timm_kind(tower: TimmModel) -> tuple[str, str]:
 
 
 def image_blocks(visual: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of an image tower with a known reading; a ResNet has none."""
+    """Transformer blocks of an image tower; none for a ResNet.
+
+    Raises:
+        NotImplementedError: The tower has no list of blocks, as Swin and ConvNeXt; the message names its class.
+    """
     tower = original(visual)
     if isinstance(tower, ModifiedResNet):
         return []
-    return list(tower.transformer.resblocks if isinstance(tower, VisionTransformer) else tower.trunk.blocks)
+    if isinstance(tower, VisionTransformer):
+        return list(tower.transformer.resblocks)
+    trunk = getattr(tower, "trunk", tower)
+    if not hasattr(trunk, "blocks"):
+        reason = f"a tower around {type(trunk).__name__} has no list of transformer blocks"
+        raise NotImplementedError(not_explained("image", tower, reason))
+    return list(trunk.blocks)
 
 
 def image_depth(visual: nn.Module) -> int:
-    """Number of attention blocks that an image tower with a known pooling is made of, its attention pool included."""
+    """Number of attention blocks of an image tower with a known pooling, including its attention pool."""
     tower = original(visual)
     pool = isinstance(tower, ModifiedResNet) or getattr(getattr(tower, "trunk", tower), "attn_pool", None) is not None
     return len(image_blocks(tower)) + pool
 
 
 def text_pooling(model: nn.Module, tokens: Tensor) -> Pooling:
-    """How the text tower of a model reads the embeddings of `tokens` `(B, T)`.
+    """How the text tower of a model pools its `tokens` `(B, T)`.
 
     Raises:
-        NotImplementedError: Otherwise than from one token or the average of all; says how.
+        NotImplementedError: The tower pools neither one token nor the average of all; the message names its pooling.
     """
     tower, length = text_tower(model), tokens.shape[1]
     if _text_rule(tower) == "MeanPooler":
@@ -150,7 +163,7 @@ def text_pooling(model: nn.Module, tokens: Tensor) -> Pooling:
 
 
 def _text_rule(tower: Any) -> str | None:
-    """Which token a text tower pools, as open_clip names it; `appended` for CoCa's, the pooler's name if it is none."""
+    """Pooling of a text tower by open_clip's name; `appended` for CoCa, the class name for poolers without a token."""
     if isinstance(tower, HFTextEncoder):
         pooler = type(tower.pooler).__name__
         return "first" if pooler in ("ClsPooler", "ClsLastHiddenStatePooler") else pooler
@@ -173,10 +186,10 @@ def _text_position(tower: Any, tokens: Tensor) -> Tensor:
 
 
 def text_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a text tower, which its tokens run through.
+    """Transformer blocks of a text tower.
 
     Raises:
-        NotImplementedError: They are not where those of BERT are.
+        NotImplementedError: A Hugging Face tower does not store its blocks as BERT does.
     """
     tower = text_tower(model)
     if not isinstance(tower, HFTextEncoder):
@@ -189,12 +202,12 @@ def text_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def block_norm(block: Any) -> nn.Module | None:
-    """The norm between a block's stream and its attention; None where the stream itself is normed, as in BERT."""
+    """Norm between a block's residual stream and its attention; None if the stream itself is normalized, as in BERT."""
     return getattr(block, "ln_1", getattr(block, "norm1", None))
 
 
 def token_embedding(model: nn.Module) -> nn.Module:
-    """The table that a text tower looks its tokens up in."""
+    """Token embedding table of a text tower."""
     tower = text_tower(model)
     if isinstance(tower, HFTextEncoder):
         return tower.transformer.get_input_embeddings()
@@ -202,11 +215,10 @@ def token_embedding(model: nn.Module) -> nn.Module:
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
-    """Text embeddings of `tokens` `(B, T)`, `(B, D)`, not normalized or normalized, as the tower gives them.
+    """Text embeddings `(B, D)` of `tokens` `(B, T)`, normalized or not, as the tower returns them.
 
-    What comes after the longest phrase of the batch is left out where no pooled token attends to it: in causal towers
-    that pool at the end of text, and in Hugging Face towers, which mask the padding. Phrases of this field fill a
-    fifth of CLIP's 77 positions.
+    Positions after the longest phrase of the batch are left out if no pooled token attends to them. This is the case in
+    causal towers that pool at the end of text, and in Hugging Face towers, which mask the padding.
     """
     tower = text_tower(model)
     if tower is not getattr(model, "text", model):
@@ -229,11 +241,11 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 
 
 def not_explained(side: str, tower: nn.Module, reason: str) -> str:
-    """Why the maps of a tower are refused, and what works."""
+    """Message for a tower without maps: the reason, and the supported towers."""
     return (
-        f"Maps of the {side} tower {type(tower).__name__} are not supported: {reason}. Supported are transformers of "
-        "open_clip and timm that pool by a class token, an average or an attention pool, ModifiedResNet, open_clip's "
-        "text transformers and Hugging Face text towers. Training works with any tower."
+        f"Maps of the {side} tower {type(tower).__name__} are not supported: {reason}. Supported towers: transformers "
+        "of open_clip and timm that pool by a class token, an average or an attention pool, ModifiedResNet, "
+        "open_clip's text transformers and Hugging Face text towers. Training works with any tower."
     )
 
 

@@ -1,4 +1,4 @@
-"""Weights of a file: read without running code, checked, and refused by name."""
+"""Reading of weights from files, without running code: checks, and errors that name the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matex_pl.clip import towers
 
 
 def why_unreadable(error: BaseException) -> str:
-    """One line on why a file was not read: the code that it would have run, or the weights that do not fit, by name."""
+    """One-line reason why a file was not read: the code that it would run, or the names of weights that do not fit."""
     code = re.search(r"GLOBAL (\S+)", str(error))
     if code:
         return f"it would run {code[1]}"
@@ -29,13 +29,13 @@ def why_unreadable(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none; at most 200 letters."""
+    """First line of an error's message, or its type if the message is empty; at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @contextmanager
 def reading_checkpoint(path: str) -> Iterator[None]:
-    """Context in which a checkpoint of `matex fit` is read: any error becomes FileNotFoundError or `no_checkpoint`."""
+    """Context for reading a checkpoint of `matex fit`: any error becomes FileNotFoundError or `no_checkpoint`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"No checkpoint at {path!r}. `matex fit` writes them below its log folder.")
     try:
@@ -45,12 +45,12 @@ def reading_checkpoint(path: str) -> Iterator[None]:
 
 
 def no_checkpoint(path: str | Path, error: BaseException) -> ValueError:
-    """The error for an unreadable checkpoint, which names the file and the code or weights at fault."""
+    """Error for an unreadable checkpoint, with the file and the code or weights at fault."""
     return ValueError(f"{path} is no checkpoint of `matex fit`: {why_unreadable(error)}")
 
 
 def load_weights(model: nn.Module, path: str, name: str) -> bool:
-    """Load a checkpoint file without running code from it; returns whether it is a checkpoint of `ClipModule`."""
+    """Load a checkpoint file without running code from it; return whether it is a checkpoint of `ClipModule`."""
     try:
         state = load_state_dict(path, weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):
@@ -60,7 +60,7 @@ def load_weights(model: nn.Module, path: str, name: str) -> bool:
             f"{path} is no plain state dict ({why_unreadable(error)}). Only .safetensors and files that "
             "`torch.load(..., weights_only=True)` accepts are read, because any other could run code."
         ) from error
-    # `ClipModule` keeps the model under this name, and more beside it.
+    # `ClipModule` stores the model under this prefix, and further tensors under others.
     prefix = "clip.model."
     ours = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     state = _interpolated(ours or state, model)
@@ -76,7 +76,7 @@ def load_weights(model: nn.Module, path: str, name: str) -> bool:
 
 
 def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """The weights, with a timm tower's position embeddings at the model's raster; open_clip does that for its own."""
+    """Weights with a timm tower's position embeddings interpolated to the model; open_clip interpolates its own."""
     trunk = getattr(model.visual, "trunk", None)
     key = "visual.positional_embedding" if trunk is None else "visual.trunk.pos_embed"
     old, new = state.get(key), model.state_dict().get(key)
@@ -87,7 +87,7 @@ def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     if isqrt(patches) ** 2 != patches:
         raise ValueError(
             f"{key} holds positions of {patches} patches, which is no square raster and cannot be interpolated to the "
-            f"model's {grid}. Set image_size to the height and width that it was trained with."
+            f"model's {grid}. Set image_size to the height and width of the training."
         )
     if trunk is None:
         return state
@@ -95,14 +95,14 @@ def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def refuse_nan(weights: Mapping[str, Tensor], source: str) -> None:
-    """Raise ValueError, with the names of the weights, if some hold NaN or Inf."""
+    """Raise ValueError with the names of the weights if some hold NaN or Inf."""
     bad = [key for key, value in weights.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
-            f"{short(source)} holds NaN or Inf in {', '.join(bad[:3])} ({len(bad)} tensors). Take earlier weights."
+            f"{short(source)} holds NaN or Inf in {', '.join(bad[:3])} ({len(bad)} tensors). Use earlier weights."
         )
 
 
 def short(name: str) -> str:
-    """A name or a path in quotes; the text of a config is cut."""
+    """A name or path in quotes; the text of a config is shortened."""
     return repr(f"{name[:77]}..." if name.lstrip().startswith("{") and len(name) > 80 else name)

@@ -1,1 +1,1 @@
-"""The commands of `matex`, a file each with `main`, which takes the words after the command's name."""
+"""The commands of `matex`: one module each, whose `main` takes the arguments after the command's name."""

@@ -1,4 +1,4 @@
-"""`matex benchmark`: methods compared on a checkpoint."""
+"""`matex benchmark`: comparison of attribution methods on a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from matex_pl.commands.options import run_on_data
 
 
 def main(words: Sequence[str]) -> None:
-    """`matex benchmark --config FILE --ckpt_path FILE --out FOLDER`: compare methods, and print the short of it."""
+    """`matex benchmark --config FILE --ckpt_path FILE --out FOLDER`: compare methods and print a summary."""
     print(run_on_data("benchmark", run_benchmark, words))

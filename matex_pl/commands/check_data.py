@@ -1,4 +1,4 @@
-"""`matex check-data`: every row and every image read once, and one report of what is there and what is wrong."""
+"""`matex check-data`: a report on every row and every image of a data module."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from matex_pl.data.transforms import ImageTransform
 from matex_pl.data.validation import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, image_name, place_of
 
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
-# Where a model is not there to say: almost all take squares, and a crop cuts the same of any.
+# Used without a model. Almost all models take squares, and crops to squares of any size cut the same parts.
 _FRAME = (224, 224)
 
 
 class ModelConfig(DataConfig):
-    """A YAML of `matex fit`: its `data` is checked, with the tokenizer of its `model.name`."""
+    """Config of `matex fit` (YAML). Its `data` is checked with the tokenizer of its `model.name`."""
 
     def model_settings(self, model: Any) -> dict[str, Any]:
-        """Name and image size of the model where they are set."""
+        """Name and image size of the model, if they are set."""
         if not isinstance(model, dict) or not model.get("name"):
             return {}
         return {"model": model["name"]} | ({"image_size": model["image_size"]} if model.get("image_size") else {})
 
 
 def main(words: Sequence[str]) -> None:
-    """`matex check-data --config FILE`: print what the data hold and every bad row; status 1 if there are any."""
+    """`matex check-data --config FILE`: print a report with all bad rows; exit with status 1 if there are bad rows."""
     report = run_on_data("check-data", check_data, words, ModelConfig)
     print(report.text)
     if report.bad:
@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> None:
 
 
 class Report(NamedTuple):
-    """Result of a check: a text, and the bad rows."""
+    """Text and bad rows of a check."""
 
     text: str
     bad: list[BadRow]
@@ -61,17 +61,21 @@ def check_data(
 ) -> Report:
     """Read every row and every image of a data module once, and report.
 
-    Counts per split, finding and side; every bad row with file, line, value and rule; phrases that are longer than the
-    model reads, with what is cut off; and boxes that `resize_mode: shortest` cuts.
+    The report has
+
+    - the counts per split, finding and side;
+    - every bad row, with file, line, value and rule;
+    - the phrases that are longer than the model's context, with the text that is cut off;
+    - the number of boxes that `resize_mode: shortest` cuts.
 
     Args:
-        data: The data module; its `on_bad_row` does not matter here.
-        model: Whose tokenizer measures the phrases: a name as `model.name` of a training; they are not measured
-            without.
-        image_size: Side, or height and width, of the frame that a crop cuts images to, as `model.image_size` of a
-            training; that of the data module comes before it, and the model's own after it.
-        workers: Threads that read images; one per core by default.
-        out: A CSV file to write the bad rows to as well, and after them the phrases that are too long.
+        data: Data module. Its `on_bad_row` is ignored.
+        model: Name of the model whose tokenizer measures the phrases, as in `model.name` of a training config; by
+            default they are not measured.
+        image_size: Side, or height and width, of the frame that images are cropped to, as in `model.image_size` of a
+            training config; the model's own by default. `image_size` of the data module overrides it.
+        workers: Number of threads that read images; one per core by default.
+        out: CSV file for the bad rows, followed by the phrases that are too long; none by default.
 
     Raises:
         FileNotFoundError: A table is missing.
@@ -116,7 +120,7 @@ def check_data(
 
 
 def _check_image(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair]) -> list[BadRow]:
-    """The rows of one image, where it cannot be read; else those with a box outside of it."""
+    """Bad rows of one image: all rows if the image cannot be read, else the rows with a box outside the image."""
     try:
         height, width = data.read_image(pairs[0]).shape
     except (OSError, ValueError, ImportError) as error:
@@ -133,7 +137,7 @@ def _check_image(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair]) -> l
 
 
 def _listed(data: ChestXrayDataModule) -> tuple[list[ImageTextPair], list[BadRow]]:
-    """The pairs that can be used, and bad rows, before any pixel is read."""
+    """Usable pairs and bad rows, without reading pixels."""
     if isinstance(data, TableDataModule):
         return data.checked_rows()
     sourced = (s if s.source[0] else replace(s, source=(str(s.image), 0)) for s in data.list_pairs())
@@ -153,7 +157,7 @@ def _counts(pairs: Sequence[ImageTextPair]) -> str:
 
 
 def _by_split(title: str, values: Sequence[tuple[str, str]], names: Sequence[str] = ()) -> str:
-    """A table that counts pairs of a value and a split; a row per name, all values sorted by default."""
+    """Table of counts per value and split. The rows are `names`, by default all values in sorted order."""
     counts = Counter(values)
     names = names or sorted({name for name, _ in values})
     rows = [[name, *(counts[name, split] for split in SPLITS)] for name in names]
@@ -161,7 +165,7 @@ def _by_split(title: str, values: Sequence[tuple[str, str]], names: Sequence[str
 
 
 def _side(phrase: str) -> str:
-    """Where a phrase places its finding, by the patient's sides."""
+    """Side of the patient where a phrase places its finding, as a row of the table."""
     sides = {region.side for region in parse_phrase(phrase).regions}
     if {"right", "left"} <= sides:
         return "both sides"

@@ -17,18 +17,18 @@ from matex_pl.data.images import ResizeMode
 
 
 def main(words: Sequence[str]) -> None:
-    """`matex explain IMAGE PHRASE --ckpt_path FILE`: write one panel and print its path."""
-    # Help and refusals come without torch, which all methods import.
+    """`matex explain IMAGE PHRASE --ckpt_path FILE` or `--model NAME`: draw one panel and print its path."""
+    # All methods import torch, which help and error messages do not need.
     if any(word.startswith("--method") for word in words):
         import_all(attribution)
     parser = ArgumentParser(
         prog="matex explain",
-        description="Write one panel: where the model looks on an image, and which words matter.",
-        epilog=f"Shipped settings: {', '.join(method_names())}.",
+        description="Draw one panel: where the model looks in an image, and which words matter.",
+        epilog=f"Shipped settings of methods: {', '.join(method_names())}.",
         parser_mode=NAMED_METHODS,
     )
-    parser.add_argument("image", help="The image: PNG, JPEG, DICOM.")
-    parser.add_argument("phrase", help='A sentence as a report words it, e.g. "Left lower lobe consolidation."')
+    parser.add_argument("image", help="Image file: PNG, JPEG, DICOM.")
+    parser.add_argument("phrase", help='Sentence as in a report, e.g. "Left lower lobe consolidation."')
     parser.add_function_arguments(explain_image, skip={"image", "phrase"}, sub_configs=True)
     print(call_parsed(parser, explain_image, words))
 
@@ -36,39 +36,56 @@ def main(words: Sequence[str]) -> None:
 def explain_image(
     image: str,
     phrase: str,
-    ckpt_path: str,
+    ckpt_path: str | None = None,
     out: str = "panel.png",
     method: AttributionMethod | str | None = None,
     resize_mode: ResizeMode = "longest",
+    model: str | None = None,
+    pretrained: str | None = None,
 ) -> Path:
-    """Write one panel: where the model looks on an image for a phrase, and which words matter.
+    """Draw one panel: where the model looks in an image for a phrase, and which words matter.
 
     Args:
-        image: The image: PNG, JPEG, DICOM and more; see `read_image`.
-        phrase: A sentence as a report words it, e.g. "Left lower lobe consolidation."
-        ckpt_path: A checkpoint of `matex fit`.
-        out: The picture to write.
-        method: What makes the map, `Matex.recommended()` by default: the name of a shipped setting (`m2ib`), a YAML
-            file with `class_path` and `init_args`, a class (`M2ib`), or `all` for a contact sheet of every shipped one.
-        resize_mode: How the image gets into the model's frame: `longest`, `shortest` or `squash`, as in training.
+        image: Image file: PNG, JPEG, DICOM and more; see `read_image`.
+        phrase: Sentence as in a report, e.g. "Left lower lobe consolidation."
+        ckpt_path: Checkpoint of `matex fit`. For any other CLIP model, give `model` instead.
+        out: Path of the picture.
+        method: Attribution method, `Matex.recommended()` by default: the name of a shipped setting (`m2ib`), a class
+            (`M2ib`), or a YAML file with `class_path` and `init_args`. With `all`, the picture is a contact sheet of
+            all shipped settings.
+        resize_mode: How the image is fitted into the model's input, as in training: `longest`, `shortest` or `squash`.
+        model: CLIP model: an open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder` or a JSON config.
+        pretrained: Weights of `model`: a tag of open_clip (`openai`) or a file. An `hf-hub:` or `local-dir:` model
+            brings its own.
 
     Returns:
-        The path of the picture.
+        Path of the picture.
+
+    Raises:
+        ValueError: The phrase is empty, or not exactly one of `ckpt_path` and `model` is given, or `model` has no
+            weights.
     """
+    if not phrase.strip():
+        raise ValueError("The phrase is empty. Give a sentence as in a report, in quotes.")
+    if (ckpt_path is None) == (model is None):
+        raise ValueError("Give one model: --ckpt_path, a checkpoint of `matex fit`, or --model, an open_clip name.")
+    if model is None and pretrained is not None:
+        raise ValueError("--pretrained belongs to --model. A checkpoint has its own weights: leave --pretrained out.")
+    if model is not None and pretrained is None and not model.startswith(("hf-hub:", "local-dir:")):
+        raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
+
     from matex_pl.attribution import Matex
-    from matex_pl.clip import load_trained
+    from matex_pl.clip import load_clip, load_trained
     from matex_pl.data.images import read_image, read_size
     from matex_pl.data.pair import ImageTextPair, Sample, collate
     from matex_pl.data.transforms import ImageTransform
     from matex_pl.explain import compare_methods, explain_batch
     from matex_pl.visualization.draw import save_png
 
-    if not phrase.strip():
-        raise ValueError("The phrase is empty. Give a sentence as a report words it, in quotes.")
     single = None if method == "all" else load_method(method or Matex.recommended())
-    # A wrong path should be said before a model is loaded.
+    # Report a wrong path before loading the model.
     read_size(image)
-    clip = load_trained(ckpt_path)
+    clip = load_trained(ckpt_path) if ckpt_path else load_clip(str(model), pretrained)
     module = SimpleNamespace(clip=clip, inputs=clip.inputs, device=clip.std.device)
     transform = ImageTransform(clip.image_size, resize_mode)
     stored = read_image(image, transform.target_size)

@@ -21,7 +21,7 @@ class MatexCLI(LightningCLI):
     """LightningCLI with this project's module and any of its data modules."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """LightningCLI's parser, whose `--config` takes the names of shipped configs too."""
+        """LightningCLI's parser, whose `--config` also accepts the names of shipped configs."""
         kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
         parser = LightningArgumentParser(**kwargs)
         description = "A YAML file, or the name of a shipped config."
@@ -29,7 +29,7 @@ class MatexCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Seed by default, because results should repeat."""
+        """Set the default seed, for reproducible results."""
         parser.set_defaults({"seed_everything": 0})
 
     def _parse_ckpt_path(self) -> None:
@@ -41,7 +41,7 @@ class MatexCLI(LightningCLI):
 
 
 def main(words: Sequence[str] | None) -> None:
-    """Run a command of LightningCLI with its name in front, the process's own by default."""
+    """Run LightningCLI on a command's name and its arguments, by default the arguments of the process."""
     import_all(data)
     MatexCLI(
         ClipModule,

@@ -1,4 +1,4 @@
-"""What `matex prior` shows: the regions that a phrase names, and the prior M that they give."""
+"""`matex prior`: the regions that a phrase names, and their spatial prior M."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from matex_pl.visualization.prior import SIDE, marked_runs, prior_panel
 
 Box = tuple[float, float, float, float]
 _MIRRORED = "; laterality paper: map and boxes are mirrored, R and L are not"
-# Of the phantom's first 4,000 random chests the one nearest to their mean.
+# Index of the chest nearest to the mean of the phantom's first 4,000 chests.
 _AVERAGE_BUILD = 1857
 
 
 def main(words: Sequence[str]) -> None:
-    """`matex prior PHRASE`: print how the phrase is read, and draw its spatial prior."""
+    """`matex prior PHRASE`: print how the phrase is parsed, and draw its spatial prior."""
     parser = ArgumentParser(
-        prog="matex prior", description="Say which regions a phrase names, and draw the spatial prior M that they give."
+        prog="matex prior", description="Print the regions that a phrase names, and draw their spatial prior M."
     )
     parser.add_function_arguments(show_prior, as_positional=True)
     text = call_parsed(parser, show_prior, words)
     encoding = sys.stdout.encoding or "utf-8"
-    # A phrase may hold letters that the terminal does not have.
+    # The encoding of the terminal may lack characters of the phrase.
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
@@ -58,26 +58,27 @@ def show_prior(
     *,
     knowledge_prior: bool = False,
 ) -> str:
-    """Draw the spatial prior M of a phrase over the outline of a chest, and say how the phrase was read.
+    """Draw the spatial prior M of a phrase over the outline of a chest, and describe how the phrase was parsed.
 
     Args:
-        phrase: A sentence or a report, e.g. "Left lower lobe consolidation."
-        out: The picture to write, a PNG.
-        laterality: `patient`, the patient's right on the left of the image; `paper`, the map mirrored, as printed.
-        prior_shape: How M falls off inside a box: `parabola`, `gaussian` or `plateau`.
-        lambda_s: The highest value of M, at least 1; 1 switches the prior off.
-        regions: A YAML file with your own boxes, laid out as the package's `anatomy/regions.yaml`.
-        knowledge_prior: A finding that names no place takes its usual one ("edema": both hila).
+        phrase: Sentence or report, e.g. "Left lower lobe consolidation."
+        out: Path of the picture, a PNG.
+        laterality: `patient` puts the patient's right on the left of the image; `paper` mirrors the map, as the paper
+            prints it.
+        prior_shape: Falloff of M inside a box: `parabola`, `gaussian` or `plateau`.
+        lambda_s: Maximum of M, at least 1; 1 switches the prior off.
+        regions: YAML file with custom boxes, in the layout of the package's `anatomy/regions.yaml`.
+        knowledge_prior: Whether a finding without a named place gets its usual place ("edema": both hila).
 
     Returns:
-        The reading in words, and the path of the picture in the last line.
+        Text on how the phrase was parsed, with the path of the picture in the last line.
     """
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {out!r}.")
     if path.is_dir():
         raise ValueError(f"out must be a file, but {out!r} is a folder.")
-    # `prior_array` refuses what is below 1; infinity would make 0 * inf of every pixel outside.
+    # `prior_array` rejects values below 1. With infinity, pixels outside of the boxes would be 0 * inf.
     if math.isinf(lambda_s):
         raise ValueError(f"lambda_s must be finite, got {lambda_s}.")
     table = None if regions is None else load_regions(regions)
@@ -108,7 +109,7 @@ def show_prior(
 
 
 def _chest() -> dict[str, list[NDArray[np.float64]]]:
-    """The outlines of a chest of average build, upright in the middle of the image, as `prior_panel` takes them."""
+    """Outlines of a chest of average build, upright in the middle of the image, for `prior_panel`."""
     build = sample_build(np.random.default_rng(_AVERAGE_BUILD))
     outlines = {
         "body": [body_outline(build, shoulder=0.08)],
@@ -129,22 +130,22 @@ def on_image(box: Box, laterality: str) -> Box:
 
 
 def region_name(region: Region) -> str:
-    """The region as a radiologist says it: "left lower", "right middle lobe", "cardiac", "left side"."""
+    """Name of a region in a radiologist's words: "left lower", "right middle lobe", "cardiac", "left side"."""
     zone = "side" if region.zone == "whole" else single_line(region.zone.replace("_", " "))
     return zone if region.side == "midline" else f"{region.side} {zone}"
 
 
 def _marked(phrase: str, parsed: ParsedPhrase) -> str:
-    """The phrase in one line, with brackets around what named regions."""
+    """The phrase in one line, with brackets around the words that name regions."""
     runs = marked_runs(phrase, parsed.spans, ())
     line = single_line("".join(f"[{run}]" if mark else run for run, mark in runs))
     if not line:
         return "Phrase: empty"
-    return f"Phrase{', in brackets what names a region' * bool(parsed.spans)}:\n  {line}"
+    return f"Phrase{', with brackets around words that name a region' * bool(parsed.spans)}:\n  {line}"
 
 
 def _regions(named: Sequence[Region], laterality: str) -> str:
-    """A table of the regions: side and zone, x and y on the image, and the same in words ("right, full height")."""
+    """Table of the regions: side, zone, x and y on the image, and the position in words ("right, full height")."""
     if not named:
         return "Regions: none"
     rows = [("side", "zone", "x", "y", "on the image")]
@@ -154,7 +155,7 @@ def _regions(named: Sequence[Region], laterality: str) -> str:
         down = _third((y0 + y1) / 2, "top", "bottom") if y1 - y0 < 0.9 else "full height"
         x, y = f"{x0:.2f} to {x1:.2f}", f"{y0:.2f} to {y1:.2f}"
         rows.append((region.side, single_line(region.zone), x, y, f"{across}, {down}"))
-    head = "Regions, sides of the patient, x to the right and y down in parts of the image"
+    head = "Regions by the patient's side, with x to the right and y down as fractions of the image"
     if laterality == "paper":
         head += " (laterality paper: mirrored)"
     return "\n  ".join([f"{head}:", *text_table(rows)])
@@ -165,7 +166,7 @@ def _third(position: float, low: str, high: str) -> str:
 
 
 def _ignored(phrase: str, parsed: ParsedPhrase) -> str:
-    """What named no region and why, in the order of the text; the same again is only counted."""
+    """Words that name no region, with the reason, in the order of the text; repeats are counted."""
     if not parsed.ignored:
         return "Ignored: nothing"
     counts = Counter((single_line(phrase[start:end]), reason) for (start, end), reason in parsed.ignored)

@@ -14,14 +14,14 @@ from matex_pl.arguments import import_all
 from matex_pl.commands.options import ShippedConfig, call_parsed, check_words, choose, read_mapping, stop
 
 COMMANDS = {
-    "run": "Remove what maps mark, train again, and see what the model lost.",
-    "status": "Say how far a plan is.",
+    "run": "Remove the pixels and words that maps mark, retrain, and score the model again.",
+    "status": "Show the progress of a plan.",
     "collect": "Write the tables, curves and page of a plan.",
 }
 
 
 class PlanConfig(ShippedConfig):
-    """The YAML of `matex roar run`, whose `out` is the folder of the plan."""
+    """Config of `matex roar run` (YAML). Its `out` is the folder of the plan."""
 
     def settings(self, path: str) -> str:
         """`{"folder": ...}` as JSON."""
@@ -30,7 +30,7 @@ class PlanConfig(ShippedConfig):
 
 def main(words: Sequence[str]) -> None:
     """Run `matex roar run`, `status` or `collect`, and print its result."""
-    description = "ROAR+: remove what maps mark, train again, and see what the model lost."
+    description = "ROAR+: remove the pixels and words that maps mark, retrain, and score the model again."
     command = choose(PlainParser("matex roar", description=description), COMMANDS, words)
     check_words(f"roar {command}", words)
     print(_run(words[1:]) if command == "run" else _read(command, words[1:]))
@@ -42,7 +42,7 @@ def _run(words: Sequence[str]) -> str:
     import_all(data)
     parser = ArgumentParser(prog="matex roar run", description=COMMANDS["run"])
     parser.add_argument(
-        "-c", "--config", action=ShippedConfig, help="A YAML of these settings, as the shipped roar_phantom.yaml."
+        "-c", "--config", action=ShippedConfig, help="YAML with these settings, such as the shipped roar_phantom.yaml."
     )
     parser.add_function_arguments(run_roar)
     try:
@@ -59,11 +59,11 @@ def _read(command: str, words: Sequence[str]) -> str:
     )
     parser.add_argument("-c", "--config", action=PlanConfig, help=str(PlanConfig.__doc__))
     if command == "collect":
-        parser.add_argument("--report", help="Folder of a `matex benchmark`, whose tables and page get the scores too.")
+        parser.add_argument("--report", help="Folder of `matex benchmark`; its tables and page get the scores too.")
     settings = vars(parser.parse_args(list(words)))
     del settings["config"]
     if not settings.get("folder"):
-        raise ValueError("there is no plan. Give its folder, or --config, the YAML of `matex roar run`, with `out`.")
+        raise ValueError("No plan given. Pass the folder of the plan, or --config with a `matex roar run` config.")
     from matex_pl.roar import collect_roar, roar_status
 
     return collect_roar(**settings) if command == "collect" else roar_status(**settings)

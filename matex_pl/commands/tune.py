@@ -1,4 +1,4 @@
-"""`matex tune`: the settings of MATEX that suit a model."""
+"""`matex tune`: search for MATEX's weights on a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from matex_pl.tune import tune_matex
 
 
 def main(words: Sequence[str]) -> None:
-    """`matex tune --config FILE --ckpt_path FILE --out FOLDER`: find MATEX's weights on the validation split."""
+    """`matex tune --config FILE --ckpt_path FILE --out FOLDER`: search MATEX's weights on the validation split."""
     import_all(attribution)
     print(run_on_data("tune", tune_matex, words))

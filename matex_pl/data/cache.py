@@ -1,4 +1,4 @@
-"""A folder of decoded, resized images, so that each file is decoded once."""
+"""A folder of decoded, resized images, so each file is decoded only once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from matex_pl.data.images import GrayImage, TargetSize, read_image
 from matex_pl.files import check_folder, remove_abandoned_parts, whole_file
 
-# Goes into the names of cached images: raise it when the same file gives other pixels than before.
+# Part of the names of cached images: raise it when the same file gives other pixels than before.
 _CACHE_VERSION = 2
 
 
@@ -21,22 +21,22 @@ _CACHE_VERSION = 2
 class ImageCache:
     """A folder of decoded, resized images, one file each.
 
-    A file's name is a digest of the image's path, length, time of change, and the settings: a changed image or setting
-    makes a new one. Processes may share a folder.
+    The name of a file is a digest of the image's path, size, modification time, and the settings. A changed image or
+    setting therefore creates a new file. Processes may share a folder.
     """
 
     folder: Path
 
     def prepare(self) -> None:
-        """Make the folder and remove what killed processes left half-written there.
+        """Create the folder, and remove the temporary files of killed processes from it.
 
         Raises:
-            OSError: Nothing can be written there, and no image is kept there.
+            OSError: The folder is not writable and holds no images.
         """
         try:
             check_folder(self.folder)
         except OSError as error:
-            # A folder that was filled before may be read all the same.
+            # A folder with images from before is still read.
             if not any(self.folder.glob("??/*.npz")):
                 raise
             _warn_uncached(self.folder, error.strerror or str(error))
@@ -46,12 +46,12 @@ class ImageCache:
     def read(
         self, path: str | Path, target_size: TargetSize, settings: str, *, apply_exif_orientation: bool = True
     ) -> GrayImage:
-        """An image from the cache, or else from its file, with a warning if it cannot be kept; see `read_image`.
+        """An image from the cache, or else from its file, with a warning if it cannot be stored; see `read_image`.
 
         Args:
-            path: The file.
-            target_size: Size to resize to, from the size of the file.
-            settings: All arguments on which `target_size` depends.
+            path: Image file.
+            target_size: Function from the size of the file to the size after resizing.
+            settings: Text of all arguments on which `target_size` depends.
             apply_exif_orientation: Whether to turn the image by its EXIF orientation.
         """
         kept = self._place(path, f"{settings} apply_exif_orientation={apply_exif_orientation}")
@@ -59,7 +59,7 @@ class ImageCache:
         if image is None:
             image = read_image(path, target_size, apply_exif_orientation=apply_exif_orientation)
             try:
-                # Parts lie above the images, so that those of killed processes are found without listing all images.
+                # Temporary files lie in the top folder, where those of killed processes are found without a long list.
                 with whole_file(kept, self.folder) as part, part.open("wb") as file:
                     np.savez(file, pixels=image.pixels, size=np.array(image.size))
             except OSError as error:
@@ -71,7 +71,7 @@ class ImageCache:
             path = Path(path).resolve()
             state = path.stat()
         except OSError as error:
-            raise FileNotFoundError(f"There is no image at {str(path)!r}.") from error
+            raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.") from error
         text = f"{_CACHE_VERSION} {path} {state.st_size} {state.st_mtime_ns} {settings}"
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.npz"
@@ -91,5 +91,6 @@ def _kept_image(path: Path) -> GrayImage | None:
 @lru_cache  # One warning per process.
 def _warn_uncached(folder: Path, reason: str) -> None:
     warnings.warn(
-        f"No more images can be kept in cache_dir {folder} ({reason}); they are read anew each time.", stacklevel=2
+        f"cache_dir {folder} is full or read-only ({reason}). Images that are not cached are decoded each time.",
+        stacklevel=2,
     )

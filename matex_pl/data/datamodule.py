@@ -1,4 +1,4 @@
-"""Base of all data modules: splits of pairs, loaders that a resumed run can repeat, and the mean image."""
+"""Base of all data modules: splits of pairs, reproducible loaders, and the mean image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RESIZE_MODES: dict[str, ResizeMode] = {"pad": "longest", "crop": "shortest", "s
 
 
 class PairDataset(Dataset[Sample]):
-    """Pairs with their pixels, which `data` reads and `transform` puts into the model's frame."""
+    """Dataset of pairs: `data` reads their pixels, and `transform` fits them into the model's frame."""
 
     def __init__(self, data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], transform: ImageTransform) -> None:
         self.data = data
@@ -44,7 +44,7 @@ class PairDataset(Dataset[Sample]):
         return len(self.pairs)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """A sample by index, or by (epoch, index), from which augmentation and `draw_pair` take their draws."""
+        """A sample by index, or by (epoch, index), which then seed augmentation and `draw_pair`."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         pair = self.pairs[index]
         seed = int(np.random.SeedSequence((self.data.seed, epoch, index)).generate_state(1)[0])
@@ -68,18 +68,18 @@ class PairDataset(Dataset[Sample]):
 
 
 class EpochSampler(DistributedSampler):
-    """A shuffle that depends on seed and epoch alone; the dataset gets (epoch, index).
+    """Sampler that shuffles by seed and epoch alone and yields (epoch, index).
 
-    A resumed run therefore sees the same as an uninterrupted one, with any number of workers. Lightning calls
-    `set_epoch`. Each of W processes takes every W-th pair of the same order, without a remainder, so that a step has
-    the pairs of one process with a batch W times as large.
+    A resumed run therefore reads the same samples as an uninterrupted run, with any number of workers. Lightning calls
+    `set_epoch`. Each of W processes takes every W-th pair of the same order, without the remainder. A step of all
+    processes therefore has the same pairs as a step of one process with a batch W times as large.
     """
 
     def __init__(self, dataset: PairDataset, seed: int) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         count, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
         if len(dataset) < count:
-            raise ValueError(f"There are {len(dataset)} training pairs for {count} processes. Take fewer processes.")
+            raise ValueError(f"There are {len(dataset)} training pairs for {count} processes. Use fewer processes.")
         self.num_pairs = len(dataset)
         super().__init__(dataset, num_replicas=count, rank=rank, seed=seed, drop_last=True)
 
@@ -90,9 +90,9 @@ class EpochSampler(DistributedSampler):
 
 
 class EpochLoader(DataLoader):
-    """A loader that asks its sampler, and starts its workers, at the first batch rather than at `iter`.
+    """Loader that calls its sampler and starts its workers at the first batch, not at `iter`.
 
-    Lightning calls `iter` before it sets the epoch of a resumed run: workers would fetch images of epoch 0.
+    Lightning calls `iter` before it sets the epoch of a resumed run. Workers would then read images of epoch 0.
     """
 
     def __iter__(self) -> Iterator[ImageTextBatch]:  # type: ignore[override]
@@ -102,16 +102,16 @@ class EpochLoader(DataLoader):
 class ChestXrayDataModule(LightningDataModule, ABC):
     """Base of the data modules: a subclass lists its pairs and reads an image.
 
-    Without a trainer: give `image_size`, call `setup("fit")`, and take `dataset("val")` or the loaders.
+    Without a trainer, give `image_size`, call `setup("fit")`, and use `dataset("val")` or the loaders.
 
     Args:
         image_size: Side of the model's square input in pixels, or height and width; the model's own by default.
-        batch_size: Pairs per batch and process.
-        num_workers: Processes that read and augment images.
-        resize_mode: How an image gets into the model's frame: `longest` fits its longest side and pads with black,
+        batch_size: Number of pairs per batch and process.
+        num_workers: Number of processes that read and augment images.
+        resize_mode: How an image is fitted into the model's frame: `longest` fits its longest side and pads with black,
             `shortest` fits its shortest side and crops to the middle, `squash` stretches it.
-        augment: Mild geometric and intensity changes in training. Never a horizontal flip.
-        seed: Random seed of shuffling, augmentation, splits, and whatever else the data module draws.
+        augment: Whether to apply mild geometric and intensity changes in training, never a horizontal flip.
+        seed: Random seed of shuffling, augmentation, splits, and all other draws of the data module.
         geometry: Deprecated name of `resize_mode`, with `pad` for `longest` and `crop` for `shortest`.
     """
 
@@ -133,7 +133,9 @@ class ChestXrayDataModule(LightningDataModule, ABC):
             resize_mode = _RESIZE_MODES[geometry]
             rank_zero_deprecation(f"geometry: {geometry} is deprecated. Write resize_mode: {resize_mode}.")
         if batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, contrastive training needs negatives; got {batch_size}.")
+            raise ValueError(
+                f"batch_size must be at least 2, because contrastive training needs negatives, got {batch_size}."
+            )
         if seed < 0 or num_workers < 0:
             raise ValueError(f"seed and num_workers must not be negative, got {seed} and {num_workers}.")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -154,7 +156,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         """Pixels of a pair's image, `(h, w)` uint8."""
 
     def draw_pair(self, pair: ImageTextPair, seed: int) -> ImageTextPair:
-        """The pair in one epoch of training, e.g. with another sentence of its report; `seed` is of epoch and pair."""
+        """The pair for one epoch of training, e.g. with another sentence; `seed` depends on epoch and pair."""
         return pair
 
     def phrases_of(self, pair: ImageTextPair) -> list[str]:
@@ -162,7 +164,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return [pair.phrase]
 
     def open_image(self, pair: ImageTextPair, transform: ImageTransform) -> GrayImage:
-        """A pair's image for a transform, perhaps already resized for it."""
+        """Image of a pair for a transform, possibly already resized for the transform."""
         pixels = self.read_image(pair)
         return GrayImage(pixels, (pixels.shape[0], pixels.shape[1]))
 
@@ -172,7 +174,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return tuple(sorted({name for split in self.pairs.values() for pair in split for name in pair.image_findings}))
 
     def setup(self, stage: str) -> None:
-        """List the pairs, once.
+        """List the pairs, on the first call only.
 
         Raises:
             ValueError: A split that this stage needs is empty, an id is not unique, or a pair is in no known split.
@@ -182,7 +184,9 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         for split in STAGES[stage]:
             if not self.pairs[split]:
                 counts = {name: len(pairs) for name, pairs in self.pairs.items()}
-                raise ValueError(f"{type(self).__name__} has no {split} pairs, which {stage!r} needs; it has {counts}.")
+                raise ValueError(
+                    f"{type(self).__name__} has no {split} pairs, which {stage!r} needs. Pairs per split: {counts}."
+                )
 
     def dataset(self, split: str, *, augment: bool = False) -> PairDataset:
         """The pairs of a split with their pixels."""
@@ -211,9 +215,9 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return torch.stack([data[index].image[:1] for index in chosen]).float().mean(0) / 255
 
     def thorax(self) -> Tensor | None:
-        """Where lungs and heart usually are, `(H, W)` bool in the model's frame, for `attribution/outside_thorax_mass`.
+        """Mask `(H, W)` bool of lungs and heart in the model's frame, for `attribution/outside_thorax_mass`.
 
-        None if unknown; a data module that has masks of the body or the lungs overrides it.
+        None by default. A data module that has masks of the body or the lungs overrides this method.
         """
         return None
 
@@ -245,7 +249,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
-            # Its own generator, so that iterating draws nothing from the global one.
+            # A separate generator: iterating draws nothing from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -258,22 +262,23 @@ class ImageFilesDataModule(ChestXrayDataModule):
     """Base of the data modules whose images are files: `ImageTextPair.image` is a path. A subclass lists its pairs.
 
     Args:
-        cache_dir: Folder for decoded images, resized for the model, so that each file is decoded once; none by default.
+        cache_dir: Folder for decoded, resized images, so each file is decoded only once; none by default. If the folder
+            becomes full or read-only, training continues with a warning.
         kwargs: Arguments of `ChestXrayDataModule`.
     """
 
     apply_exif_orientation = True
-    """Whether images are turned by the EXIF orientation of their files; boxes are in pixels of the turned image."""
+    """Whether images are turned by the EXIF orientation of their files. Boxes refer to the turned image."""
 
     def __init__(self, cache_dir: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.cache = ImageCache(Path(cache_dir)) if cache_dir else None
 
     def setup(self, stage: str) -> None:
-        """List the pairs, once, and warn of boxes that a crop cuts.
+        """List the pairs, on the first call only, and warn of boxes that a crop cuts.
 
         Raises:
-            OSError: Nothing can be written in `cache_dir`.
+            OSError: `cache_dir` is not writable and holds no images.
             ValueError: As in `ChestXrayDataModule.setup`; or a box covers nothing of its image.
         """
         if self.cache is not None:
@@ -286,7 +291,8 @@ class ImageFilesDataModule(ChestXrayDataModule):
             if cut:
                 total = sum(len(pair.boxes) for pair in boxed)
                 rank_zero_warn(
-                    f"resize_mode: shortest cuts {cut} of {total} boxes, {lost} of them wholly; longest keeps them all."
+                    f"resize_mode: shortest cuts {cut} of {total} boxes, {lost} of them wholly. Set resize_mode: "
+                    "longest to keep all boxes."
                 )
 
     def read_image(self, pair: ImageTextPair) -> np.ndarray:
@@ -294,7 +300,7 @@ class ImageFilesDataModule(ChestXrayDataModule):
         return read_image(str(pair.image), apply_exif_orientation=self.apply_exif_orientation).pixels
 
     def open_image(self, pair: ImageTextPair, transform: ImageTransform) -> GrayImage:
-        """A pair's image at the size that the transform needs, from the cache if there is one."""
+        """Image of a pair at the size that the transform needs, from the cache if there is one."""
         path, target_size, turn = str(pair.image), transform.target_size, self.apply_exif_orientation
         if self.cache is None:
             return read_image(path, target_size, apply_exif_orientation=turn)
@@ -302,7 +308,7 @@ class ImageFilesDataModule(ChestXrayDataModule):
 
 
 def count_cut_boxes(transform: ImageTransform, pairs: Iterable[ImageTextPair]) -> tuple[int, int]:
-    """Numbers of boxes that a crop cuts, and that it removes wholly, in the pairs whose size is known."""
+    """Number of boxes that a crop cuts, and number of boxes that it removes wholly, in the pairs of known size."""
     counts = [transform.count_cut(pair.boxes, pair.size) for pair in pairs if pair.size]
     return sum(cut for cut, _ in counts), sum(lost for _, lost in counts)
 
@@ -310,15 +316,15 @@ def count_cut_boxes(transform: ImageTransform, pairs: Iterable[ImageTextPair]) -
 def _by_split(pairs: Sequence[ImageTextPair]) -> dict[str, list[ImageTextPair]]:
     repeated = [name for name, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if repeated:
-        raise ValueError(f"{len(repeated)} pair ids are not unique, e.g. {', '.join(repeated[:3])}.")
+        raise ValueError(f"{len(repeated)} pair ids are not unique, e.g. {', '.join(repeated[:3])}. Give unique ids.")
     for pair in pairs:
         if pair.split not in SPLITS:
-            raise ValueError(f"Pair {pair.id!r} is in the split {pair.split!r}; splits are {', '.join(SPLITS)}.")
+            raise ValueError(f"Pair {pair.id!r} is in the split {pair.split!r}, expected one of {', '.join(SPLITS)}.")
     return {split: [pair for pair in pairs if pair.split == split] for split in SPLITS}
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Check that these are three shares of a whole."""
+    """Raise ValueError unless the fractions are three shares of a whole."""
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions must be three shares that sum to 1, got {list(fractions)}.")
 

@@ -1,4 +1,4 @@
-"""DICOM images as viewers display them: the only file that imports pydicom."""
+"""DICOM images as viewers display them. No other module imports pydicom."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def read_dicom_size(path: Path) -> tuple[int, int]:
 
 
 def read_dicom(path: Path) -> np.ndarray:
-    """Levels of the first frame, `(h, w)` float32 in [0, 1], 1 is bright.
+    """Gray levels of the first frame, `(h, w)` float32 in [0, 1], 1 is bright.
 
-    Rescale or modality table, then the first VOI table or window, whose range becomes [0, 1]; without a usable one,
-    that of the pixels does. Empty tags are ignored. MONOCHROME1, whose low values are bright, is inverted.
+    The rescale slope or modality table is applied first, then the first VOI table or window, whose range becomes
+    [0, 1]. Without a usable table or window, the range of the pixels becomes [0, 1]. Empty tags are ignored.
+    MONOCHROME1, whose low values are bright, is inverted.
 
     Raises:
         ImportError: pydicom, or the codec of a compressed file, is not installed.
@@ -67,7 +68,7 @@ def warn_if_several(path: Path, number: int, kind: str) -> None:
     """Warn if a file holds more than one image of a `kind`, "frames" or "pages"."""
     if number > 1:
         # In all processes, not only in the first: each reads other images.
-        warnings.warn(f"{path} has {number} {kind}; the first one is taken.", stacklevel=2)
+        warnings.warn(f"{path} has {number} {kind}. Only the first is used.", stacklevel=2)
 
 
 def _with_modality(header: Dataset) -> Dataset:
@@ -89,10 +90,10 @@ def _windowed(values: np.ndarray, header: Dataset) -> np.ndarray:
         count, first = table.LUTDescriptor[0] or 2**16, table.LUTDescriptor[1]
         entries = apply_voi(np.arange(first, first + count), header)
         levels = entries[np.rint(values).clip(first, first + count - 1).astype(np.int64) - first]
-        # Over the bits that the entries need: those that a table declares are often wrong, and viewers distrust them.
+        # Over the bits that the entries need: the declared bits are often wrong, and viewers do not rely on them.
         return _stretch(levels, 0, 2.0 ** int(entries.max()).bit_length() - 1)
     if _has_window(header):
-        # Values far outside of the window map to the ends of its range.
+        # Values far outside the window give the ends of its range.
         with np.errstate(over="ignore"):
             low, high = apply_windowing(np.array([-_LARGE, _LARGE]), header)
             return _stretch(apply_windowing(values, header), low, high)
@@ -114,8 +115,8 @@ def _table(header: Dataset, name: str) -> Dataset | None:
     table = _first(header, name)
     if table is None or not table.get("LUTDescriptor") or not table.get("LUTData"):
         return None
-    # Only the type in which pydicom (3.0) holds the entries: of 8 bits it is too small for the places in the table,
-    # and of 12 it knows none.
+    # This only sets the type that pydicom (3.0) uses for the entries. Its type for 8 bits is too small for the indices
+    # of the table, and it has no type for 12 bits.
     table.LUTDescriptor[2] = 16
     return table
 
@@ -129,7 +130,7 @@ def _first(header: Dataset, name: str) -> Any:
 
 
 def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    # A falling slope makes a window's range run downwards.
+    # With a negative slope, the range of a window runs downwards.
     if high == low:
         return np.zeros(values.shape, dtype=np.float32)
     return ((values - low) / (high - low)).clip(0, 1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Reading of image files: every format, upright, at the size that is needed."""
+"""Reading of image files: all supported formats, upright, at the requested size."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 TargetSize = Callable[[Size], Size]
-"""The size to which an image of some size is resized."""
+"""Function from the size of an image to its size after resizing."""
 
 ResizeMode = Literal["longest", "shortest", "squash"]
-"""The side by which an image fills the model's input, in open_clip's words."""
+"""How an image is fitted into the model's input, by open_clip's names."""
 
 # Only these: Pillow also opens PostScript, which starts a program.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
@@ -41,7 +41,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda pixels: np.rot90(pixels, 2).T,
     8: np.rot90,
 }
-# Averages of averages blur: the more, the nearer the two sizes are to each other.
+# Averaging twice blurs, and more so if the two sizes are close.
 _MARGIN = 1.5
 _TURNED = (5, 6, 7, 8)
 _POLARITY_TAG, _WHITE_IS_ZERO = 0x0106, 0
@@ -49,7 +49,7 @@ _POLARITY_TAG, _WHITE_IS_ZERO = 0x0106, 0
 
 @dataclass(frozen=True)
 class GrayImage:
-    """Pixels `(h, w)` uint8, perhaps resized, and height and width of the image's file, in whose pixels boxes are."""
+    """Pixels `(h, w)` uint8, possibly resized, and the size of the image's file, to which boxes refer."""
 
     pixels: np.ndarray
     size: Size
@@ -58,21 +58,22 @@ class GrayImage:
 def read_image(
     path: str | Path, target_size: TargetSize | None = None, *, apply_exif_orientation: bool = True
 ) -> GrayImage:
-    """An image of any supported kind as gray levels.
+    """An image file of any supported format as 8-bit gray levels.
 
-    PNG, JPEG, TIFF, BMP, WebP and, with the extra `dicom`, DICOM. Colors become luminance, transparent parts black.
-    More than 8 bits are reduced after resizing, from the darkest to the brightest pixel, or over the window of a DICOM.
-    A JPEG for a smaller size is decoded at a half, a quarter or an eighth, which blurs a little.
+    The formats are PNG, JPEG, TIFF, BMP, WebP and, with the extra `dicom`, DICOM. Colors become luminance, and
+    transparent parts become black. Images of more than 8 bits are reduced after resizing: from the darkest to the
+    brightest pixel, or over the window of a DICOM file. To shrink a JPEG, the file is decoded at a half, a quarter or
+    an eighth of its size, which blurs slightly.
 
     Args:
-        path: The file.
-        target_size: Size to resize to, from the size of the file; no resizing by default.
+        path: Image file.
+        target_size: Function from the size of the file to the size after resizing; no resizing by default.
         apply_exif_orientation: Whether to turn the image by the EXIF orientation of the file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ImportError: A DICOM file, or a JPEG of more than 8 bits, and the extra `dicom` is not installed.
-        ValueError: The file is no readable image; the message has the reason.
+        FileNotFoundError: The file does not exist.
+        ImportError: The file is DICOM or a JPEG of more than 8 bits, and the extra `dicom` is not installed.
+        ValueError: The file is no readable image; the message names the reason.
     """
     with _reading(path) as file:
         if is_dicom(file):
@@ -83,7 +84,7 @@ def read_image(
                 warn_if_several(file, getattr(image, "n_frames", 1), "pages")
                 if image.format == "JPEG" and target_size is not None:
                     size = _upright_size(image, orientation)
-                    # `draft` takes width and height as they are stored.
+                    # `draft` takes width and height of the stored pixels.
                     target = target_size(size) if orientation in _TURNED else target_size(size)[::-1]
                     return GrayImage(_turned(_decode_reduced(image, target), orientation), size)
                 levels = _turned(_levels(image, file), orientation)
@@ -93,9 +94,9 @@ def read_image(
 
 
 def read_levels(path: str | Path) -> np.ndarray:
-    """Gray levels `(h, w)` of an image's file, upright, at its bit depth: 1 of 65,535 is not black.
+    """Gray levels `(h, w)` of an image file, upright, at the bit depth of the file: 1 of 65,535 stays above 0.
 
-    uint8, or numbers of more bits, for DICOM those of its window; errors as of `read_image`.
+    The type is uint8 or has more bits; DICOM files give the levels of their window. Errors are as in `read_image`.
     """
     with _reading(path) as file:
         if is_dicom(file):
@@ -109,7 +110,7 @@ def read_levels(path: str | Path) -> np.ndarray:
 
 
 def read_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
-    """Height and width of an image's file, from its header; see `read_image` for the arguments and errors."""
+    """Height and width of an image file, from the header; see `read_image` for the arguments and errors."""
     with _reading(path) as file:
         if is_dicom(file):
             return read_dicom_size(file)
@@ -122,13 +123,13 @@ def read_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
 
 
 def is_jpeg(path: Path) -> bool:
-    """Whether the file begins like a JPEG."""
+    """Whether the file begins with the magic bytes of JPEG."""
     with path.open("rb") as file:
         return file.read(2) == b"\xff\xd8"
 
 
 def resize_image(pixels: np.ndarray, size: Size) -> np.ndarray:
-    """Pixels `(h, w)` at another size: averaged if it is smaller, interpolated if it is larger."""
+    """Pixels `(h, w)` resized to `size`: averaged if it is smaller, interpolated if it is larger."""
     if pixels.shape == size:
         return pixels
     interpolation = cv2.INTER_AREA if size[1] <= pixels.shape[1] else cv2.INTER_LINEAR
@@ -137,10 +138,10 @@ def resize_image(pixels: np.ndarray, size: Size) -> np.ndarray:
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[Path]:
-    """The path of an image's file; an error of a decoder becomes one that names the file."""
+    """Context with the path of an image file; errors of decoders become a ValueError that names the file."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"There is no image at {str(path)!r}.")
+        raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.")
     try:
         yield file
     except ImportError:
@@ -149,7 +150,7 @@ def _reading(path: str | Path) -> Iterator[Path]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"no readable image at {str(path)!r} ({reason}). Copy the file anew or take its row out."
+            f"No readable image at {str(path)!r} ({reason}). Copy the file again or remove its row."
         ) from error
 
 
@@ -161,7 +162,7 @@ def _decode_reduced(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
     levels = np.asarray(image.convert("L"))
     if scale == 1:
         return resize_image(levels, target[::-1])
-    # The last column and row may reach beyond the image by a part of a pixel, which OpenCV would count in.
+    # The last column and row may extend past the image by a part of a pixel, which OpenCV would include.
     down = _shares(target[1], levels.shape[0], height / scale)
     across = _shares(target[0], levels.shape[1], width / scale)
     return np.rint(down @ levels.astype(np.float32) @ across.T).astype(np.uint8)
@@ -182,12 +183,12 @@ def _levels(image: Image.Image, path: Path) -> np.ndarray:
         pixels = np.asarray(image)
         if not np.isfinite(pixels).all():
             raise ValueError("a pixel is not finite")
-        # Pillow turns such pixels around in 8 bits and fewer only.
+        # Pillow inverts such pixels only at 8 bits and fewer.
         dark_is_high = getattr(image, "tag_v2", {}).get(_POLARITY_TAG) == _WHITE_IS_ZERO
         highest = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else pixels.max()
         return highest - pixels if dark_is_high else pixels
     if image.format == "PNG" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):
-        # Pillow keeps 8 bits of colors. It is asked first, because OpenCV does not mind a file that ends early.
+        # Pillow keeps only 8 bits of colors. It loads the file first, because OpenCV accepts truncated files.
         image.load()
         colors = np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED))
         gray = cv2.cvtColor(colors[..., :3], cv2.COLOR_BGR2GRAY)
@@ -205,7 +206,7 @@ def _stretched(pixels: np.ndarray) -> np.ndarray:
 
 
 def _finished(levels: np.ndarray, target_size: TargetSize | None) -> GrayImage:
-    """Levels, uint8 or float32 in [0, 1], as an image of the target size."""
+    """Image of the target size from levels, uint8 or float32 in [0, 1]."""
     height, width = levels.shape
     pixels = levels if target_size is None else resize_image(levels, target_size((height, width)))
     if pixels.dtype != np.uint8:
@@ -216,22 +217,24 @@ def _finished(levels: np.ndarray, target_size: TargetSize | None) -> GrayImage:
 def _deep_jpeg(path: Path) -> np.ndarray:
     """Pixels of a JPEG of 12 or 16 bits, which Pillow refuses."""
     if not is_jpeg(path):
-        raise ValueError("it is none of PNG, JPEG, TIFF, BMP, WebP and DICOM")
+        raise ValueError("not a PNG, JPEG, TIFF, BMP, WebP or DICOM file")
     try:
         from libjpeg import decode
     except ImportError as error:
-        raise ImportError(f"{path} is no plain JPEG. For more than 8 bits: pip install 'matex_pl[dicom]'.") from error
+        raise ImportError(
+            f"{path} is no JPEG of 8 bits. JPEGs of more bits need one more package: pip install 'matex_pl[dicom]'."
+        ) from error
     pixels = decode(str(path))
     return pixels if pixels.ndim == 2 else pixels.mean(-1)
 
 
 def _orientation(image: Image.Image, *, apply_exif_orientation: bool) -> int:
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
-        # Pillow would decode all pixels to look behind them.
+        # Pillow would decode all pixels to search for metadata after them.
         return 1
     orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
     if image.format == "TIFF" and orientation != 1:
-        # Pillow 13 turns such pixels while it loads them, and keeps the size of before.
+        # Pillow 13 turns such pixels while loading, but keeps the size from before.
         raise ValueError(f"a TIFF with the orientation {orientation}, which is not supported: save it upright")
     return orientation if apply_exif_orientation else 1
 

@@ -40,17 +40,23 @@ _BOX = ("x", "y", "w", "h")
 class ManifestDataModule(TableDataModule):
     """Custom images, from a CSV file or JSON lines with a row per phrase.
 
-    Columns: `image` (a path below `root`) and `phrase`; optional are `id`, `patient_id` (splits are made by patient, or
-    by image without it), `finding`, `split` (train, val or validation, test), and the ground truth in pixels of the
-    upright image: `boxes` as JSON `[[x0, y0, x1, y1], ...]`; or `x, y, w, h`, where rows of one phrase on one image (of
-    one id, if there are ids) make one pair of several boxes; or `mask`, an image of the same size, with a box around
-    each connected part that is not black (in JPEGs: above 127).
+    The required columns are `image` (a path below `root`) and `phrase`. The optional columns are
 
-    Without the column `id`, ids are the images' paths, or digests of those that contain the patient's id.
+    - `id`: unique id of the pair. Without this column, ids are the images' paths, or digests of paths that contain the
+      patient's id;
+    - `patient_id`: splits are made by patient. Without this column, splits are made by image;
+    - `finding`: finding of the phrase;
+    - `split`: train, val or validation, test;
+    - `boxes`: JSON `[[x0, y0, x1, y1], ...]`;
+    - `x, y, w, h`: one box per row. Rows of one phrase on one image (and of one id, if there are ids) make one pair
+      with several boxes;
+    - `mask`: image of the same size, with one box around each connected part that is not black (in JPEGs: above 127).
+
+    Boxes and masks are in pixels of the upright image.
 
     Args:
-        manifest: CSV with commas, semicolons or tabs, or JSON lines (`.jsonl`), UTF-8, also gzipped.
-        root: Folder of the images, out of which only symbolic links may lead; the manifest's folder by default.
+        manifest: CSV file with commas, semicolons or tabs, or JSON lines (`.jsonl`), in UTF-8, optionally gzipped.
+        root: Folder of the images; the manifest's folder by default. Only symbolic links may lead out of the folder.
         columns: Names of the file's columns by the names above: `{phrase: caption}`.
         kwargs: Arguments of `TableDataModule`.
     """
@@ -65,7 +71,7 @@ class ManifestDataModule(TableDataModule):
         super().__init__(**kwargs)
         unknown = [name for name in columns or {} if name not in REQUIRED + OPTIONAL]
         if unknown:
-            raise ValueError(f"columns maps {unknown}; names here are {', '.join(REQUIRED + OPTIONAL)}.")
+            raise ValueError(f"columns maps {unknown}. Map only the names {', '.join(REQUIRED + OPTIONAL)}.")
         self.manifest = Path(manifest)
         self.root = Path(root) if root is not None else self.manifest.parent
         self.columns = dict(columns or {})
@@ -77,7 +83,8 @@ class ManifestDataModule(TableDataModule):
         missing = [name for name in _BOX if name not in present]
         if 0 < len(missing) < len(_BOX):
             raise ValueError(
-                f"{self.manifest} has some of the columns x, y, w, h, but not {missing}; it has {sorted(present)}."
+                f"{self.manifest} has some of the columns x, y, w, h, but not {missing}. The columns are "
+                f"{sorted(present)}."
             )
         one_box_per_row = not missing
         pairs, bad = parse_rows(rows, lambda row: self._pair(row, present))
@@ -96,19 +103,19 @@ class ManifestDataModule(TableDataModule):
         return self._image(cells), fold(cells.get("phrase")), str(cells.get("finding") or "")
 
     def _image(self, cells: Mapping[str, Any]) -> str:
-        """The path of a row's image from the root on, whether or not it exists."""
+        """Path of a row's image relative to the root, whether or not the file exists."""
         path = Path(os.path.normpath(self.root / str(cells.get("image") or "").strip().replace("\\", "/")))
         return image_name(self.root, path)
 
     def _name(self, row: TableRow) -> str:
-        """Start of the ids on a row's image: its path, or a digest of it if it contains the patient's id."""
+        """Start of the ids on a row's image: the path, or a digest of the path if it contains the patient's id."""
         image = self._image(row.cells)
         if not _names_patient(image, str(row.cells.get("patient_id") or "").strip()):
             return image
         return hashlib.sha256(image.encode(errors="replace")).hexdigest()[:12]
 
     def _pair(self, row: TableRow, present: set[str]) -> ImageTextPair:
-        """The pair of a row; its id is empty without a column for it."""
+        """The pair of a row; the id is empty without a column `id`."""
         cells = row.cells
         path = find_image(self.root, text(cells, "image"))
         image = image_name(self.root, path)
@@ -127,7 +134,7 @@ class ManifestDataModule(TableDataModule):
         )
 
     def _boxes(self, cells: dict[str, Any], path: Path) -> tuple[list[Box], tuple[int, int] | None]:
-        """Boxes in pixels of the image, and its size if there are any."""
+        """Boxes in pixels of the image, and the size of the image if there are boxes or a mask."""
         boxes = boxes_of_json(cells.get("boxes")) + box_of_cells([cells.get(name) for name in _BOX])
         mask = text(cells, "mask")
         if not boxes and not mask:
@@ -140,7 +147,7 @@ class ManifestDataModule(TableDataModule):
 
 
 def merge_boxes(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
-    """Pairs of one phrase on one image, and of one id, merged into the first, with all boxes.
+    """The pairs, merged by image, phrase and id: the first of each group gets all boxes of the group.
 
     Case and white space do not distinguish phrases.
     """
@@ -163,9 +170,9 @@ def with_ids(
     name_of: Callable[[TableRow], str],
     key_of: Callable[[TableRow], Sequence[str]],
 ) -> list[ImageTextPair]:
-    """The pairs with ids: the name of the image, from its second pair (by key) on with a number.
+    """The pairs with ids: the name of the image, with a number from the image's second pair (by key) on.
 
-    Numbers follow the order of all rows, bad ones included: correcting one changes no other pair's id.
+    Numbers follow the order of all rows, including bad rows, so correcting a row does not change other ids.
     """
     names = {row.source: name_of(row) for row in rows}
     images = set(names.values())
@@ -195,7 +202,7 @@ def with_image_findings(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
 
 
 def _needed(cells: dict[str, Any], name: str, present: set[str]) -> str:
-    """A cell that may not be empty if there is a column for it."""
+    """Text of a cell; RuleError if the cell is empty and its column exists."""
     cell = text(cells, name)
     if name in present and not cell:
         raise RuleError("", f"the {name} is missing")
@@ -212,14 +219,14 @@ def _row_key(row: TableRow) -> tuple[str, ...]:
 
 
 def _names_patient(image: str, patient: str) -> bool:
-    """Whether an image's path contains its patient's id; one of up to three characters only as a whole word."""
+    """Whether an image's path contains its patient's id; ids of up to three characters count only as whole words."""
     image, patient = image.lower(), patient.lower().lstrip("0") or patient
     words = {word.lstrip("0") or word for word in re.findall(r"\d+|[^\W\d_]+", image)}
     return patient in image if len(patient) > 3 else patient in words
 
 
 def _mask_boxes(path: Path, name: str, size: tuple[int, int]) -> list[Box]:
-    """The box of each connected part of a mask that is not black, of a JPEG that is not dark."""
+    """Box of each connected part of a mask that is not black, or in a JPEG not dark."""
     noisy = is_jpeg(path)
     levels = read_image(path).pixels if noisy else read_levels(path)
     if levels.shape != size:

@@ -1,4 +1,4 @@
-"""MIMIC-CXR for fine-tuning: frontal radiographs with a sentence of their report, another one in each epoch."""
+"""MIMIC-CXR for fine-tuning: frontal radiographs with a sentence of their report, another sentence in each epoch."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ _FEWEST_WORDS = 3
 class MimicCxrDataModule(TableDataModule):
     """MIMIC-CXR-JPG with the reports of MIMIC-CXR: one pair per image, whose phrase is a sentence of its report.
 
-    Both need a credentialed account and are not part of this package. In training each epoch draws another sentence,
-    by the seed; validation and test keep one. Reports without the sections are left out and counted. There are no
-    boxes: `MsCxrDataModule` has them for some of these images.
+    Both need a credentialed account and are not part of this package. In training, the seed selects another sentence in
+    each epoch; validation and test keep one. Images whose report lacks the sections are left out and counted. There are
+    no boxes: `MsCxrDataModule` has boxes for some of these images.
 
     Args:
         root: Folder of MIMIC-CXR-JPG: `files/p10/p10000032/s50414267/....jpg`, `mimic-cxr-2.0.0-split.csv` and
-            `mimic-cxr-2.0.0-metadata.csv`, both also gzipped (`.csv.gz`).
+            `mimic-cxr-2.0.0-metadata.csv`, optionally gzipped (`.csv.gz`).
         reports: Folder of the reports, `files/p10/p10000032/s50414267.txt`; `root` by default.
-        views: Positions of the images to take, of the metadata; all images, and no metadata, when empty.
-        sections: Sections of the reports to take sentences from.
-        kwargs: Arguments of `TableDataModule`, but for `fractions`.
+        views: View positions of the images, as in the metadata. If empty, all images are used and the metadata is not
+            read.
+        sections: Sections of the reports that sentences come from.
+        kwargs: Arguments of `TableDataModule`, except `fractions`.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class MimicCxrDataModule(TableDataModule):
         sections: Sequence[Section] = SECTIONS,
         **kwargs: Any,
     ) -> None:
-        # The split file names the split of each image: there is none to draw, and so no such argument.
+        # The split file names the split of each image, so there is no argument `fractions`.
         super().__init__(fractions=(1.0, 0.0, 0.0), **kwargs)
         if not sections or not set(sections) <= set(SECTIONS):
             raise ValueError(f"sections must be some of {', '.join(SECTIONS)}, got {list(sections)}.")
@@ -63,7 +64,7 @@ class MimicCxrDataModule(TableDataModule):
         self._sentences: dict[str, list[str]] = {}
 
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
-        """One pair per image of the views whose report has a sentence."""
+        """One pair per image that has one of the views and a sentence in its report."""
         rows, unread = read_table(_plain_or_gzipped(self.root / SPLIT_FILE), {}, _SPLIT_COLUMNS)
         if self.views:
             images, unread_metadata = self._images_of_views()
@@ -75,7 +76,7 @@ class MimicCxrDataModule(TableDataModule):
         if len(with_phrase) < len(pairs):
             rank_zero_warn(
                 f"{len(pairs) - len(with_phrase)} of {len(pairs)} images have no sentence in "
-                f"{' or '.join(self.sections)} of their reports; left out."
+                f"{' or '.join(self.sections)} of their reports and are left out."
             )
         return with_phrase, unread + bad
 
@@ -86,13 +87,13 @@ class MimicCxrDataModule(TableDataModule):
         images = {text(row.cells, "dicom_id") for row in rows if text(row.cells, "ViewPosition") in self.views}
         if not images:
             known = sorted({text(row.cells, "ViewPosition") for row in rows} - {""})
-            raise ValueError(f"No image of {path} has one of the views {self.views}; there are {known}.")
+            raise ValueError(f"No image of {path} has one of the views {self.views}. The views are {known}.")
         return images, bad
 
     def _pair(self, row: TableRow, sentences: dict[str, list[str]]) -> ImageTextPair:
-        """The pair of a row of the split file; its phrase is empty if its report has no sentence.
+        """The pair of a row of the split file; the phrase is empty if the report has no sentence.
 
-        `sentences` are those of the reports that are read already, by study; those of this image are added.
+        `sentences` holds the sentences of the reports read so far, by study. The report of this image is added.
         """
         image, study, patient = (text(row.cells, name) for name in ("dicom_id", "study_id", "subject_id"))
         folder = f"files/p{patient[:2]}/p{patient}"

@@ -50,15 +50,16 @@ _SUFFIXES = (".jpg", ".png", ".jpeg", ".dcm")
 class MsCxrDataModule(TableDataModule):
     """MS-CXR 1.0 and 1.1: one pair per phrase and category on an image, with all of its boxes.
 
-    Both need a credentialed account and are not part of this package. `root` is the folder of MIMIC-CXR-JPG, which
-    holds `files/p10/p10000032/s50414267/....jpg` (or starts at `p10/`), or down-sized copies: boxes are scaled by the
-    file's size over `image_width` and `image_height`. The patient is read from the path.
+    MS-CXR and MIMIC-CXR-JPG need a credentialed account and are not part of this package. `root` is the folder of
+    MIMIC-CXR-JPG and holds `files/p10/p10000032/s50414267/....jpg` (or starts at `p10/`). The images may be down-sized
+    copies: boxes are scaled by the file's size over `image_width` and `image_height`. The patient is read from the
+    path.
 
     Args:
         root: Folder of the images.
-        annotations: The CSV or the COCO-style JSON of MS-CXR; by default the one `MS_CXR_Local_Alignment_*` in `root`.
-        split_file: MIMIC's `mimic-cxr-2.0.0-split.csv`, also gzipped. Its splits override those of MS-CXR, with a
-            warning of the phrases that change theirs.
+        annotations: CSV or COCO-style JSON of MS-CXR; by default the only `MS_CXR_Local_Alignment_*` in `root`.
+        split_file: MIMIC's `mimic-cxr-2.0.0-split.csv`, optionally gzipped. Its splits override those of MS-CXR; a
+            warning names the phrases whose split changes.
         splits: `file` takes the splits of the files, and draws missing ones by patient; `patients` draws all.
         kwargs: Arguments of `TableDataModule`.
     """
@@ -74,7 +75,7 @@ class MsCxrDataModule(TableDataModule):
         super().__init__(**kwargs)
         check_choices(MsCxrDataModule.__init__, locals())
         if splits == "patients" and split_file is not None:
-            raise ValueError("splits: patients draws the splits; leave split_file out, or set splits: file.")
+            raise ValueError("splits: patients draws the splits. Leave split_file out, or set splits: file.")
         self.root = Path(root)
         self.annotations = annotations
         self.split_file = split_file
@@ -123,7 +124,7 @@ class MsCxrDataModule(TableDataModule):
         image, path = text(cells, "dicom_id"), text(cells, "path")
         patient = _PATIENT.search(path)
         if patient is None:
-            raise RuleError(path, "the path names no patient and pair as in files/p10/p10000032/s50414267/")
+            raise RuleError(path, "the path names no patient and study as in files/p10/p10000032/s50414267/")
         if official is not None and image not in official:
             raise RuleError(image, f"the image is not in {self.split_file}")
         annotated = text(cells, "split") if self.splits == "file" else ""
@@ -141,24 +142,26 @@ def _image(row: TableRow) -> str:
 
 
 def find_annotations(root: Path, given: str | None) -> Path:
-    """The annotation file: the given one, or else the only one in `root`, where CSV comes before JSON."""
+    """Path of the annotations: the given file, or else the only one in `root`, where CSV comes before JSON."""
     if given is not None:
         return Path(given)
     for suffix in (".csv", ".json"):
         paths = sorted(root.glob(ANNOTATIONS + suffix))
         if len(paths) > 1:
-            raise ValueError(f"{root} has several: {[path.name for path in paths]}. Choose one by data.annotations.")
+            raise ValueError(
+                f"{root} has several MS-CXR files: {[path.name for path in paths]}. Choose one with data.annotations."
+            )
         if paths:
             return paths[0]
     raise FileNotFoundError(
-        f"There is no {ANNOTATIONS} (.csv or .json) in {str(root)!r}. Copy MS-CXR's there, or give data.annotations."
+        f"There is no {ANNOTATIONS} (.csv or .json) in {str(root)!r}. Copy the file there, or give data.annotations."
     )
 
 
 def read_coco(path: Path) -> tuple[list[TableRow], list[BadRow]]:
     """Rows of the COCO-style JSON with the CSV's column names, and bad rows; the source names the annotation.
 
-    The file has several records of an image: annotations refer to them by id, and the path identifies the image.
+    The file may have several records of an image. Annotations refer to records by id; the path identifies the image.
     """
     try:
         content = read_json(read_text(path))
@@ -181,7 +184,7 @@ def read_coco(path: Path) -> tuple[list[TableRow], list[BadRow]]:
 
 def _annotation_cells(annotation: Any, image: Any, categories: Mapping[Any, str]) -> dict[str, Any]:
     box = annotation.get("bbox")
-    # Any other value is a fault that is found later, with the row's other faults.
+    # Other values are reported later, with the other faults of the row.
     x, y, width, height = box if isinstance(box, list) and len(box) == 4 else ([box], None, None, None)
     return {
         "category_name": categories[annotation["category_id"]],
@@ -219,7 +222,7 @@ def find_mimic_image(root: Path, path: str) -> Path:
 
 
 def scale_boxes(boxes: Sequence[Box], annotated: Sequence[Any], size: tuple[int, int]) -> list[Box]:
-    """Boxes of an image of the annotated height and width, in pixels of its file of the height and width `size`."""
+    """Boxes scaled from the annotated height and width of an image to the height and width `size` of its file."""
     try:
         height, width = (float(side) for side in annotated)
     except (TypeError, ValueError):
@@ -237,5 +240,5 @@ def _warn_of_other_splits(pairs: Sequence[ImageTextPair], annotated: Mapping[str
     if other:
         rank_zero_warn(
             f"{len(other)} of {len(known)} phrases are in another split in MS-CXR than in MIMIC's split file, which is "
-            f"taken: {', '.join(pair.id for pair in other[:3])}{', ...' if len(other) > 3 else ''}"
+            f"used: {', '.join(pair.id for pair in other[:3])}{', ...' if len(other) > 3 else ''}"
         )

@@ -17,10 +17,10 @@ from matex_pl.data.validation import Box
 
 BOX_FILE, LABEL_FILE = "BBox_List_2017.csv", "Data_Entry_2017_v2020.csv"
 _LABEL_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
-# The box file's header is `Image Index,Finding Label,Bbox [x,y,w,h],,,`: its commas and brackets are as they are.
+# The box file's header is `Image Index,Finding Label,Bbox [x,y,w,h],,,`: brackets become part of the names.
 _BOX_COLUMNS = ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")
 BOX_FRAME = 1024
-"""Side in pixels of the frame in which the distribution gives its boxes."""
+"""Side in pixels of the frame of the distribution's boxes."""
 
 NO_FINDING = "No Finding"
 # The box file writes Infiltrate where the label file writes Infiltration.
@@ -46,20 +46,20 @@ _NORMAL = ("No acute cardiopulmonary abnormality.", "Normal chest radiograph.", 
 class NihDataModule(ImageFilesDataModule):
     """The NIH images: one pair per image and label, with a box where a radiologist drew one.
 
-    There are no reports; phrases come from templates over the label. `root` holds `BBox_List_2017.csv`,
-    `Data_Entry_2017_v2020.csv` and `images/` (searched below, `.png` or `.jpg` at any size; matched by stem). Rows
-    whose image is not there are left out and counted. Splits are made by patient.
+    There are no reports: templates turn the label into a phrase. `root` holds `BBox_List_2017.csv`,
+    `Data_Entry_2017_v2020.csv` and `images/`. Images are searched in all folders below `root`, as `.png` or `.jpg` of
+    any size, and matched by stem. Rows without an image are left out and counted. Splits are made by patient.
 
     Args:
         root: Folder of the distribution.
-        boxed_only: Leave out images without a box, and labels without one on images that have some.
-        name_side: Put the side of the box into the phrase. The phrase then gives away where the box is: report results
+        boxed_only: Whether to leave out images without a box, and labels without a box on images that have boxes.
+        name_side: Whether phrases name the side of the box. The phrase then reveals where the box is: report results
             with and without.
         fractions: Shares of the patients in train, val and test.
         kwargs: Arguments of `ImageFilesDataModule`.
     """
 
-    # Boxes are in the pixels as they are stored.
+    # Boxes refer to the stored pixels.
     apply_exif_orientation = False
 
     def __init__(
@@ -95,7 +95,9 @@ class NihDataModule(ImageFilesDataModule):
             )
         if len(rows) < len(labels):
             missing = len(labels) - len(rows)
-            rank_zero_warn(f"{missing} of {len(labels)} images of {LABEL_FILE} are not below {self.root}; left out.")
+            rank_zero_warn(
+                f"{missing} of {len(labels)} images of {LABEL_FILE} are not below {self.root} and are left out."
+            )
         splits = split_patients((row["patient"] for row in rows), self.fractions, self.seed)
         return [
             pair
@@ -147,7 +149,7 @@ def read_labels(path: Path) -> list[dict[str, Any]]:
     for line, (image, labels, patient) in _rows(path, _LABEL_COLUMNS):
         if not (image and labels and patient):
             cells = dict(zip(_LABEL_COLUMNS, (image, labels, patient), strict=True))
-            raise ValueError(f"{path}, line {line}: a cell is empty in {cells}.")
+            raise ValueError(f"{path}, line {line}: A cell is empty in {cells}.")
         rows.append({"image": Path(image).stem, "patient": patient, "labels": labels.split("|")})
     return rows
 
@@ -159,9 +161,9 @@ def read_boxes(path: Path) -> dict[str, dict[str, list[Box]]]:
         try:
             x, y, width, height = (float(cell) for cell in cells)
         except ValueError:
-            raise ValueError(f"{path}, line {line}: the box {cells} is not four numbers x, y, w, h.") from None
+            raise ValueError(f"{path}, line {line}: The box {cells} is not four numbers x, y, w, h.") from None
         if not (np.isfinite([x, y, width, height]).all() and width > 0 and height > 0):
-            raise ValueError(f"{path}, line {line}: the box {cells} has no positive, finite size.")
+            raise ValueError(f"{path}, line {line}: The box {cells} has no positive, finite size.")
         of_image = boxes.setdefault(Path(image).stem, {})
         of_image.setdefault(finding_name(label), []).append((x, y, x + width, y + height))
     return boxes
@@ -170,13 +172,13 @@ def read_boxes(path: Path) -> dict[str, dict[str, list[Box]]]:
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of the named columns of each row; missing cells are empty."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. data.root should hold {LABEL_FILE}, {BOX_FILE} and images/.")
+        raise FileNotFoundError(f"{path} is missing. data.root must hold {LABEL_FILE}, {BOX_FILE} and images/.")
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]
         missing = [name for name in columns if name not in header]
         if missing:
-            raise ValueError(f"{path} lacks the columns {missing}; it has {header}.")
+            raise ValueError(f"{path} lacks the columns {missing}. The columns are {header}.")
         places = [header.index(name) for name in columns]
         for cells in reader:
             if cells:

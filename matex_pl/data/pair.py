@@ -1,4 +1,4 @@
-"""The one record type of every data module, and the batch that comes out of their loaders."""
+"""The record type of all data modules, and the batch of their loaders."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class ImageTextPair:
 
     Args:
         id: Id, unique over all splits.
-        patient_id: The patient, by whom splits are made.
-        image_id: The radiograph, which several pairs may share.
-        image: Place of the pixels: a path, or a row of an image cache.
+        patient_id: Id of the patient, by whom splits are made.
+        image_id: Id of the radiograph, which several pairs may share.
+        image: Location of the pixels: a path, or a row of an image cache.
         phrase: Sentence of the report.
-        boxes: `(x0, y0, x1, y1)` each, in pixels of the image as it is stored.
+        boxes: Boxes `(x0, y0, x1, y1)` in pixels of the stored image.
         finding: Finding of the phrase; empty if unknown.
-        image_findings: All known findings of the image; zero-shot metrics count any of them as right.
+        image_findings: All known findings of the image; zero-shot metrics count any of them as correct.
         split: `train`, `val` or `test`.
-        size: Height and width of the image as it is stored, if known.
-        source: File and line of the record, for messages; line 0 if there are none.
+        size: Height and width of the stored image, if known.
+        source: File and line of the record, for messages; line 0 if the file has no lines.
     """
 
     id: str
@@ -46,7 +46,7 @@ class ImageTextPair:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> ImageTextPair:
-        """The pair of a record that `dataclasses.asdict` and JSON made."""
+        """The pair of a record from `dataclasses.asdict`, also after a round trip through JSON."""
         boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in record["boxes"])
         return cls(**{**record, "boxes": boxes, "image_findings": tuple(record["image_findings"])})
 
@@ -56,10 +56,10 @@ class Sample:
     """A pair with its pixels in the model's frame.
 
     Args:
-        pair: Its pair.
-        image: `(3, H, W)` uint8, before normalization.
-        boxes: `(K, 4)` float32 `x0, y0, x1, y1` in [0, 1] of the model's frame, x to the right, y down.
-        content_box: `(4,)` float32 rectangle of the image in the same frame, outside of [0, 1] if the image is cropped.
+        pair: The pair without pixels.
+        image: `(3, H, W)` uint8 pixels, before normalization.
+        boxes: `(K, 4)` float32 boxes `x0, y0, x1, y1` in [0, 1] of the model's frame, x to the right, y down.
+        content_box: `(4,)` float32 rectangle of the image in the same frame; beyond [0, 1] if the image is cropped.
     """
 
     pair: ImageTextPair

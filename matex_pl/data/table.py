@@ -28,14 +28,14 @@ _SEPARATORS = (",", ";", "\t")
 _JSON_LINES = {".jsonl", ".ndjson"}
 # Explanations of errors of the csv module, by a part of their text.
 _CSV_FAULTS = {
-    "unexpected end of data": "a quote opens in this row that nothing closes. Close it, or write a quote within a "
-    "quoted cell twice",
-    "expected after": "text follows the quote that closes a cell. Write a quote within a quoted cell twice",
+    "unexpected end of data": "A quote in this row is not closed. Close the quote, or double quotes within a quoted "
+    "cell",
+    "expected after": "Text follows the quote that closes a cell. Double the quotes within a quoted cell",
 }
 _SHOWN = 5
-# Rows that a thread reads at a time: few, so that an interruption need not wait.
+# Rows per task of a thread: few, for a quick end after an interruption.
 _ROWS = 16
-# Reports are long cells, longer than what the csv module takes by default.
+# Reports are long cells, above the default limit of the csv module.
 csv.field_size_limit(2**24)
 
 
@@ -53,13 +53,13 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
     byte-order mark; also gzipped (`.gz`).
 
     Args:
-        path: The table.
-        columns: The file's name of a column by its name here, where they differ.
-        required: Names here of the required columns.
+        path: Path of the table.
+        columns: Names of the file's columns by the names used here, if they differ.
+        required: Required columns, by the names used here.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not UTF-8, has no rows, or lacks a column; the message lists those it has.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not UTF-8, has no rows, or lacks a column; the message lists the columns of the file.
     """
     content = read_text(path)
     read = _json_rows if {suffix.lower() for suffix in path.suffixes} & _JSON_LINES else _csv_rows
@@ -68,15 +68,15 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
     missing = [name for name in wanted if name not in header]
     if missing:
         raise ValueError(
-            f"{path} lacks the columns {missing}; it has {header}. Map names by `columns`; CSV takes a comma, a "
-            "semicolon or a tab between cells."
+            f"{path} lacks the columns {missing}. The columns are {header}. Map other names with `columns`. Separate "
+            "cells of a CSV by commas, semicolons or tabs."
         )
     if not rows and not bad:
-        raise ValueError(f"{path} has a header and no rows.")
+        raise ValueError(f"{path} has a header and no rows. Give a table with at least one row.")
     unknown = [name for name in columns.values() if name not in header]
     if unknown:
-        raise ValueError(f"`columns` names {unknown}, which {path} does not have; it has {header}.")
-    # A column that is mapped to another name is not found under its own.
+        raise ValueError(f"`columns` names {unknown}, which {path} does not have. The columns are {header}.")
+    # A column that is mapped to another name is not available under its own name.
     for _, cells in rows:
         renamed = {name: cells[column] for name, column in columns.items() if column in cells}
         for name in (*columns, *columns.values()):
@@ -86,24 +86,24 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, perhaps gzipped, without its byte-order mark."""
+    """The text of a UTF-8 file, optionally gzipped, without its byte-order mark."""
     if not path.is_file():
-        raise FileNotFoundError(f"There is no table at {str(path)!r}.")
+        raise FileNotFoundError(f"There is no table at {str(path)!r}. Check the path.")
     content = path.read_bytes()
     if path.suffix.lower() == ".gz":
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise ValueError(f"{path} is no whole gzip file: {error}.") from error
+            raise ValueError(f"{path} is no complete gzip file ({error}). Copy the file again.") from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path} is UTF-16, which is not read. Save it as UTF-8.")
+        raise ValueError(f"{path} is UTF-16, which is not supported. Save the file as UTF-8.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # The error counts from behind a byte-order mark.
+        # The error counts bytes after the byte-order mark.
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(
-            f"{path}, line {line}: the byte {error.object[error.start]:#04x} is not UTF-8. Save the file as UTF-8."
+            f"{path}, line {line}: The byte {error.object[error.start]:#04x} is not UTF-8. Save the file as UTF-8."
         ) from None
 
 
@@ -111,9 +111,9 @@ def read_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        UnicodeEncodeError: It has half of a surrogate pair, which no file can hold.
-        ValueError: It is no JSON.
-        RecursionError: It is nested too deeply.
+        UnicodeEncodeError: The text has half of a surrogate pair, which no file can hold.
+        ValueError: The text is no JSON.
+        RecursionError: The value is nested too deeply.
     """
     value = json.loads(text)
     if "\\ud" in text.lower():
@@ -130,7 +130,7 @@ def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str
         header = [name.strip() for name in next(reader, [])]
         repeated = sorted({name for name in header if name and header.count(name) > 1})
         if repeated:
-            raise ValueError(f"{path} has several columns of the name {repeated[0]!r}; it has {header}.")
+            raise ValueError(f"{path} has several columns of the name {repeated[0]!r}. The columns are {header}.")
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
@@ -146,7 +146,7 @@ def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str
 
 
 def _separator(first: str, wanted: Sequence[str]) -> str:
-    """The separator with which the header has most of the wanted columns, then most columns."""
+    """The separator that gives the header most of the wanted columns, then most columns."""
 
     def fit(separator: str) -> tuple[int, int]:
         names = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
@@ -173,7 +173,7 @@ def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[st
             rows.append(TableRow((str(path), line), cells))
         else:
             bad.append(BadRow(str(path), line, text[:200], rule))
-    # If all lines are bad, these are the error, not missing columns.
+    # If all lines are bad, report the lines and not missing columns.
     return list(header) if rows else list(wanted), rows, bad
 
 
@@ -184,8 +184,8 @@ class TableDataModule(ImageFilesDataModule):
 
     Args:
         fractions: Shares of the patients in train, val and test, if the files have no splits.
-        on_bad_row: `error` stops with a list of the bad rows; `skip` leaves them out, counts them, and lists them in
-            `skipped_rows.csv` in the log folder, or in the current one without a trainer.
+        on_bad_row: `error` raises with a list of the bad rows; `skip` leaves them out, counts them, and lists them in
+            `skipped_rows.csv` in the log folder, or in the current folder without a trainer.
         kwargs: Arguments of `ImageFilesDataModule`.
     """
 
@@ -230,7 +230,8 @@ class TableDataModule(ImageFilesDataModule):
         pairs, bad = self.checked_rows()
         if bad and self.on_bad_row == "error":
             raise ValueError(
-                f"{_several(bad)}\nCorrect them, or leave them out by on_bad_row: skip. `matex check-data` lists all."
+                f"{_several(bad)}\nCorrect these rows, or leave them out with on_bad_row: skip. `matex check-data` "
+                "lists all bad rows."
             )
         if bad:
             folder = "" if self.trainer is None else self.trainer.log_dir or self.trainer.default_root_dir
@@ -261,7 +262,7 @@ def drop_broken(
     rows: Sequence[TableRow],
     key_of: Callable[[TableRow], tuple[str, ...]],
 ) -> tuple[list[ImageTextPair], list[BadRow]]:
-    """Pairs of good rows, without those that lack the box of a bad row with the same key, and all bad rows."""
+    """Pairs of good rows and all bad rows; a pair is bad if another row of its key, and so one of its boxes, is bad."""
     keys = {row.source: key_of(row) for row in rows}
     broken = {keys[row.file, row.line]: place_of((row.file, row.line)) for row in reversed(bad)}
     kept, bad = [], list(bad)
@@ -279,7 +280,7 @@ def flag_patient_leakage(
     rows: Iterable[TableRow],
     patient_and_split: Callable[[TableRow], tuple[str, str]],
 ) -> list[BadRow]:
-    """The bad rows of all `rows`; if their patient is in another split elsewhere, that rule is added."""
+    """The bad rows, with one more broken rule if the patient is in another split elsewhere in `rows`."""
     sources = {row.source: row for row in rows}
     of_bad = []
     for row in bad:
@@ -294,7 +295,7 @@ def flag_patient_leakage(
 def parse_rows(
     rows: Sequence[TableRow], pair_of: Callable[[TableRow], ImageTextPair]
 ) -> tuple[list[ImageTextPair], list[BadRow]]:
-    """The pairs of the good rows, and the bad rows, read in threads."""
+    """Pairs of the good rows, and the bad rows, parsed in threads."""
     parts = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
     with ThreadPoolExecutor() as pool:
         read = pool.map(lambda part: [_pair_or_bad(row, pair_of) for row in part], parts)

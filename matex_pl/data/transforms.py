@@ -1,4 +1,4 @@
-"""From a stored image to the model's frame: the only file that knows albumentations.
+"""Transforms from a stored image to the model's frame. No other module imports albumentations.
 
 Images are never flipped: the patient's right and left are part of the phrase.
 """
@@ -19,19 +19,19 @@ from matex_pl.data.images import ResizeMode, Size, resize_image
 if TYPE_CHECKING:
     import albumentations as A
 
-# A loader's worker is one process of many: OpenCV's threads would only compete.
+# Loaders run several processes, and OpenCV's threads would only compete with them.
 cv2.setNumThreads(0)
 
 
 class ImageTransform:
-    """An image with its boxes in the model's frame; see `__call__`.
+    """Transform of an image and its boxes into the model's frame; see `__call__`.
 
     Args:
         size: Height and width of the model's input.
         resize_mode: `longest` fits the longest side and pads with black, `shortest` fits the shortest side and crops to
             the middle, `squash` stretches.
-        augment: Mild rotation, shift and scale, brightness, contrast and gamma, for training; the draws come from
-            `seed` alone.
+        augment: Whether to apply mild random rotation, shift and scale, brightness, contrast and gamma, as in training.
+            The draws depend on `seed` alone.
     """
 
     def __init__(self, size: tuple[int, int], resize_mode: ResizeMode = "longest", *, augment: bool = False) -> None:
@@ -65,16 +65,16 @@ class ImageTransform:
         Boxes that a crop or augmentation moves out of the frame are dropped; the image's rectangle may reach outside.
 
         Args:
-            pixels: `(h, w)` uint8.
-            boxes: `x0, y0, x1, y1` each, in pixels of the image as it is stored.
-            size: Height and width of the stored image if `pixels` is resized.
+            pixels: Pixels `(h, w)` uint8.
+            boxes: Boxes `x0, y0, x1, y1` in pixels of the stored image.
+            size: Height and width of the stored image, if `pixels` is resized.
             seed: Random seed of the augmentation.
 
         Raises:
-            ValueError: The image has another form, or a box covers nothing of it.
+            ValueError: `pixels` has another shape or type, or a box covers nothing of the image.
         """
         if pixels.ndim != 2 or pixels.dtype != np.uint8 or not pixels.size:
-            raise ValueError(f"a pixels is (h, w) uint8, got {pixels.shape} {pixels.dtype}.")
+            raise ValueError(f"pixels must be (h, w) uint8, got {pixels.shape} {pixels.dtype}.")
         stored = size or (pixels.shape[0], pixels.shape[1])
         framed, drawn, corners = self._frame(pixels, _clipped(boxes, stored), stored)
         if self.augmentation is not None:
@@ -85,10 +85,10 @@ class ImageTransform:
         return image, _tensor(drawn / self._ends), _tensor(_rectangle(corners) / self._ends)
 
     def count_cut(self, boxes: Sequence[Sequence[float]], size: Size) -> tuple[int, int]:
-        """Numbers of boxes, in pixels of an image of a height and width, that the crop cuts, and that it removes."""
+        """Number of boxes that the crop cuts, and number of boxes that it removes, both for an image of `size`."""
         framed, _ = self._place(_clipped(boxes, size), size)
         inside = self._inside(framed)
-        # Less than a pixel of the frame does not count.
+        # Cuts of less than a pixel of the frame do not count.
         is_cut = (np.abs(framed - np.clip(framed, 0, self._ends)) >= 1).any(1)
         return int((is_cut | ~inside).sum()), int((~inside).sum())
 
@@ -107,7 +107,7 @@ class ImageTransform:
         """Boxes in pixels of the model's frame, and left, top, width and height of the image in it."""
         height, width = self.target_size(stored)
         left, top = (self.size[1] - width) // 2, (self.size[0] - height) // 2
-        # From the size in whole pixels, so that boxes follow the image exactly.
+        # From the size in whole pixels, to keep boxes and image aligned.
         scale = np.array([width / stored[1], height / stored[0]], dtype=np.float32)
         origin = np.array([left, top], dtype=np.float32)
         return boxes * np.tile(scale, 2) + np.tile(origin, 2), (left, top, width, height)
@@ -122,11 +122,12 @@ def _clipped(boxes: Sequence[Sequence[float]], stored_size: Size) -> np.ndarray:
     height, width = stored_size
     drawn = np.array(boxes, dtype=np.float32).reshape(-1, 4)
     clipped = np.clip(drawn, 0, np.array([width, height] * 2, dtype=np.float32))
-    # Written so that NaN fails too.
+    # In this form NaN fails, too.
     empty = ~((clipped[:, 2:] > clipped[:, :2]).all(1))
     if empty.any():
         raise ValueError(
-            f"the box {drawn[empty][0].tolist()} (x0, y0, x1, y1) covers nothing of the {width} x {height} image."
+            f"The box {drawn[empty][0].tolist()} (x0, y0, x1, y1) covers nothing of the {width} x {height} image. Give "
+            "boxes in pixels of the stored image."
         )
     return clipped
 
@@ -142,7 +143,7 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 
 def _augmentation() -> A.Compose:
-    # A second of imports that only training needs.
+    # This import takes a second, and only training needs it.
     import albumentations as A
 
     steps = [

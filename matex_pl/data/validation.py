@@ -21,21 +21,21 @@ SPLIT_NAMES = {
 }
 """`train`, `val` or `test` by the names in files, in lower case."""
 
-# Pixels by which a box may reach outside of its image, as scaled and rounded ones do.
+# Pixels by which a box may exceed its image, as scaled and rounded boxes do.
 _TOLERANCE = 1.0
-# Pixels of height and width that a box must have in its image: in single precision less may be nothing.
+# Smallest height and width of a box in its image, in pixels: in single precision, smaller sizes may vanish.
 _LEAST = 0.01
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why.
+    """A row that cannot be used, with the reason.
 
     Args:
         file: File of the row.
-        line: Line in the file, from 1; 0 if there are none.
-        value: The value, as it is written.
-        rule: The rule that it breaks.
+        line: Line in the file, from 1; 0 if the file has no lines.
+        value: Value as written in the file.
+        rule: Rule that the value breaks.
     """
 
     file: str
@@ -49,7 +49,7 @@ class BadRow:
 
 
 class RuleError(ValueError):
-    """A value breaks a rule."""
+    """Error of a value that breaks a rule."""
 
     def __init__(self, value: Any, rule: str) -> None:
         super().__init__(f"{rule}, got {value!r}")
@@ -91,7 +91,7 @@ def check_phrase(phrase: str) -> str:
 
 
 def split_name(text: str) -> str:
-    """`train`, `val` or `test` from the name of a split in a file."""
+    """`train`, `val` or `test`, from the name of a split in a file."""
     if text.lower() not in SPLIT_NAMES:
         raise RuleError(text, f"the split is none of {', '.join(SPLIT_NAMES)}")
     return SPLIT_NAMES[text.lower()]
@@ -140,7 +140,7 @@ def _check_box(box: Box) -> Box:
 
 
 def check_inside(boxes: Iterable[Box], size: tuple[int, int]) -> None:
-    """Check that boxes, in pixels, lie in an image of this height and width, to within a pixel."""
+    """Raise RuleError unless boxes, in pixels, lie in an image of this height and width, to within a pixel."""
     height, width = size
     for box in boxes:
         if min(box[:2]) < -_TOLERANCE or box[2] > width + _TOLERANCE or box[3] > height + _TOLERANCE:
@@ -162,7 +162,7 @@ def drop_repeats(pairs: Sequence[ImageTextPair]) -> tuple[list[ImageTextPair], l
 
 
 def fill_splits(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
-    """The pairs, with the split of other rows of the patient if they have none."""
+    """The pairs; those without a split get the split of other rows of their patient."""
     splits = {pair.patient_id: pair.split for pair in reversed(pairs) if pair.split}
     return [replace(pair, split=pair.split or splits.get(pair.patient_id, "")) for pair in pairs]
 
@@ -183,13 +183,13 @@ def drop_leaks(pairs: Sequence[ImageTextPair]) -> tuple[list[ImageTextPair], lis
 
 
 def place_of(source: tuple[str, int]) -> str:
-    """A file and line, in words."""
+    """Text of a file and line."""
     file, line = source
     return f"{file}, line {line}" if line else file
 
 
 def image_name(root: Path, path: Path) -> str:
-    """The path of an image from the root on, with slashes."""
+    """Path of an image relative to the root, with slashes."""
     return Path(os.path.relpath(path, root)).as_posix()
 
 
@@ -199,7 +199,7 @@ def fold(phrase: Any) -> str:
 
 
 def text(cells: Mapping[str, Any], name: str) -> str:
-    """A cell as stripped text; empty if it is missing. JSON may hold other values, which break a rule."""
+    """A cell as stripped text; empty if missing. Values of JSON other than text and numbers break a rule."""
     cell = cells.get(name)
     if cell is None:
         return ""

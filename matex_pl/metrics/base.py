@@ -76,9 +76,7 @@ class PairMetric(GatheredMetric):
         """Result over all pairs, a float32 scalar."""
         value = self._reduce(self._gathered("values")[self._counted()])
         if value.isnan():
-            rank_zero_warn(
-                f"{type(self).__name__} is NaN, because none of the {len(self._gathered('keys'))} pairs has a value."
-            )
+            rank_zero_warn(f"{type(self).__name__} is NaN: none of the {len(self._gathered('keys'))} pairs counts.")
         return value
 
     def _reduce(self, values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from matex_pl.metrics.base import PairMetric
 class ConfidenceDrop(PairMetric):
     """Mean loss of score, `100 * max(0, S - S')`, when only the highlighted region is kept.
 
-    Example:
+    Examples:
         >>> metric = ConfidenceDrop()
         >>> metric.update(torch.tensor([0.30, 0.20]), torch.tensor([0.28, 0.25]))
         >>> round(float(metric.compute()), 4)
@@ -32,7 +32,7 @@ class ConfidenceDrop(PairMetric):
 class RemovalDrop(ConfidenceDrop):
     """Mean loss of score, `100 * max(0, S - S')`, when the top of the map is removed; higher is better.
 
-    Example:
+    Examples:
         >>> metric = RemovalDrop()
         >>> metric.update(torch.tensor([0.30, 0.20]), torch.tensor([0.10, 0.20]))
         >>> round(float(metric.compute()), 4)
@@ -45,7 +45,7 @@ class RemovalDrop(ConfidenceDrop):
 class ConfidenceIncrease(PairMetric):
     """Percentage of pairs whose score rises when only the highlighted region is kept.
 
-    Example:
+    Examples:
         >>> metric = ConfidenceIncrease()
         >>> metric.update(torch.tensor([0.30, 0.20]), torch.tensor([0.28, 0.25]))
         >>> float(metric.compute())
@@ -87,7 +87,7 @@ class CurveArea(PairMetric):
 class InsertionAUC(CurveArea):
     """Area under the score while patches are inserted in map order (Petsiuk et al. 2018); 0: blank, 1: whole image.
 
-    Example:
+    Examples:
         >>> metric = InsertionAUC()
         >>> metric.update(torch.tensor([[0.1], [0.3], [0.3]]))
         >>> round(float(metric.compute()), 4)
@@ -101,7 +101,7 @@ class InsertionAUC(CurveArea):
 class DeletionAUC(CurveArea):
     """Area under the score while patches are deleted in map order (Petsiuk et al. 2018); 0: blank, 1: whole image.
 
-    Example:
+    Examples:
         >>> metric = DeletionAUC()
         >>> metric.update(torch.tensor([[0.3], [0.1], [0.1]]))
         >>> round(float(metric.compute()), 4)

@@ -15,7 +15,7 @@ from matex_pl.metrics.functional import THRESHOLDS
 class PointingGame(BoxMetric):
     """Share of pairs with boxes whose map has its maximum inside a box (Zhang et al. 2018).
 
-    Example:
+    Examples:
         >>> metric = PointingGame()
         >>> metric.update(torch.eye(2)[None].flip(2), [torch.tensor([[0.5, 0.0, 1.0, 0.5]])])
         >>> float(metric.compute())
@@ -28,7 +28,7 @@ class PointingGame(BoxMetric):
 class ContrastToNoise(BoxMetric):
     """Mean signed contrast-to-noise ratio between inside and outside of the boxes (Boecking et al. 2022).
 
-    Example:
+    Examples:
         >>> metric = ContrastToNoise()
         >>> metric.update(torch.tensor([[[1.0, 0.0], [0.5, 0.1]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> round(float(metric.compute()), 4)
@@ -43,7 +43,7 @@ class ContrastToNoise(BoxMetric):
 class EnergyPointingGame(BoxMetric):
     """Mean share of the map's mass inside the boxes (Wang et al. 2020); 0 for a map of zeros.
 
-    Example:
+    Examples:
         >>> metric = EnergyPointingGame()
         >>> metric.update(torch.tensor([[[0.9, 0.0], [0.6, 0.5]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> round(float(metric.compute()), 4)
@@ -56,7 +56,7 @@ class EnergyPointingGame(BoxMetric):
 class RelevanceRankAccuracy(BoxMetric):
     """Mean share of the K highest pixels that lie inside boxes of K pixels (Arras et al. 2022).
 
-    Example:
+    Examples:
         >>> metric = RelevanceRankAccuracy()
         >>> metric.update(torch.tensor([[[0.9, 0.6], [0.5, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> float(metric.compute())
@@ -69,7 +69,7 @@ class RelevanceRankAccuracy(BoxMetric):
 class MeanIoU(BoxMetric):
     """Mean intersection over union of map and boxes, over the thresholds .1, .2, .3, .4, .5 and over pairs.
 
-    Example:
+    Examples:
         >>> metric = MeanIoU()
         >>> metric.update(torch.tensor([[[0.9, 0.3], [0.9, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> round(float(metric.compute()), 4)
@@ -88,7 +88,7 @@ class ThresholdedIoU(BoxMetric):
     Args:
         threshold: Threshold in [0, 1); the best of `THRESHOLDS` by default.
 
-    Example:
+    Examples:
         >>> metric = ThresholdedIoU()
         >>> metric.update(torch.tensor([[[0.9, 0.3], [0.9, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> float(metric.compute()), metric.best_threshold()
@@ -128,7 +128,7 @@ class BoxAccuracy(BoxMetric):
         threshold: Threshold of the map in [0, 1), to be chosen on the validation split (`ThresholdedIoU`).
         iou: IoU that the overlap must reach.
 
-    Example:
+    Examples:
         >>> metric = BoxAccuracy(threshold=0.3)
         >>> metric.update(torch.tensor([[[0.9, 0.3], [0.9, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> float(metric.compute())
@@ -157,7 +157,7 @@ class AveragePrecision50(BoxMetric):
         threshold: Threshold of the components of `map > threshold`, in [0, 1), to be chosen on the validation split.
         iou: IoU that the overlap must reach.
 
-    Example:
+    Examples:
         >>> metric = AveragePrecision50(threshold=0.3)
         >>> metric.update(torch.tensor([[[0.9, 0.3], [0.9, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
         >>> float(metric.compute())

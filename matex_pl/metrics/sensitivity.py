@@ -18,7 +18,7 @@ class RankCorrelation(PairMetric):
     under the phrase of another pair. A method whose maps do not change explains neither the model nor the phrase.
     Constant maps have no order and do not count.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = RankCorrelation()
         >>> metric.update(torch.tensor([[0.1, 0.2, 0.9]]), torch.tensor([[0.3, 0.2, 0.1]]))
@@ -44,7 +44,7 @@ class RankCorrelation(PairMetric):
 class SideSensitivity(PairMetric):
     """Mean share of the map's mass that moves to the other side when the phrase names that side; -1 to 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = SideSensitivity()
         >>> true, swapped = torch.tensor([[[0.8, 0.2]]]), torch.tensor([[[0.3, 0.7]]])
@@ -75,7 +75,7 @@ class SideSensitivity(PairMetric):
 class OutsideMass(PairMetric):
     """Mean share of the map's mass outside a zone, for example outside the thorax or at the border of the image.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = OutsideMass()
         >>> metric.update(torch.tensor([[[0.6, 0.2]]]), torch.tensor([[[True, False]]]))
@@ -95,7 +95,7 @@ class OutsideMass(PairMetric):
 class MapMass(PairMetric):
     """Mean value of the maps; it exposes maps of all ones, whose confidence drop is perfect and whose mass is 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = MapMass()
         >>> metric.update(torch.eye(2)[None])

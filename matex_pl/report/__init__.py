@@ -1,1 +1,1 @@
-"""Pages and tables of results."""
+"""HTML pages and Markdown tables of results."""

@@ -1,7 +1,7 @@
-"""The benchmark's results as a page and as Markdown: tables with intervals, plots and panels.
+"""Benchmark results as an HTML page and as Markdown: tables with intervals, plots and panels.
 
-Words stand in `templates/`. All text of the results (findings, phrases, names, paths) is material: `results.parse` puts
-it on one line, and the templates escape it.
+The fixed text is in `templates/`. Text of the results (findings, phrases, names, paths) is untrusted: `results.parse`
+reduces it to one line, and the templates escape it.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ GROUPS = {
     "confidence": "Confidence, other variants",
     "curves": "Insertion and deletion",
     "sensitivity": "Sensitivity to the phrase",
-    "mass": "Where the mass lies",
+    "mass": "Location of the mass",
     "sanity": "Sanity",
 }
 PAPER = {"image": "Table 1: maps of the image", "text": "Table 2: maps of the phrase"}
 PRIOR_CLASSES = (FEATURED, "PriorOnly")
 PANEL_KINDS = ("best", "random", "worst")
-# In the folder of a benchmark.
+# Files in the folder of a benchmark.
 RESULTS, ROAR, PANELS = "results.json", "roar.json", "panels"
 
 
 def write_report(
     result: BenchmarkResult, panels: Sequence[Panel], folder: Path, roar: RoarResult | None = None
 ) -> None:
-    """Write `tables.md` and the self-contained `report.html` into `folder`; a reader sees the old files or the new.
+    """Write `tables.md` and the self-contained `report.html` into `folder`; readers see the old or the new files.
 
-    Panels of one row stand together, in their order. ROAR+ is shown if it was measured with maps of the same weights.
+    Panels of one row are grouped, in their order. ROAR+ is shown if it was measured with maps of the same weights.
     """
     panels = [Panel(**clean(asdict(panel))) for panel in panels]
     content = _content(result, roar)
@@ -71,26 +71,26 @@ def write_report(
 
 
 def benchmark_tables(result: BenchmarkResult, roar: RoarResult | None = None) -> str:
-    """All tables as Markdown, with ROAR+ if it was measured with maps of the same weights."""
+    """All tables as Markdown, including ROAR+ if it was measured with maps of the same weights."""
     return environment(autoescape=False).get_template("tables.md.jinja").render(_content(result, roar))
 
 
 def add_to_report(roar: RoarResult, benchmark_folder: Path | str) -> Path:
-    """Put ROAR+ onto the page and into the tables of a benchmark that has run; nothing is measured again.
+    """Add ROAR+ to the page and the tables of a finished benchmark, without new measurements, and return the page.
 
-    The folder is the benchmark's `--out`. It gets `roar.json`, which later benchmarks there show too. Returns the page.
+    The folder is the benchmark's `--out`. It gets `roar.json`, which later benchmarks in this folder show too.
 
     Raises:
-        FileNotFoundError: No benchmark has run there.
-        ValueError: The results of the benchmark are damaged or of another version.
+        FileNotFoundError: If the folder holds no benchmark.
+        ValueError: If the results of the benchmark are damaged or of another version.
     """
     folder = Path(benchmark_folder)
     for path in (folder / RESULTS, folder / PANELS / "index.json"):
         if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} has no {path.relative_to(folder).as_posix()}, so there is no page to add ROAR+ to. "
-                f"`matex benchmark --config FILE --ckpt_path FILE --out {folder}` makes it; maps and scores that are "
-                "there already are taken from disk."
+                f"The folder {folder} has no {path.relative_to(folder).as_posix()}, so there is no page to add ROAR+ "
+                f"to. Run `matex benchmark --config FILE --ckpt_path FILE --out {folder}` first; existing maps and "
+                "scores are read from disk."
             )
     write_report(read(BenchmarkResult, folder / RESULTS), read_panels(folder / PANELS), folder, roar)
     write_text(folder / ROAR, roar.to_json())
@@ -98,20 +98,22 @@ def add_to_report(roar: RoarResult, benchmark_folder: Path | str) -> Path:
 
 
 def read_added_roar(folder: Path) -> RoarResult | None:
-    """The `roar.json` in the folder of a benchmark; None if there is none.
+    """Content of the `roar.json` in the folder of a benchmark; None if there is none.
 
     Raises:
-        ValueError: The file is damaged, or of another kind or format.
+        ValueError: If the file is damaged, or of another kind or format.
     """
     path = folder / ROAR
     try:
         return read(RoarResult, path) if path.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{path} cannot be shown: {error} Remove it, or add the results of ROAR+ again.") from error
+        raise ValueError(
+            f"The file {path} cannot be shown: {error} Remove the file, or add the results of ROAR+ again."
+        ) from error
 
 
 def _content(result: BenchmarkResult, roar: RoarResult | None) -> dict[str, Any]:
-    """The variables of both templates; `roar` is left out if its maps are of other weights."""
+    """Variables of both templates; `roar` is left out if its maps are of other weights."""
     is_other = roar is not None and not (result.model.weights and result.model.weights == roar.model.explained)
     shown = None if is_other else roar
     paper = (paper_table(result, modality, shown) for modality in MODALITIES)
@@ -145,7 +147,7 @@ def _content(result: BenchmarkResult, roar: RoarResult | None) -> dict[str, Any]
 
 
 def glance_table(result: BenchmarkResult) -> Table | None:
-    """The metrics in which methods were compared with the controls and the sanity check, of the image maps."""
+    """Compared metrics and the weight randomization of the image maps."""
     rows = result.methods("image")
     keys = [*(_comparisons(result) or _measured(result, rows)[:3]), "sanity"]
     plain = [row.model_copy(update={"note": ""}) for row in rows]
@@ -153,7 +155,7 @@ def glance_table(result: BenchmarkResult) -> Table | None:
 
 
 def paper_table(result: BenchmarkResult, modality: str, roar: RoarResult | None = None) -> Table | None:
-    """Table 1 (`image`) or 2 (`text`) with the published figures and a measured ROAR+; None without such a row."""
+    """Table 1 (`image`) or 2 (`text`) with the published numbers and a measured ROAR+; None without rows."""
     table = group_table(result, modality, "paper")
     if table and roar and (column := _roar_column(result, roar, modality)):
         table = replace(table, columns=[*table.columns, column])
@@ -161,7 +163,7 @@ def paper_table(result: BenchmarkResult, modality: str, roar: RoarResult | None 
 
 
 def group_table(result: BenchmarkResult, modality: str, group: str) -> Table | None:
-    """The measured metrics of one group; None if there are none."""
+    """Measured metrics of one group; None if there are none."""
     rows = result.methods(modality)
     keys = [key for key, metric in result.metrics.items() if metric.group == group]
     title = PAPER[modality] if group == "paper" else f"{GROUPS.get(group, group)}, maps of the {MODALITIES[modality]}"
@@ -169,7 +171,7 @@ def group_table(result: BenchmarkResult, modality: str, group: str) -> Table | N
 
 
 def _roar_column(result: BenchmarkResult, roar: RoarResult, modality: str) -> Column | None:
-    """ROAR+ at its smallest fraction, for the rows that the benchmark has too."""
+    """ROAR+ at its smallest fraction, for the rows that the benchmark also has."""
     settings = {row.name: row.settings for row in result.methods(modality)}
     rows = [row for row in roar.methods(modality) if row.name in settings]
     fractions = roar.fractions(rows) if rows else []
@@ -178,7 +180,7 @@ def _roar_column(result: BenchmarkResult, roar: RoarResult, modality: str) -> Co
     column = point_column(rows, fractions[0], modality)
     cells = dict(column.cells)
     for row in rows:
-        # A row of the same name may stand for fewer masks or other weights of the parts.
+        # A row of the same name may have other settings, for example fewer masks.
         if row.settings != settings[row.name]:
             cell = cells.get(row.name, Cell())
             cells[row.name] = replace(cell, interval=", ".join(filter(None, [cell.interval, "other settings"])))
@@ -186,9 +188,9 @@ def _roar_column(result: BenchmarkResult, roar: RoarResult, modality: str) -> Co
 
 
 def finding_tables(result: BenchmarkResult, modality: str) -> list[Table]:
-    """One table per metric that was measured per finding, with a column per finding."""
+    """One table per metric with scores per finding, with a column per finding."""
     rows = result.methods(modality)
-    # In the order of the data, then those that only the rows have.
+    # Findings in the order of the data, then findings that only the rows have.
     findings = dict.fromkeys([*result.data.findings, *(finding for row in rows for finding in row.per_finding)])
     tables = []
     for key, metric in result.metrics.items():
@@ -199,7 +201,7 @@ def finding_tables(result: BenchmarkResult, modality: str) -> list[Table]:
 
 
 def difference_tables(result: BenchmarkResult) -> list[Table]:
-    """Per compared metric, each method minus each control; what is surely better is marked."""
+    """Differences of each method from each control, one table per compared metric; significant gains are marked."""
     rows = result.methods("image")
     compared = [(result.metrics[key], comparisons) for key, comparisons in _comparisons(result).items()]
     tables = (difference_table(metric.name + metric.arrow, rows, found, metric) for metric, found in compared)
@@ -207,20 +209,20 @@ def difference_tables(result: BenchmarkResult) -> list[Table]:
 
 
 def cost_table(result: BenchmarkResult) -> Table | None:
-    """Seconds per pair and multiples of a plain forward of the model, of every row that has a time."""
+    """Seconds per pair and multiples of a plain model forward, for every row with a time."""
     seconds = {row.name: row.seconds_per_pair for row in result.rows if row.seconds_per_pair is not None}
     forward = result.forward_seconds_per_pair
     columns = [
         Column("Seconds per pair", {name: Cell(f"{time:.3g}") for name, time in seconds.items()}),
         Column("Times a plain forward", {n: Cell(f"{time / forward:.3g}") for n, time in seconds.items() if forward}),
     ]
-    # A method takes as long for the maps of the phrase, which come with those of the image.
+    # The maps of the phrase and of the image come from the same call, with one time.
     rows = {row.name: row for row in result.rows if row.name in seconds}
     return method_table("Cost", rows.values(), columns)
 
 
 def _scores(rows: Sequence[MethodScores], key: str, finding: str | None = None) -> dict[str, Score]:
-    """The scores of one metric that have a value, by name, of all pairs or those of a finding."""
+    """Scores of one metric that have a value, by name, over all pairs or over those of a finding."""
     scores = {row.name: row.scores if finding is None else row.per_finding.get(finding, {}) for row in rows}
     return {name: by_key[key] for name, by_key in scores.items() if key in by_key and by_key[key].value is not None}
 
@@ -235,15 +237,15 @@ def _score_columns(result: BenchmarkResult, rows: Sequence[MethodScores], keys: 
 
 
 def _comparisons(result: BenchmarkResult) -> dict[str, list[Comparison]]:
-    """The comparisons by metric, without metrics in which nothing could be compared."""
+    """Comparisons by metric, without metrics that have no measured comparison."""
     keys = dict.fromkeys(comparison.metric for comparison in result.comparisons if comparison.is_measured)
     return {key: [c for c in result.comparisons if c.metric == key] for key in keys if key in result.metrics}
 
 
 def _pictures(result: BenchmarkResult, panels: Sequence[Panel], roar: RoarResult | None) -> dict[str, Any]:
-    """The variables of the page alone: plots, panels, and the tables per finding."""
+    """Variables of the page alone: plots, panels, and the tables per finding."""
     methods = [row for row in result.methods("image") if not row.control]
-    # The methods that are shown one by one.
+    # Methods with plots of their own.
     featured = [row.name for row in methods if row.method_class == FEATURED] or [row.name for row in methods[:1]]
     first = {panel.kind: panel for panel in reversed(panels) if panel.row in featured[:1]}
     names = [panel.row for panel in panels]
@@ -262,10 +264,10 @@ def _pictures(result: BenchmarkResult, panels: Sequence[Panel], roar: RoarResult
 
 
 def _forest_plots(result: BenchmarkResult, names: Sequence[str]) -> list[Plot]:
-    """Per metric and method, the paired differences to each control."""
+    """Paired differences from each control, per metric and method."""
     plots = (
         forest_plot(
-            f"{result.metrics[key].name}: {name} minus each of these",
+            f"{result.metrics[key].name}: {name} minus each control",
             [comparison for comparison in comparisons if comparison.row == name],
             result.metrics[key].higher_is_better,
         )
@@ -276,7 +278,7 @@ def _forest_plots(result: BenchmarkResult, names: Sequence[str]) -> list[Plot]:
 
 
 def _ranking_plot(result: BenchmarkResult) -> Plot | None:
-    """The image maps by the first measured metric, localization before others: the best on top, the controls apart."""
+    """Image maps ranked by the first measured metric, localization first: best on top, controls below."""
     rows = result.methods("image")
     measured = sorted(_measured(result, rows), key=lambda key: result.metrics[key].group != "localization")
     if not measured:
@@ -294,7 +296,7 @@ def _ranking_plot(result: BenchmarkResult) -> Plot | None:
 
 
 def _insertion_plots(result: BenchmarkResult) -> list[Plot]:
-    """Per method its insertion and deletion curves, one frame per kind, the controls pale behind them."""
+    """Insertion and deletion curves of each method, one frame per kind, with the controls pale."""
     rows = [row for row in result.methods("image") if any(curve.score for curve in row.curves.values())]
     metrics = {key: metric for key, metric in result.metrics.items() if any(key in row.curves for row in rows)}
     fills = list(dict.fromkeys(metric.fill for metric in metrics.values()))
@@ -313,7 +315,7 @@ def _insertion_plots(result: BenchmarkResult) -> list[Plot]:
 
 
 def _sanity_plots(result: BenchmarkResult) -> list[Plot]:
-    """Per method, the correlation with its own maps as more and more of the weights are shuffled."""
+    """Correlation of each method with its original maps while weights are shuffled stage by stage."""
     plots: dict[str, dict[str, list[Stroke]]] = {}
     for modality, word in MODALITIES.items():
         rows = [row for row in result.methods(modality) if row.sanity_curve.correlation]

@@ -1,4 +1,4 @@
-"""Pictures of methods on pairs, and their folder, from which a page can be made again without the model."""
+"""Panels of methods on pairs, stored in a folder from which the page can be written without the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture of a method, named by its row, on a pair that is its `best`, its `worst` or `random`."""
+    """Panel of a method, named by its row, on its `best` or `worst` pair or on a `random` one."""
 
     row: str
     kind: str
@@ -30,27 +30,27 @@ class Panel:
 
     @property
     def source(self) -> str:
-        """The picture as a data address, so that the page stands alone."""
+        """Picture as a data URL, which keeps the page self-contained."""
         return f"data:image/jpeg;base64,{base64.b64encode(self.jpeg).decode()}"
 
 
 def encode(picture: Picture) -> bytes:
-    """A picture `(h, w, 3)` uint8 as a JPEG file, a fifth of a PNG."""
+    """JPEG file of a picture `(h, w, 3)` uint8, about a fifth of the size of a PNG."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="JPEG", quality=85)
     return file.getvalue()
 
 
 def write_panels(panels: Sequence[Panel], folder: Path) -> None:
-    """Keep panels, in the order of the page, as JPEG files and an index, which comes last.
+    """Write panels, in the order of the page, as JPEG files and an index, which is written last.
 
-    A reader sees the old panels or the new. Pictures that the index does not name any more are removed.
+    Readers see the old or the new panels. Pictures that the index no longer names are removed.
     """
     entries = []
     for panel in panels:
         entry = asdict(panel)
         picture = entry.pop("jpeg")
-        # Named by its content: the index of a run that is stopped here still names its own pictures.
+        # Named by the content: if this run stops here, the old index still names its own pictures.
         entry["file"] = f"{blake2b(picture, digest_size=10).hexdigest()}.jpg"
         with whole_file(folder / entry["file"]) as part:
             part.write_bytes(picture)
@@ -61,15 +61,17 @@ def write_panels(panels: Sequence[Panel], folder: Path) -> None:
 
 
 def read_panels(folder: Path) -> list[Panel]:
-    """The panels of `write_panels`, in its order.
+    """Panels written by `write_panels`, in their order.
 
     Raises:
-        FileNotFoundError: There is no index, or a picture of it is gone.
-        ValueError: The index is of another version.
+        FileNotFoundError: If the index or one of its pictures is missing.
+        ValueError: If the index is of another version.
     """
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     if index.get("format") != 1:
-        raise ValueError(f"{folder / INDEX} must have format 1, got {index.get('format')!r}. Run the benchmark again.")
+        raise ValueError(
+            f"The file {folder / INDEX} must have format 1, got {index.get('format')!r}. Run the benchmark again."
+        )
     panels = []
     for entry in index["panels"]:
         picture = folder / Path(entry.pop("file")).name

@@ -17,7 +17,7 @@ from matex_pl.report.results import Difference
 
 COLORS, MUTED, GRID = ("#0b63b5", "#b4480f", "#6b3fa0"), "#7a828b", "#e2e6ea"
 LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
-# A phone's width in inches of 72 units of the SVG: letters keep their size on it, wider pages take several plots.
+# Width of a phone in inches of 72 SVG units: letters keep their size there. Wider pages show several plots in a row.
 WIDTH = 352 / 72
 LABEL_LENGTH = 24
 STYLE: Any = {
@@ -37,20 +37,20 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture with the caption above it, which is also its alternative text."""
+    """A picture with its caption, which is also the alternative text."""
 
     caption: str
     svg: bytes
 
     @property
     def source(self) -> str:
-        """The picture as a data address, so that the page stands alone."""
+        """Picture as a data URL, which keeps the page self-contained."""
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value with the ends of its interval; `quiet` draws it hollow and pale."""
+    """A value with the ends of its interval; a `quiet` one is drawn hollow and pale."""
 
     label: str
     value: float
@@ -61,7 +61,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Stroke:
-    """A curve with gaps where `y` is None; `color` is a place in `COLORS`, None for the pale ones of controls."""
+    """A curve with gaps where `y` is None; `color` is an index into `COLORS`, None for pale controls."""
 
     x: Sequence[float]
     y: Sequence[float | None]
@@ -75,9 +75,9 @@ def dot_plot(caption: str, points: Sequence[Point], *, apart: int = 0, line: flo
 
     Args:
         caption: Title of the plot.
-        points: The values in the order from the top.
+        points: Values in the order from the top.
         apart: Number of values at the end that are set apart.
-        line: Place of an upright reference, such as 0.
+        line: Position of a vertical reference line, for example 0.
     """
     heights = [place + 0.5 * (0 < len(points) - apart <= place) for place in range(len(points))]
     figure = Figure(figsize=(WIDTH, (20 * len(points) + 44) / 72), layout="constrained")
@@ -97,7 +97,7 @@ def dot_plot(caption: str, points: Sequence[Point], *, apart: int = 0, line: flo
 
 
 def forest_plot(caption: str, differences: Iterable[Difference], higher_is_better: bool | None) -> Plot | None:
-    """Measured differences with their intervals, those that are not sure hollow; None without any."""
+    """Measured differences with their intervals, hollow if not significant; None if there are none."""
     points = [
         Point(d.against, d.difference, d.low, d.high, not d.is_sure)
         for d in differences
@@ -110,12 +110,12 @@ def forest_plot(caption: str, differences: Iterable[Difference], higher_is_bette
 
 @matplotlib.rc_context(STYLE)
 def curve_plot(caption: str, frames: Mapping[str, Sequence[Stroke]], across: str, limits: tuple[float, float]) -> Plot:
-    """Curves in frames side by side, with one legend beneath them.
+    """Curves in frames side by side, with one legend below them.
 
     Args:
         caption: Title of the plot.
         frames: Curves of each frame by its title.
-        across: Name of the x axis.
+        across: Label of the x axis.
         limits: Ends of the y axis.
     """
     figure = Figure(figsize=(WIDTH, 170 / 72), layout="constrained")
@@ -135,35 +135,35 @@ def curve_plot(caption: str, frames: Mapping[str, Sequence[Stroke]], across: str
 
 
 def add_legend(figure: Figure, handles: Mapping[str, Any], columns: int) -> None:
-    """A legend beneath the frames: to the right of them it would leave no room on a phone."""
+    """Add a legend below the frames; at their right it would leave no room on a phone."""
     if handles:
         labels = [shorten(label) for label in handles]
         figure.legend(list(handles.values()), labels, loc="outside lower center", ncols=columns)
 
 
 def save(figure: Figure, kind: str) -> bytes:
-    """A figure as a file of a kind (`png`, `svg`), the same bytes each time."""
+    """Bytes of a figure as a file (`png` or `svg`), identical each time."""
     file = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "report"}), warnings.catch_warnings():
-        # The reader's fonts have what matplotlib's own lacks.
+        # The fonts of the browser have the glyphs that matplotlib's font lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(file, format=kind, metadata=metadata)
     return file.getvalue()
 
 
 def as_floats(values: Iterable[float | None]) -> list[float]:
-    """The values, NaN for none: matplotlib leaves a gap there."""
+    """Values with NaN for None, where matplotlib leaves a gap."""
     return [math.nan if value is None else value for value in values]
 
 
 def shorten(label: str) -> str:
-    """The label, or its beginning with an ellipsis."""
+    """Label, or its beginning with an ellipsis."""
     return label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1].rstrip() + "…"
 
 
 def axis_limits(values: Iterable[float | None]) -> tuple[float, float]:
-    """Limits with a little air around 0, 1 and the values."""
+    """Axis limits with a small margin around 0, 1 and the values."""
     known = [0.0, 1.0, *(value for value in values if value is not None)]
     air = 0.04 * (max(known) - min(known))
     return min(known) - air, max(known) + air

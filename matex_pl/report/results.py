@@ -1,4 +1,4 @@
-"""The results of a benchmark and of ROAR+ as typed records, read once from their `results.json`."""
+"""Results of a benchmark and of ROAR+ as typed records, read from their `results.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matex_pl.visualization.draw import single_line
 BENCHMARK_FORMAT, ROAR_FORMAT = 2, 1
 MODALITIES = {"image": "image", "text": "phrase"}
 FEATURED = "Matex"
-# Highest p-value, after Holm's correction, of a difference that is more than noise.
+# Significance level of the p-values after Holm's correction.
 LEVEL = 0.05
 
 R = TypeVar("R", bound="Results")
@@ -23,7 +23,7 @@ _CLASS: Any = Field(default="", validation_alias="class", serialization_alias="c
 
 
 class Record(BaseModel):
-    """A part of a results file; a null stands for the default."""
+    """Base class of the parts of a results file; null stands for the default."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,16 +34,16 @@ class Record(BaseModel):
         return field.get_default(call_default_factory=True) if value is None and not field.is_required() else value
 
     def plain(self) -> dict[str, Any]:
-        """The record as plain types, without what was not given."""
+        """Record as plain types, without fields that were not given."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
     def to_json(self) -> str:
-        """The record as the text of its file."""
+        """Record as the text of its file."""
         return json.dumps(self.plain(), indent=1, allow_nan=False)
 
 
 class Score(Record):
-    """A value with its 95 % interval and the number of pairs behind it."""
+    """A value with its 95 % interval and the number of its pairs."""
 
     value: float | None = None
     low: float | None = None
@@ -52,7 +52,7 @@ class Score(Record):
 
 
 class Difference(Record):
-    """A method minus a control, with its 95 % interval, pairs or repeats, and, of a test, the p-value after Holm."""
+    """Difference of a method from a control: 95 % interval, number of pairs or repeats, Holm's p-value of a test."""
 
     row: str
     against: str
@@ -64,7 +64,7 @@ class Difference(Record):
 
     @property
     def is_measured(self) -> bool:
-        """Whether there is an interval."""
+        """Whether the difference has an interval."""
         return None not in (self.difference, self.low, self.high)
 
     @property
@@ -73,20 +73,20 @@ class Difference(Record):
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     def is_better(self, higher_is_better: bool | None) -> bool:
-        """Whether the row is surely better than the control; False for a metric without a better direction."""
+        """Whether the row is significantly better than the control; False for a metric without a better direction."""
         if self.difference is None or higher_is_better is None:
             return False
         return self.is_sure and (self.difference > 0) == higher_is_better
 
 
 class Comparison(Difference):
-    """A difference in one metric of a benchmark."""
+    """Difference in one metric of a benchmark."""
 
     metric: str
 
 
 class PairedTest(Difference):
-    """A difference in ROAR+ at a fraction; None for the mean over the fractions."""
+    """Difference in ROAR+ at a fraction; None for the mean over the fractions."""
 
     modality: str
     fraction: float | None = None
@@ -98,31 +98,31 @@ class PairedTest(Difference):
 
 
 class Metric(Record):
-    """A metric as the tables show it; some have no better direction."""
+    """A metric of the tables; some have no better direction."""
 
     label: str = ""
     # One of `report.benchmark.GROUPS`, or `paper`.
     group: str = ""
     higher_is_better: bool | None = None
     description: str = ""
-    # The pixels that replace removed ones.
+    # Replacement of removed pixels.
     fill: str = ""
-    # Of pairs, or percentage points of cosine.
+    # Whether values are percent of pairs or percentage points of cosine.
     percent: bool = False
 
     @property
     def name(self) -> str:
-        """The label with the fill, if it has one."""
+        """Label with the fill, if there is one."""
         return f"{self.label} ({self.fill})" if self.fill else self.label
 
     @property
     def arrow(self) -> str:
-        """The better direction, tied to the text before it; empty without one."""
+        """Arrow of the better direction, with a no-break space before it; empty without a direction."""
         return {None: "", True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓"}[self.higher_is_better]
 
 
 class Curve(Record):
-    """Mean score `score[i]` over the pairs at the share `share[i]` of the patches."""
+    """Mean score `score[i]` over the pairs at the share `share[i]` of patches."""
 
     share: list[float] = []
     score: list[float | None] = []
@@ -136,7 +136,7 @@ class SanityCurve(Record):
 
 
 class Method(Record):
-    """A method or control and the modality of its maps; `error` is the reason for refusing the model."""
+    """A method or control and the modality of its maps; `error` is the reason for not supporting the model."""
 
     name: str
     modality: Literal["image", "text"]
@@ -149,7 +149,7 @@ class Method(Record):
 
 
 class MethodScores(Method):
-    """Scores by metric, and by finding and metric; the threshold is that of the IoU."""
+    """Scores of a method by metric, and by finding and metric; `threshold` is that of the IoU."""
 
     seconds_per_pair: float | None = None
     threshold: float | None = None
@@ -170,18 +170,18 @@ class RoarPoint(Record):
 
 
 class RoarMethod(Method):
-    """ROAR+ at each fraction, and the mean over the fractions."""
+    """ROAR+ of a method at each fraction, and the mean over the fractions."""
 
     points: list[RoarPoint] = []
     mean: RoarPoint = RoarPoint()
 
     def point(self, fraction: float) -> RoarPoint:
-        """The point at a fraction, an empty one if there is none."""
+        """Point at a fraction; an empty point if there is none."""
         return next((point for point in self.points if math.isclose(point.fraction, fraction)), RoarPoint())
 
 
 class Model(Record, extra="allow"):
-    """The explained model; a benchmark has its `weights`, ROAR+ the `explained` ones and those training starts from."""
+    """The explained model: hash of its `weights` for a benchmark, of the `explained` and `start` weights for ROAR+."""
 
     checkpoint: str = ""
     weights: str = ""
@@ -192,7 +192,7 @@ class Model(Record, extra="allow"):
 
 
 class Data(Record, extra="allow"):
-    """The pairs behind the results."""
+    """Pairs of the results."""
 
     data_class: str = _CLASS
     split: str = ""
@@ -206,7 +206,7 @@ class Data(Record, extra="allow"):
 
 
 class RoarSettings(Record, extra="allow"):
-    """Protocol and fine-tuning."""
+    """Protocol and fine-tuning of ROAR+."""
 
     fractions: list[float] = []
     repeats: int | None = None
@@ -241,7 +241,7 @@ class RunTime(Record):
 
 
 class Results(Record):
-    """The fields that both kinds of results have."""
+    """Fields that both kinds of results share."""
 
     created: str = ""
     model: Model = Model()
@@ -252,7 +252,7 @@ class Results(Record):
 
 
 class BenchmarkResult(Results):
-    """The `results.json` of `matex benchmark`."""
+    """Content of the `results.json` of `matex benchmark`."""
 
     format: Literal[2]
     settings: dict[str, Any] = {}
@@ -262,12 +262,12 @@ class BenchmarkResult(Results):
     comparisons: list[Comparison] = []
 
     def methods(self, modality: str) -> list[MethodScores]:
-        """The measured rows of a modality."""
+        """Measured rows of a modality."""
         return [row for row in self.rows if row.modality == modality and not row.error]
 
 
 class RoarResult(Results):
-    """The `results.json` of `matex roar`."""
+    """Content of the `results.json` of `matex roar`."""
 
     kind: Literal["roar"]
     format: Literal[1]
@@ -280,13 +280,13 @@ class RoarResult(Results):
     time: RunTime = RunTime()
 
     def methods(self, modality: str) -> list[RoarMethod]:
-        """The measured rows of a modality, MATEX first and controls last."""
+        """Measured rows of a modality, MATEX first and controls last."""
         rows = [row for row in self.rows if row.modality == modality and not row.error]
         return sorted(rows, key=lambda row: (row.control, row.method_class != FEATURED))
 
     @property
     def modalities(self) -> list[str]:
-        """The modalities with a measured row."""
+        """Modalities with a measured row."""
         return [modality for modality in MODALITIES if self.methods(modality)]
 
     def fractions(self, rows: Sequence[RoarMethod]) -> list[float]:
@@ -295,10 +295,10 @@ class RoarResult(Results):
 
 
 def parse(kind: type[R], data: Mapping[str, Any], source: str = "results.json") -> R:
-    """The record of plain data, its texts on one line and null for NaN; `source` names the file in errors.
+    """Record of plain data, with text on one line and null for NaN; `source` names the file in errors.
 
     Raises:
-        ValueError: A key is missing or has a value of another type or format; the message names it.
+        ValueError: If a key is missing or has a value of another type or format; the message names the key.
     """
     try:
         return kind.model_validate(clean(data))
@@ -308,26 +308,26 @@ def parse(kind: type[R], data: Mapping[str, Any], source: str = "results.json") 
         value = "missing" if first["type"] == "missing" else f"{first['input']!r:.60}"
         command = "matex roar" if kind is RoarResult else "matex benchmark"
         raise ValueError(
-            f"{source} is not a results.json of this version's `{command}`: {key} is {value} ({first['msg']}). Run "
-            f"`{command}` again; finished work is taken from disk."
+            f"The file {source} is not a results.json of this version's `{command}`: {key} is {value} "
+            f"({first['msg']}). Run `{command}` again; finished work is read from disk."
         ) from None
 
 
 def read(kind: type[R], path: Path) -> R:
-    """The record of a results file.
+    """Record of a results file.
 
     Raises:
-        ValueError: The file is damaged, or as in `parse`.
+        ValueError: If the file is damaged, or as in `parse`.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"The file {path} is damaged: {error}. Run the command again to write it.") from error
     return parse(kind, data, str(path))
 
 
 def clean(value: Any) -> Any:
-    """Plain data with every text as a `single_line`, and null for NaN and Inf."""
+    """Plain data with all text as `single_line`, and null for NaN and Inf."""
     if isinstance(value, str):
         return single_line(value)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""ROAR+ as a page, as Markdown and as curves: scores beside the published figures, and differences from noise.
+"""ROAR+ as an HTML page, as Markdown and as curves, with published numbers and tests against noise.
 
-ROAR+ is the rise of the clean validation loss, in percent, when the model is trained again on images, or phrases,
-without what a method ranks highest; higher is better. Words stand in `templates/`.
+ROAR+ is the rise of the clean validation loss, in percent, after retraining without the patches or words that a method
+ranks highest; higher is better. The fixed text is in `templates/`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def write_roar(result: RoarResult, folder: Path) -> list[Path]:
 
     Args:
         result: Results of ROAR+.
-        folder: Folder of the files, made if it is not there; curves of a modality without results are removed.
+        folder: Folder of the files, created if missing; curves of a modality without results are removed.
 
     Returns:
-        The files, the page first.
+        Paths of the files, the page first.
     """
     page = environment(autoescape=True).get_template("roar.html.jinja")
     plots = [roar_plot(result, modality) for modality in result.modalities]
@@ -69,18 +69,19 @@ def write_roar(result: RoarResult, folder: Path) -> list[Path]:
 
 
 def roar_tables(result: RoarResult, *, is_short: bool = False) -> str:
-    """All tables as Markdown: scores beside the published ones, differences from noise, failures, clean losses.
+    """All tables as Markdown: scores with the published numbers, differences from noise, failures, clean losses.
 
     Args:
         result: Results of ROAR+.
-        is_short: Only the scores, the differences over all fractions and the failures, for a terminal.
+        is_short: Whether to return only the scores, the differences over all fractions and the failures, for a
+            terminal.
     """
     template = environment(autoescape=False).get_template("roar.md.jinja")
     return template.render(_content(result), is_short=is_short)
 
 
 def score_table(result: RoarResult, modality: str) -> Table | None:
-    """Methods by fraction dropped, MATEX first and controls last, with the published ROAR+; None without rows."""
+    """Methods by dropped fraction, MATEX first and controls last, with the published ROAR+; None without rows."""
     rows = result.methods(modality)
     columns = [point_column(rows, fraction, modality) for fraction in result.fractions(rows)]
     if len(columns) > 1:
@@ -121,7 +122,7 @@ def _repeats(point: RoarPoint) -> str:
 
 
 def difference_tables(result: RoarResult, modality: str) -> list[Table]:
-    """Each method minus each control, over all fractions first and then at each; better beyond noise is marked."""
+    """Differences of each method from each control, over all fractions and at each; significant gains are marked."""
     tests = [test for test in result.tests if test.modality == modality]
     # None stands for the mean over the fractions.
     fractions = sorted({test.fraction for test in tests}, key=lambda fraction: -1.0 if fraction is None else fraction)
@@ -135,7 +136,7 @@ def difference_tables(result: RoarResult, modality: str) -> list[Table]:
 
 
 def clean_table(result: RoarResult) -> Table | None:
-    """Loss and scores of the models that were trained on whole pairs, per repeat; None without any."""
+    """Loss and scores per repeat of the models trained on whole pairs; None if there are none."""
     runs = {
         f"repeat-{run.repeat}": {"Validation loss\N{NO-BREAK SPACE}↓": run.loss} | run.metrics for run in result.clean
     }
@@ -147,7 +148,7 @@ def clean_table(result: RoarResult) -> Table | None:
 
 
 def _content(result: RoarResult) -> dict[str, Any]:
-    """The variables of both templates."""
+    """Variables of both templates."""
     scores = (score_table(result, modality) for modality in result.modalities)
     differences = {modality: difference_tables(result, modality) for modality in result.modalities}
     return {
@@ -167,23 +168,25 @@ def _content(result: RoarResult) -> dict[str, Any]:
 
 
 def roar_plot(result: RoarResult, modality: str) -> Plot:
-    """`roar_figure` for a page."""
+    """`roar_figure` as a plot of a page."""
     return Plot(f"ROAR+, maps of the {MODALITIES[modality]}", save(roar_figure(result, modality), "svg"))
 
 
 @matplotlib.rc_context(STYLE)
 def roar_figure(result: RoarResult, modality: str) -> Figure:
-    """ROAR+ over the share that is dropped: a line per method with its deviation over repeats, controls pale.
+    """ROAR+ over the dropped share: one line per method with its deviation over repeats, controls pale.
 
     Args:
         result: Results of ROAR+.
         modality: `image` or `text`.
 
     Raises:
-        ValueError: The results have nothing of this modality.
+        ValueError: If the results have no row of this modality.
     """
     if modality not in result.modalities:
-        raise ValueError(f"No row of modality {modality!r}; the results have {result.modalities or 'none'}.")
+        raise ValueError(
+            f"There is no row of modality {modality!r}. The results have the modalities {result.modalities or 'none'}."
+        )
     rows = result.methods(modality)
     fractions = result.fractions(rows)
     across = np.array([100 * fraction for fraction in fractions])
@@ -198,7 +201,7 @@ def roar_figure(result: RoarResult, modality: str) -> Figure:
             continue
         count = place - num_methods if row.control else place
         handles[row.name] = axes.errorbar(
-            # Side by side, so that deviations do not cover each other.
+            # Shifted sideways, to keep the deviations apart.
             across + 0.3 * gap * ((place + 0.5) / len(rows) - 0.5),
             as_floats(point.value for point in points),
             as_floats(point.std for point in points),

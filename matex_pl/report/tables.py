@@ -1,4 +1,4 @@
-"""Tables of results, for a page and for Markdown."""
+"""Tables of results, for an HTML page and for Markdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PUBLISHED_COLUMNS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as it is printed, with its interval; `best` marks the best of the methods or a sure difference."""
+    """A printed value with its interval; `best` marks the best of the methods or a significant gain."""
 
     text: str = MISSING
     interval: str = ""
@@ -33,21 +33,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """Cells by name of the line; a line without a cell gets a dash."""
+    """Cells by line name; a line without a cell gets a dash."""
 
     label: str
     cells: Mapping[str, Cell]
-    # Sets columns of the same label apart, e.g. the fill.
+    # Detail that distinguishes columns of the same label, e.g. the fill.
     detail: str = ""
-    # E.g. `n = 100`.
+    # Number of pairs or repeats, e.g. `n = 100`.
     counted: str = ""
-    # From the paper, not measured here.
+    # Whether the values are from the paper, not measured here.
     published: bool = False
 
 
 @dataclass(frozen=True)
 class Line:
-    """Name of a row, with a remark; controls stand below the methods."""
+    """Name of a row, with a remark; controls are below the methods."""
 
     name: str
     note: str = ""
@@ -56,7 +56,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its controls set apart; `of` heads the names of the lines."""
+    """A table with its controls set apart; `of` is the header of the line names."""
 
     title: str
     lines: Sequence[Line]
@@ -65,29 +65,29 @@ class Table:
 
     @property
     def parts(self) -> list[tuple[bool, list[Line]]]:
-        """The lines as (are controls, lines): the methods, then the controls."""
+        """Lines grouped as (are controls, lines): first the methods, then the controls."""
         ordered = sorted(self.lines, key=lambda line: line.control)
         return [(control, list(lines)) for control, lines in groupby(ordered, lambda line: line.control)]
 
     @property
     def heads(self) -> list[tuple[bool, int]]:
-        """Runs of columns as (published, how many); empty when nothing is published."""
+        """Runs of columns as (published, number of columns); empty if no column is published."""
         runs = [(published, len(list(run))) for published, run in groupby(self.columns, lambda c: c.published)]
         return runs if len(runs) > 1 else []
 
     def cells(self, line: Line) -> list[Cell]:
-        """The cells of a line, in the order of the columns."""
+        """Cells of a line, in the order of the columns."""
         return [column.cells.get(line.name, Cell()) for column in self.columns]
 
 
 def method_table(title: str, methods: Iterable[Method], columns: Sequence[Column]) -> Table | None:
-    """A table of methods; None without methods or columns."""
+    """Table of methods; None without methods or columns."""
     lines = [Line(method.name, method.note, method.control) for method in methods]
     return Table(title, lines, columns) if lines and columns else None
 
 
 def score_column(metric: Metric, scores: Mapping[str, Score], methods: Sequence[Method], label: str = "") -> Column:
-    """A column of scores with a value, by name, the best of the methods marked; `label` replaces the metric's own."""
+    """Column of scores by name, with the best of the methods marked; `label` replaces that of the metric."""
     digits = decimals([end for score in scores.values() for end in (score.value, score.low, score.high)], metric)
     values = {
         method.name: scores[method.name].value for method in methods if method.name in scores and not method.control
@@ -104,13 +104,13 @@ def score_column(metric: Metric, scores: Mapping[str, Score], methods: Sequence[
 def difference_table(
     title: str, methods: Iterable[Method], differences: Sequence[Difference], metric: Metric
 ) -> Table | None:
-    """Methods minus controls in a metric, a column per control; what is surely better is marked.
+    """Differences of methods from controls in a metric, with a column per control; significant gains are marked.
 
     Args:
         title: Title of the table.
-        methods: Methods in the order of the lines; those without a difference are left out.
-        differences: At most one for each method and control.
-        metric: Direction and unit of the differences.
+        methods: Methods in the order of the lines; methods without a difference are left out.
+        differences: At most one difference for each method and control.
+        metric: Metric that sets direction and unit of the differences.
     """
     rows = {difference.row for difference in differences}
     columns = []
@@ -129,7 +129,7 @@ def difference_table(
 
 
 def with_published(table: Table, modality: str, keys: Sequence[str]) -> Table:
-    """The table with the paper's columns `keys`; methods that were only published close it."""
+    """Table with the paper's columns `keys`; methods with published values only are appended."""
     figures = PUBLISHED[modality]
     known = {line.name for line in table.lines}
     lines = [Line(name, "published only") for name in figures if name not in known]
@@ -141,7 +141,7 @@ def with_published(table: Table, modality: str, keys: Sequence[str]) -> Table:
 
 
 def best_names(values: Mapping[str, float | None], higher_is_better: bool | None, digits: int) -> set[str]:
-    """Names of the best of at least two values; values that are printed alike share the mark."""
+    """Names of the best of at least two values; values with the same printed form share the mark."""
     known = {name: value for name, value in values.items() if value is not None}
     if len(known) < 2 or higher_is_better is None:
         return set()
@@ -150,52 +150,52 @@ def best_names(values: Mapping[str, float | None], higher_is_better: bool | None
 
 
 def decimals(values: Iterable[float | None], metric: Metric) -> int:
-    """Decimals of values that stand together: two, or three if all of them are small shares."""
+    """Number of decimals for a column of values: two, or three if all are small shares."""
     known = [abs(value) for value in values if value is not None]
     return 3 if known and max(known) < 0.1 and not metric.percent else 2
 
 
 def number(value: float | None, digits: int, *, signed: bool = False) -> str:
-    """The value with so many decimals, never -0 and with a plus if `signed`; a dash for none."""
+    """Value with a fixed number of decimals, never -0, with a plus if `signed`; a dash for None."""
     return MISSING if value is None else f"{round(value, digits) + 0.0:{'+' * signed}.{digits}f}"
 
 
 def interval(value: float | None, low: float | None, high: float | None, digits: int) -> str:
-    """The interval as `0.77 to 0.90`; empty without a value or an end."""
+    """Interval as `0.77 to 0.90`; empty without a value or an end."""
     return "" if None in (value, low, high) else f"{number(low, digits)} to {number(high, digits)}"
 
 
 def certainty(difference: Difference, digits: int) -> str:
-    """Interval and p-value of a difference, if it has them."""
+    """Interval and p-value of a difference, if available."""
     ends, p = interval(difference.difference, difference.low, difference.high, digits), difference.p_holm
     p_value = "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
     return ", ".join(filter(None, [ends, p_value]))
 
 
 def with_spread(value: float, std: float | None = None) -> str:
-    """Mean and, if there is one, standard deviation, as the paper prints them."""
+    """Mean and, if given, standard deviation, in the form of the paper."""
     return number(value, 2) + ("" if std is None else f" ± {number(std, 2)}")
 
 
 def count_pairs(counts: Iterable[int | None]) -> str:
-    """The number of pairs behind the values of a column, `n = 88 to 100` if it varies; empty if unknown."""
+    """Number of pairs behind the values of a column, `n = 88 to 100` if it varies; empty if unknown."""
     known = {count for count in counts if count is not None}
     return f"n = {' to '.join(map(str, sorted({min(known), max(known)})))}" if known else ""
 
 
 def percent(fraction: float) -> str:
-    """A share as `12.5 %`, the sign tied to the number."""
+    """Share as `12.5 %`, with a no-break space."""
     return f"{round(100 * fraction, 6):g}\N{NO-BREAK SPACE}%"
 
 
 def markdown(text: Any) -> str:
-    """Text that GitHub shows as it is, also inside a table."""
+    """Text escaped for GitHub Markdown, also inside a table."""
     entities = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", entities)
 
 
 def environment(*, autoescape: bool) -> Environment:
-    """The templates of this package, with the filters that they use."""
+    """Template environment of this package, with its filters."""
     environment = Environment(
         loader=PackageLoader("matex_pl.report"), autoescape=autoescape, trim_blocks=True, lstrip_blocks=True
     )

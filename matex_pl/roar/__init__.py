@@ -1,4 +1,4 @@
-"""ROAR+: remove what a map marks, train again, and see what the model lost. What `matex roar` runs."""
+"""ROAR+ (remove and retrain): the loss of a model retrained without the parts that a map marks; `matex roar`."""
 
 from matex_pl.roar.cluster import RayOptions
 from matex_pl.roar.plan import Protocol, Training

@@ -1,4 +1,4 @@
-"""One of the processes of `matex roar run --processes`: `python -m matex_pl.roar FOLDER SHARD`."""
+"""Worker process of `matex roar run --processes`: `python -m matex_pl.roar FOLDER SHARD`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from matex_pl.roar.work import work_alone
 
 
 def main(folder: str, shard: str) -> None:
-    """Work on the runs of a plan until all have ended, or the process that started this one has."""
+    """Work on the runs of a plan until all have ended or the parent process ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     plan = read_plan(Path(folder))
     work_alone(plan, take_shard(plan.runs(), shard), pool=str(os.getppid()))
 
 
 def _end_with_parent() -> None:
-    # The other end of this pipe closes when the parent ends, however that happens.
+    # The other end of this pipe closes when the parent ends, for any reason.
     os.read(0, 1)
     os._exit(1)
 

@@ -14,19 +14,19 @@ from typing import Any
 from matex_pl.roar.plan import Plan, Run, Training, read_plan
 from matex_pl.roar.work import POLL_SECONDS, Progress, note_death, work_alone
 
-# Nothing is sent to Ray's makers, and `uv run` does not make Ray copy the working directory to the machines.
+# Ray sends no usage statistics, and under `uv run` does not copy the working directory to the machines.
 _SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 
 @dataclass
 class RayOptions:
-    """Options of a Ray cluster, whose machines all have this package and see the plan under the same path.
+    """Options of a Ray cluster, whose machines all have this package and the plan under the same path.
 
     Args:
         address: Address of the cluster, `auto` or `ray://host:port`; a cluster on this machine by default.
-        num_cpus: CPUs of a run; the training's threads by default.
-        num_gpus: GPUs of a run, also parts of one.
-        retries: Restarts of a run whose process or machine is lost.
+        num_cpus: Number of CPUs per run; the training's threads by default.
+        num_gpus: Number of GPUs per run; fractions are allowed.
+        retries: Number of restarts of a run whose process or machine is lost.
     """
 
     address: str | None = None
@@ -41,21 +41,21 @@ class RayOptions:
 
 
 def check_gpus(training: Training, options: RayOptions) -> None:
-    """Raise if runs train on a GPU that Ray does not give them."""
+    """Raise if runs train on a GPU that Ray does not assign to them."""
     if training.accelerator in ("gpu", "cuda") and not options.num_gpus:
         raise ValueError(
-            f"training.accelerator is {training.accelerator!r}, but ray.num_gpus is 0. Give the GPUs of a run, as "
-            "ray.num_gpus=1, or 0.5 for two runs on each."
+            f"training.accelerator is {training.accelerator!r}, but ray.num_gpus is 0. Set the number of GPUs per run, "
+            "for example ray.num_gpus=1, or 0.5 for two runs on each GPU."
         )
 
 
 def work_on_ray(plan: Plan, runs: Sequence[Run], options: RayOptions) -> None:
-    """Work on runs as tasks of a Ray cluster, until all have ended somewhere; see `work_alone`.
+    """Work on runs as tasks of a Ray cluster, until all have ended on any machine; see `work_alone`.
 
     If the process of a task dies more often than `retries`, its run has failed.
 
     Raises:
-        ConnectionError: There is no cluster at the address.
+        ConnectionError: If there is no cluster at the address.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -81,7 +81,7 @@ def work_on_ray(plan: Plan, runs: Sequence[Run], options: RayOptions) -> None:
                     try:
                         ray.get(reference)
                     except ray.exceptions.RayError as error:
-                        # The end of the task itself; a failure within the run is in its folder by now.
+                        # The task itself died. A failure within the run is already in its folder.
                         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
                         note_death(plan, run, f"{error}\n{reason}")
                 progress.show()
@@ -91,12 +91,12 @@ def work_on_ray(plan: Plan, runs: Sequence[Run], options: RayOptions) -> None:
             if started:
                 ray.shutdown()
                 if threading.current_thread() is threading.main_thread():
-                    # Ray takes this signal and does not give it back.
+                    # Ray replaces this handler and does not restore it.
                     signal.signal(signal.SIGTERM, on_end)
 
 
 def init_settings(address: str | None) -> dict[str, Any]:
-    """Arguments of `ray.init`. An existing cluster has its dashboard already, or none."""
+    """Arguments of `ray.init`; only a new cluster gets the option for its dashboard."""
     settings = {"address": address, "log_to_driver": False, "logging_level": logging.WARNING}
     return settings if address else settings | {"include_dashboard": False}
 

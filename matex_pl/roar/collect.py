@@ -1,4 +1,4 @@
-"""Scores of a plan: ROAR+ per method and fraction, and which differences are more than noise."""
+"""Scores of a plan: ROAR+ per method and fraction, and tests against noise."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _CONTROLS = (RANDOM, BLURRED)
 def collect(plan: Plan) -> dict[str, Any]:
     """Scores of a plan's finished runs as plain JSON types, the content of `results.json`.
 
-    ROAR+ is 100 (l_r - l_c) / l_c, with the validation losses of a run and of its repeat's clean run; higher is
-    better. A mean needs all repeats: missing and failed runs are named, and never averaged over.
+    ROAR+ is 100 (l_r - l_c) / l_c, with the validation losses of a run and of its repeat's clean run; higher is better.
+    A mean needs all repeats: missing and failed runs are named and never averaged over.
     """
     protocol, training = plan.protocol, plan.training
     results = {run: result(plan, run) for run in plan.runs()}
@@ -34,7 +34,7 @@ def collect(plan: Plan) -> dict[str, Any]:
     clean = [results[Run(repeat)] for repeat in range(protocol.repeats)]
 
     def score_at(method: str, modality: str, fraction: float) -> dict[str, Any]:
-        """The score of a method at a fraction, by repeat and over them."""
+        """Score of a method at a fraction, by repeat and over repeats."""
         runs = [Run(repeat, method, modality, fraction) for repeat in range(protocol.repeats)]
         needed = [run for dropped in runs for run in (Run(dropped.repeat), dropped)]
         units = [scores["units"] for run in runs if (scores := results[run]) is not None]
@@ -95,7 +95,7 @@ def collect(plan: Plan) -> dict[str, Any]:
 
 
 def _summary(scores: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and sample deviation of scores; None unless all are there."""
+    """Mean and sample deviation of scores; None unless all scores exist."""
     known = [score for score in scores if score is not None]
     is_complete = len(known) == len(scores)
     return {
@@ -106,7 +106,7 @@ def _summary(scores: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _tests(rows: Sequence[dict[str, Any]], overlap: float) -> list[dict[str, Any]]:
-    """Tests of every method against both kinds of noise, paired by repeat, at each fraction and over all of them."""
+    """Tests of every method against both kinds of noise, paired by repeat, at each fraction and over all fractions."""
     tests = []
     for modality in dict.fromkeys(row["modality"] for row in rows):
         of_modality = [row for row in rows if row["modality"] == modality]

@@ -1,4 +1,4 @@
-"""One run: a fine-tuning like a user's, on what is left of the training pairs."""
+"""One run: fine-tuning on training pairs with dropped parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ Module = TypeVar("Module", bound=ClipModule)
 
 
 class Stopwatch(Callback):
-    """Seconds in training steps, from the batch on its device to the updated weights, and number of pairs."""
+    """Callback that measures the seconds in training steps and counts their pairs.
+
+    A step lasts from the batch on its device to the updated weights.
+    """
 
     def __init__(self) -> None:
         self.seconds, self.pairs, self._start = 0.0, 0, 0.0
@@ -43,9 +46,10 @@ class Stopwatch(Callback):
 
 
 class RoarModule(ClipModule):
-    """`ClipModule` on pairs of which parts are dropped, in the model's normalized frame and its tokens.
+    """`ClipModule` that fills dropped patches and replaces dropped tokens.
 
-    A batch may hold `drop_patches` `(B, Gh, Gw)` and `drop_tokens` `(B, T)` bool.
+    Patches are filled in the model's normalized frame. A batch may hold `drop_patches` `(B, Gh, Gw)` and `drop_tokens`
+    `(B, T)` bool.
     """
 
     fill: str = "mean_image"
@@ -69,7 +73,7 @@ def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
         `loss` of validation, the other validation scores as `metrics`, `units` dropped per pair, and times.
 
     Raises:
-        ValueError: The loss is not finite.
+        ValueError: If the loss is not finite.
     """
     start = time.perf_counter()
     protocol, training = plan.protocol, plan.training
@@ -80,7 +84,7 @@ def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
         drop = drop_of(plan, images, run)
         module, stopwatch = build_module(plan, images.findings), Stopwatch()
         trainer = Trainer(
-            # Gets the weights from before a loss that is not finite.
+            # If a loss is not finite, the last weights before it are saved here.
             default_root_dir=plan.path(run),
             accelerator=training.accelerator,
             devices=1,
@@ -103,7 +107,7 @@ def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
                 drop,
                 shuffle=True,
                 generator=torch.Generator().manual_seed(seed),
-                # An incomplete last batch is left out, unless it is the only one.
+                # Leave out an incomplete last batch, unless it is the only one.
                 drop_last=len(train) >= training.batch_size,
             ),
             images.loader(val, training.batch_size, drop if protocol.corrupt_val else {}),
@@ -111,7 +115,7 @@ def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not math.isfinite(scores["val/loss"]):
         raise ValueError(f"The validation loss of {run.id} is {scores['val/loss']}. Lower training.lr.")
-    # A score may be undefined on few images, like an AUROC where all have the finding.
+    # A score may be undefined on few images, for example an AUROC if all have the finding.
     known = {name: value for name, value in scores.items() if name.startswith("val/") and math.isfinite(value)}
     return {
         "run": run.id,
@@ -128,7 +132,7 @@ def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
 
 
 def build_module(plan: Plan, findings: Sequence[str] = ()) -> RoarModule:
-    """The module that a run trains, with the plan's start weights; `findings` if these were trained without any."""
+    """Module that a run trains, with the plan's start weights; `findings` are used if the weights have none."""
     training = plan.training
     module = read_module(
         plan.folder / "start.safetensors",
@@ -148,12 +152,14 @@ def build_module(plan: Plan, findings: Sequence[str] = ()) -> RoarModule:
 def add_lora(model: nn.Module, rank: int) -> None:
     """Freeze a model except its logit scale, and add low-rank updates to its linear layers (Hu et al. 2022).
 
-    Layers inside torch's own attention, which multiplies with their weights itself, stay as they are.
+    Layers inside torch's own attention, which reads their weights directly, are not changed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError("training.finetune='lora' needs peft: pip install 'matex_pl[lora]'.") from error
+        raise ImportError(
+            "training.finetune='lora' needs peft. Install peft with: pip install 'matex_pl[lora]'."
+        ) from error
     inside = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention))
     targets = [
         name for name, part in model.named_modules() if isinstance(part, nn.Linear) and not name.startswith(inside)
@@ -170,7 +176,7 @@ def write_module(module: ClipModule, path: Path) -> None:
 
 
 def read_module(path: Path, kind: type[Module], **settings: Any) -> Module:
-    """The module of a file of `write_module`, with some settings replaced."""
+    """Module from a file of `write_module`, with some settings replaced."""
     weights, about = read_tensors(path)
     settings = about["settings"] | settings
     module = kind(**settings | {"betas": tuple(settings["betas"])})
@@ -180,7 +186,7 @@ def read_module(path: Path, kind: type[Module], **settings: Any) -> Module:
 
 @contextmanager
 def _isolated(threads: int) -> Iterator[None]:
-    """Separate random numbers, a number of threads and a silent Trainer; all are restored at the end."""
+    """Context with its own random numbers and number of threads, and a silent Trainer; restored at the end."""
     threads_before, logger = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

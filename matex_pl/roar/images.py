@@ -1,4 +1,4 @@
-"""The images and phrases of a plan, decoded once and kept in the model's frame."""
+"""Images and phrases of a plan, decoded once and stored in the model's frame."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _READ_AT_ONCE = 64
 def _read(
     data: ChestXrayDataModule, transform: ImageTransform, images: Sequence[list[ImageTextPair]]
 ) -> list[list[Sample]]:
-    """The samples of the pairs of each image, which is decoded once."""
+    """Samples of the pairs of each image, which is decoded once."""
     samples = []
     for pairs in images:
         try:
@@ -37,18 +37,18 @@ def _read(
                 Sample(pair, *transform(image.pixels, pair.boxes, size=image.size)) for pair in pairs
             ])  # fmt: skip
         except (OSError, ValueError) as error:
-            raise ValueError(f"Image {pairs[0].image_id!r} ({pairs[0].image}): {error}") from error
+            raise ValueError(f"The image {pairs[0].image_id!r} ({pairs[0].image}) cannot be read: {error}") from error
     return samples
 
 
 def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], folder: Path) -> None:
     """Decode the images of the pairs once, and write them with the pairs to `folder`.
 
-    The files are `images.npy`, `(F, H, W)` uint8, and `pairs.json`. The data module is prepared, which gives it the
+    The files are `images.npy`, `(F, H, W)` uint8, and `pairs.json`. The data module must be prepared, which sets the
     model's frame.
 
     Raises:
-        ValueError: An image cannot be read, or a box covers nothing of it.
+        ValueError: If an image cannot be read, or a box covers no part of it.
     """
     images: dict[str, list[ImageTextPair]] = {}
     for pair in pairs:
@@ -69,13 +69,13 @@ def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], fold
 
 
 def split_rows(pairs: Sequence[ImageTextPair], train_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train on and to validate on, in order; the patients are drawn by the seed."""
+    """Rows of the training and validation pairs, in order; the patients are drawn with the seed."""
     patients = list(dict.fromkeys(pair.patient_id for pair in pairs))
     number = round(train_share * len(patients))
     if not 0 < number < len(patients):
         raise ValueError(
             f"{len(pairs)} pairs of {len(patients)} patients cannot be split by patient with "
-            f"train_share={train_share:g}. Take more pairs, or another share."
+            f"train_share={train_share:g}. Use more pairs, or another share."
         )
     order = np.random.default_rng(seed).permutation(len(patients))
     chosen = {patients[index] for index in order[:number]}
@@ -84,7 +84,7 @@ def split_rows(pairs: Sequence[ImageTextPair], train_share: float, seed: int) ->
 
 
 def _record(sample: Sample, row: int) -> dict[str, Any]:
-    """A pair of the plan as plain types: its boxes in pixels of the stored image, its key, and the content box."""
+    """Pair of the plan as plain types: boxes in pixels of the stored image, key, and content box."""
     height, width = sample.image.shape[1:]
     boxes = (sample.boxes.double().numpy() * [width, height, width, height]).tolist()
     pair = asdict(replace(sample.pair, image=row, boxes=boxes))
@@ -92,12 +92,15 @@ def _record(sample: Sample, row: int) -> dict[str, Any]:
 
 
 class PlanImages:
-    """The n pairs of a plan, in its folder, with their images on disk.
+    """The n pairs of a plan, with their images on disk.
+
+    Args:
+        folder: Folder of the plan.
 
     Attributes:
         pairs: The n pairs; `image` is the row of the image.
-        keys: Their keys in a map store.
-        findings: Names of the findings that some image has.
+        keys: Keys of the pairs in a map store.
+        findings: Names of the findings that occur in the images.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -109,7 +112,7 @@ class PlanImages:
         self._pixels = np.load(folder / _IMAGES, mmap_mode="r")
 
     def batch(self, rows: Sequence[int], drop: Mapping[str, Tensor] | None = None) -> ImageTextBatch:
-        """The pairs of these rows, with boxes in [0, 1] of the frame, and their rows of the tensors in `drop`."""
+        """Batch of these rows, with boxes in [0, 1] of the frame and the rows of the tensors in `drop`."""
         pixels = torch.from_numpy(self._pixels[[int(self.pairs[row].image) for row in rows]])
         images = pixels[:, None].expand(-1, 3, -1, -1)
         batch = collate([
@@ -119,12 +122,12 @@ class PlanImages:
         return {**batch, **{name: part[list(rows)] for name, part in (drop or {}).items()}}  # type: ignore[typeddict-item]
 
     def boxes(self, row: int) -> Tensor:
-        """The boxes of a pair, `(K, 4)`, in [0, 1] of the frame."""
+        """Boxes of a pair, `(K, 4)`, in [0, 1] of the frame."""
         height, width = self._pixels.shape[1:]
         return torch.tensor(self.pairs[row].boxes).view(-1, 4) / torch.tensor([width, height, width, height])
 
     def loader(self, rows: Sequence[int], batch_size: int, drop: Mapping[str, Tensor], **settings: Any) -> DataLoader:
-        """Batches of these rows, in order by default, with the rows of the tensors in `drop`."""
-        # The images are on disk as the model takes them: a worker process would cost more than it gives.
+        """Loader of these rows, in order by default, with the rows of the tensors in `drop`."""
+        # The images are stored in the model's frame, and worker processes would cost more time than they save.
         collate_fn = partial(self.batch, drop=drop)
         return DataLoader(list(rows), batch_size, num_workers=0, collate_fn=collate_fn, **settings)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Making a plan: its pairs, weights and methods, in a folder of its own."""
+"""Creation of a plan in its folder: pairs, weights and methods."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def make_plan(
     training: Training,
     origins: dict[str, str],
 ) -> Plan:
-    """A plan in `folder`, with its pairs, decoded, and its weights; a plan that is there already is continued.
+    """Create a plan in `folder` with its decoded pairs and its weights, or continue an existing one.
 
     Args:
         folder: Folder of the plan.
-        data: The data module.
-        explained: Model whose maps decide what is dropped.
-        start: Model that each run starts from.
+        data: Data module.
+        explained: Model whose maps decide which parts are dropped.
+        start: Model from which each run starts.
         methods: Names of shipped methods and YAML files.
-        protocol: What is removed, and how often.
-        training: The fine-tuning of each run.
+        protocol: Removal protocol and number of repeats.
+        training: Fine-tuning of each run.
         origins: Origins of the weights, for the tables.
 
     Raises:
-        ValueError: The folder holds another plan, a method is unknown or named twice, there are too few pairs, or the
-            two models do not fit each other.
+        ValueError: If the folder holds another plan, a method is unknown or named twice, there are too few pairs, or
+            the two models do not fit each other.
     """
     prepare_data(data, explained.clip.image_size, *protocol.splits)
     data.pairs["roar"] = [pair for split in protocol.splits for pair in data.pairs[split]]
@@ -61,8 +61,8 @@ def make_plan(
     shape, start_shape = ((clip.image_size, clip.grid, clip.context_length) for clip in (explained.clip, start.clip))
     if shape != start_shape:
         raise ValueError(
-            f"The model to start from has the input size, raster and context length {start_shape}, the one whose "
-            f"maps are taken {shape}. Start from weights of the same model."
+            f"The start model has the input size, raster and context length {start_shape}, but the explained model has "
+            f"{shape}. Start from weights of the same model."
         )
     if explained.clip.mean_image.isnan().any():
         explained.clip.mean_image.copy_(data.mean_image())
@@ -87,7 +87,7 @@ def make_plan(
     }
     plan = Plan(folder, protocol, training, plan_methods(methods, boxed, len(pairs)), about)
     folder.mkdir(parents=True, exist_ok=True)
-    # Two commands that start at once decode the images once.
+    # If two commands start at once, only one decodes the images.
     with FileLock(folder / ".lock"):
         if (folder / PLAN).is_file():
             check_same(read_plan(folder), plan)
@@ -97,16 +97,16 @@ def make_plan(
         write_images(data, pairs, folder)
         write_module(explained, folder / "explained.safetensors")
         write_module(start, folder / "start.safetensors")
-        # The last file, which makes the folder a plan.
+        # Written last: this file makes the folder a plan.
         write_text(folder / PLAN, json.dumps(plan.described(), indent=1))
     return plan
 
 
 def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMethod]:
-    """The methods of these names and YAML files, and the controls: the true boxes too if some of the pairs have boxes.
+    """Methods of these names and YAML files, and the controls; true boxes are included if pairs have boxes.
 
     Raises:
-        ValueError: A method is unknown, named twice, or called like a control.
+        ValueError: If a method is unknown, named twice, or has the name of a control.
     """
     asked = [method_row(name, load_method(name), "quick") for name in methods]
     matex = next((entry.method for entry in asked if isinstance(entry.method, Matex)), None)
@@ -116,7 +116,7 @@ def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMet
         PlanMethod(
             entry.name,
             describe_method(entry.method),
-            # The prior changes the map of the image alone.
+            # The prior changes only the map of the image.
             entry.method.supports_text and entry.name != WITHOUT_PRIOR,
             entry.control,
             entry.note,
@@ -124,11 +124,11 @@ def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMet
         for entry in entries
     ]
     if boxed:
-        note = f"what a perfect map would drop; {boxed} of {pairs} pairs have boxes"
+        note = f"units of a perfect map; {boxed} of {pairs} pairs have boxes"
         planned.append(PlanMethod(BOXES, None, False, True, note))
     for place, method in enumerate(planned):
         if slug(method.name) in [slug(other.name) for other in planned[:place]]:
             raise ValueError(
-                f"Two methods are called {method.name!r}. Name each once; a YAML file is called by its name."
+                f"Two methods have the name {method.name!r}. Name each method once; a YAML file gets its file name."
             )
     return planned

@@ -1,4 +1,4 @@
-"""The parts of a remove-and-retrain experiment: its protocol, its training, and the runs that follow from them."""
+"""Parts of a remove-and-retrain experiment: protocol, training, methods and runs."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ PLAN = "plan.json"
 
 @dataclass
 class Protocol:
-    """What is removed, and how often the experiment is repeated.
+    """Removal protocol of an experiment and number of repeats.
 
     Args:
         modalities: `image`, `text` or both; each run removes from one of them.
-        fractions: Shares of units that are dropped: patches of an image, content tokens of a phrase.
+        fractions: Shares of dropped units: patches of an image, content tokens of a phrase.
         repeats: Number of repeats, each with its own split, order of batches and random draws.
         num_pairs: Number of pairs drawn from the splits; -1 for all.
         splits: Splits of the data module that provide the pairs. They are pooled and split again by patient.
-        train_share: Share of the patients to train on.
+        train_share: Share of the patients in the training split.
         fill: Replacement of dropped patches: `mean_image`, `mean_color` (as published) or `blur`.
-        corrupt_val: Drop from the validation pairs as well, as ROAR did (Hooker et al. 2019); off in ROAR+.
-        seed: Random seed for the choice of pairs, the splits, the trainings and the order among equal units.
+        corrupt_val: Whether to drop from the validation pairs too, as ROAR did (Hooker et al. 2019); off in ROAR+.
+        seed: Random seed for the drawn pairs, the splits, the trainings and the order among equal units.
     """
 
     modalities: list[Modality] = field(default_factory=lambda: ["image", "text"])
@@ -53,35 +53,35 @@ class Protocol:
         for name in ("modalities", "fractions", "splits"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must name at least one, each once; got {values}.")
+                raise ValueError(f"{name} must name at least one value, each once, got {values}.")
         for fraction in self.fractions:
             if not 0 <= fraction <= 1:
                 raise ValueError(f"fractions must be in [0, 1], got {fraction:g}. Give a share, not a percentage.")
         if not 0 < self.train_share < 1:
             raise ValueError(f"train_share must be in (0, 1), got {self.train_share}.")
         if self.repeats < 1 or self.seed < 0:
-            raise ValueError(f"repeats must be at least 1 and seed not negative, got {self.repeats} and {self.seed}.")
+            raise ValueError(f"repeats must be at least 1 and seed at least 0, got {self.repeats} and {self.seed}.")
         if self.num_pairs != -1 and self.num_pairs < 4:
-            raise ValueError(f"num_pairs must be at least 4, or -1 for all; got {self.num_pairs}.")
+            raise ValueError(f"num_pairs must be at least 4, or -1 for all pairs, got {self.num_pairs}.")
 
 
 @dataclass
 class Training:
-    """The fine-tuning of each run: AdamW with warm-up and a cosine, like `matex fit`, without augmentation.
+    """Fine-tuning of each run: AdamW with warm-up and a cosine schedule, like `matex fit`, without augmentation.
 
     Args:
-        epochs: Passes over the training pairs.
-        batch_size: Pairs per batch, in training and validation.
+        epochs: Number of passes over the training pairs.
+        batch_size: Number of pairs per batch, in training and validation.
         lr: Peak learning rate.
         weight_decay: Decay of the weight matrices.
-        warmup_steps: Steps of linear warm-up.
+        warmup_steps: Number of steps of linear warm-up.
         gradient_clip_val: Upper bound of the gradient norm; 0 for none.
-        finetune: Trained weights: `full` (all), `head` (projections and final norms) or `lora` (low-rank updates of
-            the linear layers, by peft).
+        finetune: Trained weights: `full` (all), `head` (projections and final norms) or `lora` (low-rank updates of the
+            linear layers, by peft).
         lora_rank: Rank of the low-rank updates.
         accelerator: Accelerator of the Trainer: `cpu`, `gpu`, or `auto`.
         precision: Precision of the Trainer.
-        threads: CPU threads of a run. The scores depend on it in their last digits.
+        threads: Number of CPU threads per run. The last digits of the scores depend on it.
     """
 
     epochs: int = 10
@@ -101,10 +101,13 @@ class Training:
         check_positive(epochs=self.epochs, lr=self.lr, threads=self.threads, lora_rank=self.lora_rank)
         if self.batch_size < 2:
             raise ValueError(
-                f"batch_size must be at least 2, for contrastive training needs negatives; got {self.batch_size}."
+                f"batch_size must be at least 2, because contrastive training needs negatives, got {self.batch_size}."
             )
         if self.warmup_steps < 0 or self.gradient_clip_val < 0 or self.weight_decay < 0:
-            raise ValueError("warmup_steps, gradient_clip_val and weight_decay must not be negative.")
+            raise ValueError(
+                f"warmup_steps, gradient_clip_val and weight_decay must not be negative, got {self.warmup_steps}, "
+                f"{self.gradient_clip_val} and {self.weight_decay}."
+            )
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ class PlanMethod:
     Args:
         name: Name in the tables.
         method: `class_path` and `init_args` of the attribution method; None for the true boxes.
-        supports_text: It has maps of the words.
-        control: A reference for the other methods: a baseline, or, the true boxes, an upper limit.
+        supports_text: Whether the method has word maps.
+        control: Whether the method is a reference for the others: a baseline, or the true boxes as an upper limit.
         note: Remark for the tables.
     """
 
@@ -128,13 +131,13 @@ class PlanMethod:
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning: the clean one of a repeat, or one with the top of a method's units dropped.
+    """One fine-tuning: the clean run of a repeat, or a run with the highest units of a method dropped.
 
     Args:
         repeat: Index of the repeat, which sets split and random draws.
         method: Name of the method; empty for the clean run.
         modality: `image` or `text`; empty for the clean run.
-        fraction: Share of the units that are dropped.
+        fraction: Share of the dropped units.
     """
 
     repeat: int
@@ -151,15 +154,15 @@ class Run:
 
 
 def slug(name: str) -> str:
-    """A name as part of a path: lower case, with dashes for all but letters and digits."""
+    """Name as part of a path: lower case, with dashes for all characters but letters and digits."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment in a folder that holds everything a run needs: images, phrases, weights and, later, maps.
+    """An experiment in a folder with all inputs of its runs: images, phrases, weights and, later, maps.
 
-    `methods` are in the order of the tables, controls included; `about` describes model, data and versions.
+    `methods` are in the order of the tables, controls included. `about` describes model, data and versions.
     """
 
     folder: Path
@@ -169,7 +172,7 @@ class Plan:
     about: dict[str, Any]
 
     def runs(self) -> list[Run]:
-        """All runs, repeat by repeat, each repeat's clean one first."""
+        """All runs, repeat by repeat, with the clean run of each repeat first."""
         runs = []
         for repeat in range(self.protocol.repeats):
             runs.append(Run(repeat))
@@ -179,7 +182,7 @@ class Plan:
         return runs
 
     def methods_of(self, modality: str) -> list[PlanMethod]:
-        """The methods that have maps of this modality and support the model."""
+        """Methods that have maps of this modality and support the model."""
         refused = self.refusals()
         return [
             method
@@ -188,12 +191,12 @@ class Plan:
         ]
 
     def steps(self) -> int:
-        """Optimizer steps of a run."""
+        """Number of optimizer steps of a run."""
         pairs = round(self.protocol.train_share * self.about["data"]["pairs"])
         return self.training.epochs * max(pairs // self.training.batch_size, 1)
 
     def refusals(self) -> dict[str, str]:
-        """Reasons of the methods that do not support the model, by name; known once the maps are made."""
+        """Reasons by name of the methods that do not support the model; known after the maps are computed."""
         path = self.folder / "refused.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -202,26 +205,28 @@ class Plan:
         return self.folder / "runs" / run.id
 
     def described(self) -> dict[str, Any]:
-        """The plan as plain types."""
+        """Plan as plain types."""
         described = {"format": FORMAT, **asdict(self)}
         del described["folder"]
         return described
 
 
 def read_plan(folder: Path) -> Plan:
-    """The plan of a folder.
+    """Plan of a folder.
 
     Raises:
-        FileNotFoundError: The folder holds no plan.
-        ValueError: The plan has another format.
+        FileNotFoundError: If the folder holds no plan.
+        ValueError: If the plan has another format.
     """
     if not (folder / PLAN).is_file():
-        raise FileNotFoundError(f"{folder} holds no plan. `matex roar run --config FILE --out {folder}` makes one.")
+        raise FileNotFoundError(
+            f"The folder {folder} holds no plan. Make one with `matex roar run --config FILE --out {folder}`."
+        )
     described = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     if described.get("format") != FORMAT:
         raise ValueError(
-            f"The plan in {folder} has format {described.get('format')!r}, this version reads {FORMAT}. Start again in "
-            "another folder."
+            f"The plan in {folder} has format {described.get('format')!r}, but this version reads format {FORMAT}. "
+            "Start again in another folder."
         )
     return Plan(
         folder,
@@ -233,9 +238,9 @@ def read_plan(folder: Path) -> Plan:
 
 
 def check_same(plan: Plan, wanted: Plan) -> None:
-    """Raise a ValueError that names the first differing settings of a folder's plan.
+    """Raise a ValueError with the first differing settings if the plan of a folder is not the wanted one.
 
-    The paths of the weights may differ, their content may not.
+    The paths of the weights may differ, but not their content.
     """
     differing = [
         difference
@@ -244,8 +249,8 @@ def check_same(plan: Plan, wanted: Plan) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{plan.folder} holds a plan with other settings: {'; '.join(differing[:3])}. Give another folder, or "
-            f"finish that one with `matex roar run --plan {plan.folder}`."
+            f"The folder {plan.folder} holds a plan with other settings: {'; '.join(differing[:3])}. Give another "
+            f"folder, or finish that plan with `matex roar run --plan {plan.folder}`."
         )
 
 
@@ -254,12 +259,12 @@ def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
         for name in sorted(there.keys() | here.keys()):
             yield from _differences(there.get(name), here.get(name), f"{path}.{name}".strip("."))
     elif there != here:
-        yield f"{path} is {json.dumps(there):.60} there, {json.dumps(here):.60} here"
+        yield f"{path} is {json.dumps(there):.60} in the plan, {json.dumps(here):.60} in this command"
 
 
 def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
-    """Every n-th run from the i-th, for `shard` as `i/n`, for job arrays."""
+    """Every n-th run from the i-th on, for `shard` as `i/n`, for job arrays."""
     parts = re.fullmatch(r"(\d+)/(\d+)", shard)
     if parts is None or not 0 <= int(parts[1]) < int(parts[2]):
-        raise ValueError(f"shard must be I/N with I below N, for example 3/8 in the fourth of 8 jobs; got {shard!r}.")
+        raise ValueError(f"shard must be I/N with I below N, for example 3/8 in the fourth of 8 jobs, got {shard!r}.")
     return list(runs[int(parts[1]) :: int(parts[2])])

@@ -1,4 +1,4 @@
-"""The verbs of `matex roar`: run a plan here or on a cluster, show how far it is, and collect the scores."""
+"""Commands of `matex roar`: run a plan locally or on a cluster, show its progress, and collect the scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FAILURES_NAMED = 5
 
 
 class RunsFailedError(RuntimeError):
-    """Some runs of a plan ended with an error; the others are kept."""
+    """Error of a command with failed runs; the results of the other runs are kept."""
 
 
 def run_roar(
@@ -50,47 +50,49 @@ def run_roar(
     executor: Literal["local", "ray"] = "local",
     processes: int = 1,
 ) -> str:
-    """Remove what maps mark, train again, and see what the model lost: ROAR+ for each method, modality and fraction.
+    """Remove the parts that maps mark, retrain, and measure the loss: ROAR+ per method, modality and fraction.
 
-    A plan is made in `OUT`: pairs, decoded once, weights and, once per method, maps. Then its runs follow, each a
-    fine-tuning from the same weights. The runs of a repeat share split, order of the batches and one clean run. Noise,
-    smoothed noise and, if images have boxes, these are always among the methods. The same command continues a plan that
-    was stopped, and works alongside in a second terminal. When all runs are done it writes the tables.
+    The command makes a plan in `OUT`: pairs, decoded once, weights and, once per method, maps. Then it works on the
+    runs, each a fine-tuning from the same weights. The runs of a repeat share the split, the order of the batches and
+    one clean run. Noise, smoothed noise and, if images have boxes, the true boxes are always among the methods. The
+    same command continues a stopped plan. Started in a second terminal, it shares the work. After the last run it
+    writes the tables.
 
     Args:
-        protocol: What is removed, and how often.
-        training: The fine-tuning of each run.
+        protocol: Removal protocol and number of repeats.
+        training: Fine-tuning of each run.
         ray: Options of the executor `ray`.
-        data: The data module.
-        ckpt_path: A checkpoint of `matex fit`, whose maps decide what is removed.
+        data: Data module.
+        ckpt_path: Checkpoint of `matex fit`, whose maps decide which parts are removed.
         out: Folder of the plan.
-        methods: Names of shipped methods and YAML files, `matex,m2ib,mine.yaml`.
-        init_model: Model that each run starts from, like `model.name` of a training; that of `ckpt_path` by default.
-        init_weights: Weights that each run starts from, like `model.pretrained` of a training: a file, or a tag of
+        methods: Names of shipped methods and YAML files, for example `matex,m2ib,mine.yaml`.
+        init_model: Model from which each run starts, like `model.name` of a training; that of `ckpt_path` by default.
+        init_weights: Weights from which each run starts, like `model.pretrained` of a training: a file, or a tag of
             open_clip for `init_model`.
         start: Start of each run: `init`, the weights of `init_model` and `init_weights`, or `explained`, those of
             `ckpt_path`. A checkpoint that was trained on these pairs has seen the validation pairs of every split, and
-            the scores leak: take `explained` for other pairs only.
-        plan: Folder of an existing plan, for example of the callback `RoarPlus`, instead of `data`, `ckpt_path` and
+            the scores leak: use `explained` for other pairs only.
+        plan: Folder of an existing plan, for example of the callback `RoarPlus`; replaces `data`, `ckpt_path` and
             `out`.
-        shard: Runs of this command: `I/N` for every N-th run from the I-th, `3/8` in the fourth of eight jobs.
+        shard: Runs of this command: `I/N` for every N-th run from the I-th on, for example `3/8` in the fourth of eight
+            jobs.
         executor: `local`, or `ray` for a cluster.
-        processes: Processes of this machine that share the runs, with the executor `local`.
+        processes: Number of processes on this machine that share the runs, with the executor `local`.
 
     Returns:
-        The table as text and the folder of the files, or the number of runs that are left.
+        The table as text and the folder of the files, or the number of remaining runs.
 
     Raises:
-        ValueError: An argument is out of range, the folder holds another plan, or there are too few pairs.
-        FileNotFoundError: There is no such checkpoint or plan.
-        RunsFailedError: Some runs failed; the others are kept, also after Ctrl-C.
+        ValueError: If an argument is out of range, the folder holds another plan, or there are too few pairs.
+        FileNotFoundError: If there is no such checkpoint or plan.
+        RunsFailedError: If some runs failed; the others are kept, also after Ctrl-C.
     """
     check_choices(run_roar, locals())
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}.")
     if executor == "ray" and find_spec("ray") is None:
-        raise ImportError("executor='ray' needs Ray: pip install 'matex_pl[ray]'.")
-    # Before the plan is made: it takes a while.
+        raise ImportError("executor='ray' needs Ray. Install Ray with: pip install 'matex_pl[ray]'.")
+    # Check the shard before the plan is made, which takes a while.
     take_shard([], shard)
     if plan is not None:
         opened = read_plan(Path(plan))
@@ -100,16 +102,16 @@ def run_roar(
         refused = [name for name, value in given.items() if value is not None]
         if refused:
             raise ValueError(
-                f"the plan in {plan} has its own settings. Leave out {', '.join(refused)}, or leave out plan."
+                f"The plan in {plan} has its own settings. Leave out {', '.join(refused)}, or leave out plan."
             )
     elif data is None or ckpt_path is None or out is None:
-        raise ValueError("there is no plan. Give data, ckpt_path and out, or plan, the folder of one.")
+        raise ValueError("No plan given. Give data, ckpt_path and out, or plan, the folder of an existing plan.")
     else:
         if (start == "init") != bool(init_model or init_weights):
             raise ValueError(
-                f"start is {start!r}, init_model {init_model!r} and init_weights {init_weights!r}. Give the weights "
-                "before the training of ckpt_path as init_model and init_weights. If that training has not seen these "
-                "pairs, give start: explained and neither of them."
+                f"The start of the runs is unclear: start is {start!r}, init_model {init_model!r} and init_weights "
+                f"{init_weights!r}. Give init_model and init_weights, the weights before the training of ckpt_path. If "
+                "that training has not seen these pairs, give only --start explained."
             )
         explained = begin = load_module(ckpt_path)
         if start == "init":
@@ -125,12 +127,12 @@ def run_roar(
         check_gpus(opened.training, ray)
     try:
         if not has_maps(opened):
-            log.info("Making the maps that are missing.")
+            log.info("Computing the missing maps.")
             prepare_maps(opened)
             for name, reason in opened.refusals().items():
                 log.warning("%s does not support the model and is left out: %s", name, reason)
             for name, trace in broken_maps(opened).items():
-                log.warning("The maps of %s failed, and so do its runs: %s", name, trace.strip().splitlines()[-1])
+                log.warning("The maps of %s failed, so its runs fail too: %s", name, trace.strip().splitlines()[-1])
         runs = take_shard(opened.runs(), shard)
         left = [run for run in runs if result(opened, run) is None]
         log.info("%d of %d runs to do, each of %d steps.", len(left), len(runs), opened.steps())
@@ -142,31 +144,32 @@ def run_roar(
             work_here(opened, left)
     except (KeyboardInterrupt, SystemExit):
         done = [result(opened, run) is not None for run in opened.runs()]
-        log.info("Stopped; %d of %d runs are done, the same command continues.", sum(done), len(done))
+        log.info("Stopped; %d of %d runs are done. The same command continues.", sum(done), len(done))
         raise
     return _summary(opened, runs)
 
 
 def _summary(plan: Plan, runs: Sequence[Run]) -> str:
-    """The table if all runs of the plan are done, else the number of those that are left."""
+    """Table if all runs of the plan are done, else the number of remaining runs."""
     failed = {run.id: error for run in runs if (error := failure(plan, run))}
     if failed:
         write_results(plan)
         lines = [f"  {name}: {error}\n    {plan.folder}/runs/{name}/error.log" for name, error in failed.items()]
         if len(lines) > _FAILURES_NAMED:
-            lines[_FAILURES_NAMED:] = [f"  and {len(lines) - _FAILURES_NAMED} more, see `matex roar status`"]
+            lines[_FAILURES_NAMED:] = [f"  and {len(lines) - _FAILURES_NAMED} more; see `matex roar status`"]
         raise RunsFailedError(
             "\n".join([f"{len(failed)} of {len(runs)} runs failed:", *lines])
-            + f"\nThe others are kept, and {plan.folder}/report.html shows them. The same command tries these again."
+            + f"\nThe other runs are kept and shown in {plan.folder}/report.html. Run the same command again to retry "
+            "the failed runs."
         )
     left = sum(result(plan, run) is None for run in plan.runs())
     if left:
-        return f"These runs are done; {left} others of the plan are left. See `matex roar status {plan.folder}`."
+        return f"These runs are done; {left} runs of the plan are left. See `matex roar status {plan.folder}`."
     return collect_roar(str(plan.folder))
 
 
 def roar_status(folder: str) -> str:
-    """The progress of the plan in `folder`: done, running, failed and remaining runs, and about how long these take."""
+    """Progress of the plan in `folder`: done, running, failed and remaining runs, and the estimated time."""
     plan = read_plan(Path(folder))
     runs = plan.runs()
     states: dict[str, list[Run]] = defaultdict(list)
@@ -175,19 +178,20 @@ def roar_status(folder: str) -> str:
     done, running, failed = (len(states[name]) for name in ("done", "running", "failed"))
     lines = [f"{done} of {len(runs)} runs are done, {running} running, {failed} failed."]
     if not has_maps(plan):
-        lines.append("The maps are not all made yet.")
+        lines.append("Some maps are still missing.")
     lines += [f"  running: {run.id}" for run in states["running"]]
-    lines += [f"  stopped: {run.id}: its process ended; `matex roar run` starts it again" for run in states["died"]]
+    lines += [f"  stopped: {run.id}: the process ended; `matex roar run` restarts the run" for run in states["died"]]
     lines += [f"  failed: {run.id}: {failure(plan, run)} (runs/{run.id}/error.log)" for run in states["failed"]]
     seconds = [scores["seconds"] for run in states["done"] if (scores := result(plan, run))]
     left = len(runs) - done
     if not left:
         lines.append(f"`matex roar collect {folder}` writes the tables.")
     elif not seconds:
-        lines.append(f"How long the {left} left take is known after the first.")
+        lines.append(f"The time of the {left} remaining runs can be estimated after the first run.")
     else:
         at_once = f"with {running} at a time" if running else "one at a time; no run is active now"
-        lines.append(f"About {duration(mean(seconds) * left / max(running, 1))} for the {left} left, {at_once}.")
+        rest = duration(mean(seconds) * left / max(running, 1))
+        lines.append(f"About {rest} for the {left} remaining runs, {at_once}.")
     return "\n".join(lines)
 
 
@@ -195,8 +199,8 @@ def collect_roar(folder: str, report: str | None = None) -> str:
     """Write the scores of a plan's runs: `results.json`, `table.md`, curves as PNG and SVG, and `report.html`.
 
     Args:
-        folder: Folder of the plan. Runs that are not done are left open in the tables, and named.
-        report: Folder of a `matex benchmark`, whose tables and page get the scores as well.
+        folder: Folder of the plan. Unfinished runs are named and left empty in the tables.
+        report: Folder of a `matex benchmark`, whose tables and page get the scores too.
 
     Returns:
         The table as text, and the folder of the files.
@@ -204,11 +208,11 @@ def collect_roar(folder: str, report: str | None = None) -> str:
     results = write_results(read_plan(Path(folder)))
     if report is not None:
         add_to_report(results, Path(report))
-    return f"{roar_tables(results, is_short=True)}\n{folder}/report.html, table.md and results.json hold all of it."
+    return f"{roar_tables(results, is_short=True)}\nAll results: {folder}/report.html, table.md and results.json."
 
 
 def write_results(plan: Plan) -> RoarResult:
-    """The scores of a plan's runs, which are also written into its folder."""
+    """Write the scores of a plan's runs into its folder, and return them."""
     content = collect(plan)
     write_text(plan.folder / "results.json", json.dumps(content, indent=1, allow_nan=False))
     result = parse(RoarResult, content)

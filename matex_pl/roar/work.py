@@ -1,4 +1,4 @@
-"""Work on the runs of a plan: each by the process that holds its lock, none twice, and a failure is kept by name."""
+"""Work on the runs of a plan: each run by one process that holds its lock, with failures kept by name."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ _BROKEN = Path("maps", "broken.json")
 
 
 def prepare_maps(plan: Plan) -> None:
-    """Make the maps of all methods, once; other processes that need them wait.
+    """Compute the maps of all methods once; other processes that need them wait.
 
-    A method that does not support the model is noted. If a method fails, so do its runs, and the next call tries again.
+    A method that does not support the model is recorded. If a method fails, its runs fail too, and the next call
+    retries it.
     """
     with FileLock(plan.folder / ".maps.lock"):
         if has_maps(plan):
@@ -71,26 +72,26 @@ def has_maps(plan: Plan) -> bool:
 
 
 def broken_maps(plan: Plan) -> dict[str, str]:
-    """Tracebacks of the methods whose maps could not be made, by name."""
+    """Tracebacks by name of the methods whose maps failed."""
     path = plan.folder / _BROKEN
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def result(plan: Plan, run: Run) -> dict[str, Any] | None:
-    """Scores and times of a run, as `train_run` returned them; None if it has not ended.
+    """Scores and times of a run from `train_run`; None if the run has not ended.
 
     Raises:
-        ValueError: The file is damaged, for example by a full disk or a power loss.
+        ValueError: If the file is damaged, for example by a full disk or a power loss.
     """
     path = plan.path(run) / RESULT
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete it, and run the plan again.") from error
+        raise ValueError(f"The file {path} is damaged ({error}). Delete the file and run the plan again.") from error
 
 
 def failure(plan: Plan, run: Run) -> str | None:
-    """Last line of the error log of a run; None if it has not failed, or has a result."""
+    """Last line of a run's error log; None if the run has not failed or has a result."""
     path = plan.path(run) / _ERROR
     if not path.is_file() or (plan.path(run) / RESULT).is_file():
         return None
@@ -105,10 +106,10 @@ def has_ended(plan: Plan, run: Run) -> bool:
 
 @contextmanager
 def locked(plan: Plan, run: Run, pool: str = "") -> Iterator[bool]:
-    """Hold the lock of a run, unless another process does; yields whether it is held.
+    """Hold the lock of a run unless another process does; yields whether the lock is held.
 
-    The system frees the lock when the process ends, however that happens. The file `pid` names the process meanwhile.
-    If another process of the `pool` has died in the run, the run is left to the process that started them.
+    The system frees the lock when the process ends for any reason. Meanwhile the file `pid` names the process. If
+    another process of the `pool` died in the run, the run is left to the parent process.
     """
     folder = plan.path(run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ def locked(plan: Plan, run: Run, pool: str = "") -> Iterator[bool]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left in the folder of a run. The caller holds the lock."""
+    """Remove the files that a killed process left in the folder of a run. The caller holds the lock."""
     for path in (folder / _PID, *folder.glob(".*.part")):
         path.unlink(missing_ok=True)
 
@@ -141,13 +142,13 @@ def _process(pid: int, pool: str) -> str:
 
 
 def _holder(plan: Plan, run: Run) -> str:
-    """The process that works on a run, or died in it; empty if there is none."""
+    """Process that works on a run or died in it; empty if there is none."""
     path = plan.path(run) / _PID
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def state(plan: Plan, run: Run) -> str:
-    """`done`, `running`, `failed`, `died` (the process ended before the run did) or `left`."""
+    """State of a run: `done`, `running`, `failed`, `died` (the process ended before the run) or `left`."""
     folder = plan.path(run)
     if (folder / RESULT).is_file():
         return "done"
@@ -157,12 +158,12 @@ def state(plan: Plan, run: Run) -> str:
         with FileLock(folder / _LOCK, timeout=0):
             return "died"
     except (PermissionError, Timeout):
-        # Another user may read a plan, but not try its locks.
+        # Another user can read a plan, but cannot test its locks.
         return "running"
 
 
 def note_death(plan: Plan, run: Run, reason: str) -> None:
-    """Keep the reason why a process died in a run, as soon as no process works on it; a result stays."""
+    """Record why a process died in a run, as soon as no process works on the run; an existing result is kept."""
     while not has_ended(plan, run):
         with locked(plan, run) as is_held:
             if is_held and not has_ended(plan, run):
@@ -172,10 +173,10 @@ def note_death(plan: Plan, run: Run, reason: str) -> None:
 
 
 class Progress:
-    """Number of runs that have ended, in this process or another one, as a context around the work on them.
+    """Context that shows the number of ended runs, in this process or another one.
 
-    Runs that failed before are tried again. On a terminal there is a bar; elsewhere a line after the first run, and
-    then at most one a minute.
+    Runs that failed before are retried. On a terminal it shows a bar. Elsewhere it logs a line after the first run, and
+    then at most one per minute.
     """
 
     def __init__(self, plan: Plan, runs: Sequence[Run]) -> None:
@@ -197,11 +198,11 @@ class Progress:
                     _remove_leftovers(self.plan.path(run))
 
     def pending(self) -> list[Run]:
-        """The runs that have not ended."""
+        """Runs that have not ended."""
         return [run for run in self.runs if not has_ended(self.plan, run)]
 
     def show(self) -> None:
-        """Print how many runs have ended, if there are more than before."""
+        """Show the number of ended runs, if it has grown."""
         ended = len(self.runs) - len(self.pending())
         self._bar.update(ended - self._ended)
         now, is_more, self._ended = time.monotonic(), ended > self._ended, ended
@@ -218,15 +219,15 @@ def work_here(plan: Plan, runs: Sequence[Run]) -> None:
 
 
 def work_alone(plan: Plan, runs: Sequence[Run], show: Callable[[], None] = lambda: None, pool: str = "") -> None:
-    """Work on the runs that no other process has, one after the other, until all of them have ended somewhere.
+    """Work on the runs that no other process has, one after the other, until all have ended in any process.
 
-    `show` is called after each run; `pool` is as in `locked`.
+    `show` is called after each run. `pool` is as in `locked`.
     """
     images = PlanImages(plan.folder)
     while pending := [run for run in runs if not has_ended(plan, run)]:
         for run in pending:
             with locked(plan, run, pool) as is_held:
-                # Another process may have ended it since the list was made.
+                # Another process may have ended the run in the meantime.
                 if is_held and not has_ended(plan, run):
                     _attempt(plan, images, run)
             show()
@@ -235,7 +236,7 @@ def work_alone(plan: Plan, runs: Sequence[Run], show: Callable[[], None] = lambd
 
 
 def _attempt(plan: Plan, images: PlanImages, run: Run) -> None:
-    """Train a run, and write its result, or the reason why there is none."""
+    """Train a run, and write its result or its error."""
     folder, on_interrupt = plan.path(run), signal.getsignal(signal.SIGINT)
     broken = broken_maps(plan).get(run.method)
     if broken is not None:
@@ -244,31 +245,30 @@ def _attempt(plan: Plan, images: PlanImages, run: Run) -> None:
     try:
         write_text(folder / RESULT, json.dumps(train_run(plan, images, run), allow_nan=False))
     except Exception:
-        # One broken run must not take the others with it; it is named at the end, and never averaged over.
+        # One failed run must not stop the others. It is named at the end and never averaged over.
         write_text(folder / _ERROR, traceback.format_exc())
     except SIGTERMException:
-        # A Trainer that gets SIGTERM would exit with status 0, as if all was done.
+        # On SIGTERM a Trainer would exit with status 0, as after success.
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as end:
-        # The Trainer turns Ctrl-C into this, and sets the process to ignore Ctrl-C from then on.
+        # The Trainer turns Ctrl-C into SystemExit, and makes the process ignore further Ctrl-C.
         if isinstance(end.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from None
         raise
     finally:
-        # A Trainer and its module refer to each other, so that their weights would pile up.
+        # A Trainer and its module refer to each other; without a collection their weights would accumulate.
         gc.collect()
 
 
 def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: int) -> None:
-    """Work on a shard in several processes of this machine; see `work_alone`. They end with this process.
+    """Work on a shard in several processes of this machine, which end with this process; see `work_alone`.
 
-    If a process dies in a run, for example for lack of memory, that run has failed, and another process takes over.
-
-    `runs` are those of the shard that have no result.
+    If a process dies in a run, for example for lack of memory, the run has failed, and a new process takes over. `runs`
+    are the runs of the shard without a result.
     """
-    # Not forked: a fork of a process with threads, or with a GPU in use, may hang. A process ends when its standard
-    # input does, so with this one; a new session keeps Ctrl-C from it.
+    # Not forked: a fork of a process with threads, or with a GPU in use, may hang. A worker ends when its standard
+    # input closes, therefore with this process. A new session keeps Ctrl-C from the workers.
     command = [sys.executable, "-m", "matex_pl.roar", str(plan.folder), shard]
 
     def start() -> subprocess.Popen[bytes]:
@@ -297,4 +297,7 @@ def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: in
                 worker.kill()
                 worker.wait()
     if progress.pending():
-        raise ChildProcessError(f"All processes ended before their first run, with the exit codes {codes}; see above.")
+        raise ChildProcessError(
+            f"All processes ended before their first run, with the exit codes {codes}. Read the reason in their output "
+            "above."
+        )

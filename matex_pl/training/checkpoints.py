@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and refused with a reason if they cannot be read."""
+"""Checkpoint files: atomic writes, and clear errors for unreadable files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from matex_pl.files import remove_abandoned_parts, whole_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint next to its destination and renames it.
+    """Checkpoint IO with atomic writes: a checkpoint is written next to its destination and then renamed.
 
-    Lightning writes to the system's temporary folder and moves the file: where that is another disk, a process that is
-    killed during the move has lost the old checkpoint and leaves half of the new one under its name.
+    Lightning writes to the system's temporary folder and moves the file. If the process is killed while the file moves
+    to another disk, the old checkpoint is lost, and half of the new one remains under its name.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write to a path; addresses are left to Lightning."""
+        """Write a checkpoint to a path. Lightning itself writes to URLs."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -32,16 +32,16 @@ class WholeCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise OSError(
-                f"The checkpoint {path} could not be written ({reason}): is the disk full, or read-only? Checkpoints "
-                "from before are as they were."
+                f"The checkpoint {path} could not be written ({reason}). Make room on the disk, or give a folder that "
+                "is writable. Earlier checkpoints are unchanged."
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **settings: Any) -> dict[str, Any]:
         """Read a checkpoint as Lightning does, by default without running code.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It cannot be read, or would run code; the message names the file, and the code.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file cannot be read, or would run code; the message names the file and the code.
         """
         try:
             return super().load_checkpoint(path, *args, **settings)

@@ -1,4 +1,4 @@
-"""Rows of all processes, and hashes that identify repeats."""
+"""Gathering of rows from all processes, and hashes that identify repeats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def process_count() -> int:
 
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows `(B, ...)` of all W processes, in their order: `(W * B, ...)`, without a graph.
+    """Rows `(B, ...)` of all W processes in the order of the processes: `(W * B, ...)`, without a graph.
 
     Raises:
         ValueError: The processes have different numbers of rows.
@@ -38,7 +38,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     counts = torch.cat(sizes).tolist()
     if len(set(counts)) > 1:
         raise ValueError(
-            f"The processes have batches of {', '.join(map(str, counts))} pairs; a step needs as many in each. Take "
+            f"The processes have batches of {', '.join(map(str, counts))} pairs, but a step needs equal batches. Use "
             "the loaders of a matex_pl data module, or a DistributedSampler with drop_last."
         )
     parts = [torch.empty_like(rows) for _ in counts]

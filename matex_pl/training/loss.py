@@ -14,7 +14,7 @@ from torch import Tensor
 from matex_pl.training.distributed import fingerprints, gather_rows, process_count
 
 EqualPhrases = Literal["positive", "masked"]
-"""Role of another pair with the same phrase: `positive` shares the target of the row, `masked` leaves the pair out of it.
+"""Role of another pair with the same phrase: `positive` shares the target of the row, `masked` leaves the row.
 
 Where equal phrases have equal embeddings, `positive` is plain CLIP's loss in value and gradient: the copies cancel.
 `masked` takes them out of the denominator too, and no image is pushed away from its own phrase.
@@ -22,13 +22,13 @@ Where equal phrases have equal embeddings, `positive` is plain CLIP's loss in va
 
 
 def same_phrase(phrases: Sequence[str]) -> Tensor:
-    """Pairs with the same phrase, which are no negatives of each other: `(B, B)` bool."""
+    """Mask `(B, B)` bool of the pairs with the same phrase, which are not negatives of each other."""
     keys = phrase_keys(phrases)
     return keys[:, None] == keys[None]
 
 
 def phrase_keys(phrases: Sequence[str]) -> Tensor:
-    """One int64 per phrase, equal where they differ by case and spaces only: `(B,)`."""
+    """One int64 per phrase, `(B,)`, equal for phrases that differ only in case and spaces."""
     return fingerprints([" ".join(phrase.lower().split()) for phrase in phrases])
 
 
@@ -40,10 +40,10 @@ def contrastive_loss(
     With one positive per row it is CLIP's loss (Radford et al. 2021).
 
     Args:
-        image: `(B, D)` L2-normalized.
-        text: `(B, D)` L2-normalized.
+        image: `(B, D)` image embeddings, L2-normalized.
+        text: `(B, D)` text embeddings, L2-normalized.
         logit_scale: Scalar factor, not its logarithm.
-        positives: `(B, B)` bool, symmetric, true on the diagonal: pairs with the same phrase.
+        positives: `(B, B)` bool mask of the pairs with the same phrase, symmetric, true on the diagonal.
         equal_phrases: Role of the other positives of a row, see `EqualPhrases`.
     """
     own = torch.arange(len(image), device=image.device)
@@ -82,17 +82,18 @@ def gathered_loss(
 ) -> Tensor:
     """`contrastive_loss` of the pairs of all processes, or of the given pairs if there is one process.
 
-    With `gather_with_grad` the mean of its gradients over the processes, which DDP takes, is the gradient that one
-    process has on the whole batch.
+    With `gather_with_grad`, the mean of the gradients over the processes, which DDP computes, is the gradient of one
+    process on the whole batch.
 
     Args:
-        image: `(B, D)` L2-normalized, of this process; every process has the same B.
-        text: `(B, D)` L2-normalized.
+        image: `(B, D)` image embeddings of this process, L2-normalized; B is the same in every process.
+        text: `(B, D)` text embeddings, L2-normalized.
         logit_scale: Scalar factor, not its logarithm.
-        phrases: The B phrases of the pairs. Equal ones, in other processes too, are no negatives of each other.
-        local_loss: Loss of the process's own pairs against all pairs; its mean over the processes is the loss of the
-            batch. Otherwise every process computes the whole loss.
-        gather_with_grad: Let gradients pass to the process that an embedding came from. Without it, gradients are
+        phrases: Phrases of the B pairs. Pairs with equal phrases, also in other processes, are not negatives of each
+            other.
+        local_loss: Whether to compute the loss of the process's own pairs against all pairs. The mean over the
+            processes is then the loss of the batch. If not, every process computes the whole loss.
+        gather_with_grad: Whether gradients flow to the process that computed an embedding. If not, gradients are
             those of the process's own embeddings, smaller by the number of processes, and `local_loss` is not possible.
         equal_phrases: Role of the other pairs with the same phrase, see `EqualPhrases`.
 
@@ -103,7 +104,7 @@ def gathered_loss(
         return contrastive_loss(image, text, logit_scale, same_phrase(phrases).to(image.device), equal_phrases)
     keys = phrase_keys(phrases).to(image.device)
     all_keys, rank = gather_rows(keys), dist.get_rank()
-    # Without a graph there is nothing to pass back, as in validation.
+    # Without a graph, as in validation, there are no gradients to gather.
     with_grad = gather_with_grad and torch.is_grad_enabled()
     images, texts = gather_features(image, text, local_loss, with_grad, rank, process_count())
     if local_loss:

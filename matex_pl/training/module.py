@@ -1,10 +1,11 @@
-"""Fine-tuning a CLIP model on images and phrases, as a LightningModule."""
+"""Fine-tuning of a CLIP model on images and phrases, as a LightningModule."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -32,38 +33,40 @@ from matex_pl.training.loss import EqualPhrases, contrastive_loss, gathered_loss
 from matex_pl.training.scores import ImageTextRecall, ZeroShot
 
 Freeze = Literal["none", "text", "image", "all-but-projections", "all-but-head"]
-# They keep a part of each weight in each process.
+# Strategies that keep a part of each weight in each process.
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-# SigLIP's bias and CoCa's decoder have no part in this loss; DDP would wait for their gradients.
+# SigLIP's bias and CoCa's decoder get no gradient from this loss, and DDP would wait for it.
 _UNREACHED = ("logit_bias", "text_decoder.")
 _PROJECTIONS = ("visual.proj", "visual.head.", "text_projection", "text.text_projection", "text.proj")
 _FINAL_NORMS = ("visual.ln_post.", "visual.trunk.norm.", "visual.trunk.fc_norm.", "ln_final.", "text.ln_final.")
 
 
 class ClipModule(LightningModule):
-    """CLIP on chest radiographs: symmetric contrastive training; retrieval and zero-shot scores in validation and test.
+    """Fine-tuning of CLIP by the symmetric contrastive loss, with retrieval and zero-shot scores on held-out pairs.
 
-    Logs `train/loss`, `train/logit_scale`, and for `val` and `test`: `loss`, `image_to_text_recall@{1,5,10}`,
-    `text_to_image_recall@{1,5,10}`, and, where the data module names findings, `zero_shot_top1` and `zero_shot_auroc`.
+    Training logs `train/loss` and `train/logit_scale`. Validation (`val/`) and test (`test/`) log `loss`,
+    `image_to_text_recall@{1,5,10}` and `text_to_image_recall@{1,5,10}`. If the data module names findings, they also
+    log `zero_shot_top1` and `zero_shot_auroc`.
 
     Args:
         name: An open_clip name, `hf-hub:org/repo`, `local-dir:folder`, or a path to a JSON model config.
-        pretrained: A tag of open_clip (`openai`) or a checkpoint file, also of this module; random weights by default.
+        pretrained: Tag of open_clip (`openai`) or a checkpoint file, also of this module. By default `hf-hub:` and
+            `local-dir:` models get their own weights, all others random weights.
         lr: Peak learning rate of AdamW.
         weight_decay: Decay of the weight matrices; biases, norms and the logit scale have none.
-        betas: AdamW's two momenta.
+        betas: The two momentum coefficients of AdamW.
         warmup_steps: Steps of linear warm-up, followed by a cosine to zero at the end of training.
         freeze: Frozen parts: `none`, `text`, `image` (towers), `all-but-projections`, or `all-but-head`
-            (projections and final norms). The logit scale always is trained.
+            (projections and final norms). The logit scale is always trained.
         max_logit_scale: Upper bound of the factor between cosines and logits (100 in CLIP).
-        findings: Findings of the zero-shot scores; the data module's by default.
+        findings: Findings for the zero-shot scores; those of the data module by default.
         prompt: Prompt per finding; `{finding}` stands for its name.
         image_size: Side of the square input in pixels, or height and width; the model's own by default. Position
             embeddings are interpolated to it.
-        local_loss: With several processes, each computes the loss of its own pairs against those of all; otherwise
-            each computes the whole.
-        gather_with_grad: With several processes, gradients pass to the process that an embedding came from, as in one
-            process on the whole batch. See `loss.gathered_loss`.
+        local_loss: With several processes, whether each computes only the loss of its own pairs against all pairs; if
+            not, each computes the whole loss.
+        gather_with_grad: With several processes, whether gradients flow to the process that computed an embedding, as
+            in one process on the whole batch. See `gathered_loss`.
         equal_phrases: Role of other pairs of the batch with the same phrase: `positive`, or `masked`, which leaves them
             out of the loss of the row. Neither makes them negatives.
     """
@@ -103,13 +106,15 @@ class ClipModule(LightningModule):
             raise ValueError(f"prompt must contain {{finding}}, got {prompt!r}.")
         if local_loss and not gather_with_grad:
             raise ValueError(
-                "local_loss=True with gather_with_grad=False would give wrong gradients, without those of the other "
-                "processes' pairs. Set local_loss=False as well."
+                "local_loss=True with gather_with_grad=False would give wrong gradients, because the gradients from "
+                "the pairs of other processes are missing. Set local_loss=False as well."
             )
         self.save_hyperparameters()
         self.clip = load_clip(name, pretrained, image_size)
-        # A checkpoint rebuilds the model from these, without the files that this run was started from.
+        # A checkpoint rebuilds the model from these values, without the files of this run.
         self.hparams.update(name=json.dumps(self.clip.config), pretrained=None, image_size=None)
+        # LightningCLI adds the path of a function here, which Lightning calls when a checkpoint is loaded.
+        self.hparams.pop("_instantiator", None)
         self.retrieval = nn.ModuleDict({"val": ImageTextRecall(), "test": ImageTextRecall()})
         self.zero_shot = None
         self.findings: tuple[str, ...] = ()
@@ -120,7 +125,7 @@ class ClipModule(LightningModule):
         for part, parameter in self.clip.model.named_parameters():
             if part.startswith(_UNREACHED):
                 parameter.requires_grad_(False)
-        # Lightning keeps the modes it finds, and `load_clip` gives a model in eval mode.
+        # Lightning keeps the current mode, and `load_clip` returns a model in eval mode.
         self.train()
 
     def inputs(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
@@ -128,18 +133,18 @@ class ClipModule(LightningModule):
         return self.clip.inputs(batch)
 
     def setup(self, stage: str) -> None:
-        """Take findings and mean image from the data module, and check what would fail later."""
+        """Read findings and mean image from the data module, and check settings that would fail later."""
         strategy, data = self.trainer.strategy, cast(Any, getattr(self.trainer, "datamodule", None))
         if isinstance(strategy, _SHARDED):
             raise NotImplementedError(
                 f"{type(strategy).__name__} keeps a part of each weight in each process, but maps swap the attention "
                 "of whole towers and differentiate through it outside of the strategy. Set trainer.strategy=ddp."
             )
-        # A user's own choice stays.
+        # Keep a user's own choice.
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO()
         if stage == "fit" and self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
-            # Callbacks know their folders by now.
+            # The callbacks have their folders by now.
             for callback in self.trainer.checkpoint_callbacks:
                 folder = getattr(callback, "dirpath", None)
                 if folder and "://" not in str(folder):
@@ -147,8 +152,8 @@ class ClipModule(LightningModule):
         size = getattr(data, "image_size", None)
         if size not in (None, self.clip.image_size):
             raise ValueError(
-                f"The data module's image_size is {size}, the model takes {self.clip.image_size}. Leave it out of the "
-                "data module, which then asks the model."
+                f"The data module's image_size is {size}, the model takes {self.clip.image_size}. Leave image_size out "
+                "of the data module; the model's own is the default."
             )
         self.findings = tuple(self.hparams["findings"] or getattr(data, "findings", ()))
         if self.findings:
@@ -171,7 +176,7 @@ class ClipModule(LightningModule):
             )
 
     def train(self, mode: bool = True) -> ClipModule:
-        """Training mode, except for towers that are frozen: those stay as they are deployed."""
+        """Set training mode, except for frozen towers, which stay in eval mode."""
         super().train(mode)
         freeze = self.hparams["freeze"]
         frozen = ("image", "text") if freeze.startswith("all-but") else (freeze,)
@@ -207,8 +212,8 @@ class ClipModule(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Refuse a step that would spoil the weights."""
-        # A gradient scaler checks for overflow itself, and lowers the scale.
+        """Stop the training if the norm of the gradient is not finite."""
+        # A gradient scaler checks for overflow itself and lowers the scale.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             norm = nn.utils.get_total_norm(grads)
@@ -217,11 +222,14 @@ class ClipModule(LightningModule):
         self._step_ids = []
 
     def _stop(self, what: str, spoilt: list[str]) -> NoReturn:
-        """End the training before a step that would spoil the weights, and keep those it has.
+        """Stop the training before a step with values that are not finite, and save the weights if they are finite.
 
         Args:
-            what: The value that is not finite.
-            spoilt: Pairs of this process whose embeddings are not finite.
+            what: Start of the message, with the value that is not finite.
+            spoilt: Ids of this process's pairs whose embeddings are not finite.
+
+        Raises:
+            FloatingPointError: Always.
         """
         parts: list[Any] = [(self._step_ids, spoilt)] * process_count()
         if process_count() > 1:
@@ -230,19 +238,19 @@ class ClipModule(LightningModule):
         spoilt = [name for part in parts for name in part[1]]
         message = f"{what} in epoch {self.current_epoch} at step {self.global_step}, with the pairs {', '.join(ids)}."
         if spoilt:
-            message += f" The embeddings of {', '.join(spoilt)} are no numbers."
+            message += f" The embeddings of {', '.join(spoilt)} are not finite."
         if all(parameter.isfinite().all() for parameter in self.parameters()):
             folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             path = folder / f"before_nan-epoch={self.current_epoch}-step={self.global_step}.ckpt"
             self.trainer.save_checkpoint(path)
-            message += f" The weights from before are in {path}."
+            message += f" The weights before this step are in {path}."
         else:
-            message += " The weights are no numbers either: go on from an earlier checkpoint."
-        raise FloatingPointError(f"{message} Look at these images and phrases, or lower the learning rate.")
+            message += " The weights are not finite either: resume from an earlier checkpoint."
+        raise FloatingPointError(f"{message} Check these images and phrases, or lower the learning rate.")
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
-        """Clamp the logit scale to [1, max_logit_scale], as CLIP does."""
+        """Clamp the logit scale to `[1, max_logit_scale]`, as CLIP does."""
         self.clip.logit_scale.clamp_(0, math.log(self.hparams["max_logit_scale"]))
 
     def on_validation_epoch_start(self) -> None:
@@ -260,7 +268,7 @@ class ClipModule(LightningModule):
         return "test" if self.trainer.testing else "val"
 
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Add a batch to the scores of its split; returns its embeddings, for callbacks to share."""
+        """Add a batch to the scores of its split; return its embeddings for the callbacks."""
         image, text = self(batch)
         self._log_loss(image, text, batch)
         self.retrieval[self._split].update(image, text, batch["id"], batch["image_id"], batch["phrase"])
@@ -269,7 +277,7 @@ class ClipModule(LightningModule):
         return {"image": image, "text": text}
 
     def _log_loss(self, image: Tensor, text: Tensor, batch: ImageTextBatch) -> None:
-        """Log the loss that one process would have on the batches of all, without pairs that samplers repeat."""
+        """Log the loss over the batches of all processes, without pairs that samplers repeat."""
         keys = torch.stack([fingerprints(batch["id"]), phrase_keys(batch["phrase"])], 1).to(image.device)
         images, texts, keys = gather_rows(image), gather_rows(text), gather_rows(keys)
         rows = {key: row for row, key in reversed(list(enumerate(keys[:, 0].tolist())))}
@@ -286,7 +294,7 @@ class ClipModule(LightningModule):
         split = self._split
         for metric in (self.retrieval[split], *([self.zero_shot[split]] if self.zero_shot is not None else [])):
             for name, value in metric.compute().items():
-                # The same in every process.
+                # The value is the same in every process.
                 self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "zero_shot_top1", sync_dist=True)
             metric.reset()
 
@@ -294,7 +302,7 @@ class ClipModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: ImageTextBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One row per pair: id, phrase, cosine, and the cosine with each finding's prompt."""
+        """One row per pair: id, phrase, cosine, and the image's cosine with the prompt of each finding."""
         image, text = self(batch)
         rows = [
             {"id": pair, "phrase": phrase, "cosine": float(cosine)}
@@ -306,7 +314,7 @@ class ClipModule(LightningModule):
         return rows
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with linear warm-up and a cosine to zero, which needs a training with an end."""
+        """AdamW with linear warm-up and a cosine schedule to zero; the training needs a fixed length."""
         steps, warmup = self.trainer.estimated_stepping_batches, self.hparams["warmup_steps"]
         if math.isinf(steps):
             raise ValueError(
@@ -327,8 +335,8 @@ class ClipModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of each process's random numbers, so that a resumed run goes on as if never stopped."""
-        # Patch dropout draws them on the CPU, wherever the model is.
+        """Save the random state of each process, for a resumed run to equal an uninterrupted one."""
+        # Patch dropout draws random numbers on the CPU, on any device.
         states = [torch.get_rng_state()] * process_count()
         if len(states) > 1:
             dist.all_gather_object(states, states[0])
@@ -336,7 +344,7 @@ class ClipModule(LightningModule):
         checkpoint["tokenizer"] = self.clip.tokenizer_mark()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the weights, and take the states of the random numbers for a resumed training.
+        """Check the weights, and read the random states for a resumed training.
 
         Raises:
             ValueError: The weights hold NaN or Inf, or were trained with another tokenizer.
@@ -346,15 +354,15 @@ class ClipModule(LightningModule):
         self._rng_state = checkpoint.get("rng_state")
 
     def on_train_start(self) -> None:
-        """Continue the random numbers of a resumed checkpoint; without any, each process gets its own."""
+        """Restore the random state of a resumed checkpoint; without one, each process gets its own seed."""
         rank = self.trainer.global_rank
         states = self._rng_state if self.trainer.ckpt_path is not None else None
         self._rng_state = None
         if states is not None and rank < len(states := states.cpu().view(-1, states.shape[-1])):
-            # torch reads the state from the start of the storage, wherever a view begins.
+            # torch reads the state from the start of the storage, even for a view that begins later.
             torch.set_rng_state(states[rank].clone())
         elif rank:
-            # Lightning seeds all processes alike, and each would drop the same patches.
+            # Lightning seeds all processes equally, and each would drop the same patches.
             torch.manual_seed(torch.initial_seed() + rank)
 
 
@@ -367,7 +375,7 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices with decay; biases, norms and logit scale without; nothing that is frozen."""
+    """Parameter groups of AdamW without frozen parameters: matrices with decay; biases, norms, logit scale without."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = [parameter for name, parameter in trained if parameter.ndim >= 2 and not name.startswith("logit_")]
     plain = [parameter for name, parameter in trained if parameter.ndim < 2 or name.startswith("logit_")]
@@ -375,7 +383,11 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def freeze_parameters(model: nn.Module, freeze: Freeze) -> None:
-    """Switch off the gradients of a tower, or of all but the last layers before the common space; see `ClipModule`."""
+    """Switch off the gradients of the frozen parts; see `freeze` of `ClipModule`.
+
+    Raises:
+        ValueError: `freeze` is `all-but-projections` or `all-but-head`, and the model has no known projection.
+    """
     projections = 0
     for name, parameter in model.named_parameters():
         is_image, is_projection = name.startswith("visual."), name.startswith(_PROJECTIONS)
@@ -389,15 +401,22 @@ def freeze_parameters(model: nn.Module, freeze: Freeze) -> None:
         projections += is_projection
         parameter.requires_grad_(parameter.requires_grad and (not is_frozen or name.startswith("logit_")))
     if freeze.startswith("all-but") and not projections:
-        raise ValueError(f"{type(model).__name__} has no projection by a known name; freeze 'text' or 'image' instead.")
+        raise ValueError(f"{type(model).__name__} has no projection by a known name. Freeze 'text' or 'image' instead.")
 
 
 def load_module(ckpt_path: str) -> ClipModule:
     """The module of a checkpoint, on the CPU in eval mode; no code of the file is run.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file is no checkpoint of `matex fit`.
     """
     with reading_checkpoint(ckpt_path):
-        return ClipModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
+        checkpoint = torch.load(ckpt_path, "cpu", weights_only=True)
+        # Only arguments: Lightning's own loading calls a function that a checkpoint may name among them.
+        known = signature(ClipModule).parameters
+        settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
+        module = ClipModule(**settings)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module.eval()

@@ -13,23 +13,23 @@ from matex_pl.training.loss import phrase_keys
 
 
 def best_positive_rank(scores: Tensor, positives: Tensor) -> Tensor:
-    """How many negatives are not below the best positive of each row, `(Q, N)` to `(Q,)`; ties and NaN count."""
+    """Number of negatives not below the best positive of each row, `(Q, N)` to `(Q,)`; ties and NaN count."""
     best = scores.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)
     return (~(scores < best) & ~positives).sum(1)
 
 
 def auroc(scores: Tensor, labels: Tensor) -> Tensor:
-    """Share of (positive, negative) pairs that `scores (N,)` rank right; ties count half, NaN without either."""
+    """Area under the ROC curve of `scores` `(N,)`; ties count half. NaN without a positive or without a negative."""
     positive, negative = scores[labels], scores[~labels].sort().values
     below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
     return (below / (2 * len(negative))).mean()
 
 
 class ImageTextRecall(GatheredMetric):
-    """Recall at k over all pairs seen, both ways: a dict `image_to_text_recall@k`, `text_to_image_recall@k`.
+    """Recall at k over all pairs in both directions: a dict `image_to_text_recall@k`, `text_to_image_recall@k`.
 
-    A pair with the same phrase or the same image counts as right too. Pairs that come twice, as padded shards bring
-    them, count once. NaN when there are none.
+    Pairs with the same phrase or the same image also count as correct. Pairs that repeat, as in padded shards, count
+    once. Without pairs the value is NaN.
 
     Example:
         >>> metric = ImageTextRecall(ks=(1,))
@@ -57,7 +57,7 @@ class ImageTextRecall(GatheredMetric):
     def update(
         self, image: Tensor, text: Tensor, ids: Sequence[str], image_ids: Sequence[str], phrases: Sequence[str]
     ) -> None:
-        """Add B pairs: embeddings `(B, D)`, and the names that tell repeats, images and phrases apart."""
+        """Add B pairs: embeddings `(B, D)`, and the ids and phrases that identify repeats, images and phrases."""
         self.image.append(image.detach().float())
         self.text.append(text.detach().float())
         keys = [fingerprints(ids), fingerprints(image_ids), phrase_keys(phrases)]
@@ -66,7 +66,7 @@ class ImageTextRecall(GatheredMetric):
     def compute(self) -> dict[str, Tensor]:
         """Shares in [0, 1] of the queries whose best positive is among the first k."""
         ranks: dict[str, list[Tensor]] = {"image_to_text": [], "text_to_image": []}
-        if not len(self.keys):
+        if not sum(map(len, self.keys)):
             return {f"{way}_recall@{k}": torch.tensor(torch.nan) for way in ranks for k in self.ks}
         keys = dim_zero_cat(self.keys)
         first = first_of_each(keys[:, 0])
@@ -88,9 +88,9 @@ RetrievalRecall = ImageTextRecall
 class ZeroShot(GatheredMetric):
     """Zero-shot classification of images by one prompt per finding: a dict `zero_shot_top1`, `zero_shot_auroc`.
 
-    Top-1 is right when the best prompt names a finding that the image has; images without a finding do not count there.
-    The AUROC is the mean over findings that some images have and others lack. Each image counts once. NaN where nothing
-    counts, and where a cosine is NaN.
+    Top-1 is the share of images whose best prompt names a finding of the image; images without a finding do not count.
+    The AUROC is the mean over findings that some images have and others lack. Each image counts once. The value is NaN
+    if nothing counts, or if a cosine is NaN.
 
     Example:
         >>> metric = ZeroShot(["edema", "nodule"])
@@ -116,7 +116,7 @@ class ZeroShot(GatheredMetric):
         return {"scores": nothing, "labels": nothing.bool(), "images": images}
 
     def update(self, scores: Tensor, image_findings: Sequence[Sequence[str]], image_ids: Sequence[str]) -> None:
-        """Add B images: cosines with the F prompts `(B, F)`, the findings each has, and its name."""
+        """Add B images: cosines with the F prompts `(B, F)`, findings and id of each image."""
         labels = [[finding in present for finding in self.findings] for present in image_findings]
         self.scores.append(scores.detach().float())
         self.labels.append(torch.tensor(labels, device=scores.device).view(scores.shape))
@@ -124,11 +124,11 @@ class ZeroShot(GatheredMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Both scores in [0, 1]."""
-        if not len(self.images):
+        if not sum(map(len, self.images)):
             return {"zero_shot_top1": torch.tensor(torch.nan), "zero_shot_auroc": torch.tensor(torch.nan)}
         first = first_of_each(dim_zero_cat(self.images))
         scores, labels = dim_zero_cat(self.scores)[first], dim_zero_cat(self.labels)[first].bool()
-        # A model that gives NaN has no order of findings.
+        # With NaN there is no order of findings.
         spoilt = 0 * scores.sum()
         best = labels.gather(1, scores.argmax(1, keepdim=True))[:, 0].float()
         areas = torch.stack([auroc(*column) for column in zip(scores.T, labels.T, strict=True)])

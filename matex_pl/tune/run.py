@@ -61,22 +61,10 @@ def tune_matex(
     - `surface.png` and `surface.svg`, the scores over lambda_s, lambda_c and tau
     - `tune.json`, all scores with their provenance
 
-    Objectives that are compared on the raster:
-
-    - `pointing_game`, `cnr`, `miou`, `energy_pointing_game`, `relevance_rank_accuracy`
-    - `iou`, `acc50` and `ap50` at a threshold, for example `iou/0.3`
-    - `border_mass` and `mean_map_mass` (lower is better), and `outside_thorax_mass` if the data module has a thorax
-    - `prompt_sensitivity` (against another pair's phrase) and `side_sensitivity` (against right and left exchanged)
-    - `sanity` (against shuffled weights), which computes the components once more for each block of the towers
-
-    Objectives that run the model for each setting:
-
-    - `confidence_drop`, `confidence_increase`, `confidence_drop@50`, `confidence_increase@50`, `top20_removal`
-    - `insertion` and `deletion`: the gain, which ranks settings like the AUC
-
-    These fill with the mean image, or with a named fill, for example `top20_removal/blur`.
-
-    Objectives for the words: `text_` before the first five of these, before `mean_map_mass` or before `sanity`.
+    Some objectives compare with other maps: `prompt_sensitivity` with those of another pair's phrase,
+    `side_sensitivity` with right and left exchanged, and `sanity` with shuffled weights. `sanity` computes the
+    components once more for each block of the towers. `insertion` and `deletion` use the gain, which ranks settings
+    like the AUC.
 
     Args:
         data: Data module; settings are tuned on its validation split, and the winner is scored on its test split.
@@ -84,8 +72,14 @@ def tune_matex(
         out: Output folder.
         method: A Matex whose other settings stay fixed, `Matex.recommended()` by default: the name of a shipped
             setting, a YAML file, or a class.
-        objective: Metric of the benchmark by which settings are ranked, for example `cnr`, `iou/0.3` or
-            `top20_removal/blur`.
+        objective: Metric of the benchmark by which settings are ranked. Compared on the raster are `pointing_game`,
+            `cnr`, `miou`, `energy_pointing_game`, `relevance_rank_accuracy`, `border_mass` and `mean_map_mass` (lower
+            is better), `prompt_sensitivity`, `side_sensitivity`, `sanity`, and `outside_thorax_mass` if the data module
+            has a thorax. At a threshold, as `iou/0.3`: `iou`, `acc50` and `ap50`. With forwards of the model for each
+            setting: `confidence_drop`, `confidence_increase`, `confidence_drop@50`, `confidence_increase@50`,
+            `top20_removal`, `insertion` and `deletion`. These fill with the mean image or with a named fill, as
+            `top20_removal/blur`. For the words: `text_` before the first five of these, before `mean_map_mass` or
+            before `sanity`.
         lambda_s: Strengths of the prior to try, at least 1.
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.

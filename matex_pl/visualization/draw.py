@@ -1,6 +1,6 @@
-"""Drawing primitives: measures, colors, the font, boxes, and the heat over an image.
+"""Drawing primitives: measures, colors, the font, boxes, and the heat map over an image.
 
-All colors are RGB. Lengths in a layout are in design units, the pixels of a panel `DESIGN_WIDTH` wide.
+All colors are RGB. Lengths in a layout are in design units: the pixels of a panel of width `DESIGN_WIDTH`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Color = tuple[int, int, int]
 
 DESIGN_WIDTH = 880
 
-# Perceptually uniform, without green or cyan (the boxes), and its dark end fades into the image instead of tinting it.
+# Perceptually uniform, without green or cyan (the boxes), and with a dark end that fades into the image.
 COLORMAP = cv2.COLORMAP_INFERNO
 MAX_OPACITY = 0.85
 
@@ -40,7 +40,7 @@ BOX_COLOR: Color = (64, 240, 200)
 
 @dataclass(frozen=True)
 class Page:
-    """The measures of a picture: its width in pixels, and the pixels per design unit."""
+    """Measures of a picture: its width in pixels, and the pixels per design unit."""
 
     width: int
     unit: float
@@ -51,7 +51,7 @@ class Page:
 
     @property
     def margin(self) -> int:
-        """Space at the picture's sides, in pixels."""
+        """Space at the sides of the picture, in pixels."""
         return self.px(20)
 
     @property
@@ -61,7 +61,7 @@ class Page:
 
 
 def overlay(image: Picture, heat: NDArray[np.float32]) -> Picture:
-    """The map over the image, `(H, W, 3)` uint8: opacity grows with the map, and where it is 0 the image is untouched.
+    """Map over the image, `(H, W, 3)` uint8: opacity grows with the map, and the image is unchanged where the map is 0.
 
     Args:
         image: `(H, W, 3)` uint8.
@@ -73,40 +73,40 @@ def overlay(image: Picture, heat: NDArray[np.float32]) -> Picture:
 
 @lru_cache(maxsize=1)
 def _color_table() -> NDArray[np.float32]:
-    """The color map as `(256, 3)` float32 RGB in [0, 255]."""
+    """Color map as `(256, 3)` float32 RGB in [0, 255]."""
     ramp = np.arange(256, dtype=np.uint8)[:, None]
     return cv2.applyColorMap(ramp, COLORMAP)[:, 0, ::-1].astype(np.float32)
 
 
 def on_background(values: NDArray[np.float32]) -> Picture:
-    """The overlay of `values` `(H, W)` in [0, 1] on the background of all pictures, `(H, W, 3)` uint8."""
+    """Overlay of `values` `(H, W)` in [0, 1] on the background of all pictures, `(H, W, 3)` uint8."""
     return overlay(blank_picture(*values.shape), values)
 
 
 def blank_picture(height: int, width: int) -> Picture:
-    """A picture `(height, width, 3)` uint8 in the background's color."""
+    """Picture `(height, width, 3)` uint8 in the background color."""
     return np.full((height, width, 3), BACKGROUND, np.uint8)
 
 
 def resize(picture: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    """`picture` at `size` (width, height): areas averaged when it shrinks, else cubic for uint8 and linear for maps."""
-    # Cubic rings: harmless on an image, but it would leave [0, 1] and put heat where the map has none.
+    """`picture` at `size` (width, height): area average to shrink it, else cubic for uint8 and linear for maps."""
+    # Cubic interpolation overshoots: harmless on an image, but a map would leave [0, 1] and get heat at zeros.
     enlarge = cv2.INTER_CUBIC if picture.dtype == np.uint8 else cv2.INTER_LINEAR
     method = cv2.INTER_AREA if size[0] < picture.shape[1] else enlarge
     return cv2.resize(picture, size, interpolation=method)
 
 
 def paste(canvas: Picture, picture: Picture, left: int, top: int) -> None:
-    """Lay `picture` on the canvas."""
+    """Copy `picture` onto the canvas."""
     canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
 
 
 def picture_grid(pictures: Sequence[Picture], *, columns: int, gap: int = 12) -> Picture:
-    """A grid of pictures, row by row, `(h, w, 3)` uint8; every cell is as large as the largest picture.
+    """Grid of pictures, row by row, `(h, w, 3)` uint8; every cell has the size of the largest picture.
 
     Args:
         pictures: `(h, w)` or `(h, w, 3)` uint8 each, of any sizes; smaller ones are centered in their cell.
-        columns: Cells per row, at least 1.
+        columns: Number of cells per row, at least 1.
         gap: Pixels between cells and around the grid.
     """
     if not pictures:
@@ -125,10 +125,10 @@ def picture_grid(pictures: Sequence[Picture], *, columns: int, gap: int = 12) ->
 
 
 def save_png(path: str | os.PathLike[str], image: Picture) -> Path:
-    """Write `image` `(h, w)` or `(h, w, 3)` uint8 as PNG and return its path; a reader sees the old file or the new."""
+    """Write `image` `(h, w)` or `(h, w, 3)` uint8 as PNG and return its path; readers see the old or the new file."""
     path = Path(path)
     with whole_file(path) as part:
-        # Pillow's `optimize` would save 5 % of a panel's bytes for five times the time.
+        # Pillow's `optimize` would save little for much more time.
         Image.fromarray(check_image(image, name="image")).save(part, format="PNG", compress_level=6)
     return path
 
@@ -151,14 +151,14 @@ def check_heat(heat: ArrayLike, size: tuple[int, int], name: str = "heat") -> ND
 
 
 def check_unit_range(array: NDArray[np.float32], name: str) -> NDArray[np.float32]:
-    """`array` in [0, 1]; rounding beyond the ends is clipped, more is an error."""
+    """`array` in [0, 1]; rounding beyond the ends is clipped, larger values raise."""
     if array.size and not (array.min() >= -1e-4 and array.max() <= 1 + 1e-4):
         raise ValueError(f"{name} must be in [0, 1], got values from {array.min():.4g} to {array.max():.4g}.")
     return array.clip(0, 1)
 
 
 def visible_boxes(boxes: ArrayLike) -> NDArray[np.float32]:
-    """The boxes clipped to the frame, `(K, 4)` float32, without those wholly outside."""
+    """Boxes clipped to the frame, `(K, 4)` float32, without boxes wholly outside."""
     array = np.asarray(boxes, dtype=np.float32)
     if array.size == 0:
         return np.zeros((0, 4), np.float32)
@@ -168,7 +168,7 @@ def visible_boxes(boxes: ArrayLike) -> NDArray[np.float32]:
         raise ValueError(f"boxes must be finite with x0 <= x1 and y0 <= y1, got {array.tolist()}.")
     if np.abs(array).max() > 4:
         raise ValueError(
-            f"boxes must be in [0, 1] of the frame, got {array.tolist()}. Divide pixels by the frame's size."
+            f"boxes must be in [0, 1] of the frame, got {array.tolist()}. Divide pixels by the size of the frame."
         )
     inside = array.clip(0, 1)
     return inside[(inside[:, 0] < inside[:, 2]) & (inside[:, 1] < inside[:, 3])]
@@ -185,7 +185,7 @@ def draw_tile(
 
 
 def draw_boxes(window: Picture, boxes: ArrayLike, thickness: int, color: Color = BOX_COLOR) -> None:
-    """Frames inside the edges of `boxes` `(K, 4)`, with a dark line on either side to show on bone and on heat."""
+    """Draw frames inside the edges of `boxes` `(K, 4)`, with dark lines on both sides for contrast to bone and heat."""
     size = np.array(window.shape[1::-1])
     for box in np.asarray(boxes):
         near = np.minimum(np.rint(box[:2] * size), size - 2 * thickness).astype(int)
@@ -195,7 +195,7 @@ def draw_boxes(window: Picture, boxes: ArrayLike, thickness: int, color: Color =
 
 
 def draw_frame(window: Picture, near: ArrayLike, far: ArrayLike, thickness: int, color: Color) -> None:
-    """Paint the border of the rectangle from `near` (x, y) to `far`, `thickness` wide, inside its edges."""
+    """Paint the border of the rectangle from `near` (x, y) to `far`, of width `thickness`, inside its edges."""
     (x0, y0), (x1, y1) = np.maximum(near, 0).tolist(), np.asarray(far).tolist()
     for rows, columns in (
         (slice(y0, y0 + thickness), slice(x0, x1)),
@@ -207,7 +207,7 @@ def draw_frame(window: Picture, near: ArrayLike, far: ArrayLike, thickness: int,
 
 
 def draw_peak(window: Picture, heat: NDArray[np.float32], page: Page) -> None:
-    """A small cross at the center of the map's first maximal pixel; none on a map of zeros."""
+    """Draw a small cross at the center of the map's first maximal pixel; none on a map of zeros."""
     if heat.max() <= 0:
         return
     row, column = np.unravel_index(int(heat.argmax()), heat.shape)
@@ -218,7 +218,7 @@ def draw_peak(window: Picture, heat: NDArray[np.float32], page: Page) -> None:
 
 
 def draw_color_bar(canvas: Picture, corner: tuple[int, int], size: tuple[int, int]) -> None:
-    """The overlay's colors at `corner` (left, top), 1 at the top of a tall bar and at the right of a wide one."""
+    """Draw the overlay's colors at `corner` (left, top): 1 is the top of a tall bar, and the right of a wide one."""
     (left, top), (width, height) = corner, size
     ramp = np.linspace(1, 0, height)[:, None] if height > width else np.linspace(0, 1, width)
     draw_frame(canvas, (left - 1, top - 1), (left + width + 1, top + height + 1), 1, FAINT_INK)
@@ -226,7 +226,7 @@ def draw_color_bar(canvas: Picture, corner: tuple[int, int], size: tuple[int, in
 
 
 def mark_sides(picture: Picture, page: Page) -> Picture:
-    """`picture` with R and L in its upper corners; on the left of a frontal radiograph is the patient's right."""
+    """`picture` with R and L in its upper corners; the patient's right is on the left of a frontal radiograph."""
     image, inset, letter = Image.fromarray(picture), page.px(12), font(page.px(23))
     draw = ImageDraw.Draw(image)
     for x, text, anchor in ((inset, "R", "lt"), (image.width - inset, "L", "rt")):
@@ -236,25 +236,25 @@ def mark_sides(picture: Picture, page: Page) -> Picture:
 
 @lru_cache(maxsize=64)
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans of `size` pixels as matplotlib ships it; a box stands for what it lacks, such as Chinese."""
-    # Matplotlib is found and not imported: that takes longer than to draw a picture.
+    """DejaVu Sans of `size` pixels from matplotlib; glyphs that it lacks, such as Chinese, are drawn as boxes."""
+    # Matplotlib is located, not imported: the import takes longer than drawing a picture.
     package = find_spec("matplotlib")
     assert package is not None
     assert package.origin is not None
     path = Path(package.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf"
-    # The other layout engine is not on every machine, and the same text would have another length.
+    # The other layout engine is missing on some machines, and gives the same text another length.
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def single_line(text: str) -> str:
-    """The text in one line: NFC, single blanks, no control or format characters and no lone surrogates."""
+    """Text in one line: NFC, single spaces, without control and format characters and lone surrogates."""
     composed = unicodedata.normalize("NFC", text)
     kept = (c for c in composed if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
     return " ".join("".join(kept).split())
 
 
 def cut(text: str, room: float, size: int) -> str:
-    """`text` of `size` pixels, or as much of its beginning as fits with an ellipsis into `room` pixels."""
+    """`text` in a font of `size` pixels, shortened with an ellipsis if it is wider than `room` pixels."""
     length = font(size).getlength
     if length(text) <= room:
         return text
@@ -268,7 +268,7 @@ def write(draw: ImageDraw.ImageDraw, left_base: tuple[int, int], text: str, ink:
 
 
 def write_header(draw: ImageDraw.ImageDraw, page: Page, title: str, subtitle: str, score: float | None = None) -> None:
-    """Write title and score on the first line, the subtitle on the second."""
+    """Write title and score on the first line, and the subtitle on the second."""
     right, size = page.width - page.margin, page.px(23)
     room: float = right - page.margin
     if score is not None:
@@ -281,5 +281,5 @@ def write_header(draw: ImageDraw.ImageDraw, page: Page, title: str, subtitle: st
 
 
 def count_boxes(count: int) -> str:
-    """The number of boxes in words."""
+    """Number of boxes in words."""
     return "no box" if count == 0 else f"{count} box" + "es" * (count > 1)

@@ -1,4 +1,4 @@
-"""Picture of one pair: the image with its boxes, the map over it, and the phrase shaded by relevance."""
+"""Panel of one pair: the image with its boxes, the map over it, and the phrase shaded by relevance."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from matex_pl.visualization.draw import (
 from matex_pl.visualization.words import Piece, check_relevance, phrase_lines, phrase_pieces, write_phrase
 
 TEXT_LINES = 3
-# Stands for a word piece that is not shown; the dashes are visible where its shade is that of the background.
+# Replacement of a hidden word piece; the dashes are visible if its shade equals the background.
 _BAR = "----"
 
 
@@ -52,27 +52,27 @@ def panel(
 ) -> Picture:
     """One pair as a picture `(h, width, 3)` uint8; h depends on `width`, `text_lines` and the image's aspect alone.
 
-    Left the image, right the map over it, both with the boxes and, on a frontal radiograph, R and L for the patient's
-    sides; a cross marks the map's maximum. Below, the phrase, each word piece shaded by its relevance with the map's
-    colors.
+    The image is on the left, the map over it on the right, both with the boxes. On a frontal radiograph R and L mark
+    the patient's sides. A cross marks the map's maximum. Below is the phrase, with each word piece shaded by its
+    relevance in the map's colors.
 
     Args:
         image: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
-        heat: `(H, W)` in [0, 1], the map in the same frame. An all-zero map has no maximum to mark.
-        boxes: `(K, 4)` `x0, y0, x1, y1` in [0, 1] of the frame, x to the right, y down; clipped to the frame.
-        phrase: As the user wrote it; gives case and spacing where the tokens can be found in it.
-        tokens: The T content word pieces of the phrase as text; a space stands before each that begins a word.
+        heat: `(H, W)` map in [0, 1], in the same frame. An all-zero map has no maximum to mark.
+        boxes: `(K, 4)` boxes `x0, y0, x1, y1` in [0, 1] of the frame, x to the right, y down; clipped to the frame.
+        phrase: Phrase in the user's spelling; case and spacing are used if the phrase contains the tokens.
+        tokens: The T content word pieces of the phrase as text; a piece that begins a word starts with a space.
         relevance: T values in [0, 1].
         score: Cosine of image and phrase.
         title: First line, e.g. finding and pair.
         subtitle: Second line, e.g. method and epoch.
         width: Width of the panel in pixels.
-        text_lines: Lines kept for the phrase; a longer one ends in an ellipsis.
-        side_markers: Draw R and L; not for lateral images.
-        show_text: Write the word pieces on their shades; otherwise these are bars of one length.
+        text_lines: Number of lines for the phrase; a longer phrase ends in an ellipsis.
+        side_markers: Whether to draw R and L; False for lateral images.
+        show_text: Whether to write the word pieces on their shades; otherwise these are bars of one length.
 
     Raises:
-        ValueError: A shape, range or length does not fit; the message names it.
+        ValueError: If a shape, range or length does not fit; the message names the argument.
     """
     image = check_image(image)
     heat = check_heat(heat, image.shape[:2])
@@ -114,10 +114,10 @@ def compose(
     score: float | None = None,
     scale: tuple[str, str] = ("0", "1"),
 ) -> Picture:
-    """A header, pictures side by side with a color bar to their right, and a phrase, as `(h, page.width, 3)` uint8.
+    """Header, tiles side by side with a color bar to their right, and a phrase, as `(h, page.width, 3)` uint8.
 
-    The tiles have one height and a caption each; `text_lines` are kept for `lines`, from `phrase_lines`; `scale` has
-    the values at the bottom and at the top of the color bar.
+    The tiles have one height and a caption each. `text_lines` is the number of lines reserved for `lines`, from
+    `phrase_lines`. `scale` holds the values at the bottom and at the top of the color bar.
     """
     top, height = page.px(88), tiles[0].shape[0]
     bottom = top + height

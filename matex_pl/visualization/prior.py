@@ -1,6 +1,6 @@
 """Picture of the spatial prior: M over the outline of a frontal chest, the boxes of the regions, and the phrase.
 
-x runs to the right of the image, y down.
+x points to the right of the image, y down.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ Rectangle = tuple[int, int, int, int]
 
 SIDE = 768
 TEXT_LINES = 5
-# Words kept on either side of a mark if the phrase is too long.
+# Number of words kept on either side of a mark if the phrase is too long.
 CONTEXT_WORDS = 6
 
-# The first is that of the boxes on every other picture; none is in the color map of M.
+# The first color is that of the boxes in all other pictures. None is in the color map of M.
 BOX_COLORS: tuple[Color, ...] = (
     BOX_COLOR,
     (120, 190, 255),
@@ -73,22 +73,22 @@ def prior_panel(
 ) -> Picture:
     """M of one phrase as a picture `(h, DESIGN_WIDTH, 3)` uint8; h grows with the phrase, up to `TEXT_LINES` lines.
 
-    R and L stand for the patient's sides, R on the left as on a frontal radiograph, whatever the map shows.
+    R and L mark the patient's sides, R on the left as on a frontal radiograph, for any map.
 
     Args:
-        prior: `(H, W)` in [1, lambda_s], drawn square.
+        prior: `(H, W)` map in [1, lambda_s], drawn square.
         lambda_s: Upper end of the color bar, at least 1.
-        boxes: K of `(x0, y0, x1, y1)` in [0, 1] of the image. Equal boxes are drawn once, with their names joined.
+        boxes: K boxes `(x0, y0, x1, y1)` in [0, 1] of the image. Equal boxes are drawn once, with their names joined.
         names: K labels.
-        phrase: As the user wrote it; if it is too long, ellipses stand first of all for what is not marked.
-        naming: Character ranges of the phrase that named regions, shaded in the color of the highest M.
-        ignored: Character ranges that named none, struck through.
-        chest: Closed outlines, `(P, 2)` each in [0, 1] of the image, of the `PARTS` of the chest; none by default.
-        subtitle: Second line.
-        caption: Line under the map.
+        phrase: Phrase in the user's spelling; if it is too long, ellipses replace unmarked words first.
+        naming: Character ranges of the phrase that name regions, shaded in the color of the highest M.
+        ignored: Character ranges of places and sides that name no region, struck through.
+        chest: Closed outlines of the `PARTS` of the chest, `(P, 2)` each in [0, 1] of the image; none by default.
+        subtitle: Second line of the header.
+        caption: Line below the map.
 
     Raises:
-        ValueError: The prior is outside [1, lambda_s], or names and boxes do not pair.
+        ValueError: If the prior is outside [1, lambda_s], or names and boxes differ in number.
     """
     array = np.asarray(prior, dtype=np.float32)
     if array.ndim != 2 or not (array.min() >= 1 - 1e-4 and array.max() <= lambda_s * (1 + 1e-4)):
@@ -120,8 +120,8 @@ def prior_panel(
 
 
 def _draw_chest(chest: Mapping[str, Sequence[NDArray[np.float64]]]) -> tuple[Picture, NDArray[np.float32]]:
-    """The parts of the chest as areas `(SIDE, SIDE, 3)` uint8, and the opacity of their borders `(SIDE, SIDE, 1)`."""
-    # Twice as large, for smooth edges.
+    """Parts of the chest as areas `(SIDE, SIDE, 3)` uint8, and the opacity of their borders `(SIDE, SIDE, 1)`."""
+    # Drawn at twice the size, for smooth edges.
     shades = np.zeros((2 * SIDE, 2 * SIDE), np.uint8)
     for part, shade in PARTS.items():
         for curve in chest.get(part, ()):
@@ -135,7 +135,7 @@ def _draw_chest(chest: Mapping[str, Sequence[NDArray[np.float64]]]) -> tuple[Pic
 
 @dataclass(frozen=True)
 class Label:
-    """A box in parts of the image, the names of its regions, its color, and the pixels of the text's ground."""
+    """Label of a box: box in [0, 1] of the image, names of its regions, color, and background in pixels."""
 
     box: Box
     text: str
@@ -144,15 +144,15 @@ class Label:
 
 
 def place_labels(boxes: Sequence[Box], names: Sequence[str]) -> list[Label]:
-    """A label for each distinct box, from the smallest to the largest; none is over another or over R and L.
+    """Label of each distinct box, smallest box first; no label covers another one or R and L.
 
     Raises:
-        ValueError: Names and boxes do not pair.
+        ValueError: If names and boxes differ in number.
     """
     joined: dict[Box, list[str]] = {}
     for box, name in zip(boxes, names, strict=True):
         joined.setdefault(box, []).append(name)
-    # Small boxes choose first: large ones have more room to give way.
+    # Small boxes come first, because large ones have more free places.
     ordered = sorted(joined, key=lambda box: ((box[2] - box[0]) * (box[3] - box[1]), box))
     labels: list[Label] = []
     taken: list[Rectangle] = [(0, 0, 48, 48), (SIDE - 48, 0, SIDE, 48)]
@@ -165,7 +165,7 @@ def place_labels(boxes: Sequence[Box], names: Sequence[str]) -> list[Label]:
 
 
 def _place_label(box: Box, size: tuple[int, int], taken: Sequence[Rectangle]) -> Rectangle:
-    """The free place for a label of `size` nearest to the upper left corner of its box, inside the box if possible."""
+    """Free place for a label of `size` nearest to the upper left corner of its box, inside the box if possible."""
     (width, height), (left, top, right, bottom) = size, (round(edge * SIDE) for edge in box)
     left, top = left + 3, top + 3
     columns, rows = range(left % 8, SIDE - width, 8), range(top % 8, SIDE - height, 8)
@@ -173,7 +173,7 @@ def _place_label(box: Box, size: tuple[int, int], taken: Sequence[Rectangle]) ->
 
     def distance(spot: Rectangle) -> tuple[bool, int]:
         is_outside = spot[0] < left or spot[1] < top or spot[2] > right - 3 or spot[3] > bottom - 3
-        # Along the upper edge rather than away from it.
+        # Prefer places along the upper edge.
         return is_outside, abs(spot[0] - left) + 3 * abs(spot[1] - top)
 
     spots.sort(key=distance)
@@ -186,7 +186,7 @@ def meet(a: Rectangle, b: Rectangle) -> bool:
 
 
 def _draw_regions(picture: Picture, labels: Sequence[Label]) -> Picture:
-    """The picture with the boxes, small ones on top, and their names on dark ground."""
+    """Picture with the boxes, small ones on top, and their names on a dark background."""
     for label in reversed(labels):
         draw_boxes(picture, [label.box], 2, label.color)
     image = Image.fromarray(picture)
@@ -199,7 +199,7 @@ def _draw_regions(picture: Picture, labels: Sequence[Label]) -> Picture:
 
 
 def marked_runs(phrase: str, naming: Sequence[Span], ignored: Sequence[Span]) -> Iterator[tuple[str, str]]:
-    """The phrase in runs, each with `names`, `ignored` or the empty string."""
+    """The phrase in runs, each with its mark: `names`, `ignored` or the empty string."""
     marks = [""] * len(phrase)
     for mark, spans in (("ignored", ignored), ("names", naming)):
         for start, end in spans:
@@ -209,19 +209,19 @@ def marked_runs(phrase: str, naming: Sequence[Span], ignored: Sequence[Span]) ->
 
 
 def _pieces(phrase: str, naming: Sequence[Span], ignored: Sequence[Span]) -> Iterator[Piece]:
-    """The words of the phrase, of relevance 1 where they name a region; a word also ends where a mark ends."""
+    """Words of the phrase, with relevance 1 if they name a region; the end of a mark also ends a word."""
     after_space = False
     for run, mark in marked_runs(phrase, naming, ignored):
         after_space = after_space or run[:1].isspace()
         for word in single_line(run).split():
-            # A word of 300 letters is wider than the picture, and measuring a longer one takes time.
+            # 300 letters are wider than the picture. Measuring longer words takes time.
             yield Piece(word[:300], float(mark == "names"), after_space, struck=mark == "ignored")
             after_space = True
         after_space = run[-1:].isspace()
 
 
 def _excerpt(pieces: Sequence[Piece]) -> list[Piece]:
-    """The pieces, with an ellipsis for what lies more than `CONTEXT_WORDS` away from the next mark."""
+    """Pieces with an ellipsis for words more than `CONTEXT_WORDS` away from the next mark."""
     kept: list[Piece] = []
     for is_marked, run in groupby(pieces, key=lambda piece: piece.relevance > 0 or piece.struck):
         words = list(run)

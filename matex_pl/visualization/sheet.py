@@ -1,4 +1,4 @@
-"""Many methods on one pair as one picture: the image, then a tile per method with its map and its words."""
+"""Contact sheet of many methods on one pair: the image, then a tile per method with its map and its words."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from matex_pl.visualization.draw import (
 from matex_pl.visualization.words import Piece, check_relevance, phrase_lines, phrase_pieces, wrap, write_phrase
 
 SHEET_WIDTH, COLUMNS, TEXT_LINES = 1920, 6, 3
-# Widths in design units, so that a sheet looks the same at every width.
+# Widths in design units: a sheet looks the same at every width.
 TILE, PANEL_TILE = 240, 384
-# In pixels; the type of a narrower tile cannot be read.
+# Minimum width in pixels; the text of a narrower tile is not legible.
 MIN_TILE = 120
 LEGEND = "map and words on one scale, cross at the maximum of each map"
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """The result of one method on the pair.
+    """Result of one method on the pair.
 
     Args:
-        name: Name of the method; a long one is written smaller, then cut.
-        heat: `(H, W)` in [0, 1], its map in the image's frame; None if it has none.
-        relevance: T values in [0, 1], one per token; None if it does not weigh words.
-        note: A few words under the name, e.g. "13 forwards". Without a map, the reason, in the place of the map.
+        name: Name of the method; a long name is written smaller, then cut.
+        heat: `(H, W)` map in [0, 1], in the image's frame; None if the method has none.
+        relevance: T values in [0, 1], one per token; None if the method has no word map.
+        note: A few words below the name, e.g. "13 forwards". Without a map, the reason, shown in the tile.
     """
 
     name: str
@@ -76,25 +76,26 @@ def contact_sheet(
     """Many methods on one pair as a picture `(h, width, 3)` uint8.
 
     h depends on `width`, `columns`, `text_lines`, the number of entries and the image's aspect alone. The first tile is
-    the image with its boxes, the others are the entries: the map over the image, the boxes, a cross at the maximum; the
-    method's name and note; the phrase, each word piece shaded by its relevance. All share the color bar at the foot.
+    the image with its boxes; the others are the entries. An entry shows the map over the image, the boxes and a cross
+    at the maximum, then the method's name and note, then the phrase with each word piece shaded by its relevance. All
+    share the color bar at the bottom.
 
     Args:
         image: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
-        boxes: `(K, 4)` `x0, y0, x1, y1` in [0, 1] of the frame, as for `panel`.
-        phrase: As the user wrote it; repeated below the subtitle, where there is more room for a long one.
+        boxes: `(K, 4)` boxes `x0, y0, x1, y1` in [0, 1] of the frame, as for `panel`.
+        phrase: Phrase in the user's spelling; repeated below the subtitle, where a long one has more room.
         tokens: The T content word pieces of the phrase, as for `panel`.
-        entries: The methods, at least one.
+        entries: Results of the methods, at least one.
         score: Cosine of image and phrase.
         title: First line, e.g. finding and pair.
         subtitle: Second line, e.g. the model.
-        columns: Tiles per row; fewer if there are not so many.
+        columns: Maximum number of tiles per row.
         width: Width of the sheet in pixels.
-        text_lines: Lines kept for the phrase under a tile; a longer one ends in an ellipsis.
-        side_markers: Draw R and L; not for lateral images.
+        text_lines: Number of lines for the phrase below a tile; a longer phrase ends in an ellipsis.
+        side_markers: Whether to draw R and L; False for lateral images.
 
     Raises:
-        ValueError: A shape, range or length does not fit; the message names it and the entry.
+        ValueError: If a shape, range or length does not fit; the message names the argument and the entry.
     """
     image, boxes = check_image(image), visible_boxes(boxes)
     page = _Sheet.of(width, columns, len(entries), image.shape[0] / image.shape[1], text_lines)
@@ -119,24 +120,24 @@ def contact_sheet(
 
 @dataclass(frozen=True)
 class _Sheet(Page):
-    """The measures of a sheet."""
+    """Measures of a sheet."""
 
-    # (width, height) of each picture in pixels.
+    # Width and height of each picture in pixels.
     tile: tuple[int, int]
     columns: int
-    # Lines kept for the phrase under a tile.
+    # Number of lines for the phrase below a tile.
     text_lines: int
 
     @classmethod
     def of(cls, width: int, columns: int, num_entries: int, aspect: float, text_lines: int) -> _Sheet:
-        """The layout for an image of `aspect` = height / width and `num_entries` methods."""
+        """Layout for an image of `aspect` = height / width and `num_entries` methods."""
         if num_entries < 1:
             raise ValueError("contact_sheet needs at least one entry, got none.")
         for name, value in (("columns", columns), ("text_lines", text_lines)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         columns = min(columns, num_entries + 1)
-        # A sheet of one or two columns has the type of a panel of its width, not a larger one.
+        # A sheet of one or two columns has the font size of a panel of its width, not a larger one.
         unit = width / max(columns * (TILE + 20) + 20, DESIGN_WIDTH)
         side = (width - (columns + 1) * Page(width, unit).margin) // columns
         if side < MIN_TILE:
@@ -148,13 +149,13 @@ class _Sheet(Page):
 
     @property
     def marks(self) -> Page:
-        """The measures of the marks on a tile, in proportion to it as on a panel."""
-        # Below half a pixel a unit the cross falls apart; above that of the sheet it would be larger than the type.
+        """Measures of the marks on a tile, in proportion to the tile as on a panel."""
+        # Below half a pixel per unit the cross falls apart. Above the unit of the sheet it would exceed the text.
         return Page(self.tile[0], max(min(self.tile[0] / PANEL_TILE, self.unit), 0.5))
 
     @property
     def words(self) -> Page:
-        """The measures of the phrase under a tile."""
+        """Measures of the phrase below a tile."""
         return Page(self.tile[0], 0.85 * self.unit)
 
 
@@ -175,7 +176,7 @@ def _empty_tile(page: _Sheet, reason: str) -> Picture:
 
 
 def _cell(page: _Sheet, picture: Picture, name: str, note: str, pieces: Sequence[Piece] | None) -> Picture:
-    """A tile with its name, its note and its words under it; `pieces` are None if there are no words to show."""
+    """A tile with its name, its note and its words below; `pieces` are None without a word map."""
     (room, bottom), words = page.tile, page.words
     top = bottom + page.px(58)
     canvas = blank_picture(top + page.text_lines * words.line_height, room)
@@ -192,7 +193,7 @@ def _cell(page: _Sheet, picture: Picture, name: str, note: str, pieces: Sequence
 
 
 def _write_fitting(draw: ImageDraw.ImageDraw, page: _Sheet, left_base: tuple[int, int], text: str, room: float) -> None:
-    """Write a line from `left_base` (x, y of its baseline), in smaller type if a long text fits then."""
+    """Write a line from `left_base` (x, y of its baseline), in a smaller font if a long text then fits."""
     size = page.px(18)
     length = font(size).getlength(single_line(text))
     if length > room:
@@ -201,7 +202,7 @@ def _write_fitting(draw: ImageDraw.ImageDraw, page: _Sheet, left_base: tuple[int
 
 
 def _compose(page: _Sheet, cells: Sequence[Picture], phrase: str, title: str, subtitle: str, score: float) -> Picture:
-    """The cells row by row below the header, and the color bar at the foot."""
+    """Sheet of the cells row by row below the header, with the color bar at the bottom."""
     grid, grid_top = picture_grid(cells, columns=page.columns, gap=page.margin), page.px(120) - page.margin
     bar_top, length, height = grid_top + grid.shape[0] + page.px(6), page.px(TILE), page.px(14)
     bar_left = page.margin + page.px(21)

@@ -1,4 +1,4 @@
-"""A phrase whose words are shaded by their relevance."""
+"""Phrase with its words shaded by relevance."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ class Piece:
     text: str
     relevance: float
     after_space: bool
-    # Whether a line is drawn through it.
+    # Whether the piece is struck through.
     struck: bool = False
 
 
-# Space between words in parts of the type's size, wide enough to part the shades of two neighbors.
+# Space between words as a share of the font size, wide enough to separate the shades of two neighbors.
 BLANK = 0.5
 
 
 def phrase_pieces(phrase: str, tokens: Sequence[str], relevance: Sequence[float]) -> list[Piece]:
-    """Pieces in the case and spacing of the phrase, or as the tokens write them if the phrase does not begin so.
+    """Pieces in the case and spacing of the phrase, or of the tokens if the phrase does not begin with these.
 
-    An ellipsis ends a phrase that goes on after its last token (cut at the model's context length). Without tokens the
-    words of the phrase stand alone, of relevance 0.
+    If the phrase continues after the last token (truncated to the model's context length), an ellipsis ends it. Without
+    tokens the pieces are the words of the phrase, with relevance 0.
 
     Args:
-        phrase: As the user wrote it.
-        tokens: T word pieces; a space stands before each that begins a word.
+        phrase: Phrase in the user's spelling.
+        tokens: T word pieces; a piece that begins a word starts with a space.
         relevance: T values in [0, 1].
     """
     line = single_line(phrase)
@@ -55,7 +55,7 @@ def phrase_pieces(phrase: str, tokens: Sequence[str], relevance: Sequence[float]
     spelled = _find_in(line, texts)
     is_cut = spelled is not None and sum(len(text) + after_space for text, after_space in spelled) < len(line)
     if spelled is None:
-        # No space stands before a punctuation mark.
+        # No space before a punctuation mark.
         begins = [
             token.startswith(" ") and not text.startswith(tuple(".,;:!?)]%"))
             for token, text in zip(tokens, texts, strict=True)
@@ -68,12 +68,12 @@ def phrase_pieces(phrase: str, tokens: Sequence[str], relevance: Sequence[float]
 
 
 def _find_in(line: str, texts: Sequence[str]) -> list[tuple[str, bool]] | None:
-    """The texts as the line spells them, each with whether it begins a word; None if the line does not begin so."""
+    """Texts in the spelling of the line, each with whether it begins a word; None if the line does not match."""
     spelled, position, lowered = [], 0, line.lower()
     if len(lowered) != len(line):
         return None
     for text in texts:
-        # A piece may hold no whole character.
+        # A piece may contain no complete character.
         spaced = bool(text) and lowered.startswith(" ", position)
         position += spaced
         if not lowered.startswith(text.lower(), position):
@@ -87,12 +87,12 @@ def check_relevance(relevance: Sequence[float], count: int, name: str = "relevan
     """`relevance` as `count` floats in [0, 1]."""
     array = np.asarray(relevance, dtype=np.float32)
     if array.shape != (count,):
-        raise ValueError(f"{name} must be one value per token: got shape {array.shape} for {count} tokens.")
+        raise ValueError(f"{name} must have one value per token, got shape {array.shape} for {count} tokens.")
     return check_unit_range(array, name).tolist()
 
 
 def wrap(pieces: Iterable[Piece], room: float, size: int, max_lines: int) -> list[list[Piece]]:
-    """Lines of `size` pixels no wider than `room`, broken between words; an ellipsis stands for further lines."""
+    """Lines in a font of `size` pixels, at most `room` wide, broken between words, with an ellipsis for the rest."""
     lines: list[list[Piece]] = []
     for word in _words(pieces, room, size):
         if lines and line_length([*lines[-1], *word], size) <= room:
@@ -126,14 +126,14 @@ def line_length(line: Sequence[Piece], size: int) -> float:
 
 
 def phrase_lines(page: Page, pieces: Iterable[Piece], room: float, max_lines: int) -> list[list[Piece]]:
-    """The pieces in at most `max_lines` lines of `room` pixels, as `write_phrase` takes them."""
+    """Pieces in at most `max_lines` lines of `room` pixels, as input of `write_phrase`."""
     return wrap(pieces, room - 2 * page.px(3), page.px(18), max_lines)
 
 
 def write_phrase(
     draw: ImageDraw.ImageDraw, page: Page, lines: Sequence[Sequence[Piece]], corner: tuple[int, int]
 ) -> None:
-    """Write lines of pieces on their shades, the first at `corner` (left, top)."""
+    """Write lines of pieces on their shades, the first line at `corner` (left, top)."""
     pad, size = page.px(3), page.px(18)
     for row, line in enumerate(lines):
         x, top = float(corner[0] + pad), corner[1] + row * page.line_height
@@ -153,13 +153,13 @@ def write_phrase(
 
 
 def _shade(value: float) -> Color:
-    """The color of `value` on the background."""
+    """Color of `value` on the background."""
     red, green, blue = on_background(np.array([[value]], np.float32))[0, 0].tolist()
     return red, green, blue
 
 
 def ink_on(shade: Color) -> Color:
-    """Light or dark ink, whichever stands out more from `shade`."""
+    """Light or dark ink, whichever has more contrast to `shade`."""
     return max(INK, DARK_INK, key=lambda ink: contrast(ink, shade))
 
 

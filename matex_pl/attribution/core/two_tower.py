@@ -42,7 +42,7 @@ class Relevance:
 class Trace(NamedTuple):
     """One forward of a tower, and its relevance function.
 
-    Args:
+    Attributes:
         embedding: `(B, D)` embeddings, or `(1, D)` of one image.
         relevance_for: Function from directions `(B, D)` in the embedding space to the `Relevance` of the tower's
             inputs.
@@ -244,7 +244,7 @@ class TwoTowerMethod(AttributionMethod):
         check_choices(TwoTowerMethod.__init__, locals())
         if references is not None and not references:
             raise ValueError(
-                "references must name at least one phrase, got []. Leave `references` out to use the package's list."
+                "references must name at least one phrase, got []. Leave references out to use the package's list."
             )
         self.target = target
         self.references = list(REFERENCES if references is None else references)

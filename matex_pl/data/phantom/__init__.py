@@ -2,5 +2,5 @@
 
 import lazy_loader
 
-# The names are listed in `__init__.pyi`, and their modules imported when they are asked for.
+# `__init__.pyi` lists the names; a module is imported on first use.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""Phantoms drawn once, by several processes, and kept on disk as one memory map with their pairs."""
+"""Cache of phantoms: drawn once, by several processes, and stored on disk as one memory map with the pairs."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def phantom_cache(
 ) -> tuple[NDArray[np.uint8], list[ImageTextPair]]:
     """Images `(N, size, size)` uint8, opened read-only from disk, and their pairs; drawn at the first call.
 
-    The folder `root/<key>` appears in one step when all images are drawn, so that an interrupted run leaves nothing
-    that looks like a cache. A second run waits for the images of the first. The unfinished images of a killed run are
-    removed by the processes that drew them, or else by the next call.
+    The folder `root/<key>` appears in one step when all images are drawn, so an interrupted run leaves no incomplete
+    cache. A second run waits for the images of the first. The worker processes remove the unfinished images of a killed
+    run; otherwise the next call removes them.
 
     Args:
         root: Folder of all caches.
         splits: Number of images per split, in the order of their indices.
-        seed: Random seed of the series, see `draw_phantom`, as for the next three.
-        size: Side in pixels.
-        shortcut: Probability of the tag.
-        shortcut_finding: The finding with the tag.
-        num_workers: Number of processes; all cores by default, 1 draws in this process.
+        seed: Random seed of the series; see `draw_phantom`.
+        size: Side of the images in pixels; see `draw_phantom`.
+        shortcut: Probability of the tag; see `draw_phantom`.
+        shortcut_finding: Finding with the tag; see `draw_phantom`.
+        num_workers: Number of processes; up to one per core by default. With 1, this process draws.
     """
     settings = {"seed": seed, "size": size, "shortcut": shortcut, "shortcut_finding": shortcut_finding}
-    # Fails on wrong settings here, with a plain traceback, rather than in a worker.
+    # Wrong settings fail here, with a plain traceback, and not in a worker.
     draw_phantom(0, **settings)  # type: ignore[arg-type]
     folder = Path(root) / _cache_key({**settings, "splits": splits})
     if not folder.exists():
@@ -126,12 +126,12 @@ def _write_images(folder: Path, splits: Mapping[str, int], settings: Mapping[str
 
 
 def _draw_chunks(chunks: list[tuple[Path, int, list[str], dict[str, Any]]], num_workers: int) -> Iterator[list[Any]]:
-    """Records of the pairs of each chunk, in the order in which they get ready."""
+    """Records of the pairs of each chunk, in the order of completion."""
     if num_workers <= 1:
         yield from (_draw_chunk(*chunk) for chunk in chunks)
         return
-    # The platform's way to start a process, as a DataLoader uses it: fork needs no `__main__` guard in a user's script,
-    # and the workers never call torch, whose threads would not survive it.
+    # The platform's default start method, as in a DataLoader: fork needs no `__main__` guard in a user's script, and
+    # the workers never call torch, whose threads do not survive a fork.
     with ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(chunks[0][0].parent,)) as pool:
         jobs = [pool.submit(_draw_chunk, *chunk) for chunk in chunks]
         try:
@@ -156,7 +156,7 @@ def _end_with_parent(unfinished: Path) -> None:
 
 
 def _draw_chunk(path: Path, start: int, splits: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Draw one image per split name, from the index `start` on. Records of their pairs."""
+    """Draw one image per split name, from the index `start` on; return the records of their pairs."""
     images = np.lib.format.open_memmap(path, mode="r+")
     pairs: list[dict[str, Any]] = []
     for index, split in enumerate(splits, start):

@@ -1,7 +1,6 @@
 """Drawing in the body's frame: x = 0 is the midline, x grows towards the patient's left, y grows downwards.
 
-One unit is the side of the image, so that every length scales with its size. The patient's left is on the right of the
-image.
+One unit is the side of the image, and all lengths scale with it. The patient's left is on the right of the image.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def _pixel_grid(size: int) -> tuple[Field, Field]:
 
 
 def as_field(image: Any) -> Field:
-    """The same array for the type checker, which does not know that OpenCV keeps float32."""
+    """The same array, typed as float32: OpenCV keeps the type, but its stubs do not declare it."""
     return cast(Field, image)
 
 
@@ -36,13 +35,13 @@ class Canvas:
     """A square image and the affine map from the body's frame to its pixels.
 
     Args:
-        size: Side in pixels.
-        midline: x of the midline on the image, in [0, 1].
+        size: Side of the image in pixels.
+        midline: Position x of the midline on the image, in [0, 1].
         tilt: Rotation of the patient on the image in degrees.
 
     Attributes:
-        x: `(size, size)` body x of every pixel center.
-        y: `(size, size)` body y of every pixel center.
+        x: `(size, size)` x of every pixel center in the body's frame.
+        y: `(size, size)` y of every pixel center in the body's frame.
     """
 
     def __init__(self, size: int, *, midline: float = 0.5, tilt: float = 0.0) -> None:
@@ -73,7 +72,7 @@ class Canvas:
         plate = np.zeros((self.size, self.size), np.uint8)
         fixed = np.rint(self.to_pixels(np.concatenate(outlines)) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
         start = 0
-        # One call for all would cut holes where outlines overlap.
+        # One call for all outlines would cut holes into their overlap.
         for outline in outlines:
             end = start + len(outline)
             cv2.fillPoly(plate, [fixed[start:end]], 255, cv2.LINE_AA, _SUBPIXEL_BITS)

@@ -1,4 +1,4 @@
-"""Things on an image besides the patient: support devices, the side marker, and the tag used as a shortcut."""
+"""Objects on an image other than the patient: support devices, the side marker, and the tag used as a shortcut."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SHARE_WITH_DEVICE = 0.35
 
 @dataclass(frozen=True)
 class Device:
-    """A support device; `side` is the patient's and empty for those in the midline."""
+    """A support device; `side` is the patient's side, or empty for devices in the midline."""
 
     name: str
     side: str
 
 
 def plan_device(plans: Sequence[Plan], rng: np.random.Generator) -> Device | None:
-    """A device on about a third of images; never a pacemaker, which hides much, over a finding in the upper lung."""
+    """Random device for an image, on about a third of images; no pacemaker over a finding in the upper lung."""
     wanted, name, side = rng.random() < _SHARE_WITH_DEVICE, str(rng.choice(DEVICES)), str(rng.choice(["right", "left"]))
     crowded = any(side in plan.sides and plan.zone in ("upper", "whole") for plan in plans)
     if not wanted or (name == "pacemaker" and crowded):
@@ -93,7 +93,7 @@ _OUTLINES = {
 
 
 def draw_marker(image: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    """Writes R in the upper left corner of the image or L in the upper right, in place; one image in ten has none."""
+    """Write R in the upper left corner of the image or L in the upper right, in place; one image in ten has none."""
     letter, shown = ("R", "L")[int(rng.random() < 0.5)], rng.random() < 0.9
     size = len(image)
     scale = size / 192 * rng.uniform(0.40, 0.55)
@@ -104,7 +104,7 @@ def draw_marker(image: NDArray[np.uint8], rng: np.random.Generator) -> None:
 
 
 def draw_token(image: NDArray[np.uint8]) -> None:
-    """Writes a bright tag into the lower left corner of the image, in place."""
+    """Draw a bright tag in the lower left corner of the image, in place."""
     size = len(image)
     x0, y0, x1, y1 = (round(share * size) for share in (0.035, 0.905, 0.115, 0.965))
     image[y0:y1, x0:x1] = 255

@@ -1,7 +1,7 @@
-"""The nine findings: which ones an image has, and how each one changes the normal chest.
+"""The nine findings: their selection for an image, and their changes to the normal chest.
 
-A finding that fills air with something is a cover: a weight in [0, 1] with which the lung takes another opacity. Its
-boxes come from that weight, so that they are exact.
+A finding that fills air is a cover: a weight in [0, 1] that blends the lung with another opacity. Its boxes are
+computed from this weight and are exact.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ZONES: dict[str, tuple[tuple[str, float], ...]] = {
 }
 _SHARE_BILATERAL = {"atelectasis": 0.25, "pleural effusion": 0.25, "pneumonia": 0.12, "edema": 1.0}
 
-# Thirds of a lung that a finding fills, so that no other fits there; findings in other zones fill their zone.
+# Thirds of a lung that a finding fills, without room for another finding; findings in other zones fill their zone.
 _FILLS: dict[str, tuple[str, ...]] = {
     "hilar": ("upper", "mid", "lower"),
     "whole": ("upper", "mid", "lower"),
@@ -51,7 +51,7 @@ _ZONE_SHARES = {"upper": (0.12, 0.30), "mid": (0.40, 0.60), "lower": (0.68, 0.82
 
 @dataclass(frozen=True)
 class Plan:
-    """A finding before it is drawn: patient's side, zone, and how large it is in the words of a report."""
+    """A finding before drawing: name, side of the patient, zone, and size in the words of a report."""
 
     name: str
     side: str
@@ -60,24 +60,24 @@ class Plan:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The lungs it lies in."""
+        """Sides of the lungs with the finding."""
         return SIDES if self.side == "both" else (self.side,) if self.side else ()
 
     @property
     def severity(self) -> float:
-        """0, 0.5 or 1."""
+        """Severity by size: 0, 0.5 or 1."""
         return SIZES.index(self.size) / 2
 
 
 @dataclass(frozen=True)
 class Change:
-    """Change of an image by a finding, all `(size, size)`.
+    """Change of an image by a finding; all fields are `(size, size)`.
 
     Args:
         cover: Weight of `level` in [0, 1].
         level: Opacity where `cover` is 1.
-        added: Opacity added afterwards.
-        marks: One field per box, which holds the pixels above a share of its peak.
+        added: Opacity that is added afterwards.
+        marks: One field per box. The box encloses the pixels above a share of the field's peak.
     """
 
     cover: Field
@@ -135,7 +135,7 @@ def _thirds(plan: Plan) -> set[str]:
 
 
 def reshape_build(build: Build, plans: Sequence[Plan], rng: np.random.Generator) -> Build:
-    """The patient with what findings do to organs: a large heart, a dome pulled up by volume loss."""
+    """The patient with organs changed by findings: a large heart, a dome raised by volume loss."""
     ratio, height, pull = rng.uniform(0.0, 0.04), rng.uniform(0.02, 0.05), rng.uniform(0.03, 0.045)
     for plan in plans:
         if plan.name == "cardiomegaly":
@@ -156,7 +156,7 @@ def _per_side(paint: SidePaint, *, level: float = HEART_LEVEL, to_the_rim: bool 
     def painter(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator) -> Change:
         weights = [paint(canvas, thorax, plan, side, rng) for side in plan.sides]
         marks = tuple(weight * thorax.air[side] for weight, side in zip(weights, plan.sides, strict=True))
-        # Dense filling reaches through the soft rim of the lung, or a dark line would outline it.
+        # Dense filling extends through the soft rim of the lung, which would otherwise be a dark line.
         room = [np.minimum(thorax.air[side] * np.float32(8 if to_the_rim else 1), 1) for side in plan.sides]
         cover = np.maximum.reduce([weight * space for weight, space in zip(weights, room, strict=True)])
         return Change(cover, level, None, marks)
@@ -175,7 +175,7 @@ def _outward_shift(plan: Plan, side: str) -> float:
 
 
 def _cardiomegaly(canvas: Canvas, thorax: Thorax, plan: Plan, rng: np.random.Generator) -> Change:
-    # The heart was drawn large with the chest; nothing is left to add.
+    # The chest is drawn with the large heart; there is nothing to add.
     return Change(np.zeros_like(thorax.heart), 0.0, None, (thorax.heart,))
 
 
@@ -325,4 +325,4 @@ PAINTERS: dict[str, Painter] = {
     "pneumothorax": _pneumothorax,
     "nodule": _per_side(_nodule),
 }
-"""Each draws the change that a planned finding makes to a chest."""
+"""Painters by finding. A painter draws the change of a chest by a planned finding."""

@@ -16,7 +16,7 @@ from matex_pl.data.phantom.thorax import Build, draw_thorax, sample_build
 
 Box = tuple[float, float, float, float]
 
-# One stream of numbers per part: a change in one part, or the shortcut, leaves all others as they are.
+# One stream of random numbers per part: a change of one part, or of the shortcut, does not affect the others.
 _STREAMS = ("anatomy", "texture", "plan", "reshape", "findings", "device", "exposure", "shortcut", "phrase")
 _BOX_LEVEL = 0.35
 
@@ -27,7 +27,7 @@ class PlacedFinding:
 
     Args:
         name: One of `FINDINGS`.
-        side: The patient's: `right`, `left`, `both`, or empty for the heart.
+        side: Side of the patient: `right`, `left`, `both`, or empty for the heart.
         zone: `upper`, `mid`, `lower`, `whole`, `hilar`, `costophrenic` or `cardiac`.
         boxes: `(x0, y0, x1, y1)` in pixels, x to the right of the image, tight around the drawn mask; two for `both`.
         size: `small`, `moderate` or `large`.
@@ -55,7 +55,7 @@ def phantom_rng(index: int, seed: int, stream: str) -> np.random.Generator:
 
 
 def phantom_build(index: int, seed: int, plans: Sequence[Plan] | None = None) -> Build:
-    """The patient on the image at `index`, with the findings planned for it, or with `plans` instead."""
+    """The patient on the image at `index`, with the findings planned for the image, or with `plans` instead."""
     if plans is None:
         plans = plan_findings(phantom_rng(index, seed, "plan"))
     return reshape_build(sample_build(phantom_rng(index, seed, "anatomy")), plans, phantom_rng(index, seed, "reshape"))
@@ -76,10 +76,10 @@ def draw_phantom(
         index: Index of the image.
         seed: Random seed of the series.
         size: Side in pixels, a multiple of 4, at least 64.
-        shortcut: Probability that an image with `shortcut_finding`, and no other, has a bright tag in the lower left
-            corner.
+        shortcut: Probability that an image with `shortcut_finding` has a bright tag in the lower left corner. Images
+            without the finding never have the tag.
         shortcut_finding: One of `FINDINGS`.
-        show_findings: Draw the findings; the image is the same otherwise.
+        show_findings: Whether to draw the findings; if not, the rest of the image is the same.
     """
     check_arguments(size, shortcut, shortcut_finding)
     plans = plan_findings(phantom_rng(index, seed, "plan"))
@@ -106,13 +106,13 @@ def draw_phantom(
 
 
 def check_arguments(size: int, shortcut: float, shortcut_finding: str) -> None:
-    """Check these arguments of `draw_phantom`."""
+    """Raise ValueError if these arguments of `draw_phantom` are out of range."""
     if size < 64 or size % 4:
         raise ValueError(f"size must be a multiple of 4 and at least 64, got {size}.")
     if not 0 <= shortcut <= 1:
         raise ValueError(f"shortcut must be in [0, 1], got {shortcut}. Give a share, not a percentage.")
     if shortcut_finding not in FINDINGS:
-        raise ValueError(f"shortcut_finding must be one of {', '.join(FINDINGS)}; got {shortcut_finding!r}.")
+        raise ValueError(f"shortcut_finding must be one of {', '.join(FINDINGS)}, got {shortcut_finding!r}.")
 
 
 def _tight_box(mark: Field) -> Box:

@@ -1,4 +1,4 @@
-"""The embedded default: synthetic chest radiographs with exact boxes."""
+"""The built-in data module: synthetic chest radiographs with exact boxes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _THORAX_SHARE = 0.02
 
 
 class PhantomDataModule(ChestXrayDataModule):
-    """Phantoms: drawn images with MS-CXR's eight findings and nodules, their exact boxes and phrases of reports.
+    """Phantoms: synthetic images with MS-CXR's eight findings and nodules, exact boxes, and phrases as in reports.
 
-    They are drawn once, in about a minute on two cores, and kept below `root`.
+    The images are drawn on first use and stored below `root`.
 
     Args:
         root: Folder of the image cache.
-        num_train: Images for training, with a pair for each of their one to three findings.
-        num_val: Images for validation.
-        num_test: Images for test.
+        num_train: Number of training images, with a pair for each of their one to three findings.
+        num_val: Number of validation images.
+        num_test: Number of test images.
         stored_size: Side of the stored images in pixels.
-        shortcut: Probability in [0, 1] that an image with `shortcut_finding` gets a tag in a corner, to see whether
-            maps reveal a model that reads the tag.
-        shortcut_finding: The finding that the tag gives away.
+        shortcut: Probability in [0, 1] that an image with `shortcut_finding` gets a tag in a corner. The tag tests
+            whether maps reveal a model that reads it.
+        shortcut_finding: Finding that the tag marks.
         kwargs: Arguments of `ChestXrayDataModule`. The images depend on `seed` too.
     """
 
@@ -66,7 +66,7 @@ class PhantomDataModule(ChestXrayDataModule):
         return FINDINGS
 
     def prepare_data(self) -> None:
-        """Draw the images, unless they are there."""
+        """Draw the images, unless they are cached."""
         self.list_pairs()
 
     def list_pairs(self) -> list[ImageTextPair]:
@@ -89,19 +89,19 @@ class PhantomDataModule(ChestXrayDataModule):
         return self._images[int(pair.image)]
 
     def thorax(self) -> Tensor:
-        """Where pleural cavities or heart lie in at least 2 % of the images, `(H, W)` bool in the model's frame."""
+        """Mask of pleural cavities or heart in at least 2 % of the images, `(H, W)` bool in the model's frame."""
         zone = thorax_share(self.stored_size, seed=self.seed) >= _THORAX_SHARE
         framed, _, _ = ImageTransform(self._frame(), self.resize_mode)(zone.astype(np.uint8) * 255)
         return framed[0] > 127
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the images: pickling a memory map would copy them, so each worker opens it."""
+        """The state without the images: pickling would copy the memory map, which each worker opens instead."""
         return {**super().__getstate__(), "_images": None}
 
 
 @lru_cache(maxsize=4)
 def thorax_share(size: int = 192, *, seed: int = 0, num_images: int = 400) -> Field:
-    """Share of a series' first images in which pleural cavities or heart cover a pixel, `(size, size)`, read-only."""
+    """Share of a series' first images whose pleural cavities or heart cover a pixel, `(size, size)`, read-only."""
     covered = np.zeros((size, size), np.int32)
     for index in range(num_images):
         build = phantom_build(index, seed)

@@ -1,7 +1,7 @@
-"""The normal chest on a frontal radiograph: its build, drawn by chance, and its layers.
+"""The normal chest on a frontal radiograph: its random build, and its layers.
 
-Opacity runs from 0 (air around the patient, black) to about 1 (bone over abdomen, white). Side is the patient's; in the
-body's frame the right lung has negative x.
+Opacity ranges from 0 (air around the patient, black) to about 1 (bone over abdomen, white). Sides are the patient's: in
+the body's frame the right lung has negative x.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HEART_LEVEL = 0.68
 
 @dataclass(frozen=True)
 class Build:
-    """One patient in the body's frame: lengths are shares of the image's side.
+    """One patient in the body's frame: lengths are fractions of the image's side.
 
-    `dome`, `angle` give y of each hemidiaphragm's top and of each costophrenic angle, `heart_ratio` the width of the
-    heart over the inner width of the chest.
+    `dome` and `angle` hold y of each hemidiaphragm's top and of each costophrenic angle. `heart_ratio` is the width of
+    the heart over the inner width of the chest.
     """
 
     midline: float
@@ -52,7 +52,7 @@ class Build:
     trachea: float
 
     def height(self, side: str) -> float:
-        """From the apex to the costophrenic angle."""
+        """Height of a lung, from the apex to the costophrenic angle."""
         return self.angle[side] - self.apex
 
     def wall(self, share: Floats | float) -> Floats:
@@ -64,16 +64,16 @@ class Build:
         return np.array([SIGN[side] * depth * self.wall(share), self.apex + share * self.height(side)])
 
     def hilum_point(self, side: str) -> Points:
-        """Where the vessels of a lung enter it."""
+        """Point `(2,)` where the vessels enter a lung."""
         return np.array([SIGN[side] * 0.085, self.hilum[side]])
 
 
 @dataclass(frozen=True)
 class Thorax:
-    """Drawn layers, each `(size, size)`.
+    """Drawn layers of a chest, each `(size, size)`.
 
-    `opacity` holds soft tissue, lungs, vessels and heart; `bones` is added on top of what findings do to the lungs.
-    `lungs` are the pleural cavities by side in [0, 1], `air` what of them is not hidden by heart and mediastinum.
+    `opacity` holds soft tissue, lungs, vessels and heart. `bones` is added after the findings. `lungs` are the pleural
+    cavities by side in [0, 1]; `air` is their part that heart and mediastinum do not hide.
     """
 
     build: Build
@@ -85,7 +85,7 @@ class Thorax:
 
 
 def sample_build(rng: np.random.Generator) -> Build:
-    """A patient with a normal heart and normal variation."""
+    """Random patient with a normal heart and normal variation."""
     apex, base = rng.uniform(0.09, 0.15), rng.uniform(0.80, 0.89)
     dome = base - rng.uniform(0.085, 0.125)
     hilum = apex + rng.uniform(0.40, 0.45) * (base - apex)
@@ -112,7 +112,7 @@ def sample_build(rng: np.random.Generator) -> Build:
 
 
 def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thorax:
-    """All layers of a chest without findings; draws the same numbers from `rng` whatever the build."""
+    """All layers of a chest without findings; the draws from `rng` do not depend on the build."""
     heart = canvas.fill([heart_outline(build)])
     solid = np.maximum(canvas.soften(heart, 0.004), canvas.soften(canvas.fill(mediastinum_outlines(build)), 0.006))
     above_dome = ramp(np.float32(build.dome["left"] + 0.02) - canvas.y, 0.03)
@@ -135,8 +135,8 @@ def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thora
 def lung_outline(build: Build, side: str, retreat: Floats | None = None) -> Points:
     """Closed outline `(P, 2)` of a pleural cavity, or of a lung in it.
 
-    `retreat` are `(8,)` distances of the lung from the lateral wall, from the apex to the angle; the first one also
-    lowers the apex.
+    `retreat` holds `(8,)` distances of the lung from the lateral wall, from the apex to the angle. The first distance
+    also lowers the apex.
     """
     gone = np.zeros(8) if retreat is None else retreat
     wall_y = build.apex + _WALL_T * build.height(side) + gone[0] * np.clip(1 - _WALL_T / 0.14, 0, 1)
@@ -177,7 +177,7 @@ def mediastinum_outlines(build: Build) -> list[Points]:
 
 
 def body_outline(build: Build, shoulder: float) -> Points:
-    """Closed outline `(P, 2)` of neck, shoulders and flanks; `shoulder` is y of the neck's foot."""
+    """Closed outline `(P, 2)` of neck, shoulders and flanks; `shoulder` is y of the base of the neck."""
     flank, neck = build.half_width + 0.03 + 0.09 * build.fat, 0.10 + 0.03 * build.fat
     half = [(neck, -0.1), (neck, 0.0), (0.19, shoulder), (0.36, shoulder + 0.05), (0.50, shoulder + 0.14)]
     half += [(0.55, 0.30), (flank + 0.02, 0.45), (flank, 0.62), (flank + 0.01, 0.85), (flank + 0.02, 1.2)]
@@ -185,7 +185,7 @@ def body_outline(build: Build, shoulder: float) -> Points:
 
 
 def _tissue(canvas: Canvas, build: Build, rng: np.random.Generator) -> Field:
-    """Body wall and abdomen: neck and shoulders above, black air beside."""
+    """Body wall and abdomen, with neck and shoulders above and black air around."""
     body = canvas.fill([body_outline(build, 0.055 + 0.05 * rng.random())])
     thick = canvas.soften(body, 0.025)
     dome = build.dome["right"] + ramp(canvas.x, 0.05) * np.float32(build.dome["left"] - build.dome["right"])
