@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import io
 import json
 import math
 import warnings
@@ -12,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchmetrics import MetricCollection
 
 from matex_pl.metrics import (
     AveragePrecision50,
     BoxAccuracy,
+    BoxContrast,
     ConfidenceDrop,
     ConfidenceIncrease,
     ContrastToNoise,
@@ -126,6 +132,7 @@ CASES: dict[str, Case] = {
     "deletion": Case(DeletionAUC, lambda rows: (_curves().flip(0)[:, rows],), lambda: _ratio(_curves().flip(0))),
     "pointing_game": _boxed(PointingGame, lambda: _mean(functional.pointing_game(_maps(), _masks()))),
     "cnr": _boxed(ContrastToNoise, lambda: _mean(functional.contrast_to_noise(_maps(), _masks()))),
+    "box_contrast": _boxed(BoxContrast, lambda: _mean(functional.box_contrast(_maps(), _boxes()))),
     "energy": _boxed(EnergyPointingGame, lambda: _mean(functional.energy_pointing_game(_maps(), _masks()))),
     "relevance_rank_accuracy": _boxed(
         RelevanceRankAccuracy, lambda: _mean(functional.relevance_rank_accuracy(_maps(), _masks()))
@@ -261,6 +268,80 @@ def test_equal_metrics_of_a_collection_share_their_states() -> None:
     collection = MetricCollection({"a": BoxAccuracy(0.2), "b": BoxAccuracy(0.2), "c": BoxAccuracy(0.3)})
     collection.update(*CASES["box_accuracy"].inputs([1, 2]))
     assert sorted(map(sorted, collection.compute_groups.values())) == [["a", "b"], ["c"]]
+
+
+def test_contrast_without_the_padding() -> None:
+    """The map is 0.5 in the padding; alone it is a step in a noise-free image."""
+    maps = torch.full((1, 4, 8), 0.5)
+    maps[:, :, 2:4], maps[:, :, 4:6] = torch.tensor([0.9, 0.7]), torch.tensor([0.1, 0.3])
+    boxes, place = [torch.tensor([[0.25, 0.0, 0.5, 1.0]])], torch.tensor([[0.25, 0.0, 0.75, 1.0]])
+    whole, content = ContrastToNoise(), ContrastToNoise(content_only=True)
+    whole.update(maps, boxes)
+    content.update(maps, boxes, content_box=place)
+    # By hand: 0.8 - 0.2 over the root of two variances of 0.01.
+    assert float(content.compute()) == pytest.approx(0.6 / 0.02**0.5, abs=1e-4)
+    assert float(whole.compute()) < float(content.compute())
+    with pytest.raises(ValueError, match="needs the place of each image"):
+        content.update(maps, boxes)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_that_of_the_same_values(case: Case, dtype: torch.dtype) -> None:
+    def cast(value: Any, kind: torch.dtype) -> Any:
+        return value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    half, full = case.make(), case.make()
+    inputs = [cast(value, dtype) for value in case.inputs(list(range(PAIRS)))]
+    half.update(*inputs)
+    full.update(*(cast(value, torch.float32) for value in inputs))
+    torch.testing.assert_close(half.compute(), full.compute(), atol=1e-3, rtol=1e-2)
+
+
+def test_components_rank_by_the_scores_of_their_pairs() -> None:
+    """Of two maps that peak at 1, the one of the alike pair comes first: against pycocotools."""
+    maps = _maps()
+    boxes = [box if len(box) else torch.tensor([[0.1, 0.1, 0.4, 0.5]]) for box in _boxes()]
+    pair_scores = torch.linspace(-0.5, 0.9, PAIRS)[torch.randperm(PAIRS, generator=torch.Generator().manual_seed(3))]
+    metric, by_peak = AveragePrecision50(0.3, iou=0.2), AveragePrecision50(0.3, iou=0.2)
+    metric.update(maps, boxes, pair_scores=pair_scores)
+    by_peak.update(maps, boxes)
+    found = functional.components(maps, 0.3)
+    assert (found.peak == 1).sum() > 2
+    coco = COCO()
+    frame = {"width": 1, "height": 1}
+    truth = [(pair, box.tolist()) for pair, own in enumerate(boxes) for box in own]
+    coco.dataset = {
+        "images": [{"id": pair, **frame} for pair in range(PAIRS)],
+        "categories": [{"id": 1}],
+        "annotations": [
+            {"id": number + 1, "image_id": pair, "category_id": 1, "iscrowd": 0, "bbox": _corner_and_size(box),
+             "area": (box[2] - box[0]) * (box[3] - box[1])}
+            for number, (pair, box) in enumerate(truth)
+        ],
+    }  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        detections = [
+            {"image_id": int(pair), "category_id": 1, "bbox": _corner_and_size(box.tolist()), "score": float(score)}
+            for pair, box, score in zip(
+                found.pair, found.boxes, functional.detection_scores(found, pair_scores), strict=True
+            )
+        ]
+        evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
+        evaluation.params.iouThrs = np.array([0.2])
+        evaluation.params.recThrs = np.linspace(0, 1, 100_001)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    expected = float(evaluation.eval["precision"][0, :, 0, 0, 2].mean())
+    assert 0 < expected < 1
+    assert float(metric.compute()) == pytest.approx(expected, abs=1e-3)
+    assert float(by_peak.compute()) != pytest.approx(expected, abs=1e-2)
+
+
+def _corner_and_size(box: list[float]) -> list[float]:
+    x0, y0, x1, y1 = box
+    return [x0, y0, x1 - x0, y1 - y0]
 
 
 @every_case

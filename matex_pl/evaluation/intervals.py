@@ -119,7 +119,11 @@ def estimate(pairs: Sums | Detections, drawn: Tensor, reference: Sums | Detectio
         pairs: Values of the n pairs.
         drawn: `(R, n)` of `draw_patients`; draws without a score do not count.
         reference: Values of the same pairs under another setting or method, drawn together; None for no difference.
+            A difference is over the pairs that count on both sides.
     """
+    if isinstance(pairs, Sums) and isinstance(reference, Sums):
+        both = (pairs.below != 0) & (reference.below != 0)
+        pairs, reference = pairs.among(both), reference.among(both)
     value, scores = pairs.score()[0], pairs.score(drawn)
     if reference is not None:
         value, scores = value - reference.score()[0], scores - reference.score(drawn)

@@ -7,6 +7,7 @@ from matex_pl.metrics.confidence import ConfidenceDrop, ConfidenceIncrease, Dele
 from matex_pl.metrics.localization import (
     AveragePrecision50,
     BoxAccuracy,
+    BoxContrast,
     ContrastToNoise,
     EnergyPointingGame,
     MeanIoU,
@@ -22,6 +23,7 @@ EnergyInBox, RankAccuracy = EnergyPointingGame, RelevanceRankAccuracy
 __all__ = [
     "AveragePrecision50",
     "BoxAccuracy",
+    "BoxContrast",
     "ConfidenceDrop",
     "ConfidenceIncrease",
     "ContrastToNoise",

@@ -28,6 +28,9 @@ class PointingGame(BoxMetric):
 class ContrastToNoise(BoxMetric):
     """Mean signed contrast-to-noise ratio between inside and outside of the boxes (Boecking et al. 2022).
 
+    Args:
+        content_only: Whether to leave out the padding around the image; `update` then needs `content_box`.
+
     Examples:
         >>> metric = ContrastToNoise()
         >>> metric.update(torch.tensor([[[1.0, 0.0], [0.5, 0.1]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
@@ -37,11 +40,52 @@ class ContrastToNoise(BoxMetric):
 
     plot_lower_bound = None
     plot_upper_bound = None
-    _score = staticmethod(functional.contrast_to_noise)
+
+    def __init__(self, content_only: bool = False) -> None:
+        super().__init__(content_only)
+        self.content_only = content_only
+
+    def update(
+        self,
+        maps: Tensor,
+        boxes: Sequence[Tensor],
+        ids: Sequence[str] | None = None,
+        content_box: Tensor | None = None,
+    ) -> None:
+        """Add B maps `(B, H, W)`, their boxes `(K, 4)`, the pairs' ids, and the places `(B, 4)` of the images.
+
+        Boxes and places are `x0, y0, x1, y1` in [0, 1] of the map's frame.
+
+        Raises:
+            ValueError: If `content_box` is missing with `content_only`.
+        """
+        check_boxes(maps, boxes)
+        if self.content_only and content_box is None:
+            raise ValueError("content_only=True needs the place of each image. Give content_box, (B, 4).")
+        if not self.content_only:
+            content_box = None
+        counted = None if content_box is None else masks_of(maps, list(content_box[:, None]))
+        self._add(functional.contrast_to_noise(maps, masks_of(maps, boxes), counted), ids)
+
+
+class BoxContrast(BoxMetric):
+    """Mean absolute contrast-to-noise ratio of single boxes, a form that some papers publish; see `box_contrast`.
+
+    Examples:
+        >>> metric = BoxContrast()
+        >>> metric.update(torch.tensor([[[1.0, 0.0], [0.5, 0.1]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
+        >>> round(float(metric.compute()), 4)
+        2.7456
+    """
+
+    plot_upper_bound = None
+
+    def _values(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        return functional.box_contrast(maps, boxes)
 
 
 class EnergyPointingGame(BoxMetric):
-    """Mean share of the map's mass inside the boxes (Wang et al. 2020); 0 for a map of zeros.
+    """Mean share of the map's mass inside the boxes (Wang et al. 2020); maps of zeros do not count.
 
     Examples:
         >>> metric = EnergyPointingGame()

@@ -18,8 +18,7 @@ MEAN_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 def box_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Pixels whose centers lie in any box, `(B, H, W)` bool.
 
-    A box that is too narrow or too flat for a center has the column or the row of its middle, so that every metric
-    counts it.
+    A box that is too narrow or too flat for a center has the column or the row of its middle. Every metric counts it.
 
     Args:
         boxes: B lists `(K, 4)` of boxes `x0, y0, x1, y1` in [0, 1].
@@ -85,7 +84,7 @@ def box_contrast(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """Mean over the boxes of a pair of the absolute contrast between a box and the rest of the frame, `(B,)`.
 
     Some papers publish this form of the contrast-to-noise ratio: abs(mean_in - mean_out) / sqrt(var_in + var_out) per
-    box, with the floor of `contrast_to_noise`. A map that is low in the box scores as well as one that is high there.
+    box, with the floor of `contrast_to_noise`. Low values in the box score as well as high ones.
 
     Args:
         maps: `(B, H, W)` maps.
