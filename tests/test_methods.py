@@ -735,6 +735,22 @@ def test_a_bottleneck_runs_what_is_behind_it() -> None:
     assert image == [[1]] * 3 + [[1, 8, 4]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_noise_of_an_image_is_the_same_in_every_precision(dtype: torch.dtype) -> None:
+    clip, other = family("native"), family("native", dtype)
+    pixels = torch.randint(0, 256, (2, 3, *clip.image_size), generator=torch.Generator().manual_seed(0)).byte()
+    phrases = ["left effusion.", "right effusion."]
+    noise = [
+        RandomMap(blur=1.0)._draw(model, model.normalize(pixels), phrases, None).float() for model in (clip, other)
+    ]
+    assert torch.equal(*noise)
+    changed = pixels.clone()
+    changed[0, 0, 0, 0] ^= 1
+    again = RandomMap(blur=1.0)._draw(clip, clip.normalize(changed), phrases, None)
+    assert not torch.equal(again[0], noise[0][0])
+    assert torch.equal(again[1], noise[0][1])
+
+
 def test_random_masks_cost_a_forward_each() -> None:
     image, text = count_runs(Rise(masks=100, chunk_size=30))
     assert image[0] == [3, *[30] * 10]

@@ -552,6 +552,10 @@ def test_errors_of_use(config, whole, tmp_path, capsys):
     assert "holds no plan" in refused(capsys, ["roar", "status", nothing])
     assert "holds no plan" in refused(capsys, ["roar", "collect", nothing])
     assert "Give data, ckpt_path and out, or plan" in refused(capsys, ["roar", "run"])
+    # Weights that may have seen the validation pairs are taken on request only.
+    assert "give only --start explained" in refused(capsys, command(config, nothing, "--start", "init"))
+    both = command(config, nothing, "--init_model", "tiny.json")
+    assert "give only --start explained" in refused(capsys, both)
     assert "No checkpoint at" in refused(capsys, command(config, nothing, "--ckpt_path", tmp_path / "none.ckpt"))
     assert "There is no method 'nope'" in refused(capsys, command(config, nothing, "--methods=[nope]"))
     assert "processes must be at least 1" in refused(capsys, command(config, nothing, "--processes=0"))
