@@ -44,8 +44,8 @@ SLOW_SECONDS = 10
 # Patterns of the clear errors, including the list of bad rows; {} is the table.
 CLEAR = {
     "bad rows": r"^\d+ bad rows?:\n  {}, line \d+: .+",
-    "no such encoding": r"^{}(, line \d+: the byte 0x.. is not UTF-8| is UTF-16)",
-    "no whole gzip file": r"^{} is no whole gzip file",
+    "no such encoding": r"^{}(, line \d+: The byte 0x.. is not UTF-8| is UTF-16)",
+    "no whole gzip file": r"^{} is no complete gzip file",
     "columns are missing": r"^{} (lacks the columns|has some of the columns x, y, w, h)",
     "a column is there twice": r"^{} has several columns of the name",
     "a mapped column is missing": r"^`columns` names .* which {} does not have",

@@ -174,7 +174,9 @@ def test_methods_by_name_and_all_of_them(here, images, capsys):
     with pytest.raises(SystemExit, match=r"There is no method 'm3ib'. Use one of center_map.*saliency"):
         main([*words, "--method", "m3ib"])
     Path("mine.yaml").write_text("class_path: matex_pl.attribution.M2ib\ninit_args: {step: 1}", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"mine.yaml does not describe a method(?s:.*)'step' is not accepted"):
+    with pytest.raises(
+        SystemExit, match=r"mine.yaml does not describe an attribution method(?s:.*)'step' is not accepted"
+    ):
         main([*words, "--method", "mine.yaml"])
 
 

@@ -7,12 +7,12 @@ import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from lightning.pytorch import Trainer
-from markdown_it import MarkdownIt
 
-from matex_pl import ClipModule, data
+from matex_pl import ClipModule, attribution, data
 from matex_pl.arguments import import_all
 from matex_pl.cli import main
 from matex_pl.files import find_config
@@ -28,8 +28,8 @@ OWN = {"mine.yaml", "tuned/tuned.yaml", "FILE"}
 
 def blocks(page, language):
     """Code blocks of a page in a language, also those within tabs and notes."""
-    text = re.sub(r"^ {4}(?=\S|    )", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return [token.content for token in MarkdownIt().parse(text) if token.type == "fence" and token.info == language]
+    fence = re.compile(rf"^( *)```{language}\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+    return [dedent(code) for _, code in fence.findall(page.read_text(encoding="utf-8"))]
 
 
 def commands(page):
@@ -57,6 +57,9 @@ def options_of():
     of_data = {f"--data.{name}" for module in modules for name in arguments(module)}
     of_training = {f"--model.{name}" for name in arguments(ClipModule)}
     of_training |= {f"--trainer.{name}" for name in arguments(Trainer)} | {"--trainer.callbacks+"}
+    import_all(attribution)
+    methods = [value for value in vars(attribution).values() if inspect.isclass(value)]
+    of_methods = {f"--method.{name}" for method in methods for name in arguments(method)}
     known = {}
 
     def find(words, capsys):
@@ -67,7 +70,9 @@ def options_of():
             else:
                 with pytest.raises(SystemExit):
                     main([*verb, "--help"])
-                known[verb] = set(re.findall(r"--[\w.+-]+", capsys.readouterr().out)) | of_data | {"--help"}
+                known[verb] = (
+                    set(re.findall(r"--[\w.+-]+", capsys.readouterr().out)) | of_data | of_methods | {"--help"}
+                )
         return known[verb]
 
     return find

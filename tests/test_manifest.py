@@ -114,6 +114,16 @@ def test_one_column_may_be_several_of_ours(root: Path) -> None:
     assert [(pair.id, pair.patient_id) for pair in pairs] == [(f"images/{n}.png",) * 2 for n in range(3)]
 
 
+def test_a_column_without_values_is_none(root: Path) -> None:
+    """As spreadsheets write it: the split is then drawn, and ids are made."""
+    empty = dict.fromkeys(("id", "patient_id", "split", "finding", "boxes", "x", "y", "w", "h"), "")
+    blank, without = (_module(_write(root / f"{n}.csv", _rows(4, **cells))) for n, cells in enumerate((empty, {})))
+    blank.setup("fit")
+    without.setup("fit")
+    as_lists = [{split: [(p.id, p.image) for p in pairs] for split, pairs in m.pairs.items()} for m in (blank, without)]
+    assert as_lists[0] == as_lists[1]
+
+
 def test_made_ids_are_no_images_and_do_not_hang_on_bad_rows(root: Path) -> None:
     for name in ("a", "a-2"):
         (root / name).write_bytes((root / "images" / "0.png").read_bytes())

@@ -25,7 +25,7 @@ _PUNCTUATION |= {"[": "comma", "]": "comma", ":": "colon", "/": "or", "&": "and"
 class Term(NamedTuple):
     """A run of words with one meaning.
 
-    Args:
+    Attributes:
         kind: `side`, `zone`, `sided_zone`, `zone_adjective`, a key of `words` in the grammar, a punctuation or `word`.
         text: Words in the spelling of the grammar.
         start: Index of the first character in the original text.

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -106,7 +106,8 @@ def cut_text(tokenizer: Any, phrase: str) -> str:
     if isinstance(tokenizer, HFTokenizer):
         phrase = tokenizer.clean_fn(phrase)
     ids = words(phrase, truncation=False, verbose=False, add_special_tokens=False).input_ids
-    return words.decode(ids[limit - words.num_special_tokens_to_add() :]).strip()
+    # WordPiece marks a piece within a word.
+    return words.decode(ids[limit - words.num_special_tokens_to_add() :]).strip().removeprefix("##")
 
 
 def _json_config(name: str) -> dict[str, Any] | None:
@@ -203,7 +204,9 @@ def _from_open_clip(
     if named:
         _resized(named, size, name)
     quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
-    with reading_files(name, tag, named.get("text_cfg")):
+    # open_clip warns that a model is random, whose weights this package loads from a file afterwards.
+    quiet = _silent_open_clip() if has_file else nullcontext()
+    with quiet, reading_files(name, tag, named.get("text_cfg")):
         model = open_clip.create_model(
             name,
             tag,

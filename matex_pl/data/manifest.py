@@ -79,7 +79,8 @@ class ManifestDataModule(TableDataModule):
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per row, or per group of rows with a box each."""
         rows, unread = read_table(self.manifest, self.columns, REQUIRED)
-        present = {name for row in rows for name in row.cells}
+        # A column without any value is no column.
+        present = {name for row in rows for name, cell in row.cells.items() if cell is not None and str(cell).strip()}
         missing = [name for name in _BOX if name not in present]
         if 0 < len(missing) < len(_BOX):
             raise ValueError(

@@ -31,7 +31,7 @@ class ImageTextRecall(GatheredMetric):
     Pairs with the same phrase or the same image also count as correct. Pairs that repeat, as in padded shards, count
     once. Without pairs the value is NaN.
 
-    Example:
+    Examples:
         >>> metric = ImageTextRecall(ks=(1,))
         >>> metric.update(torch.eye(3), torch.eye(3), ["a", "b", "c"], ["a", "b", "c"], ["x", "y", "z"])
         >>> metric.compute()["image_to_text_recall@1"]
@@ -92,7 +92,7 @@ class ZeroShot(GatheredMetric):
     The AUROC is the mean over findings that some images have and others lack. Each image counts once. The value is NaN
     if nothing counts, or if a cosine is NaN.
 
-    Example:
+    Examples:
         >>> metric = ZeroShot(["edema", "nodule"])
         >>> metric.update(torch.tensor([[0.3, 0.1], [0.2, 0.4]]), [["edema"], ["nodule"]], ["image 1", "image 2"])
         >>> metric.compute()
