@@ -36,10 +36,12 @@ _GROUPS = {
         "miou": _Row(M.MeanIoU, "mIoU", "IoU of map and boxes, mean over the thresholds .1 to .5."),
         "iou": _Row(M.ThresholdedIoU, "IoU", "IoU at one threshold per method, chosen on validation pairs."),
         "acc50": _Row(
-            M.BoxAccuracy, "Acc@0.5", "Share of pairs whose highest component, as a box, has an IoU above .5."
+            M.BoxAccuracy, "Acc@0.5", "Share of pairs whose highest component, as a box, has an IoU of at least .5."
         ),
         "ap50": _Row(
-            M.AveragePrecision50, "AP50", "Average precision of all components as boxes; a hit has an IoU above .5."
+            M.AveragePrecision50,
+            "AP50",
+            "Average precision of all components as boxes; a hit has an IoU of at least .5.",
         ),
         "energy_pointing_game": _Row(
             M.EnergyPointingGame, "Energy in box", "Share of the map's mass inside the boxes."
