@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import math
 import random
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -261,3 +262,25 @@ def test_examples() -> None:
 
 def test_first_of_each_is_in_order() -> None:
     assert first_of_each(torch.tensor([7, -2, 7, 5, -2, 9])).tolist() == [0, 1, 3, 5]
+
+
+def _lopsided(rank: int, folder: str) -> None:
+    """Scores in two processes of which the first has seen nothing."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    retrieval, zero_shot = ImageTextRecall(ks=(1,)), ZeroShot(["edema", "nodule"])
+    if rank:
+        retrieval.update(*_pairs())
+        zero_shot.update(torch.tensor([[0.3, 0.1], [0.2, 0.4]]), [["edema"], ["nodule"]], ["image 1", "image 2"])
+    torch.save({**retrieval.compute(), **zero_shot.compute()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_process_without_data_takes_the_scores_of_the_others(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_lopsided, (str(tmp_path),), nprocs=2)
+    alone = ImageTextRecall(ks=(1,))
+    alone.update(*_pairs())
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["zero_shot_top1"] == 1
+        assert all(found[name] == value for name, value in alone.compute().items())

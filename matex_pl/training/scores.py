@@ -66,9 +66,8 @@ class ImageTextRecall(GatheredMetric):
     def compute(self) -> dict[str, Tensor]:
         """Shares in [0, 1] of the queries whose best positive is among the first k."""
         ranks: dict[str, list[Tensor]] = {"image_to_text": [], "text_to_image": []}
-        if not sum(map(len, self.keys)):
+        if not len(self.keys) or not len(keys := dim_zero_cat(self.keys)):
             return {f"{way}_recall@{k}": torch.tensor(torch.nan) for way in ranks for k in self.ks}
-        keys = dim_zero_cat(self.keys)
         first = first_of_each(keys[:, 0])
         image, text = dim_zero_cat(self.image)[first], dim_zero_cat(self.text)[first]
         image_key, phrase_key = keys[first, 1:].T
@@ -124,9 +123,9 @@ class ZeroShot(GatheredMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Both scores in [0, 1]."""
-        if not sum(map(len, self.images)):
+        if not len(self.images) or not len(images := dim_zero_cat(self.images)):
             return {"zero_shot_top1": torch.tensor(torch.nan), "zero_shot_auroc": torch.tensor(torch.nan)}
-        first = first_of_each(dim_zero_cat(self.images))
+        first = first_of_each(images)
         scores, labels = dim_zero_cat(self.scores)[first], dim_zero_cat(self.labels)[first].bool()
         # With NaN there is no order of findings.
         spoilt = 0 * scores.sum()
