@@ -537,8 +537,10 @@ def test_detections_of_batches_are_those_of_all_and_some_are_drawn_like_the_rest
     corners = torch.rand(6, 2, generator=generator) / 2
     boxes = [torch.cat([corner, corner + 0.4])[None][: int(row != 4)] for row, corner in enumerate(corners)]
     maps = maps + 0.3 * F.box_masks(boxes, (24, 24))
-    whole = Detections.of(F.components(maps, 0.55), boxes)
-    parts = [Detections.of(F.components(maps[rows], 0.55), boxes[rows]) for rows in (slice(0, 4), slice(4, 6))]
+    scores = torch.linspace(-0.2, 0.6, 6)
+    whole = Detections.of(F.components(maps, 0.55), boxes, scores)
+    halves = (slice(0, 4), slice(4, 6))
+    parts = [Detections.of(F.components(maps[rows], 0.55), boxes[rows], scores[rows]) for rows in halves]
     for one, other in zip(vars(Detections.joined(parts)).values(), vars(whole).values(), strict=True):
         assert torch.equal(one, other)
     assert whole.hit.any()
@@ -549,7 +551,7 @@ def test_detections_of_batches_are_those_of_all_and_some_are_drawn_like_the_rest
     torch.testing.assert_close(whole.among(some).score(drawn), whole.score(drawn * some), equal_nan=True)
     assert 0 < float(whole.score()) < 1
     assert whole.among(some).score() != whole.score()
-    assert Detections.of(F.components(maps[4:5], 0.55), boxes[4:5]).score().isnan()
+    assert Detections.of(F.components(maps[4:5], 0.55), boxes[4:5], scores[4:5]).score().isnan()
 
 
 def test_an_out_folder_that_is_a_file_is_an_error(tmp_path, data, checkpoint):
