@@ -18,7 +18,7 @@ from matex_pl.evaluation.intervals import Detections, Sums, estimate
 from matex_pl.evaluation.pairs import model_inputs
 from matex_pl.evaluation.store import MapStore
 from matex_pl.evaluation.tensors import read_head, read_tensors, write_tensors
-from matex_pl.evaluation.values import IN_BOXES, box_masks, map_correlation
+from matex_pl.evaluation.values import IN_BOXES, map_correlation
 from matex_pl.maps import Attribution
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.removal import (
@@ -89,11 +89,10 @@ def _map_values(
     """Metrics from boxes, from the frame, and from the maps under other phrases; `(B,)` each."""
     image, grid = maps.image, maps.grid
     boxes = [box.to(image.device) for box in batch.batch["boxes"]]
-    masks, content_box = box_masks(image, boxes), batch.batch["content_box"].to(image.device)
+    masks, content_box = F.masks_of(image, boxes), batch.batch["content_box"].to(image.device)
     values = {name: metric(image, masks) for name, metric in IN_BOXES.items()}
     values["iou"] = F.iou(image, masks, (threshold,))[:, 0]
-    found = F.box_accuracy(components, boxes, len(boxes))
-    values["acc50"] = found.masked_fill(~F.has_order(maps.image).to(found.device), torch.nan)
+    values["acc50"] = F.map_accuracy(image, components, boxes)
     values["mean_map_mass"] = image.flatten(1).mean(1)
     if thorax is not None:
         values["outside_thorax_mass"] = F.outside_mass(image, thorax[None].to(image.device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -17,11 +17,6 @@ IN_BOXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relevance_rank_accuracy": F.relevance_rank_accuracy,
 }
 """By metric: function of maps and masks of boxes, `(B, H, W)` each."""
-
-
-def box_masks(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """`functional.box_masks` in the size and on the device of maps `(B, H, W)`."""
-    return F.box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
 
 
 def map_correlation(maps: Attribution, reference: Attribution, side: str) -> Tensor:

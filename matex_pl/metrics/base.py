@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from matex_pl.metrics.functional import box_masks
+from matex_pl.metrics.functional import masks_of
 from matex_pl.training.distributed import GatheredMetric, fingerprints, first_of_each
 
 
@@ -104,11 +104,6 @@ class BoxMetric(PairMetric):
 
     def _values(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         return self._score(maps, masks_of(maps, boxes))
-
-
-def masks_of(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Boxes of maps as masks, `(B, H, W)` bool."""
-    return box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
 
 
 def check_boxes(maps: Tensor, boxes: Sequence[Tensor]) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from matex_pl.metrics import functional
-from matex_pl.metrics.base import BoxMetric, check_boxes, masks_of
-from matex_pl.metrics.functional import THRESHOLDS
+from matex_pl.metrics.base import BoxMetric, check_boxes
+from matex_pl.metrics.functional import THRESHOLDS, masks_of
 
 
 class PointingGame(BoxMetric):
@@ -186,8 +186,7 @@ class BoxAccuracy(BoxMetric):
         self.iou = iou
 
     def _values(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        hits = functional.box_accuracy(functional.components(maps, self.threshold), boxes, len(maps), self.iou)
-        return hits.masked_fill(~functional.has_order(maps), torch.nan)
+        return functional.map_accuracy(maps, functional.components(maps, self.threshold), boxes, self.iou)
 
 
 class AveragePrecision50(BoxMetric):

@@ -17,7 +17,7 @@ from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.columns import METRICS
 from matex_pl.evaluation.intervals import Detections
 from matex_pl.evaluation.pairs import embed_pairs, model_inputs, other_phrases_of, swapped_phrases, with_phrases
-from matex_pl.evaluation.values import IN_BOXES, box_masks, map_correlation
+from matex_pl.evaluation.values import IN_BOXES, map_correlation
 from matex_pl.maps import Attribution, patch_mean
 from matex_pl.metrics import functional as F
 from matex_pl.metrics import removal
@@ -164,11 +164,10 @@ class Objective:
     def _in_boxes(self, pairs: PairBatch, attribution: Attribution) -> Tensor | Detections:
         maps, boxes = attribution.image, pairs.batch["boxes"]
         if self.metric == "acc50":
-            found = F.box_accuracy(F.components(maps, self.threshold), boxes, len(maps))
-            return found.masked_fill(~F.has_order(maps), torch.nan)
+            return F.map_accuracy(maps, F.components(maps, self.threshold), boxes)
         if self.metric == "ap50":
             return Detections.of(F.components(maps, self.threshold), boxes, attribution.score)
-        masks = box_masks(maps, boxes)
+        masks = F.masks_of(maps, boxes)
         if self.metric == "iou":
             return F.iou(maps, masks, (self.threshold,))[:, 0]
         return IN_BOXES[self.metric](maps, masks)

@@ -9,6 +9,7 @@ import cv2
 import torch
 from torch import Tensor
 
+from matex_pl.metrics.functional.localization import has_order
 from matex_pl.training.distributed import first_of_each
 
 # Maximum size of one table of resamples by detections.
@@ -84,6 +85,12 @@ def box_accuracy(components: Components, boxes: Sequence[Tensor], number: int, i
     """1 if `best_box_iou` `reaches` `iou`, else 0; NaN without boxes. `(B,)`."""
     best = best_box_iou(components, boxes, number)
     return reaches(best, iou).to(best).masked_fill(best.isnan(), torch.nan)
+
+
+def map_accuracy(maps: Tensor, components: Components, boxes: Sequence[Tensor], iou: float = 0.5) -> Tensor:
+    """`box_accuracy` of maps `(B, H, W)` with their components; also NaN for flat maps. `(B,)`."""
+    found = box_accuracy(components, boxes, len(maps), iou)
+    return found.masked_fill(~has_order(maps).to(found.device), torch.nan)
 
 
 def match_components(components: Components, boxes: Sequence[Tensor], iou: float = 0.5) -> Tensor:

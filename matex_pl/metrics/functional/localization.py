@@ -33,6 +33,11 @@ def box_masks(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return torch.einsum("bkh,bkw->bhw", in_y.float(), in_x.float()) > 0
 
 
+def masks_of(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    """`box_masks` in the size and on the device of maps `(_, H, W)`."""
+    return box_masks(boxes, (maps.shape[1], maps.shape[2])).to(maps.device)
+
+
 def _pixels_between(low: Tensor, high: Tensor, number: int) -> Tensor:
     """Pixels of [0, 1] with their center in `[low, high)`, or the pixel of the middle, with one more last axis."""
     pixels = torch.arange(number, device=low.device)
@@ -92,7 +97,7 @@ def box_contrast(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """
     pair = torch.repeat_interleave(torch.tensor([len(box) for box in boxes], dtype=torch.long))
     each = [row[None] for box in boxes for row in box]
-    masks = box_masks(each, (maps.shape[1], maps.shape[2])).to(maps.device).flatten(1)
+    masks = masks_of(maps, each).flatten(1)
     pair = pair.to(maps.device)
     ratios = _contrast(maps.flatten(1).double()[pair], masks, ~masks).abs()
     total = torch.zeros(len(maps), dtype=ratios.dtype, device=maps.device).index_add(0, pair, ratios)
