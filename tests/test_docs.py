@@ -104,6 +104,17 @@ def test_imports_of_a_page_exist(page):
                 assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
 
 
+def test_entries_of_the_api_reference_exist():
+    entries = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE)]
+    assert len(entries) > 100
+    missing = []
+    for entry in entries:
+        module, name = entry.rsplit(".", 1)
+        if not hasattr(importlib.import_module(module), name):
+            missing.append(entry)
+    assert not missing
+
+
 def test_messages_of_the_page_of_troubles_are_raised_somewhere():
     """Each heading there is a message, with `...` for its values."""
     page = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
