@@ -2,8 +2,8 @@
 
     python benchmarks/pointing.py --data NihDataModule --data.root FOLDER --ckpt_path last.ckpt
 
-Prints a Markdown table. The mean box is the position-wise mean of the training split's boxes of the same finding. Its
-peak is the best guess from the finding alone, without the image.
+Prints a Markdown table, without maps that have no maximum. The mean box is the position-wise mean of the training
+split's boxes of the same finding. Its peak is the best guess from the finding alone, without the image.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
+import matex_pl.data
+from matex_pl.arguments import import_all
 from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly
 from matex_pl.data import ChestXrayDataModule, ImageTextBatch, collate
 from matex_pl.metrics.functional import box_masks, pointing_game
@@ -80,9 +82,12 @@ def main(data: ChestXrayDataModule, ckpt_path: str, split: str = "test", batch_s
     names = [*methods(), "mean box"]
     print(f"| finding | n | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
     for finding in [*sorted(table.keys() - {"all"}), "all"]:
-        shares = [sum(table[finding][name]) / len(table[finding][name]) for name in names]
+        # Flat maps have no maximum and do not count: those of the prior if the phrase names no place.
+        shares = [float(torch.tensor(table[finding][name]).nanmean()) for name in names]
         print(f"| {finding} | {len(table[finding]['MATEX'])} | {' | '.join(f'{share:.2f}' for share in shares)} |")
 
 
 if __name__ == "__main__":
+    # The parser knows the short names of imported classes only.
+    import_all(matex_pl.data)
     auto_cli(main, as_positional=False)
