@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 from test_dicom import write_dicom
 
-from matex_pl.data import ManifestDataModule
 from matex_pl.data.images import MissingImageError, UnreadableImageError, read_image, read_levels, read_size
 
 imagecodecs = pytest.importorskip("imagecodecs")
@@ -39,8 +38,8 @@ def _ints(bits: int, kind: str = "u") -> np.ndarray:
 def _colors(bits: int) -> np.ndarray:
     """Colors whose luminance is the ramp."""
     gray = _ramp()
-    red = 0.5 * gray
-    return np.rint(np.stack([red, gray + 0.299 / 0.587 * (gray - red), gray], -1) * (2**bits - 1)).astype("u2")
+    less = gray * (1 - gray) / 2
+    return np.rint(np.stack([gray - less, gray + 0.299 / 0.587 * less, gray], -1) * (2**bits - 1)).astype("u2")
 
 
 def _see_through(bits: int) -> np.ndarray:
@@ -94,18 +93,16 @@ def test_every_tiff_shows_the_same_image(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("bits", [10, 12, 14])
 def test_packed_bits_of_a_tiff(tmp_path: Path, bits: int) -> None:
-    with tifffile.TiffWriter(tmp_path / "image.tif") as writer:
-        packed = np.unpackbits(_ints(bits).astype(">u2").view("u1").reshape(-1, 2), axis=1)[:, 16 - bits :]
-        rows = np.packbits(packed.reshape(HEIGHT, -1), axis=1)
-        tags = [(258, "H", 1, bits, True)]
-        writer.write(rows, photometric=GRAY, metadata=None, extratags=[], rowsperstrip=HEIGHT)
+    packed = np.unpackbits(_ints(bits).astype(">u2").view("u1").reshape(-1, 2), axis=1)[:, 16 - bits :]
+    rows = np.packbits(packed.reshape(HEIGHT, -1), axis=1)
+    tifffile.imwrite(tmp_path / "image.tif", rows, photometric=GRAY, metadata=None)
     # Width and bits of a file whose pixels are bytes.
     content = bytearray((tmp_path / "image.tif").read_bytes())
-    for tag, value in ((256, WIDTH), (258, tags[0][3])):
+    for tag, value in ((256, WIDTH), (258, bits)):
         place = content.index(struct.pack("<H", tag), 8)
         content[place + 8 : place + 12] = struct.pack("<HH", value, 0)
     (tmp_path / "image.tif").write_bytes(content)
-    np.testing.assert_allclose(read_image(tmp_path / "image.tif").pixels, _ramp() * 255, atol=0.6)
+    np.testing.assert_allclose(read_image(tmp_path / "image.tif").pixels, _ramp() * 255, atol=0.7)
 
 
 def test_several_deep_pages(tmp_path: Path) -> None:
@@ -165,7 +162,7 @@ JPEGS: dict[str, Any] = {
     "lossless_8_rgb": lambda: imagecodecs.jpeg_encode((_colors(16) >> 8).astype("u1"), lossless=True),
     "lossless_16": lambda: imagecodecs.jpeg_encode(_ints(16), lossless=True),
     "deep_12": lambda: imagecodecs.jpeg_encode(_ints(12), bitspersample=12, level=98),
-    "deep_12_rgb": lambda: imagecodecs.jpeg_encode(_colors(12), bitspersample=12, level=98),
+    "deep_12_rgb": lambda: imagecodecs.jpeg_encode(_colors(12), bitspersample=12, level=98, subsampling="444"),
     "ls_8": lambda: imagecodecs.jpegls_encode(_ints(8)),
     "ls_8_rgb": lambda: imagecodecs.jpegls_encode((_colors(16) >> 8).astype("u1")),
     "ls_16": lambda: imagecodecs.jpegls_encode(_ints(16)),
@@ -260,7 +257,9 @@ def test_what_is_no_radiograph_is_marked(tmp_path: Path) -> None:
     assert read_image(tmp_path / "image.png").flaw == ""
 
 
-def _manifest(tmp_path: Path) -> ManifestDataModule:
+def _manifest(tmp_path: Path) -> Any:
+    from matex_pl.data import ManifestDataModule
+
     rows = ["image,phrase,patient_id,split"]
     for index in range(6):
         cv2.imwrite(str(tmp_path / f"{index}.png"), _ints(8))

@@ -25,7 +25,7 @@ from matex_pl.data.levels import (
     check_size,
     stretch_levels,
 )
-from matex_pl.data.tiff import MAGIC, is_for_pillow, read_tiff, read_tiff_size
+from matex_pl.data.tiff import TIFF_MAGIC, is_for_pillow, read_tiff, read_tiff_size
 
 TargetSize = Callable[[Size], Size]
 """Function from the size of an image to its size after resizing."""
@@ -53,7 +53,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _MARGIN = 1.5
 _TURNED = (5, 6, 7, 8)
 _POLARITY_TAG, _WHITE_IS_ZERO = 0x0106, 0
-_MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8": "JPEG", b"BM": "BMP", b"RIFF": "WebP"} | dict.fromkeys(MAGIC, "TIFF")
+_MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8": "JPEG", b"BM": "BMP", b"RIFF": "WebP"} | TIFF_MAGIC
 # The end of a PNG in which metadata may follow the pixels.
 _TAIL = 2**17
 # A longer side of so many shorter ones is no radiograph.
@@ -147,6 +147,8 @@ def read_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
         if header is not None:
             return _upright(header.size, _exif_orientation(header.exif) if apply_exif_orientation else 1)
         try:
+            if kind == "BigTIFF":
+                return read_tiff_size(file)
             with Image.open(file, formats=_FORMATS) as image:
                 turn = _orientation(image, file, apply_exif_orientation=apply_exif_orientation)
                 return _upright(image.size[::-1], turn)
@@ -262,15 +264,16 @@ def _levels(path: Path, kind: str, header: JpegHeader | None, *, apply_exif_orie
     if header is not None and not header.is_for_pillow:
         levels = read_deep_jpeg(path, header)
         return _turned(levels, _exif_orientation(header.exif) if apply_exif_orientation else 1)
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            if kind != "TIFF" or is_for_pillow(image):
-                warn_if_several(path, getattr(image, "n_frames", 1), "pages")
-                orientation = _orientation(image, path, apply_exif_orientation=apply_exif_orientation)
-                return _turned(_pillow_levels(image, path, header), orientation)
-    except UnidentifiedImageError:
-        if kind != "TIFF":
-            raise
+    if kind != "BigTIFF":
+        try:
+            with Image.open(path, formats=_FORMATS) as image:
+                if kind != "TIFF" or is_for_pillow(image):
+                    warn_if_several(path, getattr(image, "n_frames", 1), "pages")
+                    orientation = _orientation(image, path, apply_exif_orientation=apply_exif_orientation)
+                    return _turned(_pillow_levels(image, path, header), orientation)
+        except UnidentifiedImageError:
+            if kind != "TIFF":
+                raise
     levels, pages = read_tiff(path)
     warn_if_several(path, pages, "pages")
     return levels

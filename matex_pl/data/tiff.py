@@ -15,7 +15,8 @@ from matex_pl.data.levels import RefusedImageError, Size, check_size, luminance
 if TYPE_CHECKING:
     from tifffile import TiffPage
 
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# Pillow opens no BigTIFF with its high bytes first.
+TIFF_MAGIC = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "BigTIFF"}
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _UNSIGNED, _SIGNED, _FLOAT, _VOID = 1, 2, 3, 4
 # Kinds of gray pixels of more than 8 bits that Pillow keeps: format and bits.
