@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matex_pl.data.images import GrayImage, MissingImageError, TargetSize, read_image
+from matex_pl.data.images import GrayImage, TargetSize, read_image
 from matex_pl.files import check_folder, remove_abandoned_parts, whole_file
 
 # Part of the names of cached images: raise it when the same file gives other pixels than before.
@@ -71,7 +71,7 @@ class ImageCache:
             path = Path(path).resolve()
             state = path.stat()
         except OSError as error:
-            raise MissingImageError(f"There is no image at {str(path)!r}. Check the path.") from error
+            raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.") from error
         text = f"{_CACHE_VERSION} {path} {state.st_size} {state.st_mtime_ns} {settings}"
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.npz"

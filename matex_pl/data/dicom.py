@@ -67,16 +67,19 @@ def read_dicom(path: Path) -> np.ndarray:
         RefusedImageError: The file has no pixels, or pixels of a kind that is not read.
     """
     header = _header(path)
-    warn_if_several(path, int(header.get("NumberOfFrames") or 1), "frames")
+    warn_if_several(path, header.NumberOfFrames, "frames")
     frame = _frame(path, header)
     if frame.colors == _PALETTE:
         return map_levels(frame.pixels, _palette(header, frame))
     if frame.colors in _GRAY:
         return map_levels(frame.pixels, _tone(path, header, frame))
 
+    is_ybr, pixels = frame.colors in _YBR, frame.pixels
+    if pixels.dtype == np.uint8:
+        return luminance(pixels, is_ybr=is_ybr)
     # Stored as luminance and two differences of color.
-    gray = np.ascontiguousarray(frame.pixels[..., 0]) if frame.colors in _YBR else luminance(frame.pixels)
-    return gray if gray.dtype == np.uint8 else map_levels(gray, lambda raw: frame.stored(raw) / (2**frame.bits - 1))
+    gray = np.ascontiguousarray(pixels[..., 0]) if is_ybr else luminance(pixels)
+    return map_levels(gray, lambda raw: frame.stored(raw) / (2**frame.bits - 1))
 
 
 def warn_if_several(path: Path, number: int, kind: str) -> None:
@@ -93,9 +96,11 @@ def _header(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     # Files without a preamble and header are read by force.
     header = pydicom.dcmread(path, force=True, stop_before_pixels=stop_before_pixels)
     if not isinstance(header.get("Rows"), int) or not isinstance(header.get("Columns"), int):
-        kind = getattr(header.get("SOPClassUID"), "name", "")
-        raise RefusedImageError(f"a DICOM file without pixels ({kind})" if kind else "not a DICOM image")
+        kinds = (header.get("SOPClassUID"), getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID"))
+        kind = next((kind.name for kind in kinds if kind), "of unknown kind")
+        raise RefusedImageError(f"a DICOM file without pixels ({kind})" if len(header) else "not a DICOM file")
     check_size(header.Rows, header.Columns)
+    header.NumberOfFrames = max(int(_number(header, "NumberOfFrames") or 1), 1)
     return header
 
 
@@ -206,8 +211,7 @@ def _decoded(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str,
     offsets = None
     if "ExtendedOffsetTable" in header:
         offsets = (header.ExtendedOffsetTable, header.ExtendedOffsetTableLengths)
-    frames = int(header.get("NumberOfFrames") or 1)
-    stream = get_frame(header.PixelData, 0, number_of_frames=frames, extended_offsets=offsets)
+    stream = get_frame(header.PixelData, 0, number_of_frames=header.NumberOfFrames, extended_offsets=offsets)
     colors, size = str(header.PhotometricInterpretation), (header.Rows, header.Columns)
     if jpeg:
         found = read_jpeg_header(io.BytesIO(stream))

@@ -56,23 +56,6 @@ _POLARITY_TAG, _WHITE_IS_ZERO = 0x0106, 0
 _MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8": "JPEG", b"BM": "BMP", b"RIFF": "WebP"} | TIFF_MAGIC
 # The end of a PNG in which metadata may follow the pixels.
 _TAIL = 2**17
-# A longer side of so many shorter ones is no radiograph.
-_STRIP = 10
-
-
-class _KeptMessage:
-    """An error whose message stays the same when a worker of a DataLoader passes it on with a traceback."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
-
-
-class UnreadableImageError(_KeptMessage, ValueError):
-    """An image file that exists and is not read. The message names the file and the reason."""
-
-
-class MissingImageError(_KeptMessage, FileNotFoundError):
-    """An image file that does not exist. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +64,6 @@ class GrayImage:
 
     pixels: np.ndarray
     size: Size
-
-    @property
-    def flaw(self) -> str:
-        """A reason to doubt that the image is a radiograph, as in "constant"; empty if there is none."""
-        height, width = self.size
-        if height * width == 1:
-            return "one pixel"
-        if max(self.size) >= _STRIP * min(self.size):
-            return f"a strip of {width} x {height} pixels"
-        return "constant" if self.pixels.min() == self.pixels.max() else ""
 
 
 def read_image(
@@ -109,9 +82,9 @@ def read_image(
         apply_exif_orientation: Whether to turn the image by the EXIF orientation of the file.
 
     Raises:
-        MissingImageError: The file does not exist; a FileNotFoundError.
+        FileNotFoundError: The file does not exist.
         ImportError: The file needs the extra `dicom`, which is not installed.
-        UnreadableImageError: The file is no readable image; a ValueError. The message names the reason.
+        ValueError: The file is no readable image; the message names the reason.
     """
     with _reading(path) as (file, kind):
         header = _jpeg_header(file, kind)
@@ -177,7 +150,7 @@ def _reading(path: str | Path) -> Iterator[tuple[Path, str]]:
     """Context with the path and the format of an image file; errors of decoders become one that names the file."""
     file, kind = Path(path), ""
     if not file.is_file():
-        raise MissingImageError(f"There is no image at {str(path)!r}. Check the path.")
+        raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.")
     try:
         kind = _format(file)
         yield file, kind
@@ -195,7 +168,7 @@ def _reading(path: str | Path) -> Iterator[tuple[Path, str]]:
             reason = f"the {kind} is damaged, or of a kind that Pillow does not read"
         else:
             reason = f"the {kind} is damaged or truncated"
-        raise UnreadableImageError(
+        raise ValueError(
             f"No readable image at {str(path)!r} ({reason}). Copy the file again or remove its row."
         ) from error
 

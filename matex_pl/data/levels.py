@@ -63,12 +63,20 @@ def stretch_levels(pixels: np.ndarray) -> np.ndarray:
     return map_levels(pixels, lambda values: (values.astype(np.float64) / 2 - low / 2) / half)
 
 
-def luminance(colors: np.ndarray) -> np.ndarray:
-    """Luminance `(h, w)` of colors `(h, w, 3)`: of the same type, or float64 for other types than OpenCV's."""
+def luminance(colors: np.ndarray, *, is_ybr: bool = False) -> np.ndarray:
+    """Luminance `(h, w)` of colors `(h, w, 3)`: of the same type, or float64 for other types than OpenCV's.
+
+    Args:
+        colors: RGB.
+        is_ybr: Whether the colors are YCbCr, uint8. As in viewers, they become RGB first, whose range may cut them.
+    """
     known = colors.dtype in (np.uint8, np.uint16, np.float32)
     found = np.empty(colors.shape[:2], dtype=colors.dtype if known else np.float64)
     for start in range(0, len(colors), _ROWS):
         part = np.ascontiguousarray(colors[start : start + _ROWS])
+        if is_ybr:
+            # OpenCV's order is Y, Cr, Cb.
+            part = cv2.cvtColor(np.ascontiguousarray(part[..., [0, 2, 1]]), cv2.COLOR_YCrCb2RGB)
         gray = cv2.cvtColor(part, cv2.COLOR_RGB2GRAY) if known else part @ np.array([0.299, 0.587, 0.114])
         found[start : start + _ROWS] = gray
     return found
