@@ -147,7 +147,7 @@ def resize_image(pixels: np.ndarray, size: Size) -> np.ndarray:
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[tuple[Path, str]]:
-    """Context with the path and the format of an image file; errors of decoders become one that names the file."""
+    """Context with the path and the format of an image file; errors of decoders become errors with the file's name."""
     file, kind = Path(path), ""
     if not file.is_file():
         raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.")
@@ -277,7 +277,7 @@ def _pillow_levels(image: Image.Image, path: Path, header: JpegHeader | None) ->
 
 
 def _deep_png(image: Image.Image, path: Path) -> np.ndarray:
-    """Levels of a PNG with colors or opacity of 16 bits, of which Pillow keeps only 8."""
+    """Levels of a PNG with colors or opacity of 16 bits. Pillow keeps only 8 of them."""
     check_size(*image.size[::-1])
     # OpenCV accepts truncated files.
     image.verify()

@@ -22,7 +22,7 @@ class RefusedImageError(ValueError):
 
 
 def check_size(height: int, width: int) -> None:
-    """Refuse an image without pixels, and one that would fill the memory.
+    """Refuse an image without pixels, or with more than the memory holds.
 
     Raises:
         RefusedImageError: The image is empty or has more than 179 million pixels.
@@ -34,8 +34,8 @@ def check_size(height: int, width: int) -> None:
 def map_levels(pixels: np.ndarray, tone: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Levels `(h, w)` uint16 of pixels `(h, w)`, by a function from pixels to shares of white in [0, 1].
 
-    Integers of up to 16 bits go through a table of all their values, others row by row: the memory beside both images
-    stays small.
+    Integers of up to 16 bits go through a table of all their values, others row by row. The
+    memory in addition to both images stays small.
     """
 
     def levels(values: np.ndarray) -> np.ndarray:
