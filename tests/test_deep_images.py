@@ -12,13 +12,17 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from test_dicom import write_dicom
+from test_dicom import compress, write_dicom
 
 from matex_pl.data.images import read_image, read_levels, read_size
 
 imagecodecs = pytest.importorskip("imagecodecs")
 tifffile = pytest.importorskip("tifffile")
+pytest.importorskip("pydicom")
+from pydicom.uid import JPEG2000, JPEGLosslessSV1, JPEGLSLossless  # noqa: E402
 
 HEIGHT, WIDTH = 120, 90
 
@@ -243,6 +247,50 @@ def test_large_files_are_refused_before_they_are_decoded(tmp_path: Path, name: s
     for read in (read_image, read_levels):
         with pytest.raises(ValueError, match="pixels"):
             read(path)
+
+
+def _tiff(kind: str, path: Path) -> None:
+    pixels, options = TIFFS[kind]
+    tifffile.imwrite(path, pixels, metadata=None, **options)
+
+
+DAMAGED: dict[str, Any] = {
+    "rgb.tif": lambda path: _tiff("rgb_16_lzw", path),
+    "tiles.tif": lambda path: _tiff("gray_16_deflate_tiles", path),
+    "float.tif": lambda path: _tiff("float_16", path),
+    "12.jpg": lambda path: path.write_bytes(JPEGS["deep_12"]()),
+    "16.jpg": lambda path: path.write_bytes(JPEGS["lossless_16"]()),
+    "ls.jpg": lambda path: path.write_bytes(JPEGS["ls_16"]()),
+    "native.dcm": lambda path: write_dicom(path, _ints(12)),
+    "jpeg.dcm": lambda path: compress(write_dicom(path, _ints(12)), JPEGLosslessSV1, JPEGS["lossless_16"]()),
+    "2000.dcm": lambda path: compress(write_dicom(path, _ints(12)), JPEG2000, imagecodecs.jpeg2k_encode(_ints(12))),
+    "ls.dcm": lambda path: compress(write_dicom(path, _ints(12)), JPEGLSLossless, JPEGS["ls_16"]()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), kind=st.sampled_from(list(DAMAGED)))
+def test_damaged_deep_files_are_read_or_refused(tmp_path: Path, data: st.DataObject, kind: str) -> None:
+    """Any other kind of error than the one that names the file is a bug; so is an image of another form."""
+    path = tmp_path / kind
+    DAMAGED[kind](path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        # Half of them in the headers.
+        most = data.draw(st.sampled_from([len(content) - 1, min(700, len(content) - 1)]))
+        place = data.draw(st.integers(0, most))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path.write_bytes(content)
+    for fit in (None, lambda size: (7, 5)):
+        try:
+            image = read_image(path, fit)
+        except ValueError as error:
+            if str(path) not in str(error):
+                raise
+            continue
+        assert image.pixels.dtype == np.uint8
+        assert image.pixels.shape == (image.size if fit is None else (7, 5))
 
 
 LARGE = """
