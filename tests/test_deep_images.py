@@ -330,4 +330,5 @@ def test_memory_of_a_large_image(tmp_path: Path, kind: str) -> None:
         text=True,
         check=True,
     )
+    print(kind, found.stdout)
     assert float(found.stdout) < 150

@@ -24,6 +24,7 @@ from pydicom.pixels import set_pixel_data  # noqa: E402
 from pydicom.uid import (  # noqa: E402
     DeflatedExplicitVRLittleEndian,
     DigitalXRayImageStorageForPresentation,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
@@ -466,6 +467,29 @@ def test_files_without_preamble(tmp_path: Path, implicit: bool, kept: int) -> No
     length = 12 + struct.unpack_from("<L", content, 8)[0]
     path.write_bytes(content if kept else content[length:])
     np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+
+
+@pytest.mark.parametrize("tags", [{}, {"BitsStored": 16, "HighBit": 15}])
+def test_high_bytes_first(tmp_path: Path, tags: dict[str, int]) -> None:
+    path = write_dicom(tmp_path / "image.dcm", _ramp(), **tags)
+    header, read = Dataset(), pydicom.dcmread(path)
+    header.update(read)
+    header.PixelData = _ramp().astype(">u2").tobytes()
+    header.file_meta = read.file_meta
+    header.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+    header.save_as(path, little_endian=False, implicit_vr=False, enforce_file_format=True)
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+
+
+def test_numbers_of_32_bits(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "image.dcm", _ramp())
+    header = pydicom.dcmread(path)
+    header.PixelData, header.BitsAllocated = (_ramp() * np.uint32(1000000)).tobytes(), 32
+    header.BitsStored, header.HighBit = 32, 31
+    header.add_new("PixelPaddingValue", "US", 0)
+    header.save_as(path)
+    low = int(_ramp()[_ramp() > 0].min())
+    np.testing.assert_allclose(_values(path), ((_ramp() - float(low)) / (4095 - low)).clip(0, 1) * 255, atol=0.51)
 
 
 def test_palette(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def _frame(path: Path, header: Dataset) -> _Frame:
         raise RefusedImageError(f"its colors are {colors} in {shape} bands, which are not read")
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise RefusedImageError("a pixel is not finite")
-    return _Frame(pixels, colors, bits, lowest, signed)
+    return _Frame(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), colors, bits, lowest, signed)
 
 
 def _decoded(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str, int]:
@@ -232,12 +232,12 @@ def _decoded(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str,
 def _tone(path: Path, header: Dataset, frame: _Frame) -> Values:
     """Function from pixels to shares of white."""
     parts, is_padding = frame.parts(), _padding(header, frame)
-    lowest = min((frame.stored(part).min() for part in parts), default=0.0)
-    rescale = _rescale(header, lowest)
-    kept = [rescale(frame.stored(part[~is_padding(part)])) for part in parts]
-    low = min((part.min() for part in kept if len(part)), default=0.0)
-    high = max((part.max() for part in kept if len(part)), default=0.0)
-    shown, inverted = _of_interest(path, header, low, high), _is_inverted(header)
+    rescale = _rescale(header, max((frame.stored(part).max() for part in parts), default=0.0))
+    ends: list[float] = []
+    for part in parts:
+        values = rescale(frame.stored(part[~is_padding(part)]))
+        ends += [float(values.min()), float(values.max())] if len(values) else []
+    shown, inverted = _of_interest(path, header, *(min(ends), max(ends)) if ends else (0.0, 0.0)), _is_inverted(header)
 
     def tone(raw: np.ndarray) -> np.ndarray:
         levels = shown(rescale(frame.stored(raw))).clip(0, 1)
@@ -247,7 +247,7 @@ def _tone(path: Path, header: Dataset, frame: _Frame) -> Values:
 
 
 def _is_inverted(header: Dataset) -> bool:
-    """Whether low values are bright. The shape of the presentation table is the later word."""
+    """Whether low values are bright: by the shape of the presentation table, or else by the colors."""
     shape = header.get("PresentationLUTShape")
     return shape == "INVERSE" if shape in ("IDENTITY", "INVERSE") else header.PhotometricInterpretation == _GRAY[0]
 
@@ -270,10 +270,10 @@ def _padding(header: Dataset, frame: _Frame) -> Values:
     return is_padding
 
 
-def _rescale(header: Dataset, lowest: float) -> Values:
-    """The modality table, or the slope and intercept. `lowest` is the lowest of the stored values."""
+def _rescale(header: Dataset, highest: float) -> Values:
+    """The modality table, or the slope and intercept. `highest` is the highest of the stored values."""
     group = _group(header, "PixelValueTransformationSequence", "RescaleSlope")
-    table = _table(_first(group, "ModalityLUTSequence"), header, lowest)
+    table = _table(_first(group, "ModalityLUTSequence"), header, highest)
     if table is not None:
         return table
     slope, intercept = _number(group, "RescaleSlope") or 1.0, _number(group, "RescaleIntercept") or 0.0
@@ -283,7 +283,7 @@ def _rescale(header: Dataset, lowest: float) -> Values:
 def _of_interest(path: Path, header: Dataset, low: float, high: float) -> Values:
     """The VOI table or window over its range, or else the range of the values."""
     group = _group(header, "FrameVOILUTSequence", "WindowCenter")
-    table = _table(_first(group, "VOILUTSequence"), header, low)
+    table = _table(_first(group, "VOILUTSequence"), header, high)
     if table is not None:
         # Over the bits that the entries need: the declared bits are often wrong, and viewers do not rely on them.
         most = 2 ** int(table(np.arange(-(2**15), 2**16)).max()).bit_length() - 1
@@ -311,13 +311,13 @@ def _window(function: str, center: float, width: float) -> Values:
     return lambda values: (values - (center - 0.5)) / max(width - 1, 1e-12) + 0.5
 
 
-def _table(item: Dataset | None, header: Dataset, lowest: float) -> Values | None:
-    """Function by a table of a header; None if it is missing or empty. `lowest` is the lowest of its inputs."""
+def _table(item: Dataset | None, header: Dataset, highest: float) -> Values | None:
+    """Function by a table of a header; None if it is missing or empty. `highest` is the highest of its inputs."""
     if item is None or not item.get("LUTDescriptor") or item.get("LUTData") in (None, b"", []):
         return None
     first, entries = _entries(item.LUTDescriptor, item.LUTData, header)
-    # Of unsigned type, even if the first input is below 0.
-    first -= 2**16 if first >= 2**15 and lowest < 0 else 0
+    # The number may have an unsigned type although it is below 0. No input would reach the table.
+    first -= 2**16 if first >= 2**15 and highest < first else 0
     return lambda values: entries[(np.rint(values) - first).clip(0, len(entries) - 1).astype(np.int64)]
 
 
