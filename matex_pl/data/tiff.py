@@ -25,9 +25,11 @@ _UNASSOCIATED = 2
 
 
 def is_for_pillow(image: Image.Image) -> bool:
-    """Whether Pillow keeps all bits of an opened TIFF."""
+    """Whether Pillow keeps all bits of an opened TIFF, and converts its colors."""
     tags: Any = getattr(image, "tag_v2", {})
     bits, formats = tags.get(258, (1,)), tags.get(339, (_UNSIGNED,))
+    if image.mode == "LAB":
+        return False
     if max(bits) <= 8 and set(formats) <= {_UNSIGNED, _VOID}:
         return True
     return len(bits) == 1 and (formats[0], bits[0]) in _KEPT and tags.get(266, 1) == 1
