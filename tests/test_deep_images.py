@@ -294,13 +294,20 @@ def test_damaged_deep_files_are_read_or_refused(tmp_path: Path, data: st.DataObj
 
 
 LARGE = """
-import resource, sys, warnings
+import re, sys
+from pathlib import Path
 from matex_pl.data.images import read_image
+
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+
 read_image(sys.argv[1], lambda size: (224, 224))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# The peak begins anew.
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
 image = read_image(sys.argv[2], lambda size: (224, 224))
 assert image.size == (4300, 3500), image.size
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+print(memory("VmHWM") - before)
 """
 
 
@@ -330,5 +337,5 @@ def test_memory_of_a_large_image(tmp_path: Path, kind: str) -> None:
         text=True,
         check=True,
     )
-    print(kind, found.stdout)
-    assert float(found.stdout) < 150
+    # A JPEG of 8 bits is decoded at an eighth of its size.
+    assert (0.1 if kind == "jpg" else 15) < float(found.stdout) < 150

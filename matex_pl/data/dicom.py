@@ -367,9 +367,7 @@ def _group(header: Dataset, sequence: str, name: str) -> Dataset:
 
 def _number(header: Dataset, name: str) -> float | None:
     """First number of an element, with a decimal comma also; None if it is missing, empty or not finite."""
-    from pydicom.datadict import tag_for_keyword
-
-    element = header.get_item(tag_for_keyword(name)) if name in header else None
+    element = header.get_item(name) if name in header else None
     value = None if element is None else element.value
     if isinstance(value, MutableSequence):
         value = value[0] if value else None

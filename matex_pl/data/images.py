@@ -255,7 +255,7 @@ def _levels(path: Path, kind: str, header: JpegHeader | None, *, apply_exif_orie
 def _pillow_levels(image: Image.Image, path: Path, header: JpegHeader | None) -> np.ndarray:
     """Gray levels `(h, w)` as stored, low is dark: uint8, or numbers of more bits."""
     if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image)
+        pixels = _array(image)
         if not np.isfinite(pixels).all():
             raise RefusedImageError("a pixel is not finite")
         # Pillow inverts such pixels only at 8 bits and fewer.
@@ -274,6 +274,15 @@ def _pillow_levels(image: Image.Image, path: Path, header: JpegHeader | None) ->
     if header is not None:
         check_not_blank(levels, path.read_bytes()[header.start :], "libjpeg-turbo of Pillow")
     return levels
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    """Pixels of an image, part by part: at once, NumPy would need their memory three times."""
+    width, height = image.size
+    found = np.empty((height, width), dtype=np.asarray(image.crop((0, 0, 1, 1))).dtype)
+    for start in range(0, height, 256):
+        found[start : start + 256] = np.asarray(image.crop((0, start, width, min(start + 256, height))))
+    return found
 
 
 def _deep_png(image: Image.Image, path: Path) -> np.ndarray:

@@ -105,8 +105,9 @@ def decode_jpeg(stream: bytes, header: JpegHeader, *, as_stored: bool = False) -
         pixels, codec = imagecodecs.jpegls_decode(stream), "CharLS"
     else:
         # The same space on both sides: no conversion.
-        spaces = {"colorspace": "RGB", "outcolorspace": "RGB"} if as_stored and header.bands == 3 else {}
-        pixels, codec = imagecodecs.jpeg_decode(stream, **spaces), "libjpeg-turbo"
+        space = "RGB" if as_stored and header.bands == 3 else None
+        pixels = imagecodecs.jpeg_decode(stream, colorspace=space, outcolorspace=space)
+        codec = "libjpeg-turbo"
     check_not_blank(pixels, stream[header.start :], f"{codec} of imagecodecs")
     return pixels
 

@@ -42,14 +42,15 @@ def map_levels(pixels: np.ndarray, tone: Callable[[np.ndarray], np.ndarray]) -> 
         return np.rint(np.clip(tone(values), 0, 1) * HIGHEST).astype(np.uint16)
 
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    convert = levels
+    table = None
     if pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 2:
         codes = np.arange(256**pixels.dtype.itemsize, dtype=f"u{pixels.dtype.itemsize}")
-        convert = levels(codes.view(pixels.dtype)).__getitem__
+        table = levels(codes.view(pixels.dtype))
         pixels = pixels.view(codes.dtype)
     found = np.empty(pixels.shape, dtype=np.uint16)
     for start in range(0, len(pixels), _ROWS):
-        found[start : start + _ROWS] = convert(pixels[start : start + _ROWS])
+        part = pixels[start : start + _ROWS]
+        found[start : start + _ROWS] = levels(part) if table is None else table[part]
     return found
 
 
