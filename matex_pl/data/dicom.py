@@ -34,15 +34,11 @@ Values = Callable[[np.ndarray], np.ndarray]
 """Function of pixels, with one number for each."""
 
 
-def is_dicom(path: Path, *, by_name: bool = True) -> bool:
-    """Whether the file is DICOM: by its name, its magic bytes, or without a preamble by its first element."""
-    if by_name and path.suffix.lower() in {".dcm", ".dicom"}:
-        return True
-    with path.open("rb") as file:
-        head = file.read(_PREAMBLE + 4)
+def is_dicom(head: bytes) -> bool:
+    """Whether a file with these first 132 bytes is DICOM: by its magic bytes, or without a preamble by its element."""
     if head[_PREAMBLE:] == b"DICM":
         return True
-    # An even element number in the same group, and a type of two capital letters or a short length.
+    # The first element has a type of two capital letters, or a short length.
     is_explicit = head[4:6].isalpha() and head[4:6].isupper()
     return head[:2] in _FIRST_GROUPS and (is_explicit or head[6:8] == b"\0\0")
 

@@ -176,16 +176,18 @@ def _reading(path: str | Path) -> Iterator[tuple[Path, str]]:
 def _format(path: Path) -> str:
     """Name of the format of a file, by its magic bytes."""
     with path.open("rb") as file:
-        head = file.read(4)
+        head = file.read(132)
+    # The preamble of a DICOM file may be the header of a TIFF.
+    if is_dicom(head):
+        return "DICOM"
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
     if not head:
         raise RefusedImageError("the file is empty")
-    # The preamble of a DICOM file may be the header of a TIFF.
-    kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic)]
-    if is_dicom(path, by_name=not kinds):
-        return "DICOM"
-    if not kinds:
+    if path.suffix.lower() not in (".dcm", ".dicom"):
         raise RefusedImageError("not a PNG, JPEG, TIFF, BMP, WebP or DICOM file")
-    return kinds[0]
+    return "DICOM"
 
 
 def _jpeg_header(path: Path, kind: str) -> JpegHeader | None:
