@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 
 from matex_pl.data.jpeg import decode_jpeg, need_codecs, read_jpeg_header
@@ -145,10 +146,9 @@ class _Frame:
         if self.pixels.dtype.kind == "f" or self.pixels.dtype.itemsize > 2:
             return list(self.pixels)
         codes = np.arange(256**self.pixels.dtype.itemsize, dtype=f"u{self.pixels.dtype.itemsize}")
-        found = np.zeros(len(codes), dtype=bool)
-        for row in self.pixels.view(codes.dtype):
-            found[row] = True
-        return [codes.view(self.pixels.dtype)[found]]
+        # Faster than `np.unique` by far.
+        counts = cv2.calcHist([self.pixels.view(codes.dtype)], [0], None, [len(codes)], [0, len(codes)])
+        return [codes.view(self.pixels.dtype)[counts.ravel() > 0]]
 
 
 def _frame(path: Path, header: Dataset) -> _Frame:

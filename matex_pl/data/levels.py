@@ -50,7 +50,11 @@ def map_levels(pixels: np.ndarray, tone: Callable[[np.ndarray], np.ndarray]) -> 
     found = np.empty(pixels.shape, dtype=np.uint16)
     for start in range(0, len(pixels), _ROWS):
         part = pixels[start : start + _ROWS]
-        found[start : start + _ROWS] = levels(part) if table is None else table[part]
+        if table is None:
+            found[start : start + _ROWS] = levels(part)
+        else:
+            # Without a mode, NumPy copies its output.
+            np.take(table, part, out=found[start : start + _ROWS], mode="clip")
     return found
 
 
