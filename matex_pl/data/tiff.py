@@ -53,8 +53,8 @@ def read_tiff(path: Path) -> tuple[np.ndarray, int]:
     with _page(path) as page:
         _check(page)
         try:
-            # Axes: separate colors, depth, height, width, colors.
-            pixels = np.moveaxis(page.asarray(squeeze=False)[:, 0], 0, -1)
+            # Axes: separate colors, depth, height, width, colors. In one thread, because loaders have many processes.
+            pixels = np.moveaxis(page.asarray(squeeze=False, maxworkers=1)[:, 0], 0, -1)
         except ValueError as error:
             if "imagecodecs" not in str(error):
                 raise
