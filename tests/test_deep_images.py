@@ -269,7 +269,7 @@ DAMAGED: dict[str, Any] = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), kind=st.sampled_from(list(DAMAGED)))
 def test_damaged_deep_files_are_read_or_refused(tmp_path: Path, data: st.DataObject, kind: str) -> None:
     """Any other kind of error than the one that names the file is a bug; so is an image of another form."""
