@@ -115,7 +115,7 @@ def test_every_fault_is_in_the_report(here: Path, capsys: pytest.CaptureFixture[
         4: r"the path leads out of the root '\.', got '\.\./images/2\.jpg'",
         6: "the patient is in two splits: val here, train in t.csv, line 5\n",
         7: "the patient is in two splits: val here, train in t.csv, line 5\n",
-        8: r"No readable image at '.*images/6\.jpg' \(image file is truncated.*, got 'images/6\.jpg'",
+        8: r"No readable image at '.*images/6\.jpg' \(the JPEG is damaged or truncated\).*, got 'images/6\.jpg'",
         10: r"No readable image at '.*images/8\.jpg'.*, got 'images/8\.jpg'",
     }.items():
         assert re.search(rf"  t\.csv, line {line}: .*{rule}", text), rule

@@ -14,7 +14,7 @@ from matex_pl.data.images import GrayImage, TargetSize, read_image
 from matex_pl.files import check_folder, remove_abandoned_parts, whole_file
 
 # Part of the names of cached images: raise it when the same file gives other pixels than before.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -2,66 +2,81 @@
 
 from __future__ import annotations
 
+import io
 import math
+import struct
 import warnings
-from collections.abc import MutableSequence
+import zlib
+from collections.abc import Callable, MutableSequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
+
+from matex_pl.data.jpeg import decode_jpeg, need_codecs, read_jpeg_header
+from matex_pl.data.levels import HIGHEST, RefusedImageError, check_not_blank, check_size, luminance, map_levels
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
+    from pydicom.uid import UID
 
 _PREAMBLE = 128
-_LARGE, _SMALL = 1e12, 1e-12
+# Groups with which files without a preamble begin, of the file's header or of the image, in either byte order.
+_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
+_YBR = ("YBR_FULL", "YBR_FULL_422")
+_COLORS = ("RGB", "YBR_ICT", "YBR_RCT", *_YBR)
+_PALETTE = "PALETTE COLOR"
+_GRAY = ("MONOCHROME1", "MONOCHROME2")
+
+Values = Callable[[np.ndarray], np.ndarray]
+"""Function of pixels, with one number for each."""
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether the file is DICOM, by its name or its magic bytes."""
-    if path.suffix.lower() in {".dcm", ".dicom"}:
+def is_dicom(head: bytes) -> bool:
+    """Whether a file with these first 132 bytes is DICOM: by its magic bytes, or without a preamble by its element."""
+    if head[_PREAMBLE:] == b"DICM":
         return True
-    with path.open("rb") as file:
-        return file.read(_PREAMBLE + 4)[_PREAMBLE:] == b"DICM"
+    # The first element has a type of two capital letters, or a short length.
+    is_explicit = head[4:6].isalpha() and head[4:6].isupper()
+    return head[:2] in _FIRST_GROUPS and (is_explicit or head[6:8] == b"\0\0")
 
 
 def read_dicom_size(path: Path) -> tuple[int, int]:
     """Height and width, from the header."""
-    header = _pydicom(path).dcmread(path, stop_before_pixels=True)
+    header = _header(path, stop_before_pixels=True)
     return int(header.Rows), int(header.Columns)
 
 
 def read_dicom(path: Path) -> np.ndarray:
-    """Gray levels of the first frame, `(h, w)` float32 in [0, 1], 1 is bright.
+    """Levels of the first frame `(h, w)`: uint16 with white at 65,535, or uint8 for colors of 8 bits.
 
     The rescale slope or modality table is applied first, then the first VOI table or window, whose range becomes
-    [0, 1]. Without a usable table or window, the range of the pixels becomes [0, 1]. Empty tags are ignored.
-    MONOCHROME1, whose low values are bright, is inverted.
+    black to white. Without a usable table or window, the range of the pixels does. All of them are also found in
+    functional groups. Pixel padding is left out of the range, and is black. Empty elements are ignored. The shape of
+    the presentation table decides whether low values are bright, or else MONOCHROME1 does. Colors become luminance,
+    over the range of their bits.
 
     Raises:
         ImportError: pydicom, or the codec of a compressed file, is not installed.
+        RefusedImageError: The file has no pixels, or pixels of a kind that is not read.
     """
-    pydicom = _pydicom(path)
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    header = _header(path)
+    warn_if_several(path, header.NumberOfFrames, "frames")
+    frame = _frame(path, header)
+    if frame.colors == _PALETTE:
+        return map_levels(frame.pixels, _palette(header, frame))
+    if frame.colors in _GRAY:
+        return map_levels(frame.pixels, _tone(path, header, frame))
 
-    header = pydicom.dcmread(path)
-    warn_if_several(path, int(header.get("NumberOfFrames") or 1), "frames")
-    try:
-        pixels = pixel_array(header, index=0)
-    except RuntimeError as error:
-        if "missing dependencies" not in str(error):
-            raise
-        raise ImportError(
-            f"{path} cannot be decoded ({' '.join(str(error).split())}). Try: pip install 'matex_pl[dicom]'."
-        ) from error
-    kind = header.PhotometricInterpretation
-    if kind == "PALETTE COLOR":
-        pixels = apply_color_lut(pixels, header)
-    if pixels.ndim == 3:
-        return _stretch(pixels @ np.array([0.299, 0.587, 0.114]), 0, float(np.iinfo(pixels.dtype).max))
-    levels = _windowed(apply_modality_lut(pixels, _with_modality(header)), header)
-    return 1 - levels if kind == "MONOCHROME1" else levels
+    is_ybr, pixels = frame.colors in _YBR, frame.pixels
+    if pixels.dtype == np.uint8:
+        return luminance(pixels, is_ybr=is_ybr)
+    # Stored as luminance and two differences of color.
+    gray = np.ascontiguousarray(pixels[..., 0]) if is_ybr else luminance(pixels)
+    return map_levels(gray, lambda raw: frame.stored(raw) / (2**frame.bits - 1))
 
 
 def warn_if_several(path: Path, number: int, kind: str) -> None:
@@ -71,69 +86,303 @@ def warn_if_several(path: Path, number: int, kind: str) -> None:
         warnings.warn(f"{path} has {number} {kind}. Only the first is used.", stacklevel=2)
 
 
-def _with_modality(header: Dataset) -> Dataset:
-    """The header with an empty slope as 1, an empty intercept as 0, and without an empty modality table."""
-    if "RescaleSlope" in header or "RescaleIntercept" in header:
-        header.RescaleSlope = _first(header, "RescaleSlope") or 1
-        header.RescaleIntercept = _first(header, "RescaleIntercept") or 0
-    if "ModalityLUTSequence" in header and _table(header, "ModalityLUTSequence") is None:
-        del header.ModalityLUTSequence
+def _header(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
+    """The elements of a file with an image."""
+    pydicom = _pydicom(path)
+    _check_deflated(path)
+    # Files without a preamble and header are read by force.
+    header = pydicom.dcmread(path, force=True, stop_before_pixels=stop_before_pixels)
+    if not isinstance(header.get("Rows"), int) or not isinstance(header.get("Columns"), int):
+        kinds = (header.get("SOPClassUID"), getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID"))
+        kind = next((kind.name for kind in kinds if kind), "of unknown kind")
+        raise RefusedImageError(f"a DICOM file without pixels ({kind})" if len(header) else "not a DICOM file")
+    check_size(header.Rows, header.Columns)
+    header.NumberOfFrames = max(int(_number(header, "NumberOfFrames") or 1), 1)
     return header
 
 
-def _windowed(values: np.ndarray, header: Dataset) -> np.ndarray:
-    """Values after the VOI table or window of the file, in [0, 1] of its range."""
-    from pydicom.pixels import apply_voi, apply_windowing
+def _check_deflated(path: Path) -> None:
+    """Refuse a deflated file that inflates to far more than an image."""
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-    table = _table(header, "VOILUTSequence")
+    with path.open("rb") as file:
+        if file.read(_PREAMBLE + 4)[_PREAMBLE:] != b"DICM":
+            return
+    if read_file_meta_info(path).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        return
+    content = path.read_bytes()
+    # The length of the header, group 0002, stands in its first element.
+    (length,) = struct.unpack_from("<L", content, _PREAMBLE + 12)
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    source, total = io.BytesIO(content[_PREAMBLE + 16 + length :]), 0
+    while part := inflate.unconsumed_tail or source.read(2**16):
+        total += len(inflate.decompress(part, 2**20))
+        # Two bytes for each of the pixels, and as much for everything else.
+        check_size(1, max(total // 4, 1))
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Pixels `(h, w)` or `(h, w, 3)` of a frame, their colors as they are decoded, and the place of the used bits."""
+
+    pixels: np.ndarray
+    colors: str
+    bits: int
+    lowest: int
+    is_signed: bool
+
+    def stored(self, raw: np.ndarray) -> np.ndarray:
+        """Stored values of some pixels, float64: without the bits above and below the used ones."""
+        if raw.dtype.kind == "f":
+            return raw.astype(np.float64)
+        used = (raw.astype(np.int64) >> self.lowest) & (2**self.bits - 1)
+        if self.is_signed:
+            used = np.where(used >= 2 ** (self.bits - 1), used - 2**self.bits, used)
+        return used.astype(np.float64)
+
+    def parts(self) -> list[np.ndarray]:
+        """All values of the pixels in small parts, each value once if they have up to 16 bits."""
+        if self.pixels.dtype.kind == "f" or self.pixels.dtype.itemsize > 2:
+            return list(self.pixels)
+        codes = np.arange(256**self.pixels.dtype.itemsize, dtype=f"u{self.pixels.dtype.itemsize}")
+        # Faster than `np.unique` by far.
+        counts = cv2.calcHist([self.pixels.view(codes.dtype)], [0], None, [len(codes)], [0, len(codes)])
+        return [codes.view(self.pixels.dtype)[counts.ravel() > 0]]
+
+
+def _frame(path: Path, header: Dataset) -> _Frame:
+    """The first frame of a file."""
+    from pydicom.pixels import get_decoder
+    from pydicom.pixels.utils import as_pixel_options
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+
+    if not {"PixelData", "FloatPixelData", "DoubleFloatPixelData"} & set(header.dir()):
+        raise RefusedImageError("a DICOM file without pixels")
+    # Writers leave out elements that have one usual value.
+    header.setdefault("SamplesPerPixel", 1)
+    header.setdefault("PixelRepresentation", 0)
+    header.setdefault("BitsStored", header.get("BitsAllocated", 16))
+    syntax = getattr(header, "file_meta", {}).get("TransferSyntaxUID")
+    if not syntax:
+        implicit, little = header.original_encoding
+        syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    bits = int(header.BitsStored)
+    lowest = max(int(header.get("HighBit") or bits - 1) + 1 - bits, 0)
+    signed = header.PixelRepresentation == 1
+    if syntax.is_encapsulated and syntax != RLELossless:
+        pixels, colors, precision = _decoded(path, header, syntax)
+        bits = min(bits, precision) if signed else precision
+        lowest = lowest if lowest + header.BitsStored <= precision else 0
+        bits -= 0 if signed else lowest
+    else:
+        try:
+            decoder = get_decoder(syntax)
+        except NotImplementedError as error:
+            raise RefusedImageError(f"its transfer syntax is {syntax.name}, which is not read") from error
+        options: dict[str, Any] = {"correct_unused_bits": False}
+        if decoder.is_native and header.PhotometricInterpretation in _GRAY and header.BitsAllocated > 8:
+            options["view_only"] = True
+        pixels, found = decoder.as_array(header, index=0, raw=True, **as_pixel_options(header, **options))
+        colors = str(found["photometric_interpretation"])
+        if lowest + bits > 8 * pixels.dtype.itemsize:
+            bits, lowest = 8 * pixels.dtype.itemsize, 0
+    if colors not in (*_COLORS, *_GRAY, _PALETTE) or pixels.shape[2:] != ((3,) if colors in _COLORS else ()):
+        shape = pixels.shape[2] if pixels.ndim == 3 else 1
+        raise RefusedImageError(f"its colors are {colors} in {shape} bands, which are not read")
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise RefusedImageError("a pixel is not finite")
+    return _Frame(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), colors, bits, lowest, signed)
+
+
+def _decoded(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str, int]:
+    """Pixels of the first frame of a compressed file, their colors, and their bits."""
+    from pydicom.encaps import get_frame
+
+    if "JPEG" not in syntax.name:
+        raise RefusedImageError(f"its pixels are compressed as {syntax.name}, which is not read")
+    imagecodecs = need_codecs(f"{path} is compressed as {syntax.name}, which needs imagecodecs")
+    offsets = None
+    if "ExtendedOffsetTable" in header:
+        offsets = (header.ExtendedOffsetTable, header.ExtendedOffsetTableLengths)
+    stream = get_frame(header.PixelData, 0, number_of_frames=header.NumberOfFrames, extended_offsets=offsets)
+    colors, size = str(header.PhotometricInterpretation), (header.Rows, header.Columns)
+    if stream.startswith(b"\xff\xd8"):
+        found = read_jpeg_header(io.BytesIO(stream))
+        if found is None or found.size != size:
+            raise RefusedImageError(f"its JPEG is damaged, or does not have {size[1]} x {size[0]} pixels")
+        if colors in _COLORS:
+            colors = found.colors or colors
+        return decode_jpeg(stream, found, as_stored=True), colors, found.bits
+    start = stream.index(b"\xff\x51")
+    x1, y1, x0, y0 = struct.unpack_from(">LLLL", stream, start + 6)
+    if (y1 - y0, x1 - x0) != size:
+        raise RefusedImageError(f"its JPEG 2000 is damaged, or does not have {size[1]} x {size[0]} pixels")
+    pixels = imagecodecs.jpeg2k_decode(stream)
+    check_not_blank(pixels, stream[stream.index(b"\xff\x93") :], "OpenJPEG of imagecodecs")
+    return pixels, colors, (stream[start + 40] & 0x7F) + 1
+
+
+def _tone(path: Path, header: Dataset, frame: _Frame) -> Values:
+    """Function from pixels to shares of white."""
+    parts, is_padding = frame.parts(), _padding(header, frame)
+    rescale = _rescale(header, max((frame.stored(part).max() for part in parts), default=0.0))
+    ends: list[float] = []
+    for part in parts:
+        values = rescale(frame.stored(part[~is_padding(part)]))
+        ends += [float(values.min()), float(values.max())] if len(values) else []
+    shown, inverted = _of_interest(path, header, *(min(ends), max(ends)) if ends else (0.0, 0.0)), _is_inverted(header)
+
+    def tone(raw: np.ndarray) -> np.ndarray:
+        levels = shown(rescale(frame.stored(raw))).clip(0, 1)
+        return np.where(is_padding(raw), 0.0, 1 - levels if inverted else levels)
+
+    return tone
+
+
+def _is_inverted(header: Dataset) -> bool:
+    """Whether low values are bright: by the shape of the presentation table, or else by the colors."""
+    shape = header.get("PresentationLUTShape")
+    return shape == "INVERSE" if shape in ("IDENTITY", "INVERSE") else header.PhotometricInterpretation == _GRAY[0]
+
+
+def _padding(header: Dataset, frame: _Frame) -> Values:
+    """Function from pixels to booleans: whether a pixel is padding."""
+    value, limit = (header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
+    if not isinstance(value, int):
+        return lambda raw: np.zeros(raw.shape, dtype=bool)
+    low, high = sorted((value, limit if isinstance(limit, int) else value))
+
+    def is_padding(raw: np.ndarray) -> np.ndarray:
+        found = np.zeros(raw.shape, dtype=bool)
+        # Some writers use the bits above the used ones, or give the number as if it had the other sign.
+        for values in (raw, frame.stored(raw)):
+            for shift in (0, 2**16, -(2**16)):
+                found |= (values >= low + shift) & (values <= high + shift)
+        return found
+
+    return is_padding
+
+
+def _rescale(header: Dataset, highest: float) -> Values:
+    """The modality table, or the slope and intercept. `highest` is the highest of the stored values."""
+    group = _group(header, "PixelValueTransformationSequence", "RescaleSlope")
+    table = _table(_first(group, "ModalityLUTSequence"), header, highest)
     if table is not None:
-        count, first = table.LUTDescriptor[0] or 2**16, table.LUTDescriptor[1]
-        entries = apply_voi(np.arange(first, first + count), header)
-        levels = entries[np.rint(values).clip(first, first + count - 1).astype(np.int64) - first]
+        return table
+    slope, intercept = _number(group, "RescaleSlope") or 1.0, _number(group, "RescaleIntercept") or 0.0
+    return lambda values: values * slope + intercept
+
+
+def _of_interest(path: Path, header: Dataset, low: float, high: float) -> Values:
+    """The VOI table or window over its range, or else the range of the values."""
+    group = _group(header, "FrameVOILUTSequence", "WindowCenter")
+    table = _table(_first(group, "VOILUTSequence"), header, high)
+    if table is not None:
         # Over the bits that the entries need: the declared bits are often wrong, and viewers do not rely on them.
-        return _stretch(levels, 0, 2.0 ** int(entries.max()).bit_length() - 1)
-    if _has_window(header):
-        # Values far outside the window give the ends of its range.
-        with np.errstate(over="ignore"):
-            low, high = apply_windowing(np.array([-_LARGE, _LARGE]), header)
-            return _stretch(apply_windowing(values, header), low, high)
-    return _stretch(values, float(values.min()), float(values.max()))
+        most = 2 ** int(table(np.arange(-(2**15), 2**16)).max()).bit_length() - 1
+        return lambda values: table(values) / max(most, 1)
+    center, width = _number(group, "WindowCenter"), _number(group, "WindowWidth")
+    function = str(_first(group, "VOILUTFunction") or "LINEAR").upper()
+    least = 1 if function == "LINEAR" else 1e-12
+    if center is not None and width is not None:
+        if width >= least:
+            return _window(function, center, width)
+        warnings.warn(
+            f"{path} has a window of width {width:g}, which is too small. All of its values are shown instead.",
+            stacklevel=2,
+        )
+    return lambda values: (values - low) / (high - low if high > low else 1.0)
 
 
-def _has_window(header: Dataset) -> bool:
-    """Whether there is a usable window; sets its function if that is missing."""
-    center, width = _first(header, "WindowCenter"), _first(header, "WindowWidth")
-    if center is None or width is None:
-        return False
-    header.VOILUTFunction = _first(header, "VOILUTFunction") or "LINEAR"
-    least = 1 if header.VOILUTFunction == "LINEAR" else _SMALL
-    return math.isfinite(center) and least <= width < math.inf
+def _window(function: str, center: float, width: float) -> Values:
+    """Window functions of DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3, with the output range [0, 1]."""
+    if function == "SIGMOID":
+        return lambda values: 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
+    if function == "LINEAR_EXACT":
+        return lambda values: (values - center) / width + 0.5
+    # Of width 1: a step.
+    return lambda values: (values - (center - 0.5)) / max(width - 1, 1e-12) + 0.5
 
 
-def _table(header: Dataset, name: str) -> Dataset | None:
-    """First table of a sequence; None if it is missing or empty."""
-    table = _first(header, name)
-    if table is None or not table.get("LUTDescriptor") or not table.get("LUTData"):
+def _table(item: Dataset | None, header: Dataset, highest: float) -> Values | None:
+    """Function by a table of a header; None if it is missing or empty. `highest` is the highest of its inputs."""
+    if item is None or not item.get("LUTDescriptor") or item.get("LUTData") in (None, b"", []):
         return None
-    # This only sets the type that pydicom (3.0) uses for the entries. Its type for 8 bits is too small for the indices
-    # of the table, and it has no type for 12 bits.
-    table.LUTDescriptor[2] = 16
-    return table
+    first, entries = _entries(item.LUTDescriptor, item.LUTData, header)
+    # The number may have an unsigned type although it is below 0. No input would reach the table.
+    first -= 2**16 if first >= 2**15 and highest < first else 0
+    return lambda values: entries[(np.rint(values) - first).clip(0, len(entries) - 1).astype(np.int64)]
+
+
+def _entries(descriptor: Any, data: Any, header: Dataset) -> tuple[int, np.ndarray]:
+    """First input and entries of a table; they may be bytes, two in a word, or fewer than declared."""
+    count, first, bits = (int(number) for number in descriptor)
+    count = count % 2**16 or 2**16
+    if isinstance(data, bytes):
+        words = np.frombuffer(data[: len(data) // 2 * 2], dtype="<u2" if header.original_encoding[1] else ">u2")
+    else:
+        words = np.atleast_1d(np.asarray(data)) & 0xFFFF
+    if bits <= 8 and len(words) < count <= 2 * len(words):
+        words = words.astype("<u2").view(np.uint8)
+    return first, words[:count].astype(np.float64)
+
+
+def _palette(header: Dataset, frame: _Frame) -> Values:
+    """Function from pixels to the luminance of the colors of a palette."""
+    names = [f"{color}PaletteColorLookupTable" for color in ("Red", "Green", "Blue")]
+    if f"Segmented{names[0]}Data" in header:
+        from pydicom.pixels import apply_color_lut
+
+        def colors(raw: np.ndarray) -> np.ndarray:
+            found = apply_color_lut(frame.stored(raw).astype(np.int32).reshape(1, -1), header)[0, :, :3]
+            return found.reshape(*raw.shape, 3) / np.iinfo(found.dtype).max
+    else:
+        bands = [_entries(header[f"{name}Descriptor"].value, header[f"{name}Data"].value, header) for name in names]
+        most = 255 if max(entries.max() for _, entries in bands) < 256 else HIGHEST
+
+        def colors(raw: np.ndarray) -> np.ndarray:
+            values = frame.stored(raw).astype(np.int64)
+            found = [entries[(values - first).clip(0, len(entries) - 1)] for first, entries in bands]
+            return np.stack(found, -1) / most
+
+    return lambda raw: colors(raw) @ np.array([0.299, 0.587, 0.114])
+
+
+def _group(header: Dataset, sequence: str, name: str) -> Dataset:
+    """The part of a header with an element: the whole, or a functional group of the first frame."""
+    places = [header]
+    for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+        group = _first(header, groups)
+        place = _first(group, sequence) if group is not None else None
+        if place is not None and name in place:
+            places.insert(0, place)
+            break
+    return places[0]
+
+
+def _number(header: Dataset, name: str) -> float | None:
+    """First number of an element, with a decimal comma also; None if it is missing, empty or not finite."""
+    element = header.get_item(name) if name in header else None
+    value = None if element is None else element.value
+    if isinstance(value, MutableSequence):
+        value = value[0] if value else None
+    if isinstance(value, bytes):
+        # Pydicom does not convert decimal commas.
+        value = value.decode("ascii", "replace").split("\\")[0]
+    try:
+        number = float(str(value).strip("\0 ").replace(",", "."))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _first(header: Dataset, name: str) -> Any:
-    """First value of a tag; None if it is missing or empty."""
+    """First value of an element; None if it is missing or empty."""
     value = header.get(name)
     if isinstance(value, MutableSequence):
         value = value[0] if value else None
     return None if value == "" else value
-
-
-def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    # With a negative slope, the range of a window runs downwards.
-    if high == low:
-        return np.zeros(values.shape, dtype=np.float32)
-    return ((values - low) / (high - low)).clip(0, 1).astype(np.float32)
 
 
 def _pydicom(path: Path) -> ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from matex_pl.data.dicom import is_dicom, read_dicom, read_dicom_size, warn_if_several
-
-Size = tuple[int, int]
-"""Height and width in pixels."""
+from matex_pl.data.jpeg import JpegHeader, read_deep_jpeg, read_jpeg_header
+from matex_pl.data.levels import (
+    HIGHEST,
+    RefusedImageError,
+    Size,
+    check_not_blank,
+    check_size,
+    stretch_levels,
+)
+from matex_pl.data.tiff import TIFF_MAGIC, is_for_pillow, read_tiff, read_tiff_size
 
 TargetSize = Callable[[Size], Size]
 """Function from the size of an image to its size after resizing."""
@@ -45,6 +53,9 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _MARGIN = 1.5
 _TURNED = (5, 6, 7, 8)
 _POLARITY_TAG, _WHITE_IS_ZERO = 0x0106, 0
+_MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8": "JPEG", b"BM": "BMP", b"RIFF": "WebP"} | TIFF_MAGIC
+# The end of a PNG in which metadata may follow the pixels.
+_TAIL = 2**17
 
 
 @dataclass(frozen=True)
@@ -61,9 +72,9 @@ def read_image(
     """An image file of any supported format as 8-bit gray levels.
 
     The formats are PNG, JPEG, TIFF, BMP, WebP and, with the extra `dicom`, DICOM. Colors become luminance, and
-    transparent parts become black. Images of more than 8 bits are reduced after resizing: from the darkest to the
-    brightest pixel, or over the window of a DICOM file. To shrink a JPEG, the file is decoded at a half, a quarter or
-    an eighth of its size, which blurs slightly.
+    transparent parts become black. Up to 8 bits, levels are kept. More bits are reduced after resizing: from the
+    darkest to the brightest pixel, or over the window of a DICOM file. To shrink a JPEG, the file is decoded at a
+    half, a quarter or an eighth of its size, which blurs slightly.
 
     Args:
         path: Image file.
@@ -72,25 +83,23 @@ def read_image(
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ImportError: The file is DICOM or a JPEG of more than 8 bits, and the extra `dicom` is not installed.
+        ImportError: The file needs the extra `dicom`, which is not installed.
         ValueError: The file is no readable image; the message names the reason.
     """
-    with _reading(path) as file:
-        if is_dicom(file):
-            return _finished(read_dicom(file), target_size)
-        try:
-            with Image.open(file, formats=_FORMATS) as image:
-                orientation = _orientation(image, apply_exif_orientation=apply_exif_orientation)
-                warn_if_several(file, getattr(image, "n_frames", 1), "pages")
-                if image.format == "JPEG" and target_size is not None:
-                    size = _upright_size(image, orientation)
-                    # `draft` takes width and height of the stored pixels.
-                    target = target_size(size) if orientation in _TURNED else target_size(size)[::-1]
-                    return GrayImage(_turned(_decode_reduced(image, target), orientation), size)
-                levels = _turned(_levels(image, file), orientation)
-        except UnidentifiedImageError:
-            return _finished(_stretched(_deep_jpeg(file)), target_size)
-        return _finished(levels if levels.dtype == np.uint8 else _stretched(levels), target_size)
+    with _reading(path) as (file, kind):
+        header = _jpeg_header(file, kind)
+        if target_size is not None and header is not None and header.is_for_pillow and not header.is_lossless:
+            image = _reduced_jpeg(file, target_size, header, apply_exif_orientation=apply_exif_orientation)
+            if image is not None:
+                return image
+        levels = _levels(file, kind, header, apply_exif_orientation=apply_exif_orientation)
+        if kind != "DICOM" and levels.dtype != np.uint8:
+            levels = stretch_levels(levels)
+        height, width = levels.shape
+        pixels = levels if target_size is None else resize_image(levels, target_size((height, width)))
+        if pixels.dtype != np.uint8:
+            pixels = cv2.convertScaleAbs(pixels, alpha=255 / HIGHEST)
+        return GrayImage(pixels, (height, width))
 
 
 def read_levels(path: str | Path) -> np.ndarray:
@@ -98,28 +107,28 @@ def read_levels(path: str | Path) -> np.ndarray:
 
     The type is uint8 or has more bits; DICOM files give the levels of their window. Errors are as in `read_image`.
     """
-    with _reading(path) as file:
-        if is_dicom(file):
-            return read_dicom(file)
-        try:
-            with Image.open(file, formats=_FORMATS) as image:
-                warn_if_several(file, getattr(image, "n_frames", 1), "pages")
-                return _turned(_levels(image, file), _orientation(image, apply_exif_orientation=True))
-        except UnidentifiedImageError:
-            return _deep_jpeg(file)
+    with _reading(path) as (file, kind):
+        return _levels(file, kind, _jpeg_header(file, kind), apply_exif_orientation=True)
 
 
 def read_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
     """Height and width of an image file, from the header; see `read_image` for the arguments and errors."""
-    with _reading(path) as file:
-        if is_dicom(file):
+    with _reading(path) as (file, kind):
+        if kind == "DICOM":
             return read_dicom_size(file)
+        header = _jpeg_header(file, kind)
+        if header is not None:
+            return _upright(header.size, _exif_orientation(header.exif) if apply_exif_orientation else 1)
         try:
+            if kind == "BigTIFF":
+                return read_tiff_size(file)
             with Image.open(file, formats=_FORMATS) as image:
-                return _upright_size(image, _orientation(image, apply_exif_orientation=apply_exif_orientation))
+                turn = _orientation(image, file, apply_exif_orientation=apply_exif_orientation)
+                return _upright(image.size[::-1], turn)
         except UnidentifiedImageError:
-            height, width = _deep_jpeg(file).shape
-            return height, width
+            if kind != "TIFF":
+                raise
+            return read_tiff_size(file)
 
 
 def is_jpeg(path: Path) -> bool:
@@ -137,35 +146,81 @@ def resize_image(pixels: np.ndarray, size: Size) -> np.ndarray:
 
 
 @contextmanager
-def _reading(path: str | Path) -> Iterator[Path]:
-    """Context with the path of an image file; errors of decoders become a ValueError that names the file."""
-    file = Path(path)
+def _reading(path: str | Path) -> Iterator[tuple[Path, str]]:
+    """Context with the path and the format of an image file; errors of decoders become errors with the file's name."""
+    file, kind = Path(path), ""
     if not file.is_file():
         raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.")
     try:
-        yield file
+        kind = _format(file)
+        yield file, kind
     except ImportError:
         raise
     # Decoders raise all kinds of errors on broken bytes.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, RefusedImageError):
+            reason = str(error)
+        elif isinstance(error, PermissionError | MemoryError):
+            reason = (getattr(error, "strerror", None) or "no memory is left for it").lower()
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = "it has more pixels than a radiograph"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = f"the {kind} is damaged, or of a kind that Pillow does not read"
+        else:
+            reason = f"the {kind} is damaged or truncated"
         raise ValueError(
             f"No readable image at {str(path)!r} ({reason}). Copy the file again or remove its row."
         ) from error
 
 
-def _decode_reduced(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
-    """A JPEG at a width and height, decoded at the smallest scale that is `_MARGIN` times as large."""
-    width, height = image.size
-    image.draft("L", (math.ceil(target[0] * _MARGIN), math.ceil(target[1] * _MARGIN)))
-    scale = max(round(width / image.size[0]), 1)
-    levels = np.asarray(image.convert("L"))
+def _format(path: Path) -> str:
+    """Name of the format of a file, by its magic bytes."""
+    with path.open("rb") as file:
+        head = file.read(132)
+    # The preamble of a DICOM file may be the header of a TIFF.
+    if is_dicom(head):
+        return "DICOM"
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if not head:
+        raise RefusedImageError("the file is empty")
+    if path.suffix.lower() not in (".dcm", ".dicom"):
+        raise RefusedImageError("not a PNG, JPEG, TIFF, BMP, WebP or DICOM file")
+    return "DICOM"
+
+
+def _jpeg_header(path: Path, kind: str) -> JpegHeader | None:
+    if kind != "JPEG":
+        return None
+    with path.open("rb") as file:
+        return read_jpeg_header(file)
+
+
+def _reduced_jpeg(
+    path: Path, target_size: TargetSize, header: JpegHeader, *, apply_exif_orientation: bool
+) -> GrayImage | None:
+    """A JPEG decoded at the smallest scale that is `_MARGIN` times as large; None if nothing is left of it so."""
+    with Image.open(path, formats=("JPEG",)) as image:
+        warn_if_several(path, getattr(image, "n_frames", 1), "pages")
+        orientation = _orientation(image, path, apply_exif_orientation=apply_exif_orientation)
+        size = _upright(image.size[::-1], orientation)
+        # `draft` takes width and height of the stored pixels.
+        target = target_size(size) if orientation in _TURNED else target_size(size)[::-1]
+        width, height = image.size
+        image.draft("L", (math.ceil(target[0] * _MARGIN), math.ceil(target[1] * _MARGIN)))
+        scale = max(round(width / image.size[0]), 1)
+        levels = np.asarray(image.convert("L"))
+    if levels.min() == levels.max():
+        return None
     if scale == 1:
-        return resize_image(levels, target[::-1])
-    # The last column and row may extend past the image by a part of a pixel, which OpenCV would include.
-    down = _shares(target[1], levels.shape[0], height / scale)
-    across = _shares(target[0], levels.shape[1], width / scale)
-    return np.rint(down @ levels.astype(np.float32) @ across.T).astype(np.uint8)
+        pixels = resize_image(levels, target[::-1])
+    else:
+        # The last column and row may extend past the image by a part of a pixel, which OpenCV would include.
+        down = _shares(target[1], levels.shape[0], height / scale)
+        across = _shares(target[0], levels.shape[1], width / scale)
+        pixels = np.rint(down @ levels.astype(np.float32) @ across.T).astype(np.uint8)
+    return GrayImage(_turned(pixels, orientation), size)
 
 
 @lru_cache(256)
@@ -177,71 +232,110 @@ def _shares(parts: int, pixels: int, extent: float) -> np.ndarray:
     return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _levels(image: Image.Image, path: Path) -> np.ndarray:
-    """Gray levels `(h, w)`, low is dark: uint8, or numbers of more bits."""
+def _levels(path: Path, kind: str, header: JpegHeader | None, *, apply_exif_orientation: bool) -> np.ndarray:
+    """Gray levels `(h, w)`, upright, low is dark: uint8, or numbers of more bits."""
+    if kind == "DICOM":
+        return read_dicom(path)
+    if header is not None and not header.is_for_pillow:
+        levels = read_deep_jpeg(path, header)
+        return _turned(levels, _exif_orientation(header.exif) if apply_exif_orientation else 1)
+    if kind != "BigTIFF":
+        try:
+            with Image.open(path, formats=_FORMATS) as image:
+                if kind != "TIFF" or is_for_pillow(image):
+                    warn_if_several(path, getattr(image, "n_frames", 1), "pages")
+                    orientation = _orientation(image, path, apply_exif_orientation=apply_exif_orientation)
+                    return _turned(_pillow_levels(image, path, header), orientation)
+        except UnidentifiedImageError:
+            if kind != "TIFF":
+                raise
+    levels, pages = read_tiff(path)
+    warn_if_several(path, pages, "pages")
+    return levels
+
+
+def _pillow_levels(image: Image.Image, path: Path, header: JpegHeader | None) -> np.ndarray:
+    """Gray levels `(h, w)` as stored, low is dark: uint8, or numbers of more bits."""
     if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image)
+        pixels = _array(image)
         if not np.isfinite(pixels).all():
-            raise ValueError("a pixel is not finite")
+            raise RefusedImageError("a pixel is not finite")
         # Pillow inverts such pixels only at 8 bits and fewer.
         dark_is_high = getattr(image, "tag_v2", {}).get(_POLARITY_TAG) == _WHITE_IS_ZERO
         highest = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else pixels.max()
         return highest - pixels if dark_is_high else pixels
     if image.format == "PNG" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):
-        # Pillow keeps only 8 bits of colors. It loads the file first, because OpenCV accepts truncated files.
-        image.load()
-        colors = np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED))
-        gray = cv2.cvtColor(colors[..., :3], cv2.COLOR_BGR2GRAY)
-        return gray if colors.shape[2] == 3 else gray * (colors[..., 3] / np.float32(65535))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    return np.asarray(image.convert("L"))
+        return _deep_png(image, path)
+    if header is not None and not header.is_lossless:
+        # As at a smaller scale: the luminance that the file holds.
+        image.draft("L", image.size)
+    if image.mode in ("LA", "PA", "La", "RGBA") or "transparency" in image.info:
+        image = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+        return cv2.multiply(np.asarray(image.convert("L")), np.asarray(image.getchannel("A")), scale=1 / 255)
+    levels = np.asarray(image.convert("L"))
+    if header is not None:
+        check_not_blank(levels, path.read_bytes()[header.start :], "libjpeg-turbo of Pillow")
+    return levels
 
 
-def _stretched(pixels: np.ndarray) -> np.ndarray:
-    """Pixels from their darkest to their brightest as float32 in [0, 1]; 0 where all are equal."""
-    values = pixels.astype(np.float32)
-    low, high = float(values.min()), float(values.max())
-    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+def _array(image: Image.Image) -> np.ndarray:
+    """Pixels of an image, part by part: at once, NumPy would need their memory three times."""
+    width, height = image.size
+    found = np.empty((height, width), dtype=np.asarray(image.crop((0, 0, 1, 1))).dtype)
+    for start in range(0, height, 256):
+        found[start : start + 256] = np.asarray(image.crop((0, start, width, min(start + 256, height))))
+    return found
 
 
-def _finished(levels: np.ndarray, target_size: TargetSize | None) -> GrayImage:
-    """Image of the target size from levels, uint8 or float32 in [0, 1]."""
-    height, width = levels.shape
-    pixels = levels if target_size is None else resize_image(levels, target_size((height, width)))
-    if pixels.dtype != np.uint8:
-        pixels = np.rint(pixels * 255).clip(0, 255).astype(np.uint8)
-    return GrayImage(pixels, (height, width))
+def _deep_png(image: Image.Image, path: Path) -> np.ndarray:
+    """Levels of a PNG with colors or opacity of 16 bits. Pillow keeps only 8 of them."""
+    check_size(*image.size[::-1])
+    # OpenCV accepts truncated files.
+    image.verify()
+    colors = cv2.imread(str(path), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    if colors is None:
+        raise RefusedImageError("the PNG is damaged")
+    if colors.ndim == 2 or colors.dtype != np.uint16:
+        return colors
+    gray = cv2.cvtColor(colors[..., :3], cv2.COLOR_BGR2GRAY)
+    if colors.shape[2] == 3:
+        return gray
+    return cv2.multiply(gray, colors[..., 3], scale=1 / HIGHEST, dtype=cv2.CV_32F)
 
 
-def _deep_jpeg(path: Path) -> np.ndarray:
-    """Pixels of a JPEG of 12 or 16 bits, which Pillow refuses."""
-    if not is_jpeg(path):
-        raise ValueError("not a PNG, JPEG, TIFF, BMP, WebP or DICOM file")
-    try:
-        from libjpeg import decode
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is no JPEG of 8 bits. JPEGs of more bits need one more package: pip install 'matex_pl[dicom]'."
-        ) from error
-    pixels = decode(str(path))
-    return pixels if pixels.ndim == 2 else pixels.mean(-1)
-
-
-def _orientation(image: Image.Image, *, apply_exif_orientation: bool) -> int:
+def _orientation(image: Image.Image, path: Path, *, apply_exif_orientation: bool) -> int:
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         # Pillow would decode all pixels to search for metadata after them.
-        return 1
-    orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+        orientation = _exif_orientation(_exif_after_pixels(path))
+    else:
+        orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
     if image.format == "TIFF" and orientation != 1:
         # Pillow 13 turns such pixels while loading, but keeps the size from before.
-        raise ValueError(f"a TIFF with the orientation {orientation}, which is not supported: save it upright")
+        raise RefusedImageError(f"a TIFF with the orientation {orientation}, which is not supported: save it upright")
     return orientation if apply_exif_orientation else 1
 
 
-def _upright_size(image: Image.Image, orientation: int) -> Size:
-    width, height = image.size
-    return (width, height) if orientation in _TURNED else (height, width)
+def _exif_after_pixels(path: Path) -> bytes:
+    """The EXIF data of a PNG that follow its pixels; empty if there are none."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _TAIL, 0))
+        tail = file.read()
+    name = tail.rfind(b"eXIf")
+    if name < 4:
+        return b""
+    end = name + 4 + int.from_bytes(tail[name - 4 : name], "big")
+    # Pixels may hold the same letters.
+    return tail[name + 4 : end] if zlib.crc32(tail[name:end]) == int.from_bytes(tail[end : end + 4], "big") else b""
+
+
+def _exif_orientation(content: bytes) -> int:
+    exif = Image.Exif()
+    exif.load(content)
+    return int(exif.get(_ORIENTATION_TAG, 1))
+
+
+def _upright(size: Size, orientation: int) -> Size:
+    return size[::-1] if orientation in _TURNED else size
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
