@@ -301,7 +301,7 @@ def test_bad_rows_are_named(root: Path, cells: dict[str, str], value: str, rule:
     (found,) = _bad(path)
     assert (found.file, found.line, found.value) == (str(path), 3, value)
     assert re.search(rule, found.rule)
-    with pytest.raises(ValueError, match=r"^1 bad row:\n  .*t\.csv, line 3: (?s:.*)on_bad_row: skip"):
+    with pytest.raises(ValueError, match=r"^1 bad row:\n  .*t\.csv, line 3[:,] (?s:.*)on_bad_row: skip"):
         _module(path).setup("fit")
 
 

@@ -32,6 +32,15 @@ def read_dicom_size(path: Path) -> tuple[int, int]:
     return int(header.Rows), int(header.Columns)
 
 
+def read_view(path: Path) -> tuple[str, list[str]]:
+    """View position and patient orientation, from the header; empty if they are missing."""
+    names = ["ViewPosition", "PatientOrientation"]
+    header = _pydicom(path).dcmread(path, stop_before_pixels=True, specific_tags=names)
+    orientation = header.get("PatientOrientation") or []
+    directions = [orientation] if isinstance(orientation, str) else list(orientation)
+    return str(header.get("ViewPosition") or ""), [str(direction) for direction in directions]
+
+
 def read_dicom(path: Path) -> np.ndarray:
     """Gray levels of the first frame, `(h, w)` float32 in [0, 1], 1 is bright.
 
