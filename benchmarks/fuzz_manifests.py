@@ -313,7 +313,8 @@ def main(number: int = 10_000, first: int = 0) -> None:
         number: Number of tables.
         first: Seed of the first table.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "matex_pl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     counts: Counter[str] = Counter()
     broken, start = [], time.perf_counter()
     here = Path.cwd()

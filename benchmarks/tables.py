@@ -93,7 +93,8 @@ def main(rows: int = 100_000, model: str | None = "ViT-B-32") -> None:
         model: Model whose tokenizer measures the phrases.
     """
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "matex_pl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     print("| Work | CPU seconds | Peak memory, MiB |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         plain, boxed = (write_table(Path(name), rows, boxes=boxes) for boxes in (False, True))
@@ -101,6 +102,7 @@ def main(rows: int = 100_000, model: str | None = "ViT-B-32") -> None:
             f"`fit` up to its first image, {rows:,} rows": lambda: ManifestDataModule(str(plain)).setup("fit"),
             "the same with boxes": lambda: ManifestDataModule(str(boxed)).setup("fit"),
             "`check-data` without pixels": lambda: check_data(BlankImages(str(plain)), model=model),
+            "`check-data` without pixels, with boxes": lambda: check_data(BlankImages(str(boxed)), model=model),
         }
         for title, work in works.items():
             seconds, memory = measured(work)

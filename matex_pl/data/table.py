@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import logging
+import time
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,6 +52,8 @@ _CSV_FAULTS = {
 _SHOWN = 3
 # Rows per task of a thread: few, for a quick end after an interruption.
 _ROWS = 16
+# Rows that are read first, and the ratio of time to CPU time above which a disk is slow.
+_TRIED, _WAITING = 256, 3
 # Reports are long cells, above the default limit of the csv module.
 csv.field_size_limit(2**24)
 # Tables shrink to a tenth or a twentieth. A gzip file that inflates much further, or beyond memory, is no table.
@@ -394,11 +397,15 @@ def flag_patient_leakage(
 def parse_rows(
     rows: Sequence[TableRow], pair_of: Callable[[TableRow], ImageTextPair]
 ) -> tuple[list[ImageTextPair], list[BadRow], list[RowWarning]]:
-    """Pairs of the good rows, the bad rows, and warnings about good rows, parsed in threads."""
-    parts = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
+    """Pairs of the good rows, the bad rows, and warnings about good rows, parsed in threads if the disk is slow."""
+    start, start_cpu = time.perf_counter(), time.thread_time()
+    parsed = [_pair_or_bad(row, pair_of) for row in rows[:_TRIED]]
+    # Threads wait for a slow disk together. On a fast disk they double the time, because they wait for each other.
+    is_slow = time.perf_counter() - start > _WAITING * (time.thread_time() - start_cpu)
+    parts = [rows[start : start + _ROWS] for start in range(_TRIED, len(rows), _ROWS)]
     with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda part: [_pair_or_bad(row, pair_of) for row in part], parts)
-        parsed = [row for part in progress(read, f"rows, by {_ROWS}", len(parts)) for row in part]
+        read = (pool.map if is_slow else map)(lambda part: [_pair_or_bad(row, pair_of) for row in part], parts)
+        parsed += [row for part in progress(read, f"rows, by {_ROWS}", len(parts)) for row in part]
     pairs = [row for row in parsed if isinstance(row, ImageTextPair)]
     return pairs, [row for row in parsed if isinstance(row, BadRow)], pair_warnings(pairs)
 
