@@ -304,11 +304,11 @@ def test_check_data_says_what_could_start(here: Path, capsys: pytest.CaptureFixt
     assert re.search(r"these data and tiny\.json:\n  fit +no: 1 bad row; ManifestDataModule has no val pairs", text)
     assert re.search(r"\n  test +no: 1 bad row\n  benchmark +no: 1 bad row; .* no val pairs", text)
     with pytest.raises(SystemExit):
-        main([*words, "--data.on_bad_row=skip", "--data.image_size=48"])
+        main([*words, "--data.on_bad_row=skip", "--data.image_size=48", "--pretrained=none.pt"])
     text = capsys.readouterr().out
-    assert re.search(
-        r"\n  test +no: the data module's image_size is \(48, 48\), and the model takes \(32, 32\)\n", text
-    )
+    weights = "the weights 'none.pt' are neither a file nor a tag of tiny.json"
+    size = "the data module's image_size is (48, 48), and the model takes (32, 32)"
+    assert f"\n  test       no: {weights}; {size}\n" in text
     with pytest.raises(SystemExit):
         main([*words, "--data.on_bad_row=skip"])
     assert re.search(r"\n  test +yes\n", capsys.readouterr().out)
@@ -458,3 +458,37 @@ def test_phantoms_log_that_they_are_drawn(here: Path, caplog: pytest.LogCaptureF
     assert [r.message for r in caplog.records if "phantoms" in r.message] == [
         "Drawing 8 phantoms of 64 x 64 pixels in phantoms, once."
     ]
+
+
+def test_a_scalar_without_boxes_is_reported_once(here: Path, tiny_json: str, recwarn: pytest.WarningsRecorder) -> None:
+    from matex_pl.callbacks import AttributionMetrics
+
+    _write([{**row, "boxes": ""} for row in _rows()])
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=3, num_sanity_val_steps=0,
+        callbacks=[AttributionMetrics(num_batches=1)],
+    )  # fmt: skip
+    trainer.fit(ClipModule(tiny_json, warmup_steps=0), _module(image_size=None))
+    messages = [
+        str(warning.message) for warning in recwarn if "attribution/pointing_game is NaN" in str(warning.message)
+    ]
+    assert len(messages) == 1
+    assert trainer.callback_metrics["attribution/pointing_game"].isnan()
+
+
+def test_panels_leave_out_images_that_break(here: Path, tiny_json: str) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from matex_pl.callbacks import AttributionMaps
+
+    _write([{**row, "boxes": ""} for row in _rows()])
+    data = _module(on_bad_row="skip", image_size=None, batch_size=3)
+    _break_after_setup(data, "7.png")
+    trainer = Trainer(
+        accelerator="cpu", logger=TensorBoardLogger("tb"), enable_checkpointing=False, max_epochs=1,
+        callbacks=[AttributionMaps("rollout")],
+    )  # fmt: skip
+    trainer.fit(ClipModule(tiny_json, warmup_steps=0), data)
+    tags = EventAccumulator(trainer.log_dir).Reload().Tags()["images"]
+    assert sorted(tags) == ["maps/matex/pair 6", "maps/matex/pair 8"]

@@ -12,6 +12,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import open_clip
+
 from matex_pl.anatomy import parse_phrase
 from matex_pl.clip.load import cut_text, input_size, load_tokenizer
 from matex_pl.clip.towers import height_width
@@ -48,10 +50,10 @@ class ModelConfig(DataConfig):
     """Config of `matex fit` (YAML). Its `data` is checked with the tokenizer of its `model.name`."""
 
     def model_settings(self, model: Any) -> dict[str, Any]:
-        """Name and image size of the model, if they are set."""
+        """Name, weights and image size of the model, if they are set."""
         if not isinstance(model, dict) or not model.get("name"):
             return {}
-        return {"model": model["name"]} | ({"image_size": model["image_size"]} if model.get("image_size") else {})
+        return {"model": model["name"]} | {key: model[key] for key in ("pretrained", "image_size") if model.get(key)}
 
 
 def main(words: Sequence[str]) -> None:
@@ -73,6 +75,7 @@ class Report(NamedTuple):
 def check_data(
     data: ChestXrayDataModule,
     model: str | None = None,
+    pretrained: str | None = None,
     image_size: int | tuple[int, int] | None = None,
     workers: int | None = None,
     out: str | None = None,
@@ -92,6 +95,7 @@ def check_data(
         data: Data module. Bad rows are reported with any `on_bad_row`.
         model: Name of the model whose tokenizer measures the phrases, as in `model.name` of a training config; by
             default they are not measured.
+        pretrained: Weights of the model, as in `model.pretrained` of a training config. They are not loaded.
         image_size: Side, or height and width, of the frame that images are fitted into, as in `model.image_size` of a
             training config; the model's own by default. `image_size` of the data module overrides it.
         workers: Number of threads that read images; one per core by default.
@@ -115,8 +119,8 @@ def check_data(
     for pair in pairs:
         by_image[pair.image].append(pair)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        checked = pool.map(lambda group: _check_image(data, transform, group), by_image.values())
-        checked = list(progress(checked, "images", len(by_image)))
+        read = pool.map(lambda group: _check_image(data, transform, group), by_image.values())
+        checked = list(progress(read, "images", len(by_image)))
     bad = sorted([*bad, *(row for image in checked for row in image.bad)], key=lambda row: (row.file, row.line))
     warnings += [row for image in checked for row in image.warnings]
     warnings += _repeated_pixels(list(by_image.values()), [image.digest for image in checked])
@@ -146,7 +150,7 @@ def check_data(
         parts.append(f"All phrases fit into {limit}.")
     parts.append(_warnings(kinds))
     parts.append("\n".join([f"Bad rows: {len(bad)}", *(f"  {row}" for row in bad)]) if bad else "No bad rows.")
-    parts.append(_verdict(data, pairs, bad, model, own))
+    parts.append(_verdict(data, pairs, bad, model, own, _missing_weights(model, pretrained)))
     return Report("\n\n".join(parts), bad, [row for rows in kinds.values() for row in rows])
 
 
@@ -220,11 +224,12 @@ def _verdict(
     bad: Sequence[BadRow],
     model: str | None,
     size: tuple[int, int] | None,
+    missing: str,
 ) -> str:
     """Whether each command could start with these data and this model, and the reason if not."""
     refused = {(row.file, row.line) for row in bad}
     usable = by_split([pair for pair in pairs if pair.source not in refused])
-    shared = []
+    shared = [missing] if missing else []
     if bad and getattr(data, "on_bad_row", "error") == "error":
         shared.append(f"{len(bad)} bad row{'s' * (len(bad) > 1)}")
     if size is not None and data.image_size not in (None, size):
@@ -240,6 +245,14 @@ def _verdict(
                 break
         lines.append((f"  {command}", f"no: {'; '.join(reasons)}" if reasons else "yes"))
     return "\n".join([f"Could start with these data and {model or 'any model'}:", *text_table(lines)])
+
+
+def _missing_weights(model: str | None, pretrained: str | None) -> str:
+    """Fault of weights that are neither a file nor a tag; empty if there is none."""
+    if model is None or pretrained is None or Path(pretrained).is_file():
+        return ""
+    known = pretrained in open_clip.list_pretrained_tags_by_model(model)
+    return "" if known else f"the weights {pretrained!r} are neither a file nor a tag of {model}"
 
 
 def _listed(data: ChestXrayDataModule) -> tuple[list[ImageTextPair], list[BadRow]]:

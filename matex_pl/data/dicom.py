@@ -33,12 +33,17 @@ def read_dicom_size(path: Path) -> tuple[int, int]:
 
 
 def read_view(path: Path) -> tuple[str, list[str]]:
-    """View position and patient orientation, from the header; empty if they are missing."""
+    """View position and patient orientation, from the header; empty if they are missing or cannot be read."""
     names = ["ViewPosition", "PatientOrientation"]
-    header = _pydicom(path).dcmread(path, stop_before_pixels=True, specific_tags=names)
-    orientation = header.get("PatientOrientation") or []
-    directions = [orientation] if isinstance(orientation, str) else list(orientation)
-    return str(header.get("ViewPosition") or ""), [str(direction) for direction in directions]
+    pydicom = _pydicom(path)
+    try:
+        header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
+        orientation = header.get("PatientOrientation") or []
+        directions = [orientation] if isinstance(orientation, str) else list(orientation)
+        return str(header.get("ViewPosition") or ""), [str(direction) for direction in directions]
+    # Broken headers raise all kinds of errors. The reader of the pixels reports them.
+    except Exception:
+        return "", []
 
 
 def read_dicom(path: Path) -> np.ndarray:

@@ -101,7 +101,9 @@ class NihDataModule(ImageFilesDataModule):
                 f"{missing} of {len(labels)} images of {LABEL_FILE} are not below {self.root} and are left out."
             )
         self._view_warnings = [
-            RowWarning(*row["source"], view, "view") for row in rows if (view := odd_view(row["view"]))
+            RowWarning(row["source"][0], row["source"][1], view, "view")
+            for row in rows
+            if (view := odd_view(row["view"]))
         ]
         splits = split_patients((row["patient"] for row in rows), self.fractions, self.seed)
         return [
