@@ -43,15 +43,17 @@ COLUMNS = ("image", "phrase", "id", "patient_id", "boxes", "finding", "split", "
 SLOW_SECONDS = 10
 # Patterns of the clear errors, including the list of bad rows; {} is the table.
 CLEAR = {
-    "bad rows": r"^\d+ bad rows?:\n  {}, line \d+: .+",
+    "bad rows": r"^\d+ bad rows?(, the first 3)?:\n  {}, line \d+(, '.+')?: .+",
     "no such encoding": r"^{}(, line \d+: The byte 0x.. is not UTF-8| is UTF-16)",
     "no whole gzip file": r"^{} is no complete gzip file",
+    "a gzip file without bound": r"^{} inflates from",
     "columns are missing": r"^{} (lacks the columns|has some of the columns x, y, w, h)",
     "a column is there twice": r"^{} has several columns of the name",
     "a mapped column is missing": r"^`columns` names .* which {} does not have",
     "no rows": r"^{} has a header and no rows",
     "no CSV": r"^{}, line \d+: .+",
     "no pairs in a split": r"^ManifestDataModule has no (train|val|test) pairs, which",
+    "one pair": r"^ManifestDataModule has one train pair, and",
 }
 
 Rows = list[dict[str, Any]]
@@ -311,7 +313,8 @@ def main(number: int = 10_000, first: int = 0) -> None:
         number: Number of tables.
         first: Seed of the first table.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "matex_pl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     counts: Counter[str] = Counter()
     broken, start = [], time.perf_counter()
     here = Path.cwd()

@@ -133,8 +133,9 @@ class AttributionMaps(Callback):
         panels: dict[str, Picture] = {}
         if share:
             subtitle = f"{self.name} | epoch {trainer.current_epoch}"
-            pictures = explain_batch(module, self.method, data.batch(share), subtitle, show_text=show_text)
-            panels.update(zip(share, pictures, strict=True))
+            batch = data.batch(share)
+            pictures = explain_batch(module, self.method, batch, subtitle, show_text=show_text)
+            panels.update(zip(batch["id"], pictures, strict=True))
         if trainer.world_size == 1:
             return panels
         parts: list[Any] = [None] * trainer.world_size

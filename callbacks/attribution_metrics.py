@@ -92,6 +92,7 @@ class AttributionMetrics(Callback):
         self.thorax: Tensor | None = None
         self.metrics: dict[str, Metric] = {}
         self._kept: dict[str, Metric] = {}
+        self._warned: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the name, and read the thorax from the data module."""
@@ -236,10 +237,11 @@ class AttributionMetrics(Callback):
                 # The warning below names the scalar.
                 warnings.simplefilter("ignore")
                 value = metric.compute()
-            if value.isnan():
-                if "/" in name:
-                    # A finding may be missing in all batches; no warning is needed.
-                    continue
+            if value.isnan() and "/" in name:
+                # A finding may be missing in all batches; no warning is needed.
+                continue
+            if value.isnan() and name not in self._warned:
+                self._warned.add(name)
                 rank_zero_warn(
                     f"The scalar {prefix}/{name} is NaN: no pair in the explained batches counts. The pairs may have "
                     "no boxes or no other phrase."

@@ -73,7 +73,13 @@ def test_good_data_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert sides["both sides"] == [2, 0, 0]
     assert sum(map(sum, sides.values())) == 12
     assert "All phrases fit into the 16 tokens of tiny.json." in text
-    assert text.strip().endswith("No bad rows.")
+    assert "No warnings.\n\nNo bad rows.\n\n" in text
+    assert text.strip().splitlines()[-4:] == [
+        "Could start with these data and tiny.json:",
+        "  fit        yes",
+        "  test       yes",
+        "  benchmark  yes",
+    ]
 
 
 def test_boxes_are_cut_to_the_frame_of_the_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,16 +121,18 @@ def test_every_fault_is_in_the_report(here: Path, capsys: pytest.CaptureFixture[
         4: r"the path leads out of the root '\.', got '\.\./images/2\.jpg'",
         6: "the patient is in two splits: val here, train in t.csv, line 5\n",
         7: "the patient is in two splits: val here, train in t.csv, line 5\n",
-        8: r"No readable image at '.*images/6\.jpg' \(the JPEG is damaged or truncated\).*, got 'images/6\.jpg'",
-        10: r"No readable image at '.*images/8\.jpg'.*, got 'images/8\.jpg'",
+        8: r"'images/6\.jpg': No readable image at '.*images/6\.jpg' \(the JPEG is damaged or truncated\).*remove its row\.\n",
+        10: r"'images/8\.jpg': No readable image at '.*images/8\.jpg'.*remove its row\.\n",
     }.items():
-        assert re.search(rf"  t\.csv, line {line}: .*{rule}", text), rule
+        assert re.search(rf"  t\.csv, line {line}[:,] .*{rule}", text), rule
     assert "Phrases longer than the 16 tokens of tiny.json: 1" in text
     assert re.search(r"t\.csv, line 11, images/9\.jpg: cut off: '.*the very end \.'", text)
     assert "Bad rows: 7" in text
+    assert re.search(r"\n  fit +no: 7 bad rows; .* has no val pairs.*\n  test +no: 7 bad rows\n", text)
     with Path("bad/rows.csv").open(newline="", encoding="utf-8") as file:
         listed = list(csv.DictReader(file))
     assert [int(row["line"]) for row in listed] == [2, 3, 4, 6, 7, 8, 10, 11]
+    assert [row["used"] for row in listed] == ["no"] * 7 + ["yes"]
     assert [row["value"] for row in listed[-3:-1]] == ["images/6.jpg", "images/8.jpg"]
     assert listed[-1]["rule"] == "the phrase is longer than the 16 tokens of tiny.json: this is cut off"
     assert listed[-1]["value"].endswith("the very end .")
@@ -158,7 +166,7 @@ def test_other_data_modules_are_checked(here: Path, capsys: pytest.CaptureFixtur
         main(words)
     assert end.value.code == 1
     text = capsys.readouterr().out
-    assert re.search(r"Bad rows: 1\n  .*00000004_000\.png: No readable image", text)
+    assert re.search(r"Bad rows: 1\n  .*Data_Entry_2017_v2020\.csv, line 6, '.*00000004_000\.png': No readable", text)
     assert _table(text, "finding")["pleural effusion"]
     assert "tokens of models/phantom_vit.json" in text
 

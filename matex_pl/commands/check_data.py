@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import open_clip
 
 from matex_pl.anatomy import parse_phrase
 from matex_pl.clip.load import cut_text, input_size, load_tokenizer
@@ -17,24 +20,40 @@ from matex_pl.clip.towers import height_width
 from matex_pl.commands.options import DataConfig, run_on_data
 from matex_pl.console import progress, text_table
 from matex_pl.data import ChestXrayDataModule, ImageTextPair
-from matex_pl.data.datamodule import SPLITS, count_cut_boxes
+from matex_pl.data.datamodule import SPLITS, ImageFilesDataModule, by_split, count_cut_boxes
+from matex_pl.data.dicom import is_dicom, read_view
 from matex_pl.data.table import TableDataModule, write_bad_rows
 from matex_pl.data.transforms import ImageTransform
-from matex_pl.data.validation import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, image_name, place_of
+from matex_pl.data.validation import (
+    WARNINGS,
+    BadRow,
+    RowWarning,
+    RuleError,
+    by_kind,
+    check_overlap,
+    drop_leaks,
+    drop_repeats,
+    image_name,
+    odd_view,
+    place_of,
+    shape_warnings,
+)
 
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
 # Used without a model. Almost all models take squares, and crops to squares of any size cut the same parts.
 _FRAME = (224, 224)
+# Stages whose splits each command reads. The benchmark scores test pairs and chooses thresholds on validation pairs.
+_STAGES = {"fit": ("fit",), "test": ("test",), "benchmark": ("test", "validate")}
 
 
 class ModelConfig(DataConfig):
     """Config of `matex fit` (YAML). Its `data` is checked with the tokenizer of its `model.name`."""
 
     def model_settings(self, model: Any) -> dict[str, Any]:
-        """Name and image size of the model, if they are set."""
+        """Name, weights and image size of the model, if they are set."""
         if not isinstance(model, dict) or not model.get("name"):
             return {}
-        return {"model": model["name"]} | ({"image_size": model["image_size"]} if model.get("image_size") else {})
+        return {"model": model["name"]} | {key: model[key] for key in ("pretrained", "image_size") if model.get(key)}
 
 
 def main(words: Sequence[str]) -> None:
@@ -46,36 +65,41 @@ def main(words: Sequence[str]) -> None:
 
 
 class Report(NamedTuple):
-    """Text and bad rows of a check."""
+    """Text, bad rows, which are refused, and warnings about rows that are used."""
 
     text: str
     bad: list[BadRow]
+    warnings: list[RowWarning]
 
 
 def check_data(
     data: ChestXrayDataModule,
     model: str | None = None,
+    pretrained: str | None = None,
     image_size: int | tuple[int, int] | None = None,
     workers: int | None = None,
     out: str | None = None,
 ) -> Report:
     """Read every row and every image of a data module once, and report.
 
-    The report has
+    Images are read as in training: at the same size, and through the cache of the data module. The report has
 
     - the counts per split, finding and side;
-    - every bad row, with file, line, value and rule;
+    - the number of boxes that `resize_mode: shortest` cuts;
     - the phrases that are longer than the model's context, with the text that is cut off;
-    - the number of boxes that `resize_mode: shortest` cuts.
+    - the warnings about rows that are used, with file, line, value and consequence;
+    - every bad row, with file, line, value and rule;
+    - whether `fit`, `test` and `benchmark` could start.
 
     Args:
-        data: Data module. Its `on_bad_row` is ignored.
+        data: Data module. Bad rows are reported with any `on_bad_row`.
         model: Name of the model whose tokenizer measures the phrases, as in `model.name` of a training config; by
             default they are not measured.
-        image_size: Side, or height and width, of the frame that images are cropped to, as in `model.image_size` of a
+        pretrained: Weights of the model, as in `model.pretrained` of a training config. They are not loaded.
+        image_size: Side, or height and width, of the frame that images are fitted into, as in `model.image_size` of a
             training config; the model's own by default. `image_size` of the data module overrides it.
         workers: Number of threads that read images; one per core by default.
-        out: CSV file for the bad rows, followed by the phrases that are too long; none by default.
+        out: CSV file for the bad rows, followed by the warnings and the phrases that are too long; none by default.
 
     Raises:
         FileNotFoundError: A table is missing.
@@ -84,21 +108,31 @@ def check_data(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
     tokenizer = load_tokenizer(model) if model else None
+    own = height_width(image_size) if image_size else input_size(model) if model else None
+    transform = ImageTransform(data.image_size or own or _FRAME, data.resize_mode)
+    if isinstance(data, ImageFilesDataModule) and data.cache is not None:
+        data.cache.prepare()
     data.prepare_data()
     pairs, bad = _listed(data)
+    warnings = data.list_warnings(pairs)
     by_image: dict[str | int, list[ImageTextPair]] = defaultdict(list)
     for pair in pairs:
         by_image[pair.image].append(pair)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        checked = pool.map(lambda group: _check_image(data, group), by_image.values())
-        bad = [*bad, *(row for rows in progress(checked, "images", len(by_image)) for row in rows)]
-    bad.sort(key=lambda row: (row.file, row.line))
+        read = pool.map(lambda group: _check_image(data, transform, group), by_image.values())
+        checked = list(progress(read, "images", len(by_image)))
+    bad = sorted([*bad, *(row for image in checked for row in image.bad)], key=lambda row: (row.file, row.line))
+    warnings += [row for image in checked for row in image.warnings]
+    warnings += _repeated_pixels(list(by_image.values()), [image.digest for image in checked])
+    refused = {(row.file, row.line) for row in bad}
+    kinds = by_kind(row for row in warnings if (row.file, row.line) not in refused)
     limit = f"the {getattr(tokenizer, 'context_length', 0)} tokens of {model}"
     cut = cache(lambda phrase: cut_text(tokenizer, phrase) if tokenizer else "")
     long = [(pair, cut(phrase)) for pair in pairs for phrase in data.phrases_of(pair) if cut(phrase)]
     if out is not None:
         rule = f"the phrase is longer than {limit}: this is cut off"
-        write_bad_rows(Path(out), [*bad, *(BadRow(*pair.source, text, rule) for pair, text in long)])
+        cut_off = [BadRow(*pair.source, text, rule) for pair, text in long]
+        write_bad_rows(Path(out), bad, [*(row for rows in kinds.values() for row in rows), *cut_off])
     side = cache(_side)
     parts = [
         _counts(pairs),
@@ -106,34 +140,119 @@ def check_data(
         _by_split("side", [(side(pair.phrase), pair.split) for pair in pairs], _SIDES),
     ]
     if data.resize_mode == "shortest":
-        frame = data.image_size or (height_width(image_size) if image_size else input_size(model) if model else _FRAME)
-        lost, outside = count_cut_boxes(ImageTransform(frame, data.resize_mode), pairs)
+        lost, outside = count_cut_boxes(transform, pairs)
         boxes = f"{lost} of {sum(len(pair.boxes) for pair in pairs)} boxes, {outside} of them wholly"
-        parts.append(f"resize_mode: shortest to {frame[1]} x {frame[0]} cuts {boxes}.")
+        parts.append(f"resize_mode: shortest to {transform.size[1]} x {transform.size[0]} cuts {boxes}.")
     if long:
         lines = [f"  {place_of(pair.source)}, {pair.id}: cut off: {text!r}" for pair, text in long]
         parts.append("\n".join([f"Phrases longer than {limit}: {len(long)}", *lines]))
     elif tokenizer:
         parts.append(f"All phrases fit into {limit}.")
+    parts.append(_warnings(kinds))
     parts.append("\n".join([f"Bad rows: {len(bad)}", *(f"  {row}" for row in bad)]) if bad else "No bad rows.")
-    return Report("\n\n".join(parts), bad)
+    parts.append(_verdict(data, pairs, bad, model, own, _missing_weights(model, pretrained)))
+    return Report("\n\n".join(parts), bad, [row for rows in kinds.values() for row in rows])
 
 
-def _check_image(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair]) -> list[BadRow]:
-    """Bad rows of one image: all rows if the image cannot be read, else the rows with a box outside the image."""
+class _Checked(NamedTuple):
+    """Bad rows and warnings of the pairs of an image, and a digest of its pixels, empty for one gray level."""
+
+    bad: list[BadRow]
+    warnings: list[RowWarning]
+    digest: bytes
+
+
+def _check_image(data: ChestXrayDataModule, transform: ImageTransform, pairs: Sequence[ImageTextPair]) -> _Checked:
+    """Check of an image: all rows are bad if the image cannot be read, else the rows with a box outside the image."""
     try:
-        height, width = data.read_image(pairs[0]).shape
+        image = data.open_image(pairs[0], transform)
+        path = Path(str(pairs[0].image))
+        view = odd_view(*read_view(path)) if isinstance(pairs[0].image, str) and is_dicom(path) else ""
     except (OSError, ValueError, ImportError) as error:
-        root, image = getattr(data, "root", None), str(pairs[0].image)
-        cell = image if root is None else image_name(root, Path(image))
-        return [BadRow(*pair.source, cell, str(error)) for pair in pairs]
-    bad = []
+        cell = _cell(data, pairs[0])
+        return _Checked([BadRow(*pair.source, cell, str(error)) for pair in pairs], [], b"")
+    bad, warnings = [], []
     for pair in pairs:
         try:
-            check_inside((tuple(map(float, box)) for box in pair.boxes), (height, width))  # type: ignore[misc]
+            for box in pair.boxes:
+                check_overlap(box, image.size)
         except RuleError as error:
             bad.append(error.at(pair.source))
-    return bad
+            continue
+        if pair.size is None:
+            warnings += shape_warnings(pair, image.size)
+        warnings += [RowWarning(*pair.source, view, "view")] if view else []
+    if image.pixels.min() == image.pixels.max():
+        cell = _cell(data, pairs[0])
+        return _Checked(bad, [*warnings, *(RowWarning(*pair.source, cell, "constant") for pair in pairs)], b"")
+    return _Checked(bad, warnings, blake2b(image.pixels.tobytes(), digest_size=16).digest())
+
+
+def _repeated_pixels(images: Sequence[list[ImageTextPair]], digests: Sequence[bytes]) -> list[RowWarning]:
+    """Warnings about pairs whose pixels are also in another split, or belong to another patient."""
+    first: dict[bytes, ImageTextPair] = {}
+    found = []
+    for pairs, digest in zip(images, digests, strict=True):
+        known = first.setdefault(digest, pairs[0])
+        for pair in pairs if digest and known is not pairs[0] else ():
+            value = f"as in {place_of(known.source)}"
+            if pair.split != known.split:
+                found.append(RowWarning(*pair.source, value, "splits"))
+            # Without ids of patients, each image counts as a patient.
+            if pair.patient_id != known.patient_id and pair.patient_id != pair.image_id:
+                found.append(RowWarning(*pair.source, value, "patients"))
+    return found
+
+
+def _cell(data: ChestXrayDataModule, pair: ImageTextPair) -> str:
+    """Image of a pair as tables write it."""
+    root, image = getattr(data, "root", None), str(pair.image)
+    return image if root is None else image_name(root, Path(image))
+
+
+def _warnings(kinds: Mapping[str, Sequence[RowWarning]]) -> str:
+    lines = []
+    for kind, rows in kinds.items():
+        lines += [f"  {WARNINGS[kind]}: {len(rows)}", *(f"    {row}" for row in rows)]
+    number = sum(map(len, kinds.values()))
+    return "\n".join([f"Warnings, about rows that are used: {number}", *lines]) if lines else "No warnings."
+
+
+def _verdict(
+    data: ChestXrayDataModule,
+    pairs: Sequence[ImageTextPair],
+    bad: Sequence[BadRow],
+    model: str | None,
+    size: tuple[int, int] | None,
+    missing: str,
+) -> str:
+    """Whether each command could start with these data and this model, and the reason if not."""
+    refused = {(row.file, row.line) for row in bad}
+    usable = by_split([pair for pair in pairs if pair.source not in refused])
+    shared = [missing] if missing else []
+    if bad and getattr(data, "on_bad_row", "error") == "error":
+        shared.append(f"{len(bad)} bad row{'s' * (len(bad) > 1)}")
+    if size is not None and data.image_size not in (None, size):
+        shared.append(f"the data module's image_size is {data.image_size}, and the model takes {size}")
+    lines = []
+    for command, stages in _STAGES.items():
+        reasons = list(shared)
+        for stage in stages:
+            try:
+                data.check_splits(stage, usable, training=True)
+            except ValueError as error:
+                reasons.append(str(error))
+                break
+        lines.append((f"  {command}", f"no: {'; '.join(reasons)}" if reasons else "yes"))
+    return "\n".join([f"Could start with these data and {model or 'any model'}:", *text_table(lines)])
+
+
+def _missing_weights(model: str | None, pretrained: str | None) -> str:
+    """Fault of weights that are neither a file nor a tag; empty if there is none."""
+    if model is None or pretrained is None or Path(pretrained).is_file():
+        return ""
+    known = pretrained in open_clip.list_pretrained_tags_by_model(model)
+    return "" if known else f"the weights {pretrained!r} are neither a file nor a tag of {model}"
 
 
 def _listed(data: ChestXrayDataModule) -> tuple[list[ImageTextPair], list[BadRow]]:

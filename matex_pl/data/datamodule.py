@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,9 @@ from torch.utils.data.distributed import DistributedSampler
 from matex_pl.arguments import check_choices
 from matex_pl.data.cache import ImageCache
 from matex_pl.data.images import GrayImage, read_image
-from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, collate
+from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, UnreadablePair, collate, collate_readable
 from matex_pl.data.transforms import ImageTransform, ResizeMode
+from matex_pl.data.validation import RowWarning, log_warnings, pair_warnings, set_warnings
 
 SPLITS = ("train", "val", "test")
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
@@ -45,6 +46,19 @@ class PairDataset(Dataset[Sample]):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """A sample by index, or by (epoch, index), which then seed augmentation and `draw_pair`."""
+        sample = self._read(key)
+        if isinstance(sample, UnreadablePair):
+            raise sample.error()
+        return sample
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[Sample | UnreadablePair]:
+        """The samples of a batch of a loader.
+
+        A loader's worker returns an error as a value. torch would put the worker's traceback into the message.
+        """
+        return [self._read(key) for key in keys]
+
+    def _read(self, key: int | tuple[int, int]) -> Sample | UnreadablePair:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         pair = self.pairs[index]
         seed = int(np.random.SeedSequence((self.data.seed, epoch, index)).generate_state(1)[0])
@@ -53,18 +67,37 @@ class PairDataset(Dataset[Sample]):
         try:
             image = self.data.open_image(pair, self.transform)
             return Sample(pair, *self.transform(image.pixels, pair.boxes, size=image.size, seed=seed))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Pair {pair.id!r} ({pair.image}): {error}") from error
+        except (OSError, ValueError, ImportError) as error:
+            kind = ImportError if isinstance(error, ImportError) else ValueError
+            return UnreadablePair(pair, str(error), kind)
+
+    def readable(self, keys: Sequence[int]) -> list[Sample]:
+        """The samples of these indices, without pairs that the data module leaves out."""
+        samples = []
+        for sample in self.__getitems__(keys):
+            if isinstance(sample, UnreadablePair):
+                self.data.leave_out(sample)
+            else:
+                samples.append(sample)
+        return samples
 
     def batch(self, ids: Sequence[str]) -> ImageTextBatch:
-        """The named pairs as one batch, in the order of `ids`."""
+        """The named pairs as one batch, in the order of `ids`, without pairs that the data module leaves out.
+
+        Raises:
+            KeyError: There is no pair of this id.
+            ValueError: There are no ids, or no image can be read.
+        """
         if not ids:
             raise ValueError("A batch needs at least one pair id, got none.")
         place = {pair.id: index for index, pair in enumerate(self.pairs)}
         missing = [name for name in ids if name not in place]
         if missing:
             raise KeyError(f"No pair {missing[0]!r} among {len(place)}, e.g. {next(iter(place), 'none')!r}.")
-        return collate([self[place[name]] for name in ids])
+        samples = self.readable([place[name] for name in ids])
+        if not samples:
+            raise ValueError(f"None of the images of the pairs {', '.join(ids)} can be read. Run `matex check-data`.")
+        return collate(samples)
 
 
 class EpochSampler(DistributedSampler):
@@ -93,10 +126,29 @@ class EpochLoader(DataLoader):
     """Loader that calls its sampler and starts its workers at the first batch, not at `iter`.
 
     Lightning calls `iter` before it sets the epoch of a resumed run. Workers would then read images of epoch 0.
+
+    Pairs whose images cannot be read raise an error, or the data module leaves them out. A batch of validation or test
+    without any other pair is left out. In training such a batch raises an error, because Lightning counts batches. An
+    epoch without any image raises an error, too.
     """
 
     def __iter__(self) -> Iterator[ImageTextBatch]:  # type: ignore[override]
-        yield from super().__iter__()
+        data = self.dataset.data  # type: ignore[attr-defined]
+        is_empty = True
+        try:
+            for place, (batch, unreadable) in enumerate(super().__iter__(), start=1):
+                for pair in unreadable:
+                    data.leave_out(pair)
+                if batch is not None:
+                    is_empty = False
+                    if place == len(self):
+                        # Lightning may keep the iterator after the last batch.
+                        data.list_left_out()
+                    yield batch
+                elif isinstance(self.sampler, EpochSampler) or (is_empty and place == len(self)):
+                    raise ValueError(f"No image of a whole batch can be read. The first error: {unreadable[0].error()}")
+        finally:
+            data.list_left_out()
 
 
 class ChestXrayDataModule(LightningDataModule, ABC):
@@ -168,25 +220,54 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         pixels = self.read_image(pair)
         return GrayImage(pixels, (pixels.shape[0], pixels.shape[1]))
 
+    def leave_out(self, unreadable: UnreadablePair) -> None:
+        """Raise the error of a pair whose image cannot be read; a subclass may leave the pair out."""
+        raise unreadable.error()
+
+    def list_left_out(self) -> None:
+        """List the pairs that `leave_out` collected, at the end of an epoch; does nothing by default."""
+
+    def list_warnings(self, pairs: Sequence[ImageTextPair]) -> list[RowWarning]:
+        """Warnings about the pairs of `list_pairs`, without reading pixels."""
+        return [*pair_warnings(pairs), *set_warnings(pairs)]
+
     @property
     def findings(self) -> tuple[str, ...]:
         """Names of the findings that the images are labeled with, sorted."""
         return tuple(sorted({name for split in self.pairs.values() for pair in split for name in pair.image_findings}))
 
     def setup(self, stage: str) -> None:
-        """List the pairs, on the first call only.
+        """List the pairs and log warnings about them, on the first call only.
 
         Raises:
-            ValueError: A split that this stage needs is empty, an id is not unique, or a pair is in no known split.
+            ValueError: A split that this stage needs is empty, a training split has one pair, an id is not unique, or a
+                pair is in no known split.
         """
         if not self.pairs:
-            self.pairs = _by_split(self.list_pairs())
+            pairs = self.list_pairs()
+            self.pairs = by_split(pairs)
+            log_warnings(self.list_warnings(pairs))
+        self.check_splits(stage, self.pairs, training=self.trainer is not None)
+
+    def check_splits(self, stage: str, pairs: Mapping[str, Sequence[ImageTextPair]], *, training: bool) -> None:
+        """Raise ValueError if a stage cannot start with these pairs per split.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
+            pairs: Pairs by split.
+            training: Whether `fit` trains, and does not only read the pairs.
+        """
+        counts = {name: len(members) for name, members in pairs.items()}
         for split in STAGES[stage]:
-            if not self.pairs[split]:
-                counts = {name: len(pairs) for name, pairs in self.pairs.items()}
+            if not pairs[split]:
                 raise ValueError(
                     f"{type(self).__name__} has no {split} pairs, which {stage!r} needs. Pairs per split: {counts}."
                 )
+        if training and stage == "fit" and counts["train"] == 1:
+            raise ValueError(
+                f"{type(self).__name__} has one train pair, and contrastive training needs at least two: the loss of "
+                f"one pair is always 0. Pairs per split: {counts}."
+            )
 
     def dataset(self, split: str, *, augment: bool = False) -> PairDataset:
         """The pairs of a split with their pixels."""
@@ -212,7 +293,12 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         data = self.dataset(next(name for name in SPLITS if self._listed()[name]))
         images = {pair.image_id: index for index, pair in enumerate(data.pairs)}
         chosen = sorted(images.values())[:: math.ceil(len(images) / _MEAN_IMAGE_FROM)]
-        return torch.stack([data[index].image[:1] for index in chosen]).float().mean(0) / 255
+        samples = data.readable(chosen)
+        if not samples:
+            raise ValueError(
+                f"None of {len(chosen)} images for the mean training image can be read. Run `matex check-data`."
+            )
+        return torch.stack([sample.image[:1] for sample in samples]).float().mean(0) / 255
 
     def thorax(self) -> Tensor | None:
         """Mask `(H, W)` bool of lungs and heart in the model's frame, for `attribution/outside_thorax_mass`.
@@ -248,7 +334,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=collate,
+            collate_fn=collate_readable,
             # A separate generator: iterating draws nothing from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -313,7 +399,8 @@ def count_cut_boxes(transform: ImageTransform, pairs: Iterable[ImageTextPair]) -
     return sum(cut for cut, _ in counts), sum(lost for _, lost in counts)
 
 
-def _by_split(pairs: Sequence[ImageTextPair]) -> dict[str, list[ImageTextPair]]:
+def by_split(pairs: Sequence[ImageTextPair]) -> dict[str, list[ImageTextPair]]:
+    """The pairs by split; raise ValueError if an id is not unique or a split is unknown."""
     repeated = [name for name, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if repeated:
         raise ValueError(f"{len(repeated)} pair ids are not unique, e.g. {', '.join(repeated[:3])}. Give unique ids.")

@@ -50,6 +50,20 @@ def read_dicom_size(path: Path) -> tuple[int, int]:
     return int(header.Rows), int(header.Columns)
 
 
+def read_view(path: Path) -> tuple[str, list[str]]:
+    """View position and patient orientation, from the header; empty if they are missing or cannot be read."""
+    names = ["ViewPosition", "PatientOrientation"]
+    pydicom = _pydicom(path)
+    try:
+        header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
+        orientation = header.get("PatientOrientation") or []
+        directions = [orientation] if isinstance(orientation, str) else list(orientation)
+        return str(header.get("ViewPosition") or ""), [str(direction) for direction in directions]
+    # Broken headers raise all kinds of errors. The reader of the pixels reports them.
+    except Exception:
+        return "", []
+
+
 def read_dicom(path: Path) -> np.ndarray:
     """Levels of the first frame `(h, w)`: uint16 with white at 65,535, or uint8 for colors of 8 bits.
 

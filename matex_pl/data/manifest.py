@@ -16,7 +16,15 @@ import cv2
 
 from matex_pl.data.images import is_jpeg, read_image, read_levels, read_size
 from matex_pl.data.pair import ImageTextPair
-from matex_pl.data.table import TableDataModule, TableRow, drop_broken, flag_patient_leakage, parse_rows, read_table
+from matex_pl.data.table import (
+    TableDataModule,
+    TableRow,
+    drop_broken,
+    flag_patient_leakage,
+    parse_rows,
+    read_frontal_size,
+    read_table,
+)
 from matex_pl.data.validation import (
     BadRow,
     Box,
@@ -78,7 +86,7 @@ class ManifestDataModule(TableDataModule):
 
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per row, or per group of rows with a box each."""
-        rows, unread = read_table(self.manifest, self.columns, REQUIRED)
+        rows, unread, self.row_warnings = read_table(self.manifest, self.columns, REQUIRED)
         # A column without any value is no column.
         present = {name for row in rows for name, cell in row.cells.items() if cell is not None and str(cell).strip()}
         missing = [name for name in _BOX if name not in present]
@@ -88,7 +96,8 @@ class ManifestDataModule(TableDataModule):
                 f"{sorted(present)}."
             )
         one_box_per_row = not missing
-        pairs, bad = parse_rows(rows, lambda row: self._pair(row, present))
+        pairs, bad, warnings = parse_rows(rows, lambda row: self._pair(row, present))
+        self.row_warnings += warnings
         key_of = partial(self._key, present=present) if one_box_per_row else _row_key
         pairs, bad = drop_broken(pairs, bad, rows, key_of)
         if "id" not in present:
@@ -120,7 +129,7 @@ class ManifestDataModule(TableDataModule):
         cells = row.cells
         path = find_image(self.root, text(cells, "image"))
         image = image_name(self.root, path)
-        boxes, size = self._boxes(cells, path)
+        boxes, size = self._boxes(row, path)
         return ImageTextPair(
             id=_needed(cells, "id", present),
             patient_id=_needed(cells, "patient_id", present) or image,
@@ -134,13 +143,15 @@ class ManifestDataModule(TableDataModule):
             source=row.source,
         )
 
-    def _boxes(self, cells: dict[str, Any], path: Path) -> tuple[list[Box], tuple[int, int] | None]:
+    def _boxes(self, row: TableRow, path: Path) -> tuple[list[Box], tuple[int, int] | None]:
         """Boxes in pixels of the image, and the size of the image if there are boxes or a mask."""
+        cells = row.cells
         boxes = boxes_of_json(cells.get("boxes")) + box_of_cells([cells.get(name) for name in _BOX])
         mask = text(cells, "mask")
         if not boxes and not mask:
             return [], None
-        size = read_size(path)
+        size, warnings = read_frontal_size(path, row.source)
+        self.row_warnings += warnings
         if mask:
             boxes += _mask_boxes(find_image(self.root, mask), mask, size)
         check_inside(boxes, size)
@@ -228,10 +239,12 @@ def _names_patient(image: str, patient: str) -> bool:
 
 def _mask_boxes(path: Path, name: str, size: tuple[int, int]) -> list[Box]:
     """Box of each connected part of a mask that is not black, or in a JPEG not dark."""
+    # From the header: a small file may hold very many pixels.
+    height, width = read_size(path)
+    if (height, width) != size:
+        raise RuleError(name, f"the mask is {width} x {height} and its image {size[1]} x {size[0]}")
     noisy = is_jpeg(path)
     levels = read_image(path).pixels if noisy else read_levels(path)
-    if levels.shape != size:
-        raise RuleError(name, f"the mask is {levels.shape[1]} x {levels.shape[0]} and its image {size[1]} x {size[0]}")
     marked = levels > (127 if noisy else 0)
     if noisy and levels.any() and not marked.any():
         raise RuleError(name, "the mask is a JPEG without a pixel above 127: save it as PNG")

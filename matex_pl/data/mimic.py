@@ -11,12 +11,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from matex_pl.data.ms_cxr import find_mimic_image
+from matex_pl.data.ms_cxr import METADATA_FILE, SPLIT_FILE, find_mimic_image, plain_or_gzipped, read_views
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import TableDataModule, TableRow, parse_rows, read_table, read_text
 from matex_pl.data.validation import BadRow, RuleError, path_below, split_name, text
 
-SPLIT_FILE, METADATA_FILE = "mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-metadata.csv"
 Section = Literal["findings", "impression"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 _SPLIT_COLUMNS = ("dicom_id", "study_id", "subject_id", "split")
@@ -65,13 +64,14 @@ class MimicCxrDataModule(TableDataModule):
 
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per image that has one of the views and a sentence in its report."""
-        rows, unread = read_table(_plain_or_gzipped(self.root / SPLIT_FILE), {}, _SPLIT_COLUMNS)
+        rows, unread, self.row_warnings = read_table(plain_or_gzipped(self.root / SPLIT_FILE), {}, _SPLIT_COLUMNS)
         if self.views:
             images, unread_metadata = self._images_of_views()
             unread += unread_metadata
             rows = [row for row in rows if text(row.cells, "dicom_id") in images]
         sentences: dict[str, list[str]] = {}
-        pairs, bad = parse_rows(rows, lambda row: self._pair(row, sentences))
+        pairs, bad, warnings = parse_rows(rows, lambda row: self._pair(row, sentences))
+        self.row_warnings += warnings
         with_phrase = [pair for pair in pairs if pair.phrase]
         if len(with_phrase) < len(pairs):
             rank_zero_warn(
@@ -82,11 +82,12 @@ class MimicCxrDataModule(TableDataModule):
 
     def _images_of_views(self) -> tuple[set[str], list[BadRow]]:
         """Images of the views, and bad rows of the metadata."""
-        path = _plain_or_gzipped(self.root / METADATA_FILE)
-        rows, bad = read_table(path, {}, ("dicom_id", "ViewPosition"))
-        images = {text(row.cells, "dicom_id") for row in rows if text(row.cells, "ViewPosition") in self.views}
+        path = plain_or_gzipped(self.root / METADATA_FILE)
+        views, bad, warnings = read_views(path)
+        self.row_warnings += warnings
+        images = {image for image, view in views.items() if view in self.views}
         if not images:
-            known = sorted({text(row.cells, "ViewPosition") for row in rows} - {""})
+            known = sorted(set(views.values()) - {""})
             raise ValueError(f"No image of {path} has one of the views {self.views}. The views are {known}.")
         return images, bad
 
@@ -141,8 +142,3 @@ def sentences_of(report: str, sections: Sequence[str]) -> list[str]:
     ]
     sentences = [_NUMBER.sub("", sentence) for part in parts for sentence in _END.split(" ".join(part.split()))]
     return list(dict.fromkeys(sentence for sentence in sentences if len(_WORD.findall(sentence)) >= _FEWEST_WORDS))
-
-
-def _plain_or_gzipped(path: Path) -> Path:
-    gzipped = path.with_name(f"{path.name}.gz")
-    return gzipped if gzipped.is_file() and not path.is_file() else path

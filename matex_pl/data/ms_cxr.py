@@ -12,15 +12,16 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.arguments import check_choices
-from matex_pl.data.images import read_size
 from matex_pl.data.manifest import merge_boxes, with_ids, with_image_findings
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import (
+    Table,
     TableDataModule,
     TableRow,
     drop_broken,
     flag_patient_leakage,
     parse_rows,
+    read_frontal_size,
     read_json,
     read_table,
     read_text,
@@ -29,18 +30,22 @@ from matex_pl.data.validation import (
     SPLIT_NAMES,
     BadRow,
     Box,
+    RowWarning,
     RuleError,
+    aspect_differs,
     box_of_cells,
     check_inside,
     check_phrase,
     fill_splits,
     find_image,
     fold,
+    odd_view,
     split_name,
     text,
 )
 
 ANNOTATIONS = "MS_CXR_Local_Alignment_*"
+SPLIT_FILE, METADATA_FILE = "mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-metadata.csv"
 COLUMNS = ("category_name", "label_text", "path", "x", "y", "w", "h", "dicom_id", "image_width", "image_height")
 _PATIENT = re.compile(r"(?:^|/)p(\d+)/s\d+/")
 # Down-sized copies may be of another kind.
@@ -60,6 +65,8 @@ class MsCxrDataModule(TableDataModule):
         annotations: CSV or COCO-style JSON of MS-CXR; by default the only `MS_CXR_Local_Alignment_*` in `root`.
         split_file: MIMIC's `mimic-cxr-2.0.0-split.csv`, optionally gzipped. Its splits override those of MS-CXR; a
             warning names the phrases whose split changes.
+        metadata_file: MIMIC's `mimic-cxr-2.0.0-metadata.csv`, optionally gzipped; by default the file of this name in
+            `root`, if there is one. Its view positions give warnings about images that are not frontal.
         splits: `file` takes the splits of the files, and draws missing ones by patient; `patients` draws all.
         kwargs: Arguments of `TableDataModule`.
     """
@@ -69,6 +76,7 @@ class MsCxrDataModule(TableDataModule):
         root: str,
         annotations: str | None = None,
         split_file: str | None = None,
+        metadata_file: str | None = None,
         splits: Literal["file", "patients"] = "file",
         **kwargs: Any,
     ) -> None:
@@ -79,14 +87,18 @@ class MsCxrDataModule(TableDataModule):
         self.root = Path(root)
         self.annotations = annotations
         self.split_file = split_file
+        self.metadata_file = metadata_file
         self.splits = splits
 
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per phrase and category on an image."""
         path = find_annotations(self.root, self.annotations)
-        rows, unread = read_coco(path) if path.suffix == ".json" else read_table(path, {}, COLUMNS)
+        rows, unread, self.row_warnings = read_coco(path) if path.suffix == ".json" else read_table(path, {}, COLUMNS)
         official = read_splits(Path(self.split_file)) if self.split_file else None
-        pairs, bad = parse_rows(rows, lambda row: self._pair(row, official))
+        views = self._views()
+        pairs, bad, warnings = parse_rows(rows, lambda row: self._pair(row, official))
+        odd = ((pair, odd_view(views.get(pair.image_id, ""))) for pair in pairs)
+        self.row_warnings += [*warnings, *(RowWarning(*pair.source, view, "view") for pair, view in odd if view)]
         pairs, bad = drop_broken(fill_splits(pairs), bad, rows, _key)
         bad = flag_patient_leakage(pairs, bad, rows, lambda row: self._patient_and_split(row.cells, official))
         pairs = merge_boxes(with_ids(pairs, rows, _image, _key))
@@ -94,15 +106,25 @@ class MsCxrDataModule(TableDataModule):
             _warn_of_other_splits(pairs, {_image(row): str(row.cells.get("split") or "").strip() for row in rows})
         return with_image_findings(pairs), unread + bad
 
+    def _views(self) -> Mapping[str, str]:
+        """View position of each image in MIMIC's metadata; empty without the file."""
+        path = Path(self.metadata_file) if self.metadata_file else plain_or_gzipped(self.root / METADATA_FILE)
+        return read_views(path)[0] if self.metadata_file or path.is_file() else {}
+
     def _pair(self, row: TableRow, official: Mapping[str, str] | None) -> ImageTextPair:
         cells = row.cells
         path, image = find_mimic_image(self.root, text(cells, "path")), text(cells, "dicom_id")
-        size = read_size(path)
+        size, warnings = read_frontal_size(path, row.source)
+        self.row_warnings += warnings
         boxes = scale_boxes(
             box_of_cells([cells.get(name) for name in "xywh"]),
             (cells.get("image_height"), cells.get("image_width")),
             size,
         )
+        annotated = float(cells["image_height"]), float(cells["image_width"])
+        if aspect_differs(annotated, size):
+            value = f"{annotated[1]:g} x {annotated[0]:g}, and the file {size[1]} x {size[0]}"
+            self.row_warnings.append(RowWarning(*row.source, value, "annotated size"))
         if not image:
             raise RuleError("", "the dicom_id is missing")
         patient, split = self._patient_and_split(cells, official)
@@ -158,7 +180,7 @@ def find_annotations(root: Path, given: str | None) -> Path:
     )
 
 
-def read_coco(path: Path) -> tuple[list[TableRow], list[BadRow]]:
+def read_coco(path: Path) -> Table:
     """Rows of the COCO-style JSON with the CSV's column names, and bad rows; the source names the annotation.
 
     The file may have several records of an image. Annotations refer to records by id; the path identifies the image.
@@ -169,8 +191,10 @@ def read_coco(path: Path) -> tuple[list[TableRow], list[BadRow]]:
         images = {record["id"]: record for record in content["images"]}
         annotations = list(content["annotations"])
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeEncodeError) as error:
+        line = f" The JSON ends or breaks in line {error.lineno}." if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(
-            f"{path} is no COCO-style JSON with `categories`, `images` and `annotations`: {error!r}."
+            f"{path} is no COCO-style JSON with `categories`, `images` and `annotations`.{line} Give the JSON or CSV "
+            "file of MS-CXR."
         ) from error
     rows, bad = [], []
     for number, annotation in enumerate(annotations):
@@ -179,7 +203,7 @@ def read_coco(path: Path) -> tuple[list[TableRow], list[BadRow]]:
             rows.append(TableRow(source, _annotation_cells(annotation, images[annotation["image_id"]], categories)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             bad.append(BadRow(*source, str(annotation)[:200], f"the annotation has no {error}"))
-    return rows, bad
+    return Table(rows, bad, [])
 
 
 def _annotation_cells(annotation: Any, image: Any, categories: Mapping[Any, str]) -> dict[str, Any]:
@@ -203,10 +227,22 @@ def _annotation_cells(annotation: Any, image: Any, categories: Mapping[Any, str]
 
 def read_splits(path: Path) -> dict[str, str]:
     """Splits by `dicom_id`, from MIMIC's split file."""
-    rows, bad = read_table(path, {}, ("dicom_id", "split"))
+    rows, bad, _ = read_table(path, {}, ("dicom_id", "split"))
     if bad:
         raise ValueError(str(bad[0]))
     return {text(row.cells, "dicom_id"): text(row.cells, "split") for row in rows}
+
+
+def read_views(path: Path) -> tuple[dict[str, str], list[BadRow], list[RowWarning]]:
+    """View positions by `dicom_id`, from MIMIC's metadata, with its bad rows and warnings."""
+    rows, bad, warnings = read_table(path, {}, ("dicom_id", "ViewPosition"))
+    return {text(row.cells, "dicom_id"): text(row.cells, "ViewPosition") for row in rows}, bad, warnings
+
+
+def plain_or_gzipped(path: Path) -> Path:
+    """The path, or the path with `.gz` if only that file exists."""
+    gzipped = path.with_name(f"{path.name}.gz")
+    return gzipped if gzipped.is_file() and not path.is_file() else path
 
 
 def find_mimic_image(root: Path, path: str) -> Path:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from matex_pl.data.datamodule import ImageFilesDataModule, check_fractions, split_patients
 from matex_pl.data.images import read_size
 from matex_pl.data.pair import ImageTextPair
-from matex_pl.data.validation import Box
+from matex_pl.data.table import TableRow, read_table
+from matex_pl.data.validation import Box, RowWarning, RuleError, check_overlap, odd_view, place_of, text
 
 BOX_FILE, LABEL_FILE = "BBox_List_2017.csv", "Data_Entry_2017_v2020.csv"
 _LABEL_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
+_VIEW_COLUMN = "View Position"
 # The box file's header is `Image Index,Finding Label,Bbox [x,y,w,h],,,`: brackets become part of the names.
 _BOX_COLUMNS = ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")
 BOX_FRAME = 1024
@@ -76,13 +77,14 @@ class NihDataModule(ImageFilesDataModule):
         self.boxed_only = boxed_only
         self.name_side = name_side
         self.fractions = fractions
+        self._view_warnings: list[RowWarning] = []
 
     def list_pairs(self) -> list[ImageTextPair]:
         """One pair per image and label.
 
         Raises:
             FileNotFoundError: A CSV file is missing, or no image of it is below `root`.
-            ValueError: A row cannot be read; the message names file and line.
+            ValueError: A row cannot be read, or a box covers nothing of its image; the message names file and line.
         """
         labels, boxes = read_labels(self.root / LABEL_FILE), read_boxes(self.root / BOX_FILE)
         paths = sorted(self.root.rglob("*"))
@@ -98,12 +100,21 @@ class NihDataModule(ImageFilesDataModule):
             rank_zero_warn(
                 f"{missing} of {len(labels)} images of {LABEL_FILE} are not below {self.root} and are left out."
             )
+        self._view_warnings = [
+            RowWarning(row["source"][0], row["source"][1], view, "view")
+            for row in rows
+            if (view := odd_view(row["view"]))
+        ]
         splits = split_patients((row["patient"] for row in rows), self.fractions, self.seed)
         return [
             pair
             for row in rows
             for pair in self._pairs_of(row, boxes.get(row["image"], {}), files[row["image"]], splits[row["patient"]])
         ]
+
+    def list_warnings(self, pairs: Sequence[ImageTextPair]) -> list[RowWarning]:
+        """Warnings about the pairs, and about views that are not frontal."""
+        return [*super().list_warnings(pairs), *self._view_warnings]
 
     def _pairs_of(
         self, row: dict[str, Any], boxes: dict[str, list[Box]], path: Path, split: str
@@ -126,6 +137,7 @@ class NihDataModule(ImageFilesDataModule):
                 image_findings=tuple(named),
                 split=split,
                 size=size,
+                source=row["source"],
             )
 
     def _phrase(self, image: str, finding: str, boxes: list[Box]) -> str:
@@ -134,8 +146,8 @@ class NihDataModule(ImageFilesDataModule):
         if not finding:
             return str(rng.choice(_NORMAL))
         side = side_word(boxes) if self.name_side and finding not in _WITHOUT_SIDE else ""
-        text = str(rng.choice(_TEMPLATES)).format(f"{side} {finding}".strip())
-        return text[0].upper() + text[1:]
+        phrase = str(rng.choice(_TEMPLATES)).format(f"{side} {finding}".strip())
+        return phrase[0].upper() + phrase[1:]
 
 
 def finding_name(label: str) -> str:
@@ -144,45 +156,45 @@ def finding_name(label: str) -> str:
 
 
 def read_labels(path: Path) -> list[dict[str, Any]]:
-    """Rows of the label file: `image`, `patient` and `labels`."""
+    """Rows of the label file: `image`, `patient`, `labels`, `view` (empty without the column) and `source`."""
     rows = []
-    for line, (image, labels, patient) in _rows(path, _LABEL_COLUMNS):
+    for row, (image, labels, patient) in _rows(path, _LABEL_COLUMNS):
         if not (image and labels and patient):
             cells = dict(zip(_LABEL_COLUMNS, (image, labels, patient), strict=True))
-            raise ValueError(f"{path}, line {line}: A cell is empty in {cells}.")
-        rows.append({"image": Path(image).stem, "patient": patient, "labels": labels.split("|")})
+            raise ValueError(f"{place_of(row.source)}: A cell is empty in {cells}. Fill the cell, or remove the row.")
+        kept = {"image": Path(image).stem, "patient": patient, "labels": labels.split("|")}
+        rows.append({**kept, "view": text(row.cells, _VIEW_COLUMN), "source": row.source})
     return rows
 
 
 def read_boxes(path: Path) -> dict[str, dict[str, list[Box]]]:
     """Boxes by image and finding, `(x0, y0, x1, y1)` in pixels of the 1024 x 1024 frame."""
     boxes: dict[str, dict[str, list[Box]]] = {}
-    for line, (image, label, *cells) in _rows(path, _BOX_COLUMNS):
+    for row, (image, label, *cells) in _rows(path, _BOX_COLUMNS):
+        place = place_of(row.source)
         try:
             x, y, width, height = (float(cell) for cell in cells)
         except ValueError:
-            raise ValueError(f"{path}, line {line}: The box {cells} is not four numbers x, y, w, h.") from None
+            raise ValueError(f"{place}: The box {cells} is not four numbers x, y, w, h. Correct the row.") from None
         if not (np.isfinite([x, y, width, height]).all() and width > 0 and height > 0):
-            raise ValueError(f"{path}, line {line}: The box {cells} has no positive, finite size.")
+            raise ValueError(f"{place}: The box {cells} has no positive, finite size. Correct the row.")
+        try:
+            check_overlap((x, y, x + width, y + height), (BOX_FRAME, BOX_FRAME))
+        except RuleError as error:
+            raise ValueError(f"{error.at(row.source)}. Correct the row.") from None
         of_image = boxes.setdefault(Path(image).stem, {})
         of_image.setdefault(finding_name(label), []).append((x, y, x + width, y + height))
     return boxes
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of the named columns of each row; missing cells are empty."""
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[TableRow, list[str]]]:
+    """Rows, each with its cells of the named columns; missing cells are empty."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. data.root must hold {LABEL_FILE}, {BOX_FILE} and images/.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise ValueError(f"{path} lacks the columns {missing}. The columns are {header}.")
-        places = [header.index(name) for name in columns]
-        for cells in reader:
-            if cells:
-                yield reader.line_num, [cells[place].strip() if place < len(cells) else "" for place in places]
+    rows, bad, _ = read_table(path, {}, columns)
+    if bad:
+        raise ValueError(f"{bad[0]}.")
+    yield from ((row, [text(row.cells, name) for name in columns]) for row in rows)
 
 
 def side_word(boxes: list[Box]) -> str:

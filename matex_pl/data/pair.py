@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -68,6 +68,18 @@ class Sample:
     content_box: Tensor
 
 
+class UnreadablePair(NamedTuple):
+    """A pair whose image cannot be read, with the reason and the type of the error."""
+
+    pair: ImageTextPair
+    reason: str
+    kind: type[Exception]
+
+    def error(self) -> Exception:
+        """Error that names the pair and its image."""
+        return self.kind(f"Pair {self.pair.id!r} ({self.pair.image}): {self.reason}")
+
+
 class ImageTextBatch(TypedDict):
     """A batch of B samples; boxes are a list because their number differs."""
 
@@ -88,11 +100,23 @@ _PAIR_FIELDS = ("id", "patient_id", "image_id", "phrase", "finding", "image_find
 
 def collate(samples: Sequence[Sample]) -> ImageTextBatch:
     """Batch of B samples: `image (B, 3, H, W)` uint8, `content_box (B, 4)`, `boxes` a list of `(K, 4)`, else lists."""
+    for sample in samples:
+        if isinstance(sample, UnreadablePair):
+            raise sample.error()
     batch: dict[str, Any] = {name: [getattr(sample.pair, name) for sample in samples] for name in _PAIR_FIELDS}
     batch["image"] = torch.stack([sample.image for sample in samples])
     batch["content_box"] = torch.stack([sample.content_box for sample in samples])
     batch["boxes"] = [sample.boxes for sample in samples]
     return batch  # type: ignore[return-value]
+
+
+def collate_readable(
+    samples: Sequence[Sample | UnreadablePair],
+) -> tuple[ImageTextBatch | None, list[UnreadablePair]]:
+    """Batch of the samples, None without any, and the pairs whose images cannot be read."""
+    readable = [sample for sample in samples if isinstance(sample, Sample)]
+    unreadable = [sample for sample in samples if isinstance(sample, UnreadablePair)]
+    return collate(readable) if readable else None, unreadable
 
 
 # The names in 0.1.

@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+import logging
+import time
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,14 +17,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from matex_pl.arguments import check_choices
 from matex_pl.console import progress
 from matex_pl.data.datamodule import ImageFilesDataModule, check_fractions, split_patients
-from matex_pl.data.pair import ImageTextPair
-from matex_pl.data.validation import BadRow, RuleError, drop_leaks, drop_repeats, place_of
+from matex_pl.data.dicom import is_dicom, read_view
+from matex_pl.data.images import Size, read_size
+from matex_pl.data.pair import ImageTextPair, UnreadablePair
+from matex_pl.data.validation import (
+    BadRow,
+    RowWarning,
+    RuleError,
+    drop_leaks,
+    drop_repeats,
+    odd_view,
+    pair_warnings,
+    place_of,
+    set_warnings,
+)
 from matex_pl.files import whole_file
+
+log = logging.getLogger(__name__)
 
 _SEPARATORS = (",", ";", "\t")
 _JSON_LINES = {".jsonl", ".ndjson"}
@@ -32,11 +49,15 @@ _CSV_FAULTS = {
     "cell",
     "expected after": "Text follows the quote that closes a cell. Double the quotes within a quoted cell",
 }
-_SHOWN = 5
+_SHOWN = 3
 # Rows per task of a thread: few, for a quick end after an interruption.
 _ROWS = 16
+# Rows that are read first, and the ratio of time to CPU time above which a disk is slow.
+_TRIED, _WAITING = 256, 3
 # Reports are long cells, above the default limit of the csv module.
 csv.field_size_limit(2**24)
+# Tables shrink to a tenth or a twentieth. A gzip file that inflates much further, or beyond memory, is no table.
+_LARGEST_INFLATION, _ALWAYS_INFLATED, _NEVER_INFLATED = 100, 2**26, 2**30
 
 
 class TableRow(NamedTuple):
@@ -46,8 +67,16 @@ class TableRow(NamedTuple):
     cells: dict[str, Any]
 
 
-def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> tuple[list[TableRow], list[BadRow]]:
-    """Rows of a table, with its columns renamed, and malformed rows.
+class Table(NamedTuple):
+    """Rows of a table, malformed rows, and warnings about rows."""
+
+    rows: list[TableRow]
+    bad: list[BadRow]
+    warnings: list[RowWarning]
+
+
+def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) -> Table:
+    """Rows of a table, with its columns renamed, malformed rows, and warnings about rows.
 
     CSV with commas, semicolons or tabs and a header, or JSON lines (`.jsonl`, `.ndjson`), UTF-8 with or without a
     byte-order mark; also gzipped (`.gz`).
@@ -64,37 +93,32 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
     content = read_text(path)
     read = _json_rows if {suffix.lower() for suffix in path.suffixes} & _JSON_LINES else _csv_rows
     wanted = [columns.get(name, name) for name in required]
-    header, rows, bad = read(path, content, wanted)
+    header, table = read(path, content, wanted)
     missing = [name for name in wanted if name not in header]
     if missing:
         raise ValueError(
             f"{path} lacks the columns {missing}. The columns are {header}. Map other names with `columns`. Separate "
             "cells of a CSV by commas, semicolons or tabs."
         )
-    if not rows and not bad:
+    if not table.rows and not table.bad:
         raise ValueError(f"{path} has a header and no rows. Give a table with at least one row.")
     unknown = [name for name in columns.values() if name not in header]
     if unknown:
         raise ValueError(f"`columns` names {unknown}, which {path} does not have. The columns are {header}.")
     # A column that is mapped to another name is not available under its own name.
-    for _, cells in rows:
+    for _, cells in table.rows:
         renamed = {name: cells[column] for name, column in columns.items() if column in cells}
         for name in (*columns, *columns.values()):
             cells.pop(name, None)
         cells.update(renamed)
-    return rows, bad
+    return table
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, optionally gzipped, without its byte-order mark."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no table at {str(path)!r}. Check the path.")
-    content = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise ValueError(f"{path} is no complete gzip file ({error}). Copy the file again.") from error
+    content = _inflated(path) if path.suffix.lower() == ".gz" else path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is UTF-16, which is not supported. Save the file as UTF-8.")
     try:
@@ -105,6 +129,22 @@ def read_text(path: Path) -> str:
         raise ValueError(
             f"{path}, line {line}: The byte {error.object[error.start]:#04x} is not UTF-8. Save the file as UTF-8."
         ) from None
+
+
+def _inflated(path: Path) -> bytes:
+    """Content of a gzip file. A file that inflates without bound is refused before it fills the memory."""
+    limit = min(max(_LARGEST_INFLATION * path.stat().st_size, _ALWAYS_INFLATED), _NEVER_INFLATED)
+    try:
+        with gzip.open(path) as file:
+            content = file.read(limit + 1)
+    except (gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is no complete gzip file ({error}). Copy the file again.") from error
+    if len(content) > limit:
+        raise ValueError(
+            f"{path} inflates from {path.stat().st_size} bytes to more than {limit // 2**20} MiB, as no table does. "
+            "Check the file, or unpack it and give the unpacked table."
+        )
+    return content
 
 
 def read_json(text: str) -> Any:
@@ -121,9 +161,9 @@ def read_json(text: str) -> Any:
     return value
 
 
-def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[TableRow], list[BadRow]]:
+def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], Table]:
     first = io.StringIO(content, newline="").readline()
-    rows, bad, line = [], [], 1
+    table, line = Table([], [], []), 1
     try:
         # Without `strict`, the cell of an unclosed quote would hold all rows after it.
         reader = csv.reader(io.StringIO(content, newline=""), delimiter=_separator(first, wanted), strict=True)
@@ -132,17 +172,22 @@ def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str
         if repeated:
             raise ValueError(f"{path} has several columns of the name {repeated[0]!r}. The columns are {header}.")
         line = reader.line_num + 1
+        # Columns without a name at the end are no columns.
+        fewest = max((place for place, name in enumerate(header, start=1) if name), default=0)
         for cells in reader:
             if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
                 rule = f"the row has {len(cells)} cells and the header {len(header)}; quote cells that hold a separator"
-                bad.append(BadRow(str(path), line, "", rule))
+                table.bad.append(BadRow(str(path), line, "", rule))
             elif any(cell.strip() for cell in cells):
-                rows.append(TableRow((str(path), line), dict(zip(header, cells, strict=False))))
+                table.rows.append(TableRow((str(path), line), dict(zip(header, cells, strict=False))))
+                if not fewest <= len(cells) <= len(header):
+                    value = f"{len(cells)} of {len(header)} cells"
+                    table.warnings.append(RowWarning(str(path), line, value, "cells"))
             line = reader.line_num + 1
     except csv.Error as error:
         fault = next((text for part, text in _CSV_FAULTS.items() if part in str(error)), str(error))
         raise ValueError(f"{path}, line {line}: {fault}.") from error
-    return header, rows, bad
+    return header, table
 
 
 def _separator(first: str, wanted: Sequence[str]) -> str:
@@ -155,9 +200,9 @@ def _separator(first: str, wanted: Sequence[str]) -> str:
     return max(_SEPARATORS, key=fit)
 
 
-def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], list[TableRow], list[BadRow]]:
+def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], Table]:
     header: dict[str, None] = {}
-    rows, bad = [], []
+    table = Table([], [], [])
     for line, text in enumerate(content.split("\n"), start=1):
         if not text.strip():
             continue
@@ -170,11 +215,11 @@ def _json_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[st
             pass
         if isinstance(cells, dict):
             header.update(dict.fromkeys(cells))
-            rows.append(TableRow((str(path), line), cells))
+            table.rows.append(TableRow((str(path), line), cells))
         else:
-            bad.append(BadRow(str(path), line, text[:200], rule))
+            table.bad.append(BadRow(str(path), line, text[:200], rule))
     # If all lines are bad, report the lines and not missing columns.
-    return list(header) if rows else list(wanted), rows, bad
+    return list(header) if table.rows else list(wanted), table
 
 
 class TableDataModule(ImageFilesDataModule):
@@ -185,8 +230,12 @@ class TableDataModule(ImageFilesDataModule):
     Args:
         fractions: Shares of the patients in train, val and test, if the files have no splits.
         on_bad_row: `error` raises with a list of the bad rows; `skip` leaves them out, counts them, and lists them in
-            `skipped_rows.csv` in the log folder, or in the current folder without a trainer.
+            `skipped_rows.csv` in the log folder, or in the current folder without a trainer. In one process, `skip`
+            also leaves out pairs whose images turn out unreadable during an epoch. Their batches are smaller.
         kwargs: Arguments of `ImageFilesDataModule`.
+
+    Attributes:
+        row_warnings: Warnings about rows that `read_rows` found.
     """
 
     def __init__(
@@ -200,10 +249,17 @@ class TableDataModule(ImageFilesDataModule):
         check_fractions(fractions)
         self.fractions = fractions
         self.on_bad_row = on_bad_row
+        self.row_warnings: list[RowWarning] = []
+        self._skipped: list[BadRow] = []
+        self._unreadable: dict[str, BadRow] = {}
+        self._listed_unreadable = 0
 
     @abstractmethod
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
-        """Pairs of the good rows, with an empty split if the table has none, and the bad rows."""
+        """Pairs of the good rows, with an empty split if the table has none, and the bad rows.
+
+        A subclass adds warnings about rows to `row_warnings`.
+        """
 
     def checked_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """All usable pairs, with their splits, and all bad rows, without reading pixels.
@@ -212,13 +268,21 @@ class TableDataModule(ImageFilesDataModule):
             FileNotFoundError: A table is missing.
             ValueError: A table cannot be read at all.
         """
+        self.row_warnings = []
         pairs, bad = self.read_rows()
         pairs, repeats = drop_repeats(pairs)
         if any(not pair.split for pair in pairs):
             splits = split_patients((pair.patient_id for pair in pairs), self.fractions, self.seed)
             pairs = [replace(pair, split=pair.split or splits[pair.patient_id]) for pair in pairs]
         pairs, leaks = drop_leaks(pairs)
-        return pairs, sorted([*bad, *repeats, *leaks], key=lambda row: (row.file, row.line))
+        bad = sorted([*bad, *repeats, *leaks], key=lambda row: (row.file, row.line))
+        refused = {(row.file, row.line) for row in bad}
+        self.row_warnings = [row for row in self.row_warnings if (row.file, row.line) not in refused]
+        return pairs, bad
+
+    def list_warnings(self, pairs: Sequence[ImageTextPair]) -> list[RowWarning]:
+        """Warnings about the rows of the last call of `checked_rows`, and about their pairs."""
+        return [*self.row_warnings, *set_warnings(pairs)]
 
     def list_pairs(self) -> list[ImageTextPair]:
         """All pairs of good rows.
@@ -233,27 +297,65 @@ class TableDataModule(ImageFilesDataModule):
                 f"{_several(bad)}\nCorrect these rows, or leave them out with on_bad_row: skip. `matex check-data` "
                 "lists all bad rows."
             )
+        self._skipped = bad
         if bad:
-            folder = "" if self.trainer is None else self.trainer.log_dir or self.trainer.default_root_dir
-            path = Path(folder, "skipped_rows.csv")
+            path = self._skipped_file()
             write_bad_rows(path, bad)
             rank_zero_warn(f"Left out, listed in {path}: {_several(bad)}")
         return pairs
 
+    def _skipped_file(self) -> Path:
+        folder = "" if self.trainer is None else self.trainer.log_dir or self.trainer.default_root_dir
+        return Path(folder, "skipped_rows.csv")
+
+    def leave_out(self, unreadable: UnreadablePair) -> None:
+        """Leave out a pair whose image cannot be read during an epoch, if `on_bad_row` is `skip`.
+
+        Raises:
+            ValueError: `on_bad_row` is `error`, or there are several processes, whose batches must have equal sizes.
+            ImportError: A package that reads the image is not installed.
+        """
+        if self.on_bad_row == "error" or unreadable.kind is ImportError:
+            raise unreadable.error()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"{unreadable.error()} With several processes, on_bad_row: skip cannot leave out a pair during an "
+                "epoch, because a step needs equal batches. Remove the rows that `matex check-data` lists."
+            )
+        pair = unreadable.pair
+        self._unreadable.setdefault(pair.id, BadRow(*pair.source, str(pair.image), unreadable.reason))
+
+    def list_left_out(self) -> None:
+        """Add the pairs that `leave_out` collected since the last call to `skipped_rows.csv`, and log their number."""
+        bad = list(self._unreadable.values())
+        if len(bad) > self._listed_unreadable:
+            self._listed_unreadable = len(bad)
+            path = self._skipped_file()
+            write_bad_rows(path, [*self._skipped, *bad])
+            log.warning(f"Left out because their images cannot be read, listed in {path}: {_several(bad)}")
+
 
 @rank_zero_only
-def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
-    """Write bad rows as CSV: `file, line, value, rule`."""
+def write_bad_rows(path: Path, bad: Sequence[BadRow], warnings: Sequence[BadRow | RowWarning] = ()) -> None:
+    """Write bad rows and warnings as CSV: `file, line, value, rule, used`; the rows of warnings are used."""
     # A value may be bad because it cannot be encoded.
     with whole_file(path) as part, part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
-        writer.writerow(BadRow.__dataclass_fields__)
-        writer.writerows((row.file, row.line, row.value, row.rule) for row in bad)
+        writer.writerow((*BadRow.__dataclass_fields__, "used"))
+        for rows, used in ((bad, "no"), (warnings, "yes")):
+            writer.writerows((row.file, row.line, row.value, row.rule, used) for row in rows)
+
+
+def read_frontal_size(path: Path, source: tuple[str, int]) -> tuple[Size, list[RowWarning]]:
+    """Height and width of an image file, and a warning if its header names a view that is not frontal."""
+    size = read_size(path)
+    view = odd_view(*read_view(path)) if is_dicom(path) else ""
+    return size, [RowWarning(*source, view, "view")] if view else []
 
 
 def _several(bad: Sequence[BadRow]) -> str:
-    lines = [f"{len(bad)} bad row{'s' * (len(bad) > 1)}:", *map(str, bad[:_SHOWN])]
-    return "\n  ".join([*lines, f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else lines)
+    first = f", the first {_SHOWN}" if len(bad) > _SHOWN else ""
+    return "\n  ".join([f"{len(bad)} bad row{'s' * (len(bad) > 1)}{first}:", *map(str, bad[:_SHOWN])])
 
 
 def drop_broken(
@@ -294,13 +396,18 @@ def flag_patient_leakage(
 
 def parse_rows(
     rows: Sequence[TableRow], pair_of: Callable[[TableRow], ImageTextPair]
-) -> tuple[list[ImageTextPair], list[BadRow]]:
-    """Pairs of the good rows, and the bad rows, parsed in threads."""
-    parts = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
+) -> tuple[list[ImageTextPair], list[BadRow], list[RowWarning]]:
+    """Pairs of the good rows, the bad rows, and warnings about good rows, parsed in threads if the disk is slow."""
+    start, start_cpu = time.perf_counter(), time.thread_time()
+    parsed = [_pair_or_bad(row, pair_of) for row in rows[:_TRIED]]
+    # Threads wait for a slow disk together. On a fast disk they double the time, because they wait for each other.
+    is_slow = time.perf_counter() - start > _WAITING * (time.thread_time() - start_cpu)
+    parts = [rows[start : start + _ROWS] for start in range(_TRIED, len(rows), _ROWS)]
     with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda part: [_pair_or_bad(row, pair_of) for row in part], parts)
-        parsed = [row for part in progress(read, f"rows, by {_ROWS}", len(parts)) for row in part]
-    return [row for row in parsed if isinstance(row, ImageTextPair)], [row for row in parsed if isinstance(row, BadRow)]
+        read = (pool.map if is_slow else map)(lambda part: [_pair_or_bad(row, pair_of) for row in part], parts)
+        parsed += [row for part in progress(read, f"rows, by {_ROWS}", len(parts)) for row in part]
+    pairs = [row for row in parsed if isinstance(row, ImageTextPair)]
+    return pairs, [row for row in parsed if isinstance(row, BadRow)], pair_warnings(pairs)
 
 
 def _pair_or_bad(row: TableRow, pair_of: Callable[[TableRow], ImageTextPair]) -> ImageTextPair | BadRow:

@@ -13,7 +13,7 @@ from matex_pl.anatomy import named_side, swap_sides
 from matex_pl.attribution.core.capture import borrowed
 from matex_pl.clip.model import Clip
 from matex_pl.data.datamodule import ChestXrayDataModule, PairDataset
-from matex_pl.data.pair import ImageTextBatch, ImageTextPair, collate
+from matex_pl.data.pair import ImageTextBatch, ImageTextPair, collate_readable
 from matex_pl.maps import full_precision
 
 STAGE_OF = {"train": "fit", "val": "validate", "test": "test"}
@@ -65,9 +65,19 @@ def choose_pairs(
 def read_pairs(
     data: ChestXrayDataModule, split: str, pairs: list[ImageTextPair], batch_size: int
 ) -> list[ImageTextBatch]:
-    """Pairs with their pixels as batches of up to `batch_size`, each image decoded once."""
+    """Pairs with their pixels as batches of up to `batch_size`, each image decoded once.
+
+    Raises:
+        ValueError: An image cannot be read.
+    """
     images = PairDataset(data, pairs, data.dataset(split).transform)
-    return list(DataLoader(images, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate))
+    loader = DataLoader(images, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate_readable)
+    batches = []
+    for batch, unreadable in loader:
+        if unreadable:
+            raise unreadable[0].error()
+        batches.append(batch)
+    return batches
 
 
 def model_inputs(clip: Clip, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:

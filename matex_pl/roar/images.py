@@ -27,8 +27,11 @@ _READ_AT_ONCE = 64
 
 def _read(
     data: ChestXrayDataModule, transform: ImageTransform, images: Sequence[list[ImageTextPair]]
-) -> list[list[Sample]]:
-    """Samples of the pairs of each image, which is decoded once."""
+) -> list[list[Sample]] | ValueError:
+    """Samples of the pairs of each image, which is decoded once, or the error of an image.
+
+    A loader's worker returns an error as a value. torch would put the worker's traceback into the message.
+    """
     samples = []
     for pairs in images:
         try:
@@ -37,7 +40,7 @@ def _read(
                 Sample(pair, *transform(image.pixels, pair.boxes, size=image.size)) for pair in pairs
             ])  # fmt: skip
         except (OSError, ValueError) as error:
-            raise ValueError(f"The image {pairs[0].image_id!r} ({pairs[0].image}) cannot be read: {error}") from error
+            return ValueError(f"The image {pairs[0].image_id!r} ({pairs[0].image}) cannot be read: {error}")
     return samples
 
 
@@ -60,10 +63,14 @@ def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], fold
     records: list[dict[str, Any]] = []
     with whole_file(folder / _IMAGES) as part:
         pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(images), *transform.size))
-        samples_of_images = (samples for group in progress(loader, "reading images") for samples in group)
-        for row, samples in enumerate(samples_of_images):
-            pixels[row] = samples[0].image[0].numpy()
-            records.extend(_record(sample, row) for sample in samples)
+        row = 0
+        for group in progress(loader, "reading images"):
+            if isinstance(group, ValueError):
+                raise group
+            for samples in group:
+                pixels[row] = samples[0].image[0].numpy()
+                records.extend(_record(sample, row) for sample in samples)
+                row += 1
         pixels.flush()
     write_text(folder / _PAIRS, json.dumps(records))
 

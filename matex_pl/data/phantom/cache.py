@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -24,6 +25,8 @@ from matex_pl.console import progress
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.phantom.image import Phantom, draw_phantom, phantom_rng
 from matex_pl.data.phantom.phrases import TEMPLATES, write_phrase
+
+log = logging.getLogger(__name__)
 
 # Raise it whenever the same settings give other pixels, boxes, phrases or files than before.
 GENERATOR_VERSION = 8
@@ -119,6 +122,7 @@ def _write_images(folder: Path, splits: Mapping[str, int], settings: Mapping[str
     names = [name for name, count in splits.items() for _ in range(count)]
     path, size = folder / _IMAGES, settings["size"]
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(names), size, size)).flush()
+    log.info("Drawing %d phantoms of %d x %d pixels in %s, once.", len(names), size, size, folder.parent)
     chunks = [(path, start, names[start : start + _CHUNK], dict(settings)) for start in range(0, len(names), _CHUNK)]
     drawn = progress(_draw_chunks(chunks, num_workers), "drawing images", len(chunks))
     pairs = sorted((pair for part in drawn for pair in part), key=lambda pair: (pair["image"], pair["id"]))
