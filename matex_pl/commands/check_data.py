@@ -21,7 +21,7 @@ from matex_pl.commands.options import DataConfig, run_on_data
 from matex_pl.console import progress, text_table
 from matex_pl.data import ChestXrayDataModule, ImageTextPair
 from matex_pl.data.datamodule import SPLITS, ImageFilesDataModule, by_split, count_cut_boxes
-from matex_pl.data.dicom import is_dicom, read_view
+from matex_pl.data.dicom import read_view
 from matex_pl.data.table import TableDataModule, write_bad_rows
 from matex_pl.data.transforms import ImageTransform
 from matex_pl.data.validation import (
@@ -167,7 +167,7 @@ def _check_image(data: ChestXrayDataModule, transform: ImageTransform, pairs: Se
     try:
         image = data.open_image(pairs[0], transform)
         path = Path(str(pairs[0].image))
-        view = odd_view(*read_view(path)) if isinstance(pairs[0].image, str) and is_dicom(path) else ""
+        view = odd_view(*read_view(path)) if isinstance(pairs[0].image, str) else ""
     except (OSError, ValueError, ImportError) as error:
         cell = _cell(data, pairs[0])
         return _Checked([BadRow(*pair.source, cell, str(error)) for pair in pairs], [], b"")

@@ -51,8 +51,11 @@ def read_dicom_size(path: Path) -> tuple[int, int]:
 
 
 def read_view(path: Path) -> tuple[str, list[str]]:
-    """View position and patient orientation, from the header; empty if they are missing or cannot be read."""
+    """View position and patient orientation, from the header; empty if they are missing or the file is no DICOM."""
     names = ["ViewPosition", "PatientOrientation"]
+    with path.open("rb") as file:
+        if not is_dicom(file.read(_PREAMBLE + 4)):
+            return "", []
     pydicom = _pydicom(path)
     try:
         header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from matex_pl.arguments import check_choices
 from matex_pl.console import progress
 from matex_pl.data.datamodule import ImageFilesDataModule, check_fractions, split_patients
-from matex_pl.data.dicom import is_dicom, read_view
+from matex_pl.data.dicom import read_view
 from matex_pl.data.images import Size, read_size
 from matex_pl.data.pair import ImageTextPair, UnreadablePair
 from matex_pl.data.validation import (
@@ -349,7 +349,7 @@ def write_bad_rows(path: Path, bad: Sequence[BadRow], warnings: Sequence[BadRow 
 def read_frontal_size(path: Path, source: tuple[str, int]) -> tuple[Size, list[RowWarning]]:
     """Height and width of an image file, and a warning if its header names a view that is not frontal."""
     size = read_size(path)
-    view = odd_view(*read_view(path)) if is_dicom(path) else ""
+    view = odd_view(*read_view(path))
     return size, [RowWarning(*source, view, "view")] if view else []
 
 
