@@ -61,7 +61,8 @@ def check_positive(**numbers: float) -> None:
     """Raise ValueError, with name and value, if a number is not finite and greater than 0."""
     for name, value in numbers.items():
         if not 0 < value < inf:
-            raise ValueError(f"{name} must be greater than 0 and finite, got {value}.")
+            rule = "finite" if value == inf else "a number greater than 0"
+            raise ValueError(f"{name} must be {rule}, got {value}.")
 
 
 def argument_names(kind: type) -> Iterator[str]:

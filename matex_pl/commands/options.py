@@ -41,11 +41,7 @@ class ShippedConfig(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the settings of a config into the namespace."""
-        path = config_path(values)
-        # Some programs pass the text of a config.
-        if not path.lstrip().startswith("{"):
-            read_yaml(path)
-        super().__call__(parser, cfg, self.settings(path), option_string)
+        super().__call__(parser, cfg, self.settings(read_config(values)), option_string)
 
     def settings(self, path: str) -> str:
         """Settings for the parser: a path, or JSON."""
@@ -68,11 +64,12 @@ class DataConfig(ShippedConfig):
         return {}
 
 
-def config_path(name: str) -> str:
-    """Path of a config file or a shipped config; the argument itself if it is the text of a config.
+def read_config(name: str) -> str:
+    """Path of a config file or a shipped config, which is a YAML file; the argument itself if it is a text in braces.
 
     Raises:
-        ValueError: The config does not exist.
+        OSError: The file cannot be read.
+        ValueError: The config does not exist, or is no YAML file of settings.
     """
     if name.lstrip().startswith("{"):
         return name
@@ -82,6 +79,7 @@ def config_path(name: str) -> str:
             f"Config {name!r} is neither a file nor a shipped config. Give a path or one of "
             f"{', '.join(shipped_configs())}."
         )
+    read_yaml(path)
     return str(path)
 
 
@@ -98,7 +96,7 @@ def check_words(command: str, words: Sequence[str]) -> None:
 
     Raises:
         SystemExit: A required option is missing; the message names it.
-        ValueError: The data module is missing or comes after its settings, or a config does not exist.
+        ValueError: The data module is missing or comes after its settings, or a config does not exist or is no YAML.
     """
     options = [word.split("=")[0] for word in words if word.startswith("-")]
     if any(option in ("-h", "--print_config") or option.endswith("help") for option in options):
@@ -109,7 +107,7 @@ def check_words(command: str, words: Sequence[str]) -> None:
         parser.add_argument(option, required=True)
     configs = parser.parse_known_args(words)[0].config
     for name in configs:
-        config_path(name)
+        read_config(name)
     if command.startswith("roar"):
         return
     first = next((option for option in options if option.startswith(("-c", "--config", "--data"))), "")
