@@ -105,8 +105,10 @@ def fault(message: str) -> Fault:
     unknown = re.findall(r"[Oo]ption '([^']+)'", message)
     groups = re.findall(r"Group '([^']+)'", message)
     names = [key.removeprefix("init_args.") for key in [*keys, *groups, *unknown[-1:]] if key != "config"]
-    expected = re.findall(r"Expected an? ([^\n]+?)(?:\.? Got value|\.?$)", message, re.MULTILINE)
-    values = re.findall(r"Got value: (.+)", message)
+    # The levels above expected other types.
+    innermost = message.rpartition("Parser key")[2]
+    expected = re.findall(r"Expected an? ([^\n]+?)(?:\.? Got value|\.?$)", innermost, re.MULTILINE)
+    values = re.findall(r"Got value: (.+)", innermost)
     paths = re.findall(r"class_path '([\w.]+)'", message)
     return Fault(
         name=".".join(dict.fromkeys(names)),

@@ -166,7 +166,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         value = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line if error.problem_mark else 0
+        # The end of the file is below its last line.
+        line = min(error.problem_mark.line if error.problem_mark else 0, max(len(text.splitlines()) - 1, 0))
         raise ValueError(f"{path}, line {line + 1}: {_yaml_fault(error, text, line)}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: the file is binary.") from error

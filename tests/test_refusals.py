@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import logging
+import re
 import shutil
 import sys
 import time
@@ -34,7 +34,8 @@ YAML = {
     "tag": (b"model: !!python/object/apply:os.system ['touch trace']", "line 1: The tag"),
     "bomb": (BOMB.encode(), "The aliases expand to more than 100,000 values"),
     "loop": (b"a: &a [*a]", "has no complete value above it"),
-    "levels": (b"a: " + b"[" * 10_000, "more than 50 levels"),
+    "levels": (b"a:\n  " + b"- " * 60 + b"x", "more than 50 levels"),
+    "brackets": (b"a: " + b"[" * 10_000, "The line is no YAML"),
     "twice": (b"model: {lr: 1, lr: 2}", "The name 'lr' stands twice"),
     "list": (b"- model", "holds no settings"),
     "text": (b"model", "holds no settings"),
@@ -57,7 +58,9 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert end.value.code == 2, said
     assert "Traceback" not in said
     # Lightning and the data modules may have logged before.
-    return said[said.rindex("matex ") :] if "matex " in said else said
+    message = re.search(r"^matex [a-z-]+: .*", said, re.MULTILINE | re.DOTALL)
+    assert message is not None, said
+    return message[0]
 
 
 CHECKPOINTS = {
@@ -180,12 +183,15 @@ def test_bad_input_of_other_commands(
         (["check-data", "--data=images.csv"], ["--data takes the name of a data module"]),
         (["fit", "--data=Manifest"], ["--data takes a data module (", "ManifestDataModule", "got 'Manifest'"]),
         (["fit", "--config=images.csv"], ["images.csv holds no settings"]),
-        (["explain", "image.png", "Nodule.", "--ckpt=good.ckpt", "--methd=m2ib"], ["no option --methd", "--method"]),
+        (["explain", "image.png", "Nodule.", "--ckpt_path=x", "--methd=m2ib"], ["no option --methd", "--method"]),
         (["prior", "Nodule.", "--lambdas=2"], ["no option --lambdas", "--lambda_s"]),
         (["prior", "Nodule.", "--lambda_s=much"], ["--lambda_s must be a number, got 'much'"]),
         (["prior", "Nodule.", "--prior_shape=cone"], ["--prior_shape must be one of 'parabola'", "got 'cone'"]),
         (["roar", "run", "--config=roar_phantom.yaml", "--training.epoch=1"], ["no option --training.epoch", "epochs"]),
-        (["roar", "run", "--config=roar_phantom.yaml", "--training.epochs=0"], ["epochs must be a number greater than 0, got 0"]),
+        (
+            ["roar", "run", "--config=roar_phantom.yaml", "--training.epochs=0"],
+            ["epochs must be a number greater than 0, got 0"],
+        ),
     ],
     ids=named,
 )
@@ -340,13 +346,12 @@ def test_a_full_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest
 
 
 def test_long_work_without_a_terminal_logs_one_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(console, "_SILENT_SECONDS", 0.0)
-    monkeypatch.setattr(logging.getLogger("matex_pl"), "propagate", True)
-    with caplog.at_level(logging.INFO, "matex_pl"):
-        assert list(console.progress(range(5), "images")) == [0, 1, 2, 3, 4]
-    assert [record.message for record in caplog.records] == ["images: 1 of 5, about 0 s left"]
+    console.show_messages()
+    assert list(console.progress(range(5), "images")) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().err == "images: 1 of 5, about 0 s left\n"
 
 
 # --- trainings

@@ -76,6 +76,8 @@ class AttributionMethod(ABC):
 
 def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> None:
     """Refuse invalid pairs before any work: wrong shapes and dtypes, NaN, empty content boxes."""
+    # Refuses image towers without a raster of patches, which no map fits.
+    _ = clip.grid
     if isinstance(phrases, str):
         raise ValueError(f"phrases must be a list, got the text {phrases!r}. Put the text in brackets.")
     lengths = {"images": len(images), "tokens": len(tokens), "phrases": len(phrases)}

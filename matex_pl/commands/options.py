@@ -23,6 +23,10 @@ REQUIRED = {"benchmark": ("--ckpt_path", "--out"), "tune": ("--ckpt_path", "--ou
 class RefusingParser(ArgumentParser):
     """Parser that raises ValueError with a short message for a wrong command line, and does not print its usage."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        # A misspelled option must not stand for another one.
+        super().__init__(*args, allow_abbrev=False, **settings)
+
     def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:  # type: ignore[override]
         """Settings from the words of a command line."""
         if args is not None:
@@ -101,7 +105,8 @@ def check_words(command: str, words: Sequence[str]) -> None:
     options = [word.split("=")[0] for word in words if word.startswith("-")]
     if any(option in ("-h", "--print_config") or option.endswith("help") for option in options):
         return
-    parser = PlainParser(prog=f"matex {command}", usage=f"matex {command} [options], see --help", add_help=False)
+    usage = f"matex {command} [options], see --help"
+    parser = PlainParser(prog=f"matex {command}", usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     for option in REQUIRED.get(command, ()):
         parser.add_argument(option, required=True)

@@ -35,8 +35,8 @@ def check_values(parser: ArgumentParser, words: Sequence[str]) -> None:
         if name == "config" or value is None:
             continue
         is_file = Path(value).is_file()
-        if name in parser.groups and not is_file and not value.lstrip().startswith("{"):
-            settings = _options(parser, f"{option}.")
+        settings = [setting for setting in _options(parser, f"{option}.") if not setting.endswith(".help")]
+        if settings and name in parser.groups and not is_file and not value.lstrip().startswith("{"):
             first = next((setting for setting in settings if setting.endswith(".name")), settings[0])
             raise ValueError(
                 f"{option} takes a YAML file of settings, got {value!r}. Give single settings by their names, for "
