@@ -8,19 +8,20 @@ from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, signature
 from math import inf
-from types import ModuleType, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+# Types in messages of jsonargparse.
 _KINDS = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-    "<class 'str'>": "text",
-    "List": "a list",
-    "list": "a list",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
     "dict": "a mapping",
-    "None": "null",
-    "<class 'NoneType'>": "null",
+    "list": "a list",
+    "tuple": "a list",
+    "Iterable": "a list",
+    "NoneType": "null",
 }
 
 
@@ -87,44 +88,51 @@ class Fault(NamedTuple):
     Attributes:
         name: Dotted name of the setting; empty if the message names none.
         is_unknown: Whether no setting has this name.
-        rule: Types of its values in words; empty if the message names none.
+        rule: Valid values in words; empty if the message names none.
         value: The value as text; None if the message names none.
-        class_path: Path of the class that the setting belongs to; empty if it belongs to none.
+        class_paths: Paths of the classes that the setting may belong to.
     """
 
     name: str
-    is_unknown: bool
-    rule: str
-    value: str | None
-    class_path: str
+    is_unknown: bool = False
+    rule: str = ""
+    value: str | None = None
+    class_paths: tuple[str, ...] = ()
 
 
 def fault(message: str) -> Fault:
     """Fault of a setting from a message of jsonargparse."""
-    keys = re.findall(r'Parser key "([^"]+)"', message)
+    keys = list(re.finditer(r'^( *)(?:- )?Parser key "([^"]+)"', message, re.MULTILINE))
     unknown = re.findall(r"[Oo]ption '([^']+)'", message)
-    groups = re.findall(r"Group '([^']+)'", message)
-    names = [key.removeprefix("init_args.") for key in [*keys, *groups, *unknown[-1:]] if key != "config"]
-    # The levels above expected other types.
-    innermost = message.rpartition("Parser key")[2]
-    expected = re.findall(r"Expected an? ([^\n]+?)(?:\.? Got value|\.?$)", innermost, re.MULTILINE)
-    values = re.findall(r"Got value: (.+)", innermost)
-    paths = re.findall(r"class_path '([\w.]+)'", message)
+    names = [key[2] for key in keys] + re.findall(r"Group '([^']+)'", message) + unknown[-1:]
+    lines = message.splitlines()
+    if keys:
+        # The lines of the innermost setting. The levels above it expect other types.
+        lines = message[keys[-1].end() :].splitlines()[1:]
+        deeper = [len(line) - len(line.lstrip()) > len(keys[-1][1]) or not line for line in lines]
+        lines = lines[: deeper.index(False) if False in deeper else None]
+    innermost = "\n".join(lines)
+    values = re.findall(r"Got value: (.+)", innermost) or re.findall(r"Given value: (.+)", innermost)
     return Fault(
-        name=".".join(dict.fromkeys(names)),
+        name=".".join(dict.fromkeys(name.removeprefix("init_args.") for name in names if name != "config")),
         is_unknown=bool(unknown),
-        rule=" or ".join(dict.fromkeys(map(_kind, expected))),
+        rule=_rule(re.findall(r"Expected an? (.+?)(?:\.? Got value: .*)?$", innermost, re.MULTILINE)),
         value=values[-1] if values else None,
-        class_path=paths[-1] if paths else "",
+        class_paths=tuple(re.findall(r"class_path '([\w.]+)'", message)),
     )
 
 
-def _kind(text: str) -> str:
-    literal = re.search(r"Literal\[(.+)\]", text)
-    return f"one of {literal[1]}" if literal else _KINDS.get(text, text)
-
-
-def import_all(package: ModuleType) -> None:
-    """Import all public names of a package, so jsonargparse finds its classes by their short names."""
-    for name in package.__all__:
-        getattr(package, name)
+def _rule(expected: Sequence[str]) -> str:
+    """Valid values in words, from the types that jsonargparse expected."""
+    choices: list[str] = []
+    kinds: list[str] = []
+    for text in expected:
+        literal, kind = re.search(r"Literal\[(.+)\]", text), re.search(r"^<class '(?:.*\.)?(\w+)'>", text)
+        if literal:
+            choices += literal[1].split(", ")
+        elif kind:
+            kinds.append(_KINDS.get(kind[1], kind[1]))
+        elif text.startswith("dot import path"):
+            kinds.append("a class")
+    listed = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
+    return " or ".join(dict.fromkeys([*listed, *kinds]))

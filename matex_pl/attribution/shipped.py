@@ -63,7 +63,7 @@ def load_method(method: AttributionMethod | str) -> AttributionMethod:
             known = list(argument_names(getattr(attribution, kind.rpartition(".")[2], object)))
             rule = f"{kind} has no setting {name!r}.{nearest(name, known)}"
         else:
-            rule = f"{name} must be {found.rule or 'another value'}, got {found.value}"
+            rule = f"{name} must be {found.rule or 'another value'}, got {found.value!r}"
         raise ValueError(f"{path} does not describe an attribution method: {rule.removesuffix('.')}.") from error
 
 

@@ -23,6 +23,8 @@ from matex_pl.commands.refusals import refusal
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.training.module import ClipModule
 
+# Words of the Trainer for `ckpt_path`.
+_NO_PATHS = ("best", "hpc", "last", "registry")
 # Files that a run writes before its first step.
 _STARTUP_FILES = ("config.yaml", "hparams.yaml", "events.out.tfevents.*", "metrics.csv", "skipped_rows.csv")
 _STARTUP_FILES += ("before.safetensors",)
@@ -62,6 +64,16 @@ class MatexCLI(LightningCLI):
             super()._parse_ckpt_path()
         except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
             raise no_checkpoint(self.config[self.config.subcommand].ckpt_path, error) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Check the path of the checkpoint before the model is built.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+        """
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path and not path.startswith(_NO_PATHS) and "://" not in path and not Path(path).is_file():
+            raise FileNotFoundError(f"No checkpoint at {path!r}. `matex fit` writes them below its log folder.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer; its errors of settings become one message.

@@ -25,7 +25,7 @@ class RefusingParser(ArgumentParser):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         # A misspelled option must not stand for another one.
-        super().__init__(*args, allow_abbrev=False, **settings)
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
 
     def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:  # type: ignore[override]
         """Settings from the words of a command line."""

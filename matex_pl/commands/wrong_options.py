@@ -71,7 +71,7 @@ def wrong_option(parser: ArgumentParser, message: str, error: Exception | None) 
     if found.is_unknown:
         rule = _unknown(parser, given, found)
     elif stray and stray[1].startswith("--"):
-        rule = _unknown(parser, given, Fault(stray[1].partition("=")[0].lstrip("-"), True, "", None, ""))
+        rule = _unknown(parser, given, Fault(stray[1].partition("=")[0].lstrip("-"), is_unknown=True))
     elif stray:
         rule = f"{stray[1]!r} belongs to no option."
     elif missing:
@@ -104,18 +104,19 @@ def _unknown(parser: ArgumentParser, given: Sequence[Given], found: Fault) -> st
     end = found.name.rpartition(".")[2]
     typed = next((pair.option for pair in reversed(given) if pair.option.endswith(end)), None)
     option = typed or f"--{found.name}"
-    known = _options(parser)
-    if found.class_path:
-        module, _, name = found.class_path.rpartition(".")
+    group = option.rpartition(".")[0]
+    known = [name for name in _options(parser) if name.rpartition(".")[0] == group]
+    for path in found.class_paths:
+        module, _, name = path.rpartition(".")
         kind = getattr(import_module(module) if module else data, name)
-        known += [f"{option.rpartition('.')[0]}.{argument}" for argument in argument_names(kind)]
+        known += [f"{group}.{argument}" for argument in argument_names(kind)]
     where = "" if typed else ", which the config sets"
     return f"There is no option {option}{where}.{nearest(option, known)}"
 
 
 def _wrong_value(given: Sequence[Given], found: Fault) -> str:
     """Message for a value of another type."""
-    typed = [pair for pair in given if pair.option.replace(".init_args.", ".") == f"--{found.name}"]
+    typed = [pair for pair in given if pair.option.rstrip("+").replace(".init_args.", ".") == f"--{found.name}"]
     option = typed[-1].option if typed else f"--{found.name}"
     value = typed[-1].value if typed else found.value
     got = "" if value is None else f", got {value!r}"
