@@ -136,3 +136,9 @@ def _rule(expected: Sequence[str]) -> str:
             kinds.append("a class")
     listed = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
     return " or ".join(dict.fromkeys([*listed, *kinds]))
+
+
+def import_all(package: ModuleType) -> None:
+    """Import all public names of a package, so jsonargparse finds its classes by their short names."""
+    for name in package.__all__:
+        getattr(package, name)

@@ -26,18 +26,20 @@ class RefusingParser(ArgumentParser):
     def __init__(self, *args: Any, **settings: Any) -> None:
         # A misspelled option must not stand for another one.
         super().__init__(*args, **{"allow_abbrev": False, **settings})
+        self.words: list[str] = []
 
     def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:  # type: ignore[override]
         """Settings from the words of a command line."""
         if args is not None:
-            check_values(self, args)
+            self.words = list(args)
+            check_values(self, self.words)
         return super().parse_args(args, *rest, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise ValueError for the whole command line; parsers of single values report to that of the command line."""
         if not self.exit_on_error:
             super().error(message, ex)
-        raise ValueError(wrong_option(self, message, ex)) from ex
+        raise ValueError(wrong_option(self, self.words, message, ex)) from ex
 
 
 class ShippedConfig(ActionConfigFile):

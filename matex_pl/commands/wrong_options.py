@@ -51,18 +51,19 @@ def check_values(parser: ArgumentParser, words: Sequence[str]) -> None:
             read_yaml(value)
 
 
-def wrong_option(parser: ArgumentParser, message: str, error: Exception | None) -> str:
+def wrong_option(parser: ArgumentParser, words: Sequence[str], message: str, error: Exception | None) -> str:
     """Message for an error of the parser, in one or two sentences.
 
     Args:
         parser: Parser of the command.
+        words: Words of the command line.
         message: The parser's own message, which names the settings.
         error: Exception behind the message.
     """
     text = refusal(error) if error else None
     if text:
         return text
-    given = _given(getattr(parser, "args", None) or [])
+    given = _given(words)
     found = fault(message)
     # Words of argparse.
     stray = re.search(r"unrecognized arguments: (\S+)", message)
