@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, signature
 from math import inf
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 # Types in messages of jsonargparse.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ def wrong_option(parser: ArgumentParser, words: Sequence[str], message: str, err
 
 def _given(words: Sequence[str]) -> list[Given]:
     given = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in pairwise([*words, "--"]):
         if word.startswith("--"):
             option, equals, value = word.partition("=")
             given.append(Given(option, value if equals else None if following.startswith("--") else following))
