@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import sys
@@ -418,3 +419,45 @@ def test_an_image_that_is_unreadable_in_an_epoch_ends_the_run(
     assert "3.png" in said
     assert len(said.splitlines()) <= 5
     assert not list(Path("runs").rglob("version_*"))
+
+
+# --- towers that some methods do not support
+
+
+@pytest.mark.slow
+def test_commands_go_on_without_the_methods_that_refuse_a_tower(
+    workdir: Path, phantom_words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = refused_tower("both pools").config
+    Path("odd.json").write_text(json.dumps(config), encoding="utf-8")
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    module = ClipModule("odd.json")
+    module.clip.mean_image.fill_(0.5)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint("odd.ckpt")
+    refusal = "its pooling is 'avgmax'"
+
+    assert refusal in refused(capsys, "explain", "image.png", "Nodule.", "--ckpt_path=odd.ckpt")
+    main(["explain", "image.png", "Left nodule.", "--ckpt_path=odd.ckpt", "--method=all", "--out=all.png"])
+    assert Image.open("all.png").width == 1920
+
+    data = [*phantom_words, "--ckpt_path=odd.ckpt"]
+    few = ["--methods=matex,saliency", "--validation_pairs=2", "--sanity_pairs=2", "--steps=2", "--resamples=100"]
+    main(["benchmark", *data, "--num_pairs=4", "--out=results", *few])
+    results = json.loads(Path("results/results.json").read_text(encoding="utf-8"))
+    errors = {row["name"]: row["error"] for row in results["rows"] if row["modality"] == "image"}
+    assert refusal in errors["MATEX"]
+    assert not errors["Saliency"]
+    assert refusal in refused(capsys, "tune", *data, "--out=tuned")
+    assert not Path("tuned").exists()
+
+    words = ["--methods=matex,saliency", "--start=explained", "--out=roar", "--processes=1", "--protocol.repeats=1"]
+    words += ["--protocol.fractions=[0.5]", "--protocol.modalities=[image]", "--training.epochs=1"]
+    words += ["--training.batch_size=4", "--training.accelerator=cpu"]
+    main(["roar", "run", "--config=roar_phantom.yaml", *phantom_words[2:], "--ckpt_path=odd.ckpt", *words])
+    measured = json.loads(Path("roar/results.json").read_text(encoding="utf-8"))
+    assert refusal in measured["refused"]["MATEX"]
+    assert "Saliency" in {row["name"] for row in measured["rows"]}
+    assert not measured["failed"]
+    pairs = json.loads(Path("roar/pairs.json").read_text(encoding="utf-8"))
+    assert {pair["pair"]["patient_id"] for pair in pairs} == {str(number) for number in range(12)}
