@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
+from PIL import Image
+from test_invariants import refused_tower
 
-from matex_pl import console
+from matex_pl import ClipModule, console
 from matex_pl.arguments import check_positive
 from matex_pl.cli import main
 from matex_pl.commands import prior
@@ -435,9 +438,9 @@ def test_commands_go_on_without_the_methods_that_refuse_a_tower(
     module.clip.mean_image.fill_(0.5)
     trainer.strategy.connect(module)
     trainer.save_checkpoint("odd.ckpt")
-    refusal = "its pooling is 'avgmax'"
+    reason = "its pooling is 'avgmax'"
 
-    assert refusal in refused(capsys, "explain", "image.png", "Nodule.", "--ckpt_path=odd.ckpt")
+    assert reason in refused(capsys, "explain", "image.png", "Nodule.", "--ckpt_path=odd.ckpt")
     main(["explain", "image.png", "Left nodule.", "--ckpt_path=odd.ckpt", "--method=all", "--out=all.png"])
     assert Image.open("all.png").width == 1920
 
@@ -446,9 +449,9 @@ def test_commands_go_on_without_the_methods_that_refuse_a_tower(
     main(["benchmark", *data, "--num_pairs=4", "--out=results", *few])
     results = json.loads(Path("results/results.json").read_text(encoding="utf-8"))
     errors = {row["name"]: row["error"] for row in results["rows"] if row["modality"] == "image"}
-    assert refusal in errors["MATEX"]
+    assert reason in errors["MATEX"]
     assert not errors["Saliency"]
-    assert refusal in refused(capsys, "tune", *data, "--out=tuned")
+    assert reason in refused(capsys, "tune", *data, "--out=tuned")
     assert not Path("tuned").exists()
 
     words = ["--methods=matex,saliency", "--start=explained", "--out=roar", "--processes=1", "--protocol.repeats=1"]
@@ -456,7 +459,7 @@ def test_commands_go_on_without_the_methods_that_refuse_a_tower(
     words += ["--training.batch_size=4", "--training.accelerator=cpu"]
     main(["roar", "run", "--config=roar_phantom.yaml", *phantom_words[2:], "--ckpt_path=odd.ckpt", *words])
     measured = json.loads(Path("roar/results.json").read_text(encoding="utf-8"))
-    assert refusal in measured["refused"]["MATEX"]
+    assert reason in measured["refused"]["MATEX"]
     assert "Saliency" in {row["name"] for row in measured["rows"]}
     assert not measured["failed"]
     pairs = json.loads(Path("roar/pairs.json").read_text(encoding="utf-8"))
