@@ -54,7 +54,10 @@ def make_plan(
         ValueError: If the folder holds another plan or foreign files, a method is unknown or named twice, there are too
             few pairs, or the two models do not fit each other.
     """
-    if not (folder / PLAN).is_file():
+    if (folder / PLAN).is_file():
+        # Refuses a foreign file of this name before the work.
+        read_plan(folder)
+    else:
         check_outputs(folder, OUTPUTS)
     prepare_data(data, explained.clip.image_size, *protocol.splits)
     data.pairs["roar"] = [pair for split in protocol.splits for pair in data.pairs[split]]
