@@ -83,6 +83,11 @@ BAD: list[tuple[str, list[str], str]] = [
     ("fit", ["--model.name=tiny.json", "--model.image_size=33"], "whole number of its"),
     ("fit", ["--model.name=tiny.json", "--model.pretrained=cut.ckpt"], "cut.ckpt"),
     ("fit", ["--model.name=empty.json"], "empty.json"),
+    *(
+        (verb, ["--model.name=tiny.json", "--ckpt_path=last"], "--ckpt_path last finds no checkpoint")
+        for verb in ("validate", "test", "predict")
+    ),
+    ("test", ["--model.name=tiny.json", "--ckpt_path=best"], "No checkpoint at 'best'"),
     ("validate", ["--model.name=tiny.json", "--data.image_size=40"], "image_size"),
     ("test", ["--model.name=tiny.json", "--data.image_size=40"], "image_size"),
     ("predict", ["--model.name=tiny.json", "--data.image_size=40"], "image_size"),

@@ -11,8 +11,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from matex_pl import data
@@ -23,8 +23,8 @@ from matex_pl.commands.refusals import refusal
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.training.module import ClipModule
 
-# Words of the Trainer for `ckpt_path`.
-_NO_PATHS = ("best", "hpc", "last", "registry")
+# Values of `ckpt_path` that the Trainer resolves.
+_NO_PATHS = ("hpc", "last", "registry")
 # Files that a run writes before its first step.
 _STARTUP_FILES = ("config.yaml", "hparams.yaml", "events.out.tfevents.*", "metrics.csv", "skipped_rows.csv")
 _STARTUP_FILES += ("before.safetensors",)
@@ -32,6 +32,21 @@ _STARTUP_FILES += ("before.safetensors",)
 
 class TrainingParser(RefusingParser, LightningArgumentParser):
     """LightningCLI's parser with short messages for wrong options."""
+
+
+class CheckpointFound(Callback):
+    """Refuse a run whose `--ckpt_path last` finds no checkpoint. The Trainer would score random weights, with a warning.
+
+    A training may start without one, so the same command starts and resumes it.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the path that the Trainer has found."""
+        if stage != "fit" and not trainer.ckpt_path:
+            raise FileNotFoundError(
+                "--ckpt_path last finds no checkpoint in the folders of the checkpoint callbacks. Give the path of a "
+                "checkpoint, or the config of its training."
+            )
 
 
 class MatexCLI(LightningCLI):
@@ -84,6 +99,8 @@ class MatexCLI(LightningCLI):
         settings = self.config_init[self.subcommand]["trainer"]
         if settings["enable_progress_bar"] is False and isinstance(settings["callbacks"], list):
             settings["callbacks"] = [part for part in settings["callbacks"] if not isinstance(part, ProgressBar)]
+        if self.config_init[self.subcommand].get("ckpt_path") == "last":
+            self.trainer_defaults = {"callbacks": [CheckpointFound()]}
         try:
             return super().instantiate_trainer(**kwargs)
         except Exception as error:
