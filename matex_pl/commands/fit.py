@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
 
 from matex_pl import data
 from matex_pl.arguments import import_all
@@ -35,18 +36,20 @@ class TrainingParser(RefusingParser, LightningArgumentParser):
 
 
 class CheckpointFound(Callback):
-    """Refuse a run whose `--ckpt_path last` finds no checkpoint. The Trainer would score random weights, with a warning.
+    """Refuse to score a model whose `--ckpt_path last` finds no checkpoint: the Trainer would score random weights.
 
-    A training may start without one, so the same command starts and resumes it.
+    A training may start without a checkpoint, so the same command starts and resumes it.
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the path that the Trainer has found."""
-        if stage != "fit" and not trainer.ckpt_path:
+        if trainer.state.fn != TrainerFn.FITTING and not trainer.ckpt_path:
             raise FileNotFoundError(
                 "--ckpt_path last finds no checkpoint in the folders of the checkpoint callbacks. Give the path of a "
                 "checkpoint, or the config of its training."
             )
+
+    on_test_start = on_predict_start = on_validation_start
 
 
 class MatexCLI(LightningCLI):
