@@ -77,7 +77,7 @@ def wrong_option(parser: ArgumentParser, words: Sequence[str], message: str, err
     elif stray:
         rule = f"{stray[1]!r} belongs to no option."
     elif missing:
-        rule = f"The command lacks what is required: {missing[1] or missing[2]}."
+        rule = f"The command lacks options that are required: {missing[1] or missing[2]}."
     elif alone:
         rule = f"{alone[1]} needs a value."
     elif found.name:
