@@ -125,6 +125,17 @@ def test_predictions_do_not_replace_a_table(
     assert Path("predictions.csv").read_text(encoding="utf-8").startswith("id,phrase,cosine")
 
 
+def test_a_list_of_bad_rows_does_not_replace_a_table(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check-data", "--config=manifest.yaml", "--data.manifest=images.csv"]
+    before = listing(workdir)
+    for target in ("images.csv", "good.ckpt", "/dev/null", "plan_old"):
+        assert target in refused(capsys, *words, f"--out={target}")
+    assert listing(workdir) == before
+    for _ in range(2):
+        main([*words, "--out=bad.csv"])
+    assert Path("bad.csv").read_text(encoding="utf-8").startswith("file,line,value,rule")
+
+
 def test_a_training_does_not_replace_its_own_start(
     workdir: Path,
     phantom_words: list[str],

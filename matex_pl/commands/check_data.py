@@ -21,6 +21,7 @@ from matex_pl.data.datamodule import SPLITS, count_cut_boxes
 from matex_pl.data.table import TableDataModule, write_bad_rows
 from matex_pl.data.transforms import ImageTransform
 from matex_pl.data.validation import BadRow, RuleError, check_inside, drop_leaks, drop_repeats, image_name, place_of
+from matex_pl.files import check_output
 
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
 # Used without a model. Almost all models take squares, and crops to squares of any size cut the same parts.
@@ -79,10 +80,14 @@ def check_data(
 
     Raises:
         FileNotFoundError: A table is missing.
-        ValueError: A table cannot be read at all, `workers` is not positive, or the model is unknown.
+        OSError: `out` cannot be written.
+        ValueError: A table cannot be read at all, `workers` is not positive, the model is unknown, or `out` is no earlier
+            list of bad rows.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
+    if out is not None:
+        check_output(Path(out), "file,line,value,rule")
     tokenizer = load_tokenizer(model) if model else None
     data.prepare_data()
     pairs, bad = _listed(data)
