@@ -81,8 +81,8 @@ def check_data(
     Raises:
         FileNotFoundError: A table is missing.
         OSError: `out` cannot be written.
-        ValueError: A table cannot be read at all, `workers` is not positive, the model is unknown, or `out` is no earlier
-            list of bad rows.
+        ValueError: A table cannot be read at all, `workers` is not positive, the model is unknown, or `out` would
+            replace something else than an earlier list.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
