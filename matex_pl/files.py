@@ -49,7 +49,7 @@ def whole_file(path: Path, parts: Path | None = None) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         # A full disk has no file name, and the temporary name says nothing to a user.
-        if error.filename in (None, str(part), part):
+        if error.errno and error.filename in (None, str(part), part):
             error.filename, error.filename2 = str(path), None
         raise
     finally:
