@@ -185,7 +185,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
             if not self.pairs[split]:
                 counts = {name: len(pairs) for name, pairs in self.pairs.items()}
                 raise ValueError(
-                    f"{type(self).__name__} has no {split} pairs, which {stage!r} needs. Pairs per split: {counts}."
+                    f"{type(self).__name__} has no {split} pairs, which {str.__str__(stage)!r} needs. Pairs: {counts}."
                 )
 
     def dataset(self, split: str, *, augment: bool = False) -> PairDataset:

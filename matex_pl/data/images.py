@@ -150,7 +150,7 @@ def _reading(path: str | Path) -> Iterator[Path]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"No readable image at {str(path)!r} ({reason}). Copy the file again or remove its row."
+            f"No readable image at {str(path)!r} ({reason}). Copy the file again."
         ) from error
 
 
