@@ -149,9 +149,7 @@ def _reading(path: str | Path) -> Iterator[Path]:
     # Decoders raise all kinds of errors on broken bytes.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"No readable image at {str(path)!r} ({reason}). Copy the file again."
-        ) from error
+        raise ValueError(f"No readable image at {str(path)!r} ({reason}). Copy the file again.") from error
 
 
 def _decode_reduced(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
