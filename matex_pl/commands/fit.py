@@ -27,8 +27,10 @@ from matex_pl.training.module import ClipModule
 # Values of `ckpt_path` that the Trainer resolves.
 _NO_PATHS = ("hpc", "last", "registry")
 # Files that a run writes before its first step.
-_STARTUP_FILES = ("config.yaml", "hparams.yaml", "events.out.tfevents.*", "metrics.csv", "skipped_rows.csv")
-_STARTUP_FILES += ("before.safetensors",)
+_STARTUP_FILES = (
+    *("config.yaml", "hparams.yaml", "events.out.tfevents.*", "metrics.csv"),
+    *("skipped_rows.csv", "before.safetensors"),
+)
 
 
 class TrainingParser(RefusingParser, LightningArgumentParser):
