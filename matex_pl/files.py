@@ -229,11 +229,12 @@ def check_yaml(text: str) -> None:
     opened: list[_Collection] = []
     # Number of values by anchor.
     sizes: dict[str, int] = {}
-    for event in yaml.parse(text, Loader=_Loader):
+    events: Any = yaml.parse(text, Loader=_Loader)
+    for event in events:
         problem, size, name = "", 1, None
-        anchor = getattr(event, "anchor", None)
-        if getattr(event, "tag", None):
-            problem = f"The tag {event.tag!r} is not accepted. Write values without tags."
+        anchor, tag, mark = getattr(event, "anchor", None), getattr(event, "tag", None), event.start_mark
+        if tag:
+            problem = f"The tag {tag!r} is not accepted. Write values without tags."
         elif isinstance(event, yaml.CollectionStartEvent):
             opened.append(_Collection(anchor, isinstance(event, yaml.MappingStartEvent)))
             if len(opened) <= _YAML_DEPTH:
@@ -243,14 +244,14 @@ def check_yaml(text: str) -> None:
             closed = opened.pop()
             anchor, size = closed.anchor, closed.values
         elif isinstance(event, yaml.AliasEvent):
-            anchor, size = None, sizes.get(event.anchor, 0)
+            size = sizes.get(anchor, 0)
             if not size:
-                problem = f"The alias *{event.anchor} has no complete value above it."
+                problem = f"The alias *{anchor} has no complete value above it."
         elif isinstance(event, yaml.ScalarEvent):
             name = event.value
         else:
             continue
-        if anchor:
+        if anchor and not isinstance(event, yaml.AliasEvent):
             sizes[anchor] = size
         if opened:
             parent = opened[-1]
@@ -264,7 +265,7 @@ def check_yaml(text: str) -> None:
                     problem = f"The name {name!r} stands twice in this section. Keep one of the two."
                 parent.names.add(name)
         if problem:
-            raise _RefusedYamlError(problem=problem, problem_mark=event.start_mark)
+            raise _RefusedYamlError(problem=problem, problem_mark=mark)
 
 
 def find_config(path: str) -> Path | None:
