@@ -154,7 +154,7 @@ def _refused_runs_removed(trainer: Trainer) -> Iterator[None]:
     Loggers make their folder before anything is checked.
     """
     start = time.time()
-    roots = [Path(logger.root_dir) for logger in trainer.loggers if hasattr(logger, "root_dir")]
+    roots = [Path(root) for logger in trainer.loggers if (root := getattr(logger, "root_dir", None))]
     missing = [folder for root in roots for folder in (root, *root.parents) if not folder.exists()]
     try:
         yield

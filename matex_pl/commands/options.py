@@ -28,7 +28,7 @@ class RefusingParser(ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **settings})
         self.words: list[str] = []
 
-    def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:
         """Settings from the words of a command line."""
         if args is not None:
             self.words = list(args)

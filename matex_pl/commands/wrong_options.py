@@ -31,13 +31,14 @@ def check_values(parser: ArgumentParser, words: Sequence[str]) -> None:
         OSError: A file cannot be read.
         ValueError: A YAML file is none; or the data module or a group of settings is given as another file, or as text.
     """
+    groups = parser.groups or {}
     for option, value in _given(words):
         name = option.removeprefix("--")
         if name == "config" or value is None:
             continue
         is_file = Path(value).is_file()
         settings = [setting for setting in _options(parser, f"{option}.") if not setting.endswith(".help")]
-        if settings and name in parser.groups and not is_file and not value.lstrip().startswith("{"):
+        if settings and name in groups and not is_file and not value.lstrip().startswith("{"):
             first = next((setting for setting in settings if setting.endswith(".name")), settings[0])
             raise ValueError(
                 f"{option} takes a YAML file of settings, got {value!r}. Give single settings by their names, for "
@@ -48,7 +49,7 @@ def check_values(parser: ArgumentParser, words: Sequence[str]) -> None:
                 f"--data takes the name of a data module or a YAML file, got {value!r}. For a table of images "
                 f"give --data ManifestDataModule --data.manifest {value}."
             )
-        if is_file and (name in parser.groups or value.endswith((".yaml", ".yml"))):
+        if is_file and (name in groups or value.endswith((".yaml", ".yml"))):
             read_yaml(value)
 
 
@@ -123,7 +124,7 @@ def _wrong_value(given: Sequence[Given], found: Fault) -> str:
     value = typed[-1].value if typed else found.value
     got = "" if value is None else f", got {value!r}"
     if found.name == "data":
-        modules = [name for name in data.__all__ if name.endswith("DataModule") and name != "ChestXrayDataModule"]
+        modules = [name for name in dir(data) if name.endswith("DataModule") and name != "ChestXrayDataModule"]
         return f"--data takes a data module ({', '.join(modules)}) or a YAML file{got}."
     where = "" if typed else " in the config"
     return f"{option}{where} must be {found.rule or 'another value'}{got}."
