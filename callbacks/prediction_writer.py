@@ -13,9 +13,12 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from matex_pl.files import check_folder, whole_file
+from matex_pl.files import check_output, whole_file
 
 log = logging.getLogger(__name__)
+
+# Begin of every table.
+_HEADER = "id,phrase,cosine"
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -30,10 +33,10 @@ class PredictionWriter(BasePredictionWriter):
         self.path = path
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the folder is writable."""
+        """Check that the table can be written, and replaces at most an earlier one."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
-            check_folder(self._file(trainer).parent)
+            check_output(self._file(trainer), _HEADER)
 
     def _file(self, trainer: Trainer) -> Path:
         """Path of the table; all processes must call this together."""

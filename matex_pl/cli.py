@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -9,7 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from matex_pl import __version__
-from matex_pl.commands.options import check_words, choose, stop
+from matex_pl.commands.options import check_words, choose
+from matex_pl.commands.refusals import end_with
 from matex_pl.console import show_messages
 from matex_pl.files import shipped_configs
 
@@ -35,6 +38,7 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and see in TensorBoard wher
 
 `matex fit --help` lists the settings of training, `matex fit --data.help NihDataModule` the settings of a data module.
 Every other command lists its settings with `--help`, for example `matex explain --help`.
+`--debug`, or MATEX_DEBUG=1 in the environment, prints the traceback of every error.
 """
 TRAINING = {
     "fit": "Train.",
@@ -53,9 +57,18 @@ COMMANDS = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command line, by default the arguments of the process; exit with a message and status 2 on wrong usage."""
+    """Run a command line, by default the arguments of the process.
+
+    A refusal ends with its message and status 2, and a bug with its traceback and status 1.
+    """
     show_messages()
-    words = list(sys.argv[1:] if args is None else args)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The encoding of the terminal may lack a letter.
+            stream.reconfigure(errors="backslashreplace")
+    given = list(sys.argv[1:] if args is None else args)
+    words = [word for word in given if word != "--debug"]
+    debug = len(words) < len(given) or os.environ.get("MATEX_DEBUG", "0") not in ("", "0")
     # LightningCLI accepts a config with a section per command, before the command or without one.
     is_config = bool(words) and words[0].startswith(("-c", "--config", "--print_config"))
     epilog = f"Shipped configs, found by name from anywhere: {', '.join(shipped_configs())}."
@@ -67,14 +80,17 @@ def main(args: Sequence[str] | None = None) -> None:
             check_words(command, words)
         if command in COMMANDS:
             import_module(f"matex_pl.commands.{command.replace('-', '_')}").main(words[1:])
-    except (ImportError, OSError, NotImplementedError, ValueError) as error:
-        stop(f"matex {command}: {error}")
+        else:
+            import_module("matex_pl.commands.fit").main(words)
     except KeyboardInterrupt:
         # The status that a shell reports for a process that this signal ended.
         sys.exit(128 + signal.SIGINT)
-    if command in TRAINING:
-        # LightningCLI reads the arguments of the process itself, and warns if it is given others.
-        import_module("matex_pl.commands.fit").main(args)
+    except BrokenPipeError:
+        # The reader of standard output, such as `head`, has ended. Python would write the rest at its own end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        end_with(f"matex {command}", error, debug=debug)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+
+log = logging.getLogger(__name__)
+
+_SILENT_SECONDS = 2.0
 
 
 class _AboveBars(logging.Handler):
@@ -34,7 +39,7 @@ def show_messages() -> None:
 
 
 def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterable[Item]:
-    """The items, with a progress bar on a terminal if they take more than two seconds.
+    """The items, with a progress bar on a terminal if they take more than two seconds; elsewhere with one message.
 
     The bar also works while a Trainer shows its own bars.
 
@@ -43,7 +48,21 @@ def progress(items: Iterable[Item], title: str, total: int | None = None) -> Ite
         title: Text in front of the bar.
         total: Number of items, for iterators without a length.
     """
-    return tqdm(items, desc=title, total=total, delay=2, leave=False, disable=None)
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(items, desc=title, total=total, delay=_SILENT_SECONDS, leave=False)
+    return _with_message(items, title, len(items) if total is None and isinstance(items, Sized) else total)
+
+
+def _with_message(items: Iterable[Item], title: str, total: int | None) -> Iterator[Item]:
+    """The items, with one message once they have taken two seconds."""
+    start, has_logged = time.monotonic(), False
+    for number, item in enumerate(items, start=1):
+        yield item
+        seconds = time.monotonic() - start
+        if not has_logged and seconds > _SILENT_SECONDS and (total is None or number < total):
+            has_logged = True
+            rest = "" if total is None else f" of {total}, about {duration(seconds / number * (total - number))} left"
+            log.info("%s: %d%s", title, number, rest)
 
 
 def duration(seconds: float) -> str:

@@ -64,24 +64,26 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
 
     Args:
         module: `ClipModule`, or any module with `clip` and `inputs`.
-        methods: Methods by the name to write under their map. If a method does not support the model, the sheet shows
-            the reason instead of a map.
+        methods: Methods by the name to write under their map. If a method does not support the model, or needs a mean
+            image that the model does not have, the sheet shows the reason instead of a map.
         batch: One pair.
 
     Raises:
         NotImplementedError: No method supports the model.
+        ValueError: The pair or the weights of the model hold NaN or Inf.
     """
-    entries = []
+    entries, errors = [], []
     for name, method in progress(methods.items(), "methods"):
         try:
             maps, tokens = _attribute(module, method, batch)
-        except NotImplementedError as error:
+        except (NotImplementedError, ValueError) as error:
             entries.append(Entry(name, None, None, str(error)))
+            errors.append(error)
             continue
         words = maps.text[0][maps.content[0]].tolist() if method.supports_text else None
         entries.append(Entry(name, maps.image[0].float().cpu().numpy(), words, getattr(method, "target", "")))
-    if all(entry.heat is None for entry in entries):
-        raise NotImplementedError(entries[0].note)
+    if len(errors) == len(entries):
+        raise errors[0]
     pair = _pair(module.clip, batch, tokens[0], maps.content[0], 0)
     return contact_sheet(entries=entries, score=float(maps.score[0]), **pair)
 

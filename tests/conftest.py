@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from PIL import Image
 
+from matex_pl import ClipModule
 from matex_pl.clip import Clip, load_clip
 from matex_pl.data import PhantomDataModule
 
@@ -54,3 +60,45 @@ def tiny_images(image_root: Path) -> PhantomDataModule:
         batch_size=4,
         num_workers=0,
     )
+
+
+TABLE = "image,phrase\nimage.png,A patient of ours.\n"
+
+
+@pytest.fixture(scope="session")
+def bad_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a checkpoint, an image, a table, and a bad file of each sort."""
+    folder = tmp_path_factory.mktemp("inputs")
+    shutil.copy(Path(__file__).with_name("tiny.json"), folder)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(ClipModule(str(folder / "tiny.json")))
+    trainer.save_checkpoint(folder / "good.ckpt")
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "image.png")
+    (folder / "images.csv").write_text(TABLE, encoding="utf-8")
+    for name in ("empty.ckpt", "empty.png", "empty.csv", "empty.yaml"):
+        (folder / name).touch()
+    (folder / "cut.ckpt").write_bytes((folder / "good.ckpt").read_bytes()[:5000])
+    (folder / "cut.png").write_bytes((folder / "image.png").read_bytes()[:2000])
+    (folder / "cut.csv.gz").write_bytes(gzip.compress(TABLE.encode())[:-9])
+    (folder / "cut.yaml").write_text("upper: {left: [0.5, 0", encoding="utf-8")
+    for name, text in (("empty", ""), ("cut", '{"format": 2, "proto'), ("other", "[]"), ("old", '{"format": 1}')):
+        (folder / f"plan_{name}").mkdir()
+        (folder / f"plan_{name}" / "plan.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def workdir(bad_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the inputs to run in."""
+    shutil.copytree(bad_inputs, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def phantom_words(image_root: Path) -> list[str]:
+    """Words for a small data set and a small model."""
+    sizes = {"root": image_root, "num_train": 12, "num_val": 6, "num_test": 6, "stored_size": 64, "batch_size": 4}
+    words = [f"--data.{name}={value}" for name, value in (sizes | {"num_workers": 0}).items()]
+    return ["--config", "phantom.yaml", *words]

@@ -54,7 +54,9 @@ def test_arguments_of_the_parents_are_set_and_misspelled_ones_refused_by_name(
 ) -> None:
     config = ("fit", "--config", "nih.yaml")
     assert "batch_size: 7" in said(capsys, *config, "--data.batch_size", "7", "--print_config")
-    assert "Option 'batchsize' is not accepted" in said(capsys, *config, "--data.batchsize", "7")
+    assert "There is no option --data.batchsize. Nearest: --data.batch_size" in said(
+        capsys, *config, "--data.batchsize", "7"
+    )
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_methods_by_name_and_all_of_them(here, images, capsys):
         main([*words, "--method", "m3ib"])
     Path("mine.yaml").write_text("class_path: matex_pl.attribution.M2ib\ninit_args: {step: 1}", encoding="utf-8")
     with pytest.raises(
-        SystemExit, match=r"mine.yaml does not describe an attribution method(?s:.*)'step' is not accepted"
+        SystemExit, match=r"mine.yaml does not describe an attribution method: .*M2ib has no setting 'step'.*steps"
     ):
         main([*words, "--method", "mine.yaml"])
 
@@ -356,7 +356,7 @@ def test_every_shipped_config_has_a_test():
 def test_openai_weights_that_cannot_be_fetched_are_said_clearly(here, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     root = nih_folder(here / "nih")
-    with pytest.raises(ConnectionError, match=r"openai.*Connect once, or pass a checkpoint file"):
+    with pytest.raises(SystemExit, match=r"openai.*Connect once, or pass a checkpoint file"):
         main(["fit", "--config", "vit_b_32.yaml", f"--data.root={root}"])
 
 

@@ -233,7 +233,7 @@ def test_empty_splits_are_refused_when_they_are_needed() -> None:
     data = DrawnImages(_pairs(test=0))
     data.setup("fit")
     with pytest.raises(
-        ValueError, match=r"DrawnImages has no test pairs, which 'test' needs\. Pairs per split: {'train': 4, 'val': 2"
+        ValueError, match=r"DrawnImages has no test pairs, which 'test' needs\. Pairs: {'train': 4, 'val': 2"
     ):
         data.setup("test")
     with pytest.raises(ValueError, match="no val pairs"):

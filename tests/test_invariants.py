@@ -578,27 +578,51 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("side", "changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_unsupported_towers_are_refused_by_name(side: str, changes: dict[str, Any], message: str) -> None:
+def refused_tower(name: str) -> Clip:
+    """A model with one of the towers above."""
+    side, changes, _ = REFUSED[name]
     config = copy.deepcopy(family("square").config)
     if "timm_model_name" in changes:
         config["model_cfg"]["vision_cfg"] = {}
     config["model_cfg"][f"{side}_cfg"].update(changes)
-    other = load_clip(json.dumps(config))
-    with pytest.raises(NotImplementedError, match=message):
+    return load_clip(json.dumps(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_towers_are_refused_by_name(name: str) -> None:
+    other = refused_tower(name)
+    with pytest.raises(NotImplementedError, match=REFUSED[name][2]):
         Matex().attribute(other, *pairs(other))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["convolutions", "windows"])
 def test_methods_on_tokens_refuse_towers_without_blocks(name: str) -> None:
-    config = copy.deepcopy(family("square").config)
-    config["model_cfg"]["vision_cfg"] = REFUSED[name][1]
-    other = load_clip(json.dumps(config))
+    other = refused_tower(name)
     for method in (GradCam(), LeGrad(), M2ib(steps=1), PatchSimilarity()):
         with pytest.raises(NotImplementedError, match=r"image tower TimmModel.*(no list of transformer|no raster)"):
             method.attribute(other, *pairs(other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["no pool", "pool in two stages", "convolutions", "both pools", "no text pool"])
+def test_every_method_refuses_a_tower_by_name_or_explains_it(name: str) -> None:
+    other, message = refused_tower(name), REFUSED[name][2]
+    other.mean_image.fill_(0.5)
+    explained, reasons = [], []
+    for method in METHODS:
+        try:
+            maps = method.attribute(other, *pairs(other, ["left base", "mass"]))
+        except NotImplementedError as error:
+            reasons.append(str(error))
+            continue
+        assert maps.image.isfinite().all()
+        explained.append(type(method).__name__)
+    assert all(message.partition(".*")[0] in reason for reason in reasons)
+    # Only methods that read inputs and scores alone go on, where the tower gives one embedding per input.
+    assert ("Saliency" in explained) == (name == "both pools")
+    assert not {"Matex", "Chefer", "Rollout", "LeGrad"} & set(explained)
 
 
 def test_a_text_tower_of_hugging_face_with_another_pool_is_refused() -> None:

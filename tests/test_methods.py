@@ -804,7 +804,7 @@ BAD: list[tuple[Callable[..., AttributionMethod], dict[str, Any], str]] = [
     (Rise, {"keep_probability": float("nan")}, "keep_probability must be between 0 and 1, both excluded, got nan"),
     (Rise, {"fill": "grey"}, "fill must be one of"),
     (M2ib, {"beta": 0.0}, r"beta must be a number greater than 0, got 0\.0"),
-    (M2ib, {"lr": float("inf")}, "lr must be a number greater than 0, got inf"),
+    (M2ib, {"lr": float("inf")}, "lr must be finite, got inf"),
     (M2ib, {"copies": 0}, "copies must be a number greater than 0, got 0"),
     (M2ib, {"steps": -2}, "steps must be a number greater than 0, got -2"),
     (GradEclip, {"image_blocks": 0}, "image_blocks must be a number greater than 0, got 0"),

@@ -114,11 +114,11 @@ def test_the_command_line_refuses_it_too(checkpoint: Path, monkeypatch: pytest.M
     evil = _changed(checkpoint, "evil.ckpt", lambda content: content.update(callbacks=Touch(Path("trace"))))
     Path("image.png").write_bytes(b"")
     words = ["test", "--config=phantom.yaml", "--data.num_test=2", f"--ckpt_path={evil}"]
-    with pytest.raises(ValueError, match=r"evil\.ckpt is no checkpoint .*it would run posix\.system"):
+    with pytest.raises(SystemExit, match=r"evil\.ckpt is no checkpoint .*it would run posix\.system"):
         main(words)
     assert not Path("trace").exists()
     evil.write_bytes(evil.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"evil\.ckpt is no checkpoint"):
+    with pytest.raises(SystemExit, match=r"evil\.ckpt is no checkpoint"):
         main(words)
 
 
@@ -349,7 +349,7 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"Nothing can be written in .*file/maps: Not a directory\. Give another folder"):
         check_folder(tmp_path / "file" / "maps")
     check_folder(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+    assert not (tmp_path / "a").exists()
 
 
 def test_predictions_that_cannot_be_written_are_not_made(
@@ -420,7 +420,7 @@ def test_a_checkpoint_folder_that_takes_no_files_stops_before_training(
         def training_step(self, *_: Any) -> Any:
             pytest.fail("trained in vain")
 
-    for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "kept", "Not a directory")):
+    for folder, reason in ((tmp_path / "file", "Not a directory"), (tmp_path / "file" / "kept", "Not a directory")):
         last = ModelCheckpoint(folder, filename="last")
         run = _trainer(tmp_path, last, logger=TensorBoardLogger(tmp_path / "logs"))
         with pytest.raises(OSError, match=rf"Nothing can be written in {folder}: {reason}\. Give another folder"):

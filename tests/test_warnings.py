@@ -428,7 +428,7 @@ def test_messages_of_several_sentences_end_once(here: Path) -> None:
     _write(rows)
     (bad,) = _module().checked_rows()[1]
     assert re.fullmatch(
-        r"t\.csv, line 4, '2\.png': No readable image at .*\. Copy the file again or remove its row\.", str(bad)
+        r"t\.csv, line 4, '2\.png': No readable image at .*\. Copy the file again, or give another one\.", str(bad)
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
+from matex_pl.files import read_yaml
 
 SIDES = ("right", "left", "midline")
 
@@ -38,11 +38,8 @@ def load_regions(path: str | Path | None = None) -> RegionTable:
             v0 < v1 within [0, 1].
     """
     path = Path(__file__).with_name("regions.yaml") if path is None else Path(path)
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no readable YAML file of regions ({' '.join(str(error).split())}).") from error
-    if not isinstance(table, dict) or not all(isinstance(sides, dict) for sides in table.values()):
+    table = read_yaml(path)
+    if not all(isinstance(sides, dict) for sides in table.values()):
         raise ValueError(
             f"{path} is no table of regions. Map zone -> side -> [u0, v0, u1, v1], as in regions.yaml of the package."
         )

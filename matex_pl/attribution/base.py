@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
-from inspect import Parameter, signature
 from operator import and_
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from matex_pl.anatomy.prior import check_content_boxes
+from matex_pl.arguments import argument_names
 
 # `matex target --help` names this class and must not import torch.
 if TYPE_CHECKING:
@@ -42,14 +42,7 @@ class AttributionMethod(ABC):
         Raises:
             AttributeError: If the method does not keep an argument under its name.
         """
-        names: list[str] = []
-        for kind in type(self).__mro__:
-            parameters = signature(kind).parameters.values()
-            names += [part.name for part in parameters if part.kind is not Parameter.VAR_KEYWORD]
-            # Only `**kwargs` passes arguments to the next class.
-            if all(part.kind is not Parameter.VAR_KEYWORD for part in parameters):
-                break
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in argument_names(type(self))}
 
     @abstractmethod
     def attribute(
@@ -83,6 +76,8 @@ class AttributionMethod(ABC):
 
 def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> None:
     """Refuse invalid pairs before any work: wrong shapes and dtypes, NaN, empty content boxes."""
+    # Refuses image towers without a raster of patches, which no map fits.
+    _ = clip.grid
     if isinstance(phrases, str):
         raise ValueError(f"phrases must be a list, got the text {phrases!r}. Put the text in brackets.")
     lengths = {"images": len(images), "tokens": len(tokens), "phrases": len(phrases)}

@@ -14,7 +14,7 @@ from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.anatomy.prior import Laterality, PriorShape
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scores
-from matex_pl.attribution.core.capture import borrowed
+from matex_pl.attribution.core.capture import borrowed, check_embeddings
 from matex_pl.clip.model import Clip
 from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
 
@@ -31,6 +31,7 @@ class Control(AttributionMethod):
         """Maps of B pairs; see `AttributionMethod.attribute`."""
         check_pairs(clip, images, tokens, phrases, content_box)
         with borrowed(clip):
+            check_embeddings(clip, images, tokens)
             score = full_precision(clip.similarity(images, tokens))
             check_scores(score, phrases)
             image = self._draw(clip, images, phrases, content_box)

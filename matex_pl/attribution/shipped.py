@@ -7,9 +7,9 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser
 
 from matex_pl import attribution
-from matex_pl.arguments import import_all
+from matex_pl.arguments import argument_names, fault, import_all, nearest
 from matex_pl.attribution.base import AttributionMethod
-from matex_pl.files import CONFIG_FOLDER
+from matex_pl.files import CONFIG_FOLDER, read_yaml
 
 METHOD_FOLDER = CONFIG_FOLDER / "methods"
 
@@ -43,13 +43,28 @@ def load_method(method: AttributionMethod | str) -> AttributionMethod:
     if isinstance(method, AttributionMethod):
         return method
     path = method_path(method)
+    described = read_yaml(path)
+    kind = described.get("class_path")
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"{path} does not describe an attribution method. Write `class_path` and `init_args`, as in m2ib.yaml."
+        )
     import_all(attribution)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(AttributionMethod, "method", required=True)
     try:
-        return parser.instantiate(parser.parse_args(["--method", str(path)])).method
+        return parser.instantiate(parser.parse_object({"method": described})).method
     except ArgumentError as error:
-        raise ValueError(f"The file {path} does not describe an attribution method: {error}") from error
+        found = fault(str(error))
+        name = found.name.removeprefix("method").lstrip(".")
+        if not name:
+            rule = f"its class_path {kind!r} is no attribution method. Use one of {', '.join(method_names())}"
+        elif found.is_unknown:
+            known = list(argument_names(getattr(attribution, kind.rpartition(".")[2], object)))
+            rule = f"{kind} has no setting {name!r}.{nearest(name, known)}"
+        else:
+            rule = f"{name} must be {found.rule or 'another value'}, got {found.value!r}"
+        raise ValueError(f"{path} does not describe an attribution method: {rule.removesuffix('.')}.") from error
 
 
 def shipped_methods() -> dict[str, AttributionMethod]:

@@ -13,8 +13,8 @@ from matex_pl.benchmark.results import panels, results, summary
 from matex_pl.clip.load import load_trained
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.evaluation.compared import compared_rows
-from matex_pl.files import write_text
-from matex_pl.report.benchmark import PANELS, RESULTS, read_added_roar, write_report
+from matex_pl.files import check_outputs, write_text
+from matex_pl.report.benchmark import OUTPUTS, PANELS, RESULTS, read_added_roar, write_report
 from matex_pl.report.gallery import write_panels
 from matex_pl.report.results import BenchmarkResult, read
 
@@ -72,8 +72,10 @@ def run_benchmark(
         Pointing game and CNR as text, and the paths of the files.
 
     Raises:
-        ValueError: If an argument is out of range, the split has too few pairs, or `roar.json` is damaged.
+        ValueError: If an argument is out of range, the split has too few pairs, `roar.json` is damaged, or a file in
+            `out` is no earlier result.
         FileNotFoundError: If there is no such checkpoint.
+        OSError: If nothing can be written in `out`.
     """
     settings = Settings(
         split, num_pairs, validation_pairs, sanity_pairs, batch_size, budget, steps, resamples, seed
@@ -84,10 +86,10 @@ def run_benchmark(
             "there is one."
         )
     folder = Path(out)
+    check_outputs(folder, OUTPUTS)
     roar = read_added_roar(folder)
     rows = compared_rows(methods.split(",") if isinstance(methods, str) else methods, budget)
     clip = load_trained(ckpt_path)
-    folder.mkdir(parents=True, exist_ok=True)
     cuda = device != "cpu" and torch.cuda.is_available()
     run = BenchmarkRun.open(clip.to("cuda" if cuda else "cpu"), data, folder, settings)
     rows += run.mean_box_row()

@@ -38,6 +38,7 @@ from matex_pl.data.validation import (
     place_of,
     shape_warnings,
 )
+from matex_pl.files import check_output
 
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
 # Used without a model. Almost all models take squares, and crops to squares of any size cut the same parts.
@@ -103,10 +104,14 @@ def check_data(
 
     Raises:
         FileNotFoundError: A table is missing.
-        ValueError: A table cannot be read at all, `workers` is not positive, or the model is unknown.
+        OSError: `out` cannot be written.
+        ValueError: A table cannot be read at all, `workers` is not positive, the model is unknown, or `out` would
+            replace something else than an earlier list.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
+    if out is not None:
+        check_output(Path(out), "file,line,value,rule")
     tokenizer = load_tokenizer(model) if model else None
     own = height_width(image_size) if image_size else input_size(model) if model else None
     transform = ImageTransform(data.image_size or own or _FRAME, data.resize_mode)

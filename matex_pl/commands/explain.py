@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from jsonargparse import ArgumentParser
-
 from matex_pl import attribution
 from matex_pl.arguments import import_all
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
-from matex_pl.commands.options import NAMED_METHODS, call_parsed
+from matex_pl.commands.options import NAMED_METHODS, RefusingParser, call_parsed
 from matex_pl.data.images import ResizeMode
+from matex_pl.files import check_output
 
 
 def main(words: Sequence[str]) -> None:
@@ -21,7 +20,7 @@ def main(words: Sequence[str]) -> None:
     # All methods import torch, which help and error messages do not need.
     if any(word.startswith("--method") for word in words):
         import_all(attribution)
-    parser = ArgumentParser(
+    parser = RefusingParser(
         prog="matex explain",
         description="Draw one panel: where the model looks in an image, and which words matter.",
         epilog=f"Shipped settings of methods: {', '.join(method_names())}.",
@@ -62,8 +61,10 @@ def explain_image(
         Path of the picture.
 
     Raises:
+        NotImplementedError: The method does not support the model; with `all`, no method does.
+        OSError: A file cannot be read, or `out` cannot be written.
         ValueError: The phrase is empty, or not exactly one of `ckpt_path` and `model` is given, or `model` has no
-            weights.
+            weights, or `out` would replace something else than an earlier picture.
     """
     if not phrase.strip():
         raise ValueError("The phrase is empty. Give a sentence as in a report, in quotes.")
@@ -73,6 +74,10 @@ def explain_image(
         raise ValueError("--pretrained belongs to --model. A checkpoint has its own weights: leave --pretrained out.")
     if model is not None and pretrained is None and not model.startswith(("hf-hub:", "local-dir:")):
         raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"out must end in .png, got {out!r}.")
+    check_output(path, inputs=(image,))
 
     from matex_pl.attribution import Matex
     from matex_pl.clip import load_clip, load_trained
@@ -92,5 +97,5 @@ def explain_image(
     pair = ImageTextPair(id=Path(image).name, patient_id="", image_id=Path(image).name, image=image, phrase=phrase)
     batch = collate([Sample(pair, *transform(stored.pixels, size=stored.size))])
     if single is None:
-        return save_png(out, compare_methods(module, shipped_methods(), batch))
-    return save_png(out, explain_batch(module, single, batch, type(single).__name__)[0])
+        return save_png(path, compare_methods(module, shipped_methods(), batch))
+    return save_png(path, explain_batch(module, single, batch, type(single).__name__)[0])

@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
 
 from matex_pl import data
 from matex_pl.arguments import import_all
 from matex_pl.clip.weights import no_checkpoint
-from matex_pl.commands.options import ShippedConfig
+from matex_pl.commands.options import CHECKED, RefusingParser, ShippedConfig
+from matex_pl.commands.refusals import refusal
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.training.module import ClipModule
+
+# Values of `ckpt_path` that the Trainer resolves.
+_NO_PATHS = ("hpc", "last", "registry")
+# Files that a run writes before its first step.
+_STARTUP_FILES = (
+    *("config.yaml", "hparams.yaml", "events.out.tfevents.*", "metrics.csv"),
+    *("skipped_rows.csv", "before.safetensors"),
+)
+
+
+class TrainingParser(RefusingParser, LightningArgumentParser):
+    """LightningCLI's parser with short messages for wrong options."""
+
+
+class CheckpointFound(Callback):
+    """Refuse to score a model whose `--ckpt_path last` finds no checkpoint: the Trainer would score random weights.
+
+    A training may start without a checkpoint, so the same command starts and resumes it.
+    """
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the path that the Trainer has found."""
+        if trainer.state.fn != TrainerFn.FITTING and not trainer.ckpt_path:
+            raise FileNotFoundError(
+                "--ckpt_path last finds no checkpoint in the folders of the checkpoint callbacks. Give the path of a "
+                "checkpoint, or the config of its training."
+            )
+
+    on_test_start = on_predict_start = on_validation_start
 
 
 class MatexCLI(LightningCLI):
     """LightningCLI with this project's module and any of its data modules."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Commands and the arguments that are no options: `weights_only=False` would run code of a checkpoint."""
+        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """LightningCLI's parser, whose `--config` also accepts the names of shipped configs."""
         kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
-        parser = LightningArgumentParser(**kwargs)
+        parser = TrainingParser(parser_mode=CHECKED, **kwargs)
         description = "A YAML file, or the name of a shipped config."
         parser.add_argument("-c", "--config", action=ShippedConfig, help=description)
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given words, without a warning about other arguments of the process."""
+        self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the default seed, for reproducible results."""
@@ -39,9 +85,109 @@ class MatexCLI(LightningCLI):
         except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
             raise no_checkpoint(self.config[self.config.subcommand].ckpt_path, error) from error
 
+    def before_instantiate_classes(self) -> None:
+        """Check the path of the checkpoint before the model is built.
 
-def main(words: Sequence[str] | None) -> None:
-    """Run LightningCLI on a command's name and its arguments, by default the arguments of the process."""
+        Raises:
+            FileNotFoundError: The file does not exist.
+        """
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path and not path.startswith(_NO_PATHS) and "://" not in path and not Path(path).is_file():
+            raise FileNotFoundError(f"No checkpoint at {path!r}. `matex fit` writes them below its log folder.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer; its errors of settings become one message.
+
+        Raises:
+            ValueError: The Trainer does not take its settings.
+        """
+        settings = self.config_init[self.subcommand]["trainer"]
+        if settings["enable_progress_bar"] is False and isinstance(settings["callbacks"], list):
+            settings["callbacks"] = [part for part in settings["callbacks"] if not isinstance(part, ProgressBar)]
+        if self.config_init[self.subcommand].get("ckpt_path") == "last":
+            self.trainer_defaults = {"callbacks": [CheckpointFound()]}
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except Exception as error:
+            if refusal(error) is not None or not isinstance(error, (ImportError, TypeError, ValueError)):
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(f"The Trainer does not take these settings: {reason}") from error
+
+    def fit(self, **settings: Any) -> None:
+        """Train.
+
+        Raises:
+            ValueError: A checkpoint callback would replace the weights that the training starts from.
+        """
+        pretrained = self.config[self.subcommand].get("model.pretrained")
+        for callback in self.trainer.checkpoint_callbacks:
+            written = Path(str(getattr(callback, "dirpath", None)), f"{getattr(callback, 'filename', None)}.ckpt")
+            if pretrained and written.is_file() and Path(pretrained).is_file() and written.samefile(pretrained):
+                raise ValueError(
+                    f"The training would replace its own start, {pretrained}. Resume with --ckpt_path {pretrained}, or "
+                    "give the checkpoint callback another dirpath."
+                )
+        self._run("fit", settings)
+
+    def validate(self, **settings: Any) -> None:
+        """Score the validation images."""
+        self._run("validate", settings)
+
+    def test(self, **settings: Any) -> None:
+        """Score the test images."""
+        self._run("test", settings)
+
+    def predict(self, **settings: Any) -> None:
+        """Predict the test images."""
+        self._run("predict", settings)
+
+    def _run(self, name: str, settings: dict[str, Any]) -> None:
+        with _refused_runs_removed(self.trainer):
+            getattr(self.trainer, name)(**settings)
+
+
+@contextmanager
+def _refused_runs_removed(trainer: Trainer) -> Iterator[None]:
+    """After an exception before the first step, remove the log folders that the run has made, with their first files.
+
+    Loggers make their folder before anything is checked.
+    """
+    start = time.time()
+    roots = [Path(root) for logger in trainer.loggers if (root := getattr(logger, "root_dir", None))]
+    missing = [folder for root in roots for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        yield
+    except Exception:
+        if trainer.is_global_zero and trainer.global_step == 0:
+            for logger in trainer.loggers:
+                if logger.log_dir is not None:
+                    _remove_new(Path(logger.log_dir), start)
+            for folder in missing:
+                with suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+def _remove_new(folder: Path, start: float) -> None:
+    """Remove a folder if it holds nothing but the first files of a run that began at the time `start`."""
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    # File systems round times.
+    if all(_is_startup_file(path) and path.stat().st_mtime > start - 2 for path in files):
+        for path in files:
+            path.unlink()
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.rmdir()
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _is_startup_file(path: Path) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in _STARTUP_FILES)
+
+
+def main(words: Sequence[str]) -> None:
+    """Run LightningCLI on a command's name and its arguments."""
     import_all(data)
     MatexCLI(
         ClipModule,
@@ -50,5 +196,5 @@ def main(words: Sequence[str] | None) -> None:
         parser_kwargs={"prog": "matex"},
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
-        args=words if words is None else list(words),
+        args=list(words),
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentParser as PlainParser
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -15,10 +13,33 @@ from jsonargparse import ActionConfigFile, ArgumentParser, get_loader, set_loade
 from matex_pl import data
 from matex_pl.arguments import import_all
 from matex_pl.attribution.shipped import method_names, method_path
-from matex_pl.files import find_config, shipped_configs
+from matex_pl.commands.wrong_options import check_values, wrong_option
+from matex_pl.files import check_yaml, find_config, read_yaml, shipped_configs
 
 # Checked first, because the parsers of all options import torch.
 REQUIRED = {"benchmark": ("--ckpt_path", "--out"), "tune": ("--ckpt_path", "--out")}
+
+
+class RefusingParser(ArgumentParser):
+    """Parser that raises ValueError with a short message for a wrong command line, and does not print its usage."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        # A misspelled option must not stand for another one.
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
+        self.words: list[str] = []
+
+    def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:
+        """Settings from the words of a command line."""
+        if args is not None:
+            self.words = list(args)
+            check_values(self, self.words)
+        return super().parse_args(args, *rest, **settings)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise ValueError for the whole command line; parsers of single values report to that of the command line."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ValueError(wrong_option(self, self.words, message, ex)) from ex
 
 
 class ShippedConfig(ActionConfigFile):
@@ -26,7 +47,7 @@ class ShippedConfig(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the settings of a config into the namespace."""
-        super().__call__(parser, cfg, self.settings(config_path(values)), option_string)
+        super().__call__(parser, cfg, self.settings(read_config(values)), option_string)
 
     def settings(self, path: str) -> str:
         """Settings for the parser: a path, or JSON."""
@@ -38,7 +59,7 @@ class DataConfig(ShippedConfig):
 
     def settings(self, path: str) -> str:
         """`{"data": ...}` as JSON, with the settings that `model_settings` adds."""
-        training = read_mapping(path)
+        training = read_yaml(path)
         data = training.get("data")
         if not isinstance(data, dict) or "class_path" not in data:
             raise ValueError(f"{path} describes no data module. Add `data:` with `class_path` and `init_args`.")
@@ -49,13 +70,14 @@ class DataConfig(ShippedConfig):
         return {}
 
 
-def config_path(name: str) -> str:
-    """Path of a config file or a shipped config; the argument itself if it names no YAML file.
+def read_config(name: str) -> str:
+    """Path of a config file or a shipped config, which is a YAML file; the argument itself if it is a text in braces.
 
     Raises:
-        ValueError: The config does not exist.
+        OSError: The file cannot be read.
+        ValueError: The config does not exist, or is no YAML file of settings.
     """
-    if not name.endswith((".yaml", ".yml")):
+    if name.lstrip().startswith("{"):
         return name
     path = find_config(name)
     if path is None:
@@ -63,13 +85,8 @@ def config_path(name: str) -> str:
             f"Config {name!r} is neither a file nor a shipped config. Give a path or one of "
             f"{', '.join(shipped_configs())}."
         )
+    read_yaml(path)
     return str(path)
-
-
-def read_mapping(path: str) -> dict[str, Any]:
-    """Content of a YAML file; empty if the content is no mapping."""
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
 
 
 def choose(parser: PlainParser, commands: Mapping[str, str], words: Sequence[str]) -> str:
@@ -85,18 +102,19 @@ def check_words(command: str, words: Sequence[str]) -> None:
 
     Raises:
         SystemExit: A required option is missing; the message names it.
-        ValueError: The data module is missing or comes after its settings, or a config does not exist.
+        ValueError: The data module is missing or comes after its settings, or a config does not exist or is no YAML.
     """
     options = [word.split("=")[0] for word in words if word.startswith("-")]
     if any(option in ("-h", "--print_config") or option.endswith("help") for option in options):
         return
-    parser = PlainParser(prog=f"matex {command}", usage=f"matex {command} [options], see --help", add_help=False)
+    usage = f"matex {command} [options], see --help"
+    parser = PlainParser(prog=f"matex {command}", usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     for option in REQUIRED.get(command, ()):
         parser.add_argument(option, required=True)
     configs = parser.parse_known_args(words)[0].config
     for name in configs:
-        config_path(name)
+        read_config(name)
     if command.startswith("roar"):
         return
     first = next((option for option in options if option.startswith(("-c", "--config", "--data"))), "")
@@ -104,14 +122,6 @@ def check_words(command: str, words: Sequence[str]) -> None:
         raise ValueError("No data module given. Pass --config with a `matex fit` config, or --data with a data module.")
     if first.startswith("--data."):
         raise ValueError(f"{first} comes before the data module. Put {first} after --config or --data.")
-
-
-def stop(message: str) -> NoReturn:
-    """Exit with a message and status 2, as argparse does for wrong options; `sys.exit(message)` gives status 1."""
-    print(message, file=sys.stderr)
-    end = SystemExit(message)
-    end.code = 2
-    raise end
 
 
 def call_parsed(parser: ArgumentParser, function: Callable[..., Any], words: Sequence[str]) -> Any:
@@ -126,16 +136,25 @@ def run_on_data(
 ) -> Any:
     """Result of a function, whose arguments are the command's options, on the data of `--config` or `--data`."""
     import_all(data)
-    parser = ArgumentParser(prog=f"matex {command}", parser_mode=NAMED_METHODS, print_config=None)
+    parser = RefusingParser(prog=f"matex {command}", parser_mode=NAMED_METHODS, print_config=None)
     parser.add_argument("-c", "--config", action=config, help=str(config.__doc__))
     parser.add_function_arguments(function, sub_configs=True)
     return call_parsed(parser, function, words)
 
 
+def _load_checked(text: str) -> Any:
+    check_yaml(text)
+    return get_loader("yaml")(text)
+
+
 def _load_named(text: str) -> Any:
-    return get_loader("yaml")(method_path(text).read_text(encoding="utf-8") if text in method_names() else text)
+    return _load_checked(method_path(text).read_text(encoding="utf-8") if text in method_names() else text)
 
 
-NAMED_METHODS = "named methods"
-"""Mode of a parser: the name of a shipped method stands for its settings, which further options can override."""
+CHECKED, NAMED_METHODS = "checked", "named methods"
+"""Modes of a parser. All YAML passes `check_yaml`.
+
+In `NAMED_METHODS`, the name of a shipped method stands for its settings, which further options can override.
+"""
+set_loader(CHECKED, _load_checked, (yaml.YAMLError,))
 set_loader(NAMED_METHODS, _load_named, (yaml.YAMLError,))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
 from matex_pl.anatomy.prior import Laterality, PriorShape, prior_array
 from matex_pl.anatomy.regions import Region, load_regions
-from matex_pl.commands.options import call_parsed
+from matex_pl.commands.options import RefusingParser, call_parsed
 from matex_pl.console import text_table
 from matex_pl.data.phantom.thorax import (
     SIDES,
@@ -26,7 +24,7 @@ from matex_pl.data.phantom.thorax import (
     mediastinum_outlines,
     sample_build,
 )
-from matex_pl.files import check_folder
+from matex_pl.files import check_output
 from matex_pl.visualization.draw import save_png, single_line
 from matex_pl.visualization.prior import SIDE, marked_runs, prior_panel
 
@@ -38,14 +36,11 @@ _AVERAGE_BUILD = 1857
 
 def main(words: Sequence[str]) -> None:
     """`matex prior PHRASE`: print how the phrase is parsed, and draw its spatial prior."""
-    parser = ArgumentParser(
+    parser = RefusingParser(
         prog="matex prior", description="Print the regions that a phrase names, and draw their spatial prior M."
     )
     parser.add_function_arguments(show_prior, as_positional=True)
-    text = call_parsed(parser, show_prior, words)
-    encoding = sys.stdout.encoding or "utf-8"
-    # The encoding of the terminal may lack characters of the phrase.
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(call_parsed(parser, show_prior, words))
 
 
 def show_prior(
@@ -72,12 +67,16 @@ def show_prior(
 
     Returns:
         Text on how the phrase was parsed, with the path of the picture in the last line.
+
+    Raises:
+        OSError: `regions` cannot be read, or `out` cannot be written.
+        ValueError: An argument is out of range, `regions` is no table of regions, or `out` would replace something else
+            than an earlier picture.
     """
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {out!r}.")
-    if path.is_dir():
-        raise ValueError(f"out must be a file, but {out!r} is a folder.")
+    check_output(path, inputs=(regions,))
     # `prior_array` rejects values below 1. With infinity, pixels outside of the boxes would be 0 * inf.
     if math.isinf(lambda_s):
         raise ValueError(f"lambda_s must be finite, got {lambda_s}.")
@@ -102,8 +101,7 @@ def show_prior(
         caption="; ".join(["schematic outline, not an image", *(text for spans, text in keys if spans)]),
         chest=_chest(),
     )
-    check_folder(path.parent)
-    save_png(out, picture)
+    save_png(path, picture)
     read = [_marked(phrase, parsed), _regions(named, laterality), _ignored(phrase, parsed)]
     return "\n\n".join([*read, f"{level}.", str(path)])
 

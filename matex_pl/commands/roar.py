@@ -7,11 +7,11 @@ from argparse import SUPPRESS
 from argparse import ArgumentParser as PlainParser
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 from matex_pl import data
 from matex_pl.arguments import import_all
-from matex_pl.commands.options import ShippedConfig, call_parsed, check_words, choose, read_mapping, stop
+from matex_pl.commands.options import RefusingParser, ShippedConfig, call_parsed, check_words, choose
+from matex_pl.commands.refusals import stop
+from matex_pl.files import read_yaml
 
 COMMANDS = {
     "run": "Remove the pixels and words that maps mark, retrain, and score the model again.",
@@ -25,7 +25,7 @@ class PlanConfig(ShippedConfig):
 
     def settings(self, path: str) -> str:
         """`{"folder": ...}` as JSON."""
-        return json.dumps({"folder": read_mapping(path).get("out")})
+        return json.dumps({"folder": read_yaml(path).get("out")})
 
 
 def main(words: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def _run(words: Sequence[str]) -> str:
     from matex_pl.roar import RunsFailedError, run_roar
 
     import_all(data)
-    parser = ArgumentParser(prog="matex roar run", description=COMMANDS["run"])
+    parser = RefusingParser(prog="matex roar run", description=COMMANDS["run"])
     parser.add_argument(
         "-c", "--config", action=ShippedConfig, help="YAML with these settings, such as the shipped roar_phantom.yaml."
     )
@@ -52,7 +52,7 @@ def _run(words: Sequence[str]) -> str:
 
 
 def _read(command: str, words: Sequence[str]) -> str:
-    parser = ArgumentParser(prog=f"matex roar {command}", description=COMMANDS[command], print_config=None)
+    parser = RefusingParser(prog=f"matex roar {command}", description=COMMANDS[command], print_config=None)
     # Newer argparse sets the default of a missing positional last, after the config.
     parser.add_argument(
         "folder", nargs="?", default=SUPPRESS, help="Folder of the plan; by default the `out` of --config."

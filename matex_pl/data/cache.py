@@ -28,7 +28,7 @@ class ImageCache:
     folder: Path
 
     def prepare(self) -> None:
-        """Create the folder, and remove the temporary files of killed processes from it.
+        """Check the folder, and remove the temporary files of killed processes from it.
 
         Raises:
             OSError: The folder is not writable and holds no images.

@@ -261,7 +261,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         for split in STAGES[stage]:
             if not pairs[split]:
                 raise ValueError(
-                    f"{type(self).__name__} has no {split} pairs, which {stage!r} needs. Pairs per split: {counts}."
+                    f"{type(self).__name__} has no {split} pairs, which {str.__str__(stage)!r} needs. Pairs: {counts}."
                 )
         if training and stage == "fit" and counts["train"] == 1:
             raise ValueError(

@@ -169,7 +169,7 @@ def _reading(path: str | Path) -> Iterator[tuple[Path, str]]:
         else:
             reason = f"the {kind} is damaged or truncated"
         raise ValueError(
-            f"No readable image at {str(path)!r} ({reason}). Copy the file again or remove its row."
+            f"No readable image at {str(path)!r} ({reason}). Copy the file again, or give another one."
         ) from error
 
 

@@ -22,10 +22,20 @@ def fingerprint(value: Any) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write a safetensors file with `about` as JSON metadata; readers see the old file or the complete new one."""
+    """Write a safetensors file with `about` as JSON metadata; readers see the old file or the complete new one.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with whole_file(path) as part:
         head = {name: json.dumps(value) for name, value in about.items()}
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, head)
+        try:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, head)
+        except SafetensorError as error:
+            # safetensors has an error of its own for a full disk.
+            raise OSError(
+                f"The file {path} cannot be written. Make room on the disk, or give another folder."
+            ) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from matex_pl.files import whole_file, write_text
+from matex_pl.files import MARK, whole_file, write_text
 from matex_pl.report.gallery import Panel, read_panels
 from matex_pl.report.plots import Plot, Point, Stroke, axis_limits, curve_plot, dot_plot, forest_plot
 from matex_pl.report.published import SOURCE
@@ -52,6 +52,13 @@ PRIOR_CLASSES = (FEATURED, "PriorOnly")
 PANEL_KINDS = ("best", "random", "worst")
 # Files in the folder of a benchmark.
 RESULTS, ROAR, PANELS = "results.json", "roar.json", "panels"
+OUTPUTS = {
+    RESULTS: '"created":',
+    f"{PANELS}/index.json": '"panels":',
+    "report.html": MARK,
+    "tables.md": "# Attribution benchmark",
+}
+"""Files of a benchmark, with the marks of earlier ones for `check_outputs`."""
 
 
 def write_report(

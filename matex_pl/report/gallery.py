@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from matex_pl.files import whole_file, write_text
+from matex_pl.files import read_json, whole_file, write_text
 from matex_pl.visualization.draw import Picture
 
 INDEX = "index.json"
@@ -57,7 +58,9 @@ def write_panels(panels: Sequence[Panel], folder: Path) -> None:
         entries.append(entry)
     write_text(folder / INDEX, json.dumps({"format": 1, "panels": entries}, indent=1))
     for path in set(folder.glob("*.jpg")) - {folder / entry["file"] for entry in entries}:
-        path.unlink(missing_ok=True)
+        # Only pictures of this function have such a name.
+        if re.fullmatch("[0-9a-f]{20}", path.stem):
+            path.unlink(missing_ok=True)
 
 
 def read_panels(folder: Path) -> list[Panel]:
@@ -67,7 +70,7 @@ def read_panels(folder: Path) -> list[Panel]:
         FileNotFoundError: If the index or one of its pictures is missing.
         ValueError: If the index is of another version.
     """
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = read_json(folder / INDEX)
     if index.get("format") != 1:
         raise ValueError(
             f"The file {folder / INDEX} must have format 1, got {index.get('format')!r}. Run the benchmark again."

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from matex_pl.files import MARK
 from matex_pl.report.results import Difference
 
 COLORS, MUTED, GRID = ("#0b63b5", "#b4480f", "#6b3fa0"), "#7a828b", "#e2e6ea"
@@ -144,7 +145,7 @@ def add_legend(figure: Figure, handles: Mapping[str, Any], columns: int) -> None
 def save(figure: Figure, kind: str) -> bytes:
     """Bytes of a figure as a file (`png` or `svg`), identical each time."""
     file = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    metadata = {"Date": None, "Creator": MARK} if kind == "svg" else {"Software": MARK}
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "report"}), warnings.catch_warnings():
         # The fonts of the browser have the glyphs that matplotlib's font lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from")

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from matex_pl.files import read_json
 from matex_pl.visualization.draw import single_line
 
 BENCHMARK_FORMAT, ROAR_FORMAT = 2, 1
@@ -319,11 +320,7 @@ def read(kind: type[R], path: Path) -> R:
     Raises:
         ValueError: If the file is damaged, or as in `parse`.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"The file {path} is damaged: {error}. Run the command again to write it.") from error
-    return parse(kind, data, str(path))
+    return parse(kind, read_json(path), str(path))
 
 
 def clean(value: Any) -> Any:

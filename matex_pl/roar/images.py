@@ -19,7 +19,7 @@ from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, collate
 from matex_pl.data.transforms import ImageTransform
 from matex_pl.evaluation.store import pair_keys
-from matex_pl.files import whole_file, write_text
+from matex_pl.files import read_json, whole_file, write_text
 
 _IMAGES, _PAIRS = "images.npy", "pairs.json"
 _READ_AT_ONCE = 64
@@ -72,7 +72,7 @@ def write_images(data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], fold
                 records.extend(_record(sample, row) for sample in samples)
                 row += 1
         pixels.flush()
-    write_text(folder / _PAIRS, json.dumps(records))
+    write_text(folder / _PAIRS, json.dumps(_without_patient_ids(records)))
 
 
 def split_rows(pairs: Sequence[ImageTextPair], train_share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -88,6 +88,15 @@ def split_rows(pairs: Sequence[ImageTextPair], train_share: float, seed: int) ->
     chosen = {patients[index] for index in order[:number]}
     train = [row for row, pair in enumerate(pairs) if pair.patient_id in chosen]
     return train, [row for row, pair in enumerate(pairs) if pair.patient_id not in chosen]
+
+
+def _without_patient_ids(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records with a running number for each patient. The splits need to know which pairs share a patient, not whom."""
+    numbers: dict[str, int] = {}
+    for record in records:
+        pair = record["pair"]
+        pair["patient_id"] = str(numbers.setdefault(pair["patient_id"], len(numbers)))
+    return list(records)
 
 
 def _record(sample: Sample, row: int) -> dict[str, Any]:
@@ -111,7 +120,7 @@ class PlanImages:
     """
 
     def __init__(self, folder: Path) -> None:
-        records = json.loads((folder / _PAIRS).read_text(encoding="utf-8"))
+        records = read_json(folder / _PAIRS)
         self.pairs = [ImageTextPair.from_record(record["pair"]) for record in records]
         self.keys = [record["key"] for record in records]
         self.findings = sorted({finding for pair in self.pairs for finding in pair.image_findings})

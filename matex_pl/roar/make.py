@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from matex_pl.evaluation.pairs import choose_pairs, prepare_data
 from matex_pl.evaluation.provenance import PACKAGES
 from matex_pl.evaluation.store import describe_method, weight_hash
 from matex_pl.evaluation.tensors import fingerprint
-from matex_pl.files import write_text
+from matex_pl.files import check_outputs, write_text
 from matex_pl.roar.finetune import write_module
 from matex_pl.roar.images import split_rows, write_images
-from matex_pl.roar.plan import PLAN, Plan, PlanMethod, Protocol, Training, check_same, read_plan, slug
+from matex_pl.roar.plan import OUTPUTS, PLAN, Plan, PlanMethod, Protocol, Training, check_same, read_plan, slug
 from matex_pl.training.module import ClipModule
 
 BOXES = "True boxes"
@@ -49,9 +50,15 @@ def make_plan(
         origins: Origins of the weights, for the tables.
 
     Raises:
-        ValueError: If the folder holds another plan, a method is unknown or named twice, there are too few pairs, or
-            the two models do not fit each other.
+        OSError: If nothing can be written in the folder.
+        ValueError: If the folder holds another plan or foreign files, a method is unknown or named twice, there are too
+            few pairs, or the two models do not fit each other.
     """
+    if (folder / PLAN).is_file():
+        # Refuses a foreign file of this name before the work.
+        read_plan(folder)
+    else:
+        check_outputs(folder, OUTPUTS)
     prepare_data(data, explained.clip.image_size, *protocol.splits)
     data.pairs["roar"] = [pair for split in protocol.splits for pair in data.pairs[split]]
     pairs = choose_pairs(data, "roar", protocol.num_pairs, protocol.seed, boxed=False)
@@ -86,19 +93,29 @@ def make_plan(
         "versions": {name: version(name) for name in PACKAGES},
     }
     plan = Plan(folder, protocol, training, plan_methods(methods, boxed, len(pairs)), about)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    # If two commands start at once, only one decodes the images.
-    with FileLock(folder / ".lock"):
-        if (folder / PLAN).is_file():
-            check_same(read_plan(folder), plan)
-            return plan
-        for part in folder.glob(".*.part"):
-            part.unlink()
-        write_images(data, pairs, folder)
-        write_module(explained, folder / "explained.safetensors")
-        write_module(start, folder / "start.safetensors")
-        # Written last: this file makes the folder a plan.
-        write_text(folder / PLAN, json.dumps(plan.described(), indent=1))
+    try:
+        # If two commands start at once, only one decodes the images.
+        with FileLock(folder / ".lock"):
+            if (folder / PLAN).is_file():
+                check_same(read_plan(folder), plan)
+                return plan
+            for part in folder.glob(".*.part"):
+                part.unlink()
+            write_images(data, pairs, folder)
+            write_module(explained, folder / "explained.safetensors")
+            write_module(start, folder / "start.safetensors")
+            # Written last: this file makes the folder a plan.
+            write_text(folder / PLAN, json.dumps(plan.described(), indent=1))
+    except Exception:
+        if missing:
+            (folder / ".lock").unlink(missing_ok=True)
+        for path in missing:
+            # A folder with files stays.
+            with suppress(OSError):
+                path.rmdir()
+        raise
     return plan
 
 

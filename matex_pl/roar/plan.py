@@ -11,12 +11,25 @@ from typing import Any, Literal, get_args
 
 from matex_pl.arguments import check_choice, check_choices, check_positive
 from matex_pl.attribution.core.fill import Fill
+from matex_pl.files import MARK, read_json
 
 Modality = Literal["image", "text"]
 MODALITIES = get_args(Modality)
 Split = Literal["train", "val", "test"]
 FORMAT = 2
 PLAN = "plan.json"
+OUTPUTS = {
+    "images.npy": "NUMPY",
+    "pairs.json": '[{"pair":',
+    "explained.safetensors": "__metadata__",
+    "start.safetensors": "__metadata__",
+    PLAN: '"format":',
+    "results.json": '"created":',
+    "report.html": MARK,
+    "table.md": "# ROAR+",
+    **{f"curves_{modality}.{kind}": MARK for modality in MODALITIES for kind in ("png", "svg")},
+}
+"""Files of a plan, with the marks of earlier ones for `check_outputs`."""
 
 
 @dataclass
@@ -198,7 +211,7 @@ class Plan:
     def refusals(self) -> dict[str, str]:
         """Reasons by name of the methods that do not support the model; known after the maps are computed."""
         path = self.folder / "refused.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def path(self, run: Run) -> Path:
         """Folder of a run."""
@@ -216,25 +229,29 @@ def read_plan(folder: Path) -> Plan:
 
     Raises:
         FileNotFoundError: If the folder holds no plan.
-        ValueError: If the plan has another format.
+        ValueError: If the plan is damaged or has another format.
     """
     if not (folder / PLAN).is_file():
         raise FileNotFoundError(
             f"The folder {folder} holds no plan. Make one with `matex roar run --config FILE --out {folder}`."
         )
-    described = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    if described.get("format") != FORMAT:
+    described = read_json(folder / PLAN)
+    version = described.get("format") if isinstance(described, dict) else None
+    if version != FORMAT:
         raise ValueError(
-            f"The plan in {folder} has format {described.get('format')!r}, but this version reads format {FORMAT}. "
-            "Start again in another folder."
+            f"The plan in {folder} has format {version!r}, but this version reads format {FORMAT}. Start again in "
+            "another folder."
         )
-    return Plan(
-        folder,
-        Protocol(**described["protocol"]),
-        Training(**described["training"]),
-        [PlanMethod(**method) for method in described["methods"]],
-        described["about"],
-    )
+    try:
+        return Plan(
+            folder,
+            Protocol(**described["protocol"]),
+            Training(**described["training"]),
+            [PlanMethod(**method) for method in described["methods"]],
+            described["about"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"The file {folder / PLAN} is damaged. Start again in another folder.") from error
 
 
 def check_same(plan: Plan, wanted: Plan) -> None:

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from matex_pl.console import duration
-from matex_pl.files import write_text
+from matex_pl.files import read_json, write_text
 from matex_pl.roar.drop import make_maps
 from matex_pl.roar.finetune import read_module, train_run
 from matex_pl.roar.images import PlanImages
@@ -74,7 +74,7 @@ def has_maps(plan: Plan) -> bool:
 def broken_maps(plan: Plan) -> dict[str, str]:
     """Tracebacks by name of the methods whose maps failed."""
     path = plan.folder / _BROKEN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def result(plan: Plan, run: Run) -> dict[str, Any] | None:
@@ -84,10 +84,7 @@ def result(plan: Plan, run: Run) -> dict[str, Any] | None:
         ValueError: If the file is damaged, for example by a full disk or a power loss.
     """
     path = plan.path(run) / RESULT
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"The file {path} is damaged ({error}). Delete the file and run the plan again.") from error
+    return read_json(path) if path.is_file() else None
 
 
 def failure(plan: Plan, run: Run) -> str | None:

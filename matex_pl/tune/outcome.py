@@ -17,10 +17,17 @@ from matex_pl import attribution
 from matex_pl.attribution import Matex
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.evaluation.intervals import Detections, Sums, draw_patients, estimate, plain
-from matex_pl.files import whole_file, write_text
+from matex_pl.files import MARK, whole_file, write_text
 from matex_pl.tune.search import AXES, FINALISTS, Choice
 
 RESAMPLES = 2000
+OUTPUTS = {
+    "tuned.yaml": "# MATEX tuned by",
+    "tune.json": '"created":',
+    "surface.png": MARK,
+    "surface.svg": MARK,
+}
+"""Files of a search, with the marks of earlier ones for `check_outputs`."""
 # Shape, marker, size and color of both settings in the picture.
 _MARKS = {"own": ("disc", "o", 14, "white"), "winner": ("star", "*", 11, "#e4002b")}
 
@@ -125,9 +132,9 @@ def write_files(folder: Path, result: Mapping[str, Any], choice: Choice) -> list
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    for kind in ("png", "svg"):
+    for kind, key in (("png", "Software"), ("svg", "Creator")):
         with whole_file(folder / f"surface.{kind}") as part:
-            figure.savefig(part, format=kind, dpi=150)
+            figure.savefig(part, format=kind, dpi=150, metadata={key: MARK})
     return [folder / name for name in (*texts, "surface.png", "surface.svg")]
 
 

@@ -21,8 +21,9 @@ from matex_pl.data.pair import ImageTextPair
 from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
 from matex_pl.evaluation.provenance import provenance
 from matex_pl.evaluation.store import weight_hash
+from matex_pl.files import check_outputs
 from matex_pl.tune.objective import Objective, boxless_objectives, find_objective
-from matex_pl.tune.outcome import describe, report, write_files
+from matex_pl.tune.outcome import OUTPUTS, describe, report, write_files
 from matex_pl.tune.search import AXES, attribute_pairs, choose_setting, make_grid, score_setting
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,10 @@ def tune_matex(
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If an argument is out of range, the method is not a Matex, its prior is off although image maps are
-            scored, or the objective needs boxes, a thorax or a mean image that are missing.
+        OSError: If nothing can be written in `out`.
+        ValueError: If an argument is out of range, a file in `out` is no earlier result, the method is not a Matex, its
+            prior is off although image maps are scored, or the objective needs boxes, a thorax or a mean image that are
+            missing.
     """
     goal = find_objective(objective)
     own = _checked_method(method, goal)
@@ -112,12 +115,12 @@ def tune_matex(
     check_positive(batch_size=batch_size, raster=raster)
     if num_pairs < -1 or num_pairs == 0:
         raise ValueError(f"num_pairs must be positive, or -1 for all pairs, got {num_pairs}.")
+    check_outputs(Path(out), OUTPUTS)
     clip = load_trained(ckpt_path)
     if goal.fill:
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")
     pairs, thorax = _choose(data, num_pairs, seed, goal)
-    Path(out).mkdir(parents=True, exist_ok=True)
 
     batches = read_pairs(data, "val", pairs["val"], batch_size)
     with borrowed(clip):

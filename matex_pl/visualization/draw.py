@@ -19,8 +19,9 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-from matex_pl.files import whole_file
+from matex_pl.files import MARK, whole_file
 
 Picture = NDArray[np.uint8]
 Color = tuple[int, int, int]
@@ -126,10 +127,11 @@ def picture_grid(pictures: Sequence[Picture], *, columns: int, gap: int = 12) ->
 
 def save_png(path: str | os.PathLike[str], image: Picture) -> Path:
     """Write `image` `(h, w)` or `(h, w, 3)` uint8 as PNG and return its path; readers see the old or the new file."""
-    path = Path(path)
+    path, metadata = Path(path), PngInfo()
+    metadata.add_text("Software", MARK)
     with whole_file(path) as part:
         # Pillow's `optimize` would save little for much more time.
-        Image.fromarray(check_image(image, name="image")).save(part, format="PNG", compress_level=6)
+        Image.fromarray(check_image(image, name="image")).save(part, "PNG", compress_level=6, pnginfo=metadata)
     return path
 
 

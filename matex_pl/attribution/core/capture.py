@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +147,36 @@ def capture_attention(pooling: Pooling, *, grad_from: int | None = None, full: b
             yield blocks
         finally:
             setattr(F, _ATTENTION, attend)
+
+
+_ENCODING: WeakSet[nn.Module] = WeakSet()
+
+
+def check_embeddings(clip: Clip, images: Tensor, tokens: Tensor) -> None:
+    """Refuse towers that do not give one embedding per input; checked once per model by a forward of one sample.
+
+    Raises:
+        NotImplementedError: The output of a tower is no `(B, D)`, or the tower cannot run; the message names the tower.
+    """
+    model = original(clip.model)
+    if model in _ENCODING:
+        return
+    for side, tower, encode, pooling, inputs in (
+        ("image", original(model.visual), clip.encode_image, clip.image_pooling, images[:1]),
+        ("text", text_tower(model), clip.encode_text, clip.text_pooling, tokens[:1]),
+    ):
+        try:
+            found = encode(inputs).ndim
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            found = 0
+        if found != 2:
+            # Most of these towers have an unknown pooling, which this call refuses with the reason.
+            pooling(inputs)
+            reason = "it does not give one embedding per input" if found else "its parts do not fit each other"
+            raise NotImplementedError(not_explained(side, tower, reason))
+    _ENCODING.add(model)
 
 
 _BLOCKS: WeakKeyDictionary[nn.Module, tuple[int, int, int]] = WeakKeyDictionary()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
-from matex_pl.attribution.core.capture import borrowed, count_blocks
+from matex_pl.attribution.core.capture import borrowed, check_embeddings, count_blocks
 from matex_pl.attribution.core.fill import drop_tokens
 from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
@@ -273,6 +273,7 @@ class TwoTowerMethod(AttributionMethod):
         """Maps of B pairs, or of one image and B phrases."""
         dtype = clip.std.dtype
         with borrowed(clip):
+            check_embeddings(clip, images, tokens)
             patches, words, content, score = self._relevance(clip, images, tokens, phrases)
             if patches.values.ndim == 2:
                 grid = min_max(patches.values.unflatten(1, clip.grid), dtype=dtype)
