@@ -335,6 +335,17 @@ def test_missing_extra_and_other_keys_are_counted(
     assert "\n" not in message
 
 
+def test_a_folder_whose_weights_do_not_fit_counts_the_keys(tiny_clip: Clip, tmp_path: Path) -> None:
+    state = {key: value for key, value in tiny_clip.model.state_dict().items() if "resblocks.0" not in key}
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(tiny_clip.config), encoding="utf-8")
+    count = len(tiny_clip.model.state_dict()) - len(state)
+    expected = rf"holds no weights that fit .*missing: {count} keys \((.*, ){{5}}\.\.\.\)"
+    with pytest.raises(ValueError, match=expected) as caught:
+        load_clip(f"local-dir:{tmp_path}")
+    assert "\n" not in str(caught.value)
+
+
 # --- a file and `last` take one path
 
 
@@ -378,6 +389,15 @@ def test_a_resumed_training_refuses_another_optimizer(
     with pytest.raises(ValueError, match=rf"last\.ckpt contradicts the settings: {next(iter(setting))} is .* and .*"):
         _trainer(tmp_path).fit(module, tiny_images, ckpt_path=path)
     _trainer(tmp_path).validate(module, tiny_images, ckpt_path=path, verbose=False)
+
+
+def test_weights_alone_do_not_resume(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
+    run = _trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run.fit(ClipModule(tiny_json), tiny_images)
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=r"weights\.ckpt holds weights only, and no training resumes from it"):
+        run.fit(ClipModule(tiny_json), tiny_images, ckpt_path=tmp_path / "weights.ckpt")
+    assert load_clip(str(tmp_path / "weights.ckpt")).image_size == (32, 32)
 
 
 # --- state of callbacks

@@ -207,7 +207,7 @@ def _agreed(weights: Weights, given: dict[str, Any], name: str, size: list[int] 
 
 
 def _refuse_openai(weights: Weights, clip: Clip, name: str) -> None:
-    """Raise ValueError if OpenAI's weights meet an architecture without QuickGELU, unless its config says so itself."""
+    """Raise ValueError if OpenAI's weights meet an architecture without QuickGELU, unless its config states GELU."""
     model = clip.config["model_cfg"]
     if are_openai(weights) and "quick_gelu" not in model:
         quick = f"{name}-quickgelu"

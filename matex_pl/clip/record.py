@@ -66,7 +66,7 @@ def contradictions(given: Mapping[str, Any], recorded: Mapping[str, Any]) -> dic
 
 
 def differences(given: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings in which two whole configs differ, stated or by default: (recorded, given) by name."""
+    """Settings that differ between two whole configs, stated or by default: (recorded, given) by name."""
     others = {name: pair[::-1] for name, pair in contradictions(recorded, given).items()}
     return contradictions(given, recorded) | others
 
@@ -153,7 +153,7 @@ def unpacked(config: dict[str, Any], files: Mapping[str, Tensor]) -> Iterator[di
 
 
 def tower_differences(clip: Any, files: Mapping[str, Tensor]) -> dict[str, tuple[Any, Any]]:
-    """Settings in which a Hugging Face text tower differs from that of `model_files`: (recorded, own) by name."""
+    """Settings of a Hugging Face text tower that differ from those of `model_files`: (recorded, own) by name."""
     tower = towers.text_tower(clip.model)
     if not isinstance(tower, HFTextEncoder) or "config.json" not in files:
         return {}

@@ -229,6 +229,14 @@ def misfit(missing: Sequence[str], extra: Sequence[str], shapes: Sequence[str] =
     return "; ".join(f"{kind}: {_some(keys)}" for kind, keys in parts.items() if keys)
 
 
+def torch_misfit(error: BaseException) -> str:
+    """`misfit` of torch's error for weights that do not fit a model; its first line for any other error."""
+    parts = dict(re.findall(r"(Missing|Unexpected) key\(s\) in state_dict: (.*)", str(error)))
+    names = {kind: re.findall(r'"([^"]+)"', text) for kind, text in parts.items()}
+    shapes = re.findall(r"size mismatch for ([^:\s]+):", str(error))
+    return misfit(names.get("Missing", []), names.get("Unexpected", []), shapes) or first_line(error)
+
+
 def _some(keys: Sequence[str]) -> str:
     return f"{len(keys)} key{'s' * (len(keys) > 1)} ({', '.join(keys[:5])}{', ...' * (len(keys) > 5)})"
 

@@ -113,7 +113,8 @@ class EpochLoader(DataLoader):
         if not isinstance(sampler, EpochSampler):
             return {}
         if self._pair_hash is None:
-            names = "\n".join(pair.id for pair in self.dataset.pairs)
+            data: Any = self.dataset
+            names = "\n".join(pair.id for pair in data.pairs)
             self._pair_hash = blake2b(names.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return {
             "epoch": sampler.epoch,

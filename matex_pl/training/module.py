@@ -411,6 +411,11 @@ class ClipModule(LightningModule):
                 "The model has not seen images of this form."
             )
         if trainer.state.fn == TrainerFn.FITTING:
+            if "optimizer_states" not in checkpoint:
+                raise ValueError(
+                    f"{source} holds weights only, and no training resumes from it. Start a new training from the "
+                    "weights: give the checkpoint as model.name, without ckpt_path."
+                )
             data = getattr(trainer, "datamodule", None)
             loader: Any = data.train_dataloader() if isinstance(data, ChestXrayDataModule) else None
             self._place = place_in_epoch(checkpoint, loader, trainer.accumulate_grad_batches, source)
