@@ -43,7 +43,7 @@ def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None
         if name.startswith(LOCAL_DIR_PREFIX) and isinstance(error, (RuntimeError, UnpicklingError)):
             raise ValueError(
                 f"{name} holds no weights that fit and are readable without running code ({torch_misfit(error)}). Give "
-                " a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
+                "a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
             ) from error
         if uses_hub and isinstance(error, (OSError, RuntimeError)):
             state = f"could not be loaded: {first_line(error)}"
