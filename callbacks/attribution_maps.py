@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 import torch.distributed as dist
@@ -17,13 +19,18 @@ from matex_pl.data.pair import ImageTextPair
 from matex_pl.explain import explain_batch
 from matex_pl.visualization.draw import Picture
 
+log = logging.getLogger(__name__)
+
 
 class AttributionMaps(Callback):
     """Log, for K fixed pairs, a panel of image, boxes, map, shaded phrase and score.
 
     Each pair has one tag, `maps/<name>/<id>`, for the whole run, and TensorBoard's slider moves through the training.
     The panels go to all loggers that accept images. The pairs are chosen once, in turn over the findings, and saved in
-    the checkpoint.
+    the checkpoint. If the data changed since, other pairs are chosen, with a message.
+
+    The maps are computed at the first batch. Callbacks that average weights therefore put the same weights into panels
+    and scalars, in any order of the callbacks.
 
     Args:
         method: An attribution method, the name of a shipped one (`m2ib`), or a YAML file; `Matex.recommended()` by
@@ -61,6 +68,8 @@ class AttributionMaps(Callback):
         self.show_text = log_text if show_text is None else show_text
         self.validations = 0
         self.chosen: dict[str, list[str]] = {}
+        self._content: dict[str, str] = {}
+        self._panels: dict[bool, dict[str, Picture]] | None = None
 
     @property
     def state_key(self) -> str:
@@ -68,12 +77,13 @@ class AttributionMaps(Callback):
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of validations, and the chosen pairs."""
-        return {"validations": self.validations, "chosen": self.chosen}
+        """Number of validations, the chosen pairs, and a hash of their content by split."""
+        return {"validations": self.validations, "chosen": self.chosen, "content": self._content}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the pairs of the checkpoint."""
         self.validations, self.chosen = state_dict["validations"], state_dict["chosen"]
+        self._content = state_dict.get("content", {})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the ids of the pairs."""
@@ -87,20 +97,67 @@ class AttributionMaps(Callback):
                     f"{min(ids, default='none')!r}. Give pair_ids of this split."
                 )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the pairs of a checkpoint with the data, before the first step."""
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ChestXrayDataModule):
+            for split in tuple(self.chosen):
+                self._choose(data.pairs[split], split)
+
+    def _choose(self, pairs: Sequence[ImageTextPair], split: str) -> list[str]:
+        """Ids of the pairs to draw: the given ones, or those of the checkpoint if the data still has them."""
+        if self.pair_ids:
+            self.chosen[split] = self.pair_ids
+            return self.pair_ids
+        kept = self.chosen.get(split)
+        number = min(self.num_pairs, len(pairs))
+        if kept is not None:
+            gone = set(kept) - {pair.id for pair in pairs}
+            changed = not gone and self._content.get(split) not in (None, _hash(pairs, kept))
+            if not gone and not changed and len(kept) == number:
+                self._content[split] = _hash(pairs, kept)
+                return kept
+            reason = f"{len(gone)} of the {len(kept)} pairs in the checkpoint are not in the data"
+            reason = reason if gone else "the content of the pairs in the checkpoint changed"
+            reason = reason if gone or changed else f"num_pairs is {self.num_pairs}, the checkpoint has {len(kept)}"
+            log.info(f"AttributionMaps {self.name!r}: {reason}. It chooses {number} {split} pairs again.")
+        self.chosen[split] = choose_pairs(pairs, self.num_pairs)
+        self._content[split] = _hash(pairs, self.chosen[split])
+        return self.chosen[split]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Draw the panels of every n-th validation, at its first batch."""
+        if batch_idx == 0 and not trainer.sanity_checking and self._is_due():
+            self._draw(trainer, pl_module, trainer.val_dataloaders, "val")
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the panels at every n-th validation."""
+        """Log the panels of every n-th validation."""
         if trainer.sanity_checking or not self.every_n_validations:
             return
-        self.validations += 1
-        if (self.validations - 1) % self.every_n_validations == 0:
+        if self._is_due():
             self._log(trainer, pl_module, trainer.val_dataloaders, "val")
+        self.validations += 1
+
+    def _is_due(self) -> bool:
+        return bool(self.every_n_validations) and self.validations % self.every_n_validations == 0
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Draw the panels of test pairs, at the first batch."""
+        if batch_idx == 0 and self.every_n_validations:
+            self._draw(trainer, pl_module, trainer.test_dataloaders, "test")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the panels of test pairs."""
         if self.every_n_validations:
             self._log(trainer, pl_module, trainer.test_dataloaders, "test")
 
-    def _log(self, trainer: Trainer, module: Any, loader: Any, split: str) -> None:
+    def _draw(self, trainer: Trainer, module: Any, loader: Any, split: str) -> None:
+        """Draw the panels of this process's share of the pairs, with words and without, as the loggers need them."""
+        self._panels = {}
         if not trainer.loggers:
             return
         data = getattr(loader, "dataset", None)
@@ -108,39 +165,49 @@ class AttributionMaps(Callback):
             raise TypeError(
                 f"AttributionMaps needs the loader of a matex_pl data module, got a loader of {type(data).__name__}."
             )
-        if split not in self.chosen:
-            self.chosen[split] = self.pair_ids or choose_pairs(data.pairs, self.num_pairs)
+        share = self._choose(data.pairs, split)[trainer.global_rank :: trainer.world_size]
+        subtitle = f"{self.name} | epoch {trainer.current_epoch}"
+        batch = data.batch(share) if share else None
+        for show_text in {self._shows_text(logger) for logger in trainer.loggers}:
+            self._panels[show_text] = {}
+            if batch is not None:
+                pictures = explain_batch(module, self.method, batch, subtitle, show_text=show_text)
+                self._panels[show_text].update(zip(batch["id"], pictures, strict=True))
+
+    def _shows_text(self, logger: Any) -> bool:
+        return is_local(logger) if self.show_text is None else self.show_text
+
+    def _log(self, trainer: Trainer, module: Any, loader: Any, split: str) -> None:
+        # A process without a batch has drawn nothing.
+        if self._panels is None:
+            self._draw(trainer, module, loader, split)
+        panels, self._panels = self._panels or {}, None
+        if not trainer.loggers:
+            return
         taken = 0
-        for show_text in (True, False):
-            loggers = [
-                logger
-                for logger in trainer.loggers
-                if (is_local(logger) if self.show_text is None else self.show_text) is show_text
-            ]
-            panels = self._panels(trainer, module, data, self.chosen[split], show_text) if loggers else {}
-            for pair, panel in panels.items() if trainer.is_global_zero else ():
+        for show_text in sorted(panels, reverse=True):
+            loggers = [logger for logger in trainer.loggers if self._shows_text(logger) is show_text]
+            for pair, panel in _gathered(trainer, panels[show_text]).items():
                 taken += log_images(loggers, f"maps/{self.name}/{pair}", panel, trainer.global_step)
         if not taken:
             rank_zero_warn(
                 "No logger of the trainer accepts images, so AttributionMaps shows no maps. Use a TensorBoardLogger."
             )
 
-    def _panels(
-        self, trainer: Trainer, module: Any, data: PairDataset, pairs: list[str], show_text: bool
-    ) -> dict[str, Picture]:
-        """Panels by pair, all of them on the first process; each process explains its share."""
-        share = pairs[trainer.global_rank :: trainer.world_size]
-        panels: dict[str, Picture] = {}
-        if share:
-            subtitle = f"{self.name} | epoch {trainer.current_epoch}"
-            batch = data.batch(share)
-            pictures = explain_batch(module, self.method, batch, subtitle, show_text=show_text)
-            panels.update(zip(batch["id"], pictures, strict=True))
-        if trainer.world_size == 1:
-            return panels
-        parts: list[Any] = [None] * trainer.world_size
-        dist.gather_object(panels, parts if trainer.is_global_zero else None)
-        return {pair: panel for part in parts if part for pair, panel in part.items()}
+
+def _gathered(trainer: Trainer, panels: dict[str, Picture]) -> dict[str, Picture]:
+    """Panels of all processes by pair, on the first process; empty on the others."""
+    if trainer.world_size == 1:
+        return panels
+    parts: list[Any] = [None] * trainer.world_size
+    dist.gather_object(panels, parts if trainer.is_global_zero else None)
+    return {pair: panel for part in parts if part for pair, panel in part.items()}
+
+
+def _hash(pairs: Sequence[ImageTextPair], ids: Sequence[str]) -> str:
+    """Hash of the ids, images and phrases of the named pairs."""
+    named = {pair.id: (pair.id, pair.image_id, pair.phrase) for pair in pairs}
+    return blake2b(repr([named[name] for name in ids]).encode(), digest_size=8).hexdigest()
 
 
 def choose_pairs(pairs: Sequence[ImageTextPair], number: int) -> list[str]:

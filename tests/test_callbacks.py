@@ -281,14 +281,17 @@ def test_metrics_explain_only_the_first_batches(tmp_path, data, module):
 
 
 def test_the_shown_pairs_survive_a_resume(tmp_path, data, module):
+    data.setup("fit")
     first = AttributionMaps(pair_ids=None, num_pairs=2, every_n_validations=3)
+    # Others than those that would be chosen again.
+    first.chosen = {"val": [pair.id for pair in data.pairs["val"]][-2:]}
     run = trainer(tmp_path / "a", first, max_epochs=1)
     run.fit(module, data)
     run.save_checkpoint(tmp_path / "one.ckpt")
-    again = AttributionMaps(num_pairs=5, every_n_validations=3)
+    again = AttributionMaps(num_pairs=2, every_n_validations=3)
     method = again.method = Counted()
     trainer(tmp_path / "b", again, max_epochs=3).fit(module, data, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
-    assert again.chosen == first.chosen
+    assert again.chosen == first.chosen == {"val": [pair.id for pair in data.pairs["val"]][-2:]}
     assert again.validations == 3
     assert method.calls == 0
 

@@ -180,11 +180,13 @@ def test_weights_with_nan_are_refused(tiny_clip: Clip, tmp_path: Path, where: st
 def test_weights_that_do_not_fit_are_named(tiny_clip: Clip, tmp_path: Path) -> None:
     state = {key: value.clone() for key, value in tiny_clip.model.state_dict().items()}
     save_file({**state, "ln_final.weight": torch.zeros(48)}, tmp_path / "wide.safetensors")
-    with pytest.raises(ValueError, match=r"(?s)wide\.safetensors do not fit the model .* ln_final\.weight: .*48"):
+    with pytest.raises(
+        ValueError, match=r"wide\.safetensors does not fit the model .*ln_final\.weight \(48,\) instead of"
+    ):
         load_clip(json.dumps(tiny_clip.config), str(tmp_path / "wide.safetensors"))
     del state["ln_final.weight"]
     save_file(state, tmp_path / "short.safetensors")
-    with pytest.raises(ValueError, match=r"(?s)Missing key.*ln_final\.weight"):
+    with pytest.raises(ValueError, match=r"missing: 1 key \(ln_final\.weight\)"):
         load_clip(json.dumps(tiny_clip.config), str(tmp_path / "short.safetensors"))
 
 

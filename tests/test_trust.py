@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import shutil
@@ -142,7 +141,7 @@ def test_weights_of_another_shape_are_named(
 ) -> None:
     wide = {"clip.model.ln_final.weight": torch.ones(48)}
     spoilt = _changed(checkpoint, "wide.ckpt", lambda content: content["state_dict"].update(wide))
-    with pytest.raises((ValueError, RuntimeError), match=r"(?s)size mismatch for .*ln_final\.weight.*48"):
+    with pytest.raises(ValueError, match=r"wide\.ckpt does not fit .*1 key \(ln_final\.weight \(48,\) instead of"):
         _uses(spoilt, tiny_images, tiny_json)[way]()
 
 
@@ -160,13 +159,10 @@ def test_another_tokenizer_is_named(tiny_json: str, tiny_images: PhantomDataModu
         _uses(spoilt, tiny_images, tiny_json)[way]()
 
 
-def test_checkpoints_without_a_mark_and_of_another_context_length_are_taken(tiny_json: str, checkpoint: Path) -> None:
+def test_checkpoints_without_a_mark_are_taken(checkpoint: Path) -> None:
     old = _changed(checkpoint, "old.ckpt", lambda content: content.pop("tokenizer"))
     load_module(str(old))
     load_trained(str(old))
-    longer = json.loads(tiny_json)
-    longer["model_cfg"]["text_cfg"]["context_length"] = 24
-    assert load_clip(json.dumps(longer), str(checkpoint)).context_length == 24
 
 
 class BadImage(ClipModule):

@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
 
-from matex_pl.clip.weights import first_line, short
+from matex_pl.clip.weights import first_line, short, torch_misfit
 
 
 @contextmanager
@@ -42,8 +42,8 @@ def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None
             ) from error
         if name.startswith(LOCAL_DIR_PREFIX) and isinstance(error, (RuntimeError, UnpicklingError)):
             raise ValueError(
-                f"{name} holds no weights that fit and are readable without running code: {error}\n"
-                "Give a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
+                f"{name} holds no weights that fit and are readable without running code ({torch_misfit(error)}). Give "
+                "a checkpoint file as `pretrained`, or the path of the folder's JSON to start from random weights."
             ) from error
         if uses_hub and isinstance(error, (OSError, RuntimeError)):
             state = f"could not be loaded: {first_line(error)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -13,56 +13,84 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from matex_pl.clip import towers
 from matex_pl.clip.hub import reading_files
 from matex_pl.clip.model import Clip
-from matex_pl.clip.weights import load_weights, reading_checkpoint, refuse_nan, short
+from matex_pl.clip.record import assumed, contradictions, listed, unpacked, with_training_settings
+from matex_pl.clip.weights import (
+    Weights,
+    are_openai,
+    load_weights,
+    read_checkpoint,
+    read_weights,
+    reading_checkpoint,
+    refuse_nan,
+    short,
+)
 from matex_pl.files import CONFIG_FOLDER, find_config
+
+log = logging.getLogger(__name__)
 
 
 def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequence[int] | None = None) -> Clip:
     """A CLIP model with its tokenizer and preprocessing, in eval mode on the CPU.
 
+    A checkpoint of `matex fit`, as `name` or as `pretrained`, decides everything that the shapes of weights do not
+    show, such as the activation and the mean of the images. For any other file of weights one line is logged, with the
+    meaning that the model assumes.
+
     Args:
-        name: An open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder`, a path to a JSON model config, or
-            the text of such a JSON. A path is looked up as a file first, then among the shipped `configs/`.
+        name: An open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder`, a checkpoint of `matex fit`, a path
+            to a JSON model config, or the text of such a JSON. A path is looked up as a file first, then among the
+            shipped `configs/`.
         pretrained: Tag of open_clip (`openai`) or a checkpoint file: open_clip weights (`.pt`, `.bin`,
             `.safetensors`) or a Lightning checkpoint of `ClipModule`. Files are read without running code. By default
-            `hf-hub:` and `local-dir:` models get their own weights, all others random weights.
+            `hf-hub:` and `local-dir:` models and checkpoints get their own weights, all others random weights.
         image_size: Side of the square input in pixels, or height and width; the config's by default. Position
             embeddings of vision transformers are interpolated to it.
 
     Raises:
-        ValueError: The name is unknown, or the weights do not fit, hold NaN or would run code; the message names the
-            way out.
+        ValueError: The name is unknown, or contradicts the checkpoint, or the weights do not fit, hold NaN or would run
+            code; the message names the way out.
         FileNotFoundError: A named file or folder does not exist.
         ConnectionError: The weights cannot be downloaded.
     """
-    config = _json_config(name)
     size = None if image_size is None else list(towers.height_width(image_size))
     file = pretrained if pretrained and Path(pretrained).is_file() else None
-    if config is None:
-        model, tokenizer, config = _from_open_clip(name, None if file else pretrained, size, has_file=file is not None)
-    elif pretrained and not file:
+    stored = _stored(name)
+    weights = read_weights(file) if file else stored
+    config = stored.config if stored else _json_config(name)
+    if config is not None and pretrained and not file:
         raise FileNotFoundError(f"No checkpoint file at {pretrained!r} for the model {short(name)}. Check the path.")
+    recorded = weights if weights is not None and weights.config is not None else stored
+    if recorded is not None and recorded is not stored:
+        config = _agreed(recorded, config or _stated_config(name), name, size)
+    if config is None:
+        model, tokenizer, config = _from_open_clip(name, None if file else pretrained, size, weights)
     else:
-        config |= _resized(config["model_cfg"], size, name)
-        model, tokenizer = _from_config(config, name)
+        config = config | _resized(config["model_cfg"], size, name)
+        model, tokenizer = _from_config(config, name, recorded.files if recorded else {})
     _check_patches(model.visual, name)
-    is_ours = file is not None and load_weights(model, file, name)
-    refuse_nan(dict(model.named_parameters()), pretrained or name)
     preprocess = open_clip.get_model_preprocess_cfg(model)
     described = {"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess}
     # With JSON types only, a checkpoint that holds the config loads without running code.
     clip = Clip(model, tokenizer, json.loads(json.dumps(described, default=asdict))).eval()
-    if file and is_ours:
-        # Mapped, to avoid reading the weights again.
-        clip.refuse_checkpoint(torch.load(file, "cpu", weights_only=True, mmap=True), file)
+    clip.files = recorded.files if recorded else {}
+    if weights is not None:
+        if weights is not recorded:
+            _refuse_openai(weights, clip, name)
+            log.info(
+                f"{weights.path} does not record the meaning of its weights. Assumed, as of {short(name)}: "
+                f"{assumed(model, clip.config)}."
+            )
+        load_weights(model, weights, name)
+    refuse_nan(dict(model.named_parameters()), weights.path if weights else name)
+    if weights is not None and weights is recorded:
+        clip.refuse_tokenizer(weights.checkpoint, weights.path)
     return clip
 
 
@@ -73,26 +101,32 @@ def load_trained(ckpt_path: str) -> Clip:
         FileNotFoundError: The file does not exist.
         ValueError: The file is no checkpoint of `matex fit`, or holds NaN; the message names the file.
     """
+    state = read_checkpoint(ckpt_path).checkpoint["state_dict"]
     with reading_checkpoint(ckpt_path):
-        checkpoint = torch.load(ckpt_path, "cpu", weights_only=True)
-        clip = load_clip(checkpoint["hyper_parameters"]["name"])
-        clip.refuse_checkpoint(checkpoint, "The checkpoint")
-        weights = checkpoint["state_dict"].items()
-        clip.load_state_dict({key.removeprefix("clip."): value for key, value in weights if key.startswith("clip.")})
+        clip = load_clip(ckpt_path)
+        # A checkpoint of 0.1 names the mean image `mean_film`.
+        image = state.get("clip.mean_image", state.get("clip.mean_film"))
+        if image is not None:
+            clip.mean_image.copy_(image)
     return clip
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, without loading the model; see `load_clip` for the names and the errors."""
-    config = _json_config(name)
+    stored = _stored(name)
+    config = stored.config if stored else _json_config(name)
     model = _known_config(name, None) if config is None else config["model_cfg"]
     with reading_files(name, None, model.get("text_cfg")):
-        return open_clip.get_tokenizer(name) if config is None else _config_tokenizer(model["text_cfg"])
+        if config is None:
+            return open_clip.get_tokenizer(name)
+        with unpacked(config, stored.files if stored else {}) as local:
+            return _config_tokenizer(local["model_cfg"]["text_cfg"])
 
 
 def input_size(name: str) -> tuple[int, int]:
     """Height and width in pixels of a model's input, without loading the model; see `load_clip` for the names."""
-    config = _json_config(name)
+    stored = _stored(name)
+    config = stored.config if stored else _json_config(name)
     described = open_clip.get_model_config(name) if config is None else config["model_cfg"]
     return towers.height_width(described["vision_cfg"].get("image_size", 224))
 
@@ -135,6 +169,55 @@ def _json_config(name: str) -> dict[str, Any] | None:
     return config
 
 
+def _stored(name: str) -> Weights | None:
+    """The checkpoint of `matex fit` that a name is the path of; None for any other name.
+
+    Raises:
+        ValueError: The file is no checkpoint of `matex fit`.
+    """
+    is_config = name.endswith(".json") or name.lstrip().startswith("{")
+    if is_config or name in open_clip.list_models() or not Path(name).is_file():
+        return None
+    return read_checkpoint(name)
+
+
+def _stated_config(name: str) -> dict[str, Any]:
+    """Config that a name of open_clip, of the hub or of a folder states, without defaults."""
+    with reading_files(name, None, None):
+        return {"model_cfg": _known_config(name, None) or open_clip.get_model_config(name)}
+
+
+def _agreed(weights: Weights, given: dict[str, Any], name: str, size: list[int] | None) -> dict[str, Any]:
+    """The config of a checkpoint, with the regularization of training that the config `given` states.
+
+    Raises:
+        ValueError: The config states another meaning of the weights than the checkpoint; the message names each.
+    """
+    recorded: dict[str, Any] = weights.config or {}
+    found = contradictions(given, recorded)
+    if size is not None:
+        # Given in so many words: positions are interpolated to it.
+        found.pop("vision_cfg.image_size", None)
+    if found:
+        raise ValueError(
+            f"{weights.path} contradicts the model {short(name)}: {listed(found)}. Give {weights.path} as the name of "
+            "the model too, or weights of this model."
+        )
+    return with_training_settings(recorded, given)
+
+
+def _refuse_openai(weights: Weights, clip: Clip, name: str) -> None:
+    """Raise ValueError if OpenAI's weights meet an architecture without QuickGELU, unless its config states GELU."""
+    model = clip.config["model_cfg"]
+    if are_openai(weights) and "quick_gelu" not in model:
+        quick = f"{name}-quickgelu"
+        way = f"Give the model {quick}" if quick in open_clip.list_models() else 'Add "quick_gelu": true to the config'
+        raise ValueError(
+            f"{weights.path} holds OpenAI's weights, which were trained with QuickGELU, and {short(name)} has GELU. "
+            f"{way}."
+        )
+
+
 def _resized(config: dict[str, Any], size: list[int] | None, name: str) -> dict[str, Any]:
     """`{"model_cfg": ...}` with another size of the input; ValueError for a ResNet, whose size is fixed."""
     vision = config["vision_cfg"]
@@ -160,13 +243,18 @@ def _check_patches(visual: Any, name: str) -> None:
         )
 
 
-def _from_config(config: dict[str, Any], name: str) -> tuple[nn.Module, Any]:
-    """Model, with random weights, and tokenizer of a config."""
+def _from_config(config: dict[str, Any], name: str, files: Mapping[str, Tensor]) -> tuple[nn.Module, Any]:
+    """Model, with random weights, and tokenizer of a config; `files` are the `model_files` of a checkpoint."""
     text, vision = config["model_cfg"]["text_cfg"], config["model_cfg"]["vision_cfg"]
     # `local-dir:` is open_clip's public way to build from a custom config without adding to its global registry.
-    with tempfile.TemporaryDirectory() as folder, _silent_open_clip(), reading_files(name, None, text):
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
-        tokenizer = _config_tokenizer(text)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        unpacked(config, files) as local,
+        _silent_open_clip(),
+        reading_files(name, None, text),
+    ):
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(local), encoding="utf-8")
+        tokenizer = _config_tokenizer(local["model_cfg"]["text_cfg"])
         try:
             # A timm tower keeps its own size unless another is forced.
             size = vision.get("image_size") if "timm_model_name" in vision else None
@@ -193,7 +281,7 @@ def _config_tokenizer(text_cfg: dict[str, Any]) -> Any:
 
 
 def _from_open_clip(
-    name: str, tag: str | None, size: list[int] | None, *, has_file: bool
+    name: str, tag: str | None, size: list[int] | None, weights: Weights | None
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model, tokenizer and `{"model_cfg": ...}` of a name of open_clip, without the weights of a checkpoint file."""
     named = _known_config(name, tag)
@@ -203,7 +291,9 @@ def _from_open_clip(
         )
     if named:
         _resized(named, size, name)
-    quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+    has_file = weights is not None
+    released = open_clip.get_pretrained_cfg(name, tag) if tag else _released(name) if has_file else {}
+    quick_gelu = bool(released.get("quick_gelu"))
     # open_clip warns that a model is random, whose weights this package loads from a file afterwards.
     quiet = _silent_open_clip() if has_file else nullcontext()
     with quiet, reading_files(name, tag, named.get("text_cfg")):
@@ -213,6 +303,7 @@ def _from_open_clip(
             # If weights were trained with QuickGELU and the config has none, open_clip only warns.
             force_quick_gelu=quick_gelu,
             force_image_size=size,
+            force_preprocess_cfg={key: released[key] for key in ("mean", "std") if key in released},
             load_weights=not has_file,
             pretrained_text=False,
             require_pretrained=not named and not has_file,
@@ -220,6 +311,18 @@ def _from_open_clip(
         tokenizer = open_clip.get_tokenizer(name)
         config = open_clip.get_model_config(name)
     return model, tokenizer, _resized({**config, "quick_gelu": True} if quick_gelu else config, size, name)
+
+
+def _released(name: str) -> dict[str, Any]:
+    """Activation, mean and std that all released weights of an open_clip name share; empty without released weights.
+
+    A file without a tag has the same meaning as the tag, if there is only one.
+    """
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    values = {key: [config.get(key) for config in configs] for key in ("quick_gelu", "mean", "std")}
+    return {
+        key: found[0] for key, found in values.items() if found and found[0] and found.count(found[0]) == len(found)
+    }
 
 
 def _known_config(name: str, tag: str | None) -> dict[str, Any]:

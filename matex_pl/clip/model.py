@@ -13,8 +13,9 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
 from matex_pl.clip import towers
+from matex_pl.clip.record import differences, listed, recorded_config, tower_differences
 from matex_pl.clip.towers import Pooling
-from matex_pl.clip.weights import refuse_nan, short
+from matex_pl.clip.weights import PREFIX, key_misfit, plain_state, refuse_nan, short
 
 _KEPT_PHRASES = 65_536
 # A sentence that distinguishes tokenizers by case, numbers, hyphens, and words that are cut into pieces.
@@ -47,6 +48,8 @@ class Clip(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        # `model_files` of a checkpoint that the model was built from.
+        self.files: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
         for name in ("mean", "std"):
             values = torch.tensor(config["preprocess_cfg"][name], dtype=torch.float32).view(3, 1, 1)
@@ -120,9 +123,28 @@ class Clip(nn.Module):
         return {"name": name, "tokens": self.tokenize([_PROBE])[0].tolist()}
 
     def refuse_checkpoint(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Raise ValueError if a `ClipModule`'s checkpoint would load but be wrong: NaN weights or another tokenizer."""
-        model = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("clip.model.")}
-        refuse_nan(model, source)
+        """Raise ValueError if a `ClipModule`'s checkpoint does not fit this model, or would load but be wrong.
+
+        It is refused for another model config, other keys or shapes, NaN weights, and another tokenizer.
+        """
+        recorded = recorded_config(checkpoint)
+        found = differences(self.config, recorded) if recorded else {}
+        found |= tower_differences(self, checkpoint.get("model_files") or {})
+        if found:
+            raise ValueError(
+                f"{source} was trained with another model: {listed(found)}. Leave the contradicting setting out, or "
+                "give the checkpoint as model.name, with model.pretrained null, to take its model."
+            )
+        state = plain_state(checkpoint["state_dict"])
+        weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+        problem = key_misfit(plain_state(self.model.state_dict()), weights)
+        if problem:
+            raise ValueError(f"{source} does not fit the model: {problem}. Give the model that it was trained with.")
+        refuse_nan(weights, source)
+        self.refuse_tokenizer(checkpoint, source)
+
+    def refuse_tokenizer(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Raise ValueError if a `ClipModule`'s checkpoint was trained with another tokenizer."""
         mark, own = checkpoint.get("tokenizer"), self.tokenizer_mark()
         if mark is None:
             return

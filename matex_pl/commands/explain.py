@@ -72,7 +72,8 @@ def explain_image(
         raise ValueError("Give one model: --ckpt_path, a checkpoint of `matex fit`, or --model, an open_clip name.")
     if model is None and pretrained is not None:
         raise ValueError("--pretrained belongs to --model. A checkpoint has its own weights: leave --pretrained out.")
-    if model is not None and pretrained is None and not model.startswith(("hf-hub:", "local-dir:")):
+    brings_weights = model is not None and (model.startswith(("hf-hub:", "local-dir:")) or model.endswith(".ckpt"))
+    if model is not None and pretrained is None and not brings_weights:
         raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
     path = Path(out)
     if path.suffix.lower() != ".png":

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from matex_pl import data
 from matex_pl.arguments import import_all
-from matex_pl.clip.weights import no_checkpoint
+from matex_pl.clip.weights import read_content, reading_checkpoint
 from matex_pl.commands.options import CHECKED, RefusingParser, ShippedConfig
 from matex_pl.commands.refusals import refusal
 from matex_pl.data import ChestXrayDataModule
@@ -79,11 +78,16 @@ class MatexCLI(LightningCLI):
         parser.set_defaults({"seed_everything": 0})
 
     def _parse_ckpt_path(self) -> None:
-        """Read the model's settings from a checkpoint; raise ValueError if it is unreadable or would run code."""
-        try:
-            super()._parse_ckpt_path()
-        except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
-            raise no_checkpoint(self.config[self.config.subcommand].ckpt_path, error) from error
+        """Check that a checkpoint is readable; raise ValueError if not, or if it would run code.
+
+        LightningCLI would replace the settings of the model by the checkpoint's, which drops options of the user.
+        `ClipModule` compares both when it loads the checkpoint, for a file as for `last`.
+        """
+        command = self.config.get("subcommand")
+        path = str(self.config[command].get("ckpt_path") or "") if command else ""
+        if Path(path).is_file():
+            with reading_checkpoint(path):
+                read_content(path)
 
     def before_instantiate_classes(self) -> None:
         """Check the path of the checkpoint before the model is built.

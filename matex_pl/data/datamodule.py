@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,12 +115,15 @@ class EpochSampler(DistributedSampler):
         if len(dataset) < count:
             raise ValueError(f"There are {len(dataset)} training pairs for {count} processes. Use fewer processes.")
         self.num_pairs = len(dataset)
+        # Pairs of this process at the start of an epoch that a resumed run has seen already.
+        self.seen: dict[int, int] = {}
         super().__init__(dataset, num_replicas=count, rank=rank, seed=seed, drop_last=True)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_pairs, generator=generator)[: self.total_size]
-        return ((self.epoch, index) for index in order[self.rank :: self.num_replicas].tolist())
+        own = order[self.rank :: self.num_replicas][self.seen.pop(self.epoch, 0) :]
+        return ((self.epoch, index) for index in own.tolist())
 
 
 class EpochLoader(DataLoader):
@@ -130,7 +134,12 @@ class EpochLoader(DataLoader):
     Pairs whose images cannot be read raise an error, or the data module leaves them out. A batch of validation or test
     without any other pair is left out. In training such a batch raises an error, because Lightning counts batches. An
     epoch without any image raises an error, too.
+
+    A checkpoint stores the state of the training loader. A run that resumes within an epoch reads the remaining
+    batches.
     """
+
+    _pair_hash: str | None = None
 
     def __iter__(self) -> Iterator[ImageTextBatch]:  # type: ignore[override]
         data = self.dataset.data  # type: ignore[attr-defined]
@@ -149,6 +158,43 @@ class EpochLoader(DataLoader):
                     raise ValueError(f"No image of a whole batch can be read. The first error: {unreadable[0].error()}")
         finally:
             data.list_left_out()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, and the facts that decide its batches; Lightning counts the batches. Empty without an epoch."""
+        sampler = self.sampler
+        if not isinstance(sampler, EpochSampler):
+            return {}
+        if self._pair_hash is None:
+            data: Any = self.dataset
+            names = "\n".join(pair.id for pair in data.pairs)
+            self._pair_hash = blake2b(names.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        return {
+            "epoch": sampler.epoch,
+            "seed": sampler.seed,
+            "pairs": sampler.num_pairs,
+            "ids": self._pair_hash,
+            "pairs_per_step": (self.batch_size or 1) * sampler.num_replicas,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Skip the batches of a checkpoint's epoch that were trained on, `state["batches"]`.
+
+        Raises:
+            ValueError: The batches of the epoch were others, by the pairs, the seed or the size of a step.
+        """
+        if isinstance(self.sampler, EpochSampler) and state.get("batches"):
+            changed = [f"{name}: {state.get(name)} then, {now} now" for name, now in self.changes(state).items()]
+            if changed:
+                raise ValueError(
+                    f"The checkpoint is from the middle of an epoch, after {state['batches']} batches, and the data "
+                    f"changed since: {', '.join(changed)}. The remaining batches are unknown. Resume with the same "
+                    "data, or from a checkpoint at the end of an epoch."
+                )
+            self.sampler.seen = {state["epoch"]: state["batches"] * (self.batch_size or 1)}
+
+    def changes(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Facts that decide the batches of an epoch and differ from those of a `state_dict`, with their value now."""
+        return {name: now for name, now in self.state_dict().items() if name != "epoch" and state.get(name) != now}
 
 
 class ChestXrayDataModule(LightningDataModule, ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from matex_pl.attribution.core.fill import drop_tokens, fill_images
+from matex_pl.clip.record import model_files, unpacked
 from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.tensors import read_tensors, write_tensors
 from matex_pl.metrics.removal import enlarge_grid
@@ -24,6 +26,8 @@ from matex_pl.roar.drop import drop_of
 from matex_pl.roar.images import PlanImages, split_rows
 from matex_pl.roar.plan import Plan, Run
 from matex_pl.training.module import ClipModule
+
+_FILES = "model_files/"
 
 Module = TypeVar("Module", bound=ClipModule)
 
@@ -170,17 +174,24 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 
 def write_module(module: ClipModule, path: Path) -> None:
-    """Write the weights and settings of a module, for `read_module`."""
+    """Write the weights and settings of a module, and the files of its tokenizer, for `read_module`."""
     weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
-    write_tensors(path, weights, {"settings": dict(module.hparams)})
+    files = {f"{_FILES}{name}": data for name, data in model_files(module.clip).items()}
+    write_tensors(path, weights | files, {"settings": dict(module.hparams)})
 
 
 def read_module(path: Path, kind: type[Module], **settings: Any) -> Module:
     """Module from a file of `write_module`, with some settings replaced."""
-    weights, about = read_tensors(path)
+    tensors, about = read_tensors(path)
     settings = about["settings"] | settings
-    module = kind(**settings | {"betas": tuple(settings["betas"])})
-    module.load_state_dict(weights)
+    files = {name.removeprefix(_FILES): data for name, data in tensors.items() if name.startswith(_FILES)}
+    config = json.loads(settings["name"])
+    with unpacked(config, files) as local:
+        module = kind(**settings | {"name": json.dumps(local), "betas": tuple(settings["betas"])})
+    # The files of the temporary folder are the module's own.
+    module.clip.config, module.clip.files = config, files
+    module.hparams["name"] = settings["name"]
+    module.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(_FILES)})
     return module
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from inspect import signature
@@ -13,26 +14,34 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from matex_pl.arguments import check_choices
 from matex_pl.clip.load import load_clip
 from matex_pl.clip.model import Clip
-from matex_pl.clip.weights import reading_checkpoint
-from matex_pl.data.datamodule import STAGES
+from matex_pl.clip.record import listed, model_files
+from matex_pl.clip.weights import plain_name, plain_state, read_checkpoint, reading_checkpoint
+from matex_pl.data.datamodule import STAGES, ChestXrayDataModule, EpochLoader
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair
 from matex_pl.files import check_folder
-from matex_pl.training.checkpoints import WholeCheckpointIO
+from matex_pl.training.checkpoints import WholeCheckpointIO, place_in_epoch, without_functions
 from matex_pl.training.distributed import fingerprints, gather_rows, process_count
 from matex_pl.training.loss import EqualPhrases, contrastive_loss, gathered_loss, phrase_keys
 from matex_pl.training.scores import ImageTextRecall, ZeroShot
 
+log = logging.getLogger(__name__)
+
 Freeze = Literal["none", "text", "image", "all-but-projections", "all-but-head"]
+# Settings in the optimizer's state, which a checkpoint restores.
+_RESTORED = ("betas", "freeze", "lr", "weight_decay")
 # Strategies that keep a part of each weight in each process.
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 # SigLIP's bias and CoCa's decoder get no gradient from this loss, and DDP would wait for it.
@@ -49,7 +58,8 @@ class ClipModule(LightningModule):
     log `zero_shot_top1` and `zero_shot_auroc`.
 
     Args:
-        name: An open_clip name, `hf-hub:org/repo`, `local-dir:folder`, or a path to a JSON model config.
+        name: An open_clip name, `hf-hub:org/repo`, `local-dir:folder`, a path to a JSON model config, or a checkpoint
+            of `matex fit`, whose model and weights are taken.
         pretrained: Tag of open_clip (`openai`) or a checkpoint file, also of this module. By default `hf-hub:` and
             `local-dir:` models get their own weights, all others random weights.
         lr: Peak learning rate of AdamW.
@@ -121,6 +131,9 @@ class ClipModule(LightningModule):
         self._rng_state: Tensor | None = None
         self._scored: set[int] = set()
         self._step_ids: list[str] = []
+        self._model_files: dict[str, Tensor] | None = None
+        self._rate = lr
+        self._place: dict[str, Any] | None = None
         freeze_parameters(self.clip.model, freeze)
         for part, parameter in self.clip.model.named_parameters():
             if part.startswith(_UNREACHED):
@@ -163,6 +176,16 @@ class ClipModule(LightningModule):
             # Read once, not by every process.
             image: Any = data.mean_image() if self.trainer.is_global_zero else None
             self.clip.mean_image.copy_(strategy.broadcast(image))
+        # Callbacks that average weights have copied the module by now, and swap all buffers.
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            for copied in vars(callback).values():
+                if isinstance(copied, AveragedModel):
+                    _refuse_averaged_masks(copied, type(callback).__name__)
+                for part in copied.modules() if isinstance(copied, nn.Module) else ():
+                    if isinstance(part, Clip) and part is not self.clip:
+                        part.mean_image.copy_(self.clip.mean_image)
+        if stage == "fit":
+            self._model_files = model_files(self.clip)
         for split in STAGES[stage] if hasattr(data, "pairs") and self.trainer.is_global_zero else ():
             self._report_cut_phrases(split, data.pairs[split])
 
@@ -331,27 +354,121 @@ class ClipModule(LightningModule):
             # In mixed precision Lightning refuses to clip the gradients of a fused optimizer.
             fused=not str(self.trainer.precision).endswith("mixed"),
         )
+        self._rate = self.hparams["lr"]
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @property
+    def _resize_mode(self) -> str | None:
+        return getattr(getattr(self._trainer, "datamodule", None), "resize_mode", None)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the random state of each process, for a resumed run to equal an uninterrupted one."""
+        """Save the random state of each process, and everything that the weights need to be read elsewhere.
+
+        Weights have their plain names, without the prefixes of `torch.compile`.
+        """
         # Patch dropout draws random numbers on the CPU, on any device.
         states = [torch.get_rng_state()] * process_count()
         if len(states) > 1:
             dist.all_gather_object(states, states[0])
         checkpoint["rng_state"] = torch.stack(states)
         checkpoint["tokenizer"] = self.clip.tokenizer_mark()
+        if self._model_files is None:
+            self._model_files = model_files(self.clip)
+        checkpoint["model_files"] = self._model_files
+        checkpoint["resize_mode"] = self._resize_mode
+        # `WeightAveraging` saves its averages as the weights, and those of the training under the second name.
+        for name in ("state_dict", "current_model_state"):
+            if name in checkpoint:
+                checkpoint[name] = plain_state(checkpoint[name])
+        for name in ("callbacks", "lr_schedulers"):
+            if name in checkpoint:
+                checkpoint[name] = without_functions(checkpoint[name])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the weights, and read the random states for a resumed training.
+        """Check the checkpoint, and read the random states and the place in the epoch for a resumed training.
 
         Raises:
-            ValueError: The weights hold NaN or Inf, or were trained with another tokenizer.
+            ValueError: The model, its settings or the optimizer's contradict the checkpoint, the weights hold NaN or
+                Inf, or the remaining batches of the epoch are unknown.
         """
-        path = self.trainer.ckpt_path if self._trainer is not None else None
-        self.clip.refuse_checkpoint(checkpoint, str(path or "The checkpoint"))
+        trainer = self._trainer
+        source = str((trainer.ckpt_path if trainer is not None else None) or "The checkpoint")
+        self.clip.refuse_checkpoint(checkpoint, source)
+        own = {plain_name(key): key for key in self.state_dict()}
+        for name in ("state_dict", "current_model_state"):
+            if name in checkpoint:
+                state = plain_state(checkpoint[name])
+                checkpoint[name] = {own.get(key, key): value for key, value in state.items()}
         self._rng_state = checkpoint.get("rng_state")
+        if trainer is None:
+            return
+        self._compare_settings(checkpoint.get("hyper_parameters", {}), source)
+        mode = checkpoint.get("resize_mode")
+        if mode is not None and self._resize_mode not in (None, mode):
+            rank_zero_warn(
+                f"{source} was trained with resize_mode: {mode}, and the data module has {self._resize_mode}. "
+                "The model has not seen images of this form."
+            )
+        if trainer.state.fn == TrainerFn.FITTING:
+            if "optimizer_states" not in checkpoint:
+                raise ValueError(
+                    f"{source} holds weights only, and no training resumes from it. Start a new training from the "
+                    "weights: give the checkpoint as model.name, without ckpt_path."
+                )
+            data = getattr(trainer, "datamodule", None)
+            loader: Any = data.train_dataloader() if isinstance(data, ChestXrayDataModule) else None
+            self._place = place_in_epoch(checkpoint, loader, trainer.accumulate_grad_batches, source)
+
+    def _compare_settings(self, recorded: dict[str, Any], source: str) -> None:
+        """Refuse settings that a resumed training cannot follow, and log others that differ from a checkpoint's.
+
+        Raises:
+            ValueError: A setting of the optimizer differs, whose state the checkpoint restores.
+        """
+        trainer = self.trainer
+        fits = trainer.state.fn == TrainerFn.FITTING
+        names = signature(ClipModule).parameters.keys() - {"name", "pretrained", "image_size"}
+        pairs = {name: (recorded[name], self.hparams[name]) for name in sorted(names & recorded.keys())}
+        pairs = {name: pair for name, pair in pairs.items() if _as_json(pair[0]) != _as_json(pair[1])}
+        restored = {name: pair for name, pair in pairs.items() if name in _RESTORED}
+        if fits and restored:
+            raise ValueError(
+                f"{source} contradicts the settings: {listed(restored)}. A resumed training keeps its optimizer. Give "
+                "the checkpoint's value, or start a new training from its weights with model.name."
+            )
+        is_search = Path(source).name.startswith(".lr_find_")
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if fits and not is_search and any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+            raise ValueError(
+                f"LearningRateFinder cannot work in a training that resumes from {source}, because the optimizer's "
+                "rate is restored. Leave the callback out."
+            )
+        others = {name: pair for name, pair in pairs.items() if fits or name in ("findings", "prompt")}
+        if others:
+            log.info(f"Settings that differ from those of {source}: {listed(others)}. The ones given here are used.")
+
+    def on_train_epoch_start(self) -> None:
+        """Let the schedule follow a learning rate and parameter groups that callbacks have changed."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            if isinstance(schedule, LambdaLR):
+                self._follow_callbacks(schedule)
+
+    def _follow_callbacks(self, schedule: Any) -> None:
+        groups = schedule.optimizer.param_groups
+        factor = schedule.lr_lambdas[0](schedule.last_epoch)
+        # `LearningRateFinder` sets the rate of the groups, which the next step of the schedule would undo.
+        if self.hparams["lr"] != self._rate:
+            self._rate = self.hparams["lr"]
+            schedule.base_lrs = [self._rate] * len(schedule.base_lrs)
+            for group in groups[: len(schedule.base_lrs)]:
+                group["initial_lr"], group["lr"] = self._rate, self._rate * factor
+        # `BaseFinetuning` adds groups of parameters.
+        for group in groups[len(schedule.base_lrs) :]:
+            group["initial_lr"] = group["lr"] / factor if factor else group["lr"]
+            schedule.base_lrs.append(group["initial_lr"])
+        schedule.lr_lambdas += [schedule.lr_lambdas[0]] * (len(schedule.base_lrs) - len(schedule.lr_lambdas))
 
     def on_train_start(self) -> None:
         """Restore the random state of a resumed checkpoint; without one, each process gets its own seed."""
@@ -364,6 +481,29 @@ class ClipModule(LightningModule):
         elif rank:
             # Lightning seeds all processes equally, and each would drop the same patches.
             torch.manual_seed(torch.initial_seed() + rank)
+        # Lightning restores loaders before the schedule asks for their length, and so not this one.
+        loader, place, self._place = self.trainer.train_dataloader, self._place, None
+        if place is not None and isinstance(loader, EpochLoader):
+            loader.load_state_dict(place)
+        # A checkpoint within an epoch is written before the clamp of its step.
+        self.on_train_batch_end()
+        self.on_train_epoch_start()
+
+
+def _refuse_averaged_masks(average: AveragedModel, name: str) -> None:
+    """Raise ValueError if an average of buffers would turn the infinite entries of a causal mask into NaN."""
+    infinite = torch.tensor([-torch.inf])
+    mean = average.avg_fn or get_swa_avg_fn()
+    has_mask = any(value.isinf().any() for value in average.module.buffers())
+    if average.use_buffers and has_mask and torch.as_tensor(mean(infinite, infinite, torch.tensor(1))).isnan().any():
+        raise ValueError(
+            f"{name} averages buffers, and the mask of the text tower holds -inf, whose average is NaN. Set its "
+            "use_buffers to false."
+        )
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
@@ -411,12 +551,12 @@ def load_module(ckpt_path: str) -> ClipModule:
         FileNotFoundError: The file does not exist.
         ValueError: The file is no checkpoint of `matex fit`.
     """
+    checkpoint = read_checkpoint(ckpt_path).checkpoint
     with reading_checkpoint(ckpt_path):
-        checkpoint = torch.load(ckpt_path, "cpu", weights_only=True)
         # Only arguments: Lightning's own loading calls a function that a checkpoint may name among them.
         known = signature(ClipModule).parameters
         settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
-        module = ClipModule(**settings)
+        module = ClipModule(**settings | {"name": ckpt_path})
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
