@@ -244,7 +244,7 @@ def check_yaml(text: str) -> None:
             closed = opened.pop()
             anchor, size = closed.anchor, closed.values
         elif isinstance(event, yaml.AliasEvent):
-            size = sizes.get(anchor, 0)
+            size = sizes.get(str(anchor), 0)
             if not size:
                 problem = f"The alias *{anchor} has no complete value above it."
         elif isinstance(event, yaml.ScalarEvent):
