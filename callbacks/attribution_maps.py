@@ -98,7 +98,9 @@ class AttributionMaps(Callback):
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the pairs of a checkpoint with the data, before the first step."""
+        """Check the model, and compare the pairs of a checkpoint with the data, before the first step."""
+        if self.every_n_validations:
+            self.method.check_model(pl_module.clip)
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ChestXrayDataModule):
             for split in tuple(self.chosen):
