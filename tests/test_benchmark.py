@@ -403,7 +403,7 @@ def test_errors_of_the_command_line(tmp_path, images, checkpoint, capsys):
         main(["benchmark", "--ckpt_path", str(checkpoint), "--out", str(tmp_path)])
     assert "Pass --config with a `matex fit` config, or --data" in capsys.readouterr().err
     for more, message in (
-        (["--split=train"], "typing.Literal['test', 'val']. Got value: train"),
+        (["--split=train"], "--split must be one of 'test', 'val', got 'train'"),
         (["--methods=chefer,nope"], "There is no method 'nope'. Use one of"),
         (["--ckpt_path=none.ckpt"], "No checkpoint at 'none.ckpt'"),
     ):

@@ -435,7 +435,7 @@ def test_fit_from_the_command_line(root: Path, monkeypatch: pytest.MonkeyPatch, 
     words += [f"--data.manifest={path}", "--data.columns.phrase=legend", "--data.batch_size=2", "--data.num_workers=0"]
     words += ["--data.fractions=[0.5,0.25,0.25]", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     words += ["--data.cache_dir=kept", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
-    with pytest.raises(ValueError, match=r"t\.csv, line 7: the phrase is empty"):
+    with pytest.raises(SystemExit, match=r"t\.csv, line 7: the phrase is empty"):
         main(words)
     with pytest.warns(UserWarning, match="Left out, listed in .*skipped_rows.csv"):
         main([*words, "--data.on_bad_row=skip"])

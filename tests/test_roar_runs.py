@@ -424,7 +424,7 @@ def test_the_address_of_a_cluster(made, monkeypatch, capsys):
 
     monkeypatch.setattr(ray, "init", init)
     said = refused(capsys, ["roar", "run", "--plan", made, "--executor", "ray", "--ray.address", "ray://head:10001"])
-    assert "matex roar: no cluster there" in said
+    assert "matex roar: No Ray cluster answers at 'ray://head:10001'" in said
     assert given == init_settings("ray://head:10001")
     assert "include_dashboard" not in given
     assert init_settings(None)["include_dashboard"] is False
@@ -559,7 +559,9 @@ def test_errors_of_use(config, whole, tmp_path, capsys):
     assert "No checkpoint at" in refused(capsys, command(config, nothing, "--ckpt_path", tmp_path / "none.ckpt"))
     assert "There is no method 'nope'" in refused(capsys, command(config, nothing, "--methods=[nope]"))
     assert "processes must be at least 1" in refused(capsys, command(config, nothing, "--processes=0"))
-    assert "Literal['local', 'ray']. Got value: slurm" in refused(capsys, command(config, nothing, "--executor=slurm"))
+    assert "--executor must be one of 'local', 'ray', got 'slurm'" in refused(
+        capsys, command(config, nothing, "--executor=slurm")
+    )
     assert "ray.retries must not be negative" in refused(capsys, command(config, nothing, "--ray.retries=-1"))
     said = refused(capsys, ["roar", "run", "--plan", whole, "--training.epochs=3", "--out", nothing])
     assert "has its own settings. Leave out out, training" in said

@@ -257,7 +257,7 @@ def test_save_png_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = save_png(tmp_path / "panel.png", np.zeros((4, 4, 3), np.uint8))
     before = path.read_bytes()
 
-    def fail(self, target, **_):
+    def fail(self, target, *_, **__):
         target.write_bytes(b"half a picture")
         raise OSError("disk full")
 

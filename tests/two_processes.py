@@ -193,10 +193,8 @@ class Counted(CenterMap):
         return super().attribute(clip, images, tokens, phrases, image)
 
 
-def maps(rank: int, folder: Path, processes: int, limit: int = 0) -> None:
+def maps(rank: int, folder: Path, processes: int) -> None:
     """The maps of the validation images, as far as the process or the disk lets it."""
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     run = trainer(folder, processes, MapWriter(Counted(str(folder / "log")), str(folder / "maps")), precision="32-true")
     run.validate(model(), images(folder.parent, 4 // processes), verbose=False)
 
@@ -216,15 +214,26 @@ def maps_killed(rank: int, folder: Path) -> None:
     maps(rank, folder, 1)
 
 
+def maps_on_a_full_disk(rank: int, folder: Path) -> None:
+    """The disk fills up before the first file."""
+
+    def full(tensors: Any, path: Path, head: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        save_file(tensors, path, head)
+
+    tensor_files.save_file = full
+    maps(rank, folder, 1)
+
+
 def keep_maps(folder: Path) -> None:
     """By one process and by two; killed, and on a full disk, and then again."""
     for name in ("maps1", "maps2", "killed", "full"):
         (folder / name).mkdir()
     maps(0, folder / "maps1", 1)
     maps(0, folder / "maps2", 2)
-    for name, function, arguments in (("killed", maps_killed, ()), ("full", maps, (1, 4000))):
+    for name, function in (("killed", maps_killed), ("full", maps_on_a_full_disk)):
         try:
-            fork(function, folder / name, *arguments)
+            fork(function, folder / name)
         except Exception as error:
             (folder / name / "error").write_text(str(error), encoding="utf-8")
         first = [str(path) for path in (folder / name / "maps").rglob("*.safetensors")]

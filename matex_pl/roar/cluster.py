@@ -63,7 +63,13 @@ def work_on_ray(plan: Plan, runs: Sequence[Run], options: RayOptions) -> None:
 
     started, on_end = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     if started:
-        ray.init(**init_settings(options.address))
+        try:
+            ray.init(**init_settings(options.address))
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"No Ray cluster answers at {options.address!r}. Check --ray.address, or leave it out to run on this "
+                "machine."
+            ) from error
     task = ray.remote(_work).options(
         num_cpus=plan.training.threads if options.num_cpus is None else options.num_cpus,
         num_gpus=options.num_gpus,
