@@ -97,10 +97,8 @@ class AttributionMaps(Callback):
                     f"{min(ids, default='none')!r}. Give pair_ids of this split."
                 )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Check the model, and compare the pairs of a checkpoint with the data, before the first step."""
-        if self.every_n_validations:
-            self.method.check_model(pl_module.clip)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the pairs of a checkpoint with the data, before the first step."""
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ChestXrayDataModule):
             for split in tuple(self.chosen):

@@ -107,8 +107,7 @@ class AttributionMetrics(Callback):
         self.thorax = data.thorax() if isinstance(data, ChestXrayDataModule) else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Check the model and the fill; the model has its mean image at this point."""
-        self.method.check_model(pl_module.clip)
+        """Check the fill; the model has its mean image at this point."""
         check_fill(self.fill, pl_module.clip)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -73,17 +73,6 @@ class AttributionMethod(ABC):
         tokens, content_box = check_phrases(clip, image, phrases, content_box)
         return self.attribute(clip, image.expand(len(phrases), -1, -1, -1), tokens, phrases, content_box)
 
-    def check_model(self, clip: Clip) -> None:
-        """Explain a black image, to refuse a model without maps before a training.
-
-        Methods that run many forwards read the inputs and scores alone, and are not checked.
-
-        Raises:
-            NotImplementedError: The method has no maps of a tower; the message names the tower and the reason.
-        """
-        if not self.perturbs_inputs:
-            self.attribute_phrases(clip, clip.std.new_zeros(3, *clip.image_size), ["No finding."])
-
 
 def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> None:
     """Refuse invalid pairs before any work: wrong shapes and dtypes, NaN, empty content boxes."""
