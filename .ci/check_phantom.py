@@ -4,8 +4,8 @@ import sys
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-AT_LEAST = {"val/zero_shot_top1": 0.75, "attribution/pointing_game": 0.65, "attribution/no_prior/pointing_game": 0.50}
-CONTROLS = ("attribution/center/pointing_game", "attribution/prior_only/pointing_game")
+AT_LEAST = {"val/zero_shot_top1": 0.75, "attribution/pointing_game": 0.65, "attribution_no_prior/pointing_game": 0.50}
+CONTROLS = ("attribution_center/pointing_game", "attribution_prior_only/pointing_game")
 
 
 def main() -> None:

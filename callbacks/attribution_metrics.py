@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ from torch import Tensor
 from torchmetrics import Metric, MinMetric
 
 from matex_pl.anatomy import named_side
-from matex_pl.arguments import check_choices
+from matex_pl.arguments import argument_names, check_choices, nearest
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.core.fill import Fill, check_fill
+from matex_pl.attribution.several import attribute_methods
 from matex_pl.attribution.shipped import load_method
+from matex_pl.callbacks.scalars import describe_scalars
 from matex_pl.clip.model import Clip
 from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextBatch
@@ -35,11 +39,14 @@ from matex_pl.metrics import (
 from matex_pl.metrics.functional import border_mask
 from matex_pl.metrics.removal import dropped_tokens, image_score, text_score
 
+MethodChoice = AttributionMethod | str | dict[str, Any]
+"""A method, the name of a shipped one or a YAML file, or changed settings of the first method."""
+
 
 class AttributionMetrics(Callback):
-    """Log the quality of a method's maps, over the first batches of validation and test.
+    """Log the quality of the maps of some methods, over the first batches of validation and test.
 
-    The scalars, with the prefix `attribution/`, are
+    The scalars begin with `attribution/`, or with `attribution_<name>/` for a method with a name. They are
 
     - `pointing_game` and `cnr`, over pairs with boxes
     - `confidence_drop` and `confidence_increase`
@@ -53,10 +60,14 @@ class AttributionMetrics(Callback):
     `ModelCheckpoint(monitor="attribution/pointing_game")` works. The mass outside rises if a model reads something
     outside the patient. A prior draws the map to the named region and hides this: log a method without a prior.
 
+    The methods share what they can: the embeddings of the pairs, and the forward and backward of MATEX with several
+    settings. In TensorBoard, the tab CUSTOM SCALARS has a chart per scalar with all methods, and the tab TEXT says what
+    the scalars mean.
+
     Args:
-        method: An attribution method, the name of a shipped one (`m2ib`), or a YAML file; `Matex.recommended()` by
-            default.
-        name: Name between `attribution/` and the scalar that distinguishes several methods; empty for none.
+        methods: Methods by name, the main method first, under the empty name. Each is an attribution method, the name
+            of a shipped one (`m2ib`), a YAML file, or the settings in which it differs from the first method, as
+            `{lambda_s: 1.0}`. A single method gets the empty name. `Matex.recommended()` by default.
         num_batches: Number of explained batches per validation (or test), in each process; -1 for all.
         fill: Replacement of removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
         per_finding: Whether to log the pointing game, the mass outside and the prompt sensitivity of each finding too,
@@ -66,12 +77,15 @@ class AttributionMetrics(Callback):
             of another pair of the batch (see `other_phrases`); lower is better. `side_sensitivity` is the share of mass
             that moves to the other side of the patient when the phrase names that side, over phrases with a
             `named_side`; higher is better.
+
+    Raises:
+        ValueError: A method is unknown, a name has other characters than letters, digits, `_`, `.` and `-`, or
+            `num_batches` is 0.
     """
 
     def __init__(
         self,
-        method: AttributionMethod | str | None = None,
-        name: str = "",
+        methods: AttributionMethod | str | dict[str, MethodChoice] | None = None,
         num_batches: int = 4,
         fill: Fill = "mean_image",
         per_finding: bool = False,
@@ -83,8 +97,7 @@ class AttributionMetrics(Callback):
                 f"num_batches must be positive, or -1 for all batches, got {num_batches}. To log no scalars, leave "
                 "AttributionMetrics out."
             )
-        self.method = load_method(method or Matex.recommended())
-        self.name = name
+        self.methods = _named_methods(methods)
         self.num_batches = num_batches
         self.fill = fill
         self.per_finding = per_finding
@@ -93,16 +106,18 @@ class AttributionMetrics(Callback):
         self.metrics: dict[str, Metric] = {}
         self._kept: dict[str, Metric] = {}
         self._warned: set[str] = set()
+        self._is_described = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the name, and read the thorax from the data module."""
-        taken = [
-            other
-            for other in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(other, AttributionMetrics) and other is not self and other.name == self.name
-        ]
-        if taken:
-            raise ValueError(f"Two AttributionMetrics log under the name {self.name!r}. Give each a different name.")
+        """Check the names, and read the thorax from the data module."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            taken = self.methods.keys() & other.methods.keys() if isinstance(other, AttributionMetrics) else set()
+            if taken and other is not self:
+                raise ValueError(
+                    f"Two AttributionMetrics log under the name {min(taken)!r}. Give both methods to one of them, with "
+                    "different names."
+                )
+        self._is_described = False
         data = getattr(trainer, "datamodule", None)
         self.thorax = data.thorax() if isinstance(data, ChestXrayDataModule) else None
 
@@ -124,10 +139,9 @@ class AttributionMetrics(Callback):
             "confidence_drop": ConfidenceDrop,
             "confidence_increase": ConfidenceIncrease,
         }
-        if self.method.supports_text:
-            kinds |= {"text_confidence_drop": ConfidenceDrop, "text_confidence_increase": ConfidenceIncrease}
         if self.sensitivity:
             kinds |= {"prompt_sensitivity": RankCorrelation, "side_sensitivity": SideSensitivity}
+        texts = {"text_confidence_drop": ConfidenceDrop, "text_confidence_increase": ConfidenceIncrease}
         # Created on every process, for all findings: `compute` waits for all processes.
         kinds |= {
             f"{name}/{finding}": kinds[name]
@@ -135,8 +149,9 @@ class AttributionMetrics(Callback):
             for name in self._of_findings
             if name in kinds
         }
-        for name, kind in kinds.items():
-            self._metric(name, kind, pl_module.device)
+        for method, explained in self.methods.items():
+            for name, kind in (kinds | texts if explained.supports_text else kinds).items():
+                self._metric(f"{_prefix(method)}/{name}", kind, pl_module.device)
 
     @property
     def _outside(self) -> str:
@@ -154,34 +169,42 @@ class AttributionMetrics(Callback):
         if trainer.sanity_checking or 0 <= self.num_batches <= batch_idx:
             return
         clip, (images, tokens) = pl_module.clip, pl_module.inputs(batch)
-        maps = self.method.attribute(clip, images, tokens, batch["phrase"], batch["content_box"])
+        maps = attribute_methods(self.methods, clip, images, tokens, batch["phrase"], batch["content_box"])
+        # The embeddings of the validation step would differ under autocast.
+        image, text = embed_pairs(clip, images, tokens)
+        score = (image * text).sum(-1)
+        for method, found in maps.items():
+            prefix = _prefix(method)
+            self._localize(prefix, found, batch)
+            kept = {"confidence": image_score(clip, images, found.image, self.fill, text)}
+            if self.methods[method].supports_text:
+                drop = dropped_tokens(found.text, found.content, "map")
+                kept["text_confidence"] = text_score(clip, tokens, drop, image)
+            for name, kept_score in kept.items():
+                for change in ("drop", "increase"):
+                    self.metrics[f"{prefix}/{name}_{change}"].update(score, kept_score, ids=batch["id"])
+        if self.sensitivity:
+            self._change_phrases(clip, images, maps, batch)
+
+    def _localize(self, prefix: str, maps: Attribution, batch: ImageTextBatch) -> None:
+        """Score where the maps of one method lie."""
         if self.thorax is None:
             inside = ~border_mask((maps.image.shape[1], maps.image.shape[2]), batch["content_box"])
         else:
             inside = self.thorax.to(maps.image.device).expand_as(maps.image)
         rows = list(range(len(maps.image)))
-        self._add("pointing_game", batch, rows, maps.image, batch["boxes"])
-        self._add("cnr", batch, rows, maps.image, batch["boxes"])
-        self._add("mean_map_mass", batch, rows, maps.image)
-        self._add(self._outside, batch, rows, maps.image, inside)
+        self._add(prefix, "pointing_game", batch, rows, maps.image, batch["boxes"])
+        self._add(prefix, "cnr", batch, rows, maps.image, batch["boxes"])
+        self._add(prefix, "mean_map_mass", batch, rows, maps.image)
+        self._add(prefix, self._outside, batch, rows, maps.image, inside)
         if "consistency" in maps.parts:
             # `MapMass` is the mean over patches.
-            self._metric("consistency_mean", MapMass).update(maps.parts["consistency"], ids=batch["id"])
-            self._metric("consistency_min", MinMetric).update(maps.parts["consistency"])
-        # The embeddings of the validation step would differ under autocast.
-        image, text = embed_pairs(clip, images, tokens)
-        score = (image * text).sum(-1)
-        kept = {"confidence": image_score(clip, images, maps.image, self.fill, text)}
-        if self.method.supports_text:
-            drop = dropped_tokens(maps.text, maps.content, "map")
-            kept["text_confidence"] = text_score(clip, tokens, drop, image)
-        for name, kept_score in kept.items():
-            self.metrics[f"{name}_drop"].update(score, kept_score, ids=batch["id"])
-            self.metrics[f"{name}_increase"].update(score, kept_score, ids=batch["id"])
-        if self.sensitivity:
-            self._change_phrases(clip, images, maps, batch)
+            self._metric(f"{prefix}/consistency_mean", MapMass).update(maps.parts["consistency"], ids=batch["id"])
+            self._metric(f"{prefix}/consistency_min", MinMetric).update(maps.parts["consistency"])
 
-    def _change_phrases(self, clip: Clip, images: Tensor, maps: Attribution, batch: ImageTextBatch) -> None:
+    def _change_phrases(
+        self, clip: Clip, images: Tensor, maps: Mapping[str, Attribution], batch: ImageTextBatch
+    ) -> None:
         """Compare the maps with those under other phrases, for pairs that have another phrase."""
         changed = {
             "prompt_sensitivity": other_phrases(batch["phrase"], batch["finding"]),
@@ -193,33 +216,35 @@ class AttributionMetrics(Callback):
                 continue
             texts = [phrase for phrase in phrases if phrase is not None]
             boxes = batch["content_box"][rows]
-            other = self.method.attribute(clip, images[rows], clip.tokenize(texts), texts, boxes)
-            if name == "prompt_sensitivity":
-                self._add(name, batch, rows, maps.grid[rows].flatten(1), other.grid.flatten(1))
-            else:
-                sides = [named_side(batch["phrase"][row]) for row in rows]
-                self._add(name, batch, rows, maps.image[rows], other.image, sides, boxes)
+            others = attribute_methods(self.methods, clip, images[rows], clip.tokenize(texts), texts, boxes)
+            for method, other in others.items():
+                true, prefix = maps[method], _prefix(method)
+                if name == "prompt_sensitivity":
+                    self._add(prefix, name, batch, rows, true.grid[rows].flatten(1), other.grid.flatten(1))
+                else:
+                    sides = [named_side(batch["phrase"][row]) for row in rows]
+                    self._add(prefix, name, batch, rows, true.image[rows], other.image, sides, boxes)
 
-    def _add(self, name: str, batch: ImageTextBatch, rows: list[int], *values: Any) -> None:
+    def _add(self, prefix: str, name: str, batch: ImageTextBatch, rows: list[int], *values: Any) -> None:
         """Add R rows of a batch to a scalar and to those of their findings; each of the `values` has length R."""
-        ids = [batch["id"][row] for row in rows]
-        self.metrics[name].update(*values, ids=ids)
+        ids, tag = [batch["id"][row] for row in rows], f"{prefix}/{name}"
+        self.metrics[tag].update(*values, ids=ids)
         if name not in self._of_findings:
             return
         findings = [batch["finding"][row] for row in rows]
         for finding in sorted(set(findings) - {""}):
             places = [place for place, other in enumerate(findings) if other == finding]
             picked = [value[places] if isinstance(value, Tensor) else [value[k] for k in places] for value in values]
-            self._metric(f"{name}/{finding}", type(self.metrics[name])).update(*picked, ids=[ids[k] for k in places])
+            self._metric(f"{tag}/{finding}", type(self.metrics[tag])).update(*picked, ids=[ids[k] for k in places])
 
-    def _metric(self, name: str, kind: type[Metric], device: torch.device | None = None) -> Metric:
+    def _metric(self, tag: str, kind: type[Metric], device: torch.device | None = None) -> Metric:
         """Metric of a scalar in this epoch, created on first use, because some scalars occur in some batches only."""
-        if name not in self.metrics:
+        if tag not in self.metrics:
             # Reused in every epoch: torchmetrics objects refer to themselves, and Python frees them late.
-            if name not in self._kept:
-                self._kept[name] = kind()
-            self.metrics[name] = self._kept[name].to(device or self.metrics["cnr"].device)
-        return self.metrics[name]
+            if tag not in self._kept:
+                self._kept[tag] = kind()
+            self.metrics[tag] = self._kept[tag].to(device or next(iter(self.metrics.values())).device)
+        return self.metrics[tag]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the scalars."""
@@ -228,26 +253,63 @@ class AttributionMetrics(Callback):
         if trainer.world_size > 1:
             # `compute` waits for all processes, so each needs all scalars in the same order.
             parts: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(parts, {name: type(metric) for name, metric in self.metrics.items()})
-            kinds = {name: kind for part in parts for name, kind in part.items()}
-            self.metrics = {name: self._metric(name, kind) for name, kind in sorted(kinds.items())}
-        prefix = "/".join(filter(None, ("attribution", self.name)))
-        for name, metric in self.metrics.items():
+            dist.all_gather_object(parts, {tag: type(metric) for tag, metric in self.metrics.items()})
+            kinds = {tag: kind for part in parts for tag, kind in part.items()}
+            self.metrics = {tag: self._metric(tag, kind) for tag, kind in sorted(kinds.items())}
+        for tag, metric in self.metrics.items():
             with warnings.catch_warnings():
                 # The warning below names the scalar.
                 warnings.simplefilter("ignore")
                 value = metric.compute()
-            if value.isnan() and "/" in name:
+            if value.isnan() and tag.count("/") > 1:
                 # A finding may be missing in all batches; no warning is needed.
                 continue
-            if value.isnan() and name not in self._warned:
-                self._warned.add(name)
+            if value.isnan() and tag not in self._warned:
+                self._warned.add(tag)
                 rank_zero_warn(
-                    f"The scalar {prefix}/{name} is NaN: no pair in the explained batches counts. The pairs may have "
-                    "no boxes or no other phrase."
+                    f"The scalar {tag} is NaN: no pair in the explained batches counts. The pairs may have no boxes or "
+                    "no other phrase."
                 )
-            pl_module.log(f"{prefix}/{name}", value, sync_dist=True)
+            pl_module.log(tag, value, sync_dist=True)
+        others = [other for other in trainer.callbacks if isinstance(other, AttributionMetrics)]  # type: ignore[attr-defined]
+        if self is others[0] and not self._is_described:
+            self._is_described = True
+            describe_scalars(trainer.loggers, [tag for other in others for tag in other.metrics], trainer.global_step)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
+
+
+def _prefix(method: str) -> str:
+    """Start of the tags of a method: TensorBoard sorts groups of tags, and the method without a name comes first."""
+    return f"attribution_{method}" if method else "attribution"
+
+
+def _named_methods(
+    methods: AttributionMethod | str | dict[str, MethodChoice] | None,
+) -> dict[str, AttributionMethod]:
+    """Methods by name, built from their choices."""
+    if methods is None or isinstance(methods, (AttributionMethod, str)):
+        return {"": load_method(methods or Matex.recommended())}
+    if not methods:
+        raise ValueError("methods is empty. Name a method, or leave AttributionMetrics out.")
+    found: dict[str, AttributionMethod] = {}
+    for name, choice in methods.items():
+        if not re.fullmatch(r"[\w.-]*", name):
+            raise ValueError(f"The name {name!r} of a method has other characters than letters, digits, _, . and -.")
+        if isinstance(choice, (AttributionMethod, str)):
+            found[name] = load_method(choice)
+            continue
+        first = next(iter(found.values()), None)
+        if first is None:
+            raise ValueError(f"The settings {choice} of {name!r} change the first method. Name a method first.")
+        known = list(argument_names(type(first)))
+        unknown = [setting for setting in choice if setting not in known]
+        if unknown:
+            raise ValueError(
+                f"{type(first).__name__} has no setting {unknown[0]!r}, which {name!r} changes."
+                f"{nearest(unknown[0], known)}"
+            )
+        found[name] = type(first)(**(first.settings | choice))
+    return found

@@ -1,6 +1,7 @@
 """The callbacks inside `trainer.fit`, `validate` and `test`."""
 
 import gc
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from matex_pl import ClipModule
 from matex_pl.anatomy import named_side, swap_sides
@@ -70,9 +72,7 @@ class Counted(CenterMap):
 
 
 def test_maps_and_scalars_run_through_training(tmp_path, data, module):
-    run = trainer(
-        tmp_path, AttributionMaps(num_pairs=3), AttributionMetrics(), AttributionMetrics(CenterMap(), "center")
-    )
+    run = trainer(tmp_path, AttributionMaps(num_pairs=3), AttributionMetrics({"": "matex", "center": CenterMap()}))
     run.fit(module, data)
     logged = events(tmp_path)
     tags = logged.Tags()
@@ -83,8 +83,8 @@ def test_maps_and_scalars_run_through_training(tmp_path, data, module):
     assert steps == [event.step + 1 for event in logged.Scalars("attribution/pointing_game")]
     assert len(steps) == 2
     assert {f"attribution/{name}" for name in IMAGE_SCALARS | TEXT_SCALARS} <= set(tags["scalars"])
-    assert {f"attribution/center/{name}" for name in IMAGE_SCALARS} <= set(tags["scalars"])
-    assert not any(tag.startswith(("attribution/center/text", "attribution/center/cons")) for tag in tags["scalars"])
+    assert {f"attribution_center/{name}" for name in IMAGE_SCALARS} <= set(tags["scalars"])
+    assert not any(tag.startswith(("attribution_center/text", "attribution_center/cons")) for tag in tags["scalars"])
     lowest, mean = (logged.Scalars(f"attribution/consistency_{kind}")[-1].value for kind in ("min", "mean"))
     assert 0 < lowest < mean <= 1
 
@@ -196,15 +196,12 @@ def test_sensitivity_to_another_phrase_and_to_the_other_side(tmp_path, data, mod
 
 
 def test_sensitivity_of_maps_that_know_nothing_and_of_the_prior(tmp_path, data, module):
-    callbacks = [
-        AttributionMetrics(CenterMap(), "center", num_batches=-1, sensitivity=True),
-        AttributionMetrics(PriorOnly(), "prior", num_batches=-1, sensitivity=True),
-    ]
-    scores = trainer(tmp_path, *callbacks).validate(module, data, verbose=False)[0]
-    assert scores["attribution/center/prompt_sensitivity"] == pytest.approx(1)
-    assert scores["attribution/center/side_sensitivity"] == pytest.approx(0, abs=1e-6)
-    assert scores["attribution/prior/prompt_sensitivity"] < 0.5
-    assert scores["attribution/prior/side_sensitivity"] == pytest.approx(1, abs=0.01)
+    metrics = AttributionMetrics({"center": CenterMap(), "prior": PriorOnly()}, num_batches=-1, sensitivity=True)
+    scores = trainer(tmp_path, metrics).validate(module, data, verbose=False)[0]
+    assert scores["attribution_center/prompt_sensitivity"] == pytest.approx(1)
+    assert scores["attribution_center/side_sensitivity"] == pytest.approx(0, abs=1e-6)
+    assert scores["attribution_prior/prompt_sensitivity"] < 0.5
+    assert scores["attribution_prior/side_sensitivity"] == pytest.approx(1, abs=0.01)
 
 
 def test_sensitivity_costs_nothing_unless_asked_for(tmp_path, data, module):
@@ -316,6 +313,75 @@ def test_two_under_one_name_are_refused(tmp_path, data, module):
         trainer(tmp_path, AttributionMaps(), AttributionMaps(CenterMap()))
     with pytest.raises(ValueError, match="under the name ''"):
         trainer(tmp_path, AttributionMetrics(), AttributionMetrics(CenterMap())).fit(module, data)
+
+
+class Maps(AttributionMetrics):
+    """Keeps the maps of the first batch."""
+
+    def _localize(self, prefix, maps, batch):
+        self.found = getattr(self, "found", {}) | {prefix: maps.image}
+        super()._localize(prefix, maps, batch)
+
+
+def test_settings_of_one_method_share_its_forward(tmp_path, data, module, monkeypatch):
+    calls = []
+    attribute = Matex.attribute
+    monkeypatch.setattr(Matex, "attribute", lambda self, *args: calls.append(self) or attribute(self, *args))
+    changes = {"no_prior": {"lambda_s": 1.0}, "shallow": Matex(grad_layers=1), "margin": {"target": "margin"}}
+    together = Maps({"": Matex(grad_layers=2), **changes}, num_batches=1)
+    scores = trainer(tmp_path, together).validate(module, data, verbose=False)[0]
+    # The settings of another target need a forward of their own.
+    assert [method.target for method in calls] == ["cosine", "margin"]
+    for name, method in together.methods.items():
+        alone = Maps(method, num_batches=1)
+        found = trainer(tmp_path, alone).validate(module, data, verbose=False)[0]
+        prefix = f"attribution_{name}" if name else "attribution"
+        torch.testing.assert_close(together.found[prefix], alone.found["attribution"], rtol=0, atol=1e-6)
+        for scalar in IMAGE_SCALARS | TEXT_SCALARS:
+            assert scores[f"{prefix}/{scalar}"] == pytest.approx(found[f"attribution/{scalar}"], abs=1e-5, nan_ok=True)
+
+
+def test_tensorboard_has_a_chart_per_scalar_and_a_text_on_them(tmp_path, data, module):
+    metrics = AttributionMetrics({"": "matex", "center": "center_map"}, num_batches=1, per_finding=True)
+    other = AttributionMetrics({"prior_only": PriorOnly()}, num_batches=1)
+    trainer(tmp_path, metrics, other, max_epochs=2).fit(module, data)
+    logged = events(tmp_path)
+    scalars = logged.Tags()["scalars"]
+    (stored,) = logged.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(stored.tensor_proto.string_val[0])
+    charts = {category.title: {chart.title: chart for chart in category.chart} for category in layout.category}
+    assert {f"attribution/{name}" for name in charts["attribution"]} <= set(scalars)
+
+    def shown(chart):
+        # As TensorBoard reads a chart: each name is a regular expression for the beginning of a tag.
+        return [tag for name in chart.multiline.tag for tag in scalars if re.match(name, tag)]
+
+    tags = ["attribution/pointing_game", "attribution_center/pointing_game", "attribution_prior_only/pointing_game"]
+    assert shown(charts["attribution"]["pointing_game"]) == tags
+    assert shown(charts["attribution"]["consistency_mean"]) == ["attribution/consistency_mean"]
+    findings = shown(charts["attribution per finding"]["pointing_game of center"])
+    assert findings
+    assert all(tag.startswith("attribution_center/pointing_game/") for tag in findings)
+    (text,) = logged.Tensors("attribution/scalars/text_summary")
+    lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert {line.split("`")[1] for line in lines[2:]} == {tag.split("/")[1] for tag in scalars if "attribution" in tag}
+    assert "| `confidence_drop` | lower | Drop in cosine similarity" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({}, "methods is empty"),
+        ({"": {"lambda_s": 1.0}}, "Name a method first"),
+        ({"": "matex", "b": {"lamda_s": 1.0}}, "Matex has no setting 'lamda_s', which 'b' changes. Nearest: lambda_s"),
+        ({"": "matex", "b": {"lambda_s": -1.0}}, "lambda_s must be"),
+        ({"a/b": "matex"}, "The name 'a/b' of a method has other characters"),
+        ({"": "metax"}, "There is no method 'metax'"),
+    ],
+)
+def test_wrong_methods_are_refused(methods, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AttributionMetrics(methods)
 
 
 def test_no_logger_for_images_is_said_once(tmp_path, data, module):

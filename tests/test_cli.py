@@ -91,7 +91,7 @@ def test_phantom_config_from_fit_to_explain(here, images, capsys):
     fit_phantom(images)
     logged = EventAccumulator(str(here / "runs" / "phantom" / "version_0"), size_guidance={"images": 0}).Reload().Tags()
     assert sum(tag.startswith("maps/matex/") for tag in logged["images"]) == 9
-    beside = {f"attribution/{name}pointing_game" for name in ("", "no_prior/", "center/", "prior_only/")}
+    beside = {f"attribution{name}/pointing_game" for name in ("", "_no_prior", "_center", "_prior_only")}
     assert beside | {"val/zero_shot_top1", "val/zero_shot_auroc", "val/image_to_text_recall@1"} <= set(
         logged["scalars"]
     )
@@ -210,9 +210,9 @@ def test_shortcut_config_with_the_tag_and_without(here, images):
         assert (run / "checkpoints" / "last.ckpt").is_file()
         scalars.append(set(EventAccumulator(str(run)).Reload().Tags()["scalars"]))
     assert scalars[0] == scalars[1]
-    expected = {"outside_thorax_mass", "outside_thorax_mass/nodule", "no_prior/outside_thorax_mass/nodule"}
-    expected |= {"no_prior/prompt_sensitivity", "no_prior/prompt_sensitivity/nodule", "no_prior/side_sensitivity"}
-    assert {f"attribution/{name}" for name in expected} <= scalars[0]
+    expected = {"outside_thorax_mass", "outside_thorax_mass/nodule"}
+    expected |= {"prompt_sensitivity", "prompt_sensitivity/nodule", "side_sensitivity"}
+    assert {f"{method}/{name}" for name in expected for method in ("attribution", "attribution_no_prior")} <= scalars[0]
 
 
 def test_nih_config_from_scratch_and_from_a_checkpoint(here, images):

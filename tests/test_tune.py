@@ -504,7 +504,8 @@ def test_tuned_yaml_goes_wherever_a_method_does(images: Path, tmp_path: Path, tu
     # With a kappa that no shipped method has.
     _, result = tune(method=Matex(kappa=3.0))
     path = str(tmp_path / "out" / "tuned.yaml")
-    maps, metrics = AttributionMaps(path, num_pairs=1), AttributionMetrics(path, num_batches=1)
+    maps = AttributionMaps(path, num_pairs=1)
+    metrics = AttributionMetrics({"": path, "flat": {"lambda_s": 1.0}}, num_batches=1)
     run = Trainer(
         accelerator="cpu",
         max_steps=1,
@@ -522,7 +523,7 @@ def test_tuned_yaml_goes_wherever_a_method_does(images: Path, tmp_path: Path, tu
     assert "attribution/pointing_game" in run.callback_metrics
     assert maps.validations == 1
     row = next(row for row in compared_rows([path], "quick") if row.name == "tuned")
-    for method in (maps.method, metrics.method, row.method):
+    for method in (maps.method, metrics.methods[""], row.method):
         assert isinstance(method, Matex)
         assert method.settings == result["winner"]
 

@@ -269,31 +269,35 @@ class Matex(TwoTowerMethod):
         if len(set(lengths.values())) > 1:
             raise ValueError(f"The parts have different numbers of pairs: {lengths}. Slice all of them alike.")
         method = cls(**(parts["settings"] | changes))
-        method._check(parts)
+        problem = method.lacks(parts)
+        if problem:
+            raise ValueError(problem)
         if method.knowledge_prior != parts["settings"]["knowledge_prior"]:
             parts = parts | method._read(parts["phrases"])
         return method._fuse(parts)
 
-    def _check(self, parts: dict[str, Any]) -> None:
+    def lacks(self, parts: dict[str, Any]) -> str:
+        """Reason why `fuse` cannot give the maps of these settings from `parts`; empty if it can."""
         made, wanted = parts["settings"], self.settings
         for name in ("spatial_weight", "target", "references"):
             if wanted[name] != made[name]:
-                raise ValueError(
+                return (
                     f"The parts were made with {name}={made[name]!r} and cannot be fused with {wanted[name]!r}. Call "
                     "`attribute` with the new value."
                 )
         if self.flow == "rollout" and "rollout" not in parts:
-            raise ValueError(
+            return (
                 "The parts hold no rollout. Call `attribute` with flow='rollout'; its parts can also be fused as 'sum'."
             )
         held = parts["grad_blocks"].shape[1], parts["text_grad_blocks"].shape[1]
         needed = self.depths(parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1])
         if needed[0] > held[0] or needed[1] > held[1]:
-            raise ValueError(
+            return (
                 f"The parts hold the gradients of {held[0]} image and {held[1]} text blocks, but {needed[0]} and "
                 f"{needed[1]} are needed. Call `attribute` with grad_layers={self.grad_layers!r} and "
                 f"text_grad_layers={self.text_grad_layers!r}."
             )
+        return ""
 
     def depths(self, layers: int, text_layers: int) -> tuple[int, int]:
         """K of the image tower and of the text tower, at least 1, for the given numbers of layers."""
