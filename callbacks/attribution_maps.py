@@ -171,7 +171,7 @@ class AttributionMaps(Callback):
         for show_text in {self._shows_text(logger) for logger in trainer.loggers}:
             self._panels[show_text] = {}
             if batch is not None:
-                pictures = explain_batch(module, self.method, batch, subtitle, show_text=show_text)
+                pictures = explain_batch(module, self.method, batch, subtitle, show_text=show_text, stacked=True)
                 self._panels[show_text].update(zip(batch["id"], pictures, strict=True))
 
     def _shows_text(self, logger: Any) -> bool:

@@ -274,7 +274,11 @@ class AttributionMetrics(Callback):
         others = [other for other in trainer.callbacks if isinstance(other, AttributionMetrics)]  # type: ignore[attr-defined]
         if self is others[0] and not self._is_described:
             self._is_described = True
-            describe_scalars(trainer.loggers, [tag for other in others for tag in other.metrics], trainer.global_step)
+            methods = {
+                _prefix(name): type(method).__name__ for other in others for name, method in other.methods.items()
+            }
+            tags = [tag for other in others for tag in other.metrics]
+            describe_scalars(trainer.loggers, tags, methods, trainer.global_step)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.loggers import TensorBoardLogger
@@ -18,7 +18,7 @@ _TEXTS = {
 }
 
 
-def describe_scalars(loggers: Iterable[Any], tags: Sequence[str], step: int) -> None:
+def describe_scalars(loggers: Iterable[Any], tags: Sequence[str], methods: Mapping[str, str], step: int) -> None:
     """Log a text on the scalars, and charts that show all methods of a scalar together.
 
     The text `attribution/scalars` goes to all loggers that accept texts. The charts are a layout of TensorBoard's tab
@@ -27,9 +27,10 @@ def describe_scalars(loggers: Iterable[Any], tags: Sequence[str], step: int) -> 
     Args:
         loggers: Loggers of the trainer.
         tags: Tags of the scalars: `attribution/cnr`, `attribution_center/cnr`, `attribution/cnr/<finding>`.
+        methods: Names of the methods' classes by the prefix of their tags: `{"attribution_center": "CenterMap"}`.
         step: Step of the text.
     """
-    text = _text(tags)
+    text = _text(tags, methods)
     for logger in loggers:
         log_text(logger, "attribution/scalars", text, step)
         if isinstance(logger, TensorBoardLogger):
@@ -53,13 +54,16 @@ def _layout(tags: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     }
 
 
-def _text(tags: Sequence[str]) -> str:
-    """Markdown table of the scalars: name, better direction, meaning."""
-    names = dict.fromkeys(tag.split("/")[1] for tag in tags)
-    lines = ["| scalar | better | meaning |", "|---|---|---|"]
-    for name in names:
-        column = metric_columns({name.removeprefix("text_")}).get(name.removeprefix("text_"))
-        better = {True: "higher", False: "lower", None: ""}[column.higher_is_better if column else None]
+def _text(tags: Sequence[str], methods: Mapping[str, str]) -> str:
+    """Markdown tables of the methods, and of the scalars with an arrow to the better side."""
+    lines = ["| tags | method |", "|---|---|", *(f"| `{prefix}/` | {kind} |" for prefix, kind in methods.items())]
+    lines += ["", "| scalar | | meaning |", "|---|---|---|"]
+    for name in dict.fromkeys(tag.split("/")[1] for tag in tags):
+        base = name.removeprefix("text_")
+        column = metric_columns({base}).get(base)
+        arrow = {True: "↑", False: "↓", None: ""}[column.higher_is_better if column else None]
         meaning = column.description if column else _TEXTS[name]
-        lines.append(f"| `{name}` | {better} | {'For words: ' if name.startswith('text_') else ''}{meaning} |")
+        if base != name:
+            meaning = f"For words: {meaning[0].lower()}{meaning[1:]}"
+        lines.append(f"| `{name}` | {arrow} | {meaning} |")
     return "\n".join(lines)

@@ -14,12 +14,18 @@ from matex_pl.console import progress
 from matex_pl.data.pair import ImageTextBatch
 from matex_pl.maps import Attribution
 from matex_pl.visualization.draw import DESIGN_WIDTH, Picture
-from matex_pl.visualization.panel import panel
+from matex_pl.visualization.panel import CARD_WIDTH, panel
 from matex_pl.visualization.sheet import Entry, contact_sheet
 
 
 def explain_batch(
-    module: Any, method: AttributionMethod, batch: ImageTextBatch, subtitle: str, *, show_text: bool = True
+    module: Any,
+    method: AttributionMethod,
+    batch: ImageTextBatch,
+    subtitle: str,
+    *,
+    show_text: bool = True,
+    stacked: bool = False,
 ) -> list[Picture]:
     """One panel per pair of the batch, `(h, w, 3)` uint8 each.
 
@@ -29,9 +35,11 @@ def explain_batch(
         batch: Pairs, on any device.
         subtitle: Second line of the panels.
         show_text: Whether to write the phrase and the finding; if not, bars stand for the words.
+        stacked: Whether the map stands above the image, in the width of TensorBoard's cards.
     """
     maps, tokens = _attribute(module, method, batch)
-    return draw_panels(module.clip, maps, batch, tokens, subtitle, show_text=show_text)
+    width = CARD_WIDTH if stacked else DESIGN_WIDTH
+    return draw_panels(module.clip, maps, batch, tokens, subtitle, width, show_text=show_text, stacked=stacked)
 
 
 def draw_panels(
@@ -43,6 +51,7 @@ def draw_panels(
     width: int = DESIGN_WIDTH,
     *,
     show_text: bool = True,
+    stacked: bool = False,
 ) -> list[Picture]:
     """One panel per pair of the batch, `(h, width, 3)` uint8 each, from computed maps; see `explain_batch`."""
     return [
@@ -53,6 +62,7 @@ def draw_panels(
             subtitle=subtitle,
             width=width,
             show_text=show_text,
+            stacked=stacked,
             **_pair(clip, batch, tokens[row], maps.content[row], row, show_finding=show_text),
         )
         for row in range(len(batch["id"]))

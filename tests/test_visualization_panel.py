@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from matex_pl.visualization.draw import BACKGROUND, BOX_COLOR, INK, font, on_background, overlay, picture_grid, save_png
-from matex_pl.visualization.panel import panel
+from matex_pl.visualization.panel import CARD_WIDTH, panel
 from matex_pl.visualization.words import contrast, ink_on, line_length, phrase_pieces, wrap
 
 SIDE = 384
@@ -48,6 +48,25 @@ def test_size_depends_on_width_lines_and_aspect_alone():
     assert panel(**arguments(), text_lines=1).shape[0] < shape[0]
     tall = panel(**arguments(image=np.zeros((200, 100), np.uint8), heat=np.zeros((200, 100))))
     assert tall.shape[0] == shape[0] + SIDE
+
+
+def test_a_stacked_panel_is_legible_in_the_cards_of_tensorboard(monkeypatch):
+    sizes = []
+    for room in ("draw", "panel", "words"):
+        monkeypatch.setattr(f"matex_pl.visualization.{room}.font", lambda size: sizes.append(size) or font(size))
+    call = arguments(heat=hot_pixel(3, 4), boxes=[[0.2, 0.2, 0.6, 0.6]])
+    image = panel(**call, width=CARD_WIDTH, stacked=True)
+    card = 350 / CARD_WIDTH
+    assert min(sizes) * card >= 11
+    # The gray of the image, row by row: the map and the image stand one above the other, each almost as wide as a card.
+    widths = (image == 100).all(-1).sum(1)
+    assert widths.max() * card > 0.75 * 350
+    rows = np.flatnonzero(widths > 0.9 * widths.max())
+    assert np.diff(rows).max() > 20
+    assert len(rows) > 1.5 * widths.max()
+    # The map, with its cross, is on top.
+    tops = image[rows[0] : rows[0] + widths.max()], image[rows[-1] - widths.max() : rows[-1]]
+    assert (tops[0] == INK).all(-1).sum() > (tops[1] == INK).all(-1).sum()
 
 
 def test_panel_is_deterministic_and_leaves_its_inputs_alone():

@@ -269,9 +269,11 @@ def write(draw: ImageDraw.ImageDraw, left_base: tuple[int, int], text: str, ink:
     draw.text(left_base, cut(single_line(text), room, size), ink, font(size), anchor="ls")
 
 
-def write_header(draw: ImageDraw.ImageDraw, page: Page, title: str, subtitle: str, score: float | None = None) -> None:
-    """Write title and score on the first line, and the subtitle on the second."""
-    right, size = page.width - page.margin, page.px(23)
+def write_header(
+    draw: ImageDraw.ImageDraw, page: Page, title: str, subtitle: str, score: float | None = None, units: int = 23
+) -> None:
+    """Write title and score on the first line, in text of so many units, and the subtitle on the second."""
+    right, size = page.width - page.margin, page.px(units)
     room: float = right - page.margin
     if score is not None:
         # Adding 0.0 turns -0.0 into 0.0.

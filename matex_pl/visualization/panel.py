@@ -30,6 +30,9 @@ from matex_pl.visualization.draw import (
 from matex_pl.visualization.words import Piece, check_relevance, phrase_lines, phrase_pieces, write_phrase
 
 TEXT_LINES = 3
+# TensorBoard shows pictures at 350 pixels. There, the smallest text of a panel of this width has 11 pixels.
+CARD_WIDTH = 560
+_CARD_UNIT = 1 / 470
 # Replacement of a hidden word piece; the dashes are visible if its shade equals the background.
 _BAR = "----"
 
@@ -49,10 +52,12 @@ def panel(
     text_lines: int = TEXT_LINES,
     side_markers: bool = True,
     show_text: bool = True,
+    stacked: bool = False,
 ) -> Picture:
     """One pair as a picture `(h, width, 3)` uint8; h depends on `width`, `text_lines` and the image's aspect alone.
 
-    The image is on the left, the map over it on the right, both with the boxes. On a frontal radiograph R and L mark
+    The image is on the left, the map over it on the right, both with the boxes. In a stacked panel, the map over the
+    image is on top, and the text is larger. On a frontal radiograph R and L mark
     the patient's sides. A cross marks the map's maximum. Below is the phrase, with each word piece shaded by its
     relevance in the map's colors.
 
@@ -70,6 +75,7 @@ def panel(
         text_lines: Number of lines for the phrase; a longer phrase ends in an ellipsis.
         side_markers: Whether to draw R and L; False for lateral images.
         show_text: Whether to write the word pieces on their shades; otherwise these are bars of one length.
+        stacked: Whether the tiles stand one above the other, for the narrow cards of TensorBoard; see `CARD_WIDTH`.
 
     Raises:
         ValueError: If a shape, range or length does not fit; the message names the argument.
@@ -81,24 +87,29 @@ def panel(
         raise ValueError(f"width must be at least 200 pixels, got {width}.")
     if text_lines < 1:
         raise ValueError(f"text_lines must be at least 1, got {text_lines}.")
-    page = Page(width, width / DESIGN_WIDTH)
+    page = Page(width, width * _CARD_UNIT if stacked else width / DESIGN_WIDTH)
     pieces = phrase_pieces(phrase, tokens, check_relevance(relevance, len(tokens)))
     if not show_text:
         pieces = [replace(piece, text=_BAR) for piece in pieces]
 
-    side = (width - 2 * page.margin - page.px(16) - page.px(56)) // 2
+    room = width - 2 * page.margin
+    side = room - page.px(42) if stacked else (room - page.px(16) - page.px(56)) // 2
     large = resize(image, (side, max(1, round(side * image.shape[0] / image.shape[1]))))
-    tiles = [draw_tile(large, shown, boxes, page, side_markers=side_markers) for shown in (np.zeros_like(heat), heat)]
     remark = "cross at the maximum" if heat.max() > 0 else "all zero"
+    parts = [
+        (np.zeros_like(heat), f"image, {count_boxes(len(boxes))}"),
+        (heat, f"map over the image, {remark}"),
+    ][:: -1 if stacked else 1]
     return compose(
         page,
-        tiles,
-        captions=(f"image, {count_boxes(len(boxes))}", f"map over the image, {remark}"),
-        lines=phrase_lines(page, pieces, width - 2 * page.margin, text_lines),
+        [draw_tile(large, shown, boxes, page, side_markers=side_markers) for shown, _ in parts],
+        captions=[caption for _, caption in parts],
+        lines=phrase_lines(page, pieces, room, text_lines),
         text_lines=text_lines,
         title=title,
         subtitle=subtitle,
         score=score,
+        stacked=stacked,
     )
 
 
@@ -113,28 +124,29 @@ def compose(
     subtitle: str,
     score: float | None = None,
     scale: tuple[str, str] = ("0", "1"),
+    stacked: bool = False,
 ) -> Picture:
-    """Header, tiles side by side with a color bar to their right, and a phrase, as `(h, page.width, 3)` uint8.
+    """Header, tiles side by side or stacked with a color bar to their right, and a phrase: `(h, page.width, 3)` uint8.
 
     The tiles have one height and a caption each. `text_lines` is the number of lines reserved for `lines`, from
     `phrase_lines`. `scale` holds the values at the bottom and at the top of the color bar.
     """
-    top, height = page.px(88), tiles[0].shape[0]
-    bottom = top + height
-    phrase_top = bottom + page.px(48)
+    top, (height, width) = page.px(88), tiles[0].shape[:2]
+    across, down = (0, height + page.px(48)) if stacked else (width + page.px(16), 0)
+    corners = [(page.margin + place * across, top + place * down) for place in range(len(tiles))]
+    phrase_top = corners[-1][1] + height + page.px(48)
     canvas = blank_picture(phrase_top + text_lines * page.line_height + page.px(10), page.width)
-    lefts = [page.margin + place * (tiles[0].shape[1] + page.px(16)) for place in range(len(tiles))]
-    for left, tile in zip(lefts, tiles, strict=True):
-        paste(canvas, tile, left, top)
-    bar_left = lefts[-1] + tiles[-1].shape[1] + page.px(12)
+    for corner, tile in zip(corners, tiles, strict=True):
+        paste(canvas, tile, *corner)
+    bar_left = max(left for left, _ in corners) + width + page.px(12)
     draw_color_bar(canvas, (bar_left, top), (page.px(12), height))
 
     image = Image.fromarray(canvas)
     draw, size = ImageDraw.Draw(image), page.px(15)
-    write_header(draw, page, title, subtitle, score)
-    for left, tile, caption in zip(lefts, tiles, captions, strict=True):
-        write(draw, (left, bottom + page.px(24)), caption, FAINT_INK, size, tile.shape[1])
-    for value, y, anchor in zip(scale, (bottom, top), ("lb", "lt"), strict=True):
+    write_header(draw, page, title, subtitle, score, 18 if stacked else 23)
+    for (left, above), caption in zip(corners, captions, strict=True):
+        write(draw, (left, above + height + page.px(24)), caption, FAINT_INK, size, width)
+    for value, y, anchor in zip(scale, (top + height, top), ("lb", "lt"), strict=True):
         draw.text((bar_left + page.px(18), y), value, FAINT_INK, font(size), anchor=anchor)
     write_phrase(draw, page, lines, (page.margin, phrase_top))
     return np.array(image)
