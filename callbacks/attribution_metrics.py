@@ -171,7 +171,8 @@ class AttributionMetrics(Callback):
         clip, (images, tokens) = pl_module.clip, pl_module.inputs(batch)
         maps = attribute_methods(self.methods, clip, images, tokens, batch["phrase"], batch["content_box"])
         # The embeddings of the validation step would differ under autocast.
-        image, text = embed_pairs(clip, images, tokens)
+        known = [found.parts["embeddings"] for found in maps.values() if "embeddings" in found.parts]
+        image, text = known[0] if known else embed_pairs(clip, images, tokens)
         score = (image * text).sum(-1)
         for method, found in maps.items():
             prefix = _prefix(method)

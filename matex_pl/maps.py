@@ -20,7 +20,8 @@ class Attribution:
         text: `(B, T)` token maps in [0, 1]; 0 on special and pad tokens.
         content: `(B, T)` bool mask of the content tokens.
         score: `(B,)` cosines of the pairs.
-        parts: Components of the method by name. Each method's docstring lists its components.
+        parts: Components of the method by name. Each method's docstring lists its components. Methods with a forward
+            for their score have its `embeddings`, unit vectors of images and of phrases, `(B, D)` each.
     """
 
     image: Tensor

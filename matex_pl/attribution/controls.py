@@ -32,14 +32,28 @@ class Control(AttributionMethod):
         check_pairs(clip, images, tokens, phrases, content_box)
         with borrowed(clip):
             check_embeddings(clip, images, tokens)
-            score = full_precision(clip.similarity(images, tokens))
+            embeddings = full_precision(clip.encode_image(images)), full_precision(clip.encode_text(tokens))
+            return self.draw(clip, images, tokens, phrases, content_box, embeddings)
+
+    def draw(
+        self,
+        clip: Clip,
+        images: Tensor,
+        tokens: Tensor,
+        phrases: Sequence[str],
+        content_box: Tensor | None,
+        embeddings: tuple[Tensor, Tensor],
+    ) -> Attribution:
+        """Maps of B pairs without a forward, from their unit embeddings `(B, D)`; see `AttributionMethod.attribute`."""
+        with borrowed(clip):
+            score = (embeddings[0] * embeddings[1]).sum(-1)
             check_scores(score, phrases)
             image = self._draw(clip, images, phrases, content_box)
             content = clip.content(tokens)
             text = torch.zeros(tokens.shape, device=tokens.device)
             if self.supports_text:
                 text = token_map(self._draw_words(clip, images, tokens, phrases), content)
-            return Attribution(image, patch_mean(image, clip.grid), text, content, score)
+            return Attribution(image, patch_mean(image, clip.grid), text, content, score, {"embeddings": embeddings})
 
     @abstractmethod
     def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:

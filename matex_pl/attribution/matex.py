@@ -225,7 +225,7 @@ class Matex(TwoTowerMethod):
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None
     ) -> Attribution:
         with borrowed(clip):
-            patches, words, content, score = self._relevance(clip, images, tokens, phrases)
+            patches, words, content, score, embeddings = self._relevance(clip, images, tokens, phrases)
             assert words is not None
             parts: dict[str, Any] = {"content": content, "score": score}
             for name, part in {"grad_blocks": patches.values, **patches.parts}.items():
@@ -235,6 +235,7 @@ class Matex(TwoTowerMethod):
                 parts[f"text_{name}"] = part
             check_scores(score, phrases, *parts.values())
             parts |= self._read(phrases) | {
+                "embeddings": embeddings,
                 "content_box": None if content_box is None else content_box.clone(),
                 "phrases": list(phrases),
                 "size": clip.image_size,

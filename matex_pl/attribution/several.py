@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from matex_pl.attribution.base import AttributionMethod
+from matex_pl.attribution.controls import Control
 from matex_pl.attribution.matex import Matex
 from matex_pl.clip.model import Clip
 from matex_pl.maps import Attribution
@@ -22,17 +23,19 @@ def attribute_methods(
 ) -> dict[str, Attribution]:
     """Maps of B pairs by each method; the arguments are those of `AttributionMethod.attribute`.
 
-    Settings of MATEX that `Matex.fuse` can reach from earlier ones share their forward and backward.
+    Settings of MATEX that `Matex.fuse` can reach from earlier ones share their forward and backward. Controls take the
+    embeddings of an earlier method.
     """
     maps: dict[str, Attribution] = {}
     for name, method in methods.items():
-        maps[name] = _fused(method, maps.values()) or method.attribute(clip, images, tokens, phrases, content_box)
+        made = [found.parts for found in maps.values()]
+        embeddings = [parts["embeddings"] for parts in made if "embeddings" in parts]
+        components = [parts for parts in made if type(method) is Matex and "grad_blocks" in parts]
+        fusable = [parts for parts in components if not method.lacks(parts)]  # type: ignore[attr-defined]
+        if fusable:
+            maps[name] = Matex.fuse(fusable[0], **method.settings)
+        elif embeddings and isinstance(method, Control):
+            maps[name] = method.draw(clip, images, tokens, phrases, content_box, embeddings[0])
+        else:
+            maps[name] = method.attribute(clip, images, tokens, phrases, content_box)
     return maps
-
-
-def _fused(method: AttributionMethod, made: Iterable[Attribution]) -> Attribution | None:
-    """Maps of MATEX from the parts of an earlier setting; None if there is no such setting."""
-    if type(method) is not Matex:
-        return None
-    parts = (found.parts for found in made if "grad_blocks" in found.parts)
-    return next((Matex.fuse(part, **method.settings) for part in parts if not method.lacks(part)), None)

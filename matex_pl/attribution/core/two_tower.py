@@ -39,6 +39,24 @@ class Relevance:
     parts: dict[str, Any] = field(default_factory=dict)
 
 
+class Explained(NamedTuple):
+    """Relevance of B pairs.
+
+    Attributes:
+        patches: Relevance of the images.
+        words: Relevance of the tokens; None for methods without maps of words.
+        content: `(B, T)` mask of the content tokens.
+        score: `(B,)` cosines.
+        embeddings: Unit embeddings of images, `(B, D)` or `(1, D)` of one image, and of phrases, `(B, D)`.
+    """
+
+    patches: Relevance
+    words: Relevance | None
+    content: Tensor
+    score: Tensor
+    embeddings: tuple[Tensor, Tensor]
+
+
 class Trace(NamedTuple):
     """One forward of a tower, and its relevance function.
 
@@ -274,7 +292,7 @@ class TwoTowerMethod(AttributionMethod):
         dtype = clip.std.dtype
         with borrowed(clip):
             check_embeddings(clip, images, tokens)
-            patches, words, content, score = self._relevance(clip, images, tokens, phrases)
+            patches, words, content, score, embeddings = self._relevance(clip, images, tokens, phrases)
             if patches.values.ndim == 2:
                 grid = min_max(patches.values.unflatten(1, clip.grid), dtype=dtype)
                 image = min_max(upsample(grid, clip.image_size))
@@ -282,17 +300,14 @@ class TwoTowerMethod(AttributionMethod):
                 image = min_max(patches.values, dtype=dtype)
                 grid = patch_mean(image, clip.grid)
             image, grid = (part.expand(len(score), -1, -1) for part in (image, grid))
+            parts = patches.parts | {"embeddings": embeddings}
             if words is None:
-                return Attribution(
-                    image, grid, torch.zeros_like(content, dtype=grid.dtype), content, score, patches.parts
-                )
-            parts = patches.parts | {f"text_{name}": part for name, part in words.parts.items()}
+                return Attribution(image, grid, torch.zeros_like(content, dtype=grid.dtype), content, score, parts)
+            parts |= {f"text_{name}": part for name, part in words.parts.items()}
             return Attribution(image, grid, token_map(words.values, content, dtype=dtype), content, score, parts)
 
-    def _relevance(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]
-    ) -> tuple[Relevance, Relevance | None, Tensor, Tensor]:
-        """Relevance of the images and of the tokens, content `(B, T)` and score `(B,)`, inside `borrowed`."""
+    def _relevance(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Explained:
+        """Relevance of the images and of the tokens, inside `borrowed`."""
         images, tokens = images.detach().clone(), tokens.clone()
         image_tower = ImageTower(clip, images, lambda: count_blocks(clip, images, tokens)[0])
         text_tower = TextTower(clip, tokens, lambda: count_blocks(clip, images, tokens)[1])
@@ -306,4 +321,4 @@ class TwoTowerMethod(AttributionMethod):
         words = text_relevance_for(by_text) if text_relevance_for else None
         for side in (patches, words) if words else (patches,):
             check_scores(score, phrases, side.values.expand(len(score), *side.values.shape[1:]))
-        return patches, words, text_tower.keep, score
+        return Explained(patches, words, text_tower.keep, score, (image, text))
