@@ -13,6 +13,7 @@ from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.capture import capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import first_row, gradient_by_attention, gradients_of
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 from matex_pl.clip.towers import Pooling
 
 
@@ -38,6 +39,7 @@ class Chefer(TwoTowerMethod):
         kwargs: `references` of `TwoTowerMethod`.
     """
 
+    reads: ClassVar[Reads] = "blocks"
     cost: ClassVar[str] = "1 forward and a backward through the blocks from start_layer on"
 
     def __init__(

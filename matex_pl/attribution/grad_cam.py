@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.relevance import gradients_of
-from matex_pl.attribution.core.stream import Stream
+from matex_pl.attribution.core.stream import Stream, output_of
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 from matex_pl.clip.towers import original
 from matex_pl.maps import full_precision, min_max
 
@@ -25,7 +27,7 @@ class GradCam(TwoTowerMethod):
     - `hires`: `max(0, sum over channels of g * a)`
 
     Each layer is min-maxed before several are averaged. In a ResNet, or in a block without a first norm, a is the input
-    of the attention pool or of the block.
+    of the attention pool or of the block. For two functions (`Clip.from_encoders`) a is the output of the named layer.
 
     The argument `at` selects the published form of `gradcam`:
 
@@ -49,6 +51,7 @@ class GradCam(TwoTowerMethod):
         ValueError: If `layers` is empty, or `hires` is combined with `input`.
     """
 
+    reads: ClassVar[Reads] = "layer"
     cost: ClassVar[str] = "1 forward and a backward to the first of the layers"
 
     def __init__(
@@ -70,6 +73,8 @@ class GradCam(TwoTowerMethod):
 
     def trace(self, tower: Tower) -> Trace:
         """Run one forward, recording the tokens of the layers."""
+        if tower.layer is not None:
+            return self._trace_layer(tower, tower.layer)
         stream = Stream(tower.blocks or [original(tower.clip.model.visual).attnpool])
         places = sorted({block_index(layer, len(stream.blocks)) for layer in self.layers})
         with stream.capture(cut=places[:1]):
@@ -79,12 +84,24 @@ class GradCam(TwoTowerMethod):
             handles = [stream.before[place] for place in places]
             if self.at == "norm":
                 handles = [stream.normed.get(place, before) for place, before in zip(places, handles, strict=True)]
-            keep = tower.keep.expand(len(direction), -1)
-            gradients = gradients_of(embedding, handles, direction)
-            maps = [self._layer(tower, *pair, keep) for pair in zip(handles, gradients, strict=True)]
-            return Relevance(torch.stack(maps).mean(0))
+            return self._relevance_of(tower, embedding, handles, direction)
 
         return Trace(embedding, relevance_for)
+
+    def _trace_layer(self, tower: Tower, layer: nn.Module) -> Trace:
+        """Run one forward of an encoder with a single named layer, recording its output."""
+        for index in self.layers:
+            block_index(index, 1)
+        with output_of(layer) as outputs:
+            embedding = tower.encode()
+        return Trace(embedding, lambda direction: self._relevance_of(tower, embedding, outputs, direction))
+
+    def _relevance_of(self, tower: Tower, embedding: Tensor, handles: Sequence[Tensor], direction: Tensor) -> Relevance:
+        """Mean of the maps of the layers whose tokens are `handles`."""
+        keep = tower.keep.expand(len(direction), -1)
+        gradients = gradients_of(embedding, handles, direction)
+        maps = [self._layer(tower, *pair, keep) for pair in zip(handles, gradients, strict=True)]
+        return Relevance(torch.stack(maps).mean(0))
 
     def _layer(self, tower: Tower, tokens: Tensor, gradient: Tensor, keep: Tensor) -> Tensor:
         # The input of a ResNet's pool is `(B, C, Gh, Gw)`.

@@ -12,6 +12,7 @@ from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.capture import capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradients_of, loosened_term, row_weights
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 
 
 class GradEclip(TwoTowerMethod):
@@ -31,6 +32,7 @@ class GradEclip(TwoTowerMethod):
         kwargs: `target` and `references` of `TwoTowerMethod`.
     """
 
+    reads: ClassVar[Reads] = "blocks"
     cost: ClassVar[str] = "1 forward and a backward through image_blocks and text_blocks blocks"
 
     def __init__(

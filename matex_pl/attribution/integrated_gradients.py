@@ -11,6 +11,7 @@ from torch import Tensor
 from matex_pl.arguments import check_choices, check_positive
 from matex_pl.attribution.core.fill import Fill, fill_images
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, TextTower, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 from matex_pl.console import progress
 from matex_pl.maps import full_precision
 
@@ -36,6 +37,7 @@ class IntegratedGradients(TwoTowerMethod):
       make them smaller
     """
 
+    reads: ClassVar[Reads] = "gradients"
     cost: ClassVar[str] = "2 forwards, and `steps` forwards and backwards"
 
     def __init__(

@@ -12,6 +12,7 @@ from matex_pl.attribution.core.capture import GradBlock, capture_attention, grad
 from matex_pl.attribution.core.relevance import gradient_by_attention, gradients_of
 from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 
 
 class LeGrad(TwoTowerMethod):
@@ -32,6 +33,7 @@ class LeGrad(TwoTowerMethod):
         kwargs: `target` and `references` of `TwoTowerMethod`.
     """
 
+    reads: ClassVar[Reads] = "blocks"
     cost: ClassVar[str] = "1 forward, 1 backward, and the tower's head once per block"
 
     def __init__(self, num_blocks: int | None = None, **kwargs: Any) -> None:

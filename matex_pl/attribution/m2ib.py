@@ -12,6 +12,7 @@ from matex_pl.arguments import check_positive
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 from matex_pl.console import progress
 from matex_pl.maps import full_precision
 
@@ -51,6 +52,7 @@ class M2ib(TwoTowerMethod):
     `parts` holds `capacity` `(B,)` and `text_capacity` `(B,)`: mean capacity in nats per number of the stream.
     """
 
+    reads: ClassVar[Reads] = "blocks"
     cost: ClassVar[str] = "1 forward, and `steps` times `copies` forwards and backwards of the blocks after `block`"
 
     def __init__(

@@ -24,6 +24,7 @@ from matex_pl.attribution.core.relevance import (
     softmax_term,
 )
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 from matex_pl.clip.model import Clip
 from matex_pl.maps import Attribution, min_max, patch_mean, token_map, upsample
 
@@ -102,6 +103,7 @@ class Matex(TwoTowerMethod):
     - `phrases`, image size, `content`, `score` and the settings.
     """
 
+    reads: ClassVar[Reads] = "blocks"
     cost: ClassVar[str] = (
         "1 forward and a backward through the last grad_layers and text_grad_layers blocks; once per model a forward "
         "of one pair, and for the margin once per weights the references"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 from matex_pl.maps import full_precision
 
 
@@ -19,6 +20,7 @@ class PatchSimilarity(TwoTowerMethod):
     """
 
     supports_text: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "blocks"
     cost: ClassVar[str] = "1 forward, and the tower's head once per patch"
 
     def trace(self, tower: Tower) -> Trace:

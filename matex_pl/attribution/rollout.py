@@ -9,6 +9,7 @@ from torch import Tensor
 from matex_pl.attribution.core.capture import capture_attention
 from matex_pl.attribution.core.relevance import rollout_row
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 
 
 class Rollout(TwoTowerMethod):
@@ -21,6 +22,7 @@ class Rollout(TwoTowerMethod):
     show the attention of that layer.
     """
 
+    reads: ClassVar[Reads] = "blocks"
     cost: ClassVar[str] = "1 forward"
 
     def __init__(self) -> None:

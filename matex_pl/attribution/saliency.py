@@ -9,6 +9,7 @@ from torch import Tensor
 
 from matex_pl.attribution.core.relevance import gradients_of
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
+from matex_pl.clip.encoders import Reads
 from matex_pl.maps import full_precision
 
 
@@ -22,6 +23,7 @@ class Saliency(TwoTowerMethod):
     here.
     """
 
+    reads: ClassVar[Reads] = "gradients"
     cost: ClassVar[str] = "1 forward and 1 backward"
 
     def trace(self, tower: Tower) -> Trace:

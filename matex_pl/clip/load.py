@@ -74,7 +74,7 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     else:
         config = config | _resized(config["model_cfg"], size, name)
         model, tokenizer = _from_config(config, name, recorded.files if recorded else {})
-    _check_patches(model.visual, name)
+    towers.check_patches(model.visual, short(name))
     preprocess = open_clip.get_model_preprocess_cfg(model)
     described = {"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess}
     # With JSON types only, a checkpoint that holds the config loads without running code.
@@ -229,18 +229,6 @@ def _resized(config: dict[str, Any], size: list[int] | None, name: str) -> dict[
             "out."
         )
     return {"model_cfg": {**config, "vision_cfg": {**vision, "image_size": size}}}
-
-
-def _check_patches(visual: Any, name: str) -> None:
-    """Raise ValueError if the input is not a whole number of patches."""
-    trunk = getattr(visual, "trunk", None)
-    patch = towers.height_width(getattr(getattr(trunk, "patch_embed", visual), "patch_size", None) or 1)
-    size = towers.height_width(visual.image_size)
-    if size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(
-            f"The input of {short(name)}, {size} pixels, is not a whole number of its {patch} patches. Set image_size "
-            "to a multiple of the patch size."
-        )
 
 
 def _from_config(config: dict[str, Any], name: str, files: Mapping[str, Tensor]) -> tuple[nn.Module, Any]:

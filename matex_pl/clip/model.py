@@ -1,19 +1,23 @@
-"""`Clip`: an open_clip model with its tokenizer and preprocessing."""
+"""`Clip`: a model with its tokenizer and preprocessing."""
 
 from __future__ import annotations
 
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, bytes_to_unicode
 from torch import Tensor, nn
 
 from matex_pl.clip import towers
+from matex_pl.clip.adapters import adapted
+from matex_pl.clip.encoders import DualEncoder
+from matex_pl.clip.preprocess import normalization
 from matex_pl.clip.record import differences, listed, recorded_config, tower_differences
+from matex_pl.clip.tokenizer import adapted_tokenizer, has_clip_pieces
 from matex_pl.clip.towers import Pooling
 from matex_pl.clip.weights import PREFIX, key_misfit, plain_state, refuse_nan, short
 
@@ -25,13 +29,16 @@ _WORD_MARKS = ("▁", "Ġ")
 
 
 class Clip(nn.Module):
-    """An open_clip model with its tokenizer and the normalization of its images.
+    """A model with its tokenizer and the normalization of its images.
+
+    `load_clip` builds one by name or from a file, `Clip.wrap` from a model in memory, and `Clip.from_encoders` from two
+    functions.
 
     The buffer `mean_image`, `(1, H, W)` in [0, 1], is the position-wise mean of the training images. It replaces
     removed pixels. It is NaN until a data module sets it.
 
     Args:
-        model: An open_clip model with `encode_image`, `encode_text` and `visual`.
+        model: A model of open_clip, or an adapter with `encode_image`, `encode_text`, `visual` and `logit_scale`.
         tokenizer: The model's tokenizer.
         config: `{"model_cfg": ..., "preprocess_cfg": ...}` in the form of open_clip's `open_clip_config.json`, in plain
             JSON types. A checkpoint stores the config, and `load_clip` rebuilds the model from it.
@@ -39,8 +46,6 @@ class Clip(nn.Module):
 
     # Towers of five libraries have these members, and no type describes them all.
     model: Any
-    mean: Tensor
-    std: Tensor
     mean_image: Tensor
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: dict[str, Any]) -> None:
@@ -53,8 +58,113 @@ class Clip(nn.Module):
         self._rows: dict[str, Tensor] = {}
         for name in ("mean", "std"):
             values = torch.tensor(config["preprocess_cfg"][name], dtype=torch.float32).view(3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+            self.register_buffer(f"_{name}", values, persistent=False)
         self.register_buffer("mean_image", torch.full((1, *self.image_size), torch.nan))
+
+    @classmethod
+    def wrap(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        preprocess: Any = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+    ) -> Clip:
+        """A `Clip` around a model in memory, which keeps its own weights: no tensor is copied.
+
+        Maps follow each training step of the model, and gradients reach its parameters. The model's mode, device and
+        dtype stay as they are. Models of open_clip, and `CLIPModel` and `SiglipModel` of transformers are taken, also
+        with adapters of PEFT, such as LoRA.
+
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer of open_clip or transformers, or its processor of transformers.
+            preprocess: The model's transform of torchvision, as open_clip returns it, or its image processor of
+                transformers. Only mean, deviation and size are read from it.
+            mean: Mean of the model's images in [0, 1], per channel or of all; by default that of `preprocess`, of the
+                processor, or of a model of open_clip.
+            std: Deviation of the model's images, as `mean`.
+
+        Raises:
+            NotImplementedError: The model is of another class.
+            ValueError: Mean or deviation is missing, sources contradict each other, or the tokenizer or the
+                preprocessing is not the model's.
+        """
+        name = type(model).__name__
+        inner = adapted(model)
+        described: Any = towers.original(inner)
+        length = getattr(described, "context_length", None) or towers.text_tower(inner).context_length
+        towers.check_patches(described.visual, name)
+        size = towers.height_width(described.visual.image_size)
+        own = getattr(described.visual, "preprocess_cfg", {})
+        processor = getattr(tokenizer, "image_processor", None)
+        words = adapted_tokenizer(tokenizer, length)
+        config = _config(name, length, normalization(own, (preprocess, processor), mean, std, size))
+        clip = cls(inner, words, config)
+        rows, most = towers.token_embedding(inner).num_embeddings, int(clip.tokenize([_PROBE]).max())  # type: ignore[arg-type]
+        if most >= rows:
+            raise ValueError(
+                f"The tokenizer gives the id {most}, but {name} has embeddings of {rows} tokens. Give the tokenizer of "
+                "the model."
+            )
+        return clip
+
+    @classmethod
+    def from_encoders(
+        cls,
+        model: nn.Module,
+        encode_image: Callable[[Tensor], Tensor],
+        encode_text: Callable[[Tensor], Tensor],
+        tokenizer: Any,
+        image_size: int | Sequence[int],
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
+        layer: str | None = None,
+        text_layer: str | None = None,
+        grid: tuple[int, int] | None = None,
+        context_length: int | None = None,
+    ) -> Clip:
+        """A `Clip` around any two encoders in memory, which keep their weights.
+
+        Methods that need inputs, scores and gradients work: `Saliency`, `IntegratedGradients`, `Rise`, `KernelShap`,
+        `SubmodularRegions`, the controls, and with `layer` `GradCam`. The others read attention or tokens of every
+        block, and raise NotImplementedError.
+
+        Args:
+            model: Module that holds the weights of both encoders. Explanations set it to eval mode and restore it.
+                Its `logit_scale`, if there is one, is the logarithm of the factor between cosines and logits.
+            encode_image: Function from normalized images `(B, 3, H, W)` to embeddings `(B, D)` in the common space.
+            encode_text: Function from token ids `(B, T)` to embeddings `(B, D)`. It masks the padding itself.
+            tokenizer: Tokenizer of open_clip or transformers, or a processor of transformers.
+            image_size: Side of the square input in pixels, or height and width.
+            mean: Mean of the model's images in [0, 1], per channel or of all.
+            std: Deviation of the model's images, as `mean`.
+            layer: Name in `model` of the layer of the image encoder that `GradCam` reads (`image_encoder.layer4`). Its
+                output is `(B, C, h, w)`, or `(B, n, C)` with the patches last.
+            text_layer: Name in `model` of a layer of the text encoder with output `(B, T, C)`, for the words of
+                `GradCam`; the word embeddings by default.
+            grid: Rows and columns of the raster of maps; that of `layer` by default.
+            context_length: Number of tokens that phrases are padded or cut to; that of the tokenizer by default.
+
+        Raises:
+            ValueError: A function gives no embeddings, a layer is missing, or the raster is unknown.
+        """
+        size = towers.height_width(image_size)
+        words = adapted_tokenizer(tokenizer, context_length)
+        shape = None if grid is None else towers.height_width(grid)
+        encoders = DualEncoder(model, encode_image, encode_text, size, words([_PROBE]), layer, text_layer, shape)
+        stated = normalization({}, (getattr(tokenizer, "image_processor", None),), mean, std, size)
+        return cls(encoders, words, _config(type(model).__name__, words.context_length, stated))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the images per channel, `(3, 1, 1)`, with the device and dtype of the weights."""
+        return self._mean.to(towers.image_weight(self.model))
+
+    @property
+    def std(self) -> Tensor:
+        """Deviation of the images per channel, `(3, 1, 1)`, with the device and dtype of the weights."""
+        return self._std.to(towers.image_weight(self.model))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load weights. A checkpoint of 0.1 names the mean image `mean_film`."""
@@ -84,12 +194,20 @@ class Clip(nn.Module):
 
     @property
     def pad_id(self) -> int:
-        """Token id that fills a phrase up to the context length."""
-        tokenizer = getattr(self.tokenizer, "tokenizer", None)
-        return int(getattr(tokenizer, "pad_token_id", None) or 0)
+        """Token id that fills a phrase up to the context length, and stands for removed words.
+
+        It is 0 for CLIP's tokenizer, also where a tokenizer of transformers pads with the end of text. The tower pools
+        the first end of text, and a removed word would become that.
+        """
+        words = getattr(self.tokenizer, "tokenizer", None)
+        if words is None or has_clip_pieces(words):
+            return 0
+        return int(words.pad_token_id or 0)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images normalized by the model's mean and deviation: `(B, 3, H, W)` uint8, or float in [0, 1], to float.
+
+        The result has the device and dtype of the weights.
 
         Raises:
             ValueError: The size of the images is not the size of the model's input.
@@ -99,9 +217,11 @@ class Clip(nn.Module):
                 f"The images are {tuple(images.shape[-2:])} pixels, the model takes {self.image_size}. "
                 "Set the data module's image_size to the model's, or leave image_size out."
             )
+        mean, std = self.mean, self.std
+        images = images.to(mean.device)
         if images.dtype == torch.uint8:
             images = images / 255
-        return ((images - self.mean) / self.std).to(self.std.dtype)
+        return ((images - mean) / std).to(std.dtype)
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Inputs of the model for a batch: normalized images `(B, 3, H, W)` and tokens `(B, T)`."""
@@ -171,10 +291,13 @@ class Clip(nn.Module):
         For CLIP tokenizers, content tokens are the positions strictly between BOS and EOT, because their pad id is also
         the word piece "!". For other tokenizers, content tokens are all ids that are not special.
         """
+        position = torch.arange(tokens.shape[1], device=tokens.device)
         if isinstance(self.tokenizer, SimpleTokenizer):
-            position = torch.arange(tokens.shape[1], device=tokens.device)
             return (position > 0) & (position < tokens.argmax(1, keepdim=True))
-        special = torch.tensor(self.tokenizer.tokenizer.all_special_ids, device=tokens.device)
+        words = self.tokenizer.tokenizer
+        if has_clip_pieces(words):
+            return (position > 0) & (position < tokens.eq(words.eos_token_id).int().argmax(1, keepdim=True))
+        special = torch.tensor(words.all_special_ids, device=tokens.device)
         return ~torch.isin(tokens, special)
 
     def pieces(self, tokens: Tensor) -> list[str]:
@@ -183,11 +306,13 @@ class Clip(nn.Module):
         If a character is cut into several pieces, the last of them holds the character.
         """
         ids = [int(token) for token in tokens]
-        if isinstance(self.tokenizer, SimpleTokenizer):
-            raw = [self.tokenizer.decoder[index] for index in ids]
+        is_open_clip = isinstance(self.tokenizer, SimpleTokenizer)
+        if is_open_clip or has_clip_pieces(self.tokenizer.tokenizer):
+            table = self.tokenizer.decoder if is_open_clip else None
+            raw = [table[index] for index in ids] if table else self.tokenizer.tokenizer.convert_ids_to_tokens(ids)
             begins = [before.endswith("</w>") for before in ["</w>", *raw][: len(raw)]]
             decode = getincrementaldecoder("utf-8")("replace").decode
-            to_byte = self.tokenizer.byte_decoder
+            to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
             texts = [decode(bytes(to_byte[character] for character in piece.removesuffix("</w>"))) for piece in raw]
         else:
             raw = self.tokenizer.tokenizer.convert_ids_to_tokens(ids)
@@ -216,3 +341,10 @@ class Clip(nn.Module):
     def similarity(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Cosine of each pair: `(B, 3, H, W)` and `(B, T)` to `(B,)`."""
         return (self.encode_image(images) * self.encode_text(tokens)).sum(-1)
+
+
+def _config(name: str, context_length: int, preprocess: dict[str, Any]) -> dict[str, Any]:
+    """Config of a model in memory, in the form of open_clip's; no model can be built from it."""
+    size = {"image_size": preprocess["size"]}
+    model = {"wrapped": name, "vision_cfg": size, "text_cfg": {"context_length": context_length}}
+    return {"model_cfg": model, "preprocess_cfg": preprocess}

@@ -1,4 +1,4 @@
-"""Structure of open_clip's towers: the raster of patches, the blocks, and the pooling of tokens into an embedding."""
+"""Structure of the towers: the raster of patches, the blocks, and the pooling of tokens into an embedding."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from timm.models import beit, eva
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from matex_pl.clip.adapters import TransformersImageTower, TransformersTextTower
+from matex_pl.clip.encoders import DualEncoder
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,12 @@ def text_tower(model: nn.Module) -> Any:
     return original(getattr(original(model), "text", model))
 
 
+def image_weight(model: nn.Module) -> Tensor:
+    """A weight of the image tower, whose device and dtype its images need: the first filter, or the first of all."""
+    # Some models keep norms and embeddings in another precision.
+    return next((weight for weight in model.parameters() if weight.ndim == 4), next(model.parameters()))
+
+
 def patch_grid(visual: nn.Module) -> tuple[int, int]:
     """Rows and columns of the patches of an image tower.
 
@@ -98,6 +107,8 @@ def _image_kind(tower: Any) -> tuple[str, str]:
     """Kind of pooling of an image tower, empty if unsupported, and the reason for that case."""
     if isinstance(tower, ModifiedResNet):
         return "token", ""
+    if isinstance(tower, TransformersImageTower):
+        return "token" if tower.attn_pool is None else "query", ""
     if isinstance(tower, VisionTransformer):
         if tower.attn_pool is None:
             return {"tok": "token", "avg": "mean"}.get(tower.pool_type, ""), f"its pooling is {tower.pool_type!r}"
@@ -192,6 +203,10 @@ def text_blocks(model: nn.Module) -> list[nn.Module]:
         NotImplementedError: A Hugging Face tower does not store its blocks as BERT does.
     """
     tower = text_tower(model)
+    if isinstance(tower, TransformersTextTower):
+        return tower.blocks
+    if isinstance(tower, DualEncoder):
+        raise NotImplementedError(not_explained("text", tower, "a function shows no blocks"))
     if not isinstance(tower, HFTextEncoder):
         return list(tower.transformer.resblocks)
     layers = getattr(getattr(tower.transformer, "encoder", None), "layer", None)
@@ -203,7 +218,8 @@ def text_blocks(model: nn.Module) -> list[nn.Module]:
 
 def block_norm(block: Any) -> nn.Module | None:
     """Norm between a block's residual stream and its attention; None if the stream itself is normalized, as in BERT."""
-    return getattr(block, "ln_1", getattr(block, "norm1", None))
+    # Names in open_clip, timm and transformers.
+    return next((getattr(block, name) for name in ("ln_1", "norm1", "layer_norm1") if hasattr(block, name)), None)
 
 
 def token_embedding(model: nn.Module) -> nn.Module:
@@ -227,6 +243,10 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     if isinstance(tower, HFTextEncoder):
         filled = (tokens != tower.config.pad_token_id).any(0)
         return model.encode_text(tokens[:, : int(filled.nonzero().max()) + 1] if filled.any() else tokens)
+    if isinstance(tower, TransformersTextTower):
+        # SigLIP's end of text is its last position.
+        used = int(_text_position(tower, tokens).max()) + 1 if tower.is_causal else tokens.shape[1]
+        return model.encode_text(tokens[:, :used])
     mask = getattr(tower, "attn_mask", None)
     if mask is None or _text_rule(tower) not in ("argmax", "eos"):
         return model.encode_text(tokens)
@@ -240,12 +260,24 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     return output["text_features"] if isinstance(output, dict) else output[1]
 
 
-def not_explained(side: str, tower: nn.Module, reason: str) -> str:
+def check_patches(visual: Any, name: str) -> None:
+    """Raise ValueError if the input of an image tower is not a whole number of patches; `name` is in the message."""
+    trunk = getattr(visual, "trunk", None)
+    patch = height_width(getattr(getattr(trunk, "patch_embed", visual), "patch_size", None) or 1)
+    size = height_width(visual.image_size)
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise ValueError(
+            f"The input of {name}, {size} pixels, is not a whole number of its {patch} patches. Set image_size to a "
+            "multiple of the patch size."
+        )
+
+
+def not_explained(side: str, tower: Any, reason: str) -> str:
     """Message for a tower without maps: the reason, and the supported towers."""
     return (
         f"Maps of the {side} tower {type(tower).__name__} are not supported: {reason}. Supported towers: transformers "
-        "of open_clip and timm that pool by a class token, an average or an attention pool, ModifiedResNet, "
-        "open_clip's text transformers and Hugging Face text towers. Training works with any tower."
+        "of open_clip, timm and transformers that pool by a class token, an average or an attention pool, "
+        "ModifiedResNet, open_clip's text transformers and Hugging Face text towers. Training works with any tower."
     )
 
 

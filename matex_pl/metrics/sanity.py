@@ -26,6 +26,7 @@ _BEFORE = {
     "patch_embed",
     "pos_embed",
     "positional_embedding",
+    "pre_layrnorm",
     "reg_token",
     "token_embedding",
 }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -23,6 +24,8 @@ from matex_pl.clip.towers import Pooling, image_depth, not_explained, original, 
 from matex_pl.maps import full_precision
 
 _ATTENTION = "scaled_dot_product_attention"
+# Attribute of configs of transformers, below the property that also changes the configs within.
+_IMPLEMENTATION = "_attn_implementation_internal"
 _LOCK = threading.RLock()
 
 
@@ -73,6 +76,7 @@ def borrowed(clip: Clip) -> Iterator[None]:
     - grad mode is off until a capture switches it on
     - autocast is off: the model computes in the dtype of its weights, whatever the caller's precision
     - modules wrapped by `torch.compile` run as written
+    - models of transformers attend by `scaled_dot_product_attention`, also if another implementation is set
 
     On exit all of this and the RNG are restored, even after an exception. Some of these settings are global to the
     process, so explanations of several threads run one after another.
@@ -89,6 +93,9 @@ def borrowed(clip: Clip) -> Iterator[None]:
         training = [module for module in clip.modules() if module.training]
         checkpointing = [module for module in clip.modules() if getattr(module, "grad_checkpointing", False) is True]
         devices = {parameter.device.index for parameter in clip.parameters() if parameter.device.type == "cuda"}
+        for config in {id(config): config for config in map(_attention_config, clip.modules()) if config}.values():
+            stack.callback(setattr, config, _IMPLEMENTATION, getattr(config, _IMPLEMENTATION))
+            setattr(config, _IMPLEMENTATION, "sdpa")
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         stack.callback(_set_attribute, checkpointing, "grad_checkpointing", True)
         stack.callback(_set_attribute, training, "training", True)
@@ -101,6 +108,12 @@ def borrowed(clip: Clip) -> Iterator[None]:
         _set_attribute(checkpointing, "grad_checkpointing", False)
         _set_attribute(training, "training", False)
         yield
+
+
+def _attention_config(module: nn.Module) -> Any:
+    """Config of a module of transformers whose attention is not the fused one of torch; None for any other module."""
+    config = getattr(module, "config", None)
+    return config if getattr(config, _IMPLEMENTATION, "sdpa") not in ("sdpa", None) else None
 
 
 @contextmanager

@@ -87,6 +87,24 @@ class Stream:
             yield
 
 
+@contextmanager
+def output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Record the output of a layer, one tensor, in the single forward inside the context; a backward ends there.
+
+    Grad mode is on from there until the context exits.
+    """
+    outputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        torch.set_grad_enabled(True)
+        is_packed = isinstance(output, tuple)
+        outputs.append((output[0] if is_packed else output).detach().requires_grad_())
+        return (outputs[-1], *output[1:]) if is_packed else outputs[-1]
+
+    with torch.no_grad(), layer.register_forward_hook(hook):
+        yield outputs
+
+
 def _set_forward(block: nn.Module, forward: Any) -> None:
     """Replace the forward of a block, or restore that of its class if `forward` is None."""
     if forward is None:

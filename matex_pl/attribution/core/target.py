@@ -54,6 +54,8 @@ def directions(image: Tensor, text: Tensor, reference: Tensor | None) -> tuple[T
 _ENCODED: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor, Tensor]] = WeakKeyDictionary()
 # Number of compared entries per weight; a step of any optimizer changes more than a few of them.
 _SAMPLED = 256
+# Names in open_clip and transformers of parameters outside of the text tower.
+_NOT_OF_TEXT = ("visual.", "_orig_mod.visual.", "logit_", "model.vision_model.", "model.visual_projection")
 
 
 def reference_mean(clip: Clip, references: Sequence[str]) -> Tensor:
@@ -85,7 +87,7 @@ def _sample(clip: Clip) -> Tensor:
     detects a change of single rows through `.data`.
     """
     named = original(clip.model).named_parameters()
-    weights = [weight for name, weight in named if not name.startswith(("visual.", "_orig_mod.visual.", "logit_"))]
+    weights = [weight for name, weight in named if not name.startswith(_NOT_OF_TEXT)]
     spread = [full_precision(weight.flatten()[:: max(1, weight.numel() // _SAMPLED)]) for weight in weights]
     versions = torch.tensor([weight._version for weight in weights], dtype=spread[0].dtype, device=spread[0].device)
     return torch.cat([*spread, versions])

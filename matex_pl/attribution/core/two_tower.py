@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from matex_pl.attribution.core.fill import drop_tokens
 from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
 from matex_pl.clip import towers
+from matex_pl.clip.encoders import DualEncoder, Reads
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Pooling
 from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
@@ -102,6 +103,11 @@ class Tower(ABC):
 
     @property
     @abstractmethod
+    def layer(self) -> nn.Module | None:
+        """Named layer of an encoder that is a function; None for towers with blocks."""
+
+    @property
+    @abstractmethod
     def keep(self) -> Tensor:
         """Mask `(B, length)` bool of the map's tokens that count: all patches, or the content tokens."""
 
@@ -139,8 +145,12 @@ class Tower(ABC):
         return type(self)(self.clip, inputs, self._depth)
 
     def tokens_of(self, stream: Tensor) -> Tensor:
-        """Tokens `(b, length, C)` of the map among the tokens `(b, n, C)` of a block; 0 where the block has none."""
-        return self.pooling.to_map(stream.transpose(1, 2)).transpose(1, 2)
+        """Tokens `(b, length, C)` of the map among the tokens `(b, n, C)` of a block; 0 where the block has none.
+
+        Patches are the last tokens of a block, after class and register tokens. Words are the first.
+        """
+        missing = self.keep.shape[1] - stream.shape[1]
+        return nn.functional.pad(stream, (0, 0, missing, 0) if isinstance(self, ImageTower) else (0, 0, 0, missing))
 
 
 class ImageTower(Tower):
@@ -153,6 +163,11 @@ class ImageTower(Tower):
     @property
     def blocks(self) -> list[nn.Module]:  # noqa: D102
         return towers.image_blocks(self.clip.model.visual)
+
+    @property
+    def layer(self) -> nn.Module | None:  # noqa: D102
+        model = towers.original(self.clip.model)
+        return model.image_layer if isinstance(model, DualEncoder) else None
 
     @property
     def keep(self) -> Tensor:
@@ -195,6 +210,11 @@ class TextTower(Tower):
     @property
     def blocks(self) -> list[nn.Module]:  # noqa: D102
         return towers.text_blocks(self.clip.model)
+
+    @property
+    def layer(self) -> nn.Module | None:  # noqa: D102
+        model = towers.original(self.clip.model)
+        return model.text_layer if isinstance(model, DualEncoder) else None
 
     @property
     def keep(self) -> Tensor:
@@ -254,8 +274,13 @@ class TwoTowerMethod(AttributionMethod):
     Args:
         target: `cosine`, or `margin`, the cosine minus its mean over `references`.
         references: Phrases of the margin; the package's list of findings by side and zone by default.
+
+    Attributes:
+        reads: Parts of the towers that the method reads. A model of two functions (`Clip.from_encoders`) refuses
+            parts that it does not have.
     """
 
+    reads: ClassVar[Reads] = "inputs"
     target: str
 
     def __init__(self, target: Target = "cosine", references: list[str] | None = None) -> None:
@@ -275,6 +300,7 @@ class TwoTowerMethod(AttributionMethod):
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
     ) -> Attribution:
         """Maps of B pairs; see `AttributionMethod.attribute`."""
+        self._refuse_functions(clip)
         check_pairs(clip, images, tokens, phrases, content_box)
         return self._explain(clip, images, tokens, phrases, content_box)
 
@@ -282,8 +308,19 @@ class TwoTowerMethod(AttributionMethod):
         self, clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
     ) -> Attribution:
         """Maps of one image and P phrases; the work on the image is done once."""
+        self._refuse_functions(clip)
         tokens, content_box = check_phrases(clip, image, phrases, content_box)
         return self._explain(clip, image[None], tokens, phrases, content_box)
+
+    def _refuse_functions(self, clip: Clip) -> None:
+        """Raise NotImplementedError if the model is two functions, and lacks a part that the method reads."""
+        model = towers.original(clip.model)
+        missing = model.lacks(self.reads) if isinstance(model, DualEncoder) else ""
+        if missing:
+            raise NotImplementedError(
+                f"{type(self).__name__} reads {missing}. Of a model from `Clip.from_encoders`, Saliency, "
+                "IntegratedGradients, Rise, KernelShap, SubmodularRegions, GradCam and the controls can give maps."
+            )
 
     def _explain(
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None

@@ -1,0 +1,73 @@
+"""Tokenizers of transformers in the form of open_clip's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class TransformersTokenizer:
+    """A tokenizer of transformers, called as open_clip's: phrases to ids, padded and cut to the context length.
+
+    Phrases are passed on as they are. open_clip's own wrapper removes repeated spaces and HTML entities first.
+
+    Args:
+        tokenizer: The tokenizer.
+        context_length: Number of tokens that a phrase is padded or cut to.
+    """
+
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+
+    def __call__(self, phrases: Sequence[str]) -> Tensor:
+        """Token ids `(B, context_length)`."""
+        settings: dict[str, Any] = {"padding": "max_length", "max_length": self.context_length, "truncation": True}
+        return self.tokenizer(list(phrases), return_tensors="pt", **settings).input_ids
+
+
+def adapted_tokenizer(tokenizer: Any, context_length: int | None) -> Any:
+    """A tokenizer in the form of open_clip's: its own unchanged, a tokenizer of transformers wrapped.
+
+    Args:
+        tokenizer: Tokenizer of open_clip or transformers, or a processor of transformers, which holds a tokenizer.
+        context_length: Number of tokens that the text tower takes; that of the tokenizer by default.
+
+    Raises:
+        ValueError: The tokenizer is neither, has no padding, or has another context length.
+    """
+    words = getattr(tokenizer, "tokenizer", None) if hasattr(tokenizer, "image_processor") else tokenizer
+    if hasattr(words, "convert_ids_to_tokens"):
+        if words.pad_token_id is None:
+            raise ValueError(
+                f"The tokenizer {type(words).__name__} has no pad token, so phrases cannot be padded. Set its "
+                "pad_token to the token that the model was trained with."
+            )
+        length = context_length or int(words.model_max_length)
+        # transformers writes 1e30 if the length is unknown.
+        if length > 100_000:
+            raise ValueError(
+                f"The tokenizer {type(words).__name__} states no length. Give context_length, the number of tokens "
+                "that phrases are padded to."
+            )
+        return TransformersTokenizer(words, length)
+    own = getattr(words, "context_length", None)
+    if own is None or not callable(words):
+        raise ValueError(
+            f"The tokenizer must be one of open_clip or transformers, or a processor of transformers, got "
+            f"{type(tokenizer).__name__}."
+        )
+    if context_length not in (None, own):
+        raise ValueError(
+            f"The tokenizer gives {own} tokens, but the text tower takes {context_length}. Give the tokenizer of the "
+            f"model, such as open_clip.get_tokenizer(name, context_length={context_length})."
+        )
+    return tokenizer
+
+
+def has_clip_pieces(words: Any) -> bool:
+    """Whether a tokenizer of transformers has the pieces of CLIP's, which mark the end of a word by `</w>`."""
+    piece = words.convert_tokens_to_ids("a</w>")
+    return piece is not None and piece != words.unk_token_id
