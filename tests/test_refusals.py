@@ -445,6 +445,11 @@ def test_commands_go_on_without_the_methods_that_refuse_a_tower(
     trainer.save_checkpoint("odd.ckpt")
     reason = "its pooling is 'avgmax'"
 
+    # Two steps, and no validation: the refusal comes before the first step.
+    before = listing(workdir)
+    short = ["--trainer.max_steps=2", "--model.warmup_steps=1"]
+    assert reason in refused(capsys, "fit", *phantom_words, "--model.name=odd.json", *short)
+    assert listing(workdir) == before
     assert reason in refused(capsys, "explain", "image.png", "Nodule.", "--ckpt_path=odd.ckpt")
     main(["explain", "image.png", "Left nodule.", "--ckpt_path=odd.ckpt", "--method=all", "--out=all.png"])
     assert Image.open("all.png").width == 1920

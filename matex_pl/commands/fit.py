@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from matex_pl.clip.weights import read_content, reading_checkpoint
 from matex_pl.commands.options import CHECKED, RefusingParser, ShippedConfig
 from matex_pl.commands.refusals import refusal
 from matex_pl.data import ChestXrayDataModule
+from matex_pl.files import new_files_removed
 from matex_pl.training.module import ClipModule
 
 # Values of `ckpt_path` that the Trainer resolves.
@@ -147,47 +145,11 @@ class MatexCLI(LightningCLI):
         self._run("predict", settings)
 
     def _run(self, name: str, settings: dict[str, Any]) -> None:
-        with _refused_runs_removed(self.trainer):
-            getattr(self.trainer, name)(**settings)
-
-
-@contextmanager
-def _refused_runs_removed(trainer: Trainer) -> Iterator[None]:
-    """After an exception before the first step, remove the log folders that the run has made, with their first files.
-
-    Loggers make their folder before anything is checked.
-    """
-    start = time.time()
-    roots = [Path(root) for logger in trainer.loggers if (root := getattr(logger, "root_dir", None))]
-    missing = [folder for root in roots for folder in (root, *root.parents) if not folder.exists()]
-    try:
-        yield
-    except Exception:
-        if trainer.is_global_zero and trainer.global_step == 0:
-            for logger in trainer.loggers:
-                if logger.log_dir is not None:
-                    _remove_new(Path(logger.log_dir), start)
-            for folder in missing:
-                with suppress(OSError):
-                    folder.rmdir()
-        raise
-
-
-def _remove_new(folder: Path, start: float) -> None:
-    """Remove a folder if it holds nothing but the first files of a run that began at the time `start`."""
-    files = [path for path in folder.rglob("*") if not path.is_dir()]
-    # File systems round times.
-    if all(_is_startup_file(path) and path.stat().st_mtime > start - 2 for path in files):
-        for path in files:
-            path.unlink()
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir()
-        with suppress(OSError):
-            folder.rmdir()
-
-
-def _is_startup_file(path: Path) -> bool:
-    return any(fnmatch(path.name, pattern) for pattern in _STARTUP_FILES)
+        trainer = self.trainer
+        # Loggers make their folder before anything is checked.
+        folders = [Path(logger.log_dir) for logger in trainer.loggers if trainer.is_global_zero and logger.log_dir]
+        with new_files_removed(folders, _STARTUP_FILES, lambda: trainer.global_step == 0):
+            getattr(trainer, name)(**settings)
 
 
 def main(words: Sequence[str]) -> None:
