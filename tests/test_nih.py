@@ -266,9 +266,7 @@ def test_unreadable_images_are_named(distribution: Write) -> None:
         _pairs(root)
 
 
-def test_bad_rows_are_left_out_and_listed(
-    distribution: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_bad_rows_are_left_out_and_listed(distribution: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     labels = [*LABELS, ("00000005_000.png", "", "5"), LABELS[3]]
     bad_box = ("00000004_000.png", "Cardiomegaly", (300, 500, 0, 400))

@@ -220,12 +220,14 @@ def test_a_wrong_setting_of_a_config_is_named(workdir: Path, capsys: pytest.Capt
     Path("mine.yaml").write_text(yaml.safe_dump({"data": data}), encoding="utf-8")
     for verb in ("fit", "check-data"):
         said = refused(capsys, verb, "--config=mine.yaml")
-        assert "--data.batchsize, which the config sets" in said
+        assert "--data.batchsize, which the config mine.yaml sets" in said
         assert "--data.batch_size" in said
     Path("mine.yaml").write_text(yaml.safe_dump({"model": {"lr": "high"}, "data": data}), encoding="utf-8")
     del data["init_args"]["batchsize"]
     Path("mine.yaml").write_text(yaml.safe_dump({"model": {"lr": "high"}, "data": data}), encoding="utf-8")
-    assert "--model.lr in the config must be a number, got 'high'" in refused(capsys, "fit", "--config=mine.yaml")
+    assert "--model.lr in the config mine.yaml must be a number, got 'high'" in refused(
+        capsys, "fit", "--config=mine.yaml"
+    )
 
 
 def test_infinity_is_not_a_small_number() -> None:

@@ -16,7 +16,7 @@ from matex_pl import data
 from matex_pl.arguments import import_all
 from matex_pl.clip.weights import read_content, reading_checkpoint
 from matex_pl.commands.options import CHECKED, RefusingParser, ShippedConfig
-from matex_pl.commands.refusals import refusal
+from matex_pl.commands.trainer_settings import check_trainer
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.files import new_files_removed
 from matex_pl.training.module import ClipModule
@@ -69,7 +69,12 @@ class MatexCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given words, without a warning about other arguments of the process."""
+        self.words = list(args)
         self.config = parser.parse_args(args)
+        settings = self.config.get(self.config.get("subcommand") or "") or self.config
+        seed = settings.get("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise ValueError(f"--seed_everything must be a whole number from 0 to {2**32 - 1}, or a bool, got {seed}.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the default seed, for reproducible results."""
@@ -88,33 +93,28 @@ class MatexCLI(LightningCLI):
                 read_content(path)
 
     def before_instantiate_classes(self) -> None:
-        """Check the path of the checkpoint before the model is built.
+        """Check the settings of the Trainer and the path of the checkpoint before the model is built.
 
         Raises:
             FileNotFoundError: The file does not exist.
+            ValueError: The Trainer does not take one of its settings, or the path is empty.
         """
-        path = self.config[self.subcommand].get("ckpt_path")
+        settings = self.config[self.subcommand]
+        check_trainer(settings["trainer"], self.words)
+        path = settings.get("ckpt_path")
+        if path == "":
+            raise ValueError("--ckpt_path is empty. Give the path of a checkpoint, or leave --ckpt_path out.")
         if path and not path.startswith(_NO_PATHS) and "://" not in path and not Path(path).is_file():
             raise FileNotFoundError(f"No checkpoint at {path!r}. `matex fit` writes them below its log folder.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer; its errors of settings become one message.
-
-        Raises:
-            ValueError: The Trainer does not take its settings.
-        """
+        """The Trainer, without progress bars if `enable_progress_bar` is false."""
         settings = self.config_init[self.subcommand]["trainer"]
         if settings["enable_progress_bar"] is False and isinstance(settings["callbacks"], list):
             settings["callbacks"] = [part for part in settings["callbacks"] if not isinstance(part, ProgressBar)]
         if self.config_init[self.subcommand].get("ckpt_path") == "last":
             self.trainer_defaults = {"callbacks": [CheckpointFound()]}
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except Exception as error:
-            if refusal(error) is not None or not isinstance(error, (ImportError, TypeError, ValueError)):
-                raise
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The Trainer does not take these settings: {reason}") from error
+        return super().instantiate_trainer(**kwargs)
 
     def fit(self, **settings: Any) -> None:
         """Train.

@@ -136,9 +136,7 @@ class NihDataModule(TableDataModule):
         self.row_warnings += pair_warnings(pairs)
         return pairs, [*bad, *(row for row, _ in bad_boxes)]
 
-    def _pairs_of(
-        self, row: dict[str, Any], all_boxes: Boxes, path: Path, split: str
-    ) -> Iterator[ImageTextPair]:
+    def _pairs_of(self, row: dict[str, Any], all_boxes: Boxes, path: Path, split: str) -> Iterator[ImageTextPair]:
         image, boxes = row["image"], all_boxes.get(row["image"], {})
         named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
         findings = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
