@@ -97,8 +97,14 @@ class AttributionMaps(Callback):
                     f"{min(ids, default='none')!r}. Give pair_ids of this split."
                 )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the pairs of a checkpoint with the data, before the first step."""
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Check the model, and compare the pairs of a checkpoint with the data, before the first step.
+
+        Raises:
+            NotImplementedError: The method does not support a tower of the model.
+        """
+        if self.every_n_validations and trainer.loggers:
+            self.method.check_model(pl_module.clip)
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ChestXrayDataModule):
             for split in tuple(self.chosen):

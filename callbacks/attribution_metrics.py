@@ -122,7 +122,13 @@ class AttributionMetrics(Callback):
         self.thorax = data.thorax() if isinstance(data, ChestXrayDataModule) else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Check the fill; the model has its mean image at this point."""
+        """Check the model and the fill; the model has its mean image at this point.
+
+        Raises:
+            NotImplementedError: The method does not support a tower of the model.
+        """
+        for method in self.methods.values():
+            method.check_model(pl_module.clip)
         check_fill(self.fill, pl_module.clip)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +19,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from matex_pl.arguments import check_choices
+from matex_pl.attribution.shipped import load_method
 from matex_pl.callbacks.loggers import log_images, log_session, log_text
 from matex_pl.console import duration
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.report.results import RoarMethod, RoarResult
 from matex_pl.report.roar import roar_figure, roar_tables
 from matex_pl.roar.finetune import Stopwatch, read_module, write_module
-from matex_pl.roar.make import make_plan
+from matex_pl.roar.make import check_plan_folder, make_plan, plan_methods
 from matex_pl.roar.plan import Protocol, Training
 from matex_pl.roar.run import write_results
 from matex_pl.roar.work import prepare_maps, work_here
 from matex_pl.training.module import ClipModule
 
 log = logging.getLogger(__name__)
+
+_BEFORE = "before.safetensors"
 
 
 class RoarPlus(Stopwatch):
@@ -71,9 +75,11 @@ class RoarPlus(Stopwatch):
         self.start = start
         self.out = out
         self._folder = Path()
+        # Refuses unknown and repeated names before the training.
+        plan_methods(self.methods, boxed=0, pairs=0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check module and data, and save the weights before the training."""
+        """Check module, data and folder, and save the weights before the training."""
         if stage != "fit":
             return
         data: Any = getattr(trainer, "datamodule", None)
@@ -84,9 +90,34 @@ class RoarPlus(Stopwatch):
             )
         # The log folder is broadcast, so all processes must read it.
         self._folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "roar")
+        check_plan_folder(self._folder)
         # Before a checkpoint is restored: a resumed training keeps the start weights of the first one.
         if self.start == "before" and trainer.is_global_zero:
-            write_module(pl_module, self._folder / "before.safetensors")
+            write_module(pl_module, self._folder / _BEFORE)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Name the methods that do not support the model, which ROAR+ leaves out.
+
+        Raises:
+            NotImplementedError: No method supports the model.
+        """
+        reasons = {}
+        for name in self.methods:
+            try:
+                load_method(name).check_model(pl_module.clip)
+            except NotImplementedError as error:
+                reasons[name] = error
+        if len(reasons) == len(self.methods):
+            raise next(iter(reasons.values()))
+        for name, reason in reasons.items():
+            rank_zero_warn(f"RoarPlus: {name} does not support the model and will be left out: {reason}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the start weights of a training that was refused before its first step."""
+        if trainer.is_global_zero and trainer.global_step == 0 and self._folder != Path():
+            (self._folder / _BEFORE).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._folder.rmdir()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the plan, run it and log the scores; with several processes, print the command that runs it."""
@@ -95,7 +126,7 @@ class RoarPlus(Stopwatch):
         device, precision = trainer.strategy.root_device.type, str(trainer.precision)
         training = replace(self.training, accelerator=device, precision=precision)
         is_before = self.start == "before"
-        start = read_module(self._folder / "before.safetensors", ClipModule) if is_before else pl_module
+        start = read_module(self._folder / _BEFORE, ClipModule) if is_before else pl_module
         origins = {"checkpoint": f"end of epoch {trainer.current_epoch}", "start_checkpoint": f"{self.start} training"}
         plan = make_plan(
             self._folder, trainer.datamodule, pl_module, start, self.methods, self.protocol, training, origins

@@ -91,6 +91,7 @@ class Fault(NamedTuple):
         rule: Valid values in words; empty if the message names none.
         value: The value as text; None if the message names none.
         class_paths: Paths of the classes that the setting may belong to.
+        no_class: Name in the value that no class has; empty if there is none.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Fault(NamedTuple):
     rule: str = ""
     value: str | None = None
     class_paths: tuple[str, ...] = ()
+    no_class: str = ""
 
 
 def fault(message: str) -> Fault:
@@ -112,6 +114,7 @@ def fault(message: str) -> Fault:
         deeper = [len(line) - len(line.lstrip()) > len(keys[-1][1]) or not line for line in lines]
         lines = lines[: deeper.index(False) if False in deeper else None]
     innermost = "\n".join(lines)
+    no_class = re.search(r"Expected a dot import path string: ([^\W\d][\w.]*)$", innermost, re.MULTILINE)
     values = re.findall(r"Got value: (.+)", innermost) or re.findall(r"Given value: (.+)", innermost)
     return Fault(
         name=".".join(dict.fromkeys(name.removeprefix("init_args.") for name in names if name != "config")),
@@ -119,6 +122,7 @@ def fault(message: str) -> Fault:
         rule=_rule(re.findall(r"Expected an? (.+?)(?:\.? Got value: .*)?$", innermost, re.MULTILINE)),
         value=values[-1] if values else None,
         class_paths=tuple(re.findall(r"class_path '([\w.]+)'", message)),
+        no_class=no_class[1] if no_class else "",
     )
 
 

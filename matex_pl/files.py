@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, ClassVar
@@ -94,6 +96,52 @@ def check_folder(folder: Path) -> None:
             file.flush()
     except OSError as error:
         raise OSError(f"Nothing can be written in {folder}: {error.strerror}. Give another folder.") from error
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError if the disk of a folder, which need not exist, has less room than `size` bytes."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise OSError(
+            f"The files in {folder} need {size / 2**20:,.1f} MiB, and the disk has {free / 2**20:,.1f} MiB left. Make "
+            "room on the disk, or give a folder on another disk."
+        )
+
+
+@contextmanager
+def new_files_removed(
+    folders: Iterable[Path], names: Iterable[str], is_refused: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Context that leaves nothing behind after an exception: removes the new files of folders, and the new folders.
+
+    A folder with a new file of another name keeps all of its files.
+
+    Args:
+        folders: Folders that need not exist. Missing parents count as new folders too.
+        names: Patterns of the names of files that may be removed.
+        is_refused: Function that is called after an exception; with False, everything stays.
+    """
+    folders, names = list(folders), list(names)
+    before = {path for folder in folders for path in folder.rglob("*")}
+    missing = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except Exception:
+        for folder in folders if is_refused() else ():
+            new = sorted(set(folder.rglob("*")) - before, reverse=True)
+            files = [path for path in new if not path.is_dir()]
+            if all(any(fnmatch(path.name, name) for name in names) for path in files):
+                for path in files:
+                    path.unlink()
+                for path in new:
+                    if path not in files:
+                        path.rmdir()
+        for path in missing if is_refused() else ():
+            # A folder with files stays.
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def check_output(path: Path, mark: str = MARK, inputs: Iterable[str | Path | None] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -204,9 +205,9 @@ def test_missing_files_are_named(distribution: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        (("a", 2, 3, 4), r"line 3: The box \['a', '2', '3', '4'\] is not four numbers"),
-        ((1, 2, 3), r"line 3: The box \['1', '2', '3', ''\] is not four numbers"),
-        ((1, 2, 0, 4), r"line 3: The box \['1', '2', '0', '4'\] has no positive, finite size"),
+        (("a", 2, 3, 4), r"line 3: the box is not four numbers x, y, w, h, got .*'a', '2', '3', '4'"),
+        ((1, 2, 3), r"line 3: the box is not four numbers x, y, w, h, got .*'1', '2', '3', ''"),
+        ((1, 2, 0, 4), r"line 3: the box has no positive, finite size, got .*'1', '2', '0', '4'"),
         ((1, 2, -3, 4), "no positive, finite size"),
         ((1, "nan", 3, 4), "no positive, finite size"),
         ((1, 2, "inf", 4), "no positive, finite size"),
@@ -235,15 +236,17 @@ def test_rows_with_empty_cells_and_blank_lines(distribution: Write) -> None:
     text = (root / LABEL_FILE).read_text(encoding="utf-8")
     # A byte-order mark, a blank line and Windows line ends, as spreadsheet programs leave them.
     (root / LABEL_FILE).write_bytes(("\ufeff" + text + "\n").replace("\n", "\r\n").encode())
-    assert len(read_labels(root / LABEL_FILE)) == len(LABELS)
+    rows, bad = read_labels(root / LABEL_FILE)
+    assert len(rows) == len(LABELS)
+    assert not bad
     (root / LABEL_FILE).write_text(text + "00000009_000.png,Mass,0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"line 7: A cell is empty in .*'Patient ID': ''"):
-        read_labels(root / LABEL_FILE)
+    with pytest.raises(ValueError, match=r"line 7: the cell of Patient ID is empty, got '00000009_000.png'"):
+        _pairs(root)
 
 
 def test_image_listed_twice_is_refused(distribution: Write) -> None:
     root = distribution([*LABELS, LABELS[0]])
-    with pytest.raises(ValueError, match=r"ids are not unique, e\.g\. 00000001_000-infiltration"):
+    with pytest.raises(ValueError, match=r"the id is taken already by .*line 2, got '00000001_000-infiltration'"):
         NihDataModule(str(root)).setup("fit")
 
 
@@ -261,6 +264,30 @@ def test_unreadable_images_are_named(distribution: Write) -> None:
     boxed.write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"No readable image at '.*00000002_000\.png'"):
         _pairs(root)
+
+
+def test_bad_rows_are_left_out_and_listed(distribution: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = [*LABELS, ("00000005_000.png", "", "5"), LABELS[3]]
+    bad_box = ("00000004_000.png", "Cardiomegaly", (300, 500, 0, 400))
+    root = distribution(labels, [*BOXES[:3], bad_box, ("00000002_000.png", "Mass", (1, "x", 3, 4))])
+    with pytest.raises(ValueError, match="5 bad rows, the first 3:"):
+        _pairs(root)
+    with pytest.warns(UserWarning, match=r"Left out, listed in skipped_rows\.csv: 5 bad rows"):
+        pairs = _pairs(root, on_bad_row="skip")
+    # The label without the bad box stays.
+    assert "00000004_000-pleural_thickening" in pairs
+    assert "00000004_000-cardiomegaly" not in pairs
+    assert len(pairs["00000002_000-pleural_effusion"].boxes) == 2
+    with Path("skipped_rows.csv").open(encoding="utf-8", newline="") as file:
+        listed = {(Path(row["file"]).name, row["line"]): (row["value"], row["rule"]) for row in csv.DictReader(file)}
+    assert {key: value for key, (value, _) in listed.items() if key[0] == LABEL_FILE} == {
+        (LABEL_FILE, "6"): "",
+        (LABEL_FILE, "7"): "00000005_000.png",
+        (LABEL_FILE, "8"): "00000003_000-normal",
+    }
+    assert listed[LABEL_FILE, "6"][1].startswith("a box of the pair is bad: ")
+    assert {line for file, line in listed if file == BOX_FILE} == {"5", "6"}
 
 
 def test_bad_fractions_are_refused() -> None:

@@ -220,12 +220,14 @@ def test_a_wrong_setting_of_a_config_is_named(workdir: Path, capsys: pytest.Capt
     Path("mine.yaml").write_text(yaml.safe_dump({"data": data}), encoding="utf-8")
     for verb in ("fit", "check-data"):
         said = refused(capsys, verb, "--config=mine.yaml")
-        assert "--data.batchsize, which the config sets" in said
+        assert "--data.batchsize, which the config mine.yaml sets" in said
         assert "--data.batch_size" in said
     Path("mine.yaml").write_text(yaml.safe_dump({"model": {"lr": "high"}, "data": data}), encoding="utf-8")
     del data["init_args"]["batchsize"]
     Path("mine.yaml").write_text(yaml.safe_dump({"model": {"lr": "high"}, "data": data}), encoding="utf-8")
-    assert "--model.lr in the config must be a number, got 'high'" in refused(capsys, "fit", "--config=mine.yaml")
+    assert "--model.lr in the config mine.yaml must be a number, got 'high'" in refused(
+        capsys, "fit", "--config=mine.yaml"
+    )
 
 
 def test_infinity_is_not_a_small_number() -> None:
@@ -445,6 +447,11 @@ def test_commands_go_on_without_the_methods_that_refuse_a_tower(
     trainer.save_checkpoint("odd.ckpt")
     reason = "its pooling is 'avgmax'"
 
+    # Two steps, and no validation: the refusal comes before the first step.
+    before = listing(workdir)
+    short = ["--trainer.max_steps=2", "--model.warmup_steps=1"]
+    assert reason in refused(capsys, "fit", *phantom_words, "--model.name=odd.json", *short)
+    assert listing(workdir) == before
     assert reason in refused(capsys, "explain", "image.png", "Nodule.", "--ckpt_path=odd.ckpt")
     main(["explain", "image.png", "Left nodule.", "--ckpt_path=odd.ckpt", "--method=all", "--out=all.png"])
     assert Image.open("all.png").width == 1920

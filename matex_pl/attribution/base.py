@@ -73,6 +73,23 @@ class AttributionMethod(ABC):
         tokens, content_box = check_phrases(clip, image, phrases, content_box)
         return self.attribute(clip, image.expand(len(phrases), -1, -1, -1), tokens, phrases, content_box)
 
+    def check_model(self, clip: Clip) -> None:
+        """Check that the method has maps of a model, before any work: each tower encodes one input, without a backward.
+
+        Args:
+            clip: CLIP model; its state is restored after the call.
+
+        Raises:
+            NotImplementedError: The method does not support a tower; the message names the tower and the reason.
+            ValueError: A setting of the method does not fit the model, such as a block that does not exist.
+        """
+        from matex_pl.attribution.core.capture import borrowed, check_embeddings, sample
+
+        # Refuses image towers without a raster of patches, which no map fits.
+        _ = clip.grid
+        with borrowed(clip):
+            check_embeddings(clip, *sample(clip))
+
 
 def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> None:
     """Refuse invalid pairs before any work: wrong shapes and dtypes, NaN, empty content boxes."""

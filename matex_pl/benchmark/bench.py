@@ -46,7 +46,13 @@ class Settings:
     def __post_init__(self) -> None:
         check_choice("split", self.split, ("test", "val"))
         check_choice("budget", self.budget, BUDGETS)
-        for name, least in (("validation_pairs", 1), ("sanity_pairs", 1), ("batch_size", 1), ("resamples", 100)):
+        for name, least in (
+            ("validation_pairs", 1),
+            ("sanity_pairs", 1),
+            ("batch_size", 1),
+            ("resamples", 100),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.num_pairs != -1 and self.num_pairs < 2:

@@ -40,6 +40,10 @@ def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None
             raise ImportError(
                 f"The text tower or the tokenizer of {short(name)} needs one more package: pip install 'matex_pl[hf]'."
             ) from error
+        if name.startswith(LOCAL_DIR_PREFIX) and isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(
+                f"{name} names no folder of a model: {first_line(error)}. Give a folder with open_clip_config.json."
+            ) from error
         if name.startswith(LOCAL_DIR_PREFIX) and isinstance(error, (RuntimeError, UnpicklingError)):
             raise ValueError(
                 f"{name} holds no weights that fit and are readable without running code ({torch_misfit(error)}). Give "

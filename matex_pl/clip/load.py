@@ -60,6 +60,8 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
         ConnectionError: The weights cannot be downloaded.
     """
     size = None if image_size is None else list(towers.height_width(image_size))
+    if size is not None and min(size) < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
     file = pretrained if pretrained and Path(pretrained).is_file() else None
     stored = _stored(name)
     weights = read_weights(file) if file else stored
@@ -160,6 +162,8 @@ def _json_config(name: str) -> dict[str, Any] | None:
         config = json.loads(text)
     except ValueError as error:
         raise ValueError(f"The model config {short(name)} is no JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"The model config {short(name)} is no mapping of names to values.")
     config = config if "model_cfg" in config else {"model_cfg": config}
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - config["model_cfg"].keys()
     if missing:
@@ -250,7 +254,7 @@ def _from_config(config: dict[str, Any], name: str, files: Mapping[str, Tensor])
             if hasattr(model, "text_decoder"):
                 # CoCa: open_clip leaves the projection of its decoder uninitialized.
                 nn.init.normal_(model.text_decoder.text_projection, std=model.text_decoder.width**-0.5)
-        except TypeError as error:
+        except (AssertionError, TypeError) as error:
             raise ValueError(f"open_clip cannot build the model config {short(name)}: {error}.") from error
     if isinstance(tokenizer, SimpleTokenizer) and text.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
         raise ValueError(

@@ -22,7 +22,7 @@ from matex_pl.console import progress, text_table
 from matex_pl.data import ChestXrayDataModule, ImageTextPair
 from matex_pl.data.datamodule import SPLITS, ImageFilesDataModule, by_split, count_cut_boxes
 from matex_pl.data.dicom import read_view
-from matex_pl.data.table import TableDataModule, write_bad_rows
+from matex_pl.data.table import BAD_ROWS_HEADER, TableDataModule, write_bad_rows
 from matex_pl.data.transforms import ImageTransform
 from matex_pl.data.validation import (
     WARNINGS,
@@ -111,7 +111,7 @@ def check_data(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
     if out is not None:
-        check_output(Path(out), "file,line,value,rule")
+        check_output(Path(out), BAD_ROWS_HEADER)
     tokenizer = load_tokenizer(model) if model else None
     own = height_width(image_size) if image_size else input_size(model) if model else None
     transform = ImageTransform(data.image_size or own or _FRAME, data.resize_mode)

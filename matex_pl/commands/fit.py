@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,9 @@ from matex_pl import data
 from matex_pl.arguments import import_all
 from matex_pl.clip.weights import read_content, reading_checkpoint
 from matex_pl.commands.options import CHECKED, RefusingParser, ShippedConfig
-from matex_pl.commands.refusals import refusal
+from matex_pl.commands.trainer_settings import check_trainer
 from matex_pl.data import ChestXrayDataModule
+from matex_pl.files import new_files_removed
 from matex_pl.training.module import ClipModule
 
 # Values of `ckpt_path` that the Trainer resolves.
@@ -71,7 +69,12 @@ class MatexCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given words, without a warning about other arguments of the process."""
+        self.words = list(args)
         self.config = parser.parse_args(args)
+        settings = self.config.get(self.config.get("subcommand") or "") or self.config
+        seed = settings.get("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise ValueError(f"--seed_everything must be a whole number from 0 to {2**32 - 1}, or a bool, got {seed}.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the default seed, for reproducible results."""
@@ -90,33 +93,28 @@ class MatexCLI(LightningCLI):
                 read_content(path)
 
     def before_instantiate_classes(self) -> None:
-        """Check the path of the checkpoint before the model is built.
+        """Check the settings of the Trainer and the path of the checkpoint before the model is built.
 
         Raises:
             FileNotFoundError: The file does not exist.
+            ValueError: The Trainer does not take one of its settings, or the path is empty.
         """
-        path = self.config[self.subcommand].get("ckpt_path")
+        settings = self.config[self.subcommand]
+        check_trainer(settings["trainer"], self.words)
+        path = settings.get("ckpt_path")
+        if path == "":
+            raise ValueError("--ckpt_path is empty. Give the path of a checkpoint, or leave --ckpt_path out.")
         if path and not path.startswith(_NO_PATHS) and "://" not in path and not Path(path).is_file():
             raise FileNotFoundError(f"No checkpoint at {path!r}. `matex fit` writes them below its log folder.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer; its errors of settings become one message.
-
-        Raises:
-            ValueError: The Trainer does not take its settings.
-        """
+        """The Trainer, without progress bars if `enable_progress_bar` is false."""
         settings = self.config_init[self.subcommand]["trainer"]
         if settings["enable_progress_bar"] is False and isinstance(settings["callbacks"], list):
             settings["callbacks"] = [part for part in settings["callbacks"] if not isinstance(part, ProgressBar)]
         if self.config_init[self.subcommand].get("ckpt_path") == "last":
             self.trainer_defaults = {"callbacks": [CheckpointFound()]}
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except Exception as error:
-            if refusal(error) is not None or not isinstance(error, (ImportError, TypeError, ValueError)):
-                raise
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The Trainer does not take these settings: {reason}") from error
+        return super().instantiate_trainer(**kwargs)
 
     def fit(self, **settings: Any) -> None:
         """Train.
@@ -147,47 +145,11 @@ class MatexCLI(LightningCLI):
         self._run("predict", settings)
 
     def _run(self, name: str, settings: dict[str, Any]) -> None:
-        with _refused_runs_removed(self.trainer):
-            getattr(self.trainer, name)(**settings)
-
-
-@contextmanager
-def _refused_runs_removed(trainer: Trainer) -> Iterator[None]:
-    """After an exception before the first step, remove the log folders that the run has made, with their first files.
-
-    Loggers make their folder before anything is checked.
-    """
-    start = time.time()
-    roots = [Path(root) for logger in trainer.loggers if (root := getattr(logger, "root_dir", None))]
-    missing = [folder for root in roots for folder in (root, *root.parents) if not folder.exists()]
-    try:
-        yield
-    except Exception:
-        if trainer.is_global_zero and trainer.global_step == 0:
-            for logger in trainer.loggers:
-                if logger.log_dir is not None:
-                    _remove_new(Path(logger.log_dir), start)
-            for folder in missing:
-                with suppress(OSError):
-                    folder.rmdir()
-        raise
-
-
-def _remove_new(folder: Path, start: float) -> None:
-    """Remove a folder if it holds nothing but the first files of a run that began at the time `start`."""
-    files = [path for path in folder.rglob("*") if not path.is_dir()]
-    # File systems round times.
-    if all(_is_startup_file(path) and path.stat().st_mtime > start - 2 for path in files):
-        for path in files:
-            path.unlink()
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir()
-        with suppress(OSError):
-            folder.rmdir()
-
-
-def _is_startup_file(path: Path) -> bool:
-    return any(fnmatch(path.name, pattern) for pattern in _STARTUP_FILES)
+        trainer = self.trainer
+        # Loggers make their folder before anything is checked.
+        folders = [Path(logger.log_dir) for logger in trainer.loggers if trainer.is_global_zero and logger.log_dir]
+        with new_files_removed(folders, _STARTUP_FILES, lambda: trainer.global_step == 0):
+            getattr(trainer, name)(**settings)
 
 
 def main(words: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
 from dis import opmap
@@ -18,6 +19,26 @@ _WAYS_OUT = {
     errno.EROFS: "Give a path on another disk.",
     **dict.fromkeys(_NO_ROOM, "Make room on the disk, or give another path."),
 }
+# Lightning's reasons that depend on the data: pattern, and the message with the groups of the pattern.
+_TRAINER_REASONS = (
+    (
+        r"`val_check_interval` \((\S+)\) must be less than or equal to the number of the training batches \((\d+)\)",
+        "--trainer.val_check_interval is {0}, but an epoch has {1} batches. Give a number up to {1}, or a share of an "
+        "epoch such as 0.5.",
+    ),
+    (
+        r"enable_checkpointing=False` but found `ModelCheckpoint`",
+        "--trainer.enable_checkpointing is false, but the callbacks have a ModelCheckpoint. Leave out one of the two.",
+    ),
+    (
+        r"Trainer\(barebones=True, (\w+)=",
+        "--trainer.barebones is true, which does not go with --trainer.{0}. Leave out one of the two.",
+    ),
+    (
+        r"Timer\(duration='(.*?)'\)",
+        "--trainer.max_time must have the form DD:HH:MM:SS, got '{0}'.",
+    ),
+)
 _BUG = (
     "This is a bug, unless the lines above name your own code. Report the command and these lines in the issue tracker "
     "of matex_pl."
@@ -86,12 +107,22 @@ def _system_message(error: BaseException) -> str | None:
 
 
 def _trainer_message(error: BaseException) -> str | None:
-    """Message of Lightning on the settings of the Trainer and of its callbacks."""
-    module = _raised_in(error)
+    """Message for an error of Lightning about the settings of the Trainer, its loggers and its callbacks."""
+    module, text = _raised_in(error), str(error).strip()
+    package = re.search(r"Requirement '([\w.-]+)[^']*' not met|pip install (?:-U )?[`']?([\w.-]+)", text)
+    if package and module.startswith(("lightning.", "jsonargparse.")):
+        name = package[1] or package[2]
+        part = re.search(r"class_path '(?:[\w.]+\.)?(\w+)'", text)
+        return f"{part[1] if part else 'The setting'} needs the package {name}. Install it with: pip install {name}"
     is_callback = isinstance(error, RuntimeError) and module.startswith("lightning.pytorch.callbacks.")
-    if not is_callback and type(error).__name__ != "MisconfigurationException":
+    is_setting = isinstance(error, (ImportError, ValueError)) and module.startswith("lightning.")
+    if not (is_callback or is_setting) and type(error).__name__ != "MisconfigurationException":
         return None
-    return f"The Trainer cannot run with these settings. {' '.join(str(error).split())}"
+    for pattern, message in _TRAINER_REASONS:
+        if found := re.search(pattern, text):
+            return message.format(*found.groups())
+    reason = re.sub(r"<([\w.]+) object at 0x\w+>", r"\1", text.splitlines()[0][:400] if text else "No reason is given.")
+    return f"The Trainer cannot run with these settings. {reason}"
 
 
 def _raised_in(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from matex_pl import data
 from matex_pl.arguments import Fault, argument_names, fault, nearest
 from matex_pl.commands.refusals import refusal
-from matex_pl.files import read_yaml
+from matex_pl.files import find_config, read_yaml
 
 
 class Given(NamedTuple):
@@ -72,20 +72,24 @@ def wrong_option(parser: ArgumentParser, words: Sequence[str], message: str, err
     missing = re.search(r"required: (.+)|[Kk]ey \"([^\"]+)\" is required", message)
     alone = re.search(r"argument (\S+): expected", message)
     if found.is_unknown:
-        rule = _unknown(parser, given, found)
+        rule = _unknown(parser, given, found, words)
     elif stray and stray[1].startswith("--"):
-        rule = _unknown(parser, given, Fault(stray[1].partition("=")[0].lstrip("-"), is_unknown=True))
+        rule = _unknown(parser, given, Fault(stray[1].partition("=")[0].lstrip("-"), is_unknown=True), words)
     elif stray:
         rule = f"{stray[1]!r} belongs to no option."
     elif missing:
-        rule = f"The command lacks options that are required: {missing[1] or missing[2]}."
+        # LightningCLI puts the command in front of a name.
+        names = re.sub(r"\b(fit|validate|test|predict)\.", "--", missing[1] or missing[2])
+        rule = f"The command lacks options that are required: {names}."
     elif alone:
         rule = f"{alone[1]} needs a value."
     elif found.name:
-        return _wrong_value(given, found)
+        return _wrong_value(given, found, words)
     else:
         rule = f"The options are not understood: {message.strip().splitlines()[-1].strip()[:200]}."
-    return f"{rule} `{parser.prog.replace('[options] ', '')} --help` lists the options."
+    prog = parser.prog.replace("[options] ", "")
+    command = f"matex {words[0]}" if prog == "matex" and words else prog
+    return f"{rule} `{command} --help` lists the options."
 
 
 def _given(words: Sequence[str]) -> list[Given]:
@@ -97,12 +101,22 @@ def _given(words: Sequence[str]) -> list[Given]:
     return given
 
 
+def _config_with(name: str, words: Sequence[str]) -> str:
+    """The last config of the command line that has a name in its text, as "the config FILE"; else "the config"."""
+    for option, value in reversed(list(pairwise([*words, ""]))):
+        given = value if option in ("-c", "--config") else option.partition("=")[2] * option.startswith("--config=")
+        path = find_config(given) if given else None
+        if path is not None and name in path.read_text(encoding="utf-8", errors="replace"):
+            return f"the config {given}"
+    return "the config"
+
+
 def _options(parser: ArgumentParser, start: str = "--") -> list[str]:
     """Options of a parser that begin with `start`."""
     return [name for action in parser._actions for name in action.option_strings if name.startswith(start)]
 
 
-def _unknown(parser: ArgumentParser, given: Sequence[Given], found: Fault) -> str:
+def _unknown(parser: ArgumentParser, given: Sequence[Given], found: Fault, words: Sequence[str]) -> str:
     """Message for a name that no option has."""
     end = found.name.rpartition(".")[2]
     typed = next((pair.option for pair in reversed(given) if pair.option.endswith(end)), None)
@@ -113,18 +127,25 @@ def _unknown(parser: ArgumentParser, given: Sequence[Given], found: Fault) -> st
         module, _, name = path.rpartition(".")
         kind = getattr(import_module(module) if module else data, name)
         known += [f"{group}.{argument}" for argument in argument_names(kind)]
-    where = "" if typed else ", which the config sets"
+    where = "" if typed else f", which {_config_with(end, words)} sets"
     return f"There is no option {option}{where}.{nearest(option, known)}"
 
 
-def _wrong_value(given: Sequence[Given], found: Fault) -> str:
+def _wrong_value(given: Sequence[Given], found: Fault, words: Sequence[str]) -> str:
     """Message for a value of another type."""
     typed = [pair for pair in given if pair.option.rstrip("+").replace(".init_args.", ".") == f"--{found.name}"]
     option = typed[-1].option if typed else f"--{found.name}"
     value = typed[-1].value if typed else found.value
+    end = found.name.rpartition(".")[2]
+    where = "" if typed else f" in {_config_with(found.no_class or end, words)}"
+    if found.no_class and found.name != "data" and value != found.no_class:
+        return (
+            f"{option}{where} names {found.no_class!r}, which is no known class. Give the name of a class of Lightning "
+            "or of matex_pl, or the dotted path of a class."
+        )
+    value = found.no_class or value
     got = "" if value is None else f", got {value!r}"
     if found.name == "data":
         modules = [name for name in dir(data) if name.endswith("DataModule") and name != "ChestXrayDataModule"]
-        return f"--data takes a data module ({', '.join(modules)}) or a YAML file{got}."
-    where = "" if typed else " in the config"
+        return f"--data{where} takes a data module ({', '.join(modules)}) or a YAML file{got}."
     return f"{option}{where} must be {found.rule or 'another value'}{got}."

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -143,18 +144,21 @@ class EpochLoader(DataLoader):
 
     def __iter__(self) -> Iterator[ImageTextBatch]:  # type: ignore[override]
         data = self.dataset.data  # type: ignore[attr-defined]
-        is_empty = True
+        is_empty, last = True, len(self)
+        if isinstance(self.sampler, EpochSampler):
+            # A run that resumes within an epoch reads the remaining batches.
+            last -= self.sampler.seen.get(self.sampler.epoch, 0) // (self.batch_size or 1)
         try:
             for place, (batch, unreadable) in enumerate(super().__iter__(), start=1):
                 for pair in unreadable:
                     data.leave_out(pair)
                 if batch is not None:
                     is_empty = False
-                    if place == len(self):
+                    if place == last:
                         # Lightning may keep the iterator after the last batch.
                         data.list_left_out()
                     yield batch
-                elif isinstance(self.sampler, EpochSampler) or (is_empty and place == len(self)):
+                elif isinstance(self.sampler, EpochSampler) or (is_empty and place == last):
                     raise ValueError(f"No image of a whole batch can be read. The first error: {unreadable[0].error()}")
         finally:
             data.list_left_out()
@@ -304,12 +308,14 @@ class ChestXrayDataModule(LightningDataModule, ABC):
             training: Whether `fit` trains, and does not only read the pairs.
         """
         counts = {name: len(members) for name, members in pairs.items()}
-        for split in STAGES[stage]:
+        # Lightning passes a member of its enumeration.
+        command = TrainerFn(stage).value
+        for split in STAGES[command]:
             if not pairs[split]:
                 raise ValueError(
-                    f"{type(self).__name__} has no {split} pairs, which {str.__str__(stage)!r} needs. Pairs: {counts}."
+                    f"{type(self).__name__} has no {split} pairs, which {command!r} needs. Pairs: {counts}."
                 )
-        if training and stage == "fit" and counts["train"] == 1:
+        if training and command == "fit" and counts["train"] == 1:
             raise ValueError(
                 f"{type(self).__name__} has one train pair, and contrastive training needs at least two: the loss of "
                 f"one pair is always 0. Pairs per split: {counts}."

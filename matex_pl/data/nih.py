@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from matex_pl.data.datamodule import ImageFilesDataModule, check_fractions, split_patients
+from matex_pl.data.datamodule import split_patients
 from matex_pl.data.images import read_size
 from matex_pl.data.pair import ImageTextPair
-from matex_pl.data.table import TableRow, read_table
-from matex_pl.data.validation import Box, RowWarning, RuleError, check_overlap, odd_view, place_of, text
+from matex_pl.data.table import TableDataModule, TableRow, read_table
+from matex_pl.data.validation import (
+    BadRow,
+    Box,
+    RowWarning,
+    RuleError,
+    check_overlap,
+    odd_view,
+    pair_warnings,
+    place_of,
+    text,
+)
 
 BOX_FILE, LABEL_FILE = "BBox_List_2017.csv", "Data_Entry_2017_v2020.csv"
 _LABEL_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
@@ -44,20 +54,30 @@ _WITHOUT_SIDE = {"cardiomegaly"}
 _NORMAL = ("No acute cardiopulmonary abnormality.", "Normal chest radiograph.", "The lungs are clear.")
 
 
-class NihDataModule(ImageFilesDataModule):
+Boxes = dict[str, dict[str, list[Box]]]
+
+
+class BadBox(NamedTuple):
+    """A bad row of the box file, and the image and the finding whose box it holds; both are empty if unknown."""
+
+    row: BadRow
+    pair: tuple[str, str]
+
+
+class NihDataModule(TableDataModule):
     """The NIH images: one pair per image and label, with a box where a radiologist drew one.
 
     There are no reports: templates turn the label into a phrase. `root` holds `BBox_List_2017.csv`,
     `Data_Entry_2017_v2020.csv` and `images/`. Images are searched in all folders below `root`, as `.png` or `.jpg` of
-    any size, and matched by stem. Rows without an image are left out and counted. Splits are made by patient.
+    any size, and matched by stem. Rows without an image are left out and counted. Splits are made by patient. A bad row
+    of the box file makes the pairs of its image and label bad too.
 
     Args:
         root: Folder of the distribution.
         boxed_only: Whether to leave out images without a box, and labels without a box on images that have boxes.
         name_side: Whether phrases name the side of the box. The phrase then reveals where the box is: report results
             with and without.
-        fractions: Shares of the patients in train, val and test.
-        kwargs: Arguments of `ImageFilesDataModule`.
+        kwargs: Arguments of `TableDataModule`.
     """
 
     # Boxes refer to the stored pixels.
@@ -68,25 +88,22 @@ class NihDataModule(ImageFilesDataModule):
         root: str,
         boxed_only: bool = False,
         name_side: bool = False,
-        fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_fractions(fractions)
         self.root = Path(root)
         self.boxed_only = boxed_only
         self.name_side = name_side
-        self.fractions = fractions
-        self._view_warnings: list[RowWarning] = []
 
-    def list_pairs(self) -> list[ImageTextPair]:
+    def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per image and label.
 
         Raises:
             FileNotFoundError: A CSV file is missing, or no image of it is below `root`.
-            ValueError: A row cannot be read, or a box covers nothing of its image; the message names file and line.
+            ValueError: A file cannot be read, or lacks a column.
         """
-        labels, boxes = read_labels(self.root / LABEL_FILE), read_boxes(self.root / BOX_FILE)
+        labels, bad = read_labels(self.root / LABEL_FILE)
+        boxes, bad_boxes = read_boxes(self.root / BOX_FILE)
         paths = sorted(self.root.rglob("*"))
         files = {path.stem: path for path in paths if path.suffix.lower() in {".png", ".jpg", ".jpeg"}}
         rows = [row for row in labels if row["image"] in files]
@@ -100,26 +117,27 @@ class NihDataModule(ImageFilesDataModule):
             rank_zero_warn(
                 f"{missing} of {len(labels)} images of {LABEL_FILE} are not below {self.root} and are left out."
             )
-        self._view_warnings = [
-            RowWarning(row["source"][0], row["source"][1], view, "view")
-            for row in rows
-            if (view := odd_view(row["view"]))
-        ]
+        broken = {pair: place_of((row.file, row.line)) for row, pair in reversed(bad_boxes)}
         splits = split_patients((row["patient"] for row in rows), self.fractions, self.seed)
-        return [
-            pair
-            for row in rows
-            for pair in self._pairs_of(row, boxes.get(row["image"], {}), files[row["image"]], splits[row["patient"]])
-        ]
+        pairs: list[ImageTextPair] = []
+        for row in rows:
+            try:
+                of_row = list(self._pairs_of(row, boxes, files[row["image"]], splits[row["patient"]]))
+            except (OSError, ValueError) as error:
+                bad.append(BadRow(*row["source"], row["image"], str(error)))
+                continue
+            for pair in of_row:
+                if place := broken.get((pair.image_id, pair.finding)):
+                    bad.append(BadRow(*pair.source, "", f"a box of the pair is bad: {place}"))
+                else:
+                    pairs.append(pair)
+            view = odd_view(row["view"])
+            self.row_warnings += [RowWarning(*row["source"], view, "view")] if view else []
+        self.row_warnings += pair_warnings(pairs)
+        return pairs, [*bad, *(row for row, _ in bad_boxes)]
 
-    def list_warnings(self, pairs: Sequence[ImageTextPair]) -> list[RowWarning]:
-        """Warnings about the pairs, and about views that are not frontal."""
-        return [*super().list_warnings(pairs), *self._view_warnings]
-
-    def _pairs_of(
-        self, row: dict[str, Any], boxes: dict[str, list[Box]], path: Path, split: str
-    ) -> Iterator[ImageTextPair]:
-        image = row["image"]
+    def _pairs_of(self, row: dict[str, Any], all_boxes: Boxes, path: Path, split: str) -> Iterator[ImageTextPair]:
+        image, boxes = row["image"], all_boxes.get(row["image"], {})
         named = sorted({finding_name(label) for label in row["labels"] if label != NO_FINDING} | boxes.keys())
         findings = [finding for finding in named if finding in boxes] if self.boxed_only else named or [""]
         size = read_size(path, apply_exif_orientation=False) if boxes else None
@@ -155,46 +173,58 @@ def finding_name(label: str) -> str:
     return _NAMES.get(label, label.lower().replace("_", " "))
 
 
-def read_labels(path: Path) -> list[dict[str, Any]]:
-    """Rows of the label file: `image`, `patient`, `labels`, `view` (empty without the column) and `source`."""
+def read_labels(path: Path) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """Rows of the label file, and its bad rows.
+
+    A row has `image`, `patient`, `labels`, `view` (empty without the column) and `source`.
+    """
+    table, bad = _rows(path, _LABEL_COLUMNS)
     rows = []
-    for row, (image, labels, patient) in _rows(path, _LABEL_COLUMNS):
-        if not (image and labels and patient):
+    for row, (image, labels, patient) in table:
+        if image and labels and patient:
+            kept = {"image": Path(image).stem, "patient": patient, "labels": labels.split("|")}
+            rows.append({**kept, "view": text(row.cells, _VIEW_COLUMN), "source": row.source})
+        else:
             cells = dict(zip(_LABEL_COLUMNS, (image, labels, patient), strict=True))
-            raise ValueError(f"{place_of(row.source)}: A cell is empty in {cells}. Fill the cell, or remove the row.")
-        kept = {"image": Path(image).stem, "patient": patient, "labels": labels.split("|")}
-        rows.append({**kept, "view": text(row.cells, _VIEW_COLUMN), "source": row.source})
-    return rows
+            missing = [name for name, cell in cells.items() if not cell]
+            bad.append(BadRow(*row.source, image, f"the cell of {', '.join(missing)} is empty"))
+    return rows, bad
 
 
-def read_boxes(path: Path) -> dict[str, dict[str, list[Box]]]:
-    """Boxes by image and finding, `(x0, y0, x1, y1)` in pixels of the 1024 x 1024 frame."""
-    boxes: dict[str, dict[str, list[Box]]] = {}
-    for row, (image, label, *cells) in _rows(path, _BOX_COLUMNS):
-        place = place_of(row.source)
+def read_boxes(path: Path) -> tuple[Boxes, list[BadBox]]:
+    """Boxes by image and finding, `(x0, y0, x1, y1)` in pixels of the 1024 x 1024 frame, and the bad rows."""
+    table, unread = _rows(path, _BOX_COLUMNS)
+    boxes: Boxes = {}
+    bad = [BadBox(row, ("", "")) for row in unread]
+    for row, (image, label, *cells) in table:
+        pair = Path(image).stem, finding_name(label)
         try:
-            x, y, width, height = (float(cell) for cell in cells)
-        except ValueError:
-            raise ValueError(f"{place}: The box {cells} is not four numbers x, y, w, h. Correct the row.") from None
-        if not (np.isfinite([x, y, width, height]).all() and width > 0 and height > 0):
-            raise ValueError(f"{place}: The box {cells} has no positive, finite size. Correct the row.")
-        try:
-            check_overlap((x, y, x + width, y + height), (BOX_FRAME, BOX_FRAME))
+            box = _box(cells)
         except RuleError as error:
-            raise ValueError(f"{error.at(row.source)}. Correct the row.") from None
-        of_image = boxes.setdefault(Path(image).stem, {})
-        of_image.setdefault(finding_name(label), []).append((x, y, x + width, y + height))
-    return boxes
+            bad.append(BadBox(error.at(row.source), pair))
+        else:
+            boxes.setdefault(pair[0], {}).setdefault(pair[1], []).append(box)
+    return boxes, bad
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[TableRow, list[str]]]:
-    """Rows, each with its cells of the named columns; missing cells are empty."""
+def _box(cells: Sequence[str]) -> Box:
+    try:
+        x, y, width, height = (float(cell) for cell in cells)
+    except ValueError:
+        raise RuleError(list(cells), "the box is not four numbers x, y, w, h") from None
+    if not (np.isfinite([x, y, width, height]).all() and width > 0 and height > 0):
+        raise RuleError(list(cells), "the box has no positive, finite size")
+    box = (x, y, x + width, y + height)
+    check_overlap(box, (BOX_FRAME, BOX_FRAME))
+    return box
+
+
+def _rows(path: Path, columns: Sequence[str]) -> tuple[list[tuple[TableRow, list[str]]], list[BadRow]]:
+    """Rows, each with its cells of the named columns, where missing cells are empty; and the malformed rows."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. data.root must hold {LABEL_FILE}, {BOX_FILE} and images/.")
     rows, bad, _ = read_table(path, {}, columns)
-    if bad:
-        raise ValueError(f"{bad[0]}.")
-    yield from ((row, [text(row.cells, name) for name in columns]) for row in rows)
+    return [(row, [text(row.cells, name) for name in columns]) for row in rows], bad
 
 
 def side_word(boxes: list[Box]) -> str:

@@ -37,7 +37,7 @@ from matex_pl.data.validation import (
     place_of,
     set_warnings,
 )
-from matex_pl.files import whole_file
+from matex_pl.files import check_output, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,9 @@ _CSV_FAULTS = {
     "expected after": "Text follows the quote that closes a cell. Double the quotes within a quoted cell",
 }
 _SHOWN = 3
+BAD_ROWS_HEADER = "file,line,value,rule"
+"""Begin of every list of bad rows."""
+
 # Rows per task of a thread: few, for a quick end after an interruption.
 _ROWS = 16
 # Rows that are read first, and the ratio of time to CPU time above which a disk is slow.
@@ -289,8 +292,12 @@ class TableDataModule(ImageFilesDataModule):
 
         Raises:
             FileNotFoundError: A table is missing.
-            ValueError: A table cannot be read, or has bad rows and `on_bad_row` is `error`; the message names them.
+            ValueError: A table cannot be read, or has bad rows and `on_bad_row` is `error`; the message names them. Or
+                the list of left-out rows would replace another file.
         """
+        if self.on_bad_row == "skip":
+            # Images that turn out unreadable in an epoch enter the list later.
+            check_output(self._skipped_file(), BAD_ROWS_HEADER)
         pairs, bad = self.checked_rows()
         if bad and self.on_bad_row == "error":
             raise ValueError(

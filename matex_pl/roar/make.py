@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 
 from filelock import FileLock
@@ -18,7 +18,7 @@ from matex_pl.evaluation.pairs import choose_pairs, prepare_data
 from matex_pl.evaluation.provenance import PACKAGES
 from matex_pl.evaluation.store import describe_method, weight_hash
 from matex_pl.evaluation.tensors import fingerprint
-from matex_pl.files import check_outputs, write_text
+from matex_pl.files import check_outputs, check_room, new_files_removed, write_text
 from matex_pl.roar.finetune import write_module
 from matex_pl.roar.images import split_rows, write_images
 from matex_pl.roar.plan import OUTPUTS, PLAN, Plan, PlanMethod, Protocol, Training, check_same, read_plan, slug
@@ -54,11 +54,7 @@ def make_plan(
         ValueError: If the folder holds another plan or foreign files, a method is unknown or named twice, there are too
             few pairs, or the two models do not fit each other.
     """
-    if (folder / PLAN).is_file():
-        # Refuses a foreign file of this name before the work.
-        read_plan(folder)
-    else:
-        check_outputs(folder, OUTPUTS)
+    check_plan_folder(folder)
     prepare_data(data, explained.clip.image_size, *protocol.splits)
     data.pairs["roar"] = [pair for split in protocol.splits for pair in data.pairs[split]]
     pairs = choose_pairs(data, "roar", protocol.num_pairs, protocol.seed, boxed=False)
@@ -71,6 +67,10 @@ def make_plan(
             f"The start model has the input size, raster and context length {start_shape}, but the explained model has "
             f"{shape}. Start from weights of the same model."
         )
+    if not (folder / PLAN).is_file():
+        images = len({pair.image_id for pair in pairs}) * prod(explained.clip.image_size)
+        weights = sum(value.nbytes for module in (explained, start) for value in module.state_dict().values())
+        check_room(folder, images + weights)
     if explained.clip.mean_image.isnan().any():
         explained.clip.mean_image.copy_(data.mean_image())
     start.clip.mean_image.copy_(explained.clip.mean_image)
@@ -93,9 +93,8 @@ def make_plan(
         "versions": {name: version(name) for name in PACKAGES},
     }
     plan = Plan(folder, protocol, training, plan_methods(methods, boxed, len(pairs)), about)
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with new_files_removed([folder], [".lock"]):
+        folder.mkdir(parents=True, exist_ok=True)
         # If two commands start at once, only one decodes the images.
         with FileLock(folder / ".lock"):
             if (folder / PLAN).is_file():
@@ -103,20 +102,26 @@ def make_plan(
                 return plan
             for part in folder.glob(".*.part"):
                 part.unlink()
-            write_images(data, pairs, folder)
-            write_module(explained, folder / "explained.safetensors")
-            write_module(start, folder / "start.safetensors")
-            # Written last: this file makes the folder a plan.
-            write_text(folder / PLAN, json.dumps(plan.described(), indent=1))
-    except Exception:
-        if missing:
-            (folder / ".lock").unlink(missing_ok=True)
-        for path in missing:
-            # A folder with files stays.
-            with suppress(OSError):
-                path.rmdir()
-        raise
+            with new_files_removed([folder], OUTPUTS):
+                write_images(data, pairs, folder)
+                write_module(explained, folder / "explained.safetensors")
+                write_module(start, folder / "start.safetensors")
+                # Written last: this file makes the folder a plan.
+                write_text(folder / PLAN, json.dumps(plan.described(), indent=1))
     return plan
+
+
+def check_plan_folder(folder: Path) -> None:
+    """Check that a folder holds a plan, or can take a new one.
+
+    Raises:
+        OSError: Nothing can be written in the folder.
+        ValueError: The folder holds foreign files, or a damaged plan.
+    """
+    if (folder / PLAN).is_file():
+        read_plan(folder)
+    else:
+        check_outputs(folder, OUTPUTS)
 
 
 def plan_methods(methods: Sequence[str], boxed: int, pairs: int) -> list[PlanMethod]:

@@ -15,6 +15,12 @@ from matex_pl.files import MARK, read_json
 
 Modality = Literal["image", "text"]
 MODALITIES = get_args(Modality)
+PRECISIONS = (
+    *("32-true", "32", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "64", "16", "bf16"),
+    *("transformer-engine", "transformer-engine-float16"),
+)
+"""Precisions of Lightning's Trainer for the trainings of ROAR+."""
+
 Split = Literal["train", "val", "test"]
 FORMAT = 2
 PLAN = "plan.json"
@@ -111,6 +117,8 @@ class Training:
 
     def __post_init__(self) -> None:
         check_choices(Training, vars(self))
+        check_choice("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps", "tpu"))
+        check_choice("precision", self.precision, PRECISIONS)
         check_positive(epochs=self.epochs, lr=self.lr, threads=self.threads, lora_rank=self.lora_rank)
         if self.batch_size < 2:
             raise ValueError(

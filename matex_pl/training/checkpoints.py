@@ -32,7 +32,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, part)
         # On a full disk torch raises a RuntimeError about an unexpected position.
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = (error.strerror if isinstance(error, OSError) else None) or "the disk has no room left"
             raise OSError(
                 f"The checkpoint {path} could not be written ({reason}). Make room on the disk, or give a folder that "
                 "is writable. Earlier checkpoints are unchanged."
@@ -46,11 +46,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
             ValueError: The file cannot be read, or would run code; the message names the file and the code.
         """
         try:
-            return super().load_checkpoint(path, *args, **settings)
+            content = super().load_checkpoint(path, *args, **settings)
         except FileNotFoundError:
             raise
         except Exception as error:
             raise no_checkpoint(path, error) from error
+        missing = {"state_dict", "pytorch-lightning_version"} - set(content if isinstance(content, Mapping) else ())
+        if missing:
+            raise ValueError(
+                f"{path} is no checkpoint of `matex fit`: it lacks {', '.join(sorted(missing))}. Give a file of plain "
+                "weights as model.pretrained."
+            )
+        return content
 
 
 def place_in_epoch(

@@ -108,6 +108,8 @@ class ClipModule(LightningModule):
         check_choices(ClipModule.__init__, locals())
         if lr <= 0 or warmup_steps < 0:
             raise ValueError(f"lr must be positive and warmup_steps not negative, got {lr} and {warmup_steps}.")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {weight_decay}.")
         if max_logit_scale < 1:
             raise ValueError(
                 f"max_logit_scale must be at least 1, got {max_logit_scale}. Give the factor, not its log."

@@ -115,6 +115,8 @@ def tune_matex(
     check_positive(batch_size=batch_size, raster=raster)
     if num_pairs < -1 or num_pairs == 0:
         raise ValueError(f"num_pairs must be positive, or -1 for all pairs, got {num_pairs}.")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}.")
     check_outputs(Path(out), OUTPUTS)
     clip = load_trained(ckpt_path)
     if goal.fill:

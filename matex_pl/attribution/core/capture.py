@@ -162,6 +162,11 @@ def capture_attention(pooling: Pooling, *, grad_from: int | None = None, full: b
             setattr(F, _ATTENTION, attend)
 
 
+def sample(clip: Clip) -> tuple[Tensor, Tensor]:
+    """A gray image `(1, 3, H, W)` and the tokens of a phrase `(1, T)`, for checks of the towers."""
+    return clip.std.new_zeros(1, 3, *clip.image_size), clip.tokenize(["No finding."])
+
+
 _ENCODING: WeakSet[nn.Module] = WeakSet()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_phrases, check_scores
-from matex_pl.attribution.core.capture import borrowed, check_embeddings, count_blocks
+from matex_pl.attribution.core.capture import borrowed, check_embeddings, count_blocks, sample
 from matex_pl.attribution.core.fill import drop_tokens
 from matex_pl.attribution.core.stream import Stream
 from matex_pl.attribution.core.target import REFERENCES, Target, directions, reference_mean
@@ -296,6 +296,14 @@ class TwoTowerMethod(AttributionMethod):
     def trace(self, tower: Tower) -> Trace:
         """Embeddings of a tower from one forward, and a function from directions to the relevance of its inputs."""
 
+    def check_model(self, clip: Clip) -> None:
+        """Check the towers as `trace` reads them; methods that run many forwards read only inputs and embeddings."""
+        super().check_model(clip)
+        if not self.perturbs_inputs:
+            with borrowed(clip):
+                for tower in self._towers(clip, *sample(clip))[: 1 + self.supports_text]:
+                    self.trace(tower)
+
     def attribute(
         self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
     ) -> Attribution:
@@ -343,11 +351,15 @@ class TwoTowerMethod(AttributionMethod):
             parts |= {f"text_{name}": part for name, part in words.parts.items()}
             return Attribution(image, grid, token_map(words.values, content, dtype=dtype), content, score, parts)
 
+    def _towers(self, clip: Clip, images: Tensor, tokens: Tensor) -> tuple[ImageTower, TextTower]:
+        return (
+            ImageTower(clip, images, lambda: count_blocks(clip, images, tokens)[0]),
+            TextTower(clip, tokens, lambda: count_blocks(clip, images, tokens)[1]),
+        )
+
     def _relevance(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Explained:
         """Relevance of the images and of the tokens, inside `borrowed`."""
-        images, tokens = images.detach().clone(), tokens.clone()
-        image_tower = ImageTower(clip, images, lambda: count_blocks(clip, images, tokens)[0])
-        text_tower = TextTower(clip, tokens, lambda: count_blocks(clip, images, tokens)[1])
+        image_tower, text_tower = self._towers(clip, images.detach().clone(), tokens.clone())
         reference = reference_mean(clip, self.references) if self.target == "margin" else None
         image, relevance_for = self.trace(image_tower)
         text, text_relevance_for = self.trace(text_tower) if self.supports_text else (text_tower.encode(), None)

@@ -53,6 +53,10 @@ class PhantomDataModule(ChestXrayDataModule):
     ) -> None:
         super().__init__(**kwargs)
         check_arguments(stored_size, shortcut, shortcut_finding)
+        if min(num_train, num_val, num_test) < 0:
+            raise ValueError(
+                f"num_train, num_val and num_test must not be negative, got {num_train}, {num_val} and {num_test}."
+            )
         self.root = Path(root)
         self.splits = {"train": num_train, "val": num_val, "test": num_test}
         self.stored_size = stored_size
