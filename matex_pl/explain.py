@@ -1,21 +1,67 @@
-"""Panels and contact sheets of pairs, for the callbacks and for `matex explain`."""
+"""Panels and contact sheets of pairs, for the callbacks, for `matex explain` and for a single image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from matex_pl.attribution import AttributionMethod
+from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
-from matex_pl.data.pair import ImageTextBatch
+from matex_pl.data.images import GrayImage, ResizeMode, read_image
+from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, collate
+from matex_pl.data.transforms import ImageTransform
 from matex_pl.maps import Attribution
 from matex_pl.visualization.draw import DESIGN_WIDTH, Picture
 from matex_pl.visualization.panel import CARD_WIDTH, panel
 from matex_pl.visualization.sheet import Entry, contact_sheet
+
+
+def explain_pair(
+    clip: Clip,
+    image: str | Path | np.ndarray,
+    phrase: str,
+    method: AttributionMethod | None = None,
+    resize_mode: ResizeMode = "longest",
+) -> Picture:
+    """Panel of one image and one phrase, `(h, w, 3)` uint8: where the model looks, and which words matter.
+
+    The numbers behind the panel are those of `method.attribute(clip, *clip.inputs(batch), batch["phrase"],
+    batch["content_box"])`, where `batch` is that of `pair_batch`.
+
+    Args:
+        clip: CLIP model.
+        image: Image file, see `read_image`, or gray levels `(h, w)` uint8.
+        phrase: Sentence as in a report.
+        method: Attribution method, `Matex.recommended()` by default.
+        resize_mode: How the image is fitted into the model's input: `longest`, `shortest` or `squash`.
+
+    Raises:
+        NotImplementedError: The method does not support the model.
+        OSError: The file cannot be read.
+        ValueError: The phrase is empty, or the pixels have another shape or type.
+    """
+    method = method or Matex.recommended()
+    return explain_batch(clip, method, pair_batch(clip, image, phrase, resize_mode), type(method).__name__)[0]
+
+
+def pair_batch(
+    clip: Clip, image: str | Path | np.ndarray, phrase: str, resize_mode: ResizeMode = "longest"
+) -> ImageTextBatch:
+    """Batch of one pair in the model's frame, `image (1, 3, H, W)` uint8; see `explain_pair`."""
+    if not phrase.strip():
+        raise ValueError("The phrase is empty. Give a sentence as in a report, in quotes.")
+    transform = ImageTransform(clip.image_size, resize_mode)
+    if isinstance(image, np.ndarray):
+        name, stored = "", GrayImage(image, image.shape[:2])
+    else:
+        name, stored = Path(image).name, read_image(image, transform.target_size)
+    pair = ImageTextPair(id=name, patient_id="", image_id=name, image=name, phrase=phrase)
+    return collate([Sample(pair, *transform(stored.pixels, size=stored.size))])
 
 
 def explain_batch(
@@ -30,7 +76,7 @@ def explain_batch(
     """One panel per pair of the batch, `(h, w, 3)` uint8 each.
 
     Args:
-        module: `ClipModule`, or any module with `clip` and `inputs`.
+        module: `Clip`, or a module that holds one as `clip`, such as `ClipModule`.
         method: Attribution method.
         batch: Pairs, on any device.
         subtitle: Second line of the panels.
@@ -39,7 +85,7 @@ def explain_batch(
     """
     maps, tokens = _attribute(module, method, batch)
     width = CARD_WIDTH if stacked else DESIGN_WIDTH
-    return draw_panels(module.clip, maps, batch, tokens, subtitle, width, show_text=show_text, stacked=stacked)
+    return draw_panels(_clip_of(module), maps, batch, tokens, subtitle, width, show_text=show_text, stacked=stacked)
 
 
 def draw_panels(
@@ -73,7 +119,7 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
     """Contact sheet of one pair, `(h, w, 3)` uint8: its image, and the map and the words of each method.
 
     Args:
-        module: `ClipModule`, or any module with `clip` and `inputs`.
+        module: `Clip`, or a module that holds one as `clip`, such as `ClipModule`.
         methods: Methods by the name to write under their map. If a method does not support the model, or needs a mean
             image that the model does not have, the sheet shows the reason instead of a map.
         batch: One pair.
@@ -94,14 +140,19 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
         entries.append(Entry(name, maps.image[0].float().cpu().numpy(), words, getattr(method, "target", "")))
     if len(errors) == len(entries):
         raise errors[0]
-    pair = _pair(module.clip, batch, tokens[0], maps.content[0], 0)
+    pair = _pair(_clip_of(module), batch, tokens[0], maps.content[0], 0)
     return contact_sheet(entries=entries, score=float(maps.score[0]), **pair)
 
 
 def _attribute(module: Any, method: AttributionMethod, batch: ImageTextBatch) -> tuple[Attribution, Tensor]:
-    images, tokens = module.inputs({**batch, "image": batch["image"].to(module.device)})
-    content_box = batch["content_box"].to(module.device)
-    return method.attribute(module.clip, images, tokens, batch["phrase"], content_box), tokens
+    clip = _clip_of(module)
+    images, tokens = getattr(module, "inputs", clip.inputs)({**batch, "image": batch["image"].to(clip.std.device)})
+    content_box = batch["content_box"].to(clip.std.device)
+    return method.attribute(clip, images, tokens, batch["phrase"], content_box), tokens
+
+
+def _clip_of(module: Any) -> Clip:
+    return getattr(module, "clip", module)
 
 
 def _pair(

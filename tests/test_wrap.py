@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
+import pytorch_grad_cam
 import torch
+import torchvision
 import transformers
-from families import CLIP_TEXT, NATIVE, folder, redraw, unigram
+from families import CLIP_TEXT, NATIVE, bert, folder, redraw, unigram
 from open_clip.tokenizer import SimpleTokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from PIL import Image
 from test_methods import METHODS, assert_close_maps
 from torch import Tensor, nn
 
 from matex_pl.attribution import GradCam, LeGrad, Matex
+from matex_pl.attribution.shipped import shipped_methods
 from matex_pl.clip import Clip, load_clip
-from matex_pl.clip.adapters import TransformersClip
+from matex_pl.explain import compare_methods, explain_pair, pair_batch
+from matex_pl.maps import min_max
 from matex_pl.metrics.sanity import randomized, stages
 
 PHRASES = ["Left lower lobe consolidation.", "effusion", "Small nodule of the right upper lung and a mass!"]
@@ -201,3 +207,445 @@ def test_maps_are_those_of_the_same_weights_in_the_form_of_open_clip(kind: str, 
     for module in clip.modules():
         assert not {**module._forward_hooks, **module._forward_pre_hooks}
         assert "forward" not in vars(module)
+
+
+def test_nothing_is_copied_and_training_reaches_the_maps() -> None:
+    model = clip_model().train()
+    before = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    clip = Clip.wrap(model, processor())
+    assert {id(weight) for weight in clip.parameters()} == {id(weight) for weight in model.parameters()}
+    assert before == {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    inputs = draw(clip)
+    torch.testing.assert_close(clip.logit_scale, model.logit_scale)
+    # Under the gradient of a loss of the wrapped model, the original takes the step.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for method in (Matex.recommended(), METHODS["Rise"]):
+        first = method.attribute(clip, *inputs)
+        clip.similarity(*inputs[:2]).sum().backward()
+        assert model.vision_model.embeddings.patch_embedding.weight.grad.any()
+        optimizer.step()
+        optimizer.zero_grad()
+        second = method.attribute(clip, *inputs)
+        assert not torch.equal(first.score, second.score)
+        assert not torch.equal(first.image, second.image)
+    assert all(part.training for part in model.modules())
+    # Sent elsewhere as a whole, without the `Clip`.
+    model.double()
+    assert (clip.std.dtype, clip.normalize(torch.rand(1, 3, 32, 32)).dtype) == (torch.float64, torch.float64)
+    assert Matex().attribute(clip, clip.normalize(torch.rand(3, 3, 32, 32)), *inputs[1:]).image.isfinite().all()
+
+
+def test_embeddings_are_those_of_the_model_on_its_own_inputs() -> None:
+    model, ours = clip_model(), processor()
+    clip = Clip.wrap(model, ours)
+    image = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    given = ours(text=PHRASES, images=image.numpy(), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        output = model(**given)
+        found = clip.encode_image(clip.normalize(image.permute(2, 0, 1)[None]))
+        torch.testing.assert_close(found, output.image_embeds)
+        torch.testing.assert_close(clip.encode_text(clip.tokenize(PHRASES)), output.text_embeds)
+
+
+@pytest.mark.parametrize("phrase", [*PHRASES, "  Naïve   café; 3 cm. ", "", "word " * 30, "!", "a&amp;b <b> 🙂"])
+def test_tokens_of_transformers_clip_tokenizer(phrase: str) -> None:
+    """Words, content and pieces are those of open_clip, whose pad token differs behind the end of text."""
+    clip, twin = both("clip")
+    ours, others = clip.tokenize([phrase]), twin.tokenize([phrase])
+    assert torch.equal(ours, torch.as_tensor(clip_words()([phrase], **PADDED).input_ids))
+    if "&" in phrase:
+        # open_clip alone unescapes HTML.
+        return
+    content = clip.content(ours)
+    assert torch.equal(content, twin.content(others))
+    assert torch.equal(ours[content], others[content])
+    assert clip.pieces(ours[0][content[0]]) == twin.pieces(others[0][content[0]])
+    assert clip.count_tokens(phrase) == twin.count_tokens(phrase)
+    assert clip.pad_id == 0 != clip_words().pad_token_id
+
+
+PADDED: dict[str, Any] = {"padding": "max_length", "max_length": 16, "truncation": True}
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_another_implementation_of_attention_is_switched_for_the_explanation(kind: str) -> None:
+    clip = wrapped(kind)
+    inputs = draw(clip)
+    expected = Matex().attribute(clip, *inputs)
+    model = clip.model.model
+    configs = (model.config, model.config.text_config, model.config.vision_config)
+    for config in configs:
+        config._attn_implementation_internal = "eager"
+    model.config.text_config._attn_implementation_internal = "flash_attention_2"
+    assert_close_maps(Matex().attribute(clip, *inputs), expected, 0)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        Matex().attribute(clip, inputs[0] * torch.nan, *inputs[1:])
+    assert [config._attn_implementation for config in configs] == ["eager", "flash_attention_2", "eager"]
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_parameters_are_randomized_stage_by_stage(kind: str) -> None:
+    clip = wrapped(kind)
+    inputs, model = draw(clip), clip.model.model
+    named, seen = stages(clip), [Matex().attribute(clip, *inputs).image]
+    assert list(named) == ["head", *(f"block {-n - 1}" for n in range(4 if kind == "clip" else 3)), "embeddings"]
+    own = {f"model.model.{name}" for name, _ in model.named_parameters() if not name.startswith("logit_")}
+    assert {name for part in named.values() for name in part} == own
+    assert all("embed" in name or "pre_layrnorm" in name for name in named["embeddings"])
+    assert not any(".encoder." in name or ".embeddings." in name for name in named["head"])
+    for _, changed in randomized(clip):
+        seen.append(Matex().attribute(changed, *inputs).image)
+        assert not torch.equal(seen[-1], seen[-2])
+    torch.testing.assert_close(Matex().attribute(clip, *inputs).image, seen[0])
+
+
+# --- adapters of PEFT
+
+
+def with_lora(model: nn.Module, targets: list[str]) -> Any:
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    return adapted
+
+
+def native_model() -> Any:
+    config = {"embed_dim": 16, "vision_cfg": NATIVE, "text_cfg": CLIP_TEXT}
+    return drawn(load_clip(json.dumps({"model_cfg": config})).model)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_lora_is_part_of_the_explained_model(kind: str) -> None:
+    is_open_clip = kind == "open_clip"
+    model = native_model() if is_open_clip else clip_model()
+    words = SimpleTokenizer(context_length=16) if is_open_clip else processor()
+    plain = Clip.wrap(copy.deepcopy(model), words)
+    lora = with_lora(model, ["attn"] if is_open_clip else ["q_proj", "v_proj"])
+    clip = Clip.wrap(lora, words)
+    # PEFT makes its attention's parameters anew at each look, around the same numbers.
+    assert {part.data_ptr() for part in clip.parameters()} == {part.data_ptr() for part in lora.parameters()}
+    inputs = draw(clip)
+    maps = [method.attribute(clip, *inputs) for method in METHODS.values()]
+    clip.similarity(*inputs[:2]).sum().backward()
+    assert all(weight.grad.any() for name, weight in lora.named_parameters() if "lora_A" in name)
+    merged = Clip.wrap(lora.merge_and_unload(), words)
+    draw(merged), draw(plain)
+    for method, found in zip(METHODS.values(), maps, strict=True):
+        assert_close_maps(found, method.attribute(merged, *inputs), 1e-3)
+    assert not torch.allclose(maps[0].score, METHODS["Matex"].attribute(plain, *inputs).score, atol=1e-3)
+
+
+def test_a_layer_that_peft_replaces_later_is_seen() -> None:
+    model = clip_model()
+    clip = Clip.wrap(model, processor())
+    inputs = draw(clip)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["visual_projection"])
+    lora = get_peft_model(model, settings)
+    before = clip.similarity(*inputs[:2])
+    with torch.no_grad():
+        for name, weight in lora.named_parameters():
+            if "visual_projection" in name and weight.requires_grad:
+                weight.neg_()
+    torch.testing.assert_close(clip.similarity(*inputs[:2]), -before)
+
+
+# --- models of open_clip
+
+
+def test_a_model_of_open_clip_brings_its_own_normalization() -> None:
+    model, _, transform = open_clip.create_model_and_transforms("RN50", image_mean=(0.1, 0.2, 0.3))
+    words = open_clip.get_tokenizer("RN50")
+    clip = Clip.wrap(model, words)
+    assert clip.model is model
+    torch.testing.assert_close(clip.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(Clip.wrap(model, words, transform).mean, clip.mean)
+    assert Clip.wrap(model, words, mean=0.5, std=[0.25]).std.flatten().tolist() == [0.25] * 3
+    other = open_clip.image_transform(224, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert Clip.wrap(model, words, other).mean.flatten().tolist() == [0.5] * 3
+    with pytest.raises(ValueError, match=r"Compose makes images of \(112, 112\) pixels, the model takes \(224, 224\)"):
+        Clip.wrap(model, words, open_clip.image_transform(112, is_train=False))
+
+
+@cache
+def small() -> Any:
+    return clip_model()
+
+
+class OwnEmbeddings(transformers.CLIPModel):
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        return super().get_image_features(*args, **kwargs)
+
+
+def own_embeddings() -> Any:
+    return OwnEmbeddings(small().config)
+
+
+def with_prompt() -> Any:
+    sizes = {"token_dim": 24, "num_layers": 4, "num_attention_heads": 3, "num_transformer_submodules": 1}
+    return get_peft_model(
+        clip_model(), PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2, **sizes)
+    )
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "another model": (
+        lambda: Clip.wrap(nn.Linear(2, 2), clip_words()),
+        NotImplementedError,
+        "got Linear.*from_encoders",
+    ),
+    "another of transformers": (
+        lambda: Clip.wrap(small().vision_model, clip_words()),
+        NotImplementedError,
+        "got CLIPVisionModel",
+    ),
+    "its own embeddings": (
+        lambda: Clip.wrap(own_embeddings(), processor()),
+        NotImplementedError,
+        r"OwnEmbeddings computes its embeddings in a way of its own \(get_image_features\)",
+    ),
+    "a prompt": (lambda: Clip.wrap(with_prompt(), processor()), NotImplementedError, "PROMPT_TUNING of PEFT"),
+    "no normalization": (
+        lambda: Clip.wrap(small(), clip_words()),
+        ValueError,
+        r"The mean and std of the images is missing. Give `preprocess`",
+    ),
+    "no deviation": (
+        lambda: Clip.wrap(small(), clip_words(), mean=0.5),
+        ValueError,
+        "The std of the images is missing",
+    ),
+    "two means": (
+        lambda: Clip.wrap(small(), processor(), mean=0.5),
+        ValueError,
+        r"The mean is \[0.5, 0.5, 0.5\] in the arguments and \[0.48, 0.45, 0.4\] in CLIPImageProcessor",
+    ),
+    "two processors": (
+        lambda: Clip.wrap(small(), processor(), transformers.CLIPImageProcessor(size=32, crop_size=32)),
+        ValueError,
+        "The mean is .* in CLIPImageProcessor",
+    ),
+    "another size": (
+        lambda: Clip.wrap(small(), processor(64)),
+        ValueError,
+        r"CLIPImageProcessor makes images of \(64, 64\) pixels, the model takes \(32, 32\)",
+    ),
+    "another scale": (
+        lambda: Clip.wrap(small(), clip_words(), transformers.CLIPImageProcessor(rescale_factor=0.5)),
+        ValueError,
+        r"does not scale images by 1/255 \(do_rescale, rescale_factor 0.5\)",
+    ),
+    "no preprocessing": (
+        lambda: Clip.wrap(small(), clip_words(), lambda image: image),
+        ValueError,
+        "preprocess is function without a Normalize",
+    ),
+    "no deviation above 0": (
+        lambda: Clip.wrap(small(), clip_words(), mean=0.5, std=0),
+        ValueError,
+        r"std must be positive, got \[0.0, 0.0, 0.0\]",
+    ),
+    "two channels": (
+        lambda: Clip.wrap(small(), clip_words(), mean=[0.5, 0.5], std=1),
+        ValueError,
+        r"mean must be one number or three, got \[0.5, 0.5\]",
+    ),
+    "no tokenizer": (lambda: Clip.wrap(small(), str.split, mean=0, std=1), ValueError, "got method_descriptor"),
+    "another length": (
+        lambda: Clip.wrap(small(), SimpleTokenizer(), mean=0, std=1),
+        ValueError,
+        "The tokenizer gives 77 tokens, but the text tower takes 16",
+    ),
+    "more words": (
+        lambda: Clip.wrap(siglip_model(), clip_words(), mean=0, std=1),
+        ValueError,
+        r"The tokenizer gives the id 49407, but SiglipModel has embeddings of 64 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str) -> None:
+    make, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        make()
+
+
+# --- any two encoders
+
+
+class Foreign(nn.Module):
+    """A ResNet and a BERT with projections, as in CXR-CLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnet = torchvision.models.resnet18(num_classes=12)
+        self.bert = transformers.BertModel._from_config(
+            transformers.BertConfig.from_pretrained(bert()["hf_model_name"])
+        )
+        self.text_projection = nn.Linear(32, 12)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.resnet(images)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        output = self.bert(input_ids=tokens, attention_mask=(tokens != 0).long())
+        return self.text_projection(output.last_hidden_state[:, 0])
+
+
+def foreign(**settings: Any) -> Clip:
+    model = drawn(Foreign()).train()
+    words = transformers.AutoTokenizer.from_pretrained(bert()["hf_tokenizer_name"])
+    given = {"layer": "resnet.layer4", "context_length": 16} | settings
+    encoders = given.pop("encode_image", model.encode_image), given.pop("encode_text", model.encode_text)
+    return Clip.from_encoders(model, *encoders, words, 96, 0.5, 0.25, **given)
+
+
+WORKING = {"Saliency", "IntegratedGradients", "Rise", "KernelShap", "SubmodularRegions", "GradCam"}
+WORKING |= {"RandomMap", "CenterMap", "PriorOnly"}
+
+
+def test_every_shipped_method_on_two_encoders_works_or_refuses_by_name() -> None:
+    clip = foreign()
+    inputs = draw(clip)
+    before = {name: value.clone() for name, value in clip.model.model.state_dict().items()}
+    for name, method in shipped_methods().items():
+        cheap = METHODS[name]
+        if name not in WORKING:
+            with pytest.raises(NotImplementedError, match=rf"^{name} reads the blocks of both towers.*Saliency"):
+                method.attribute(clip, *inputs)
+            with pytest.raises(NotImplementedError, match=f"^{name} reads"):
+                method.attribute_phrases(clip, inputs[0][0], PHRASES)
+            continue
+        maps = cheap.attribute(clip, *inputs)
+        assert tuple(maps.grid.shape) == (3, 3, 3)
+        assert tuple(maps.image.shape) == (3, 96, 96)
+        assert maps.image.any(), name
+        assert not cheap.supports_text or maps.text.any(), name
+        together = cheap.attribute(clip, inputs[0][:1].expand(3, -1, -1, -1), *inputs[1:])
+        assert_close_maps(cheap.attribute_phrases(clip, inputs[0][0], PHRASES), together, 1e-4)
+    after = clip.model.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(part.training for part in clip.model.model.modules())
+    assert not any(part._forward_hooks for part in clip.modules())
+
+
+def test_methods_go_on_without_those_that_two_encoders_cannot_give() -> None:
+    clip = foreign()
+    draw(clip)
+    image = np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)
+    methods = {name: METHODS[name] for name in ("Matex", "Saliency", "RandomMap")}
+    assert compare_methods(clip, methods, pair_batch(clip, image, PHRASES[0])).ndim == 3
+    with pytest.raises(NotImplementedError, match=r"^Matex reads"):
+        compare_methods(clip, {"Matex": methods["Matex"]}, pair_batch(clip, image, PHRASES[0]))
+
+
+@pytest.mark.parametrize("variant", ["gradcam", "hires"])
+def test_the_camera_on_a_named_layer_is_that_of_grad_cam(variant: str) -> None:
+    clip = foreign()
+    images, tokens, phrases = draw(clip)
+    model = copy.deepcopy(clip.model.model).eval()
+    kind = {"gradcam": pytorch_grad_cam.GradCAM, "hires": pytorch_grad_cam.HiResCAM}[variant]
+    directions = nn.functional.normalize(model.encode_text(tokens), dim=1).detach()
+    targets = [lambda output, row=row: nn.functional.normalize(output, dim=0) @ row for row in directions]
+    camera = kind(model.resnet, [model.resnet.layer4])
+    # It enlarges by OpenCV; at the size of the raster it leaves the maps as they are.
+    camera.get_target_width_height = lambda _: (3, 3)
+    expected = min_max(torch.from_numpy(np.asarray(camera(images, targets))))
+    assert expected.any()
+    torch.testing.assert_close(
+        GradCam(variant=variant).attribute(clip, images, tokens, phrases).grid, expected, atol=1e-4, rtol=0
+    )
+
+
+def test_words_of_the_camera_are_read_at_a_named_layer_of_the_text_encoder() -> None:
+    """The last block gives other words than the word embeddings, and the same image."""
+    first, last = foreign(), foreign(text_layer="bert.encoder.layer.1")
+    inputs = draw(first)
+    maps, others = (GradCam().attribute(clip, *inputs) for clip in (first, last))
+    torch.testing.assert_close(maps.image, others.image)
+    assert others.text.any()
+    assert not torch.allclose(maps.text, others.text)
+    with pytest.raises(ValueError, match="Block 1 does not exist: the tower has 1 blocks"):
+        GradCam([1]).attribute(first, *inputs)
+
+
+def test_two_encoders_that_are_modules_or_functions_give_equal_maps() -> None:
+    clip = foreign()
+    inputs, model = draw(clip), clip.model.model
+    functions = model.resnet, lambda ids: model.encode_text(ids)
+    settings: dict[str, Any] = {"grid": (3, 3), "context_length": 16}
+    other = Clip.from_encoders(model, *functions, clip.tokenizer.tokenizer, (96, 96), [0.5] * 3, 0.25, **settings)
+    other.mean_image.copy_(clip.mean_image)
+    for name in ("Saliency", "KernelShap"):
+        assert_close_maps(METHODS[name].attribute(other, *inputs), METHODS[name].attribute(clip, *inputs), 1e-6)
+    assert other.grid == (3, 3)
+    assert float(other.logit_scale.exp()) == pytest.approx(100)
+    model.logit_scale = nn.Parameter(torch.tensor(3.0))
+    assert other.logit_scale is model.logit_scale
+    with pytest.raises(NotImplementedError, match="GradCam reads a layer of the image encoder, which is not named"):
+        GradCam().attribute(other, *inputs)
+    with pytest.raises(NotImplementedError, match="DualEncoder has no list of transformer blocks"):
+        next(randomized(other))
+
+
+def test_functions_without_a_graph_leave_the_methods_of_forwards() -> None:
+    model = drawn(Foreign())
+    clip = foreign(encode_image=torch.no_grad()(model.encode_image), layer=None, grid=(3, 3))
+    inputs = draw(clip)
+    assert METHODS["Rise"].attribute(clip, *inputs).image.any()
+    with pytest.raises(NotImplementedError, match="Saliency reads gradients, but encode_image returns"):
+        METHODS["Saliency"].attribute(clip, *inputs)
+    clip = foreign(encode_text=lambda ids: nn.functional.one_hot(ids, 70).float().mean(1)[:, :12])
+    draw(clip)
+    with pytest.raises(NotImplementedError, match=r"looks the token ids up in no nn\.Embedding"):
+        METHODS["IntegratedGradients"].attribute(clip, *inputs)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no raster": ({"layer": None}, "The raster of the maps is unknown. Give `layer`"),
+    "two rasters": ({"grid": (2, 2)}, r"grid=\(2, 2\) is not the raster \(3, 3\) of layer='resnet.layer4'"),
+    "no such layer": ({"layer": "resnet.layer5"}, r"layer='resnet.layer5' is no module of Foreign.*resnet\.layer"),
+    "a layer without places": ({"layer": "resnet.fc"}, r"layer='resnet.fc' gives \(1, 12\), not \(B, C, h, w\)"),
+    "a layer without a tensor": ({"layer": None, "text_layer": "bert.encoder"}, "gives BaseModelOutput"),
+    "a layer of the other encoder": ({"layer": "bert"}, "layer='bert' runs 0 times in one forward"),
+    "no words": ({"text_layer": "text_projection"}, r"text_layer='text_projection' gives \(1, 12\) for 16 tokens"),
+    "no embeddings": (
+        {"encode_image": lambda images: images},
+        r"encode_image must give embeddings .*, got \(1, 3",
+    ),
+    "two widths": (
+        {"encode_text": lambda ids: ids[:, :5].float()},
+        "encode_image gives embeddings of 12 numbers, encode_text of 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_encoders_are_refused(name: str) -> None:
+    settings, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        foreign(**settings)
+
+
+# --- one image
+
+
+def test_one_call_explains_an_image_file_or_its_pixels(tmp_path: Path) -> None:
+    clip = Clip.wrap(clip_model(), processor())
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 70), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    drawn_file = explain_pair(clip, tmp_path / "image.png", PHRASES[0])
+    assert drawn_file.dtype == np.uint8
+    assert drawn_file.ndim == 3
+    for mode in ("longest", "squash"):
+        batches = [pair_batch(clip, image, PHRASES[0], mode) for image in (tmp_path / "image.png", pixels)]
+        assert torch.equal(batches[0]["image"], batches[1]["image"])
+    maps = Matex.recommended().attribute(
+        clip, *clip.inputs(batches[0]), batches[0]["phrase"], batches[0]["content_box"]
+    )
+    assert maps.image.any()
+    with pytest.raises(ValueError, match="The phrase is empty"):
+        explain_pair(clip, pixels, " ")
+    with pytest.raises(ValueError, match=r"pixels must be \(h, w\) uint8"):
+        explain_pair(clip, pixels / 255, PHRASES[0])

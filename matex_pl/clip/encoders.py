@@ -21,7 +21,7 @@ _LOGIT_SCALE = math.log(100)
 
 
 class DualEncoder(nn.Module):
-    """Two functions with the members of open_clip's models, insofar as functions have them.
+    """Two functions as a model, with the members of open_clip's that two functions can have.
 
     One forward of a gray image and of a phrase finds the raster, the word embeddings, and whether gradients flow.
 
@@ -73,11 +73,10 @@ class DualEncoder(nn.Module):
             for name, part in model.named_modules():
                 if isinstance(part, nn.Embedding):
                     stack.enter_context(part.register_forward_hook(partial(_looked_up, tables, name, tokens)))
-            for place, outputs in ((self.image_layer, rasters), (self._named("text_layer", text_layer), words)):
-                if place is not None:
-                    stack.enter_context(place.register_forward_hook(partial(_recorded, outputs)))
-            image = _embedding("encode_image", encode_image, images)
-            text = _embedding("encode_text", encode_text, tokens)
+            with _recording(self.image_layer, rasters):
+                image = _embedding("encode_image", encode_image, images)
+            with _recording(self._named("text_layer", text_layer), words):
+                text = _embedding("encode_text", encode_text, tokens)
         if image.shape != text.shape:
             raise ValueError(
                 f"encode_image gives embeddings of {image.shape[1]} numbers, encode_text of {text.shape[1]}. Include "
@@ -86,8 +85,8 @@ class DualEncoder(nn.Module):
         for argument, found, outputs in (("layer", layer, rasters), ("text_layer", text_layer, words)):
             if found is not None and len(outputs) != 1:
                 raise ValueError(
-                    f"{argument}={found!r} runs {len(outputs)} times in one forward, and must run once. Name another "
-                    "layer of `model`."
+                    f"{argument}={found!r} runs {len(outputs)} times in one forward of its encoder, and must run once. "
+                    "Name another layer of `model`."
                 )
         if words and (words[0].ndim != 3 or words[0].shape[1] > tokens.shape[1]):
             raise ValueError(
@@ -177,8 +176,24 @@ def _looked_up(tables: list[str], name: str, tokens: Tensor, module: nn.Module, 
     return output.detach().requires_grad_()
 
 
-def _recorded(outputs: list[Tensor], module: nn.Module, args: Any, output: Any) -> None:
-    outputs.append(output[0] if isinstance(output, tuple) else output)
+@contextmanager
+def _recording(layer: nn.Module | None, outputs: list[Tensor]) -> Iterator[None]:
+    """Context that keeps the outputs of a layer: tensors, or the first of tuples of tensors."""
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if not isinstance(first, Tensor):
+            raise ValueError(
+                f"A named layer must give a tensor, {type(module).__name__} gives {type(first).__name__}. Name a layer "
+                "within it."
+            )
+        outputs.append(first)
+
+    if layer is None:
+        yield
+        return
+    with layer.register_forward_hook(keep):
+        yield
 
 
 def _embedding(name: str, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, bytes_to_unicode
@@ -96,7 +97,7 @@ class Clip(nn.Module):
         length = getattr(described, "context_length", None) or towers.text_tower(inner).context_length
         towers.check_patches(described.visual, name)
         size = towers.height_width(described.visual.image_size)
-        own = getattr(described.visual, "preprocess_cfg", {})
+        own = open_clip.get_model_preprocess_cfg(described)
         processor = getattr(tokenizer, "image_processor", None)
         words = adapted_tokenizer(tokenizer, length)
         config = _config(name, length, normalization(own, (preprocess, processor), mean, std, size))

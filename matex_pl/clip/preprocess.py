@@ -14,10 +14,10 @@ def normalization(
     std: float | Sequence[float] | None,
     size: tuple[int, int],
 ) -> dict[str, Any]:
-    """Mean and deviation of a model's images, `{"mean": [r, g, b], "std": [r, g, b], "size": [height, width]}`.
+    """Preprocessing of a model's images in the form of open_clip's config: `mean`, `std`, `size` and, if known, more.
 
     Args:
-        model: `mean` and `std` that the model states itself; they count if nothing else is given.
+        model: Preprocessing that the model states itself; it counts if nothing else is given.
         preprocess: Transforms of torchvision and image processors of transformers; None among them is skipped.
         mean: Mean per channel, or of all channels.
         std: Deviation per channel, or of all channels.
@@ -29,14 +29,16 @@ def normalization(
     given = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
     sources = [(type(part).__name__, stated(part)) for part in preprocess if part is not None]
     result: dict[str, Any] = {}
+    fit: dict[str, Any] = {name: value for name, value in model.items() if name not in ("mean", "std")}
     for source, values in [("the arguments", given), *sources]:
         for name, value in values.items():
-            if name == "size":
-                if value != size:
-                    raise ValueError(
-                        f"{source} makes images of {value} pixels, the model takes {size}. Give the preprocessing of "
-                        "this model."
-                    )
+            if name == "size" and value != size:
+                raise ValueError(
+                    f"{source} makes images of {value} pixels, the model takes {size}. Give the preprocessing of this "
+                    "model."
+                )
+            if name in ("size", "resize_mode"):
+                fit[name] = value
                 continue
             channels = _channels(name, value)
             known = result.setdefault(name, (channels, source))
@@ -55,11 +57,11 @@ def normalization(
         )
     if min(found["std"]) <= 0:
         raise ValueError(f"std must be positive, got {found['std']}.")
-    return found | {"size": list(size)}
+    return fit | found | {"size": list(size)}
 
 
 def stated(preprocess: Any) -> dict[str, Any]:
-    """`mean`, `std` and `size` of a transform of torchvision or an image processor of transformers, if it states them.
+    """The `mean`, `std`, `size` and `resize_mode` that a transform or an image processor states.
 
     Raises:
         ValueError: It is neither, or does not scale images to [0, 1] first.
@@ -76,7 +78,11 @@ def stated(preprocess: Any) -> dict[str, Any]:
         if isinstance(size, int) and "Crop" in type(step).__name__:
             size = (size, size)
         if isinstance(size, (list, tuple)) and len(size) == 2:
-            found["size"] = (int(size[0]), int(size[1]))
+            found |= {"size": (int(size[0]), int(size[1])), "resize_mode": "shortest"}
+            if type(step).__name__ == "Resize":
+                found["resize_mode"] = "squash"
+            elif "Pad" in type(step).__name__:
+                found["resize_mode"] = "longest"
     if "mean" not in found:
         raise ValueError(
             f"preprocess is {type(preprocess).__name__} without a Normalize. Give a Compose of torchvision with "
@@ -95,12 +101,13 @@ def _of_processor(processor: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"mean": 0.0, "std": 1.0}
     if getattr(processor, "do_normalize", True):
         found = {"mean": processor.image_mean, "std": processor.image_std}
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else getattr(processor, "size", None)
-    if isinstance(size, int):
-        return found | {"size": (size, size)}
+    is_cropped = getattr(processor, "do_center_crop", False)
+    size = processor.crop_size if is_cropped else getattr(processor, "size", None)
     # A dict, or a class like one; without both sides it fixes no frame.
-    sides = [_side(size, name) for name in ("height", "width")]
-    return found | {"size": (sides[0], sides[1])} if all(sides) else found
+    sides = [size, size] if isinstance(size, int) else [_side(size, name) for name in ("height", "width")]
+    if all(sides):
+        found |= {"size": (sides[0], sides[1]), "resize_mode": "shortest" if is_cropped else "squash"}
+    return found
 
 
 def _side(size: Any, name: str) -> int | None:

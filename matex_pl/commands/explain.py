@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 from matex_pl import attribution
 from matex_pl.arguments import import_all
@@ -82,21 +81,15 @@ def explain_image(
 
     from matex_pl.attribution import Matex
     from matex_pl.clip import load_clip, load_trained
-    from matex_pl.data.images import read_image, read_size
-    from matex_pl.data.pair import ImageTextPair, Sample, collate
-    from matex_pl.data.transforms import ImageTransform
-    from matex_pl.explain import compare_methods, explain_batch
+    from matex_pl.data.images import read_size
+    from matex_pl.explain import compare_methods, explain_batch, pair_batch
     from matex_pl.visualization.draw import save_png
 
     single = None if method == "all" else load_method(method or Matex.recommended())
     # Report a wrong path before loading the model.
     read_size(image)
     clip = load_trained(ckpt_path) if ckpt_path else load_clip(str(model), pretrained)
-    module = SimpleNamespace(clip=clip, inputs=clip.inputs, device=clip.std.device)
-    transform = ImageTransform(clip.image_size, resize_mode)
-    stored = read_image(image, transform.target_size)
-    pair = ImageTextPair(id=Path(image).name, patient_id="", image_id=Path(image).name, image=image, phrase=phrase)
-    batch = collate([Sample(pair, *transform(stored.pixels, size=stored.size))])
+    batch = pair_batch(clip, image, phrase, resize_mode)
     if single is None:
-        return save_png(path, compare_methods(module, shipped_methods(), batch))
-    return save_png(path, explain_batch(module, single, batch, type(single).__name__)[0])
+        return save_png(path, compare_methods(clip, shipped_methods(), batch))
+    return save_png(path, explain_batch(clip, single, batch, type(single).__name__)[0])
