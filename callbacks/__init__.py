@@ -7,6 +7,7 @@ from matex_pl.callbacks.attribution_maps import AttributionMaps
 from matex_pl.callbacks.attribution_metrics import AttributionMetrics
 from matex_pl.callbacks.map_writer import MapWriter
 from matex_pl.callbacks.prediction_writer import PredictionWriter
+from matex_pl.callbacks.reader import Reader
 from matex_pl.callbacks.roar_plus import RoarPlus
 
-__all__ = ["AttributionMaps", "AttributionMetrics", "MapWriter", "PredictionWriter", "RoarPlus"]
+__all__ = ["AttributionMaps", "AttributionMetrics", "MapWriter", "PredictionWriter", "Reader", "RoarPlus"]

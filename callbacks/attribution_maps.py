@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.callbacks.loggers import is_local, log_images
+from matex_pl.callbacks.reader import Reader
 from matex_pl.data.datamodule import ChestXrayDataModule, PairDataset
-from matex_pl.data.pair import ImageTextPair
-from matex_pl.explain import explain_batch
+from matex_pl.data.pair import ImageTextBatch, ImageTextPair
+from matex_pl.explain import attribute_batch, draw_panels
 from matex_pl.visualization.draw import Picture
+from matex_pl.visualization.panel import CARD_WIDTH
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ class AttributionMaps(Callback):
     The maps are computed at the first batch. Callbacks that average weights therefore put the same weights into panels
     and scalars, in any order of the callbacks.
 
+    With the loaders of a data module of this package, the pairs are chosen from the whole split. Of any other loader,
+    the first pairs of the first validation are kept in memory and drawn again.
+
     Args:
         method: An attribution method, the name of a shipped one (`m2ib`), or a YAML file; `Matex.recommended()` by
             default.
@@ -43,6 +49,8 @@ class AttributionMaps(Callback):
             default, only loggers that write to local disks get words (see `is_local`). Panels never contain patient
             ids, and always the id of the pair.
         log_text: Deprecated name of `show_text`.
+        reader: Where the model is in the LightningModule, and images and phrases in its batches; by default as in
+            `ClipModule` and the data modules of this package.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class AttributionMaps(Callback):
         every_n_validations: int = 1,
         show_text: bool | None = None,
         log_text: bool | None = None,
+        reader: Reader | None = None,
     ) -> None:
         if num_pairs < 1 or every_n_validations < 0:
             raise ValueError(
@@ -69,7 +78,12 @@ class AttributionMaps(Callback):
         self.validations = 0
         self.chosen: dict[str, list[str]] = {}
         self._content: dict[str, str] = {}
-        self._panels: dict[bool, dict[str, Picture]] | None = None
+        self.reader = reader or Reader()
+        # By whether they show words.
+        self._panels: dict[bool, dict[str, Picture]] = {}
+        # Pairs of loaders of other data modules, by split, and the splits that have them all.
+        self._taken: dict[str, list[ImageTextBatch]] = {}
+        self._complete: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -86,7 +100,8 @@ class AttributionMaps(Callback):
         self._content = state_dict.get("content", {})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the ids of the pairs."""
+        """Check the model, and the ids of the pairs."""
+        self.reader.check(trainer, pl_module)
         data = getattr(trainer, "datamodule", None)
         if self.pair_ids and isinstance(data, ChestXrayDataModule) and stage in ("fit", "validate", "test"):
             ids = {pair.id for pair in data.pairs["test" if stage == "test" else "val"]}
@@ -97,14 +112,14 @@ class AttributionMaps(Callback):
                     f"{min(ids, default='none')!r}. Give pair_ids of this split."
                 )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the model, and compare the pairs of a checkpoint with the data, before the first step.
 
         Raises:
             NotImplementedError: The method does not support a tower of the model.
         """
         if self.every_n_validations and trainer.loggers:
-            self.method.check_model(pl_module.clip)
+            self.method.check_model(self.reader.clip_of(pl_module))
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ChestXrayDataModule):
             for split in tuple(self.chosen):
@@ -131,71 +146,108 @@ class AttributionMaps(Callback):
         self._content[split] = _hash(pairs, self.chosen[split])
         return self.chosen[split]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check a batch of the validation, unless the sanity check did."""
+        self.reader.check_loader(trainer, pl_module)
+
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Draw the panels of every n-th validation, at its first batch."""
-        if batch_idx == 0 and not trainer.sanity_checking and self._is_due():
-            self._draw(trainer, pl_module, trainer.val_dataloaders, "val")
+        if dataloader_idx == 0 and not trainer.sanity_checking and self._is_due():
+            self._draw(trainer, pl_module, batch, batch_idx, trainer.val_dataloaders, "val")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the panels of every n-th validation."""
         if trainer.sanity_checking or not self.every_n_validations:
             return
         if self._is_due():
-            self._log(trainer, pl_module, trainer.val_dataloaders, "val")
+            self._log(trainer, "val")
         self.validations += 1
 
     def _is_due(self) -> bool:
         return bool(self.every_n_validations) and self.validations % self.every_n_validations == 0
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Draw the panels of test pairs, at the first batch."""
-        if batch_idx == 0 and self.every_n_validations:
-            self._draw(trainer, pl_module, trainer.test_dataloaders, "test")
+        if dataloader_idx == 0 and self.every_n_validations:
+            self._draw(trainer, pl_module, batch, batch_idx, trainer.test_dataloaders, "test")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the panels of test pairs."""
         if self.every_n_validations:
-            self._log(trainer, pl_module, trainer.test_dataloaders, "test")
+            self._log(trainer, "test")
 
-    def _draw(self, trainer: Trainer, module: Any, loader: Any, split: str) -> None:
+    def _draw(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: Any, split: str
+    ) -> None:
         """Draw the panels of this process's share of the pairs, with words and without, as the loggers need them."""
-        self._panels = {}
+        data = getattr(loader, "dataset", None)
         if not trainer.loggers:
             return
-        data = getattr(loader, "dataset", None)
-        if not isinstance(data, PairDataset):
-            raise TypeError(
-                f"AttributionMaps needs the loader of a matex_pl data module, got a loader of {type(data).__name__}."
-            )
-        share = self._choose(data.pairs, split)[trainer.global_rank :: trainer.world_size]
-        subtitle = f"{self.name} | epoch {trainer.current_epoch}"
-        batch = data.batch(share) if share else None
-        for show_text in {self._shows_text(logger) for logger in trainer.loggers}:
-            self._panels[show_text] = {}
-            if batch is not None:
-                pictures = explain_batch(module, self.method, batch, subtitle, show_text=show_text, stacked=True)
-                self._panels[show_text].update(zip(batch["id"], pictures, strict=True))
+        if batch_idx == 0:
+            self._panels = {show_text: {} for show_text in self._kinds(trainer)}
+        if isinstance(data, PairDataset):
+            share = self._choose(data.pairs, split)[trainer.global_rank :: trainer.world_size] if batch_idx == 0 else []
+            due = [data.batch(share)] if share else []
+        elif split in self._complete:
+            due = self._taken[split] if batch_idx == 0 else []
+        else:
+            found = self._take(trainer, self.reader.read(trainer, pl_module, batch, batch_idx), split)
+            due = [found] if found else []
+            self._taken.setdefault(split, []).extend(due)
+        clip, subtitle = self.reader.clip_of(pl_module), f"{self.name} | epoch {trainer.current_epoch}"
+        for pairs in due:
+            maps, tokens = attribute_batch(clip, self.method, pairs)
+            for show_text, panels in self._panels.items():
+                drawn = draw_panels(clip, maps, pairs, tokens, subtitle, CARD_WIDTH, show_text=show_text, stacked=True)
+                panels.update(zip(pairs["id"], drawn, strict=True))
+
+    def _take(self, trainer: Trainer, batch: ImageTextBatch, split: str) -> ImageTextBatch | None:
+        """Pairs of a batch that are still to be drawn, on the CPU: those of the wanted ids, or else the first ones."""
+        wanted = self.pair_ids or self.chosen.get(split)
+        rows = range(len(batch["id"]))
+        if wanted:
+            chosen = [row for row in rows if batch["id"][row] in wanted]
+        else:
+            share = len(range(trainer.global_rank, self.num_pairs, trainer.world_size))
+            have = sum(len(pairs["id"]) for pairs in self._taken.get(split, []))
+            chosen = list(rows)[: share - have]
+        if not chosen:
+            return None
+        kept = {
+            name: part[chosen].cpu() if isinstance(part, Tensor) else [part[row] for row in chosen]  # type: ignore[index]
+            for name, part in batch.items()
+        }
+        return cast(ImageTextBatch, kept)
+
+    def _kinds(self, trainer: Trainer) -> list[bool]:
+        """Whether panels show words: the kinds that the loggers need."""
+        return sorted({self._shows_text(logger) for logger in trainer.loggers}, reverse=True)
 
     def _shows_text(self, logger: Any) -> bool:
         return is_local(logger) if self.show_text is None else self.show_text
 
-    def _log(self, trainer: Trainer, module: Any, loader: Any, split: str) -> None:
-        # A process without a batch has drawn nothing.
-        if self._panels is None:
-            self._draw(trainer, module, loader, split)
-        panels, self._panels = self._panels or {}, None
+    def _log(self, trainer: Trainer, split: str) -> None:
         if not trainer.loggers:
             return
-        taken = 0
-        for show_text in sorted(panels, reverse=True):
+        taken, shown = 0, set()
+        for show_text in self._kinds(trainer):
             loggers = [logger for logger in trainer.loggers if self._shows_text(logger) is show_text]
-            for pair, panel in _gathered(trainer, panels[show_text]).items():
+            # A process without a batch has drawn nothing.
+            for pair, panel in sorted(_gathered(trainer, self._panels.get(show_text, {})).items()):
                 taken += log_images(loggers, f"maps/{self.name}/{pair}", panel, trainer.global_step)
-        if not taken:
+                shown.add(pair)
+        self._panels = {}
+        if split in self._taken and split not in self._complete:
+            self._complete.add(split)
+            missing = sorted({*(self.pair_ids or self.chosen.get(split, []))} - shown)
+            if missing and trainer.is_global_zero:
+                rank_zero_warn(f"AttributionMaps {self.name!r}: the loader has no pairs {', '.join(missing[:3])}.")
+            self.chosen[split] = sorted(shown)
+        if not taken and trainer.is_global_zero:
             rank_zero_warn(
                 "No logger of the trainer accepts images, so AttributionMaps shows no maps. Use a TensorBoardLogger."
             )

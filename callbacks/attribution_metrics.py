@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.core.fill import Fill, check_fill
 from matex_pl.attribution.several import attribute_methods
 from matex_pl.attribution.shipped import load_method
+from matex_pl.callbacks.reader import Reader
 from matex_pl.callbacks.scalars import describe_scalars
 from matex_pl.clip.model import Clip
 from matex_pl.data.datamodule import ChestXrayDataModule
@@ -38,6 +40,10 @@ from matex_pl.metrics import (
 )
 from matex_pl.metrics.functional import border_mask
 from matex_pl.metrics.removal import dropped_tokens, image_score, text_score
+
+log = logging.getLogger(__name__)
+
+_OF_BOXES = ("pointing_game", "cnr")
 
 MethodChoice = AttributionMethod | str | dict[str, Any]
 """A method, the name of a shipped one or a YAML file, or changed settings of the first method."""
@@ -69,7 +75,8 @@ class AttributionMetrics(Callback):
             of a shipped one (`m2ib`), a YAML file, or the settings in which it differs from the first method, as
             `{lambda_s: 1.0}`. A single method gets the empty name. `Matex.recommended()` by default.
         num_batches: Number of explained batches per validation (or test), in each process; -1 for all.
-        fill: Replacement of removed pixels: `mean_image`, `mean_color` (as published) or `blur`.
+        fill: Replacement of removed pixels: `mean_image`, `mean_color` (as published) or `blur`. By default
+            `mean_image`, and `mean_color` for a model without a mean of the training images.
         per_finding: Whether to log the pointing game, the mass outside and the prompt sensitivity of each finding too,
             as `pointing_game/<finding>`.
         sensitivity: Whether to log how maps follow the phrase, which takes two to three times as long.
@@ -77,6 +84,8 @@ class AttributionMetrics(Callback):
             of another pair of the batch (see `other_phrases`); lower is better. `side_sensitivity` is the share of mass
             that moves to the other side of the patient when the phrase names that side, over phrases with a
             `named_side`; higher is better.
+        reader: Where the model is in the LightningModule, and images and phrases in its batches; by default as in
+            `ClipModule` and the data modules of this package. Batches without boxes have no `pointing_game` and `cnr`.
 
     Raises:
         ValueError: A method is unknown, a name has other characters than letters, digits, `_`, `.` and `-`, or
@@ -87,9 +96,10 @@ class AttributionMetrics(Callback):
         self,
         methods: AttributionMethod | str | dict[str, MethodChoice] | None = None,
         num_batches: int = 4,
-        fill: Fill = "mean_image",
+        fill: Fill | None = None,
         per_finding: bool = False,
         sensitivity: bool = False,
+        reader: Reader | None = None,
     ) -> None:
         check_choices(AttributionMetrics.__init__, locals())
         if num_batches < -1 or num_batches == 0:
@@ -102,14 +112,18 @@ class AttributionMetrics(Callback):
         self.fill = fill
         self.per_finding = per_finding
         self.sensitivity = sensitivity
+        self.reader = reader or Reader()
         self.thorax: Tensor | None = None
         self.metrics: dict[str, Metric] = {}
         self._kept: dict[str, Metric] = {}
         self._warned: set[str] = set()
         self._is_described = False
+        self._fill: Fill = "mean_image"
+        self._is_boxed = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the names, and read the thorax from the data module."""
+        """Check the names and the model, and read the thorax from the data module."""
+        self.reader.check(trainer, pl_module)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             taken = self.methods.keys() & other.methods.keys() if isinstance(other, AttributionMetrics) else set()
             if taken and other is not self:
@@ -127,13 +141,20 @@ class AttributionMetrics(Callback):
         Raises:
             NotImplementedError: The method does not support a tower of the model.
         """
+        clip = self.reader.clip_of(pl_module)
         for method in self.methods.values():
-            method.check_model(pl_module.clip)
-        check_fill(self.fill, pl_module.clip)
+            method.check_model(clip)
+        if self.fill:
+            check_fill(self.fill, clip)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check a batch of the validation, unless the sanity check did."""
+        self.reader.check_loader(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Reset the metrics, because Lightning does not reset those of a callback."""
-        check_fill(self.fill, pl_module.clip)
+        self._fill = self._chosen_fill(self.reader.clip_of(pl_module))
+        self._is_boxed = True
         self.metrics = {}
         for metric in self._kept.values():
             metric.reset()
@@ -159,6 +180,17 @@ class AttributionMetrics(Callback):
             for name, kind in (kinds | texts if explained.supports_text else kinds).items():
                 self._metric(f"{_prefix(method)}/{name}", kind, pl_module.device)
 
+    def _chosen_fill(self, clip: Clip) -> Fill:
+        """The given fill, or the one that the model has."""
+        if self.fill:
+            check_fill(self.fill, clip)
+            return self.fill
+        if not clip.mean_image.isnan().any():
+            return "mean_image"
+        if not self._is_described:
+            log.info("The model has no mean of the training images. AttributionMetrics fills with the mean color.")
+        return "mean_color"
+
     @property
     def _outside(self) -> str:
         return "border_mass" if self.thorax is None else "outside_thorax_mass"
@@ -174,7 +206,10 @@ class AttributionMetrics(Callback):
         """Score the maps of the first batches."""
         if trainer.sanity_checking or 0 <= self.num_batches <= batch_idx:
             return
-        clip, (images, tokens) = pl_module.clip, pl_module.inputs(batch)
+        clip = self.reader.clip_of(pl_module)
+        self._is_boxed &= self.reader.has_boxes(batch)
+        batch = self.reader.read(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        images, tokens = clip.inputs(batch)
         maps = attribute_methods(self.methods, clip, images, tokens, batch["phrase"], batch["content_box"])
         # The embeddings of the validation step would differ under autocast.
         known = [found.parts["embeddings"] for found in maps.values() if "embeddings" in found.parts]
@@ -183,7 +218,7 @@ class AttributionMetrics(Callback):
         for method, found in maps.items():
             prefix = _prefix(method)
             self._localize(prefix, found, batch)
-            kept = {"confidence": image_score(clip, images, found.image, self.fill, text)}
+            kept = {"confidence": image_score(clip, images, found.image, self._fill, text)}
             if self.methods[method].supports_text:
                 drop = dropped_tokens(found.text, found.content, "map")
                 kept["text_confidence"] = text_score(clip, tokens, drop, image)
@@ -268,7 +303,8 @@ class AttributionMetrics(Callback):
                 # The warning below names the scalar.
                 warnings.simplefilter("ignore")
                 value = metric.compute()
-            if value.isnan() and tag.count("/") > 1:
+            scalar = tag.split("/")[1]
+            if value.isnan() and (tag.count("/") > 1 or (scalar in _OF_BOXES and not self._is_boxed)):
                 # A finding may be missing in all batches; no warning is needed.
                 continue
             if value.isnan() and tag not in self._warned:

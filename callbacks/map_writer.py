@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
+from matex_pl.callbacks.reader import Reader
 from matex_pl.evaluation.store import MapStore, pair_keys, weight_hash
 from matex_pl.files import check_folder, remove_abandoned_parts
 
@@ -32,16 +33,22 @@ class MapWriter(Callback):
         method: An attribution method, the name of a shipped one (`m2ib`), or a YAML file; `Matex.recommended()` by
             default.
         root: Folder of the stores; each store is named after the method and a hash of its settings and the weights.
+        reader: Where the model is in the LightningModule, and images and phrases in its batches; by default as in
+            `ClipModule` and the data modules of this package.
     """
 
-    def __init__(self, method: AttributionMethod | str | None = None, root: str = "maps") -> None:
+    def __init__(
+        self, method: AttributionMethod | str | None = None, root: str = "maps", reader: Reader | None = None
+    ) -> None:
         self.method = load_method(method or Matex.recommended())
         self.root = Path(root)
+        self.reader = reader or Reader()
         self.store: MapStore | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the folder is writable."""
+        """Check the model, and that the folder is writable."""
         self.store = None
+        self.reader.check(trainer, pl_module)
         if trainer.state.fn != TrainerFn.FITTING:
             check_folder(self.root)
 
@@ -49,7 +56,7 @@ class MapWriter(Callback):
         """Open the store of these weights and this method."""
         if trainer.state.fn != TrainerFn.FITTING:
             # Lightning broadcasts the weights of the first process.
-            self.store = MapStore(self.root, weight_hash(pl_module.clip), self.method)
+            self.store = MapStore(self.root, weight_hash(self.reader.clip_of(pl_module)), self.method)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -57,15 +64,15 @@ class MapWriter(Callback):
         """Write the missing maps of a batch."""
         if self.store is None:
             return
+        clip = self.reader.clip_of(pl_module)
+        batch = self.reader.read(trainer, pl_module, batch, batch_idx, dataloader_idx)
         rows = {key: row for row, key in enumerate(pair_keys(batch))}
         missing = self.store.missing(list(rows))
         if missing:
             chosen = [rows[key] for key in missing]
-            images, tokens = pl_module.inputs(batch)
+            images, tokens = clip.inputs(batch)
             phrases = [batch["phrase"][row] for row in chosen]
-            maps = self.method.attribute(
-                pl_module.clip, images[chosen], tokens[chosen], phrases, batch["content_box"][chosen]
-            )
+            maps = self.method.attribute(clip, images[chosen], tokens[chosen], phrases, batch["content_box"][chosen])
             self.store.write(missing, maps)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

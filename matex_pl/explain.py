@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod, Matex
@@ -83,7 +84,7 @@ def explain_batch(
         show_text: Whether to write the phrase and the finding; if not, bars stand for the words.
         stacked: Whether the map stands above the image, in the width of TensorBoard's cards.
     """
-    maps, tokens = _attribute(module, method, batch)
+    maps, tokens = attribute_batch(module, method, batch)
     width = CARD_WIDTH if stacked else DESIGN_WIDTH
     return draw_panels(_clip_of(module), maps, batch, tokens, subtitle, width, show_text=show_text, stacked=stacked)
 
@@ -131,7 +132,7 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
     entries, errors = [], []
     for name, method in progress(methods.items(), "methods"):
         try:
-            maps, tokens = _attribute(module, method, batch)
+            maps, tokens = attribute_batch(module, method, batch)
         except (NotImplementedError, ValueError) as error:
             entries.append(Entry(name, None, None, str(error)))
             errors.append(error)
@@ -144,7 +145,8 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
     return contact_sheet(entries=entries, score=float(maps.score[0]), **pair)
 
 
-def _attribute(module: Any, method: AttributionMethod, batch: ImageTextBatch) -> tuple[Attribution, Tensor]:
+def attribute_batch(module: Any, method: AttributionMethod, batch: ImageTextBatch) -> tuple[Attribution, Tensor]:
+    """Maps of a batch on any device, and its tokens `(B, T)`; see `explain_batch` for the arguments."""
     clip = _clip_of(module)
     images, tokens = getattr(module, "inputs", clip.inputs)({**batch, "image": batch["image"].to(clip.std.device)})
     content_box = batch["content_box"].to(clip.std.device)
@@ -161,9 +163,16 @@ def _pair(
     """Arguments of a pair's picture that are the same for all methods."""
     finding = batch["finding"][row] if show_finding else ""
     return {
-        "image": np.ascontiguousarray(batch["image"][row, 0].cpu().numpy()),
+        "image": _gray(batch["image"][row, 0]),
         "boxes": batch["boxes"][row].cpu().numpy(),
         "phrase": batch["phrase"][row],
         "tokens": clip.pieces(tokens[content]),
         "title": " | ".join(part for part in (finding, batch["id"][row]) if part),
     }
+
+
+def _gray(image: Tensor) -> Picture:
+    """Pixels `(H, W)` as uint8, from uint8 or from float in [0, 1]."""
+    if image.is_floating_point():
+        image = (image.float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(image.cpu().numpy())

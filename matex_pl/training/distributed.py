@@ -1,4 +1,4 @@
-"""Gathering of rows from all processes, and hashes that identify repeats."""
+"""Work of several processes: supported strategies, gathered rows, and hashes that identify repeats."""
 
 from __future__ import annotations
 
@@ -8,8 +8,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torchmetrics import Metric
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies that keep a part of each weight in each process.
+
+    Raises:
+        NotImplementedError: The strategy is one of them.
+    """
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise NotImplementedError(
+            f"{type(strategy).__name__} keeps a part of each weight in each process, but maps swap the attention of "
+            "whole towers and differentiate through it outside of the strategy. Set trainer.strategy=ddp."
+        )
 
 
 def fingerprints(names: Sequence[str]) -> Tensor:

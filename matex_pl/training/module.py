@@ -15,7 +15,6 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateFinder
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -33,7 +32,7 @@ from matex_pl.data.datamodule import STAGES, ChestXrayDataModule, EpochLoader
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair
 from matex_pl.files import check_folder
 from matex_pl.training.checkpoints import WholeCheckpointIO, place_in_epoch, without_functions
-from matex_pl.training.distributed import fingerprints, gather_rows, process_count
+from matex_pl.training.distributed import check_strategy, fingerprints, gather_rows, process_count
 from matex_pl.training.loss import EqualPhrases, contrastive_loss, gathered_loss, phrase_keys
 from matex_pl.training.scores import ImageTextRecall, ZeroShot
 
@@ -42,8 +41,6 @@ log = logging.getLogger(__name__)
 Freeze = Literal["none", "text", "image", "all-but-projections", "all-but-head"]
 # Settings in the optimizer's state, which a checkpoint restores.
 _RESTORED = ("betas", "freeze", "lr", "weight_decay")
-# Strategies that keep a part of each weight in each process.
-_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 # SigLIP's bias and CoCa's decoder get no gradient from this loss, and DDP would wait for it.
 _UNREACHED = ("logit_bias", "text_decoder.")
 _PROJECTIONS = ("visual.proj", "visual.head.", "text_projection", "text.text_projection", "text.proj")
@@ -150,11 +147,7 @@ class ClipModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Read findings and mean image from the data module, and check settings that would fail later."""
         strategy, data = self.trainer.strategy, cast(Any, getattr(self.trainer, "datamodule", None))
-        if isinstance(strategy, _SHARDED):
-            raise NotImplementedError(
-                f"{type(strategy).__name__} keeps a part of each weight in each process, but maps swap the attention "
-                "of whole towers and differentiate through it outside of the strategy. Set trainer.strategy=ddp."
-            )
+        check_strategy(strategy)
         # Keep a user's own choice.
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO()
