@@ -93,9 +93,18 @@ def test_findings_that_one_process_sees_are_logged_by_both(found: Path) -> None:
     assert two == pytest.approx(one, abs=1e-5, nan_ok=True)
 
 
-def test_panels_are_logged_once_and_are_the_same(found: Path) -> None:
+def test_a_foreign_training_logs_the_same_scalars(found: Path) -> None:
+    one, two = (_kept(found / f"foreign{count}.pt") for count in (1, 2))
+    _assert_close(two["weights"], one["weights"])
+    scores = [{name: value for name, value in kept["scores"].items() if "attribution" in name} for kept in (one, two)]
+    assert len(scores[0]) > 6
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fit", "foreign"])
+def test_panels_are_logged_once_and_are_the_same(found: Path, kind: str) -> None:
     logs = [
-        EventAccumulator(str(found / f"fit{count}" / "tb" / "0"), size_guidance={"images": 0}).Reload()
+        EventAccumulator(str(found / f"{kind}{count}" / "tb" / "0"), size_guidance={"images": 0}).Reload()
         for count in (1, 2)
     ]
     tags = [set(log.Tags()["images"]) for log in logs]

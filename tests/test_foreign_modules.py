@@ -12,11 +12,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_wrap import clip_model, processor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from matex_pl.attribution import CenterMap, Matex
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics, MapWriter, Reader
+from matex_pl.clip import Clip
 
 SIDE, MEAN, STD = 32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 PHRASES = ("Left effusion.", "Right pneumothorax.", "Large heart.", "Nodule in the left upper lobe.", "Clear lungs.")
@@ -208,6 +210,49 @@ def test_pairs_are_named_and_survive_a_resume(tmp_path: Path) -> None:
     gone = AttributionMaps(CenterMap(), pair_ids=["film 9"], reader=their_reader(module, id="name"))
     with pytest.warns(UserWarning, match="the loader has no pairs film 9"):
         trainer(tmp_path / "c", gone).validate(module, loader, verbose=False)
+
+
+class TransformersModule(LightningModule):
+    """A training of transformers' own model by its own loss, on batches of its processor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = clip_model()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.model(**batch, return_loss=True).loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch, return_loss=True).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def test_a_training_of_transformers(tmp_path: Path) -> None:
+    words = processor()
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 40, 50, 3), dtype=np.uint8)
+
+    def collate(rows: list[int]) -> Any:
+        texts = [PHRASES[row] for row in rows]
+        images = [pixels[row] for row in rows]
+        return words(text=texts, images=images, return_tensors="pt", padding="max_length", max_length=16)
+
+    loader = DataLoader(range(4), batch_size=2, collate_fn=collate)
+    reader = Reader("model", words, image="pixel_values", phrase="input_ids", normalized=True)
+    module, metrics = TransformersModule(), AttributionMetrics(Matex(), num_batches=-1, fill="blur", reader=reader)
+    run = trainer(tmp_path, AttributionMaps(num_pairs=2, reader=reader), metrics)
+    run.fit(module, loader, loader)
+    assert sorted(events(tmp_path).Tags()["images"]) == ["maps/matex/val-0", "maps/matex/val-1"]
+    # The maps are those of the trained weights, under the phrases of the ids.
+    clip = Clip.wrap(module.model, words)
+    batches = [words.image_processor(list(pixels), return_tensors="pt").pixel_values, PHRASES[:4]]
+    maps = Matex().attribute(clip, batches[0], clip.tokenize(batches[1]), [phrase.lower() for phrase in batches[1]])
+    logged = run.callback_metrics
+    assert float(logged["attribution/mean_map_mass"]) == pytest.approx(float(maps.image.mean()), abs=1e-4)
+    assert float(logged["attribution/consistency_min"]) == pytest.approx(
+        float(maps.parts["consistency"].min()), abs=1e-4
+    )
 
 
 REFUSED = {

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
+from test_foreign_modules import Films, TheirModule, their_reader
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
@@ -225,6 +227,36 @@ def maps_on_a_full_disk(rank: int, folder: Path) -> None:
     maps(rank, folder, 1)
 
 
+class TheirPairs(TheirModule):
+    """A loss per pair: two processes together compute that of the whole batch."""
+
+    def loss(self, batch: Any) -> Tensor:
+        clip = self.net["clip"]
+        images = clip.encode_image(batch["pixel_values"], normalize=True)
+        texts = clip.encode_text(self.tokenizer(batch["caption"]).to(self.device), normalize=True)
+        return clip.logit_scale * (1 - (images * texts).sum(-1)).mean()
+
+
+def foreign(rank: int, folder: Path, processes: int) -> None:
+    """A training that knows nothing of this package, with seven films for validation."""
+    module = TheirPairs()
+    reader = their_reader(module)
+    callbacks = LoggedMaps(num_pairs=3, reader=reader), AttributionMetrics(num_batches=-1, reader=reader)
+    out = folder / f"foreign{processes}"
+    run = trainer(
+        out,
+        processes,
+        *callbacks,
+        logger=TensorBoardLogger(out, name="tb", version="0"),
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+    )
+    loaders = [DataLoader(Films(number), batch_size=4 // processes) for number in (4, 7)]
+    run.fit(module, *loaders)
+    keep(folder / f"foreign{processes}.pt", module, run)
+
+
 def keep_maps(folder: Path) -> None:
     """By one process and by two; killed, and on a full disk, and then again."""
     for name in ("maps1", "maps2", "killed", "full"):
@@ -251,7 +283,7 @@ def roar(folder: Path) -> None:
     run.fit(model(), datamodule=images(folder, 4))
 
 
-def keep(path: Path, module: ClipModule, run: Trainer) -> None:
+def keep(path: Path, module: LightningModule, run: Trainer) -> None:
     scores = {name: float(value) for name, value in run.callback_metrics.items()}
     torch.save({"scores": scores, "weights": module.state_dict()}, path)
 
@@ -306,7 +338,7 @@ def main(folder: Path) -> None:
     images(folder, 4).prepare_data()
     fork(shared_loss, str(folder), processes=2)
     for processes in (1, 2):
-        for function in (fit, metrics_of_some):
+        for function in (fit, metrics_of_some, foreign):
             # Two are forked by Lightning.
             fork(function, folder, 1) if processes == 1 else function(0, folder, 2)
     keep_maps(folder)
