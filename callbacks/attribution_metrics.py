@@ -66,14 +66,13 @@ class AttributionMetrics(Callback):
     `ModelCheckpoint(monitor="attribution/pointing_game")` works. The mass outside rises if a model reads something
     outside the patient. A prior draws the map to the named region and hides this: log a method without a prior.
 
-    The methods share what they can: the embeddings of the pairs, and the forward and backward of MATEX with several
-    settings. In TensorBoard, the tab CUSTOM SCALARS has a chart per scalar with all methods, and the tab TEXT says what
-    the scalars mean.
+    The methods share the embeddings of the pairs, and several settings of MATEX share one forward and one backward. In
+    TensorBoard, the tab CUSTOM SCALARS has a chart per scalar with all methods, and the tab TEXT explains the scalars.
 
     Args:
         methods: Methods by name, the main method first, under the empty name. Each is an attribution method, the name
-            of a shipped one (`m2ib`), a YAML file, or the settings in which it differs from the first method, as
-            `{lambda_s: 1.0}`. A single method gets the empty name. `Matex.recommended()` by default.
+            of a shipped one (`m2ib`), a YAML file, or changed settings of the first method, as `{lambda_s: 1.0}`.
+            A single method gets the empty name. `Matex.recommended()` by default.
         num_batches: Number of explained batches per validation (or test), in each process; -1 for all.
         fill: Replacement of removed pixels: `mean_image`, `mean_color` (as published) or `blur`. By default
             `mean_image`, and `mean_color` for a model without a mean of the training images.
@@ -181,7 +180,7 @@ class AttributionMetrics(Callback):
                 self._metric(f"{_prefix(method)}/{name}", kind, pl_module.device)
 
     def _chosen_fill(self, clip: Clip) -> Fill:
-        """The given fill, or the one that the model has."""
+        """The given fill, or else the mean image if the model has it."""
         if self.fill:
             check_fill(self.fill, clip)
             return self.fill

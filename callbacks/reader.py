@@ -26,12 +26,12 @@ class Reader:
 
     Args:
         clip: Attributes that lead from the LightningModule to its model (`model.clip`), or a function from the module
-            to the model. The model is a `Clip`, or one that `Clip.wrap` takes.
+            to the model. The model is a `Clip`, or is wrapped by `Clip.wrap`.
         tokenizer: Tokenizer or processor of a model that is no `Clip`; see `Clip.wrap`.
         preprocess: Transform or image processor of a model that is no `Clip`; see `Clip.wrap`.
         mean: Mean of the images of a model that is no `Clip`; see `Clip.wrap`.
         std: Deviation of the images of a model that is no `Clip`; see `Clip.wrap`.
-        image: Key or position of the images in a batch, `(B, 3, H, W)`: uint8, or float as `normalized` says.
+        image: Key or position of the images in a batch, `(B, 3, H, W)`: uint8, or float; see `normalized`.
         phrase: Key or position of the phrases: B texts, or token ids `(B, T)` of the tokenizer.
         id: Key or position of the B ids. Without it in a batch, the ids are split and running index.
         boxes: Key or position of the boxes: B tensors `(K, 4)` of `x0, y0, x1, y1` in [0, 1] of the input frame.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -239,15 +240,24 @@ def test_a_training_of_transformers(tmp_path: Path) -> None:
         return words(text=texts, images=images, return_tensors="pt", padding="max_length", max_length=16)
 
     loader = DataLoader(range(4), batch_size=2, collate_fn=collate)
-    reader = Reader("model", words, image="pixel_values", phrase="input_ids", normalized=True)
-    module, metrics = TransformersModule(), AttributionMetrics(Matex(), num_batches=-1, fill="blur", reader=reader)
-    run = trainer(tmp_path, AttributionMaps(num_pairs=2, reader=reader), metrics)
-    run.fit(module, loader, loader)
-    assert sorted(events(tmp_path).Tags()["images"]) == ["maps/matex/val-0", "maps/matex/val-1"]
+    module = TransformersModule()
+    # The lines of the documentation.
+    page = Path(__file__).parents[1] / "docs" / "guides" / "callbacks.md"
+    (lines,) = (
+        block for block in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S) if "Reader(" in block
+    )
+    assert len(lines.splitlines()) <= 13
+    made: dict[str, Any] = {"module": module, "train_loader": loader, "val_loader": loader, "processor": words}
+    made["Trainer"] = lambda callbacks, max_epochs: trainer(tmp_path, *callbacks)
+    exec(lines, made)
+    run = made["trainer"]
+    assert sorted(events(tmp_path).Tags()["images"]) == [f"maps/matex/val-{index}" for index in range(4)]
     # The maps are those of the trained weights, under the phrases of the ids.
     clip = Clip.wrap(module.model, words)
     batches = [words.image_processor(list(pixels), return_tensors="pt").pixel_values, PHRASES[:4]]
-    maps = Matex().attribute(clip, batches[0], clip.tokenize(batches[1]), [phrase.lower() for phrase in batches[1]])
+    maps = Matex.recommended().attribute(
+        clip, batches[0], clip.tokenize(batches[1]), [phrase.lower() for phrase in batches[1]]
+    )
     logged = run.callback_metrics
     assert float(logged["attribution/mean_map_mass"]) == pytest.approx(float(maps.image.mean()), abs=1e-4)
     assert float(logged["attribution/consistency_min"]) == pytest.approx(
