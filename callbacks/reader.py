@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from operator import attrgetter
 from typing import Any, cast
 
@@ -218,7 +218,7 @@ class Reader:
         """Ids by the index in the data set, as Lightning's sampler deals it out to the processes, over and over."""
         flat = _flat(getattr(trainer, f"{split}_dataloaders", None))
         data = getattr(flat[loader], "dataset", None) if loader < len(flat) else None
-        number = len(data) if hasattr(data, "__len__") else None
+        number = len(data) if isinstance(data, Sized) else None
         indices = [(start + row) * trainer.world_size + trainer.global_rank for row in range(count)]
         prefix = f"{split}{loader}" if len(flat) > 1 else split
         return [f"{prefix}-{index % number if number else index}" for index in indices]
@@ -235,7 +235,7 @@ def _flat(loaders: Any) -> list[Any]:
 
 def _models(module: nn.Module) -> str:
     """Sentence that names the CLIP models in a module; empty without one."""
-    found = []
+    found: list[str] = []
     for name, part in module.named_modules():
         if name and not any(name.startswith(f"{other}.") for other in found):
             kind = type(part).__name__
