@@ -27,6 +27,9 @@ _WORD_MARKS = ("▁", "Ġ")
 class Clip(nn.Module):
     """An open_clip model with its tokenizer and the normalization of its images.
 
+    `resize_mode` is the fit of an image into the input, in the words of `ImageTransform`: that of the training for a
+    checkpoint of `matex fit`, else `squash` if the config states it, else `longest`.
+
     The buffer `mean_image`, `(1, H, W)` in [0, 1], is the position-wise mean of the training images. It replaces
     removed pixels. It is NaN until a data module sets it.
 
@@ -50,6 +53,8 @@ class Clip(nn.Module):
         self.config = config
         # `model_files` of a checkpoint that the model was built from.
         self.files: dict[str, Tensor] = {}
+        # open_clip's default, `shortest`, would cut parts of a chest off.
+        self.resize_mode = "squash" if config["preprocess_cfg"].get("resize_mode") == "squash" else "longest"
         self._rows: dict[str, Tensor] = {}
         for name in ("mean", "std"):
             values = torch.tensor(config["preprocess_cfg"][name], dtype=torch.float32).view(3, 1, 1)
