@@ -191,7 +191,7 @@ def read_checkpoint(path: str) -> Weights:
 
 
 def _read_tensors(path: str) -> Any:
-    """Content of a file, with inert objects in place of objects that only code of the file could build."""
+    """Content of a file, with inert objects instead of objects that only code of the file could build."""
     try:
         with warnings.catch_warnings():
             # torch warns that its own reader may fail. If it does, the reader below follows.
@@ -236,12 +236,13 @@ def _read(path: str, content: Any) -> Weights:
             "of its own."
         )
     # Extra states of modules are no tensors.
-    state = plain_state({str(key): value for key, value in states[place].items() if isinstance(value, Tensor)})
-    adapters = [key for key in states[place] if _ADAPTERS.search(str(key))]
+    state = {str(key): value for key, value in states[place].items() if isinstance(value, Tensor)}
+    adapters = [key for key in state if _ADAPTERS.search(key)]
     if adapters:
         raise ValueError(
             f"{path} holds adapters of PEFT in {_some(adapters)}. Merge them before saving: `merge_and_unload()`."
         )
+    state = plain_state(state)
     ours = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     config = recorded_config(content) if ours else None
     if config:
@@ -253,10 +254,11 @@ def fit_names(weights: Weights, model: nn.Module) -> None:
     """Give weights of another training the names that a model has.
 
     The prefix that leads to the most names of the model is removed. Tensors of other modules, and the entries of
-    OpenAI's archives, are left out. Weights of `matex fit` and layouts that open_clip converts stay as they are.
+    OpenAI's archives, are left out. In the layout of transformers, only the prefix is removed. Weights of `matex fit`
+    and further layouts, some of which open_clip converts, stay as they are.
 
     Raises:
-        ValueError: Several prefixes lead to equally many names, or the layout is that of transformers.
+        ValueError: Several prefixes lead to equally many names.
     """
     own, state = model.state_dict(), weights.state
     counts = Counter(prefix for key in state for prefix in _prefixes(key) if key.removeprefix(prefix) in own)
@@ -264,11 +266,11 @@ def fit_names(weights: Weights, model: nn.Module) -> None:
     if weights.config is not None:
         return
     if 4 * most < len(own):
-        if any(re.search(r"(^|\.)(text|vision)_model\.", key) for key in state):
-            raise ValueError(
-                f"{weights.path} holds weights in the layout of transformers. Give their folder, with its config.json, "
-                "as the model, and leave pretrained out."
-            )
+        found = {match[1] for key in state if (match := re.match(r"(.*?)(?:text|vision)_model\.", key))}
+        if len(found) == 1:
+            (prefix,) = found
+            weights.others = [key for key in state if not key.startswith(prefix)]
+            weights.state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         return
     prefix = _one_prefix([prefix for prefix, count in counts.items() if count == most], weights, own)
     firsts = {name.split(".")[0] for name in own}
@@ -351,7 +353,6 @@ def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
     """
     refuse_context(model, weights)
     state = _interpolated(weights.state, model)
-    source = f"{weights.path} does not fit the model {short(name)}"
     with tempfile.TemporaryDirectory() as folder:
         # open_clip's own loader resizes position embeddings and converts older layouts; it only takes files.
         plain = Path(folder) / "weights.pt"
@@ -361,12 +362,24 @@ def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
             problem = misfit(keys.missing_keys, keys.unexpected_keys) if keys else ""
         except (AssertionError, AttributeError, KeyError, RuntimeError) as error:
             problem = key_misfit(model.state_dict(), state) or first_line(error)
-            raise ValueError(f"{source}: {problem}. Give the model that the weights belong to.") from error
+            raise _no_fit(weights, problem, name) from error
     if problem:
-        problem += f"; of other modules: {_some(weights.others)}" * bool(weights.others)
-        raise ValueError(f"{source}: {problem}. Give the model that the weights belong to.")
+        raise _no_fit(weights, problem, name)
     if weights.others:
         log.info(f"{weights.path} also holds {_some(weights.others)}, which belong to other modules and are left out.")
+
+
+def _no_fit(weights: Weights, problem: str, name: str) -> ValueError:
+    """Error for weights that do not fit a model, which names the layout or the keys."""
+    if any(re.search(r"(^|\.)(text|vision)_model\.", key) for key in weights.state):
+        return ValueError(
+            f"{weights.path} holds weights in the layout of transformers. Give their folder, with its config.json, as "
+            "the model, and leave pretrained out."
+        )
+    problem += f"; of other modules: {_some(weights.others)}" * bool(weights.others)
+    return ValueError(
+        f"{weights.path} does not fit the model {short(name)}: {problem}. Give the model that the weights belong to."
+    )
 
 
 def key_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
