@@ -255,7 +255,7 @@ def fit_names(weights: Weights, model: nn.Module) -> None:
 
     The prefix that leads to the most names of the model is removed. Tensors of other modules, and the entries of
     OpenAI's archives, are left out. In the layout of transformers, only the prefix is removed. Weights of `matex fit`
-    and further layouts, some of which open_clip converts, stay as they are.
+    and layouts that open_clip converts stay as they are.
 
     Raises:
         ValueError: Several prefixes lead to equally many names.
