@@ -467,6 +467,17 @@ def test_the_text_tower_of_unimed_clip(tmp_path: Path) -> None:
     assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in clip.model.state_dict().items())
 
 
+def test_an_interpolation_of_positions_is_said(
+    tiny_json: str, state: State, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    """The size of the training is in no setting of the file."""
+    torch.save({"model": state}, tmp_path / "weights.pt")
+    load_clip(tiny_json, str(tmp_path / "weights.pt"), 48)
+    assert _said(messages) == [
+        f"{tmp_path / 'weights.pt'} holds positions of 4 x 4 patches. They are interpolated to the model's 6 x 6."
+    ]
+
+
 # --- CheXzero, and pictures of any model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,8 @@ class Clip(nn.Module):
         # `model_files` of a checkpoint that the model was built from.
         self.files: dict[str, Tensor] = {}
         # open_clip's default, `shortest`, would cut parts of a chest off.
-        self.resize_mode = "squash" if config["preprocess_cfg"].get("resize_mode") == "squash" else "longest"
+        squashes = config["preprocess_cfg"].get("resize_mode") == "squash"
+        self.resize_mode: Literal["longest", "shortest", "squash"] = "squash" if squashes else "longest"
         self._rows: dict[str, Tensor] = {}
         for name in ("mean", "std"):
             values = torch.tensor(config["preprocess_cfg"][name], dtype=torch.float32).view(3, 1, 1)

@@ -352,7 +352,7 @@ def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
         ValueError: Keys are missing, extra or of another shape, or the text positions have another length.
     """
     refuse_context(model, weights)
-    state = _interpolated(weights.state, model)
+    state = _interpolated(weights, model)
     with tempfile.TemporaryDirectory() as folder:
         # open_clip's own loader resizes position embeddings and converts older layouts; it only takes files.
         plain = Path(folder) / "weights.pt"
@@ -422,9 +422,9 @@ def refuse_context(model: Any, weights: Weights) -> None:
         )
 
 
-def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _interpolated(weights: Weights, model: Any) -> dict[str, Tensor]:
     """Weights with a timm tower's position embeddings interpolated to the model; open_clip interpolates its own."""
-    trunk = getattr(model.visual, "trunk", None)
+    state, trunk = weights.state, getattr(model.visual, "trunk", None)
     key = "visual.positional_embedding" if trunk is None else "visual.trunk.pos_embed"
     old, new = state.get(key), model.state_dict().get(key)
     if old is None or new is None or old.shape == new.shape:
@@ -435,6 +435,11 @@ def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         raise ValueError(
             f"{key} holds positions of {patches} patches, which is no square raster and cannot be interpolated to the "
             f"model's {grid}. Set image_size to the height and width of the training."
+        )
+    if weights.config is None:
+        log.info(
+            f"{weights.path} holds positions of {isqrt(patches)} x {isqrt(patches)} patches. They are interpolated to the "
+            f"model's {grid[0]} x {grid[1]}."
         )
     if trunk is None:
         return state
