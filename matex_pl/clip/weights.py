@@ -436,10 +436,10 @@ def _interpolated(weights: Weights, model: Any) -> dict[str, Tensor]:
             f"{key} holds positions of {patches} patches, which is no square raster and cannot be interpolated to the "
             f"model's {grid}. Set image_size to the height and width of the training."
         )
-    if weights.config is None:
+    if weights.config is None and patches != grid[0] * grid[1]:
         log.info(
-            f"{weights.path} holds positions of {isqrt(patches)} x {isqrt(patches)} patches. They are interpolated to the "
-            f"model's {grid[0]} x {grid[1]}."
+            f"{weights.path} holds positions of {isqrt(patches)} x {isqrt(patches)} patches. They are interpolated to "
+            f"the model's {grid[0]} x {grid[1]}."
         )
     if trunk is None:
         return state
