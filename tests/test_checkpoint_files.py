@@ -88,6 +88,16 @@ def test_wrapped_weights_are_found(tiny_json: str, tiny_clip: Clip, state: State
     _same(tiny_clip.model, load_clip(tiny_json, str(tmp_path / "weights.pt")))
 
 
+def test_a_file_of_old_torch(tiny_json: str, tiny_clip: Clip, state: State, tmp_path: Path) -> None:
+    """It is read with its wrapper. Next to objects it is refused, because torch alone reads this form."""
+    path = tmp_path / "weights.pt"
+    torch.save({"model": _with("module.", state), "epoch": 1}, path, _use_new_zipfile_serialization=False)
+    _same(tiny_clip.model, load_clip(tiny_json, str(path)))
+    torch.save({"model": state, "args": argparse.Namespace()}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"weights\.pt is no plain state dict \(it would run argparse\.Namespace\)"):
+        load_clip(tiny_json, str(path))
+
+
 PREFIXES = ["module.", "model.", "clip.", "net.", "clip_model.", "backbone.", "_orig_mod.", "student.encoder."]
 PREFIXES += ["model._orig_mod.module.", "module.clip_model.", "module.model.clip.net.", "any_name_at_all."]
 
