@@ -27,7 +27,7 @@ def explain_pair(
     image: str | Path | np.ndarray,
     phrase: str,
     method: AttributionMethod | None = None,
-    resize_mode: ResizeMode = "longest",
+    resize_mode: ResizeMode | None = None,
 ) -> Picture:
     """Panel of one image and one phrase, `(h, w, 3)` uint8: where the model looks, and which words matter.
 
@@ -39,7 +39,8 @@ def explain_pair(
         image: Image file, see `read_image`, or gray levels `(h, w)` uint8.
         phrase: Sentence as in a report.
         method: Attribution method, `Matex.recommended()` by default.
-        resize_mode: How the image is fitted into the model's input: `longest`, `shortest` or `squash`.
+        resize_mode: How the image is fitted into the model's input: `longest`, `shortest` or `squash`; by default
+            `clip.resize_mode`.
 
     Raises:
         NotImplementedError: The method does not support the model.
@@ -51,12 +52,12 @@ def explain_pair(
 
 
 def pair_batch(
-    clip: Clip, image: str | Path | np.ndarray, phrase: str, resize_mode: ResizeMode = "longest"
+    clip: Clip, image: str | Path | np.ndarray, phrase: str, resize_mode: ResizeMode | None = None
 ) -> ImageTextBatch:
     """Batch of one pair in the model's frame, `image (1, 3, H, W)` uint8; see `explain_pair`."""
     if not phrase.strip():
         raise ValueError("The phrase is empty. Give a sentence as in a report, in quotes.")
-    transform = ImageTransform(clip.image_size, resize_mode)
+    transform = ImageTransform(clip.image_size, resize_mode or clip.resize_mode)
     if isinstance(image, np.ndarray):
         name, stored = "", GrayImage(image, image.shape[:2])
     else:

@@ -232,12 +232,6 @@ def test_openai_weights_are_known_by_their_entries(
         assert "quick_gelu" not in load_clip("ViT-B-32", str(tmp_path / "other.pt")).config["model_cfg"]
 
 
-def test_a_torch_script_archive_is_named(tiny_json: str, tmp_path: Path) -> None:
-    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-32.pt")
-    with pytest.raises(ValueError, match=r"ViT-B-32\.pt is a TorchScript archive, the form of OpenAI's .*convert it"):
-        load_clip(tiny_json, str(tmp_path / "ViT-B-32.pt"))
-
-
 def test_a_file_means_what_the_only_tag_of_its_architecture_means(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from matex_pl.clip.record import assumed, contradictions, listed, unpacked, with
 from matex_pl.clip.weights import (
     Weights,
     are_openai,
+    fit_names,
     load_weights,
     read_checkpoint,
     read_weights,
@@ -82,8 +83,11 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     # With JSON types only, a checkpoint that holds the config loads without running code.
     clip = Clip(model, tokenizer, json.loads(json.dumps(described, default=asdict))).eval()
     clip.files = recorded.files if recorded else {}
+    if recorded is not None:
+        clip.resize_mode = recorded.checkpoint.get("resize_mode") or clip.resize_mode
     if weights is not None:
         if weights is not recorded:
+            fit_names(weights, model)
             _refuse_openai(weights, clip, name)
             log.info(
                 f"{weights.path} does not record the meaning of its weights. Assumed, as of {short(name)}: "
@@ -295,7 +299,7 @@ def _from_open_clip(
             # If weights were trained with QuickGELU and the config has none, open_clip only warns.
             force_quick_gelu=quick_gelu,
             force_image_size=size,
-            force_preprocess_cfg={key: released[key] for key in ("mean", "std") if key in released},
+            force_preprocess_cfg={key: released[key] for key in ("mean", "std", "resize_mode") if key in released},
             load_weights=not has_file,
             pretrained_text=False,
             require_pretrained=not named and not has_file,
@@ -306,12 +310,12 @@ def _from_open_clip(
 
 
 def _released(name: str) -> dict[str, Any]:
-    """Activation, mean and std that all released weights of an open_clip name share; empty without released weights.
+    """Activation, mean, std and resize mode that all released weights of an open_clip name share; may be empty.
 
     A file without a tag has the same meaning as the tag, if there is only one.
     """
     configs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    values = {key: [config.get(key) for config in configs] for key in ("quick_gelu", "mean", "std")}
+    values = {key: [config.get(key) for config in configs] for key in ("quick_gelu", "mean", "std", "resize_mode")}
     return {
         key: found[0] for key, found in values.items() if found and found[0] and found.count(found[0]) == len(found)
     }

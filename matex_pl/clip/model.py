@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -35,6 +35,9 @@ class Clip(nn.Module):
     `load_clip` builds one by name or from a file, `Clip.wrap` from a model in memory, and `Clip.from_encoders` from two
     functions.
 
+    `resize_mode` is the fit of an image into the input, in the words of `ImageTransform`: that of the training for a
+    checkpoint of `matex fit`, else `squash` if the config states it, else `longest`.
+
     The buffer `mean_image`, `(1, H, W)` in [0, 1], is the position-wise mean of the training images. It replaces
     removed pixels. It is NaN until a data module sets it.
 
@@ -56,6 +59,9 @@ class Clip(nn.Module):
         self.config = config
         # `model_files` of a checkpoint that the model was built from.
         self.files: dict[str, Tensor] = {}
+        # open_clip's default, `shortest`, would cut parts of a chest off.
+        squashes = config["preprocess_cfg"].get("resize_mode") == "squash"
+        self.resize_mode: Literal["longest", "shortest", "squash"] = "squash" if squashes else "longest"
         self._rows: dict[str, Tensor] = {}
         for name in ("mean", "std"):
             values = torch.tensor(config["preprocess_cfg"][name], dtype=torch.float32).view(3, 1, 1)

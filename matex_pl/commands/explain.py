@@ -37,7 +37,7 @@ def explain_image(
     ckpt_path: str | None = None,
     out: str = "panel.png",
     method: AttributionMethod | str | None = None,
-    resize_mode: ResizeMode = "longest",
+    resize_mode: ResizeMode | None = None,
     model: str | None = None,
     pretrained: str | None = None,
 ) -> Path:
@@ -51,10 +51,12 @@ def explain_image(
         method: Attribution method, `Matex.recommended()` by default: the name of a shipped setting (`m2ib`), a class
             (`M2ib`), or a YAML file with `class_path` and `init_args`. With `all`, the picture is a contact sheet of
             all shipped settings.
-        resize_mode: How the image is fitted into the model's input, as in training: `longest`, `shortest` or `squash`.
-        model: CLIP model: an open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder` or a JSON config.
-        pretrained: Weights of `model`: a tag of open_clip (`openai`) or a file. An `hf-hub:` or `local-dir:` model
-            brings its own.
+        resize_mode: How the image is fitted into the model's input: `longest`, `shortest` or `squash`. By default as in
+            the training of the checkpoint; for another model `squash` if it states that (SigLIP), else `longest`.
+        model: CLIP model: an open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder` or a JSON config, such
+            as the shipped `models/chexzero.json`.
+        pretrained: Weights of `model`: a tag of open_clip (`openai`) or a file, also a training checkpoint of other
+            code or the index of a sharded model. An `hf-hub:` or `local-dir:` model brings its own.
 
     Returns:
         Path of the picture.
