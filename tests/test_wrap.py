@@ -15,7 +15,7 @@ import pytorch_grad_cam
 import torch
 import torchvision
 import transformers
-from families import CLIP_TEXT, NATIVE, bert, folder, redraw, unigram
+from families import CLIP_TEXT, FAMILIES, NATIVE, bert, family, folder, redraw, unigram
 from open_clip.tokenizer import SimpleTokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from PIL import Image
@@ -48,7 +48,11 @@ def clip_words() -> Any:
     own = SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(piece, piece): index for piece, index in own.encoder.items()}
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=list(own.bpe_ranks))
+    path = folder("clip_words")
+    (path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in own.bpe_ranks)]
+    (path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    return transformers.CLIPTokenizerFast.from_pretrained(path)
 
 
 def processor(size: int = 32) -> Any:
@@ -365,6 +369,16 @@ def test_a_model_of_open_clip_brings_its_own_normalization() -> None:
     assert Clip.wrap(model, words, other).mean.flatten().tolist() == [0.5] * 3
     with pytest.raises(ValueError, match=r"Compose makes images of \(112, 112\) pixels, the model takes \(224, 224\)"):
         Clip.wrap(model, words, open_clip.image_transform(112, is_train=False))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_open_clip_is_wrapped_as_it_was_loaded(name: str) -> None:
+    loaded = family(name)
+    clip = Clip.wrap(loaded.model, loaded.tokenizer)
+    assert clip.model is loaded.model
+    inputs = draw(clip)
+    assert_close_maps(Matex().attribute(clip, *inputs), Matex().attribute(loaded, *inputs), 0)
+    assert (clip.grid, clip.context_length) == (loaded.grid, loaded.context_length)
 
 
 @cache

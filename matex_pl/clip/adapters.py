@@ -78,7 +78,7 @@ class TransformersImageTower:
         return list(self._model.vision_model.encoder.layers)
 
     @property
-    def attn_pool(self) -> nn.Module | None:
+    def attn_pool(self) -> Any:
         """Attention pool (SigLIP); None if the class token is pooled."""
         return getattr(self._model.vision_model, "head", None)
 
@@ -88,7 +88,7 @@ class TransformersImageTower:
         if pool is None:
             return self._model.visual_projection(self._model.vision_model(images).pooler_output)
         # Weights are returned by default, which the fused attention cannot.
-        with pool.attention.register_forward_pre_hook(_without_weights, with_kwargs=True):  # type: ignore[operator, union-attr]
+        with pool.attention.register_forward_pre_hook(_without_weights, with_kwargs=True):
             return self._model.vision_model(images).pooler_output
 
 

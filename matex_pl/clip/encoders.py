@@ -126,7 +126,7 @@ class DualEncoder(nn.Module):
 
     @property
     def token_embedding(self) -> nn.Module:
-        """Table in which `encode_text` looks the token ids up."""
+        """Word embeddings: the table that gets the token ids from `encode_text`."""
         assert self._table is not None
         return self.model.get_submodule(self._table)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, bytes_to_unicode
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ class Clip(nn.Module):
     # Towers of five libraries have these members, and no type describes them all.
     model: Any
     mean_image: Tensor
+    _mean: Tensor
+    _std: Tensor
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: dict[str, Any]) -> None:
         super().__init__()
@@ -100,15 +103,17 @@ class Clip(nn.Module):
         name = type(model).__name__
         inner = adapted(model)
         described: Any = towers.original(inner)
-        length = getattr(described, "context_length", None) or towers.text_tower(inner).context_length
+        text = towers.text_tower(inner)
+        length = getattr(described, "context_length", None) or text.context_length
         towers.check_patches(described.visual, name)
         size = towers.height_width(described.visual.image_size)
         own = open_clip.get_model_preprocess_cfg(described)
         processor = getattr(tokenizer, "image_processor", None)
-        words = adapted_tokenizer(tokenizer, length)
-        config = _config(name, length, normalization(own, (preprocess, processor), mean, std, size))
+        words = adapted_tokenizer(tokenizer, length, takes_fewer=isinstance(text, HFTextEncoder))
+        config = _config(name, words.context_length, normalization(own, (preprocess, processor), mean, std, size))
         clip = cls(inner, words, config)
-        rows, most = towers.token_embedding(inner).num_embeddings, int(clip.tokenize([_PROBE]).max())  # type: ignore[arg-type]
+        table: Any = towers.token_embedding(inner)
+        rows, most = int(table.num_embeddings), int(clip.tokenize([_PROBE]).max())
         if most >= rows:
             raise ValueError(
                 f"The tokenizer gives the id {most}, but {name} has embeddings of {rows} tokens. Give the tokenizer of "

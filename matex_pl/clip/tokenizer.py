@@ -28,17 +28,18 @@ class TransformersTokenizer:
         return self.tokenizer(list(phrases), return_tensors="pt", **settings).input_ids
 
 
-def adapted_tokenizer(tokenizer: Any, context_length: int | None) -> Any:
+def adapted_tokenizer(tokenizer: Any, context_length: int | None, *, takes_fewer: bool = False) -> Any:
     """A tokenizer in the form of open_clip's: its own unchanged, a tokenizer of transformers wrapped.
 
     Args:
         tokenizer: Tokenizer of open_clip or transformers, or a processor of transformers, which holds a tokenizer.
         context_length: Number of tokens that the text tower takes; that of the tokenizer by default.
+        takes_fewer: Whether the text tower also takes fewer tokens, because it masks the padding.
 
     Raises:
         ValueError: The tokenizer is neither, has no padding, or has another context length.
     """
-    words = getattr(tokenizer, "tokenizer", None) if hasattr(tokenizer, "image_processor") else tokenizer
+    words: Any = getattr(tokenizer, "tokenizer", None) if hasattr(tokenizer, "image_processor") else tokenizer
     if hasattr(words, "convert_ids_to_tokens"):
         if words.pad_token_id is None:
             raise ValueError(
@@ -59,7 +60,7 @@ def adapted_tokenizer(tokenizer: Any, context_length: int | None) -> Any:
             f"The tokenizer must be one of open_clip or transformers, or a processor of transformers, got "
             f"{type(tokenizer).__name__}."
         )
-    if context_length not in (None, own):
+    if context_length not in (None, own) and not (takes_fewer and own < context_length):
         raise ValueError(
             f"The tokenizer gives {own} tokens, but the text tower takes {context_length}. Give the tokenizer of the "
             f"model, such as open_clip.get_tokenizer(name, context_length={context_length})."
