@@ -357,7 +357,9 @@ def _tower_settings(blocks: list[Any], norm: Any, name: str) -> dict[str, Any]:
         kind = _TANH if getattr(act, "approximate", "none") == "tanh" else _EXACT
     if kind is None:
         raise NotImplementedError(_not_expressed(f"the activation {type(act).__name__} in the {name} tower"))
-    constants = {norm.eps} | {part.eps for block in blocks for part in block.modules() if isinstance(part, nn.LayerNorm)}
+    constants = {norm.eps} | {
+        part.eps for block in blocks for part in block.modules() if isinstance(part, nn.LayerNorm)
+    }
     if len(constants) > 1:
         raise NotImplementedError(_not_expressed(f"norms with the constants {sorted(constants)} in the {name} tower"))
     return {

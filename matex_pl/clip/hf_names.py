@@ -135,7 +135,9 @@ def to_transformers(model: Any) -> dict[str, Tensor]:
     return state
 
 
-def to_open_clip(state: Mapping[str, Tensor], model: Any, source: str, *, other_size: bool = False) -> dict[str, Tensor]:
+def to_open_clip(
+    state: Mapping[str, Tensor], model: Any, source: str, *, other_size: bool = False
+) -> dict[str, Tensor]:
     """Weights of transformers by the names of an open_clip model.
 
     Args:

@@ -53,7 +53,7 @@ def explain_image(
             (`M2ib`), or a YAML file with `class_path` and `init_args`. With `all`, the picture is a contact sheet of
             all shipped settings.
         resize_mode: How the image is fitted into the model's input, as in training: `longest`, `shortest` or `squash`.
-        model: CLIP model: an open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder` or a JSON config.
+        model: CLIP model: an open_clip name (`ViT-B-32`), `hf-hub:org/repo`, a folder or a JSON config.
         pretrained: Weights of `model`: a tag of open_clip (`openai`) or a file. An `hf-hub:` or `local-dir:` model
             brings its own.
 
@@ -72,7 +72,9 @@ def explain_image(
         raise ValueError("Give one model: --ckpt_path, a checkpoint of `matex fit`, or --model, an open_clip name.")
     if model is None and pretrained is not None:
         raise ValueError("--pretrained belongs to --model. A checkpoint has its own weights: leave --pretrained out.")
-    brings_weights = model is not None and (model.startswith(("hf-hub:", "local-dir:")) or model.endswith(".ckpt"))
+    brings_weights = model is not None and (
+        model.startswith(("hf-hub:", "local-dir:")) or model.endswith(".ckpt") or Path(model).is_dir()
+    )
     if model is not None and pretrained is None and not brings_weights:
         raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
     path = Path(out)
