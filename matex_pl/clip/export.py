@@ -26,7 +26,7 @@ from matex_pl.clip.record import model_files
 log = logging.getLogger(__name__)
 
 # Largest difference of embeddings of unit length between the exported model and the original.
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-5
 # Sentences whose tokens the exported tokenizer must repeat.
 _SENTENCES = ("No Pleural effusion; left lower-lobe opacity, 3 cm. Cardiomegaly?", "PNEUMOTHORAX  (right)", "")
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
@@ -85,7 +85,8 @@ def write_open_clip(clip: Clip, folder: Path, final: Path) -> list[str]:
             model.eval()
             _check_embeddings(clip, model.encode_image, model.encode_text, "open_clip")
     if places:
-        notes.append(f"{' and '.join(places)} hold the path of this folder. After a move, edit them in the config.")
+        names = " and ".join(places)
+        notes.append(f"The config names this folder by its path, in {names}. After a move, write the new path there.")
     return notes
 
 
@@ -127,9 +128,7 @@ def write_transformers(clip: Clip, folder: Path) -> list[str]:
     preprocess = clip.config["preprocess_cfg"]
     image = processor_settings(preprocess, clip.image_size[0])
     if preprocess.get("resize_mode") == "longest":
-        notes.append(
-            "Images were padded to squares in the training. The processor crops instead: pad them first."
-        )
+        notes.append("Images were padded to squares in the training. The processor crops instead: pad them first.")
     if is_siglip and not image["do_center_crop"]:
         del image["do_center_crop"], image["crop_size"]
         SiglipImageProcessor(**image).save_pretrained(folder)

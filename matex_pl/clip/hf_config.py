@@ -285,7 +285,7 @@ def processor_settings(preprocess: Mapping[str, Any], size: int) -> dict[str, An
 
 def _not_expressed(part: str) -> str:
     return (
-        f"The format transformers cannot express this model: it has {part}. CLIPModel and SiglipModel are written. "
+        f"The format transformers cannot express this model, because of {part}. It has CLIPModel and SiglipModel. "
         "Export with --format open_clip."
     )
 

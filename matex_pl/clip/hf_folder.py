@@ -188,8 +188,8 @@ def _refuse_contradiction(repository: Repository) -> None:
     if found:
         pairs = "; ".join(f"{name} is {one!r} and {other!r}" for name, (one, other) in found.items())
         raise ValueError(
-            f"{repository.name} holds two configs that contradict each other, {OPEN_CLIP_CONFIG} and {CONFIG}: {pairs}. "
-            "Remove the wrong one."
+            f"{repository.name} holds two configs that contradict each other, {OPEN_CLIP_CONFIG} and {CONFIG}: "
+            f"{pairs}. Remove the wrong one."
         )
 
 
@@ -212,8 +212,8 @@ def _processor(repository: Repository) -> dict[str, Any]:
 
     if not any((repository.path / name).is_file() for name in _PROCESSORS):
         raise ValueError(
-            f"{repository.name} holds no {_PROCESSORS[0]}, and mean, deviation and size of its images are unknown. Copy "
-            "the file of the model that it was trained from, or save its processor there: "
+            f"{repository.name} holds no {_PROCESSORS[0]}, and mean, deviation and size of its images are unknown. "
+            "Copy the file of the model that it was trained from, or save its processor there: "
             "AutoProcessor.from_pretrained(...).save_pretrained(FOLDER)."
         )
     # By version, transformers reads one file or the other.
@@ -270,8 +270,8 @@ def _check_tokenizer(tokenizer: Any, config: Any, source: str) -> None:
     if config.model_type == "clip":
         if tokenizer.padding_side != "right":
             raise ValueError(
-                f"The tokenizer of {source} pads on the left, which open_clip cannot mask. Set padding_side to right in "
-                "tokenizer_config.json."
+                f"The tokenizer of {source} pads on the left, which open_clip cannot mask. Set padding_side to right "
+                "in tokenizer_config.json."
             )
         if text.eos_token_id not in (2, tokenizer.eos_token_id):
             log.warning(
