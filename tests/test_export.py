@@ -185,7 +185,11 @@ def test_every_family_leaves_for_open_clip_and_transformers_names_the_part_that_
         ({"no_ln_pre": True}, {}, "no norm before the blocks"),
         ({}, {"proj_bias": True}, "a text projection with bias"),
         ({"norm_kwargs": {"eps": 1e-3}}, {"pool_type": "last"}, "the pooling 'last'"),
-        ({"timm_model_name": "eva02_tiny_patch14_224", "image_size": 224, "timm_pool": "token"}, {}, "the timm trunk Eva"),
+        (
+            {"timm_model_name": "eva02_tiny_patch14_224", "image_size": 224, "timm_pool": "token"},
+            {},
+            "the timm trunk Eva",
+        ),
     ],
 )
 def test_settings_that_transformers_lacks(

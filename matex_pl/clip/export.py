@@ -161,8 +161,8 @@ def _check_embeddings(clip: Clip, encode_image: Any, encode_text: Any, library: 
         difference = float((torch.nn.functional.normalize(own) - torch.nn.functional.normalize(other)).abs().max())
         if not difference <= _TOLERANCE:
             raise NotImplementedError(
-                f"The format {library} cannot express this model: its embeddings differ by {difference:.2g} from those "
-                f"that {library} computes with the same weights."
+                f"The format {library} cannot express this model: with the same weights, {library} computes embeddings "
+                f"that differ by {difference:.2g}."
             )
 
 

@@ -33,7 +33,7 @@ def export_model(
     """Write a model as a folder that open_clip or transformers read without this package.
 
     The folder holds weights, config, tokenizer, preprocessing and a model card. The card lists the data, the settings
-    and the last scores of the training, as far as the checkpoint records them. Both libraries compute the same
+    and the last scores of the training, if the checkpoint records them. Both libraries compute the same
     embeddings as this package.
 
     Args:
