@@ -609,3 +609,27 @@ def test_a_checkpoint_of_another_trunk_is_refused(tmp_path: Path) -> None:
     load_clip(str(tmp_path / "one")).refuse_checkpoint(checkpoint, "one.ckpt")
     with pytest.raises(ValueError, match=r"num_heads is 4 in the checkpoint and 8 here"):
         load_clip(str(tmp_path / "two")).refuse_checkpoint(checkpoint, "one.ckpt")
+
+
+def test_a_folder_with_the_name_of_a_model_of_open_clip(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(good, tmp_path / "ViT-B-32")
+    assert input_size("ViT-B-32") == (224, 224)
+    assert input_size("./ViT-B-32") == input_size("local-dir:ViT-B-32") == (32, 32)
+
+
+def test_a_folder_brings_its_own_weights(good: Path) -> None:
+    with pytest.raises(ValueError, match=r"brings its own weights; pretrained='openai' is no checkpoint file"):
+        load_clip(str(good), "openai")
+
+
+def test_a_checkpoint_file_for_the_architecture_of_a_folder(good: Path, tmp_path: Path) -> None:
+    clip = load_clip(str(good))
+    with torch.no_grad():
+        clip.model.text_projection.add_(1)
+    torch.save(clip.model.state_dict(), tmp_path / "weights.pt")
+    again = load_clip(str(good), str(tmp_path / "weights.pt"))
+    assert torch.equal(again.model.text_projection, clip.model.text_projection)
+    assert again.tokenize(["left"]).tolist() == clip.tokenize(["left"]).tolist()

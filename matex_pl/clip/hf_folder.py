@@ -57,7 +57,6 @@ class Repository:
         name: `local-dir:folder`, `hf-hub:org/repo`, or the path of a folder.
 
     Raises:
-        FileNotFoundError: The folder does not exist.
         OSError: The repository cannot be reached, and the local cache does not hold it.
     """
 
@@ -69,8 +68,6 @@ class Repository:
             self.path = Path(huggingface_hub.snapshot_download(self.repo, allow_patterns=patterns))
         else:
             self.path = Path(name.removeprefix(LOCAL_DIR_PREFIX))
-            if not self.path.is_dir():
-                raise FileNotFoundError(f"No folder at {name!r}. Check the path.")
 
     def file(self, name: str) -> Path | None:
         """Local path of a file; None if the repository lacks the file."""
@@ -109,7 +106,6 @@ def find_transformers(name: str) -> Repository | None:
     """The folder or repository of a name, if it holds a model of transformers; None if it holds one of open_clip.
 
     Raises:
-        FileNotFoundError: The folder does not exist.
         ValueError: It holds neither kind of config, or half a model, or both kinds, which contradict each other.
     """
     repository = Repository(name)

@@ -65,6 +65,10 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     """
     size = None if image_size is None else list(towers.height_width(image_size))
     file = pretrained if pretrained and Path(pretrained).is_file() else None
+    if pretrained and not file and _prefixed(name).startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)):
+        raise ValueError(
+            f"{name} brings its own weights; pretrained={pretrained!r} is no checkpoint file. Leave pretrained out."
+        )
     stored, name = _stored(name, has_weights=file is None), _prefixed(name)
     weights = read_weights(file) if file else stored
     config = stored.config if stored else _json_config(name)
@@ -191,7 +195,10 @@ def _stored(name: str, *, has_weights: bool = False) -> Weights | None:
     Raises:
         ValueError: The file is no checkpoint of `matex fit`, or the folder or repository holds no model.
     """
-    if _prefixed(name).startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)):
+    path = _prefixed(name)
+    # open_clip's error names a folder that does not exist.
+    is_folder = path.startswith(LOCAL_DIR_PREFIX) and Path(path.removeprefix(LOCAL_DIR_PREFIX)).is_dir()
+    if is_folder or path.startswith(HF_HUB_PREFIX):
         with reading_files(name, None, None):
             repository = find_transformers(name)
             return read_folder(repository, has_weights=has_weights) if repository else None
@@ -307,10 +314,6 @@ def _from_open_clip(
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model, tokenizer and `{"model_cfg": ...}` of a name of open_clip, without the weights of a checkpoint file."""
     named = _known_config(name, tag)
-    if not named and tag:
-        raise ValueError(
-            f"{name} brings its own weights; pretrained={tag!r} is no checkpoint file. Leave pretrained out."
-        )
     if named:
         _resized(named, size, name)
     has_file = weights is not None
