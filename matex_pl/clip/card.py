@@ -47,12 +47,9 @@ def model_card(
         files: Names of the exported files.
     """
     library = "open_clip" if kind == "open_clip" else "transformers"
-    data = ModelCardData(
-        library_name=library,
-        pipeline_tag="zero-shot-image-classification",
-        tags=["clip", "chest-x-ray", MARK],
-        **{MARK: {"version": __version__, "files": sorted([*files, CARD])}},
-    )
+    own: dict[str, Any] = {MARK: {"version": __version__, "files": sorted([*files, CARD])}}
+    tags = ["clip", "chest-x-ray", MARK]
+    data = ModelCardData(library_name=library, pipeline_tag="zero-shot-image-classification", tags=tags, **own)
     height, width = clip.image_size
     parts = [
         f"# {name}",

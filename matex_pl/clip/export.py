@@ -250,14 +250,17 @@ def _special(tokenizer: Any) -> dict[str, str]:
 
 def _clip_tokenizer(own: SimpleTokenizer, folder: Path, length: int) -> Any:
     """CLIP's tokenizer of transformers with the vocabulary of open_clip's."""
-    from transformers import CLIPTokenizerFast
+    from transformers import AutoTokenizer
 
     ends = {"<start_of_text>": _BOS, "<end_of_text>": _EOS}
     vocabulary = {ends.get(piece, piece): number for piece, number in own.encoder.items()}
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     merges = "\n".join(" ".join(pair) for pair in own.bpe_ranks)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    tokenizer = CLIPTokenizerFast.from_pretrained(str(folder), model_max_length=length)
-    for name in ("vocab.json", "merges.txt"):
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "pad_token": _EOS, "unk_token": _EOS}
+    settings |= {"bos_token": _BOS, "eos_token": _EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / name).unlink()
     return tokenizer

@@ -321,7 +321,7 @@ def _siglip_problems(model: Any, visual: TimmModel, text: Any) -> list[str]:
         "a class token or register tokens": trunk.num_prefix_tokens != 0,
         "a projection behind the timm trunk": len(visual.head) > 0,
         "heads of the attention pool that differ from those of the blocks": (
-            pool.num_heads != towers.image_blocks(visual)[0].attn.num_heads
+            pool.num_heads != trunk.blocks[0].attn.num_heads
         ),
         "a causal mask in the text tower": text.attn_mask is not None,
         f"the pooling {_pooling(text)!r} of the text": _pooling(text) != "last",

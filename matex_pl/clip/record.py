@@ -159,8 +159,8 @@ def tower_differences(clip: Any, files: Mapping[str, Tensor]) -> dict[str, tuple
     if own is not None:
         first, second = (json.loads(data.cpu().numpy().tobytes()) for data in (files[_TIMM_CONFIG], own))
         parts = [config.get("model_args") or {} for config in (first, second)]
-        names = sorted(parts[0].keys() | parts[1].keys())
-        pairs = {f"timm.{name}": (parts[0].get(name), parts[1].get(name)) for name in names}
+        keys = sorted(parts[0].keys() | parts[1].keys())
+        pairs = {f"timm.{name}": (parts[0].get(name), parts[1].get(name)) for name in keys}
         pairs["timm.architecture"] = (first.get("architecture"), second.get("architecture"))
         found = {name: (before, now) for name, (before, now) in pairs.items() if before != now}
     tower = towers.text_tower(clip.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,7 @@ def export_model(
         Path of the folder.
 
     Raises:
+        ImportError: The package transformers is missing.
         NotImplementedError: The format cannot express the model; the message names the part.
         OSError: A file cannot be read, or the folder cannot be written.
         ValueError: Not exactly one of `ckpt_path` and `model` is given, or `model` has no weights, or `out` would
@@ -60,6 +62,8 @@ def export_model(
     brings_weights = model is not None and (model.startswith(("hf-hub:", "local-dir:")) or Path(model).is_dir())
     if model is not None and pretrained is None and not brings_weights and not model.endswith(".ckpt"):
         raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
+    if format == "transformers" and find_spec("transformers") is None:
+        raise ImportError("--format transformers needs one more package: pip install 'matex_pl[hf]'.")
     path = Path(out)
     _check_export(path, [name.removeprefix("local-dir:") for name in (ckpt_path, model, pretrained) if name])
 
@@ -77,11 +81,9 @@ def export_model(
         clip.config["preprocess_cfg"]["resize_mode"] = checkpoint["resize_mode"]
     clip.float().requires_grad_(False)
     with whole_folder(path) as folder:
-        if format == "open_clip":
-            kind, notes = format, write_open_clip(clip, folder, path)
-        else:
-            kind = "SiglipModel" if hasattr(clip.model.visual, "trunk") else "CLIPModel"
-            notes = write_transformers(clip, folder)
+        is_siglip = hasattr(clip.model.visual, "trunk")
+        kind = "open_clip" if format == "open_clip" else "SiglipModel" if is_siglip else "CLIPModel"
+        notes = write_open_clip(clip, folder, path) if format == "open_clip" else write_transformers(clip, folder)
         files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         card = model_card(clip, kind, path.resolve().name, checkpoint, notes, files)
         (folder / CARD).write_text(card, encoding="utf-8")
