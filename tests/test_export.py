@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import string
 from pathlib import Path
@@ -258,6 +259,32 @@ def test_a_refused_export_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureF
     assert "because of the image tower ModifiedResNet" in refused(capsys, *words)
     assert not (tmp_path / "new" / "out").exists()
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("library", ["open_clip", "transformers"])
+@pytest.mark.parametrize("room", [100, 100_000])
+def test_a_full_disk(
+    trained: Path,
+    tmp_path: Path,
+    library: str,
+    room: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["export", str(trained), f"--format={library}", f"--out={tmp_path / 'out'}"]
+    main(words)
+    # Reading a checkpoint needs room of its own.
+    clip = load_trained(str(trained))
+    monkeypatch.setattr("matex_pl.clip.load_trained", lambda path: clip)
+    before, limits = listing(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        said = refused(capsys, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "disk" in said
+    # The earlier export is still there.
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def _clip_problems(model: Any, text: Any) -> list[str]:
     return [name for name, is_wrong in checks.items() if is_wrong]
 
 
-def _siglip_problems(model: Any, visual: TimmModel, text: Any) -> list[str]:
+def _siglip_problems(model: Any, visual: Any, text: Any) -> list[str]:
     problems = _common_problems(model, text)
     trunk = visual.trunk
     pool, name = getattr(trunk, "attn_pool", None), type(trunk).__name__

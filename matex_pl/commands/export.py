@@ -67,6 +67,8 @@ def export_model(
     path = Path(out)
     _check_export(path, [name.removeprefix("local-dir:") for name in (ckpt_path, model, pretrained) if name])
 
+    from safetensors import SafetensorError
+
     from matex_pl.clip import load_clip, load_trained
     from matex_pl.clip.card import CARD, model_card
     from matex_pl.clip.export import write_open_clip, write_transformers
@@ -80,13 +82,17 @@ def export_model(
         # The images of the training.
         clip.config["preprocess_cfg"]["resize_mode"] = checkpoint["resize_mode"]
     clip.float().requires_grad_(False)
-    with whole_folder(path) as folder:
-        is_siglip = hasattr(clip.model.visual, "trunk")
-        kind = "open_clip" if format == "open_clip" else "SiglipModel" if is_siglip else "CLIPModel"
-        notes = write_open_clip(clip, folder, path) if format == "open_clip" else write_transformers(clip, folder)
-        files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-        card = model_card(clip, kind, path.resolve().name, checkpoint, notes, files)
-        (folder / CARD).write_text(card, encoding="utf-8")
+    try:
+        with whole_folder(path) as folder:
+            is_siglip = hasattr(clip.model.visual, "trunk")
+            kind = "open_clip" if format == "open_clip" else "SiglipModel" if is_siglip else "CLIPModel"
+            notes = write_open_clip(clip, folder, path) if format == "open_clip" else write_transformers(clip, folder)
+            files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+            card = model_card(clip, kind, path.resolve().name, checkpoint, notes, files)
+            (folder / CARD).write_text(card, encoding="utf-8")
+    except SafetensorError as error:
+        # safetensors has an error of its own for a full disk.
+        raise OSError(f"The folder {out} cannot be written. Make room on the disk, or give another path.") from error
     return path
 
 
