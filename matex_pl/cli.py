@@ -34,6 +34,8 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and see in TensorBoard wher
   matex roar run --config roar_phantom.yaml               remove the pixels and words that maps mark, and retrain;
                                                           `matex roar status FOLDER` shows the progress,
                                                           `matex roar collect FOLDER` writes the tables
+  matex export runs/phantom/checkpoints/last.ckpt --format transformers --out exported
+                                                          write a folder that transformers or open_clip reads
   matex check-data --config mine.yaml                     read every image and row once, and list the bad ones
 
 `matex fit --help` lists the settings of training, `matex fit --data.help NihDataModule` the settings of a data module.
@@ -52,6 +54,7 @@ COMMANDS = {
     "benchmark": "Compare attribution methods by all metrics.",
     "tune": "Search for MATEX's weights on the validation images.",
     "roar": "Remove the pixels and words that maps mark, and retrain.",
+    "export": "Write a model as a folder for open_clip or transformers.",
     "check-data": "Read every image and row once, and list the bad ones.",
 }
 
@@ -76,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     command = "fit" if is_config else choose(parser, TRAINING | COMMANDS, words)
     try:
-        if command not in ("explain", "prior", "roar"):
+        if command not in ("explain", "export", "prior", "roar"):
             check_words(command, words)
         if command in COMMANDS:
             import_module(f"matex_pl.commands.{command.replace('-', '_')}").main(words[1:])

@@ -59,6 +59,38 @@ def whole_file(path: Path, parts: Path | None = None) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Context with a temporary folder that is renamed to `path` at the end; a folder that is there is replaced.
+
+    The parent folders are created. After an exception the temporary folder is removed, and `path` is unchanged.
+
+    Raises:
+        OSError: The folder cannot be written; `filename` is `path`.
+    """
+    part = path.absolute().parent / f".{path.name}.{uuid4().hex}.part"
+    old = part.with_suffix(".old")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if path.exists():
+            path.replace(old)
+        try:
+            part.replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+    except OSError as error:
+        # The temporary name says nothing to a user.
+        if error.errno and (error.filename is None or str(error.filename).startswith(str(part))):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        for folder in (part, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_abandoned_parts(folder: Path) -> None:
     """Remove the temporary files of killed processes from a folder: parts that have not changed for an hour."""
     for part in folder.glob(".*.part"):

@@ -13,6 +13,7 @@ COMMANDS = (
     "",
     "fit",
     "explain",
+    "export",
     "prior",
     "check-data",
     "benchmark",

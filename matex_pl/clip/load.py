@@ -18,6 +18,9 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
 from matex_pl.clip import towers
+from matex_pl.clip.hf_config import CLEAN
+from matex_pl.clip.hf_folder import FolderTokenizer, find_transformers, read_folder
+from matex_pl.clip.hf_names import are_transformers, to_open_clip
 from matex_pl.clip.hub import reading_files
 from matex_pl.clip.model import Clip
 from matex_pl.clip.record import assumed, contradictions, listed, unpacked, with_training_settings
@@ -45,12 +48,13 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     meaning that the model assumes.
 
     Args:
-        name: An open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder`, a checkpoint of `matex fit`, a path
-            to a JSON model config, or the text of such a JSON. A path is looked up as a file first, then among the
-            shipped `configs/`.
+        name: An open_clip name (`ViT-B-32`), `hf-hub:org/repo`, a folder (`local-dir:folder` or its path), a checkpoint
+            of `matex fit`, a path to a JSON model config, or the text of such a JSON. A path is looked up as a file
+            first, then among the shipped `configs/`. Folders and repositories hold a model of open_clip, or a
+            `CLIPModel` or `SiglipModel` of transformers.
         pretrained: Tag of open_clip (`openai`) or a checkpoint file: open_clip weights (`.pt`, `.bin`,
             `.safetensors`) or a Lightning checkpoint of `ClipModule`. Files are read without running code. By default
-            `hf-hub:` and `local-dir:` models and checkpoints get their own weights, all others random weights.
+            folders, repositories and checkpoints get their own weights, all others random weights.
         image_size: Side of the square input in pixels, or height and width; the config's by default. Position
             embeddings of vision transformers are interpolated to it.
 
@@ -64,7 +68,11 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     if size is not None and min(size) < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
     file = pretrained if pretrained and Path(pretrained).is_file() else None
-    stored = _stored(name)
+    if pretrained and not file and _prefixed(name).startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)):
+        raise ValueError(
+            f"{name} brings its own weights; pretrained={pretrained!r} is no checkpoint file. Leave pretrained out."
+        )
+    stored, name = _stored(name, has_weights=file is None), _prefixed(name)
     weights = read_weights(file) if file else stored
     config = stored.config if stored else _json_config(name)
     if config is not None and pretrained and not file:
@@ -93,6 +101,8 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
                 f"{weights.path} does not record the meaning of its weights. Assumed, as of {short(name)}: "
                 f"{assumed(model, clip.config)}."
             )
+        if are_transformers(weights.state):
+            weights.state = to_open_clip(weights.state, model, weights.path, other_size=size is not None)
         load_weights(model, weights, name)
     refuse_nan(dict(model.named_parameters()), weights.path if weights else name)
     if weights is not None and weights is recorded:
@@ -119,7 +129,7 @@ def load_trained(ckpt_path: str) -> Clip:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, without loading the model; see `load_clip` for the names and the errors."""
-    stored = _stored(name)
+    stored, name = _stored(name), _prefixed(name)
     config = stored.config if stored else _json_config(name)
     model = _known_config(name, None) if config is None else config["model_cfg"]
     with reading_files(name, None, model.get("text_cfg")):
@@ -131,7 +141,7 @@ def load_tokenizer(name: str) -> Any:
 
 def input_size(name: str) -> tuple[int, int]:
     """Height and width in pixels of a model's input, without loading the model; see `load_clip` for the names."""
-    stored = _stored(name)
+    stored, name = _stored(name), _prefixed(name)
     config = stored.config if stored else _json_config(name)
     described = open_clip.get_model_config(name) if config is None else config["model_cfg"]
     return towers.height_width(described["vision_cfg"].get("image_size", 224))
@@ -177,12 +187,29 @@ def _json_config(name: str) -> dict[str, Any] | None:
     return config
 
 
-def _stored(name: str) -> Weights | None:
-    """The checkpoint of `matex fit` that a name is the path of; None for any other name.
+def _prefixed(name: str) -> str:
+    """The name, with open_clip's prefix if it is the path of a folder."""
+    is_folder = name not in open_clip.list_models() and not name.lstrip().startswith("{") and Path(name).is_dir()
+    return f"{LOCAL_DIR_PREFIX}{name}" if is_folder else name
+
+
+def _stored(name: str, *, has_weights: bool = False) -> Weights | None:
+    """The checkpoint of `matex fit`, or the model of transformers, that a name stands for; None for any other name.
+
+    Args:
+        name: Name of a model.
+        has_weights: Whether to read the weights of a model of transformers.
 
     Raises:
-        ValueError: The file is no checkpoint of `matex fit`.
+        ValueError: The file is no checkpoint of `matex fit`, or the folder or repository holds no model.
     """
+    path = _prefixed(name)
+    # open_clip's error names a folder that does not exist.
+    is_folder = path.startswith(LOCAL_DIR_PREFIX) and Path(path.removeprefix(LOCAL_DIR_PREFIX)).is_dir()
+    if is_folder or path.startswith(HF_HUB_PREFIX):
+        with reading_files(name, None, None):
+            repository = find_transformers(name)
+            return read_folder(repository, has_weights=has_weights) if repository else None
     is_config = name.endswith(".json") or name.lstrip().startswith("{")
     if is_config or name in open_clip.list_models() or not Path(name).is_file():
         return None
@@ -270,6 +297,8 @@ def _from_config(config: dict[str, Any], name: str, files: Mapping[str, Tensor])
 
 def _config_tokenizer(text_cfg: dict[str, Any]) -> Any:
     length, settings = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs") or {}
+    if settings.get("clean") == CLEAN:
+        return FolderTokenizer(text_cfg["hf_tokenizer_name"], length)
     if text_cfg.get("hf_tokenizer_name"):
         mode = text_cfg.get("tokenizer_mode")
         return HFTokenizer(text_cfg["hf_tokenizer_name"], context_length=length, tokenizer_mode=mode, **settings)
@@ -281,10 +310,6 @@ def _from_open_clip(
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model, tokenizer and `{"model_cfg": ...}` of a name of open_clip, without the weights of a checkpoint file."""
     named = _known_config(name, tag)
-    if not named and tag:
-        raise ValueError(
-            f"{name} brings its own weights; pretrained={tag!r} is no checkpoint file. Leave pretrained out."
-        )
     if named:
         _resized(named, size, name)
     has_file = weights is not None
@@ -330,7 +355,7 @@ def _known_config(name: str, tag: str | None) -> dict[str, Any]:
         near = get_close_matches(name, open_clip.list_models(), n=3) or ["ViT-B-32"]
         raise ValueError(
             f"Unknown model {name!r}. Give an open_clip name (e.g. {', '.join(near)}; `open_clip.list_models()` lists "
-            "them), hf-hub:org/repo, local-dir:folder, or a path to a JSON model config."
+            "them), hf-hub:org/repo, the path of a folder, or a path to a JSON model config."
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags:

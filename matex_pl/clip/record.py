@@ -153,14 +153,23 @@ def unpacked(config: dict[str, Any], files: Mapping[str, Tensor]) -> Iterator[di
 
 
 def tower_differences(clip: Any, files: Mapping[str, Tensor]) -> dict[str, tuple[Any, Any]]:
-    """Settings of a Hugging Face text tower that differ from those of `model_files`: (recorded, own) by name."""
+    """Settings of a Hugging Face text tower or timm trunk that differ from `model_files`: (recorded, own) by name."""
+    found: dict[str, tuple[Any, Any]] = {}
+    own = model_files(clip).get(_TIMM_CONFIG) if _TIMM_CONFIG in files else None
+    if own is not None:
+        first, second = (json.loads(data.cpu().numpy().tobytes()) for data in (files[_TIMM_CONFIG], own))
+        parts = [config.get("model_args") or {} for config in (first, second)]
+        keys = sorted(parts[0].keys() | parts[1].keys())
+        pairs = {f"timm.{name}": (parts[0].get(name), parts[1].get(name)) for name in keys}
+        pairs["timm.architecture"] = (first.get("architecture"), second.get("architecture"))
+        found = {name: (before, now) for name, (before, now) in pairs.items() if before != now}
     tower = towers.text_tower(clip.model)
     if not isinstance(tower, HFTextEncoder) or "config.json" not in files:
-        return {}
+        return found
     before = json.loads(files["config.json"].cpu().numpy().tobytes())
     now = json.loads(tower.config.to_json_string(use_diff=True))
     names = {name for name in before.keys() | now.keys() if name not in _PROVENANCE and not name.startswith("_")}
-    return {
+    return found | {
         f"{tower.config.model_type}.{name}": (before.get(name), now.get(name))
         for name in sorted(names)
         if before.get(name) != now.get(name)

@@ -53,10 +53,10 @@ def explain_image(
             all shipped settings.
         resize_mode: How the image is fitted into the model's input: `longest`, `shortest` or `squash`. By default as in
             the training of the checkpoint; for another model `squash` if it states that (SigLIP), else `longest`.
-        model: CLIP model: an open_clip name (`ViT-B-32`), `hf-hub:org/repo`, `local-dir:folder` or a JSON config, such
-            as the shipped `models/chexzero.json`.
+        model: CLIP model: an open_clip name (`ViT-B-32`), `hf-hub:org/repo`, a folder or a JSON config, such as the
+            shipped `models/chexzero.json`.
         pretrained: Weights of `model`: a tag of open_clip (`openai`) or a file, also a training checkpoint of other
-            code or the index of a sharded model. An `hf-hub:` or `local-dir:` model brings its own.
+            code or the index of a sharded model. An `hf-hub:` model and a folder bring their own.
 
     Returns:
         Path of the picture.
@@ -73,7 +73,9 @@ def explain_image(
         raise ValueError("Give one model: --ckpt_path, a checkpoint of `matex fit`, or --model, an open_clip name.")
     if model is None and pretrained is not None:
         raise ValueError("--pretrained belongs to --model. A checkpoint has its own weights: leave --pretrained out.")
-    brings_weights = model is not None and (model.startswith(("hf-hub:", "local-dir:")) or model.endswith(".ckpt"))
+    brings_weights = model is not None and (
+        model.startswith(("hf-hub:", "local-dir:")) or model.endswith(".ckpt") or Path(model).is_dir()
+    )
     if model is not None and pretrained is None and not brings_weights:
         raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
     path = Path(out)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-from lightning.pytorch import LightningDataModule
 
 from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule
-
-PACKAGES = ("matex_pl", "torch", "lightning", "open_clip_torch")
+from matex_pl.training.description import PACKAGES, describe_data
 
 
 def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataModule, seed: int) -> dict[str, Any]:
@@ -25,8 +21,6 @@ def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataMod
         data: Data module.
         seed: Random seed of the run.
     """
-    inherited = vars(LightningDataModule()).keys()
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(data).items()}
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {
@@ -35,22 +29,7 @@ def provenance(clip: Clip, weights: str, checkpoint: str, data: ChestXrayDataMod
             "image_size": list(clip.image_size),
             "grid": list(clip.grid),
         },
-        "data": {
-            "class": type(data).__name__,
-            "settings": {
-                name: value
-                for name, value in settings.items()
-                if name not in inherited and not name.startswith("_") and _is_plain(value)
-            },
-        },
+        "data": describe_data(data),
         "seed": seed,
         "versions": {name: version(name) for name in PACKAGES},
     }
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (str, int, float, bool, type(None)))

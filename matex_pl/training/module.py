@@ -32,6 +32,7 @@ from matex_pl.data.datamodule import STAGES, ChestXrayDataModule, EpochLoader
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair
 from matex_pl.files import check_folder
 from matex_pl.training.checkpoints import WholeCheckpointIO, place_in_epoch, without_functions
+from matex_pl.training.description import describe_training
 from matex_pl.training.distributed import check_strategy, fingerprints, gather_rows, process_count
 from matex_pl.training.loss import EqualPhrases, contrastive_loss, gathered_loss, phrase_keys
 from matex_pl.training.scores import ImageTextRecall, ZeroShot
@@ -372,6 +373,7 @@ class ClipModule(LightningModule):
             self._model_files = model_files(self.clip)
         checkpoint["model_files"] = self._model_files
         checkpoint["resize_mode"] = self._resize_mode
+        checkpoint["training"] = describe_training(self._trainer)
         # `WeightAveraging` saves its averages as the weights, and those of the training under the second name.
         for name in ("state_dict", "current_model_state"):
             if name in checkpoint:
