@@ -19,7 +19,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from matex_pl.clip import towers
-from matex_pl.clip.record import recorded_config
+from matex_pl.clip.adapters import merge_adapters
+from matex_pl.clip.record import recorded_config, recorded_lora
 
 # `ClipModule` stores the model under this prefix, and further tensors under others.
 PREFIX = "clip.model."
@@ -37,7 +38,7 @@ class Weights:
         path: Path of the file.
         state: Weights of the model by their plain names.
         config: Config of the model, if `matex fit` wrote the file.
-        checkpoint: Whole content of the file, if `matex fit` wrote it.
+        checkpoint: Whole content of the file, if `matex fit` wrote it, with its adapters merged.
         is_openai: Whether the file has the entries of OpenAI's archives.
     """
 
@@ -156,8 +157,11 @@ def _read(path: str) -> Weights:
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state or not all(isinstance(part, Tensor) for part in state.values()):
         raise ValueError("it holds no tensors, or more than tensors")
-    adapters = [key for key in state if _ADAPTERS.search(key)]
-    if adapters:
+    adapters, lora = [key for key in state if _ADAPTERS.search(key)], recorded_lora(content)
+    if adapters and lora:
+        state = merge_adapters(state, lora)
+        content = {**content, "hyper_parameters": {**content["hyper_parameters"], "lora": None}}
+    elif adapters:
         raise ValueError(
             f"{path} holds adapters of PEFT in {_some(adapters)}. Merge them before saving: `merge_and_unload()`."
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import deepcopy
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,6 +24,7 @@ from matex_pl.files import check_outputs, write_text
 from matex_pl.roar.finetune import write_module
 from matex_pl.roar.images import split_rows, write_images
 from matex_pl.roar.plan import OUTPUTS, PLAN, Plan, PlanMethod, Protocol, Training, check_same, read_plan, slug
+from matex_pl.training.grad_checkpointing import checkpoint_gradients
 from matex_pl.training.module import ClipModule
 
 BOXES = "True boxes"
@@ -53,7 +56,13 @@ def make_plan(
         OSError: If nothing can be written in the folder.
         ValueError: If the folder holds another plan or foreign files, a method is unknown or named twice, there are too
             few pairs, or the two models do not fit each other.
+        ImportError: If the training needs PEFT, which is not installed.
+        NotImplementedError: If the training needs gradient checkpointing, which a tower does not have.
     """
+    if training.finetune == "lora" and find_spec("peft") is None:
+        raise ImportError("training.finetune=lora needs peft. Install peft with: pip install 'matex_pl[lora]'.")
+    if training.grad_checkpointing and training.finetune != "head":
+        checkpoint_gradients(deepcopy(start.clip.model))
     if (folder / PLAN).is_file():
         # Refuses a foreign file of this name before the work.
         read_plan(folder)
