@@ -52,6 +52,14 @@ def model(patch_dropout: float = 0.0) -> ClipModule:
     return ClipModule(json.dumps({**TINY, "vision_cfg": vision}), lr=1e-3, warmup_steps=1)
 
 
+def biased_model() -> ClipModule:
+    """The sigmoid loss with adapters and gradient checkpointing."""
+    torch.manual_seed(0)
+    vision = {**TINY["vision_cfg"], "patch_dropout": 0.0}
+    config = {**TINY, "vision_cfg": vision, "init_logit_bias": -10.0, "init_logit_scale": 2.3}
+    return ClipModule(json.dumps(config), lr=1e-2, warmup_steps=1, lora=Lora(r=2), grad_checkpointing=True)
+
+
 def images(folder: Path, batch_size: int) -> PhantomDataModule:
     """Images for validation and for test make 7 pairs each."""
     return PhantomDataModule(
@@ -129,9 +137,7 @@ def fit(rank: int, folder: Path, processes: int) -> None:
 
 def options(rank: int, folder: Path, processes: int) -> None:
     """One epoch of the sigmoid loss with adapters and gradient checkpointing."""
-    torch.manual_seed(0)
-    config = json.dumps({**TINY, "init_logit_bias": -10.0, "init_logit_scale": 2.3})
-    module = ClipModule(config, lr=1e-2, warmup_steps=1, lora=Lora(r=2), grad_checkpointing=True)
+    module = biased_model()
     losses = TrainLosses(folder / f"options{processes}.losses")
     run = trainer(folder, processes, losses, max_epochs=1, limit_val_batches=1)
     run.fit(module, images(folder, 8 // processes))
