@@ -7,7 +7,6 @@ from typing import Any
 
 from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
-from torch import nn
 
 from matex_pl.clip.towers import original, text_tower
 
@@ -47,7 +46,7 @@ def checkpoint_gradients(model: Any, sides: Collection[str] = ("image", "text"))
             )
 
 
-def _switch_on(part: nn.Module) -> None:
+def _switch_on(part: Any) -> None:
     if isinstance(part, TimmModel):
         # open_clip's wrapper turns an error into a warning.
         part.trunk.set_grad_checkpointing(True)

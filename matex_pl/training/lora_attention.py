@@ -16,8 +16,8 @@ class LoraAttention(layer.MultiheadAttention):
     by rounding, and each listing of the modules replaces the parameters.
     """
 
-    state_dict = nn.Module.state_dict  # type: ignore[assignment]
-    named_modules = nn.Module.named_modules  # type: ignore[assignment]
+    state_dict = nn.Module.state_dict
+    named_modules = nn.Module.named_modules
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attention of the base layer with the updated weights; arguments and result are those of the base layer."""
