@@ -14,6 +14,7 @@ from torch import nn
 
 from matex_pl.arguments import check_positive
 from matex_pl.clip.model import Clip
+from matex_pl.clip.weights import first_line
 from matex_pl.training.freeze import PROJECTIONS
 
 log = logging.getLogger(__name__)
@@ -59,13 +60,17 @@ def add_lora(clip: Clip, lora: Lora, sides: Collection[str] = SIDES, whole: Coll
         The towers that have adapters now.
 
     Raises:
-        ImportError: PEFT is not installed.
+        ImportError: PEFT cannot be imported.
         ValueError: A target matches no layer, no layer can be adapted, or the dropout meets torch's own attention.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError("LoRA needs peft. Install peft with: pip install 'matex_pl[lora]'.") from error
+        # A release of peft that does not fit transformers fails here too.
+        raise ImportError(
+            f"LoRA needs peft, whose import failed ({first_line(error)}). Install peft with: pip install -U "
+            "'matex_pl[lora]'."
+        ) from error
     layers = {name: layer for name, layer in adaptable_layers(clip).items() if _side(name) in sides}
     names = _chosen(layers, lora.targets)
     attention = [name for name in names if isinstance(layers[name], nn.MultiheadAttention)]
