@@ -45,18 +45,21 @@ def _kept(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ways", ["True-True", "False-True"])
-def test_loss_and_gradients_are_those_of_the_whole_batch(found: Path, ways: str) -> None:
+@pytest.mark.parametrize("loss", ["softmax-positive", "softmax-masked", "sigmoid-positive", "sigmoid-masked"])
+def test_loss_and_gradients_are_those_of_the_whole_batch(found: Path, loss: str, ways: str) -> None:
+    expected = _json(found / "loss.json")[loss]
     for rank in range(2):
-        for ours, whole in zip(_json(found / f"loss_{rank}.json")[ways], _json(found / "loss.json"), strict=True):
+        for ours, whole in zip(_json(found / f"loss_{rank}.json")[f"{loss}-{ways}"], expected, strict=True):
             assert np.array(ours) == pytest.approx(np.array(whole), abs=1e-12)
 
 
-def test_without_gathered_gradients_the_towers_learn_half(found: Path) -> None:
-    loss, weight, scale = (np.array(value) for value in _json(found / "loss_0.json")["False-False"])
-    whole = [np.array(value) for value in _json(found / "loss.json")]
+@pytest.mark.parametrize("name", ["softmax-positive", "sigmoid-positive"])
+def test_without_gathered_gradients_the_towers_learn_half(found: Path, name: str) -> None:
+    loss, weight, *scalars = (np.array(value) for value in _json(found / "loss_0.json")[f"{name}-False-False"])
+    whole = [np.array(value) for value in _json(found / "loss.json")[name]]
     assert loss == pytest.approx(whole[0])
     assert 2 * weight == pytest.approx(whole[1], abs=1e-12)
-    assert scale == pytest.approx(whole[2])
+    assert np.array(scalars) == pytest.approx(np.array(whole[2:]))
 
 
 def test_batches_of_different_size_are_refused_everywhere(found: Path) -> None:
@@ -70,6 +73,15 @@ def test_training_is_that_of_one_process_with_both_batches(found: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], abs=1e-9)
     one, two = (_kept(found / f"fit{count}.pt")["weights"] for count in (1, 2))
     _assert_close(two, one)
+
+
+def test_adapters_and_the_sigmoid_loss_train_as_in_one_process(found: Path) -> None:
+    losses = [_json(found / f"options{count}.losses") for count in (1, 2)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-9)
+    one, two = (_kept(found / f"options{count}.pt") for count in (1, 2))
+    assert any(".lora_B." in name and value.abs().max() > 0 for name, value in one["weights"].items())
+    _assert_close(two["weights"], one["weights"])
+    assert two["scores"]["val/loss"] == pytest.approx(one["scores"]["val/loss"], abs=1e-6)
 
 
 def _assert_close(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:

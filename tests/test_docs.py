@@ -16,6 +16,7 @@ from matex_pl import ClipModule, attribution, data
 from matex_pl.arguments import import_all
 from matex_pl.cli import main
 from matex_pl.files import find_config
+from matex_pl.training.lora import Lora
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -56,6 +57,7 @@ def options_of():
     modules = [value for value in vars(data).values() if inspect.isclass(value)]
     of_data = {f"--data.{name}" for module in modules for name in arguments(module)}
     of_training = {f"--model.{name}" for name in arguments(ClipModule)}
+    of_training |= {f"--model.lora.{name}" for name in arguments(Lora)}
     of_training |= {f"--trainer.{name}" for name in arguments(Trainer)} | {"--trainer.callbacks+"}
     import_all(attribution)
     methods = [value for value in vars(attribution).values() if inspect.isclass(value)]

@@ -11,11 +11,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.loss import SigLipLoss
 from torch import Tensor
 
 from matex_pl.training import scores
 from matex_pl.training.distributed import fingerprints, first_of_each
-from matex_pl.training.loss import contrastive_loss, same_phrase
+from matex_pl.training.loss import contrastive_loss, same_phrase, sigmoid_loss
 from matex_pl.training.scores import ImageTextRecall, ZeroShot, auroc
 
 
@@ -75,6 +76,34 @@ def test_masked_equal_phrases_are_no_part_of_the_loss() -> None:
     plain = open_clip.ClipLoss()(image, text, torch.tensor(scale))
     masked = contrastive_loss(image, text, torch.tensor(scale), same_phrase(different), "masked")
     torch.testing.assert_close(masked, plain)
+
+
+def test_sigmoid_loss_is_open_clips_where_all_phrases_differ() -> None:
+    positives = same_phrase([f"phrase {n}" for n in range(6)])
+    parts = [_unit(6), _unit(6, seed=1), torch.tensor(14.0), torch.tensor(-3.0)]
+    parts = [part.double().requires_grad_() for part in parts]
+    expected = SigLipLoss()(*parts)
+    gradients = torch.autograd.grad(expected, parts)
+    for equal_phrases in ("positive", "masked"):
+        ours = sigmoid_loss(*parts, positives, equal_phrases)
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+        for grad, other in zip(torch.autograd.grad(ours, parts), gradients, strict=True):
+            torch.testing.assert_close(grad, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("equal_phrases", ["positive", "masked"])
+def test_sigmoid_loss_against_a_loop_with_repeats(equal_phrases: str) -> None:
+    phrases, scale, bias, total = ["a", "b", "a", "c", "b", "a"], 9.0, -2.0, 0.0
+    image, text = _unit(6), _unit(6, seed=1)
+    for row, query in enumerate(image):
+        for column, key in enumerate(text):
+            is_equal = phrases[row] == phrases[column]
+            if is_equal and row != column and equal_phrases == "masked":
+                continue
+            logit = scale * float(query @ key) + bias
+            total += math.log(1 + math.exp(-logit if is_equal else logit))
+    settings = torch.tensor(scale), torch.tensor(bias), same_phrase(phrases), equal_phrases
+    assert float(sigmoid_loss(image, text, *settings)) == pytest.approx(total / 6, abs=1e-5)
 
 
 def test_repeats_of_one_phrase_cost_nothing_when_they_look_the_same() -> None:

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from matex_pl import ClipModule
 from matex_pl.clip import load_clip
 from matex_pl.data import ImageTextPair, PhantomDataModule, collate
+from matex_pl.training.freeze import freeze_parameters
 from matex_pl.training.loss import gathered_loss
-from matex_pl.training.module import decay_groups, freeze_parameters, warmup_cosine
+from matex_pl.training.module import decay_groups, warmup_cosine
 from matex_pl.training.scores import ImageTextRecall
 
 pytestmark = [
@@ -125,7 +126,7 @@ def test_every_trained_parameter_gets_a_gradient(name: str) -> None:
     images = module.clip.normalize(torch.rand(3, 3, *module.clip.image_size))
     phrases = ["left effusion", "small mass", "right lung"]
     image, text = module.clip.encode_image(images), module.clip.encode_text(module.clip.tokenize(phrases))
-    gathered_loss(image, text, module.clip.logit_scale.exp(), phrases).backward()
+    gathered_loss(image, text, module.clip.logit_scale.exp(), phrases, logit_bias=module._bias).backward()
     trained = {part: value for part, value in module.clip.model.named_parameters() if value.requires_grad}
     # DDP would wait for one that has none.
     assert [part for part, value in trained.items() if value.grad is None] == []

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from families import family
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from patterns import CONFIG, PatternImages
@@ -268,6 +270,16 @@ def test_what_is_trained(tmp_path, finetune, monkeypatch):
     else:
         assert changed
         assert all("lora_" in name for name in changed)
+
+
+def test_a_training_that_cannot_run_is_refused_before_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"training\.finetune=lora needs peft"):
+        _plan(tmp_path / "lora", training=replace(QUICK, finetune="lora"))
+    model = ClipModule(json.dumps(family("resnet").config))
+    with pytest.raises(NotImplementedError, match="grad_checkpointing: the image tower ModifiedResNet"):
+        _plan(tmp_path / "resnet", training=replace(QUICK, grad_checkpointing=True), module=model)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,13 @@ from matex_pl.evaluation import tensors as tensor_files
 from matex_pl.maps import Attribution
 from matex_pl.roar.plan import Protocol, Training
 from matex_pl.training.distributed import gather_rows
-from matex_pl.training.loss import contrastive_loss, gathered_loss, same_phrase
+from matex_pl.training.lora import Lora
+from matex_pl.training.loss import contrastive_loss, gathered_loss, same_phrase, sigmoid_loss
 
 TINY = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
+LOSSES = tuple(product(("softmax", "sigmoid"), ("positive", "masked")))
+# Local loss, and gradients of gathered embeddings.
+WAYS = ((True, True), (False, True), (False, False))
 PHRASES = ["Left effusion.", "Edema.", "left  effusion.", "Nodule."], ["LEFT EFFUSION.", "Mass.", "Edema.", "Normal."]
 
 
@@ -47,6 +52,14 @@ def model(patch_dropout: float = 0.0) -> ClipModule:
     torch.manual_seed(0)
     vision = {**TINY["vision_cfg"], "patch_dropout": patch_dropout}
     return ClipModule(json.dumps({**TINY, "vision_cfg": vision}), lr=1e-3, warmup_steps=1)
+
+
+def biased_model() -> ClipModule:
+    """The sigmoid loss with adapters and gradient checkpointing."""
+    torch.manual_seed(0)
+    vision = {**TINY["vision_cfg"], "patch_dropout": 0.0}
+    config = {**TINY, "vision_cfg": vision, "init_logit_bias": -10.0, "init_logit_scale": 2.3}
+    return ClipModule(json.dumps(config), lr=1e-2, warmup_steps=1, lora=Lora(r=2), grad_checkpointing=True)
 
 
 def images(folder: Path, batch_size: int) -> PhantomDataModule:
@@ -122,6 +135,15 @@ def fit(rank: int, folder: Path, processes: int) -> None:
     trainer(out, processes, PredictionWriter(str(out / "predictions.csv"))).predict(
         module, images(folder, 4), return_predictions=False
     )
+
+
+def options(rank: int, folder: Path, processes: int) -> None:
+    """One epoch of the sigmoid loss with adapters and gradient checkpointing."""
+    module = biased_model()
+    losses = TrainLosses(folder / f"options{processes}.losses")
+    run = trainer(folder, processes, losses, max_epochs=1, limit_val_batches=1)
+    run.fit(module, images(folder, 8 // processes))
+    keep(folder / f"options{processes}.pt", module, run)
 
 
 def resume(rank: int, folder: Path, start: int, processes: int) -> None:
@@ -299,29 +321,39 @@ def embeddings(rank: int | None) -> tuple[torch.Tensor, ...]:
     return weight, F.normalize(image[rows] @ weight, dim=-1), F.normalize(text[rows] @ weight, dim=-1)
 
 
+def scalars(with_bias: bool) -> list[Tensor]:
+    """The factor of the logits, and the bias of the sigmoid loss."""
+    return [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (7.0, -2.0)[: 1 + with_bias]]
+
+
 def whole_loss(rank: int, folder: Path) -> None:
-    """Loss, gradient of the map and of the scale, by one process on all pairs."""
-    weight, image, text = embeddings(None)
-    scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
-    loss = contrastive_loss(image, text, scale, same_phrase([*PHRASES[0], *PHRASES[1]]))
-    loss.backward()
-    (folder / "loss.json").write_text(json.dumps([value.tolist() for value in (loss, weight.grad, scale.grad)]))
+    """Losses, their gradients of the map, of the scale and of the bias, by one process on all pairs."""
+    found = {}
+    for name, equal_phrases in LOSSES:
+        weight, image, text = embeddings(None)
+        scale, *bias = scalars(name == "sigmoid")
+        function = sigmoid_loss if bias else contrastive_loss
+        loss = function(image, text, scale, *bias, same_phrase([*PHRASES[0], *PHRASES[1]]), equal_phrases)
+        loss.backward()
+        values = (loss, weight.grad, *(value.grad for value in (scale, *bias)))
+        found[f"{name}-{equal_phrases}"] = [value.tolist() for value in values]
+    (folder / "loss.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def shared_loss(rank: int, folder: str) -> None:
     """The same by one of two processes, averaged as DDP does, for the ways to gather."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     found = {}
-    for local_loss, gather_with_grad in ((True, True), (False, True), (False, False)):
+    for (name, equal_phrases), (local_loss, gather_with_grad) in product(LOSSES, WAYS):
         weight, image, text = embeddings(rank)
-        scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
-        settings = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
-        loss = gathered_loss(image, text, scale, PHRASES[rank], **settings)
+        scale, *bias = scalars(name == "sigmoid")
+        settings = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "equal_phrases": equal_phrases}
+        loss = gathered_loss(image, text, scale, PHRASES[rank], **settings, logit_bias=bias[0] if bias else None)
         loss.backward()
-        values = [loss.detach(), weight.grad, scale.grad]
+        values = [loss.detach(), weight.grad, *(value.grad for value in (scale, *bias))]
         for value in values:
             dist.all_reduce(value)
-        found[f"{local_loss}-{gather_with_grad}"] = [(value / 2).tolist() for value in values]
+        found[f"{name}-{equal_phrases}-{local_loss}-{gather_with_grad}"] = [(value / 2).tolist() for value in values]
     try:
         gather_rows(torch.zeros(3 + rank))
     except ValueError as error:
@@ -338,7 +370,7 @@ def main(folder: Path) -> None:
     images(folder, 4).prepare_data()
     fork(shared_loss, str(folder), processes=2)
     for processes in (1, 2):
-        for function in (fit, metrics_of_some, foreign):
+        for function in (fit, metrics_of_some, foreign, options):
             # Two are forked by Lightning.
             fork(function, folder, 1) if processes == 1 else function(0, folder, 2)
     keep_maps(folder)

@@ -183,3 +183,10 @@ def recorded_config(checkpoint: Any) -> dict[str, Any] | None:
         return config if {"model_cfg", "preprocess_cfg"} <= config.keys() else None
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
+
+
+def recorded_lora(checkpoint: Any) -> dict[str, Any] | None:
+    """Settings of the adapters in a checkpoint of `matex fit`; None without adapters and for any other content."""
+    settings = checkpoint.get("hyper_parameters") if isinstance(checkpoint, Mapping) else None
+    lora = settings.get("lora") if isinstance(settings, Mapping) else None
+    return dict(lora) if isinstance(lora, Mapping) else None

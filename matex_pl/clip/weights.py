@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from matex_pl.clip import towers
 from matex_pl.clip.archive import Inert, module_state, read_archive
-from matex_pl.clip.record import recorded_config
+from matex_pl.clip.low_rank import merge_adapters
+from matex_pl.clip.record import recorded_config, recorded_lora
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Weights:
         path: Path of the file.
         state: Weights of the model by their plain names.
         config: Config of the model, if `matex fit` wrote the file.
-        checkpoint: Whole content of the file, if `matex fit` wrote it.
+        checkpoint: Whole content of the file, if `matex fit` wrote it, with its adapters merged.
         is_openai: Whether the file has the entries of OpenAI's archives.
         others: Names of tensors of other modules, which `fit_names` has left out.
     """
@@ -237,8 +238,11 @@ def _read(path: str, content: Any) -> Weights:
         )
     # Extra states of modules are no tensors.
     state = {str(key): value for key, value in states[place].items() if isinstance(value, Tensor)}
-    adapters = [key for key in state if _ADAPTERS.search(key)]
-    if adapters:
+    adapters, lora = [key for key in state if _ADAPTERS.search(key)], recorded_lora(content)
+    if adapters and lora:
+        state = merge_adapters(state, lora)
+        content = {**content, "hyper_parameters": {**content["hyper_parameters"], "lora": None}}
+    elif adapters:
         raise ValueError(
             f"{path} holds adapters of PEFT in {_some(adapters)}. Merge them before saving: `merge_and_unload()`."
         )

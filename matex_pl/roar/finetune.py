@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
 from matex_pl.attribution.core.fill import drop_tokens, fill_images
+from matex_pl.clip.low_rank import merge_adapters
 from matex_pl.clip.record import model_files, unpacked
 from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.tensors import read_tensors, write_tensors
@@ -25,7 +26,8 @@ from matex_pl.metrics.removal import enlarge_grid
 from matex_pl.roar.drop import drop_of
 from matex_pl.roar.images import PlanImages, split_rows
 from matex_pl.roar.plan import Plan, Run
-from matex_pl.training.module import ClipModule
+from matex_pl.training.lora import Lora
+from matex_pl.training.module import EARLIER_SETTINGS, ClipModule
 
 _FILES = "model_files/"
 
@@ -145,45 +147,30 @@ def build_module(plan: Plan, findings: Sequence[str] = ()) -> RoarModule:
         weight_decay=training.weight_decay,
         warmup_steps=training.warmup_steps,
         freeze="all-but-head" if training.finetune == "head" else "none",
+        grad_checkpointing=training.grad_checkpointing,
     )
     module.fill = plan.protocol.fill
     module.hparams["findings"] = module.hparams["findings"] or list(findings)
     if training.finetune == "lora":
-        add_lora(module.clip.model, training.lora_rank)
+        module.add_adapters(Lora(r=training.lora_rank, alpha=2 * training.lora_rank))
+        module.train()
     return module
 
 
-def add_lora(model: nn.Module, rank: int) -> None:
-    """Freeze a model except its logit scale, and add low-rank updates to its linear layers (Hu et al. 2022).
-
-    Layers inside torch's own attention, which reads their weights directly, are not changed.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError(
-            "training.finetune='lora' needs peft. Install peft with: pip install 'matex_pl[lora]'."
-        ) from error
-    inside = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention))
-    targets = [
-        name for name, part in model.named_modules() if isinstance(part, nn.Linear) and not name.startswith(inside)
-    ]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or name.startswith("logit_"))
-
-
 def write_module(module: ClipModule, path: Path) -> None:
-    """Write the weights and settings of a module, and the files of its tokenizer, for `read_module`."""
+    """Write weights (adapters merged) and settings of a module, and the files of its tokenizer, for `read_module`."""
     weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    settings = dict(module.hparams)
+    if settings["lora"]:
+        weights, settings["lora"] = merge_adapters(weights, settings["lora"]), None
     files = {f"{_FILES}{name}": data for name, data in model_files(module.clip).items()}
-    write_tensors(path, weights | files, {"settings": dict(module.hparams)})
+    write_tensors(path, weights | files, {"settings": settings})
 
 
 def read_module(path: Path, kind: type[Module], **settings: Any) -> Module:
     """Module from a file of `write_module`, with some settings replaced."""
     tensors, about = read_tensors(path)
-    settings = about["settings"] | settings
+    settings = EARLIER_SETTINGS | about["settings"] | settings
     files = {name.removeprefix(_FILES): data for name, data in tensors.items() if name.startswith(_FILES)}
     config = json.loads(settings["name"])
     with unpacked(config, files) as local:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from importlib.metadata import version
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from matex_pl.files import check_outputs, check_room, new_files_removed, write_t
 from matex_pl.roar.finetune import write_module
 from matex_pl.roar.images import split_rows, write_images
 from matex_pl.roar.plan import OUTPUTS, PLAN, Plan, PlanMethod, Protocol, Training, check_same, read_plan, slug
+from matex_pl.training.grad_checkpointing import checkpoint_gradients
 from matex_pl.training.module import ClipModule
 
 BOXES = "True boxes"
@@ -53,7 +56,13 @@ def make_plan(
         OSError: If nothing can be written in the folder.
         ValueError: If the folder holds another plan or foreign files, a method is unknown or named twice, there are too
             few pairs, or the two models do not fit each other.
+        ImportError: If the training needs PEFT, which is not installed.
+        NotImplementedError: If the training needs gradient checkpointing, which a tower does not have.
     """
+    if training.finetune == "lora" and find_spec("peft") is None:
+        raise ImportError("training.finetune=lora needs peft. Install peft with: pip install 'matex_pl[lora]'.")
+    if training.grad_checkpointing and training.finetune != "head":
+        checkpoint_gradients(deepcopy(start.clip.model))
     check_plan_folder(folder)
     prepare_data(data, explained.clip.image_size, *protocol.splits)
     data.pairs["roar"] = [pair for split in protocol.splits for pair in data.pairs[split]]

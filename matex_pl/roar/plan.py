@@ -95,9 +95,10 @@ class Training:
         weight_decay: Decay of the weight matrices.
         warmup_steps: Number of steps of linear warm-up.
         gradient_clip_val: Upper bound of the gradient norm; 0 for none.
-        finetune: Trained weights: `full` (all), `head` (projections and final norms) or `lora` (low-rank updates of the
-            linear layers, by peft).
-        lora_rank: Rank of the low-rank updates.
+        finetune: Trained weights: `full` (all), `head` (projections and final norms) or `lora` (low-rank updates of
+            linear and attention layers, by peft).
+        lora_rank: Rank of the low-rank updates. Their factor, `alpha`, is twice the rank.
+        grad_checkpointing: Whether activations are recomputed in the backward pass, which takes less memory.
         accelerator: Accelerator of the Trainer: `cpu`, `gpu`, or `auto`.
         precision: Precision of the Trainer.
         threads: Number of CPU threads per run. The last digits of the scores depend on it.
@@ -111,6 +112,7 @@ class Training:
     gradient_clip_val: float = 1.0
     finetune: Literal["full", "head", "lora"] = "full"
     lora_rank: int = 8
+    grad_checkpointing: bool = False
     accelerator: str = "auto"
     precision: str = "32-true"
     threads: int = 1

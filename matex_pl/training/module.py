@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -25,35 +26,38 @@ from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from matex_pl.arguments import check_choices
 from matex_pl.clip.load import load_clip
+from matex_pl.clip.low_rank import merge_adapters
 from matex_pl.clip.model import Clip
-from matex_pl.clip.record import listed, model_files
-from matex_pl.clip.weights import plain_name, plain_state, read_checkpoint, reading_checkpoint
+from matex_pl.clip.record import listed, model_files, recorded_lora
+from matex_pl.clip.weights import plain_name, plain_state, read_checkpoint, reading_checkpoint, short
 from matex_pl.data.datamodule import STAGES, ChestXrayDataModule, EpochLoader
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair
 from matex_pl.files import check_folder
 from matex_pl.training.checkpoints import WholeCheckpointIO, place_in_epoch, without_functions
 from matex_pl.training.description import describe_training
 from matex_pl.training.distributed import check_strategy, fingerprints, gather_rows, process_count
-from matex_pl.training.loss import EqualPhrases, contrastive_loss, gathered_loss, phrase_keys
+from matex_pl.training.freeze import Freeze, freeze_parameters
+from matex_pl.training.grad_checkpointing import checkpoint_gradients
+from matex_pl.training.lora import SIDES, Lora, add_lora
+from matex_pl.training.loss import EqualPhrases, Loss, gathered_loss, phrase_keys, whole_loss
 from matex_pl.training.scores import ImageTextRecall, ZeroShot
 
 log = logging.getLogger(__name__)
 
-Freeze = Literal["none", "text", "image", "all-but-projections", "all-but-head"]
 # Settings in the optimizer's state, which a checkpoint restores.
-_RESTORED = ("betas", "freeze", "lr", "weight_decay")
-# SigLIP's bias and CoCa's decoder get no gradient from this loss, and DDP would wait for it.
-_UNREACHED = ("logit_bias", "text_decoder.")
-_PROJECTIONS = ("visual.proj", "visual.head.", "text_projection", "text.text_projection", "text.proj")
-_FINAL_NORMS = ("visual.ln_post.", "visual.trunk.norm.", "visual.trunk.fc_norm.", "ln_final.", "text.ln_final.")
+_RESTORED = ("betas", "freeze", "lora", "loss", "lr", "weight_decay")
+# Settings that older checkpoints do not record.
+EARLIER_SETTINGS = {"loss": "softmax"}
+# CoCa's decoder gets no gradient, nor does SigLIP's bias from the softmax loss, and DDP would wait for it.
+_UNREACHED = {"softmax": ("logit_bias", "text_decoder."), "sigmoid": ("text_decoder.",)}
 
 
 class ClipModule(LightningModule):
-    """Fine-tuning of CLIP by the symmetric contrastive loss, with retrieval and zero-shot scores on held-out pairs.
+    """Fine-tuning of CLIP by a contrastive loss, with retrieval and zero-shot scores on held-out pairs.
 
-    Training logs `train/loss` and `train/logit_scale`. Validation (`val/`) and test (`test/`) log `loss`,
-    `image_to_text_recall@{1,5,10}` and `text_to_image_recall@{1,5,10}`. If the data module names findings, they also
-    log `zero_shot_top1` and `zero_shot_auroc`.
+    Training logs `train/loss`, `train/logit_scale`, and `train/logit_bias` if the loss has a bias. Validation (`val/`)
+    and test (`test/`) log `loss`, `image_to_text_recall@{1,5,10}` and `text_to_image_recall@{1,5,10}`. If the data
+    module names findings, they also log `zero_shot_top1` and `zero_shot_auroc`.
 
     Args:
         name: An open_clip name, `hf-hub:org/repo`, `local-dir:folder`, a path to a JSON model config, or a checkpoint
@@ -66,7 +70,8 @@ class ClipModule(LightningModule):
         warmup_steps: Steps of linear warm-up, followed by a cosine to zero at the end of training.
         freeze: Frozen parts: `none`, `text`, `image` (towers), `all-but-projections`, or `all-but-head`
             (projections and final norms). The logit scale is always trained.
-        max_logit_scale: Upper bound of the factor between cosines and logits (100 in CLIP).
+        max_logit_scale: Upper bound of the factor between cosines and logits. By default 100 with the softmax loss, as
+            in CLIP, and none with the sigmoid loss, as in SigLIP.
         findings: Findings for the zero-shot scores; those of the data module by default.
         prompt: Prompt per finding; `{finding}` stands for its name.
         image_size: Side of the square input in pixels, or height and width; the model's own by default. Position
@@ -77,6 +82,13 @@ class ClipModule(LightningModule):
             in one process on the whole batch. See `gathered_loss`.
         equal_phrases: Role of other pairs of the batch with the same phrase: `positive`, or `masked`, which leaves them
             out of the loss of the row. Neither makes them negatives.
+        loss: `softmax`, the loss of CLIP, or `sigmoid`, the loss of SigLIP, which trains the model's bias too. By
+            default `sigmoid` for models with a bias (`logit_bias`), `softmax` for others.
+        lora: Low-rank adapters, which are trained instead of the weights; it needs the extra `lora`. Towers in `freeze`
+            get none. With `all-but-projections` and `all-but-head`, both towers get adapters, and these parts are
+            trained as well.
+        grad_checkpointing: Whether the trained towers recompute the activations of their blocks in the backward pass.
+            Training takes less memory and more time.
     """
 
     clip: Clip
@@ -94,13 +106,16 @@ class ClipModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.98),
         warmup_steps: int = 200,
         freeze: Freeze = "none",
-        max_logit_scale: float = 100.0,
+        max_logit_scale: float | None = None,
         findings: list[str] | None = None,
         prompt: str = "{finding}",
         image_size: int | tuple[int, int] | None = None,
         local_loss: bool = True,
         gather_with_grad: bool = True,
         equal_phrases: EqualPhrases = "positive",
+        loss: Loss | None = None,
+        lora: Lora | None = None,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_choices(ClipModule.__init__, locals())
@@ -108,7 +123,7 @@ class ClipModule(LightningModule):
             raise ValueError(f"lr must be positive and warmup_steps not negative, got {lr} and {warmup_steps}.")
         if weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {weight_decay}.")
-        if max_logit_scale < 1:
+        if max_logit_scale is not None and max_logit_scale < 1:
             raise ValueError(
                 f"max_logit_scale must be at least 1, got {max_logit_scale}. Give the factor, not its log."
             )
@@ -119,10 +134,17 @@ class ClipModule(LightningModule):
                 "local_loss=True with gather_with_grad=False would give wrong gradients, because the gradients from "
                 "the pairs of other processes are missing. Set local_loss=False as well."
             )
+        # A checkpoint holds the settings of the adapters in plain types.
+        adapters = Lora(**lora) if isinstance(lora, Mapping) else lora
+        lora = cast(Any, adapters and asdict(adapters))
         self.save_hyperparameters()
         self.clip = load_clip(name, pretrained, image_size)
+        loss = self._checked_loss(loss, name)
+        if max_logit_scale is None and loss == "softmax":
+            max_logit_scale = 100.0
         # A checkpoint rebuilds the model from these values, without the files of this run.
         self.hparams.update(name=json.dumps(self.clip.config), pretrained=None, image_size=None)
+        self.hparams.update(loss=loss, max_logit_scale=max_logit_scale, lora=None)
         # LightningCLI adds the path of a function here, which Lightning calls when a checkpoint is loaded.
         self.hparams.pop("_instantiator", None)
         self.retrieval = nn.ModuleDict({"val": ImageTextRecall(), "test": ImageTextRecall()})
@@ -134,12 +156,55 @@ class ClipModule(LightningModule):
         self._model_files: dict[str, Tensor] | None = None
         self._rate = lr
         self._place: dict[str, Any] | None = None
+        self._adapted: set[str] | None = None
         freeze_parameters(self.clip.model, freeze)
         for part, parameter in self.clip.model.named_parameters():
-            if part.startswith(_UNREACHED):
+            if part.startswith(_UNREACHED[loss]):
                 parameter.requires_grad_(False)
+        if adapters is not None:
+            self.add_adapters(adapters)
+        if grad_checkpointing:
+            checkpoint_gradients(self.clip.model, [side for side in SIDES if side not in self._frozen])
         # Lightning keeps the current mode, and `load_clip` returns a model in eval mode.
         self.train()
+
+    def _checked_loss(self, loss: Loss | None, name: str) -> Loss:
+        """The given loss, or the default of the model; ValueError for the sigmoid loss of a model without bias."""
+        has_bias = getattr(self.clip.model, "logit_bias", None) is not None
+        if loss == "sigmoid" and not has_bias:
+            # A start value would be a guess: it belongs to the scale and the cosines of the weights.
+            raise ValueError(
+                f"loss: sigmoid needs a model with a bias of its logits, and {short(name)} has none. Set loss: "
+                "softmax, give a SigLIP model, or add init_logit_bias (-10 in SigLIP) to the JSON model config."
+            )
+        return loss or ("sigmoid" if has_bias else "softmax")
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return self.clip.model.logit_bias if self.hparams["loss"] == "sigmoid" else None
+
+    def add_adapters(self, lora: Lora) -> None:
+        """Add low-rank adapters to the model and train them instead of its weights; see `lora` and `add_lora`.
+
+        Raises:
+            ImportError: PEFT is not installed.
+            ValueError: A target matches no layer, or the model has adapters.
+        """
+        if self.hparams["lora"]:
+            raise ValueError("The module has low-rank adapters. Give a module without, or the path of its checkpoint.")
+        freeze: Freeze = self.hparams["freeze"]
+        parts = [part for part, parameter in self.clip.model.named_parameters() if parameter.requires_grad]
+        whole = {part for part in parts if part.startswith("logit_") or freeze.startswith("all-but")}
+        self._adapted = add_lora(self.clip, lora, [side for side in SIDES if side != freeze], whole)
+        self.hparams["lora"] = asdict(lora)
+
+    @property
+    def _frozen(self) -> set[str]:
+        """Towers in eval mode."""
+        freeze = self.hparams["freeze"]
+        if self._adapted is not None:
+            return set(SIDES) - self._adapted
+        return set(SIDES) if freeze.startswith("all-but") else {freeze}
 
     def inputs(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
         """Inputs of the model for a batch: normalized images `(B, 3, H, W)` and tokens `(B, T)`."""
@@ -197,8 +262,7 @@ class ClipModule(LightningModule):
     def train(self, mode: bool = True) -> ClipModule:
         """Set training mode, except for frozen towers, which stay in eval mode."""
         super().train(mode)
-        freeze = self.hparams["freeze"]
-        frozen = ("image", "text") if freeze.startswith("all-but") else (freeze,)
+        frozen = self._frozen
         for name, part in self.clip.model.named_children():
             # open_clip's plain CLIP has no module for its text tower.
             if ("image" if name == "visual" else "text") in frozen:
@@ -221,6 +285,7 @@ class ClipModule(LightningModule):
             local_loss=self.hparams["local_loss"],
             gather_with_grad=self.hparams["gather_with_grad"],
             equal_phrases=self.hparams["equal_phrases"],
+            logit_bias=self._bias,
         )
         self._step_ids += batch["id"]
         if not loss.isfinite():
@@ -228,6 +293,8 @@ class ClipModule(LightningModule):
             self._stop(f"The loss is {loss.item()}", [batch["id"][row] for row in spoilt.nonzero()[:, 0].tolist()])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]), sync_dist=True)
         self.log("train/logit_scale", self.clip.logit_scale.exp().mean(), batch_size=len(batch["id"]))
+        if self._bias is not None:
+            self.log("train/logit_bias", self._bias.mean(), batch_size=len(batch["id"]))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -270,7 +337,8 @@ class ClipModule(LightningModule):
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
         """Clamp the logit scale to `[1, max_logit_scale]`, as CLIP does."""
-        self.clip.logit_scale.clamp_(0, math.log(self.hparams["max_logit_scale"]))
+        largest = self.hparams["max_logit_scale"]
+        self.clip.logit_scale.clamp_(0, None if largest is None else math.log(largest))
 
     def on_validation_epoch_start(self) -> None:
         """Encode the prompts with the current weights."""
@@ -305,7 +373,8 @@ class ClipModule(LightningModule):
         if new:
             phrases = keys[new, 1]
             scale, positives = self.clip.logit_scale.exp(), phrases[:, None] == phrases
-            loss = contrastive_loss(images[new], texts[new], scale, positives, self.hparams["equal_phrases"])
+            equal_phrases = self.hparams["equal_phrases"]
+            loss = whole_loss(images[new], texts[new], scale, positives, equal_phrases, self._bias)
             self.log(f"{self._split}/loss", loss, prog_bar=True, batch_size=len(new), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
@@ -391,6 +460,7 @@ class ClipModule(LightningModule):
         """
         trainer = self._trainer
         source = str((trainer.ckpt_path if trainer is not None else None) or "The checkpoint")
+        self._fit_adapters(checkpoint, source)
         self.clip.refuse_checkpoint(checkpoint, source)
         own = {plain_name(key): key for key in self.state_dict()}
         for name in ("state_dict", "current_model_state"):
@@ -417,6 +487,26 @@ class ClipModule(LightningModule):
             loader: Any = data.train_dataloader() if isinstance(data, ChestXrayDataModule) else None
             self._place = place_in_epoch(checkpoint, loader, trainer.accumulate_grad_batches, source)
 
+    def _fit_adapters(self, checkpoint: dict[str, Any], source: str) -> None:
+        """Merge the adapters of a checkpoint if the module has none and does not resume.
+
+        Raises:
+            ValueError: The checkpoint has other adapters than the module, or none, or the training resumes without.
+        """
+        lora, own = recorded_lora(checkpoint), self.hparams["lora"]
+        if _as_json(lora) == _as_json(own):
+            return
+        fits = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if own is None and not fits:
+            for name in ("state_dict", "current_model_state"):
+                if name in checkpoint:
+                    checkpoint[name] = merge_adapters(checkpoint[name], lora or {})
+            return
+        raise ValueError(
+            f"{source} contradicts the settings: {listed({'lora': (lora, own)})}. Give the checkpoint's value, or "
+            "start a new training from its weights, with the adapters merged: give the checkpoint as model.name."
+        )
+
     def _compare_settings(self, recorded: dict[str, Any], source: str) -> None:
         """Refuse settings that a resumed training cannot follow, and log others that differ from a checkpoint's.
 
@@ -425,6 +515,7 @@ class ClipModule(LightningModule):
         """
         trainer = self.trainer
         fits = trainer.state.fn == TrainerFn.FITTING
+        recorded = EARLIER_SETTINGS | recorded
         names = signature(ClipModule).parameters.keys() - {"name", "pretrained", "image_size"}
         pairs = {name: (recorded[name], self.hparams[name]) for name in sorted(names & recorded.keys())}
         pairs = {name: pair for name, pair in pairs.items() if _as_json(pair[0]) != _as_json(pair[1])}
@@ -519,28 +610,6 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def freeze_parameters(model: nn.Module, freeze: Freeze) -> None:
-    """Switch off the gradients of the frozen parts; see `freeze` of `ClipModule`.
-
-    Raises:
-        ValueError: `freeze` is `all-but-projections` or `all-but-head`, and the model has no known projection.
-    """
-    projections = 0
-    for name, parameter in model.named_parameters():
-        is_image, is_projection = name.startswith("visual."), name.startswith(_PROJECTIONS)
-        is_frozen = {
-            "none": False,
-            "image": is_image,
-            "text": not is_image,
-            "all-but-projections": not is_projection,
-            "all-but-head": not (is_projection or name.startswith(_FINAL_NORMS)),
-        }[freeze]
-        projections += is_projection
-        parameter.requires_grad_(parameter.requires_grad and (not is_frozen or name.startswith("logit_")))
-    if freeze.startswith("all-but") and not projections:
-        raise ValueError(f"{type(model).__name__} has no projection by a known name. Freeze 'text' or 'image' instead.")
-
-
 def load_module(ckpt_path: str) -> ClipModule:
     """The module of a checkpoint, on the CPU in eval mode; no code of the file is run.
 
@@ -552,7 +621,8 @@ def load_module(ckpt_path: str) -> ClipModule:
     with reading_checkpoint(ckpt_path):
         # Only arguments: Lightning's own loading calls a function that a checkpoint may name among them.
         known = signature(ClipModule).parameters
-        settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
+        recorded = EARLIER_SETTINGS | checkpoint["hyper_parameters"]
+        settings = {name: value for name, value in recorded.items() if name in known}
         module = ClipModule(**settings | {"name": ckpt_path})
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
