@@ -70,9 +70,9 @@ class GradCam(TwoTowerMethod):
 
     def trace(self, tower: Tower) -> Trace:
         """Run one forward, recording the tokens of the layers."""
+        stream = Stream(tower.blocks or [original(tower.clip.model.visual).attnpool])
         # Refuses a tower of unknown pooling before its forward.
         _ = tower.pooling
-        stream = Stream(tower.blocks or [original(tower.clip.model.visual).attnpool])
         places = sorted({block_index(layer, len(stream.blocks)) for layer in self.layers})
         with stream.capture(cut=places[:1]):
             embedding = tower.encode()
