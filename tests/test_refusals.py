@@ -81,7 +81,7 @@ BAD: list[tuple[str, list[str], str]] = [
         for path, said in CHECKPOINTS.values()
     ),
     ("fit", ["--model.name=tiny.json", "--model.image_size=33"], "whole number of its"),
-    ("fit", ["--model.name=tiny.json", "--model.pretrained=cut.ckpt"], "cut.ckpt"),
+    ("fit", ["--model.name=tiny.json", "--model.pretrained=cut.ckpt"], "(it is truncated)"),
     ("fit", ["--model.name=empty.json"], "empty.json"),
     ("fit", ["--model.name=list.json"], "'list.json' is no mapping of names to values"),
     ("fit", ["--model.name=odd_width.json"], "open_clip cannot build the model config 'odd_width.json'"),
@@ -198,6 +198,8 @@ def test_bad_input_of_other_commands(
         (["fit", *OWN[:2], "--data.manifst=x"], ["no option --data.manifst", "--data.manifest"]),
         (["check-data", *OWN[:2], "--data.manifst", "x"], ["no option --data.manifst", "--data.manifest"]),
         (["fit", "--config=phantom.yaml", "--model", "ViT-B-32"], ["--model takes a YAML file", "--model.name"]),
+        (["fit", "--config=phantom.yaml", "--model", "tiny.json"], ["Give the model config as --model.name tiny.json"]),
+        (["check-data", *OWN, "none.csv", "--model", "tiny.json"], ["none.csv"]),
         (["fit", "--config=phantom.yaml", "--model.lrr=3"], ["no option --model.lrr", "--model.lr"]),
         (["fit", "--config=phantom.yaml", "--trainer.max_epoch=3"], ["no option --trainer.max_epoch", "max_epochs"]),
         (["fit", "--config=phantom.yaml", "--model.lr=high"], ["--model.lr must be a number, got 'high'"]),

@@ -69,7 +69,7 @@ class ModelConfig(DataConfig):
         callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
         methods = []
         for callback in callbacks if isinstance(callbacks, list) else ():
-            described = callback if isinstance(callback, dict) else {"class_path": str(callback)}
+            described: dict[str, Any] = callback if isinstance(callback, dict) else {"class_path": str(callback)}
             if str(described.get("class_path")).rpartition(".")[2] in ("AttributionMaps", "AttributionMetrics"):
                 methods.append((described.get("init_args") or {}).get("method"))
         return settings | {"methods": methods}
