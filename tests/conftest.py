@@ -81,6 +81,11 @@ def bad_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.ckpt").write_bytes((folder / "good.ckpt").read_bytes()[:5000])
     (folder / "cut.png").write_bytes((folder / "image.png").read_bytes()[:2000])
     (folder / "cut.csv.gz").write_bytes(gzip.compress(TABLE.encode())[:-9])
+    (folder / "list.json").write_text("[1]", encoding="utf-8")
+    odd = json.loads((folder / "tiny.json").read_text(encoding="utf-8"))
+    odd["vision_cfg"]["width"] = 33
+    (folder / "odd_width.json").write_text(json.dumps(odd), encoding="utf-8")
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, folder / "other.ckpt")
     (folder / "cut.yaml").write_text("upper: {left: [0.5, 0", encoding="utf-8")
     for name, text in (("empty", ""), ("cut", '{"format": 2, "proto'), ("other", "[]"), ("old", '{"format": 1}')):
         (folder / f"plan_{name}").mkdir()

@@ -240,13 +240,16 @@ def test_config_of_openai_tags_without_weights() -> None:
     assert not open_clip.get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k").get("quick_gelu")
 
 
-def test_building_from_json_is_silent_and_leaves_logging_alone(
-    tiny_json: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["JSON", "ViT-B-32"])
+def test_building_with_random_weights_is_silent_and_leaves_logging_alone(
+    tiny_json: str, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Weights of a checkpoint may follow."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", json.loads(tiny_json)["model_cfg"])
     root = logging.getLogger()
     before = (list(root.handlers), list(root.filters), root.level)
     with caplog.at_level(logging.INFO):
-        load_clip(tiny_json)
+        load_clip(tiny_json if name == "JSON" else name)
         assert not caplog.records
         logging.warning("of somebody else")
     assert [record.message for record in caplog.records] == ["of somebody else"]

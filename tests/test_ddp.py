@@ -207,6 +207,22 @@ def test_checkpoints_change_between_one_and_two_processes(found: Path, before: i
         assert value == pytest.approx(whole["scores"][name], abs=1e-5)
 
 
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_checkpoint_within_an_epoch_is_resumed_by_two_processes(found: Path, before: int) -> None:
+    whole = _json(found / f"fit{before}.losses")
+    batches = len(whole) // 2
+    assert batches > 1
+    assert _json(found / f"within{before}.losses") == pytest.approx(whole[batches + 1 :], abs=1e-7)
+    _assert_close(_kept(found / f"within{before}.pt")["weights"], _kept(found / f"fit{before}.pt")["weights"])
+
+
+def test_two_processes_do_not_leave_out_an_image_within_an_epoch(found: Path) -> None:
+    said = (found / "skip" / "error").read_text(encoding="utf-8")
+    assert "5.png" in said
+    assert "With several processes, on_bad_row: skip cannot leave out a pair" in said
+    assert not list((found / "skip").rglob("*.ckpt"))
+
+
 def test_each_process_goes_on_with_its_own_random_numbers(found: Path) -> None:
     draws = {
         (name, rank): (found / name / f"draws_{rank}.txt").read_text(encoding="utf-8")

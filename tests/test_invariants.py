@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -114,6 +115,26 @@ def test_contract(method: AttributionMethod, clip: Clip) -> None:
     assert isinstance(method.cost, str)
     assert method.deterministic
     assert method.supports_text == bool(maps.text.any())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=named)
+def test_the_check_of_a_model_explains_nothing_and_changes_nothing(
+    method: AttributionMethod, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(method), "attribute", None)
+    clip.train()
+    before, random = copy.deepcopy(clip.state_dict()), torch.get_rng_state()
+    method.check_model(clip)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) or value.isnan().all() for name, value in clip.state_dict().items())
+    assert clip.training
+    assert all(parameter.grad is None for parameter in clip.parameters())
+
+
+def test_the_check_of_a_model_refuses_blocks_that_do_not_exist(clip: Clip) -> None:
+    for method in (GradCam([12]), M2ib(block=12), Chefer(start_layer=12)):
+        with pytest.raises(ValueError, match="Block 12 does not exist: the tower has"):
+            method.check_model(clip)
 
 
 @pytest.mark.parametrize("method", BORROWERS, ids=named)
@@ -616,7 +637,11 @@ def test_every_method_refuses_a_tower_by_name_or_explains_it(name: str) -> None:
             maps = method.attribute(other, *pairs(other, ["left base", "mass"]))
         except NotImplementedError as error:
             reasons.append(str(error))
+            # The check before a training gives the same reason.
+            with pytest.raises(NotImplementedError, match=re.escape(reasons[-1])):
+                method.check_model(other)
             continue
+        method.check_model(other)
         assert maps.image.isfinite().all()
         explained.append(type(method).__name__)
     assert all(message.partition(".*")[0] in reason for reason in reasons)

@@ -81,8 +81,24 @@ BAD: list[tuple[str, list[str], str]] = [
         for path, said in CHECKPOINTS.values()
     ),
     ("fit", ["--model.name=tiny.json", "--model.image_size=33"], "whole number of its"),
-    ("fit", ["--model.name=tiny.json", "--model.pretrained=cut.ckpt"], "cut.ckpt"),
+    ("fit", ["--model.name=tiny.json", "--model.pretrained=cut.ckpt"], "(it is truncated)"),
     ("fit", ["--model.name=empty.json"], "empty.json"),
+    ("fit", ["--model.name=list.json"], "'list.json' is no mapping of names to values"),
+    ("fit", ["--model.name=odd_width.json"], "open_clip cannot build the model config 'odd_width.json'"),
+    ("fit", ["--model.name=local-dir:none"], "local-dir:none names no folder of a model"),
+    ("fit", ["--model.name=tiny.json", "--model.image_size=-32"], "image_size must be at least 1 pixel, got -32"),
+    ("fit", ["--model.name=tiny.json", "--model.weight_decay=-1"], "weight_decay must not be negative, got -1"),
+    ("fit", ["--model.name=tiny.json", "--data.num_val=-1"], "must not be negative, got 12, -1 and 6"),
+    *(
+        (
+            verb,
+            ["--model.name=tiny.json", "--ckpt_path=other.ckpt"],
+            "other.ckpt is no checkpoint of `matex fit`: it la",
+        )
+        for verb in ("fit", "test")
+    ),
+    ("benchmark", ["--ckpt_path=good.ckpt", "--out=results", "--seed=-1"], "seed must be at least 0, got -1"),
+    ("tune", ["--ckpt_path=good.ckpt", "--out=results", "--seed=-1"], "seed must not be negative, got -1"),
     *(
         (verb, ["--model.name=tiny.json", "--ckpt_path=last"], "--ckpt_path last finds no checkpoint")
         for verb in ("validate", "test", "predict")
@@ -101,6 +117,7 @@ BAD: list[tuple[str, list[str], str]] = [
     ("tune", ["--ckpt_path=good.ckpt", "--out=results", "--method=center_map"], "Only MATEX can be tuned"),
     ("tune", ["--ckpt_path=good.ckpt", "--out=results", "--raster=inf"], "--raster must be a whole number, got 'inf'"),
 ]
+ROAR = ["--config=roar_phantom.yaml", "--ckpt_path=good.ckpt", "--out=roar"]
 ALONE: list[tuple[list[str], str]] = [
     (["explain", "none.png", "Nodule.", "--ckpt_path=good.ckpt"], "none.png"),
     (["explain", "empty.png", "Nodule.", "--ckpt_path=good.ckpt"], "empty.png"),
@@ -123,6 +140,8 @@ ALONE: list[tuple[list[str], str]] = [
         for path, said in CHECKPOINTS.values()
     ),
     (["roar", "run", "--config=roar_phantom.yaml", "--ckpt_path=good.ckpt", "--start=init"], "start of the runs is un"),
+    (["roar", "run", *ROAR, "--training.accelerator=abacus"], "accelerator must be one of auto, cpu, gpu"),
+    (["roar", "run", *ROAR, "--training.precision=12"], "precision must be one of 32-true"),
     *(
         (["roar", verb, folder], said)
         for verb in ("status", "collect")
@@ -179,6 +198,8 @@ def test_bad_input_of_other_commands(
         (["fit", *OWN[:2], "--data.manifst=x"], ["no option --data.manifst", "--data.manifest"]),
         (["check-data", *OWN[:2], "--data.manifst", "x"], ["no option --data.manifst", "--data.manifest"]),
         (["fit", "--config=phantom.yaml", "--model", "ViT-B-32"], ["--model takes a YAML file", "--model.name"]),
+        (["fit", "--config=phantom.yaml", "--model", "tiny.json"], ["Give the model config as --model.name tiny.json"]),
+        (["check-data", *OWN, "none.csv", "--model", "tiny.json"], ["none.csv"]),
         (["fit", "--config=phantom.yaml", "--model.lrr=3"], ["no option --model.lrr", "--model.lr"]),
         (["fit", "--config=phantom.yaml", "--trainer.max_epoch=3"], ["no option --trainer.max_epoch", "max_epochs"]),
         (["fit", "--config=phantom.yaml", "--model.lr=high"], ["--model.lr must be a number, got 'high'"]),
@@ -299,6 +320,19 @@ def test_only_a_raise_statement_of_the_package_is_a_refusal() -> None:
     assert raised(wrapped) == "No."
 
 
+def test_errors_of_lightning_are_translated() -> None:
+    missing = "Requirement 'wandb>=0.12.10' not met. HINT: Try running `pip install -U 'wandb>=0.12.10'`"
+    way_out = "needs the package wandb. Install it with: pip install wandb"
+    assert raised(f'raise ModuleNotFoundError("{missing}")', "lightning.loggers") == f"The setting {way_out}"
+    # jsonargparse reports errors of all types that a value may have.
+    nested = f"Problem with given class_path 'lightning.pytorch.loggers.WandbLogger': {missing}"
+    assert raised(f'raise ValueError("{nested}")', "jsonargparse.hints") == f"WandbLogger {way_out}"
+    assert raised("raise ValueError('Other.')", "jsonargparse.hints") is None
+    other = "raise ValueError('<a.B object at 0x7f> is wrong.\\nAdvice.')"
+    expected = "The Trainer cannot run with these settings. a.B is wrong."
+    assert raised(other, "lightning.pytorch.trainer") == expected
+
+
 def test_errors_of_the_system_name_the_file(tmp_path: Path) -> None:
     assert raised("open('/none/at/all')") == "No such file or directory: '/none/at/all'. Check the path."
     assert raised(f"open({str(tmp_path)!r})") == f"Is a directory: {str(tmp_path)!r}. Check the path."
@@ -386,22 +420,79 @@ def test_a_refusal_keeps_the_runs_before(
     assert listing(workdir) == before
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--trainer.accelerator=abacus", "The Trainer does not take these settings"),
-        ("--trainer.max_epochs=-3", "The Trainer"),
-        ("--trainer.precision=7", "trainer.precision"),
-        ("--trainer.strategy=fsdp_of_mine", "The Trainer does not take these settings"),
-    ],
-)
+SETTINGS = {
+    "accelerator=abacus": "must be one of auto, cpu, cuda, gpu, mps, tpu, got 'abacus'.",
+    "accelerator=tpu": "must be auto or cpu, got 'tpu'. This machine, or its installation of torch, has no such",
+    "strategy=ddp_spwn": "such as ddp, got 'ddp_spwn'. Nearest: ddp_spawn",
+    "devices=0": "must be a number of processes from 1, or auto, on the CPU, got '0'.",
+    "devices=-2": "on the CPU, got '-2'.",
+    "devices=[9]": "on the CPU, got [9].",
+    "num_nodes=0": "must be a number of machines from 1, got 0.",
+    "precision=7": "must be one of",
+    "max_epochs=-3": "must be a number of epochs from 0, -1 for no limit, or null, got -3.",
+    "max_steps=-7": "got -7.",
+    "min_epochs=-2": "got -2.",
+    "min_steps=-2": "got -2.",
+    "max_time=5": "must have the form DD:HH:MM:SS, got '5'.",
+    "limit_train_batches=-1": "must be a number of batches from 1",
+    "limit_train_batches=0": "must be a number of batches from 1, or a share of them above 0.0 and up to 1.0, got 0",
+    "limit_val_batches=2.5": "got 2.5.",
+    "limit_test_batches=-3": "must be a number of batches from 0, or a share of them between 0.0 and 1.0, got -3",
+    "overfit_batches=1.5": "got 1.5.",
+    "val_check_interval=0": "must be a number of batches from 1, or a share of an epoch above 0.0 and up to 1.0, got 0",
+    "val_check_interval=2.5": "got 2.5.",
+    "check_val_every_n_epoch=0": "must be a number of epochs from 1",
+    "gradient_clip_val=-1": "must be a number from 0, or null for none, got -1",
+    "gradient_clip_algorithm=sum": "must be norm or value, got 'sum'.",
+    "accumulate_grad_batches=0": "must be a number of batches from 1, got 0.",
+    "log_every_n_steps=-1": "must be a number of steps from 0, got -1.",
+    "num_sanity_val_steps=-2": "or -1 for all, got -2.",
+    "profiler=fast": "must be one of simple, advanced, pytorch, xla, or null, got 'fast'.",
+    "barebones=true": "--trainer.barebones is true, which does not go with --trainer.logger.",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_wrong_settings_of_the_trainer(
-    workdir: Path, phantom_words: list[str], option: str, message: str, capsys: pytest.CaptureFixture[str]
+    workdir: Path,
+    phantom_words: list[str],
+    setting: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # Also on a machine with a GPU.
+    monkeypatch.setattr("lightning.pytorch.accelerators.CUDAAccelerator.is_available", lambda: False)
     before = listing(workdir)
-    said = refused(capsys, "fit", *phantom_words, "--model.name=tiny.json", option)
-    assert message in said
+    said = refused(capsys, "fit", *phantom_words, "--model.name=tiny.json", f"--trainer.{setting}")
+    assert f"--trainer.{setting.partition('=')[0]}" in said
+    assert SETTINGS[setting] in said
+    assert len(said.splitlines()) == 1
     assert listing(workdir) == before
+
+
+def test_a_wrong_setting_of_the_trainer_in_a_config(
+    workdir: Path, phantom_words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text("trainer: {num_nodes: 0}", encoding="utf-8")
+    said = refused(capsys, "fit", *phantom_words, "--config=mine.yaml")
+    assert "--trainer.num_nodes in the config must be a number of machines from 1, got 0." in said
+    Path("mine.yaml").write_text("trainer: {callbacks: [{class_path: Nowhere}]}", encoding="utf-8")
+    said = refused(capsys, "fit", *phantom_words, "--config=mine.yaml")
+    assert "--trainer.callbacks in the config mine.yaml names 'Nowhere', which is no known class." in said
+    Path("mine.yaml").write_text("model: {lr: 1.0e-4}", encoding="utf-8")
+    assert "options that are required: --data. `matex fit --help`" in refused(capsys, "fit", "--config=mine.yaml")
+
+
+def test_settings_that_do_not_fit_the_data(
+    workdir: Path, phantom_words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", *phantom_words, "--model.name=tiny.json", "--model.warmup_steps=1", "--trainer.callbacks=[]"]
+    before = listing(workdir)
+    said = refused(capsys, *words, "--trainer.val_check_interval=99")
+    assert re.search(r"val_check_interval is 99, but an epoch has \d+ batches\. Give a number up to", said)
+    assert listing(workdir) == before
+    assert "--seed_everything must be a whole number from 0" in refused(capsys, *words, "--seed_everything=-1")
+    assert "--ckpt_path is empty" in refused(capsys, *words, "--ckpt_path=")
 
 
 def test_an_image_that_is_unreadable_in_an_epoch_ends_the_run(
@@ -452,6 +543,11 @@ def test_commands_go_on_without_the_methods_that_refuse_a_tower(
     short = ["--trainer.max_steps=2", "--model.warmup_steps=1"]
     assert reason in refused(capsys, "fit", *phantom_words, "--model.name=odd.json", *short)
     assert listing(workdir) == before
+    main(["check-data", *phantom_words, "--model=odd.json"])
+    said = capsys.readouterr().out
+    assert re.search(rf"\n  fit +no: Matex: .*{reason}.*\n  test +no: Matex: .*{reason}", said)
+    assert re.search(rf"\n  benchmark +yes, without MATEX, .*Rollout\n  Maps of .*{reason}", said)
+    assert "Saliency" not in said
     assert reason in refused(capsys, "explain", "image.png", "Nodule.", "--ckpt_path=odd.ckpt")
     main(["explain", "image.png", "Left nodule.", "--ckpt_path=odd.ckpt", "--method=all", "--out=all.png"])
     assert Image.open("all.png").width == 1920

@@ -9,6 +9,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -491,7 +492,9 @@ def test_the_callback_says_beforehand_how_much_it_is(tmp_path, caplog, monkeypat
 def test_the_callback_needs_this_projects_module_and_data(tmp_path):
     with pytest.raises(ValueError, match="start must be one of before, after, got 'middle'"):
         RoarPlus(start="middle")
-    callback = RoarPlus(out=str(tmp_path))
+    with pytest.raises(ValueError, match="There is no method 'nothing'"):
+        RoarPlus(["nothing"])
+    callback = RoarPlus(out=str(tmp_path / "roar"))
     trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback])
     data = PatternImages(20)
     data.setup("fit")
@@ -499,3 +502,46 @@ def test_the_callback_needs_this_projects_module_and_data(tmp_path):
         TypeError, match="RoarPlus needs a ClipModule and a data module of matex_pl, got ClipModule and"
     ):
         trainer.fit(_module(), data.train_dataloader())
+
+
+def test_the_callback_refuses_before_the_first_step(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "table.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"table\.md' is not replaced"):
+        _fit(tmp_path, "run", [RoarPlus(["chefer"], out=str(tmp_path / "mine"))])
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["table.md"]
+    module = _module()
+    module.clip.model.visual.pool_type = "none"
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    trainer.callbacks.append(RoarPlus(["chefer", "rollout"], out=str(tmp_path / "new")))
+    with pytest.raises(NotImplementedError, match="its pooling is 'none'"):
+        trainer.fit(module, datamodule=PatternImages(20))
+    assert trainer.global_step == 0
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_plan_needs_room_on_its_disk(tmp_path, monkeypatch):
+    data = PatternImages(40)
+    free = SimpleNamespace(free=10_000)
+    monkeypatch.setattr("matex_pl.files.shutil.disk_usage", lambda _: free)
+    with pytest.raises(OSError, match=r"The files in .*new need [\d.]+ MiB, and the disk has 0\.0 MiB left"):
+        _plan(tmp_path / "new", data=data)
+    assert not (tmp_path / "new").exists()
+    assert not data.reads
+    free.free = 2**30
+    _plan(tmp_path / "new", data=data)
+
+
+def test_a_plan_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matex_pl.roar.make.write_module", full)
+    with pytest.raises(OSError, match="No space left"):
+        _plan(tmp_path / "a" / "new")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(OSError, match="No space left"):
+        _plan(tmp_path / "here")
+    assert {path.name for path in (tmp_path / "here").iterdir()} <= {"notes.txt", ".lock"}

@@ -476,6 +476,33 @@ def test_a_scalar_without_boxes_is_reported_once(here: Path, tiny_json: str, rec
     assert trainer.callback_metrics["attribution/pointing_game"].isnan()
 
 
+def test_the_list_is_complete_after_the_last_batch_of_a_resumed_epoch(here: Path) -> None:
+    _write([{**row, "boxes": ""} for row in _rows()])
+    data = _module(on_bad_row="skip", batch_size=2)
+    data.setup("fit")
+    loader: Any = data.train_dataloader()
+    last = [index for _, index in loader.sampler][len(loader) * 2 - 1]
+    path = data.pairs["train"][last].image
+    Path(str(path)).write_bytes(b"broken")
+    loader.load_state_dict(loader.state_dict() | {"batches": 1})
+    # Lightning keeps the iterator after the last batch.
+    batches = iter(loader)
+    read = [next(batches) for _ in range(len(loader) - 1)]
+    assert [len(batch["id"]) for batch in read] == [2] * (len(loader) - 2) + [1]
+    assert Path(str(path)).name in Path("skipped_rows.csv").read_text(encoding="utf-8")
+
+
+def test_the_list_of_left_out_rows_replaces_no_other_file(here: Path) -> None:
+    _write(_rows())
+    Path("skipped_rows.csv").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"'skipped_rows\.csv' is not replaced, because it is no earlier output"):
+        _module(on_bad_row="skip").setup("fit")
+    assert Path("skipped_rows.csv").read_text(encoding="utf-8") == "mine"
+    _module().setup("fit")
+    Path("skipped_rows.csv").write_text("file,line,value,rule,used\n", encoding="utf-8")
+    _module(on_bad_row="skip").setup("fit")
+
+
 def test_panels_leave_out_images_that_break(here: Path, tiny_json: str) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -18,11 +18,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from safetensors.torch import save_file
 from test_foreign_modules import Films, TheirModule, their_reader
 from torch import Tensor
@@ -33,7 +35,7 @@ from matex_pl.attribution import CenterMap, Matex
 from matex_pl.callbacks import AttributionMaps as LoggedMaps
 from matex_pl.callbacks import AttributionMetrics, MapWriter, PredictionWriter, RoarPlus
 from matex_pl.clip import Clip
-from matex_pl.data import PhantomDataModule
+from matex_pl.data import ManifestDataModule, PhantomDataModule
 from matex_pl.evaluation import tensors as tensor_files
 from matex_pl.maps import Attribution
 from matex_pl.roar.plan import Protocol, Training
@@ -111,8 +113,14 @@ class Draws(Callback):
 
 
 class SaveFirstEpoch(Callback):
+    """Keeps the state after the first epoch, and within the second."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 1 and batch_idx == 0:
+            trainer.save_checkpoint(self.path.with_name("middle.ckpt"))
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.sanity_checking and trainer.current_epoch == 0:
@@ -153,6 +161,35 @@ def resume(rank: int, folder: Path, start: int, processes: int) -> None:
     first = folder / f"fit{start}" / "first.ckpt"
     run.fit(module, images(folder, 8 // processes), ckpt_path=first, weights_only=True)
     keep(folder / f"resume{start}{processes}.pt", module, run)
+
+
+def resume_within(folder: Path) -> None:
+    """The rest of the second epoch, from its middle: by two processes after two, and after one."""
+    for start in (2, 1):
+        losses = TrainLosses(folder / f"within{start}.losses")
+        run = trainer(folder, 2, losses, max_epochs=2, limit_val_batches=0, enable_checkpointing=False)
+        module = model()
+        run.fit(module, images(folder, 4), ckpt_path=folder / f"fit{start}" / "middle.ckpt", weights_only=True)
+        keep(folder / f"within{start}.pt", module, run)
+
+
+def skip(folder: Path) -> None:
+    """An image that turns out unreadable within an epoch, under `on_bad_row: skip`."""
+    out = folder / "skip"
+    out.mkdir()
+    rows = ["image,phrase,patient_id,split"]
+    for place in range(12):
+        Image.fromarray(np.random.default_rng(place).integers(0, 255, (32, 32), dtype=np.uint8)).save(
+            out / f"{place}.png"
+        )
+        rows.append(f"{place}.png,Image {place}.,{place},{'val' if place > 7 else 'train'}")
+    (out / "5.png").write_bytes(b"broken")
+    (out / "table.csv").write_text("\n".join(rows), encoding="utf-8")
+    data = ManifestDataModule(str(out / "table.csv"), on_bad_row="skip", image_size=32, batch_size=4, num_workers=0)
+    try:
+        trainer(out, 2, max_epochs=1, limit_val_batches=0, enable_checkpointing=False).fit(model(), data)
+    except Exception as error:
+        (out / "error").write_text(str(error), encoding="utf-8")
 
 
 def dropout(folder: Path) -> None:
@@ -377,6 +414,8 @@ def main(folder: Path) -> None:
     nan(folder)
     fork(resume, folder, 2, 1)
     resume(0, folder, 1, 2)
+    resume_within(folder)
+    skip(folder)
     dropout(folder)
     roar(folder)
     fork(whole_loss, folder)

@@ -76,6 +76,8 @@ class GradCam(TwoTowerMethod):
         if tower.layer is not None:
             return self._trace_layer(tower, tower.layer)
         stream = Stream(tower.blocks or [original(tower.clip.model.visual).attnpool])
+        # Refuses a tower of unknown pooling before its forward.
+        _ = tower.pooling
         places = sorted({block_index(layer, len(stream.blocks)) for layer in self.layers})
         with stream.capture(cut=places[:1]):
             embedding = tower.encode()

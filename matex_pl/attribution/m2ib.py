@@ -81,6 +81,8 @@ class M2ib(TwoTowerMethod):
     def trace(self, tower: Tower) -> Trace:
         """Run one forward, recording the tokens after the block."""
         stream = tower.stream()
+        # Refuses a tower of unknown pooling before its forward.
+        _ = tower.pooling
         place = block_index(self.block, len(tower.blocks))
         with stream.capture():
             embedding = tower.encode()

@@ -315,8 +315,8 @@ def _from_open_clip(
     has_file = weights is not None
     released = open_clip.get_pretrained_cfg(name, tag) if tag else _released(name) if has_file else {}
     quick_gelu = bool(released.get("quick_gelu"))
-    # open_clip warns that a model is random, whose weights this package loads from a file afterwards.
-    quiet = _silent_open_clip() if has_file else nullcontext()
+    # open_clip warns of random weights, although a file or a checkpoint may follow. `matex fit` logs random weights.
+    quiet = nullcontext() if tag else _silent_open_clip()
     with quiet, reading_files(name, tag, named.get("text_cfg")):
         model = open_clip.create_model(
             name,

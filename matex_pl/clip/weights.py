@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -75,6 +76,9 @@ class Weights:
 def why_unreadable(error: BaseException) -> str:
     """One-line reason why a file was not read, with the code that the file would run."""
     code = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, OSError) and error.errno == errno.EINVAL:
+        # A position outside of the file.
+        return "it is truncated"
     return f"it would run {code[1]}" if code else first_line(error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,12 @@ from typing import Any, NamedTuple
 
 import open_clip
 
+from matex_pl import attribution
 from matex_pl.anatomy import parse_phrase
+from matex_pl.arguments import import_all
+from matex_pl.attribution import AttributionMethod, Matex
+from matex_pl.attribution.shipped import load_method
+from matex_pl.clip import Clip, load_clip
 from matex_pl.clip.load import cut_text, input_size, load_tokenizer
 from matex_pl.clip.towers import height_width
 from matex_pl.commands.options import DataConfig, run_on_data
@@ -38,8 +44,10 @@ from matex_pl.data.validation import (
     place_of,
     shape_warnings,
 )
+from matex_pl.evaluation.compared import compared_rows
 from matex_pl.files import check_output
 
+_NAMES = frozenset(open_clip.list_models())
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
 # Used without a model. Almost all models take squares, and crops to squares of any size cut the same parts.
 _FRAME = (224, 224)
@@ -48,17 +56,28 @@ _STAGES = {"fit": ("fit",), "test": ("test",), "benchmark": ("test", "validate")
 
 
 class ModelConfig(DataConfig):
-    """Config of `matex fit` (YAML). Its `data` is checked with the tokenizer of its `model.name`."""
+    """Config of `matex fit` (YAML). Its `data` is checked with its `model`, and with the methods of its callbacks."""
 
-    def model_settings(self, model: Any) -> dict[str, Any]:
-        """Name, weights and image size of the model, if they are set."""
+    def more_settings(self, training: Mapping[str, Any]) -> dict[str, Any]:
+        """Name, weights and image size of the model, if they are set, and the methods of its callbacks."""
+        model, trainer = training.get("model"), training.get("trainer")
         if not isinstance(model, dict) or not model.get("name"):
             return {}
-        return {"model": model["name"]} | {key: model[key] for key in ("pretrained", "image_size") if model.get(key)}
+        settings = {"model": model["name"]} | {
+            key: model[key] for key in ("pretrained", "image_size") if model.get(key)
+        }
+        callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+        methods = []
+        for callback in callbacks if isinstance(callbacks, list) else ():
+            described: dict[str, Any] = callback if isinstance(callback, dict) else {"class_path": str(callback)}
+            if str(described.get("class_path")).rpartition(".")[2] in ("AttributionMaps", "AttributionMetrics"):
+                methods.append((described.get("init_args") or {}).get("method"))
+        return settings | {"methods": methods}
 
 
 def main(words: Sequence[str]) -> None:
     """`matex check-data --config FILE`: print a report with all bad rows; exit with status 1 if there are bad rows."""
+    import_all(attribution)
     report = run_on_data("check-data", check_data, words, ModelConfig)
     print(report.text)
     if report.bad:
@@ -78,6 +97,7 @@ def check_data(
     model: str | None = None,
     pretrained: str | None = None,
     image_size: int | tuple[int, int] | None = None,
+    methods: list[AttributionMethod | str | None] | None = None,
     workers: int | None = None,
     out: str | None = None,
 ) -> Report:
@@ -90,15 +110,18 @@ def check_data(
     - the phrases that are longer than the model's context, with the text that is cut off;
     - the warnings about rows that are used, with file, line, value and consequence;
     - every bad row, with file, line, value and rule;
-    - whether `fit`, `test` and `benchmark` could start.
+    - whether `fit`, `test` and `benchmark` could start with these data and this model.
 
     Args:
         data: Data module. Bad rows are reported with any `on_bad_row`.
-        model: Name of the model whose tokenizer measures the phrases, as in `model.name` of a training config; by
-            default they are not measured.
-        pretrained: Weights of the model, as in `model.pretrained` of a training config. They are not loaded.
+        model: Name of the model, as in `model.name` of a training config. Its tokenizer measures the phrases, and its
+            towers are built and checked. By default neither is done.
+        pretrained: Weights of the model, as in `model.pretrained` of a training config. Only a file is loaded: a tag
+            is looked up, and its weights are not downloaded.
         image_size: Side, or height and width, of the frame that images are fitted into, as in `model.image_size` of a
             training config; the model's own by default. `image_size` of the data module overrides it.
+        methods: Attribution methods that explain during training and test: by default those of the callbacks of
+            `--config`. `null` stands for `Matex.recommended()`.
         workers: Number of threads that read images; one per core by default.
         out: CSV file for the bad rows, followed by the warnings and the phrases that are too long; none by default.
 
@@ -155,7 +178,8 @@ def check_data(
         parts.append(f"All phrases fit into {limit}.")
     parts.append(_warnings(kinds))
     parts.append("\n".join([f"Bad rows: {len(bad)}", *(f"  {row}" for row in bad)]) if bad else "No bad rows.")
-    parts.append(_verdict(data, pairs, bad, model, own, _missing_weights(model, pretrained)))
+    found = _check_model(model, pretrained, image_size, methods or []) if model else _ModelCheck()
+    parts.append(_verdict(data, pairs, bad, model, own, found))
     return Report("\n\n".join(parts), bad, [row for rows in kinds.values() for row in rows])
 
 
@@ -223,18 +247,66 @@ def _warnings(kinds: Mapping[str, Sequence[RowWarning]]) -> str:
     return "\n".join([f"Warnings, about rows that are used: {number}", *lines]) if lines else "No warnings."
 
 
+class _ModelCheck(NamedTuple):
+    """Reasons why a model cannot be used.
+
+    Attributes:
+        fault: Reason why the model cannot be built, or empty.
+        unexplained: Reasons why the methods of the callbacks do not support the model.
+        refused: The same of the methods of a benchmark, by their names.
+    """
+
+    fault: str = ""
+    unexplained: tuple[str, ...] = ()
+    refused: Mapping[str, str] = {}
+
+
+def _check_model(
+    model: str,
+    pretrained: str | None,
+    image_size: int | tuple[int, int] | None,
+    methods: Sequence[AttributionMethod | str | None],
+) -> _ModelCheck:
+    """Build a model as a training does, without downloading weights, and check the methods on its towers."""
+    is_file = pretrained is not None and Path(pretrained).is_file()
+    if pretrained is not None and not is_file and pretrained not in open_clip.list_pretrained_tags_by_model(model):
+        return _ModelCheck(f"the weights {pretrained!r} are neither a file nor a tag of {model}")
+    try:
+        # The config alone: a name of open_clip or of the hub would bring weights.
+        config = open_clip.get_model_config(model) if model.startswith("hf-hub:") or model in _NAMES else None
+        name = json.dumps({"model_cfg": config}) if config and not is_file else model
+        clip = load_clip(name, pretrained if is_file else None, image_size)
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:
+        return _ModelCheck(str(error))
+    unexplained = [_refusal(load_method(method or Matex.recommended()), clip) for method in methods]
+    entries = {entry.name: _refusal(entry.method, clip) for entry in compared_rows(None, "quick") if not entry.control}
+    return _ModelCheck(
+        unexplained=tuple(dict.fromkeys(filter(None, unexplained))),
+        refused={name: reason for name, reason in entries.items() if reason},
+    )
+
+
+def _refusal(method: AttributionMethod, clip: Clip) -> str:
+    """Reason why a method does not support a model; empty if it does."""
+    try:
+        method.check_model(clip)
+    except (NotImplementedError, ValueError) as error:
+        return f"{type(method).__name__}: {error}"
+    return ""
+
+
 def _verdict(
     data: ChestXrayDataModule,
     pairs: Sequence[ImageTextPair],
     bad: Sequence[BadRow],
     model: str | None,
     size: tuple[int, int] | None,
-    missing: str,
+    found: _ModelCheck,
 ) -> str:
     """Whether each command could start with these data and this model, and the reason if not."""
     refused = {(row.file, row.line) for row in bad}
     usable = by_split([pair for pair in pairs if pair.source not in refused])
-    shared = [missing] if missing else []
+    shared = [found.fault.rstrip(".")] if found.fault else []
     if bad and getattr(data, "on_bad_row", "error") == "error":
         shared.append(f"{len(bad)} bad row{'s' * (len(bad) > 1)}")
     if size is not None and data.image_size not in (None, size):
@@ -248,16 +320,13 @@ def _verdict(
             except ValueError as error:
                 reasons.append(str(error))
                 break
-        lines.append((f"  {command}", f"no: {'; '.join(reasons)}" if reasons else "yes"))
-    return "\n".join([f"Could start with these data and {model or 'any model'}:", *text_table(lines)])
-
-
-def _missing_weights(model: str | None, pretrained: str | None) -> str:
-    """Fault of weights that are neither a file nor a tag; empty if there is none."""
-    if model is None or pretrained is None or Path(pretrained).is_file():
-        return ""
-    known = pretrained in open_clip.list_pretrained_tags_by_model(model)
-    return "" if known else f"the weights {pretrained!r} are neither a file nor a tag of {model}"
+        # A benchmark leaves out methods that do not support the model.
+        reasons += found.unexplained if command != "benchmark" else ()
+        left_out = f", without {', '.join(found.refused)}" if command == "benchmark" and found.refused else ""
+        lines.append((f"  {command}", f"no: {'; '.join(reasons)}" if reasons else f"yes{left_out}"))
+    text = "\n".join([f"Could start with these data and {model or 'any model'}:", *text_table(lines)])
+    by_reason: dict[str, None] = dict.fromkeys(reason.partition(": ")[2] for reason in found.refused.values())
+    return "\n".join([text, *(f"  {reason}" for reason in by_reason)])
 
 
 def _listed(data: ChestXrayDataModule) -> tuple[list[ImageTextPair], list[BadRow]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from matex_pl.commands.trainer_settings import check_trainer
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.files import new_files_removed
 from matex_pl.training.module import ClipModule
+
+log = logging.getLogger(__name__)
 
 # Values of `ckpt_path` that the Trainer resolves.
 _NO_PATHS = ("hpc", "last", "registry")
@@ -122,7 +125,16 @@ class MatexCLI(LightningCLI):
         Raises:
             ValueError: A checkpoint callback would replace the weights that the training starts from.
         """
-        pretrained = self.config[self.subcommand].get("model.pretrained")
+        pretrained, name = (
+            str(self.config[self.subcommand].get(f"model.{part}") or "") for part in ("pretrained", "name")
+        )
+        if not (
+            pretrained
+            or settings.get("ckpt_path")
+            or name.startswith(("hf-hub:", "local-dir:"))
+            or name.endswith(".ckpt")
+        ):
+            log.info(f"The training starts from random weights of {name}.")
         for callback in self.trainer.checkpoint_callbacks:
             written = Path(str(getattr(callback, "dirpath", None)), f"{getattr(callback, 'filename', None)}.ckpt")
             if pretrained and written.is_file() and Path(pretrained).is_file() and written.samefile(pretrained):

@@ -58,15 +58,15 @@ class DataConfig(ShippedConfig):
     """Config of `matex fit` (YAML). Only its data module is used."""
 
     def settings(self, path: str) -> str:
-        """`{"data": ...}` as JSON, with the settings that `model_settings` adds."""
+        """`{"data": ...}` as JSON, with the settings that `more_settings` adds."""
         training = read_yaml(path)
         data = training.get("data")
         if not isinstance(data, dict) or "class_path" not in data:
             raise ValueError(f"{path} describes no data module. Add `data:` with `class_path` and `init_args`.")
-        return json.dumps({"data": data} | self.model_settings(training.get("model")))
+        return json.dumps({"data": data} | self.more_settings(training))
 
-    def model_settings(self, model: Any) -> dict[str, Any]:
-        """Settings for the command from the `model` section of a config; none by default."""
+    def more_settings(self, training: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings for the command from the other sections of a config; none by default."""
         return {}
 
 

@@ -34,7 +34,10 @@ _RULES = {
     "gradient_clip_val": _at_least(0, "a number from 0, or null for none"),
     "limit_predict_batches": _BATCHES,
     "limit_test_batches": _BATCHES,
-    "limit_train_batches": _BATCHES,
+    "limit_train_batches": Rule(
+        lambda value: _BATCHES.fits(value) and value > 0,
+        "a number of batches from 1, or a share of them above 0.0 and up to 1.0",
+    ),
     "limit_val_batches": _BATCHES,
     "log_every_n_steps": _at_least(0, "a number of steps from 0"),
     "max_epochs": _at_least(-1, "a number of epochs from 0, -1 for no limit, or null"),

@@ -44,6 +44,8 @@ def check_values(parser: ArgumentParser, words: Sequence[str]) -> None:
                 f"{option} takes a YAML file of settings, got {value!r}. Give single settings by their names, for "
                 f"example {first}."
             )
+        if option == "--model" and settings and is_file and value.endswith(".json"):
+            raise ValueError(f"--model takes a YAML file of settings. Give the model config as --model.name {value}.")
         if option == "--data" and is_file and not value.endswith((".yaml", ".yml", ".json")):
             raise ValueError(
                 f"--data takes the name of a data module or a YAML file, got {value!r}. For a table of images "

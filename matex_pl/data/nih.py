@@ -124,7 +124,8 @@ class NihDataModule(TableDataModule):
             try:
                 of_row = list(self._pairs_of(row, boxes, files[row["image"]], splits[row["patient"]]))
             except (OSError, ValueError) as error:
-                bad.append(BadRow(*row["source"], row["image"], str(error)))
+                file, line = row["source"]
+                bad.append(BadRow(file, line, row["image"], str(error)))
                 continue
             for pair in of_row:
                 if place := broken.get((pair.image_id, pair.finding)):
@@ -132,7 +133,9 @@ class NihDataModule(TableDataModule):
                 else:
                     pairs.append(pair)
             view = odd_view(row["view"])
-            self.row_warnings += [RowWarning(*row["source"], view, "view")] if view else []
+            if view:
+                file, line = row["source"]
+                self.row_warnings.append(RowWarning(file, line, view, "view"))
         self.row_warnings += pair_warnings(pairs)
         return pairs, [*bad, *(row for row, _ in bad_boxes)]
 
