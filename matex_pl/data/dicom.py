@@ -26,7 +26,7 @@ from matex_pl.data.levels import (
 )
 
 if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
+    from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import UID
 
 _PREAMBLE = 128
@@ -108,9 +108,12 @@ def warn_if_several(path: Path, number: int, kind: str) -> None:
 def _header(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     """The elements of a file with an image."""
     pydicom = need("pydicom", f"{path} is DICOM, which")
-    _check_deflated(path)
+    inflated = _inflated(path)
     # Files without a preamble and header are read by force.
-    header = pydicom.dcmread(path, force=True, stop_before_pixels=stop_before_pixels)
+    source = path if inflated is None else inflated[1]
+    header = pydicom.dcmread(source, force=True, stop_before_pixels=stop_before_pixels)
+    if inflated is not None:
+        header.file_meta = inflated[0]
     if not isinstance(header.get("Rows"), int) or not isinstance(header.get("Columns"), int):
         kinds = (header.get("SOPClassUID"), getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID"))
         kind = next((kind.name for kind in kinds if kind), "of unknown kind")
@@ -120,24 +123,29 @@ def _header(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     return header
 
 
-def _check_deflated(path: Path) -> None:
-    """Refuse a deflated file that inflates to far more than an image."""
+def _inflated(path: Path) -> tuple[FileMetaDataset, io.BytesIO] | None:
+    """Header and inflated elements of a deflated file, unless they are far larger than an image; None for others."""
     from pydicom.filereader import read_file_meta_info
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
     with path.open("rb") as file:
         head = file.read(_PREAMBLE + 16)
         if head[_PREAMBLE : _PREAMBLE + 4] != b"DICM":
-            return
-        if read_file_meta_info(path).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-            return
+            return None
+        meta = read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return None
         # The length of the header, group 0002, stands in its first element.
         file.seek(struct.unpack_from("<L", head, _PREAMBLE + 12)[0], io.SEEK_CUR)
-        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        inflate, content = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
         while part := inflate.unconsumed_tail or file.read(2**16):
-            total += len(inflate.decompress(part, 2**20))
+            content.write(inflate.decompress(part, 2**20))
             # Two bytes for each of the pixels, and as much for everything else.
-            check_size(1, max(total // 4, 1))
+            check_size(1, max(content.tell() // 4, 1))
+    if not inflate.eof:
+        raise RefusedImageError("its deflated elements are truncated")
+    content.seek(0)
+    return meta, content
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,8 @@ class _Frame:
 
     def stored(self, raw: np.ndarray) -> np.ndarray:
         """Stored values of some pixels, float64: without the bits above and below the used ones."""
-        if raw.dtype.kind == "f":
+        kind = "i" if self.is_signed else "u"
+        if raw.dtype.kind == "f" or (raw.dtype.kind, 8 * raw.dtype.itemsize) == (kind, self.bits):
             return raw.astype(np.float64)
         used = (raw.astype(np.int64) >> self.lowest) & (2**self.bits - 1)
         if self.is_signed:
@@ -162,7 +171,7 @@ class _Frame:
     def parts(self) -> list[np.ndarray]:
         """All values of the pixels in small parts, each value once if they have up to 16 bits."""
         if self.pixels.dtype.kind == "f" or self.pixels.dtype.itemsize > 2:
-            return list(self.pixels)
+            return np.array_split(self.pixels, len(self.pixels) // 64 + 1)
         codes = np.arange(256**self.pixels.dtype.itemsize, dtype=f"u{self.pixels.dtype.itemsize}")
         # Faster than `np.unique` by far.
         counts = cv2.calcHist([self.pixels.view(codes.dtype)], [0], None, [len(codes)], [0, len(codes)])

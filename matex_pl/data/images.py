@@ -153,13 +153,14 @@ class _File:
 @contextmanager
 def _reading(path: str | Path) -> Iterator[_File]:
     """Context with an opened image file; errors of decoders become errors with the file's name."""
-    file, kind = Path(path), ""
+    file, kind, jpeg = Path(path), "", None
     if not file.is_file():
         raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.")
     try:
         kind = _format(file)
-        with file.open("rb") as stream:
-            jpeg = read_jpeg_header(stream) if kind == "JPEG" else None
+        if kind == "JPEG":
+            with file.open("rb") as stream:
+                jpeg = read_jpeg_header(stream)
         image = _pillow_image(file, kind, jpeg)
         with image or nullcontext():
             yield _File(file, kind, jpeg, image)
