@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -308,49 +307,27 @@ def test_damaged_deep_files_are_read_or_refused(tmp_path: Path, data: st.DataObj
     check_damaged(tmp_path / "image", content_of(DAMAGED[kind]), data)
 
 
-LARGE = """
-import re, sys
-from pathlib import Path
-from matex_pl.data.images import read_image
-
-def memory(name):
-    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
-
-read_image(sys.argv[1], lambda size: (224, 224))
-# The peak begins anew.
-Path("/proc/self/clear_refs").write_text("5")
-before = memory("VmRSS")
-image = read_image(sys.argv[2], lambda size: (224, 224))
-assert image.size == (4300, 3500), image.size
-print(memory("VmHWM") - before)
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["png", "deep.png", "rgba.png", "jpg", "deep.jpg", "float.tif", "rgb.tif", "dcm"])
-def test_memory_of_a_large_image(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "PNG, 8 bits",
+        "PNG, 16 bits",
+        "PNG, 8 bits, RGB with opacity",
+        "JPEG, 8 bits",
+        "JPEG, lossless, 16 bits",
+        "TIFF, float64, tiles",
+        "TIFF, 16 bits, RGB, LZW",
+        "DICOM, window",
+        "DICOM, 12 bits, RGB",
+        "DICOM, JPEG-LS",
+    ],
+)
+def test_memory_of_a_large_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Megabytes that an image of 15 megapixels adds to a process that has read a small one of its kind."""
-    rng = np.random.default_rng(0)
-    for name, shape in (("small", (300, 200)), ("large", (4300, 3500))):
-        path = tmp_path / f"{name}.{kind}"
-        gray = rng.integers(2**12, size=shape, dtype=np.uint16)
-        if kind == "dcm":
-            write_dicom(path, gray)
-        elif kind == "deep.jpg":
-            path.write_bytes(imagecodecs.jpeg_encode(gray, lossless=True))
-        elif kind == "float.tif":
-            tifffile.imwrite(path, gray.astype(np.float32))
-        elif kind == "rgb.tif":
-            tifffile.imwrite(path, np.stack([gray] * 3, -1), photometric=RGB)
-        elif kind == "rgba.png":
-            Image.fromarray(np.stack([(gray >> 4).astype(np.uint8)] * 4, -1)).save(path, compress_level=1)
-        else:
-            cv2.imwrite(str(path), gray if kind == "deep.png" else (gray >> 4).astype(np.uint8))
-    found = subprocess.run(
-        [sys.executable, "-c", LARGE, *(str(tmp_path / f"{name}.{kind}") for name in ("small", "large"))],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import formats
+
+    *_, memory = formats.measure(kind, tmp_path, 4300, 3500, 1)
     # A JPEG of 8 bits is decoded at an eighth of its size.
-    assert (0.1 if kind == "jpg" else 15) < float(found.stdout) < 150
+    assert (0.1 if kind == "JPEG, 8 bits" else 15) < memory < 150
