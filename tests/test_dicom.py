@@ -50,12 +50,14 @@ def write_dicom(path: Path, pixels: np.ndarray, kind: str = "MONOCHROME2", synta
     header.file_meta = FileMetaDataset()
     header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     header.SOPClassUID = DigitalXRayImageStorageForPresentation
+    bits = 8 if pixels.dtype == np.uint8 else 16 if "HighBit" in tags else 12
+    set_pixel_data(header, pixels, kind, bits, generate_instance_uid=False)
+    # The same bytes at each writing, from which hypothesis draws.
     header.SOPInstanceUID = "1.2.3"
-    set_pixel_data(header, pixels, kind, 8 if pixels.dtype == np.uint8 else 16 if "HighBit" in tags else 12)
     for name, value in tags.items():
         setattr(header, name, value)
     if syntax is not None:
-        header.compress(syntax)
+        header.compress(syntax, generate_instance_uid=False)
     header.save_as(path, enforce_file_format=True)
     return path
 

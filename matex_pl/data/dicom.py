@@ -7,20 +7,26 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, Mapping, MutableSequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
-from matex_pl.data.jpeg import decode_jpeg, need_codecs, read_jpeg_header
-from matex_pl.data.levels import HIGHEST, RefusedImageError, check_not_blank, check_size, luminance, map_levels
+from matex_pl.data.jpeg import decode_jpeg, read_jpeg_header
+from matex_pl.data.levels import (
+    HIGHEST,
+    RefusedImageError,
+    check_size,
+    luminance,
+    map_levels,
+    need,
+)
 
 if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
+    from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import UID
 
 _PREAMBLE = 128
@@ -56,7 +62,7 @@ def read_view(path: Path) -> tuple[str, list[str]]:
     with path.open("rb") as file:
         if not is_dicom(file.read(_PREAMBLE + 4)):
             return "", []
-    pydicom = _pydicom(path)
+    pydicom = need("pydicom", f"{path} is DICOM, which")
     try:
         header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
         orientation = header.get("PatientOrientation") or []
@@ -87,13 +93,9 @@ def read_dicom(path: Path) -> np.ndarray:
         return map_levels(frame.pixels, _palette(header, frame))
     if frame.colors in _GRAY:
         return map_levels(frame.pixels, _tone(path, header, frame))
-
-    is_ybr, pixels = frame.colors in _YBR, frame.pixels
-    if pixels.dtype == np.uint8:
-        return luminance(pixels, is_ybr=is_ybr)
-    # Stored as luminance and two differences of color.
-    gray = np.ascontiguousarray(pixels[..., 0]) if is_ybr else luminance(pixels)
-    return map_levels(gray, lambda raw: frame.stored(raw) / (2**frame.bits - 1))
+    if frame.pixels.dtype == np.uint8:
+        return frame.pixels
+    return map_levels(frame.pixels, lambda raw: frame.stored(raw) / (2**frame.bits - 1))
 
 
 def warn_if_several(path: Path, number: int, kind: str) -> None:
@@ -105,10 +107,13 @@ def warn_if_several(path: Path, number: int, kind: str) -> None:
 
 def _header(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     """The elements of a file with an image."""
-    pydicom = _pydicom(path)
-    _check_deflated(path)
+    pydicom = need("pydicom", f"{path} is DICOM, which")
+    inflated = _inflated(path)
     # Files without a preamble and header are read by force.
-    header = pydicom.dcmread(path, force=True, stop_before_pixels=stop_before_pixels)
+    source = path if inflated is None else inflated[1]
+    header = pydicom.dcmread(source, force=True, stop_before_pixels=stop_before_pixels)
+    if inflated is not None:
+        header.file_meta = inflated[0]
     if not isinstance(header.get("Rows"), int) or not isinstance(header.get("Columns"), int):
         kinds = (header.get("SOPClassUID"), getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID"))
         kind = next((kind.name for kind in kinds if kind), "of unknown kind")
@@ -118,30 +123,34 @@ def _header(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     return header
 
 
-def _check_deflated(path: Path) -> None:
-    """Refuse a deflated file that inflates to far more than an image."""
+def _inflated(path: Path) -> tuple[FileMetaDataset, io.BytesIO] | None:
+    """Header and inflated elements of a deflated file, unless they are far larger than an image; None for others."""
     from pydicom.filereader import read_file_meta_info
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
     with path.open("rb") as file:
-        if file.read(_PREAMBLE + 4)[_PREAMBLE:] != b"DICM":
-            return
-    if read_file_meta_info(path).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-        return
-    content = path.read_bytes()
-    # The length of the header, group 0002, stands in its first element.
-    (length,) = struct.unpack_from("<L", content, _PREAMBLE + 12)
-    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-    source, total = io.BytesIO(content[_PREAMBLE + 16 + length :]), 0
-    while part := inflate.unconsumed_tail or source.read(2**16):
-        total += len(inflate.decompress(part, 2**20))
-        # Two bytes for each of the pixels, and as much for everything else.
-        check_size(1, max(total // 4, 1))
+        head = file.read(_PREAMBLE + 16)
+        if head[_PREAMBLE : _PREAMBLE + 4] != b"DICM":
+            return None
+        meta = read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return None
+        # The length of the header, group 0002, stands in its first element.
+        file.seek(struct.unpack_from("<L", head, _PREAMBLE + 12)[0], io.SEEK_CUR)
+        inflate, content = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
+        while part := inflate.unconsumed_tail or file.read(2**16):
+            content.write(inflate.decompress(part, 2**20))
+            # Two bytes for each of the pixels, and as much for everything else.
+            check_size(1, max(content.tell() // 4, 1))
+    if not inflate.eof:
+        raise RefusedImageError("its deflated elements are truncated")
+    content.seek(0)
+    return meta, content
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Pixels `(h, w)` or `(h, w, 3)` of a frame, their colors as they are decoded, and the place of the used bits."""
+    """Pixels `(h, w)` of a frame, the colors from which they come, and the place of the used bits."""
 
     pixels: np.ndarray
     colors: str
@@ -151,7 +160,8 @@ class _Frame:
 
     def stored(self, raw: np.ndarray) -> np.ndarray:
         """Stored values of some pixels, float64: without the bits above and below the used ones."""
-        if raw.dtype.kind == "f":
+        kind = "i" if self.is_signed else "u"
+        if raw.dtype.kind == "f" or (raw.dtype.kind, 8 * raw.dtype.itemsize) == (kind, self.bits):
             return raw.astype(np.float64)
         used = (raw.astype(np.int64) >> self.lowest) & (2**self.bits - 1)
         if self.is_signed:
@@ -161,7 +171,7 @@ class _Frame:
     def parts(self) -> list[np.ndarray]:
         """All values of the pixels in small parts, each value once if they have up to 16 bits."""
         if self.pixels.dtype.kind == "f" or self.pixels.dtype.itemsize > 2:
-            return list(self.pixels)
+            return np.array_split(self.pixels, len(self.pixels) // 64 + 1)
         codes = np.arange(256**self.pixels.dtype.itemsize, dtype=f"u{self.pixels.dtype.itemsize}")
         # Faster than `np.unique` by far.
         counts = cv2.calcHist([self.pixels.view(codes.dtype)], [0], None, [len(codes)], [0, len(codes)])
@@ -170,9 +180,7 @@ class _Frame:
 
 def _frame(path: Path, header: Dataset) -> _Frame:
     """The first frame of a file."""
-    from pydicom.pixels import get_decoder
-    from pydicom.pixels.utils import as_pixel_options
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     if not {"PixelData", "FloatPixelData", "DoubleFloatPixelData"} & set(header.dir()):
         raise RefusedImageError("a DICOM file without pixels")
@@ -187,57 +195,62 @@ def _frame(path: Path, header: Dataset) -> _Frame:
     bits = int(header.BitsStored)
     lowest = max(int(header.get("HighBit") or bits - 1) + 1 - bits, 0)
     signed = header.PixelRepresentation == 1
-    if syntax.is_encapsulated and syntax != RLELossless:
-        pixels, colors, precision = _decoded(path, header, syntax)
-        bits = min(bits, precision) if signed else precision
-        lowest = lowest if lowest + header.BitsStored <= precision else 0
-        bits -= 0 if signed else lowest
-    else:
-        try:
-            decoder = get_decoder(syntax)
-        except NotImplementedError as error:
-            raise RefusedImageError(f"its transfer syntax is {syntax.name}, which is not read") from error
-        options: dict[str, Any] = {"correct_unused_bits": False}
-        if decoder.is_native and header.PhotometricInterpretation in _GRAY and header.BitsAllocated > 8:
-            options["view_only"] = True
-        pixels, found = decoder.as_array(header, index=0, raw=True, **as_pixel_options(header, **options))
-        colors = str(found["photometric_interpretation"])
-        if lowest + bits > 8 * pixels.dtype.itemsize:
-            bits, lowest = 8 * pixels.dtype.itemsize, 0
+    pixels, colors, precision = (_decoded if syntax.is_encapsulated else _native)(path, header, syntax)
+    if precision:
+        lowest = lowest if lowest + bits <= precision else 0
+        bits = min(bits, precision) if signed else precision - lowest
+    elif lowest + bits > 8 * pixels.dtype.itemsize:
+        bits, lowest = 8 * pixels.dtype.itemsize, 0
     if colors not in (*_COLORS, *_GRAY, _PALETTE) or pixels.shape[2:] != ((3,) if colors in _COLORS else ()):
         shape = pixels.shape[2] if pixels.ndim == 3 else 1
         raise RefusedImageError(f"its colors are {colors} in {shape} bands, which are not read")
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise RefusedImageError("a pixel is not finite")
-    return _Frame(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), colors, bits, lowest, signed)
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    if colors in _YBR and pixels.dtype != np.uint8:
+        # Stored as luminance and two differences of color.
+        pixels = np.ascontiguousarray(pixels[..., 0])
+    elif colors in _COLORS:
+        pixels = luminance(pixels, is_ybr=colors in _YBR)
+    return _Frame(pixels, colors, bits, lowest, signed)
+
+
+def _native(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str, int]:
+    """Pixels of the first frame of an uncompressed file, their colors, and 0: the header has their bits."""
+    from pydicom.pixels import get_decoder
+    from pydicom.pixels.utils import as_pixel_options
+
+    options = as_pixel_options(header, correct_unused_bits=False, view_only=header.BitsAllocated > 8)
+    pixels, found = get_decoder(syntax).as_array(header, index=0, raw=True, **options)
+    return pixels, str(found["photometric_interpretation"]), 0
 
 
 def _decoded(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str, int]:
-    """Pixels of the first frame of a compressed file, their colors, and their bits."""
+    """Pixels of the first frame of a compressed file, their colors, and their bits: 0 if the header has them."""
     from pydicom.encaps import get_frame
+    from pydicom.uid import RLELossless
 
-    if "JPEG" not in syntax.name:
+    if "JPEG" not in syntax.name and syntax != RLELossless:
         raise RefusedImageError(f"its pixels are compressed as {syntax.name}, which is not read")
-    imagecodecs = need_codecs(f"{path} is compressed as {syntax.name}, which needs imagecodecs")
+    imagecodecs = need("imagecodecs", f"{path} is compressed as {syntax.name}, which")
     offsets = None
     if "ExtendedOffsetTable" in header:
         offsets = (header.ExtendedOffsetTable, header.ExtendedOffsetTableLengths)
     stream = get_frame(header.PixelData, 0, number_of_frames=header.NumberOfFrames, extended_offsets=offsets)
     colors, size = str(header.PhotometricInterpretation), (header.Rows, header.Columns)
-    if stream.startswith(b"\xff\xd8"):
-        found = read_jpeg_header(io.BytesIO(stream))
-        if found is None or found.size != size:
-            raise RefusedImageError(f"its JPEG is damaged, or does not have {size[1]} x {size[0]} pixels")
-        if colors in _COLORS:
-            colors = found.colors or colors
-        return decode_jpeg(stream, found, as_stored=True), colors, found.bits
-    start = stream.index(b"\xff\x51")
-    x1, y1, x0, y0 = struct.unpack_from(">LLLL", stream, start + 6)
-    if (y1 - y0, x1 - x0) != size:
-        raise RefusedImageError(f"its JPEG 2000 is damaged, or does not have {size[1]} x {size[0]} pixels")
-    pixels = imagecodecs.jpeg2k_decode(stream)
-    check_not_blank(pixels, stream[stream.index(b"\xff\x93") :], "OpenJPEG of imagecodecs")
-    return pixels, colors, (stream[start + 40] & 0x7F) + 1
+    if syntax == RLELossless:
+        dtype = np.dtype(f"{'i' if header.PixelRepresentation else 'u'}{header.BitsAllocated // 8}")
+        planes = np.frombuffer(imagecodecs.dicomrle_decode(stream, dtype), dtype)
+        planes = planes[: header.SamplesPerPixel * size[0] * size[1]].reshape(-1, *size)
+        return planes[0] if len(planes) == 1 else np.moveaxis(planes, 0, -1), colors, 0
+    # JPEG 2000 may lie in boxes.
+    start = 0 if stream.startswith(b"\xff\xd8") else stream.find(b"\xff\x4f\xff\x51")
+    found = read_jpeg_header(io.BytesIO(stream), start)
+    if found is None or found.size != size:
+        raise RefusedImageError(f"its JPEG is damaged, or does not have {size[1]} x {size[0]} pixels")
+    if colors in _COLORS:
+        colors = found.colors or colors
+    return decode_jpeg(stream, found, as_stored=True), colors, found.bits
 
 
 def _tone(path: Path, header: Dataset, frame: _Frame) -> Values:
@@ -248,19 +261,16 @@ def _tone(path: Path, header: Dataset, frame: _Frame) -> Values:
     for part in parts:
         values = rescale(frame.stored(part[~is_padding(part)]))
         ends += [float(values.min()), float(values.max())] if len(values) else []
-    shown, inverted = _of_interest(path, header, *(min(ends), max(ends)) if ends else (0.0, 0.0)), _is_inverted(header)
+    shown = _of_interest(path, header, *(min(ends), max(ends)) if ends else (0.0, 0.0))
+    # By the shape of the presentation table, or else by the colors.
+    shape = header.get("PresentationLUTShape")
+    inverted = shape == "INVERSE" if shape in ("IDENTITY", "INVERSE") else frame.colors == _GRAY[0]
 
     def tone(raw: np.ndarray) -> np.ndarray:
         levels = shown(rescale(frame.stored(raw))).clip(0, 1)
         return np.where(is_padding(raw), 0.0, 1 - levels if inverted else levels)
 
     return tone
-
-
-def _is_inverted(header: Dataset) -> bool:
-    """Whether low values are bright: by the shape of the presentation table, or else by the colors."""
-    shape = header.get("PresentationLUTShape")
-    return shape == "INVERSE" if shape in ("IDENTITY", "INVERSE") else header.PhotometricInterpretation == _GRAY[0]
 
 
 def _padding(header: Dataset, frame: _Frame) -> Values:
@@ -368,14 +378,11 @@ def _palette(header: Dataset, frame: _Frame) -> Values:
 
 def _group(header: Dataset, sequence: str, name: str) -> Dataset:
     """The part of a header with an element: the whole, or a functional group of the first frame."""
-    places = [header]
     for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
-        group = _first(header, groups)
-        place = _first(group, sequence) if group is not None else None
-        if place is not None and name in place:
-            places.insert(0, place)
-            break
-    return places[0]
+        place = _first(_first(header, groups) or {}, sequence) or {}
+        if name in place:
+            return place
+    return header
 
 
 def _number(header: Dataset, name: str) -> float | None:
@@ -394,17 +401,9 @@ def _number(header: Dataset, name: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _first(header: Dataset, name: str) -> Any:
+def _first(header: Mapping[str, Any] | Dataset, name: str) -> Any:
     """First value of an element; None if it is missing or empty."""
     value = header.get(name)
     if isinstance(value, MutableSequence):
         value = value[0] if value else None
     return None if value == "" else value
-
-
-def _pydicom(path: Path) -> ModuleType:
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ImportError(f"{path} is DICOM, which needs pydicom: pip install 'matex_pl[dicom]'.") from error
-    return pydicom

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,8 @@ from matex_pl.data.levels import (
     Size,
     check_not_blank,
     check_size,
+    luminance,
+    over_black,
     stretch_levels,
 )
 from matex_pl.data.tiff import TIFF_MAGIC, is_for_pillow, read_tiff, read_tiff_size
@@ -53,7 +55,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _MARGIN = 1.5
 _TURNED = (5, 6, 7, 8)
 _POLARITY_TAG, _WHITE_IS_ZERO = 0x0106, 0
-_MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8": "JPEG", b"BM": "BMP", b"RIFF": "WebP"} | TIFF_MAGIC
+_MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8": "JPEG", b"BM": "BMP", b"RIFF": "WebP"} | dict.fromkeys(TIFF_MAGIC, "TIFF")
 # The end of a PNG in which metadata may follow the pixels.
 _TAIL = 2**17
 
@@ -86,14 +88,15 @@ def read_image(
         ImportError: The file needs the extra `dicom`, which is not installed.
         ValueError: The file is no readable image; the message names the reason.
     """
-    with _reading(path) as (file, kind):
-        header = _jpeg_header(file, kind)
-        if target_size is not None and header is not None and header.is_for_pillow and not header.is_lossless:
-            image = _reduced_jpeg(file, target_size, header, apply_exif_orientation=apply_exif_orientation)
+    with _reading(path) as file:
+        if target_size is not None and file.image is not None and file.jpeg is not None and not file.jpeg.is_lossless:
+            image = _reduced_jpeg(file, file.image, target_size, apply_exif_orientation=apply_exif_orientation)
             if image is not None:
                 return image
-        levels = _levels(file, kind, header, apply_exif_orientation=apply_exif_orientation)
-        if kind != "DICOM" and levels.dtype != np.uint8:
+            # Pillow does not decode the same file again.
+            file = replace(file, image=Image.open(file.path, formats=_FORMATS))
+        levels = _levels(file, apply_exif_orientation=apply_exif_orientation)
+        if file.kind != "DICOM" and levels.dtype != np.uint8:
             levels = stretch_levels(levels)
         height, width = levels.shape
         pixels = levels if target_size is None else resize_image(levels, target_size((height, width)))
@@ -107,28 +110,20 @@ def read_levels(path: str | Path) -> np.ndarray:
 
     The type is uint8 or has more bits; DICOM files give the levels of their window. Errors are as in `read_image`.
     """
-    with _reading(path) as (file, kind):
-        return _levels(file, kind, _jpeg_header(file, kind), apply_exif_orientation=True)
+    with _reading(path) as file:
+        return _levels(file, apply_exif_orientation=True)
 
 
 def read_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
     """Height and width of an image file, from the header; see `read_image` for the arguments and errors."""
-    with _reading(path) as (file, kind):
-        if kind == "DICOM":
-            return read_dicom_size(file)
-        header = _jpeg_header(file, kind)
-        if header is not None:
-            return _upright(header.size, _exif_orientation(header.exif) if apply_exif_orientation else 1)
-        try:
-            if kind == "BigTIFF":
-                return read_tiff_size(file)
-            with Image.open(file, formats=_FORMATS) as image:
-                turn = _orientation(image, file, apply_exif_orientation=apply_exif_orientation)
-                return _upright(image.size[::-1], turn)
-        except UnidentifiedImageError:
-            if kind != "TIFF":
-                raise
-            return read_tiff_size(file)
+    with _reading(path) as file:
+        if file.image is not None:
+            size = file.image.size[::-1]
+        elif file.jpeg is not None:
+            size = file.jpeg.size
+        else:
+            size = read_dicom_size(file.path) if file.kind == "DICOM" else read_tiff_size(file.path)
+        return _upright(size, _orientation(file, apply_exif_orientation=apply_exif_orientation))
 
 
 def is_jpeg(path: Path) -> bool:
@@ -145,15 +140,30 @@ def resize_image(pixels: np.ndarray, size: Size) -> np.ndarray:
     return cv2.resize(pixels, size[::-1], interpolation=interpolation)
 
 
+@dataclass(frozen=True)
+class _File:
+    """An image file: its format, its header if it is a JPEG, and the image of Pillow if Pillow reads it."""
+
+    path: Path
+    kind: str
+    jpeg: JpegHeader | None
+    image: Image.Image | None
+
+
 @contextmanager
-def _reading(path: str | Path) -> Iterator[tuple[Path, str]]:
-    """Context with the path and the format of an image file; errors of decoders become errors with the file's name."""
-    file, kind = Path(path), ""
+def _reading(path: str | Path) -> Iterator[_File]:
+    """Context with an opened image file; errors of decoders become errors with the file's name."""
+    file, kind, jpeg = Path(path), "", None
     if not file.is_file():
         raise FileNotFoundError(f"There is no image at {str(path)!r}. Check the path.")
     try:
         kind = _format(file)
-        yield file, kind
+        if kind == "JPEG":
+            with file.open("rb") as stream:
+                jpeg = read_jpeg_header(stream)
+        image = _pillow_image(file, kind, jpeg)
+        with image or nullcontext():
+            yield _File(file, kind, jpeg, image)
     except ImportError:
         raise
     # Decoders raise all kinds of errors on broken bytes.
@@ -190,27 +200,35 @@ def _format(path: Path) -> str:
     return "DICOM"
 
 
-def _jpeg_header(path: Path, kind: str) -> JpegHeader | None:
-    if kind != "JPEG":
+def _pillow_image(path: Path, kind: str, jpeg: JpegHeader | None) -> Image.Image | None:
+    """The image as Pillow opens it; None if another package reads the file."""
+    if kind == "DICOM" or (jpeg is not None and not jpeg.is_for_pillow):
         return None
-    with path.open("rb") as file:
-        return read_jpeg_header(file)
+    try:
+        image = Image.open(path, formats=_FORMATS)
+    except UnidentifiedImageError:
+        if kind != "TIFF":
+            raise
+        return None
+    if kind != "TIFF" or is_for_pillow(image):
+        return image
+    image.close()
+    return None
 
 
 def _reduced_jpeg(
-    path: Path, target_size: TargetSize, header: JpegHeader, *, apply_exif_orientation: bool
+    file: _File, image: Image.Image, target_size: TargetSize, *, apply_exif_orientation: bool
 ) -> GrayImage | None:
     """A JPEG decoded at the smallest scale that is `_MARGIN` times as large; None if nothing is left of it so."""
-    with Image.open(path, formats=("JPEG",)) as image:
-        warn_if_several(path, getattr(image, "n_frames", 1), "pages")
-        orientation = _orientation(image, path, apply_exif_orientation=apply_exif_orientation)
-        size = _upright(image.size[::-1], orientation)
-        # `draft` takes width and height of the stored pixels.
-        target = target_size(size) if orientation in _TURNED else target_size(size)[::-1]
-        width, height = image.size
-        image.draft("L", (math.ceil(target[0] * _MARGIN), math.ceil(target[1] * _MARGIN)))
-        scale = max(round(width / image.size[0]), 1)
-        levels = np.asarray(image.convert("L"))
+    warn_if_several(file.path, getattr(image, "n_frames", 1), "pages")
+    orientation = _orientation(file, apply_exif_orientation=apply_exif_orientation)
+    size = _upright(image.size[::-1], orientation)
+    # `draft` takes width and height of the stored pixels.
+    target = target_size(size) if orientation in _TURNED else target_size(size)[::-1]
+    width, height = image.size
+    image.draft("L", (math.ceil(target[0] * _MARGIN), math.ceil(target[1] * _MARGIN)))
+    scale = max(round(width / image.size[0]), 1)
+    levels = np.asarray(image.convert("L"))
     if levels.min() == levels.max():
         return None
     if scale == 1:
@@ -232,29 +250,23 @@ def _shares(parts: int, pixels: int, extent: float) -> np.ndarray:
     return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _levels(path: Path, kind: str, header: JpegHeader | None, *, apply_exif_orientation: bool) -> np.ndarray:
+def _levels(file: _File, *, apply_exif_orientation: bool) -> np.ndarray:
     """Gray levels `(h, w)`, upright, low is dark: uint8, or numbers of more bits."""
-    if kind == "DICOM":
-        return read_dicom(path)
-    if header is not None and not header.is_for_pillow:
-        levels = read_deep_jpeg(path, header)
-        return _turned(levels, _exif_orientation(header.exif) if apply_exif_orientation else 1)
-    if kind != "BigTIFF":
-        try:
-            with Image.open(path, formats=_FORMATS) as image:
-                if kind != "TIFF" or is_for_pillow(image):
-                    warn_if_several(path, getattr(image, "n_frames", 1), "pages")
-                    orientation = _orientation(image, path, apply_exif_orientation=apply_exif_orientation)
-                    return _turned(_pillow_levels(image, path, header), orientation)
-        except UnidentifiedImageError:
-            if kind != "TIFF":
-                raise
-    levels, pages = read_tiff(path)
-    warn_if_several(path, pages, "pages")
-    return levels
+    if file.kind == "DICOM":
+        return read_dicom(file.path)
+    orientation = _orientation(file, apply_exif_orientation=apply_exif_orientation)
+    if file.image is not None:
+        pages = getattr(file.image, "n_frames", 1)
+        levels = _pillow_levels(file, file.image)
+    elif file.jpeg is not None:
+        levels, pages = read_deep_jpeg(file.path, file.jpeg), 1
+    else:
+        levels, pages = read_tiff(file.path)
+    warn_if_several(file.path, pages, "pages")
+    return _turned(levels, orientation)
 
 
-def _pillow_levels(image: Image.Image, path: Path, header: JpegHeader | None) -> np.ndarray:
+def _pillow_levels(file: _File, image: Image.Image) -> np.ndarray:
     """Gray levels `(h, w)` as stored, low is dark: uint8, or numbers of more bits."""
     if image.mode.startswith(("I", "F")):
         pixels = _array(image)
@@ -265,16 +277,17 @@ def _pillow_levels(image: Image.Image, path: Path, header: JpegHeader | None) ->
         highest = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else pixels.max()
         return highest - pixels if dark_is_high else pixels
     if image.format == "PNG" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):
-        return _deep_png(image, path)
-    if header is not None and not header.is_lossless:
+        return _deep_png(image, file.path)
+    if file.jpeg is not None and not file.jpeg.is_lossless:
         # As at a smaller scale: the luminance that the file holds.
         image.draft("L", image.size)
     if image.mode in ("LA", "PA", "La", "RGBA") or "transparency" in image.info:
         image = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
-        return cv2.multiply(np.asarray(image.convert("L")), np.asarray(image.getchannel("A")), scale=1 / 255)
+        return over_black(np.asarray(image.convert("L")), np.asarray(image.getchannel("A")), 255)
     levels = np.asarray(image.convert("L"))
-    if header is not None:
-        check_not_blank(levels, path.read_bytes()[header.start :], "libjpeg-turbo of Pillow")
+    if file.jpeg is not None:
+        start = file.jpeg.start
+        check_not_blank(levels, lambda: file.path.read_bytes()[start:], "libjpeg-turbo of Pillow")
     return levels
 
 
@@ -297,19 +310,20 @@ def _deep_png(image: Image.Image, path: Path) -> np.ndarray:
         raise RefusedImageError("the PNG is damaged")
     if colors.ndim == 2 or colors.dtype != np.uint16:
         return colors
-    gray = cv2.cvtColor(colors[..., :3], cv2.COLOR_BGR2GRAY)
-    if colors.shape[2] == 3:
-        return gray
-    return cv2.multiply(gray, colors[..., 3], scale=1 / HIGHEST, dtype=cv2.CV_32F)
+    gray = luminance(colors[..., 2::-1])
+    return gray if colors.shape[2] == 3 else over_black(gray, colors[..., 3], HIGHEST)
 
 
-def _orientation(image: Image.Image, path: Path, *, apply_exif_orientation: bool) -> int:
-    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+def _orientation(file: _File, *, apply_exif_orientation: bool) -> int:
+    image = file.image
+    if image is None:
+        orientation = 1 if file.jpeg is None else _exif_orientation(file.jpeg.exif)
+    elif image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         # Pillow would decode all pixels to search for metadata after them.
-        orientation = _exif_orientation(_exif_after_pixels(path))
+        orientation = _exif_orientation(_exif_after_pixels(file.path))
     else:
         orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
-    if image.format == "TIFF" and orientation != 1:
+    if file.kind == "TIFF" and orientation != 1:
         # Pillow 13 turns such pixels while loading, but keeps the size from before.
         raise RefusedImageError(f"a TIFF with the orientation {orientation}, which is not supported: save it upright")
     return orientation if apply_exif_orientation else 1

@@ -1,9 +1,12 @@
-"""Gray levels: colors to luminance, deep numbers to 16 bits, and the largest image that is read."""
+"""Gray levels for every reader: luminance, opacity, deep numbers to 16 bits, the largest image, and refusals."""
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,7 +17,8 @@ Size = tuple[int, int]
 HIGHEST = 2**16 - 1
 # Twice the number at which Pillow warns, and the one at which it refuses.
 _MOST_PIXELS = 178_956_970
-_ROWS = 256
+# Rows at a time, which bounds the memory in addition to an image.
+_ROWS = 64
 
 
 class RefusedImageError(ValueError):
@@ -34,8 +38,8 @@ def check_size(height: int, width: int) -> None:
 def map_levels(pixels: np.ndarray, tone: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Levels `(h, w)` uint16 of pixels `(h, w)`, by a function from pixels to shares of white in [0, 1].
 
-    Integers of up to 16 bits go through a table of all their values, others row by row. The
-    memory in addition to both images stays small.
+    Integers of up to 16 bits go through a table of all their values. Pixels of 16 bits and more are overwritten, if
+    they can be: no memory is needed for the levels.
     """
 
     def levels(values: np.ndarray) -> np.ndarray:
@@ -47,7 +51,10 @@ def map_levels(pixels: np.ndarray, tone: Callable[[np.ndarray], np.ndarray]) -> 
         codes = np.arange(256**pixels.dtype.itemsize, dtype=f"u{pixels.dtype.itemsize}")
         table = levels(codes.view(pixels.dtype))
         pixels = pixels.view(codes.dtype)
-    found = np.empty(pixels.shape, dtype=np.uint16)
+    if pixels.flags.writeable and pixels.flags.c_contiguous and pixels.itemsize > 1:
+        found = pixels.reshape(-1).view(np.uint16)[: pixels.size].reshape(pixels.shape)
+    else:
+        found = np.empty(pixels.shape, dtype=np.uint16)
     for start in range(0, len(pixels), _ROWS):
         part = pixels[start : start + _ROWS]
         if table is None:
@@ -87,18 +94,42 @@ def luminance(colors: np.ndarray, *, is_ybr: bool = False) -> np.ndarray:
     return found
 
 
-def check_not_blank(pixels: np.ndarray, stream: bytes, codec: str) -> None:
+def over_black(levels: np.ndarray, opacity: np.ndarray, highest: Any) -> np.ndarray:
+    """Levels `(h, w)` over black, by their opacity `(h, w)`, which is full at `highest`: uint8, or floating numbers."""
+    if levels.dtype in (np.uint8, np.uint16):
+        depth = cv2.CV_8U if levels.dtype == np.uint8 else cv2.CV_32F
+        return cv2.multiply(levels, opacity, scale=1 / float(highest), dtype=depth)
+    return levels * (opacity.astype(np.float32) / np.float32(highest))
+
+
+def check_not_blank(pixels: np.ndarray, stream: Callable[[], bytes | memoryview], codec: str) -> None:
     """Refuse constant pixels of a compressed stream that is not constant.
 
     The stream of a constant image repeats itself, and so can be compressed to next to nothing.
 
     Args:
         pixels: Decoded pixels.
-        stream: Compressed pixels, without their header.
+        stream: Function that gives the compressed pixels, without their header.
         codec: Decoder, as the message names it.
 
     Raises:
         RefusedImageError: The codec has lost the image.
     """
-    if pixels.size > 1 and pixels.min() == pixels.max() and len(zlib.compress(stream)) > 256 + len(stream) // 500:
+    # Few images have equal pixels in a row, and none needs a second look.
+    if pixels.size < 2 or pixels[0].min() != pixels[0].max() or pixels.min() != pixels.max():
+        return
+    content = stream()
+    if len(zlib.compress(content)) > 256 + len(content) // 500:
         raise RefusedImageError(f"the codec {codec} decodes a constant image from data that are not constant")
+
+
+def need(package: str, what: str) -> ModuleType:
+    """A package of the extra `dicom`.
+
+    Raises:
+        ImportError: It is not installed. The message begins with `what`, which names the file.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{what} needs {package}: pip install 'matex_pl[dicom]'.") from error

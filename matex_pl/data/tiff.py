@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from matex_pl.data.levels import RefusedImageError, Size, check_size, luminance
+from matex_pl.data.levels import RefusedImageError, Size, check_size, luminance, need, over_black
 
 if TYPE_CHECKING:
     from tifffile import TiffPage
 
-# Pillow opens no BigTIFF with its high bytes first.
-TIFF_MAGIC = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "BigTIFF"}
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _UNSIGNED, _SIGNED, _FLOAT, _VOID = 1, 2, 3, 4
 # Kinds of gray pixels of more than 8 bits that Pillow keeps: format and bits.
 _KEPT = ((_UNSIGNED, 16), (_SIGNED, 16), (_SIGNED, 32), (_FLOAT, 32))
 _UNASSOCIATED = 2
+# Bytes that are decoded at a time.
+_BUFFER = 2**22
 
 
 def is_for_pillow(image: Image.Image) -> bool:
@@ -51,16 +52,11 @@ def read_tiff(path: Path) -> tuple[np.ndarray, int]:
         RefusedImageError: The file is damaged, or of a kind that is not read.
     """
     with _page(path) as page:
-        _check(page)
-        try:
-            # Axes: separate colors, depth, height, width, colors. In one thread, because loaders have many processes.
-            pixels = np.moveaxis(page.asarray(squeeze=False, maxworkers=1)[:, 0], 0, -1)
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
-                raise
-            raise ImportError(
-                f"{path} is a compressed TIFF, which needs imagecodecs: pip install 'matex_pl[dicom]'."
-            ) from error
+        if page.compression != 1:
+            need("imagecodecs", f"{path} is a compressed TIFF, which")
+        # Axes: separate colors, depth, height, width, colors. In one thread, because loaders have many processes.
+        pixels = page.asarray(squeeze=False, maxworkers=1, buffersize=_BUFFER)
+        pixels = np.moveaxis(pixels[:, 0], 0, -1)
         pages, bits, extra = len(page.parent.pages), page.bitspersample, page.extrasamples
         bands, inverted = (3 if page.photometric == _RGB else 1), page.photometric == _WHITE_IS_ZERO
     pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels[:, :, 0]
@@ -74,7 +70,7 @@ def read_tiff(path: Path) -> tuple[np.ndarray, int]:
     if levels.dtype == np.int8:
         levels = levels.view(np.uint8) ^ 0x80
     if pixels.shape[2] > bands and extra and extra[0] == _UNASSOCIATED:
-        levels = _over_black(levels, pixels[..., bands], _highest(pixels, bits))
+        levels = over_black(levels, pixels[..., bands], _highest(pixels, bits))
     if levels.dtype == np.uint8 and bits < 8:
         levels = levels * np.uint8(255 // (2**bits - 1))
     return levels, pages
@@ -104,21 +100,12 @@ def _highest(levels: np.ndarray, bits: int) -> Any:
     return levels.max() if levels.dtype.kind == "f" else levels.dtype.type(2**bits - 1)
 
 
-def _over_black(levels: np.ndarray, opacity: np.ndarray, highest: Any) -> np.ndarray:
-    seen = levels * (opacity.astype(np.float32) / np.float32(highest))
-    return np.rint(seen).astype(np.uint8) if levels.dtype == np.uint8 else seen
-
-
 @contextmanager
 def _page(path: Path) -> Iterator[TiffPage]:
     """Context with the first page of a TIFF."""
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is a TIFF that Pillow does not read, which needs tifffile: pip install 'matex_pl[dicom]'."
-        ) from error
+    tifffile = need("tifffile", f"{path} is a TIFF that Pillow does not read, which")
     with tifffile.TiffFile(path) as file:
         page = file.pages.first
         check_size(page.imagelength, page.imagewidth)
+        _check(page)
         yield page
