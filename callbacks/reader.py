@@ -16,7 +16,7 @@ from matex_pl.clip.model import Clip
 from matex_pl.data.pair import ImageTextBatch
 from matex_pl.training.distributed import check_strategy
 
-_FIELDS = ("image", "phrase", "id", "boxes", "finding", "content_box")
+_FIELDS = ("image", "phrase", "id", "boxes", "finding", "content_box", "patient_id")
 
 
 class Reader:
@@ -38,6 +38,7 @@ class Reader:
         finding: Key or position of the B findings; empty texts for none.
         content_box: Key or position of the rectangles of the images, `(B, 4)` in the input frame; the whole frame
             without it in a batch.
+        patient_id: Key or position of the B patients, by whom `RoarPlus` splits; each pair by itself without it.
         normalized: Whether float images are normalized by the model's mean and deviation; if not, they are in [0, 1].
         batch: Function from a batch to a mapping with the keys above, for batches of another form.
     """
@@ -55,12 +56,13 @@ class Reader:
         boxes: str | int = "boxes",
         finding: str | int = "finding",
         content_box: str | int = "content_box",
+        patient_id: str | int = "patient_id",
         normalized: bool | None = None,
         batch: Callable[[Any], Mapping[str, Any]] | None = None,
     ) -> None:
         self.clip = clip
         self.wrapping = {"tokenizer": tokenizer, "preprocess": preprocess, "mean": mean, "std": std}
-        self.keys = dict(zip(_FIELDS, (image, phrase, id, boxes, finding, content_box), strict=True))
+        self.keys = dict(zip(_FIELDS, (image, phrase, id, boxes, finding, content_box, patient_id), strict=True))
         self.normalized = normalized
         self.batch = batch
         self._found: tuple[Any, Clip] | None = None
@@ -120,11 +122,18 @@ class Reader:
         return self._found[1]
 
     def read(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int = 0,
+        dataloader_idx: int = 0,
+        split: str | None = None,
     ) -> ImageTextBatch:
         """A batch in the form of this package's, on the device of the given one.
 
         Fields that the batch lacks are left empty: boxes, findings. Running ids count the samples of all processes.
+        The split is that of the trainer's stage by default.
 
         Raises:
             ValueError: The batch has no images or phrases where they should be, or one of another shape or type.
@@ -145,7 +154,8 @@ class Reader:
         content_box = self._optional(found, "content_box")
         whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=images.device).expand(count, 4)
         ids = self._optional(found, "id")
-        split = trainer.state.stage.dataloader_prefix if trainer.state.stage else None
+        stage = trainer.state.stage
+        split = split or (stage.dataloader_prefix if stage else None)
         start = self._start(str(split), dataloader_idx, batch_idx, count)
         if ids is None:
             ids = self._running_ids(trainer, str(split), dataloader_idx, start, count)
@@ -159,8 +169,42 @@ class Reader:
                 "boxes": [whole.new_zeros(0, 4)] * count if boxes is None else _checked_boxes(boxes),
                 "finding": [""] * count if finding is None else list(finding),
                 "content_box": whole if content_box is None else content_box,
+                "patient_id": list(map(str, self._optional(found, "patient_id") or ids)),
             },
         )
+
+    def gather(
+        self, trainer: Trainer, pl_module: LightningModule, splits: Sequence[str], number: int
+    ) -> list[tuple[str, ImageTextBatch]]:
+        """Split and batch of the first pairs of the loaders, on the CPU, of at most `number` pairs per split.
+
+        Args:
+            trainer: The trainer, within a training.
+            pl_module: The module.
+            splits: `train` and `val`.
+            number: Number of pairs per split; -1 for all.
+
+        Raises:
+            ValueError: A split has no loader in a training, or a batch is of another form.
+        """
+        loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
+        found: list[tuple[str, ImageTextBatch]] = []
+        for split in splits:
+            if not _flat(loaders.get(split)):
+                raise ValueError(
+                    f"The training has no loader of the split {split!r}. Give protocol.splits of train and val."
+                )
+            count = 0
+            for place, loader in enumerate(_flat(loaders[split])):
+                with isolate_rng():
+                    for index, batch in enumerate(loader):
+                        if 0 <= number <= count:
+                            break
+                        moved = trainer.strategy.batch_to_device(batch)
+                        pairs = self.read(trainer, pl_module, moved, index, place, split)
+                        found.append((split, cast(ImageTextBatch, {**pairs, "image": pairs["image"].cpu()})))
+                        count += len(pairs["id"])
+        return found
 
     def has_boxes(self, batch: Any) -> bool:
         """Whether a batch holds boxes."""

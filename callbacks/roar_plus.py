@@ -21,11 +21,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.shipped import load_method
 from matex_pl.callbacks.loggers import log_images, log_session, log_text
+from matex_pl.callbacks.reader import Reader
 from matex_pl.console import duration
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.report.results import RoarMethod, RoarResult
 from matex_pl.report.roar import roar_figure, roar_tables
 from matex_pl.roar.finetune import Stopwatch, read_module, write_module
+from matex_pl.roar.foreign import GatheredPairs, module_of
 from matex_pl.roar.make import check_plan_folder, make_plan, plan_methods
 from matex_pl.roar.plan import Protocol, Training
 from matex_pl.roar.run import write_results
@@ -57,6 +59,11 @@ class RoarPlus(Stopwatch):
         training: Fine-tuning of each run; accelerator and precision are those of the trainer.
         start: Start weights of each run: those `before` the training, or `after` it.
         out: Folder of the plan; `roar` in the log folder by default. An existing plan is continued.
+        reader: Where the model is in the LightningModule, and images and phrases in its batches. Without it, the module
+            is a `ClipModule`, and the data module is one of this package. With it, the pairs are read from the loaders,
+            in gray levels, and at most `protocol.num_pairs` of each split stay in memory.
+        architecture: Name or config of the model in open_clip, for a model of open_clip in memory, which does not know
+            its own.
     """
 
     def __init__(
@@ -66,6 +73,8 @@ class RoarPlus(Stopwatch):
         training: Training | None = None,
         start: Literal["before", "after"] = "before",
         out: str | None = None,
+        reader: Reader | None = None,
+        architecture: str | None = None,
     ) -> None:
         super().__init__()
         check_choices(RoarPlus.__init__, locals())
@@ -74,6 +83,8 @@ class RoarPlus(Stopwatch):
         self.training = training or Training()
         self.start = start
         self.out = out
+        self.reader = reader
+        self.architecture = architecture
         self._folder = Path()
         # Refuses unknown and repeated names before the training.
         plan_methods(self.methods, boxed=0, pairs=0)
@@ -83,17 +94,24 @@ class RoarPlus(Stopwatch):
         if stage != "fit":
             return
         data: Any = getattr(trainer, "datamodule", None)
-        if not isinstance(data, ChestXrayDataModule) or not isinstance(pl_module, ClipModule):
+        if self.reader is not None:
+            self.reader.check(trainer, pl_module)
+        elif not isinstance(data, ChestXrayDataModule) or not isinstance(pl_module, ClipModule):
             raise TypeError(
                 "RoarPlus needs a ClipModule and a data module of matex_pl, got "
-                f"{type(pl_module).__name__} and {type(data).__name__}."
+                f"{type(pl_module).__name__} and {type(data).__name__}. For other modules and loaders, name the places of "
+                "model, images and phrases: RoarPlus(reader=Reader(...))."
             )
         # The log folder is broadcast, so all processes must read it.
         self._folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "roar")
         check_plan_folder(self._folder)
         # Before a checkpoint is restored: a resumed training keeps the start weights of the first one.
         if self.start == "before" and trainer.is_global_zero:
-            write_module(pl_module, self._folder / _BEFORE)
+            write_module(self._module(pl_module), self._folder / _BEFORE)
+
+    def _module(self, pl_module: Any) -> ClipModule:
+        """The training's own module, or a copy of a foreign model as one."""
+        return pl_module if self.reader is None else module_of(self.reader.clip_of(pl_module), self.architecture)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Name the methods that do not support the model, which ROAR+ leaves out.
@@ -104,7 +122,7 @@ class RoarPlus(Stopwatch):
         reasons = {}
         for name in self.methods:
             try:
-                load_method(name).check_model(pl_module.clip)
+                load_method(name).check_model((self.reader or Reader()).clip_of(pl_module))
             except NotImplementedError as error:
                 reasons[name] = error
         if len(reasons) == len(self.methods):
@@ -126,11 +144,13 @@ class RoarPlus(Stopwatch):
         device, precision = trainer.strategy.root_device.type, str(trainer.precision)
         training = replace(self.training, accelerator=device, precision=precision)
         is_before = self.start == "before"
-        start = read_module(self._folder / _BEFORE, ClipModule) if is_before else pl_module
+        explained = self._module(pl_module)
+        start = read_module(self._folder / _BEFORE, ClipModule) if is_before else explained
+        data = trainer.datamodule
+        if self.reader is not None:
+            data = GatheredPairs(self.reader.gather(trainer, pl_module, self.protocol.splits, self.protocol.num_pairs))
         origins = {"checkpoint": f"end of epoch {trainer.current_epoch}", "start_checkpoint": f"{self.start} training"}
-        plan = make_plan(
-            self._folder, trainer.datamodule, pl_module, start, self.methods, self.protocol, training, origins
-        )
+        plan = make_plan(self._folder, data, explained, start, self.methods, self.protocol, training, origins)
         number, steps = len(plan.runs()), plan.steps()
         times = "."
         if self.pairs:

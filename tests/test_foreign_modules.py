@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ from test_wrap import clip_model, processor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap, Matex
-from matex_pl.callbacks import AttributionMaps, AttributionMetrics, MapWriter, Reader
+from matex_pl.callbacks import AttributionMaps, AttributionMetrics, MapWriter, Reader, RoarPlus
 from matex_pl.clip import Clip
+from matex_pl.roar.finetune import read_module
+from matex_pl.roar.foreign import module_of
+from matex_pl.roar.images import PlanImages
+from matex_pl.roar.plan import Protocol, Training, read_plan
 
 SIDE, MEAN, STD = 32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 PHRASES = ("Left effusion.", "Right pneumothorax.", "Large heart.", "Nodule in the left upper lobe.", "Clear lungs.")
@@ -42,11 +48,13 @@ class Films(Dataset[dict[str, Any]]):
         return {"pixel_values": self.pixels[index], "caption": PHRASES[index % len(PHRASES)]} | more
 
 
+VISION = {"image_size": SIDE, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+
+
 def small_clip() -> nn.Module:
     torch.manual_seed(0)
-    vision = {"image_size": SIDE, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    return open_clip.CLIP(16, vision, text)
+    return open_clip.CLIP(16, VISION, TEXT)
 
 
 class TheirModule(LightningModule):
@@ -263,6 +271,69 @@ def test_a_training_of_transformers(tmp_path: Path) -> None:
     assert float(logged["attribution/consistency_min"]) == pytest.approx(
         float(maps.parts["consistency"].min()), abs=1e-4
     )
+
+
+QUICK = {
+    "methods": ["chefer"],
+    "protocol": Protocol(modalities=["image"], fractions=[0.5], repeats=1, num_pairs=8),
+    "training": Training(epochs=1, batch_size=2, warmup_steps=0),
+}
+
+
+def test_remove_and_retrain_in_a_training_of_somebody_else(tmp_path: Path) -> None:
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
+    preprocess = {"mean": MEAN, "std": STD, "size": SIDE}
+    module = TheirModule()
+    described = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+    roar = RoarPlus(**QUICK, reader=their_reader(module), architecture=described)  # type: ignore[arg-type]
+    films = Films(
+        9, boxes=lambda index: torch.tensor([[0.1, 0.1, 0.6, 0.6]]), patient_id=lambda index: f"p{index // 2}"
+    )
+
+    def boxed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        found = {name: [row[name] for row in rows] for name in rows[0]}
+        return found | {"pixel_values": torch.stack(found["pixel_values"])}
+
+    loader = DataLoader(films, batch_size=4, collate_fn=boxed)
+    trainer(tmp_path, roar, max_epochs=1).fit(module, loader, loader)
+    tags = events(tmp_path).Tags()["scalars"]
+    assert {"roar/image/chefer", "roar/image/True_boxes"} <= set(tags)
+    plan = read_plan(tmp_path / "tb" / "0" / "roar")
+    assert (plan.about["data"]["pairs"], plan.about["data"]["patients"], plan.about["data"]["boxed"]) == (8, 4, 8)
+    # The plan's images and weights are those of the training.
+    images = PlanImages(plan.folder)
+    gray = (films.pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).mean(1) * 255
+    np.testing.assert_allclose(images.batch([3])["image"][0, 0], gray[3].round(), atol=1)
+    explained = read_module(plan.folder / "explained.safetensors", ClipModule)
+    torch.testing.assert_close(explained.clip.model.state_dict(), module.net["clip"].state_dict(), rtol=0, atol=0)
+
+
+def test_remove_and_retrain_of_a_model_of_transformers(tmp_path: Path) -> None:
+    module, words = TransformersModule(), processor()
+    reader = Reader("model", words, image="pixel_values", phrase="input_ids", normalized=True)
+    clip = reader.clip_of(module)
+    copied = module_of(clip)
+    images = clip.normalize(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert copied.clip.tokenize(list(PHRASES)).tolist() == clip.tokenize(list(PHRASES)).tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(copied.clip.encode_image(images), clip.encode_image(images), atol=1e-5, rtol=0)
+        tokens = clip.tokenize(list(PHRASES))
+        torch.testing.assert_close(copied.clip.encode_text(tokens), clip.encode_text(tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(copied.clip.mean, clip.mean)
+
+
+def test_models_that_cannot_be_trained_again_are_refused(tmp_path: Path) -> None:
+    module = TheirModule()
+    loader = DataLoader(Films(4), batch_size=2)
+    for architecture, message in (
+        (None, r"RoarPlus\(architecture='ViT-B-32'\)"),
+        ("RN50", "not of the architecture 'RN50'"),
+    ):
+        roar = RoarPlus(**QUICK, reader=their_reader(module), architecture=architecture)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, roar).fit(module, loader, loader)
+    with pytest.raises(TypeError, match=r"RoarPlus\(reader=Reader\(\.\.\.\)\)"):
+        trainer(tmp_path, RoarPlus(**QUICK)).fit(module, loader, loader)  # type: ignore[arg-type]
 
 
 REFUSED = {
