@@ -192,7 +192,7 @@ def _bare(model: Any) -> Any:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
         elif type(model).__module__.startswith("peft."):
-            settings = getattr(model, "active_peft_config", None)
+            settings: Any = getattr(model, "active_peft_config", None)
             if getattr(settings, "is_prompt_learning", False):
                 raise NotImplementedError(
                     f"{settings.peft_type} of PEFT puts its prompt outside of the model, which `Clip.wrap` would leave "
