@@ -17,14 +17,16 @@ import torchvision
 import transformers
 from families import CLIP_TEXT, FAMILIES, NATIVE, bert, family, folder, redraw, unigram
 from open_clip.tokenizer import SimpleTokenizer
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, LoraModel, PromptTuningConfig, get_peft_model
 from PIL import Image
 from test_methods import METHODS, assert_close_maps
 from torch import Tensor, nn
+from torchvision.transforms import v2 as transforms
 
 from matex_pl.attribution import GradCam, LeGrad, Matex
 from matex_pl.attribution.shipped import shipped_methods
 from matex_pl.clip import Clip, load_clip
+from matex_pl.evaluation.store import weight_hash
 from matex_pl.explain import compare_methods, explain_pair, pair_batch
 from matex_pl.maps import min_max
 from matex_pl.metrics.sanity import randomized, stages
@@ -354,6 +356,13 @@ def test_a_layer_that_peft_replaces_later_is_seen() -> None:
     torch.testing.assert_close(clip.similarity(*inputs[:2]), -before)
 
 
+@pytest.mark.parametrize("kind", ["mixed", "tuner"])
+def test_every_wrapper_of_peft_is_left_out(kind: str) -> None:
+    model, settings = clip_model(), LoraConfig(r=2, target_modules=["q_proj"])
+    around = get_peft_model(model, settings, mixed=True) if kind == "mixed" else LoraModel(model, settings, "default")
+    assert Clip.wrap(around, processor()).model.model is model
+
+
 # --- models of open_clip
 
 
@@ -379,6 +388,43 @@ def test_every_family_of_open_clip_is_wrapped_as_it_was_loaded(name: str) -> Non
     inputs = draw(clip)
     assert_close_maps(Matex().attribute(clip, *inputs), Matex().attribute(loaded, *inputs), 0)
     assert (clip.grid, clip.context_length) == (loaded.grid, loaded.context_length)
+
+
+HALF = {"mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def siglip_images() -> Any:
+    return transformers.SiglipImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    )
+
+
+def open_clip_images(mode: str) -> Any:
+    return open_clip.image_transform(32, is_train=False, mean=(0.5,) * 3, std=(0.25,) * 3, resize_mode=mode)
+
+
+def torchvision_images() -> Any:
+    steps = [transforms.Resize(40), transforms.CenterCrop(32), transforms.ToImage()]
+    scale = [transforms.ToDtype(torch.float32, scale=True), transforms.Normalize([0.5], [0.25])]
+    return transforms.Compose([transforms.Compose(steps), *scale])
+
+
+PREPROCESS: dict[str, tuple[Any, str]] = {
+    "siglip": (siglip_images, "squash"),
+    "open_clip crops": (lambda: open_clip_images("shortest"), "shortest"),
+    "open_clip pads": (lambda: open_clip_images("longest"), "longest"),
+    "open_clip stretches": (lambda: open_clip_images("squash"), "squash"),
+    "torchvision": (torchvision_images, "shortest"),
+}
+
+
+@pytest.mark.parametrize("name", PREPROCESS)
+def test_preprocessing_of_several_libraries(name: str) -> None:
+    make, mode = PREPROCESS[name]
+    clip = Clip.wrap(small(), clip_words(), make())
+    assert clip.config["preprocess_cfg"] == HALF | {"size": [32, 32], "resize_mode": mode}
+    torch.testing.assert_close(clip.normalize(torch.full((1, 3, 32, 32), 1.0)), torch.full((1, 3, 32, 32), 2.0))
+    assert len(weight_hash(clip)) == 64
 
 
 @cache
@@ -584,6 +630,27 @@ def test_words_of_the_camera_are_read_at_a_named_layer_of_the_text_encoder() -> 
         GradCam([1]).attribute(first, *inputs)
 
 
+def test_the_camera_reads_patches_behind_a_class_token() -> None:
+    sizes = {"image_size": 96, "patch_size": 32, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+    model = drawn(Foreign())
+    model.resnet = drawn(torchvision.models.VisionTransformer(**sizes, num_classes=12))
+    words = transformers.AutoTokenizer.from_pretrained(bert()["hf_tokenizer_name"])
+    settings: dict[str, Any] = {"layer": "resnet.encoder.layers.encoder_layer_0.ln_1", "context_length": 16}
+    functions = model.encode_image, model.encode_text
+    clip = Clip.from_encoders(model, *functions, words, 96, 0.5, 0.25, grid=(3, 3), **settings)
+    images, tokens, phrases = draw(clip)
+    score = clip.similarity(images, tokens)
+    seen: list[Tensor] = []
+    with model.get_submodule(settings["layer"]).register_forward_hook(lambda *given: seen.append(given[2])):
+        score = clip.similarity(images, tokens)
+    gradient = torch.autograd.grad(score.sum(), seen[0])[0][:, 1:]
+    expected = (gradient.mean(1, keepdim=True) * seen[0][:, 1:]).sum(2).relu()
+    maps = GradCam().attribute(clip, images, tokens, phrases)
+    torch.testing.assert_close(maps.grid.flatten(1), min_max(expected.detach()), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"gives \(1, 10, 16\), not \(B, C, h, w\), nor .* a square number of patches"):
+        Clip.from_encoders(model, *functions, words, 96, 0.5, 0.25, **settings)
+
+
 def test_two_encoders_that_are_modules_or_functions_give_equal_maps() -> None:
     clip = foreign()
     inputs, model = draw(clip), clip.model.model
@@ -594,6 +661,7 @@ def test_two_encoders_that_are_modules_or_functions_give_equal_maps() -> None:
     for name in ("Saliency", "KernelShap"):
         assert_close_maps(METHODS[name].attribute(other, *inputs), METHODS[name].attribute(clip, *inputs), 1e-6)
     assert other.grid == (3, 3)
+    assert weight_hash(other) != weight_hash(Clip.wrap(small(), processor()))
     assert float(other.logit_scale.exp()) == pytest.approx(100)
     model.logit_scale = nn.Parameter(torch.tensor(3.0))
     assert other.logit_scale is model.logit_scale

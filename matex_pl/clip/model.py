@@ -15,13 +15,13 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, bytes_to_unicode
 from torch import Tensor, nn
 
 from matex_pl.clip import towers
-from matex_pl.clip.adapters import adapted
 from matex_pl.clip.encoders import DualEncoder
 from matex_pl.clip.preprocess import normalization
 from matex_pl.clip.record import differences, listed, recorded_config, tower_differences
 from matex_pl.clip.tokenizer import adapted_tokenizer, has_clip_pieces
 from matex_pl.clip.towers import Pooling
 from matex_pl.clip.weights import PREFIX, key_misfit, plain_state, refuse_nan, short
+from matex_pl.clip.wrapped import adapted
 
 _KEPT_PHRASES = 65_536
 # A sentence that distinguishes tokenizers by case, numbers, hyphens, and words that are cut into pieces.

@@ -18,8 +18,8 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from matex_pl.clip.adapters import TransformersImageTower, TransformersTextTower
 from matex_pl.clip.encoders import DualEncoder
+from matex_pl.clip.wrapped import TransformersImageTower, TransformersTextTower
 
 
 @dataclass(frozen=True)

@@ -191,12 +191,14 @@ def _bare(model: Any) -> Any:
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
-        elif type(model).__module__.startswith("peft.peft_model"):
-            if model.active_peft_config.is_prompt_learning:
+        elif type(model).__module__.startswith("peft."):
+            settings: Any = getattr(model, "active_peft_config", None)
+            if getattr(settings, "is_prompt_learning", False):
                 raise NotImplementedError(
-                    f"{model.active_peft_config.peft_type} of PEFT puts its prompt outside of the model, which "
-                    "`Clip.wrap` would leave out. Use adapters within the layers, such as LoRA."
+                    f"{settings.peft_type} of PEFT puts its prompt outside of the model, which `Clip.wrap` would leave "
+                    "out. Use adapters within the layers, such as LoRA."
                 )
-            model = model.get_base_model()
+            # A mixed model and a bare tuner keep the model as `model`.
+            model = model.get_base_model() if hasattr(model, "get_base_model") else model.model
         else:
             return model
