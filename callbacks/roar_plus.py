@@ -99,8 +99,8 @@ class RoarPlus(Stopwatch):
         elif not isinstance(data, ChestXrayDataModule) or not isinstance(pl_module, ClipModule):
             raise TypeError(
                 "RoarPlus needs a ClipModule and a data module of matex_pl, got "
-                f"{type(pl_module).__name__} and {type(data).__name__}. For other modules and loaders, name the places of "
-                "model, images and phrases: RoarPlus(reader=Reader(...))."
+                f"{type(pl_module).__name__} and {type(data).__name__}. For other modules and loaders, name the places "
+                "of model, images and phrases: RoarPlus(reader=Reader(...))."
             )
         # The log folder is broadcast, so all processes must read it.
         self._folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "roar")

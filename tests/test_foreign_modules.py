@@ -297,7 +297,7 @@ def test_remove_and_retrain_in_a_training_of_somebody_else(tmp_path: Path) -> No
     loader = DataLoader(films, batch_size=4, collate_fn=boxed)
     trainer(tmp_path, roar, max_epochs=1).fit(module, loader, loader)
     tags = events(tmp_path).Tags()["scalars"]
-    assert {"roar/image/chefer", "roar/image/True_boxes"} <= set(tags)
+    assert {"roar/image/Chefer", "roar/image/True_boxes"} <= set(tags)
     plan = read_plan(tmp_path / "tb" / "0" / "roar")
     assert (plan.about["data"]["pairs"], plan.about["data"]["patients"], plan.about["data"]["boxed"]) == (8, 4, 8)
     # The plan's images and weights are those of the training.

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from matex_pl.clip.adapters import TransformersClip
 from matex_pl.clip.encoders import DualEncoder
 from matex_pl.clip.hf_config import processor_settings
 from matex_pl.clip.model import Clip
 from matex_pl.clip.record import model_files, unpacked
 from matex_pl.clip.weights import key_misfit
+from matex_pl.clip.wrapped import TransformersClip
 from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair
 from matex_pl.training.module import ClipModule
