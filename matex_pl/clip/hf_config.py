@@ -17,7 +17,7 @@ CLEAN = "none"
 # The three activations, with the other names that transformers has for them.
 _QUICK, _EXACT, _TANH = "quick_gelu", "gelu", "gelu_pytorch_tanh"
 _ACTIVATIONS = {_QUICK: _QUICK, _EXACT: _EXACT, "gelu_python": _EXACT}
-_ACTIVATIONS |= dict.fromkeys((_TANH, "gelu_new", "gelu_fast", "gelu_accurate"), _TANH)
+_ACTIVATIONS |= dict.fromkeys((_TANH, "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), _TANH)
 _TIMM_ACTIVATIONS = {_QUICK: "quick_gelu", _EXACT: "gelu", _TANH: "gelu_tanh"}
 # Constants of the norms in open_clip and in timm's vision transformers.
 _EPS, _TIMM_EPS = 1e-5, 1e-6
