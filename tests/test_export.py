@@ -99,9 +99,10 @@ def test_a_checkpoint_leaves_with_its_card(
         torch.testing.assert_close(clip.normalize(pixels[None]), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_a_folder_of_transformers_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
-    make(tmp_path / "m", kind)
+def test_a_folder_of_transformers_comes_back_as_it_was(tmp_path: Path, kind: str, act: str) -> None:
+    make(tmp_path / "m", kind, text={"hidden_act": act}, image={"hidden_act": act})
     main(["export", "--model", str(tmp_path / "m"), "--format=transformers", f"--out={tmp_path / 'back'}"])
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "back"))
     assert before.keys() == after.keys()

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,42 @@ def test_a_tokenizer_that_cuts_before_the_last_position(tmp_path: Path) -> None:
     clip = load_clip(str(tmp_path / "m"))
     assert clip.context_length == 12
     assert_same_embeddings(model, clip)
+
+
+def test_a_folder_of_the_first_versions(tmp_path: Path) -> None:
+    make(tmp_path / "m", text={"eos_token_id": 2})
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32, "do_center_crop": True}
+    old |= {
+        "do_normalize": True,
+        "do_resize": True,
+        "resample": 3,
+        "image_mean": [0.4, 0.4, 0.4],
+        "image_std": [0.3] * 3,
+    }
+    (tmp_path / "m" / "preprocessor_config.json").write_text(json.dumps(old), encoding="utf-8")
+    (tmp_path / "m" / "tokenizer_config.json").unlink()
+    config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    for tower in ("text_config", "vision_config"):
+        config[f"{tower}_dict"] = {name: value for name, value in config[tower].items() if name != "model_type"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    clip = load_clip(str(tmp_path / "m"))
+    assert_same_embeddings(CLIPModel.from_pretrained(tmp_path / "m").eval(), clip)
+    assert clip.config["preprocess_cfg"]["mean"] == [0.4, 0.4, 0.4]
+    assert clip.context_length == LENGTH
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "m", "siglip", "sentencepiece")
+    monkeypatch.setattr(
+        "matex_pl.clip.hf_folder.find_spec", lambda name: None if name == "sentencepiece" else find_spec(name)
+    )
+    with pytest.raises(ImportError, match=r"needs sentencepiece: pip install 'matex_pl\[hf\]'"):
+        load_clip(str(tmp_path / "m"))
+    monkeypatch.setattr("matex_pl.clip.hf_folder.find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"model of transformers, which is not installed: pip install 'matex_pl\[hf\]'"
+    ):
+        load_clip(str(tmp_path / "m"))
 
 
 def test_sizes_and_tokenizers_need_no_weights(saved: tuple[Path, Any], tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         shown = [_shown(part) for part in value]
         return ", ".join(shown) if len(shown) <= 20 and all(shown) else ""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_shown(part)}" for name, part in value.items() if _shown(part))[:200]
     if not isinstance(value, (str, int, float, bool)):
         return ""
     text = Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)

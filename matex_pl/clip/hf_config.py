@@ -17,7 +17,7 @@ CLEAN = "none"
 # The three activations, with the other names that transformers has for them.
 _QUICK, _EXACT, _TANH = "quick_gelu", "gelu", "gelu_pytorch_tanh"
 _ACTIVATIONS = {_QUICK: _QUICK, _EXACT: _EXACT, "gelu_python": _EXACT}
-_ACTIVATIONS |= dict.fromkeys((_TANH, "gelu_new", "gelu_fast", "gelu_accurate"), _TANH)
+_ACTIVATIONS |= dict.fromkeys((_TANH, "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), _TANH)
 _TIMM_ACTIVATIONS = {_QUICK: "quick_gelu", _EXACT: "gelu", _TANH: "gelu_tanh"}
 # Constants of the norms in open_clip and in timm's vision transformers.
 _EPS, _TIMM_EPS = 1e-5, 1e-6
@@ -316,13 +316,12 @@ def _siglip_problems(model: Any, visual: Any, text: Any) -> list[str]:
     pool, name = getattr(trunk, "attn_pool", None), type(trunk).__name__
     if problems or type(trunk) is not timm_vit.VisionTransformer or pool is None:
         return problems or [f"the timm trunk {name} without SigLIP's attention pool"]
+    first: Any = trunk.blocks[0]
     checks = {
         "an attention pool with several queries": pool.latent_len != 1 or pool.pool != "token",
         "a class token or register tokens": trunk.num_prefix_tokens != 0,
         "a projection behind the timm trunk": len(visual.head) > 0,
-        "heads of the attention pool that differ from those of the blocks": (
-            pool.num_heads != trunk.blocks[0].attn.num_heads
-        ),
+        "heads of the attention pool that differ from those of the blocks": (pool.num_heads != first.attn.num_heads),
         "a causal mask in the text tower": text.attn_mask is not None,
         f"the pooling {_pooling(text)!r} of the text": _pooling(text) != "last",
         "no bias in the text projection": getattr(text.text_projection, "bias", None) is None,

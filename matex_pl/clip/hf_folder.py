@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,10 @@ class Repository:
     def content(self) -> str:
         """Names of the files, as text."""
         names = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+        if self.repo:
+            # Only settings are downloaded, and without the hub their names are known alone.
+            with suppress(OSError):
+                names = sorted(huggingface_hub.list_repo_files(self.repo))
         return f"{', '.join(names[:12])}{', ...' * (len(names) > 12)}" if names else "no file"
 
 
@@ -235,7 +239,8 @@ def _tokenizer(repository: Repository) -> tuple[Any, dict[str, bytes]]:
             "model that it was trained from."
         )
     is_sentencepiece = not any((repository.path / name).is_file() for name in _TOKENIZERS[:2])
-    lacking = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
+    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    lacking = [package for package, module in packages.items() if not _is_installed(module)]
     if is_sentencepiece and lacking:
         raise ImportError(
             f"The tokenizer of {repository.name} needs {' and '.join(lacking)}: pip install 'matex_pl[hf]'."

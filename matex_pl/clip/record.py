@@ -14,7 +14,6 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
-from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from matex_pl.clip import towers
@@ -92,12 +91,19 @@ def with_training_settings(recorded: dict[str, Any], given: Mapping[str, Any]) -
 
 def assumed(model: nn.Module, config: Mapping[str, Any]) -> str:
     """The parts of a model's meaning that its weights do not show, as text: activation, mean, std, context length."""
-    kinds = {"QuickGELU": QuickGELU, "GELU": nn.GELU}
-    names = [name for name, kind in kinds.items() if any(isinstance(part, kind) for part in model.modules())]
+    found = {_activation(part) for part in model.modules()}
+    names = [name for name in ("QuickGELU", "GELU", "tanh GELU") if name in found]
     preprocess, text = config["preprocess_cfg"], config["model_cfg"]["text_cfg"]
     mean, std = (", ".join(f"{value:.4g}" for value in preprocess[name]) for name in ("mean", "std"))
     activation = " and ".join(names) or "no GELU"
     return f"activation {activation}, mean ({mean}), std ({std}), {text.get('context_length', 77)} tokens of context"
+
+
+def _activation(module: nn.Module) -> str:
+    """Name of an activation of open_clip, torch or timm; empty for any other module."""
+    name = type(module).__name__
+    is_tanh = name == "GELUTanh" or (name == "GELU" and getattr(module, "approximate", "none") == "tanh")
+    return "tanh GELU" if is_tanh else name if name in ("QuickGELU", "GELU") else ""
 
 
 # --- files of tokenizers and towers, for checkpoints that are read without the folder or the hub

@@ -72,12 +72,13 @@ def export_model(
     from matex_pl.clip import load_clip, load_trained
     from matex_pl.clip.card import CARD, model_card
     from matex_pl.clip.export import write_open_clip, write_transformers
-    from matex_pl.clip.weights import read_checkpoint
+    from matex_pl.clip.weights import read_content
 
     name = ckpt_path or model
     is_trained = ckpt_path is not None or str(model).endswith(".ckpt")
     clip = load_trained(str(name)) if is_trained else load_clip(str(name), pretrained)
-    checkpoint: dict[str, Any] = read_checkpoint(str(name)).checkpoint if is_trained else {}
+    # As written: `load_trained` reads adapters as merged, and the card names them.
+    checkpoint: dict[str, Any] = read_content(str(name)) if is_trained else {}
     if checkpoint.get("resize_mode"):
         # The images of the training.
         clip.config["preprocess_cfg"]["resize_mode"] = checkpoint["resize_mode"]
