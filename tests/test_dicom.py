@@ -183,7 +183,13 @@ def test_modality_table(tmp_path: Path, bits: int) -> None:
 
 
 def test_rle(tmp_path: Path) -> None:
+    """Of unsigned and signed numbers, and of colors, which lie in planes."""
     path = write_dicom(tmp_path / "image.dcm", _ramp(), syntax=RLELossless)
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+    path = write_dicom(tmp_path / "image.dcm", _ramp().astype(np.int16) - 2048, syntax=RLELossless)
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+    colors = np.stack([_ramp(), _ramp(), _ramp()], -1)
+    path = write_dicom(tmp_path / "image.dcm", colors, "RGB", RLELossless, PlanarConfiguration=1)
     np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
 
 
@@ -545,6 +551,19 @@ def test_large_files_are_refused_before_they_are_decoded(tmp_path: Path, monkeyp
     monkeypatch.setattr("matex_pl.data.levels._MOST_PIXELS", 2**20)
     with pytest.raises(ValueError, match=r"\(it has .* pixels, and at most 1,048,576 are read\)"):
         read_image(path)
+
+
+def test_truncated_deflated_files_are_refused(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "image.dcm", _ramp())
+    header = pydicom.dcmread(path)
+    header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    header.save_as(path, enforce_file_format=True)
+    assert read_size(path) == (HEIGHT, WIDTH)
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+    path.write_bytes(path.read_bytes()[:-200])
+    for read in (read_image, read_size):
+        with pytest.raises(ValueError, match=r"\(its deflated elements are truncated\)"):
+            read(path)
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
