@@ -63,7 +63,7 @@ def read_view(path: Path) -> tuple[str, list[str]]:
     with path.open("rb") as file:
         if not is_dicom(file.read(_PREAMBLE + 4)):
             return "", []
-    pydicom = need("pydicom", f"{path} is DICOM, which")
+    pydicom = need("pydicom", f"{path} is DICOM, which needs pydicom")
     try:
         header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
         orientation = header.get("PatientOrientation") or []
@@ -108,7 +108,7 @@ def warn_if_several(path: Path, number: int, kind: str) -> None:
 
 def _header(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     """The elements of a file with an image."""
-    pydicom = need("pydicom", f"{path} is DICOM, which")
+    pydicom = need("pydicom", f"{path} is DICOM, which needs pydicom")
     inflated = _inflated(path)
     # Files without a preamble and header are read by force.
     source = path if inflated is None else inflated[1]
@@ -233,7 +233,7 @@ def _decoded(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str,
 
     if "JPEG" not in syntax.name and syntax != RLELossless:
         raise RefusedImageError(f"its pixels are compressed as {syntax.name}, which is not read")
-    imagecodecs = need("imagecodecs", f"{path} is compressed as {syntax.name}, which")
+    imagecodecs = need("imagecodecs", f"{path} is compressed as {syntax.name}, which needs imagecodecs")
     offsets = None
     if "ExtendedOffsetTable" in header:
         offsets = (header.ExtendedOffsetTable, header.ExtendedOffsetTableLengths)
