@@ -339,6 +339,24 @@ def test_a_codec_that_loses_the_image_is_named(tmp_path: Path, monkeypatch: pyte
     assert not read_image(tmp_path / "flat.jpg").pixels.any()
 
 
+@pytest.mark.parametrize(
+    ("syntax", "name", "codec"),
+    [(RLELossless, "dicomrle_decode", "RLE"), (JPEG2000Lossless, "jpeg2k_decode", "OpenJPEG")],
+    ids=["rle", "2000"],
+)
+def test_other_codecs_that_lose_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syntax: Any, name: str, codec: str
+) -> None:
+    noise = np.random.default_rng(0).integers(4096, size=(HEIGHT, WIDTH)).astype(np.uint16)
+    path = write_dicom(tmp_path / "image.dcm", noise, syntax=syntax if syntax == RLELossless else None)
+    if syntax == JPEG2000Lossless:
+        compress(path, syntax, imagecodecs.jpeg2k_encode(noise, reversible=True))
+    read_image(path)
+    monkeypatch.setattr(imagecodecs, name, lambda *_: np.full_like(noise, 7))
+    with pytest.raises(ValueError, match=rf"\(the codec {codec} of imagecodecs decodes a constant image from data"):
+        read_image(path)
+
+
 def test_padding_is_black_and_out_of_the_range(tmp_path: Path) -> None:
     pixels = 1000 + _ramp() // 2
     pixels[:5], pixels[5:9] = 0, 4000
