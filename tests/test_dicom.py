@@ -183,7 +183,13 @@ def test_modality_table(tmp_path: Path, bits: int) -> None:
 
 
 def test_rle(tmp_path: Path) -> None:
+    """Of unsigned and signed numbers, and of colors, which lie in planes."""
     path = write_dicom(tmp_path / "image.dcm", _ramp(), syntax=RLELossless)
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+    path = write_dicom(tmp_path / "image.dcm", _ramp().astype(np.int16) - 2048, syntax=RLELossless)
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+    colors = np.stack([_ramp(), _ramp(), _ramp()], -1)
+    path = write_dicom(tmp_path / "image.dcm", colors, "RGB", RLELossless, PlanarConfiguration=1)
     np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
 
 
@@ -331,6 +337,24 @@ def test_a_codec_that_loses_the_image_is_named(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "flat.jpg").write_bytes(flat)
     monkeypatch.setattr(imagecodecs, "jpeg_decode", lambda *_, **__: np.full((900, 900), 7, dtype=np.uint16))
     assert not read_image(tmp_path / "flat.jpg").pixels.any()
+
+
+@pytest.mark.parametrize(
+    ("syntax", "name", "codec"),
+    [(RLELossless, "dicomrle_decode", "RLE"), (JPEG2000Lossless, "jpeg2k_decode", "OpenJPEG")],
+    ids=["rle", "2000"],
+)
+def test_other_codecs_that_lose_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syntax: Any, name: str, codec: str
+) -> None:
+    noise = np.random.default_rng(0).integers(4096, size=(HEIGHT, WIDTH)).astype(np.uint16)
+    path = write_dicom(tmp_path / "image.dcm", noise, syntax=syntax if syntax == RLELossless else None)
+    if syntax == JPEG2000Lossless:
+        compress(path, syntax, imagecodecs.jpeg2k_encode(noise, reversible=True))
+    read_image(path)
+    monkeypatch.setattr(imagecodecs, name, lambda *_: np.full_like(noise, 7))
+    with pytest.raises(ValueError, match=rf"\(the codec {codec} of imagecodecs decodes a constant image from data"):
+        read_image(path)
 
 
 def test_padding_is_black_and_out_of_the_range(tmp_path: Path) -> None:
@@ -545,6 +569,19 @@ def test_large_files_are_refused_before_they_are_decoded(tmp_path: Path, monkeyp
     monkeypatch.setattr("matex_pl.data.levels._MOST_PIXELS", 2**20)
     with pytest.raises(ValueError, match=r"\(it has .* pixels, and at most 1,048,576 are read\)"):
         read_image(path)
+
+
+def test_truncated_deflated_files_are_refused(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "image.dcm", _ramp())
+    header = pydicom.dcmread(path)
+    header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    header.save_as(path, enforce_file_format=True)
+    assert read_size(path) == (HEIGHT, WIDTH)
+    np.testing.assert_allclose(_values(path), EXPECTED, atol=0.51)
+    path.write_bytes(path.read_bytes()[:-200])
+    for read in (read_image, read_size):
+        with pytest.raises(ValueError, match=r"\(its deflated elements are truncated\)"):
+            read(path)
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_masks_mark_what_is_not_black(
     mask[20:50, 10:30] = values[1]
     cv2.imwrite(str(root / name), mask)
     decoded = []
-    monkeypatch.setattr(pixels, "_levels", lambda file, **turn: decoded.append(file.path) or _levels(file, **turn))
+    monkeypatch.setattr(pixels, "_levels", lambda file: decoded.append(file.path) or _levels(file))
     monkeypatch.setattr(cv2, "imread", None)
     (pair,), bad = _module(_write(root / "t.csv", _rows(1, mask=name))).checked_rows()
     assert not bad

@@ -19,6 +19,7 @@ from matex_pl.data.jpeg import decode_jpeg, read_jpeg_header
 from matex_pl.data.levels import (
     HIGHEST,
     RefusedImageError,
+    check_not_blank,
     check_size,
     luminance,
     map_levels,
@@ -62,7 +63,7 @@ def read_view(path: Path) -> tuple[str, list[str]]:
     with path.open("rb") as file:
         if not is_dicom(file.read(_PREAMBLE + 4)):
             return "", []
-    pydicom = need("pydicom", f"{path} is DICOM, which")
+    pydicom = need("pydicom", f"{path} is DICOM, which needs pydicom")
     try:
         header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
         orientation = header.get("PatientOrientation") or []
@@ -107,7 +108,7 @@ def warn_if_several(path: Path, number: int, kind: str) -> None:
 
 def _header(path: Path, *, stop_before_pixels: bool = False) -> Dataset:
     """The elements of a file with an image."""
-    pydicom = need("pydicom", f"{path} is DICOM, which")
+    pydicom = need("pydicom", f"{path} is DICOM, which needs pydicom")
     inflated = _inflated(path)
     # Files without a preamble and header are read by force.
     source = path if inflated is None else inflated[1]
@@ -232,7 +233,7 @@ def _decoded(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str,
 
     if "JPEG" not in syntax.name and syntax != RLELossless:
         raise RefusedImageError(f"its pixels are compressed as {syntax.name}, which is not read")
-    imagecodecs = need("imagecodecs", f"{path} is compressed as {syntax.name}, which")
+    imagecodecs = need("imagecodecs", f"{path} is compressed as {syntax.name}, which needs imagecodecs")
     offsets = None
     if "ExtendedOffsetTable" in header:
         offsets = (header.ExtendedOffsetTable, header.ExtendedOffsetTableLengths)
@@ -242,6 +243,7 @@ def _decoded(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str,
         dtype = np.dtype(f"{'i' if header.PixelRepresentation else 'u'}{header.BitsAllocated // 8}")
         planes = np.frombuffer(imagecodecs.dicomrle_decode(stream, dtype), dtype)
         planes = planes[: header.SamplesPerPixel * size[0] * size[1]].reshape(-1, *size)
+        check_not_blank(planes, lambda: memoryview(stream)[64:], "RLE of imagecodecs")
         return planes[0] if len(planes) == 1 else np.moveaxis(planes, 0, -1), colors, 0
     # JPEG 2000 may lie in boxes.
     start = 0 if stream.startswith(b"\xff\xd8") else stream.find(b"\xff\x4f\xff\x51")
@@ -376,7 +378,7 @@ def _palette(header: Dataset, frame: _Frame) -> Values:
     return lambda raw: colors(raw) @ np.array([0.299, 0.587, 0.114])
 
 
-def _group(header: Dataset, sequence: str, name: str) -> Dataset:
+def _group(header: Dataset, sequence: str, name: str) -> Any:
     """The part of a header with an element: the whole, or a functional group of the first frame."""
     for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
         place = _first(_first(header, groups) or {}, sequence) or {}

@@ -88,14 +88,14 @@ def read_image(
         ImportError: The file needs the extra `dicom`, which is not installed.
         ValueError: The file is no readable image; the message names the reason.
     """
-    with _reading(path) as file:
+    with _reading(path, apply_exif_orientation=apply_exif_orientation) as file:
         if target_size is not None and file.image is not None and file.jpeg is not None and not file.jpeg.is_lossless:
-            image = _reduced_jpeg(file, file.image, target_size, apply_exif_orientation=apply_exif_orientation)
+            image = _reduced_jpeg(file, file.image, target_size)
             if image is not None:
                 return image
             # Pillow does not decode the same file again.
             file = replace(file, image=Image.open(file.path, formats=_FORMATS))
-        levels = _levels(file, apply_exif_orientation=apply_exif_orientation)
+        levels = _levels(file)
         if file.kind != "DICOM" and levels.dtype != np.uint8:
             levels = stretch_levels(levels)
         height, width = levels.shape
@@ -111,19 +111,19 @@ def read_levels(path: str | Path) -> np.ndarray:
     The type is uint8 or has more bits; DICOM files give the levels of their window. Errors are as in `read_image`.
     """
     with _reading(path) as file:
-        return _levels(file, apply_exif_orientation=True)
+        return _levels(file)
 
 
 def read_size(path: str | Path, *, apply_exif_orientation: bool = True) -> Size:
     """Height and width of an image file, from the header; see `read_image` for the arguments and errors."""
-    with _reading(path) as file:
+    with _reading(path, apply_exif_orientation=apply_exif_orientation) as file:
         if file.image is not None:
             size = file.image.size[::-1]
         elif file.jpeg is not None:
             size = file.jpeg.size
         else:
             size = read_dicom_size(file.path) if file.kind == "DICOM" else read_tiff_size(file.path)
-        return _upright(size, _orientation(file, apply_exif_orientation=apply_exif_orientation))
+        return _upright(size, file.orientation)
 
 
 def is_jpeg(path: Path) -> bool:
@@ -142,16 +142,17 @@ def resize_image(pixels: np.ndarray, size: Size) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _File:
-    """An image file: its format, its header if it is a JPEG, and the image of Pillow if Pillow reads it."""
+    """An image file: its format, its header if it is a JPEG, the image of Pillow if Pillow reads it, and its turn."""
 
     path: Path
     kind: str
     jpeg: JpegHeader | None
     image: Image.Image | None
+    orientation: int
 
 
 @contextmanager
-def _reading(path: str | Path) -> Iterator[_File]:
+def _reading(path: str | Path, *, apply_exif_orientation: bool = True) -> Iterator[_File]:
     """Context with an opened image file; errors of decoders become errors with the file's name."""
     file, kind, jpeg = Path(path), "", None
     if not file.is_file():
@@ -163,7 +164,8 @@ def _reading(path: str | Path) -> Iterator[_File]:
                 jpeg = read_jpeg_header(stream)
         image = _pillow_image(file, kind, jpeg)
         with image or nullcontext():
-            yield _File(file, kind, jpeg, image)
+            orientation = _orientation(file, kind, jpeg, image)
+            yield _File(file, kind, jpeg, image, orientation if apply_exif_orientation else 1)
     except ImportError:
         raise
     # Decoders raise all kinds of errors on broken bytes.
@@ -216,15 +218,12 @@ def _pillow_image(path: Path, kind: str, jpeg: JpegHeader | None) -> Image.Image
     return None
 
 
-def _reduced_jpeg(
-    file: _File, image: Image.Image, target_size: TargetSize, *, apply_exif_orientation: bool
-) -> GrayImage | None:
+def _reduced_jpeg(file: _File, image: Image.Image, target_size: TargetSize) -> GrayImage | None:
     """A JPEG decoded at the smallest scale that is `_MARGIN` times as large; None if nothing is left of it so."""
     warn_if_several(file.path, getattr(image, "n_frames", 1), "pages")
-    orientation = _orientation(file, apply_exif_orientation=apply_exif_orientation)
-    size = _upright(image.size[::-1], orientation)
+    size = _upright(image.size[::-1], file.orientation)
     # `draft` takes width and height of the stored pixels.
-    target = target_size(size) if orientation in _TURNED else target_size(size)[::-1]
+    target = target_size(size) if file.orientation in _TURNED else target_size(size)[::-1]
     width, height = image.size
     image.draft("L", (math.ceil(target[0] * _MARGIN), math.ceil(target[1] * _MARGIN)))
     scale = max(round(width / image.size[0]), 1)
@@ -238,7 +237,7 @@ def _reduced_jpeg(
         down = _shares(target[1], levels.shape[0], height / scale)
         across = _shares(target[0], levels.shape[1], width / scale)
         pixels = np.rint(down @ levels.astype(np.float32) @ across.T).astype(np.uint8)
-    return GrayImage(_turned(pixels, orientation), size)
+    return GrayImage(_turned(pixels, file.orientation), size)
 
 
 @lru_cache(256)
@@ -250,11 +249,10 @@ def _shares(parts: int, pixels: int, extent: float) -> np.ndarray:
     return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _levels(file: _File, *, apply_exif_orientation: bool) -> np.ndarray:
+def _levels(file: _File) -> np.ndarray:
     """Gray levels `(h, w)`, upright, low is dark: uint8, or numbers of more bits."""
     if file.kind == "DICOM":
         return read_dicom(file.path)
-    orientation = _orientation(file, apply_exif_orientation=apply_exif_orientation)
     if file.image is not None:
         pages = getattr(file.image, "n_frames", 1)
         levels = _pillow_levels(file, file.image)
@@ -263,7 +261,7 @@ def _levels(file: _File, *, apply_exif_orientation: bool) -> np.ndarray:
     else:
         levels, pages = read_tiff(file.path)
     warn_if_several(file.path, pages, "pages")
-    return _turned(levels, orientation)
+    return _turned(levels, file.orientation)
 
 
 def _pillow_levels(file: _File, image: Image.Image) -> np.ndarray:
@@ -314,19 +312,18 @@ def _deep_png(image: Image.Image, path: Path) -> np.ndarray:
     return gray if colors.shape[2] == 3 else over_black(gray, colors[..., 3], HIGHEST)
 
 
-def _orientation(file: _File, *, apply_exif_orientation: bool) -> int:
-    image = file.image
+def _orientation(path: Path, kind: str, jpeg: JpegHeader | None, image: Image.Image | None) -> int:
     if image is None:
-        orientation = 1 if file.jpeg is None else _exif_orientation(file.jpeg.exif)
+        orientation = 1 if jpeg is None else _exif_orientation(jpeg.exif)
     elif image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         # Pillow would decode all pixels to search for metadata after them.
-        orientation = _exif_orientation(_exif_after_pixels(file.path))
+        orientation = _exif_orientation(_exif_after_pixels(path))
     else:
         orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
-    if file.kind == "TIFF" and orientation != 1:
+    if kind == "TIFF" and orientation != 1:
         # Pillow 13 turns such pixels while loading, but keeps the size from before.
         raise RefusedImageError(f"a TIFF with the orientation {orientation}, which is not supported: save it upright")
-    return orientation if apply_exif_orientation else 1
+    return orientation
 
 
 def _exif_after_pixels(path: Path) -> bytes:

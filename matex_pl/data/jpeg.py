@@ -126,7 +126,7 @@ def read_deep_jpeg(path: Path, header: JpegHeader) -> np.ndarray:
         ImportError: The extra `dicom` is not installed.
         RefusedImageError: The codec loses the image.
     """
-    need("imagecodecs", f"{path} is a JPEG of {header.bits} bits that Pillow does not read, which")
+    need("imagecodecs", f"{path} is a JPEG of {header.bits} bits that Pillow does not read, which needs imagecodecs")
     stream = path.read_bytes()
     # The codecs fill up the pixels that are missing.
     if stream.find(b"\xff\xd9", header.start) < 0:

@@ -127,9 +127,9 @@ def need(package: str, what: str) -> ModuleType:
     """A package of the extra `dicom`.
 
     Raises:
-        ImportError: It is not installed. The message begins with `what`, which names the file.
+        ImportError: It is not installed. The message begins with `what`: the file, and that it needs the package.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{what} needs {package}: pip install 'matex_pl[dicom]'.") from error
+        raise ImportError(f"{what}: pip install 'matex_pl[dicom]'.") from error

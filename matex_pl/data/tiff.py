@@ -53,7 +53,7 @@ def read_tiff(path: Path) -> tuple[np.ndarray, int]:
     """
     with _page(path) as page:
         if page.compression != 1:
-            need("imagecodecs", f"{path} is a compressed TIFF, which")
+            need("imagecodecs", f"{path} is a compressed TIFF, which needs imagecodecs")
         # Axes: separate colors, depth, height, width, colors. In one thread, because loaders have many processes.
         pixels = page.asarray(squeeze=False, maxworkers=1, buffersize=_BUFFER)
         pixels = np.moveaxis(pixels[:, 0], 0, -1)
@@ -103,7 +103,7 @@ def _highest(levels: np.ndarray, bits: int) -> Any:
 @contextmanager
 def _page(path: Path) -> Iterator[TiffPage]:
     """Context with the first page of a TIFF."""
-    tifffile = need("tifffile", f"{path} is a TIFF that Pillow does not read, which")
+    tifffile = need("tifffile", f"{path} is a TIFF that Pillow does not read, which needs tifffile")
     with tifffile.TiffFile(path) as file:
         page = file.pages.first
         check_size(page.imagelength, page.imagewidth)
