@@ -19,7 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from matex_pl.clip import towers
-from matex_pl.clip.adapters import merge_adapters
+from matex_pl.clip.low_rank import merge_adapters
 from matex_pl.clip.record import recorded_config, recorded_lora
 
 # `ClipModule` stores the model under this prefix, and further tensors under others.

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from matex_pl.attribution.core.fill import drop_tokens, fill_images
-from matex_pl.clip.adapters import merge_adapters
+from matex_pl.clip.low_rank import merge_adapters
 from matex_pl.clip.record import model_files, unpacked
 from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.tensors import read_tensors, write_tensors

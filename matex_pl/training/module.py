@@ -26,8 +26,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from matex_pl.arguments import check_choices
-from matex_pl.clip.adapters import merge_adapters
 from matex_pl.clip.load import load_clip
+from matex_pl.clip.low_rank import merge_adapters
 from matex_pl.clip.model import Clip
 from matex_pl.clip.record import listed, model_files, recorded_lora
 from matex_pl.clip.weights import plain_name, plain_state, read_checkpoint, reading_checkpoint, short
