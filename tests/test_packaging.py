@@ -42,8 +42,12 @@ def _imported(folders, statements):
     return found
 
 
+def _needs_an_extra(tree):
+    return "Importing this file needs" in (ast.get_docstring(tree) or "")
+
+
 def _at_import(tree):
-    return tree.body
+    return [] if _needs_an_extra(tree) else tree.body
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,14 @@ def test_what_is_imported_is_declared(folders, statements, extras):
     imported = _imported(folders, statements)
     undeclared = {name: imported[name] for name in imported.keys() - _declared(*extras)}
     assert not undeclared, "declare them in pyproject.toml, with the lowest release and the reason"
+
+
+def test_files_that_need_an_extra_are_imported_by_functions_only():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "matex_pl").rglob("*.py")}
+    on_demand = {path.stem for path, tree in trees.items() if _needs_an_extra(tree)}
+    at_import = {node.module for tree in trees.values() for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert on_demand
+    assert not on_demand & {module.rpartition(".")[2] for module in at_import}
 
 
 def test_every_floor_has_one():
