@@ -56,7 +56,7 @@ def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
     raw = raw_submodular_regions(clip, images, tokens, fill=fill, references=REFERENCES, **slow)
     expected = reference.finish(clip, raw, images, tokens)
     maps = SubmodularRegions(references=REFERENCES, **settings).attribute(clip, images, tokens, phrases)
-    assert maps.parts.keys() == set(PARTS)
+    assert maps.parts.keys() == {*PARTS, "embeddings"}
     assert torch.equal(maps.parts["order"], raw["order"])
     assert torch.equal(maps.parts["region"], raw["region"])
     for part in ("insertion", "deletion", "gains"):

@@ -266,7 +266,7 @@ def _logged(
         shown: dict(
             zip(
                 [f"maps/matex/{name}" for name in batch["id"]],
-                explain_batch(module, CenterMap(), batch, "matex | epoch 0", show_text=shown),
+                explain_batch(module, CenterMap(), batch, "matex | epoch 0", show_text=shown, stacked=True),
                 strict=True,
             )
         )
