@@ -285,6 +285,8 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 def test_forwards_are_counted(regions: int, pending: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = family("native")
     images, tokens, phrases = small(clip)
+    # A model is checked once, by a forward of one sample.
+    SubmodularRegions(regions).check_model(clip)
     sizes: list[int] = []
     encode = clip.encode_image
 

@@ -1,4 +1,4 @@
-"""Pairs and model of a training that knows nothing of this package, in the form that a plan needs."""
+"""Pairs and model of a training without this package, in the form that a plan needs."""
 
 from __future__ import annotations
 
