@@ -13,6 +13,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
 from matex_pl.clip.model import Clip
+from matex_pl.data.datamodule import PairDataset
 from matex_pl.data.pair import ImageTextBatch
 from matex_pl.training.distributed import check_strategy
 
@@ -80,16 +81,16 @@ class Reader:
         self.clip_of(pl_module)
 
     def check_loader(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the first batch of the first validation loader, if no batch was read yet.
+        """Read the first batch of the first validation loader, if it is foreign and no batch was read yet.
 
         Raises:
             ValueError: The batch has no images or phrases where they should be.
         """
-        loaders = trainer.val_dataloaders
-        if self._places or not loaders:
+        loaders = _flat(trainer.val_dataloaders)
+        if self._places or not loaders or isinstance(getattr(loaders[0], "dataset", None), PairDataset):
             return
         with isolate_rng():
-            batch = next(iter(_flat(loaders)[0]), None)
+            batch = next(iter(loaders[0]), None)
         if batch is not None:
             self.read(trainer, pl_module, trainer.strategy.batch_to_device(batch))
             self._places.clear()

@@ -171,12 +171,19 @@ class Clip(nn.Module):
     @property
     def mean(self) -> Tensor:
         """Mean of the images per channel, `(3, 1, 1)`, with the device and dtype of the weights."""
-        return self._mean.to(towers.image_weight(self.model))
+        return self._as_weights("_mean")
 
     @property
     def std(self) -> Tensor:
         """Deviation of the images per channel, `(3, 1, 1)`, with the device and dtype of the weights."""
-        return self._std.to(towers.image_weight(self.model))
+        return self._as_weights("_std")
+
+    def _as_weights(self, name: str) -> Tensor:
+        weight = towers.image_weight(self.model)
+        if getattr(self, name).device != weight.device:
+            # A wrapped model moves without its `Clip`. A copy at each call would wait for the device.
+            setattr(self, name, getattr(self, name).to(weight.device))
+        return getattr(self, name).to(weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load weights. A checkpoint of 0.1 names the mean image `mean_film`."""

@@ -43,7 +43,7 @@ def fill_images(kind: str, clip: Clip, images: Tensor) -> Tensor:
     check_choice("fill", kind, FILLS)
     check_fill(kind, clip)
     if kind == "mean_image":
-        return clip.normalize(clip.mean_image.expand(1, 3, -1, -1))
+        return clip.normalize(clip.mean_image.to(images.device).expand(1, 3, -1, -1))
     if kind == "mean_color":
         return torch.zeros_like(images[:1])
     sigma = min(images.shape[-2:]) / 16
