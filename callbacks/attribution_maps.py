@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.shipped import load_method
 from matex_pl.callbacks.loggers import is_local, log_images
-from matex_pl.callbacks.reader import Reader
+from matex_pl.callbacks.reader import Reader, rows_of
 from matex_pl.data.datamodule import ChestXrayDataModule, PairDataset
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair
 from matex_pl.explain import attribute_batch, draw_panels
@@ -80,7 +79,7 @@ class AttributionMaps(Callback):
         self._content: dict[str, str] = {}
         self.reader = reader or Reader()
         # By whether they show words.
-        self._panels: dict[bool, dict[str, Picture]] = {}
+        self._panels: dict[bool, dict[str, Picture]] | None = None
         # Pairs of loaders of other data modules, by split, and the splits that have them all.
         self._taken: dict[str, list[ImageTextBatch]] = {}
         self._complete: set[str] = set()
@@ -102,6 +101,8 @@ class AttributionMaps(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the model, and the ids of the pairs."""
         self.reader.check(trainer, pl_module)
+        # Another call of the trainer may bring other loaders.
+        self._taken, self._complete = {}, set()
         data = getattr(trainer, "datamodule", None)
         if self.pair_ids and isinstance(data, ChestXrayDataModule) and stage in ("fit", "validate", "test"):
             ids = {pair.id for pair in data.pairs["test" if stage == "test" else "val"]}
@@ -162,7 +163,7 @@ class AttributionMaps(Callback):
         if trainer.sanity_checking or not self.every_n_validations:
             return
         if self._is_due():
-            self._log(trainer, "val")
+            self._log(trainer, pl_module, trainer.val_dataloaders, "val")
         self.validations += 1
 
     def _is_due(self) -> bool:
@@ -178,50 +179,46 @@ class AttributionMaps(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the panels of test pairs."""
         if self.every_n_validations:
-            self._log(trainer, "test")
+            self._log(trainer, pl_module, trainer.test_dataloaders, "test")
 
     def _draw(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: Any, split: str
     ) -> None:
         """Draw the panels of this process's share of the pairs, with words and without, as the loggers need them."""
-        data = getattr(loader, "dataset", None)
         if not trainer.loggers:
             return
         if batch_idx == 0:
             self._panels = {show_text: {} for show_text in self._kinds(trainer)}
+        data = getattr(loader, "dataset", None)
         if isinstance(data, PairDataset):
             share = self._choose(data.pairs, split)[trainer.global_rank :: trainer.world_size] if batch_idx == 0 else []
             due = [data.batch(share)] if share else []
         elif split in self._complete:
-            due = self._taken[split] if batch_idx == 0 else []
+            due = self._taken.get(split, []) if batch_idx == 0 else []
         else:
-            found = self._take(trainer, self.reader.read(trainer, pl_module, batch, batch_idx), split)
+            number = self._missing(trainer, split)
+            pairs = self.reader.read(trainer, pl_module, batch, batch_idx) if number else None
+            found = self._take(pairs, split, number) if pairs else None
             due = [found] if found else []
             self._taken.setdefault(split, []).extend(due)
         clip, subtitle = self.reader.clip_of(pl_module), f"{self.name} | epoch {trainer.current_epoch}"
         for pairs in due:
             maps, tokens = attribute_batch(clip, self.method, pairs)
-            for show_text, panels in self._panels.items():
+            for show_text, panels in (self._panels or {}).items():
                 drawn = draw_panels(clip, maps, pairs, tokens, subtitle, CARD_WIDTH, show_text=show_text, stacked=True)
                 panels.update(zip(pairs["id"], drawn, strict=True))
 
-    def _take(self, trainer: Trainer, batch: ImageTextBatch, split: str) -> ImageTextBatch | None:
+    def _missing(self, trainer: Trainer, split: str) -> int:
+        """Number of pairs that this process still takes from a loader."""
+        wanted = self.pair_ids or self.chosen.get(split)
+        share = len(wanted) if wanted else len(range(trainer.global_rank, self.num_pairs, trainer.world_size))
+        return share - sum(len(pairs["id"]) for pairs in self._taken.get(split, []))
+
+    def _take(self, batch: ImageTextBatch, split: str, number: int) -> ImageTextBatch | None:
         """Pairs of a batch that are still to be drawn, on the CPU: those of the wanted ids, or else the first ones."""
         wanted = self.pair_ids or self.chosen.get(split)
-        rows = range(len(batch["id"]))
-        if wanted:
-            chosen = [row for row in rows if batch["id"][row] in wanted]
-        else:
-            share = len(range(trainer.global_rank, self.num_pairs, trainer.world_size))
-            have = sum(len(pairs["id"]) for pairs in self._taken.get(split, []))
-            chosen = list(rows)[: share - have]
-        if not chosen:
-            return None
-        kept = {
-            name: part[chosen].cpu() if isinstance(part, Tensor) else [part[row] for row in chosen]  # type: ignore[index]
-            for name, part in batch.items()
-        }
-        return cast(ImageTextBatch, kept)
+        rows = [row for row, name in enumerate(batch["id"]) if not wanted or name in wanted]
+        return rows_of(batch, rows[:number]) if rows else None
 
     def _kinds(self, trainer: Trainer) -> list[bool]:
         """Whether panels show words: the kinds that the loggers need."""
@@ -230,27 +227,44 @@ class AttributionMaps(Callback):
     def _shows_text(self, logger: Any) -> bool:
         return is_local(logger) if self.show_text is None else self.show_text
 
-    def _log(self, trainer: Trainer, split: str) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, loader: Any, split: str) -> None:
         if not trainer.loggers:
             return
-        taken, shown = 0, set()
+        is_own = isinstance(getattr(loader, "dataset", None), PairDataset)
+        if self._panels is None and is_own:
+            # A process without a batch has drawn nothing.
+            self._draw(trainer, pl_module, None, 0, loader, split)
+        panels, self._panels = self._panels or {}, None
+        taken, shown = 0, 0
         for show_text in self._kinds(trainer):
             loggers = [logger for logger in trainer.loggers if self._shows_text(logger) is show_text]
-            # A process without a batch has drawn nothing.
-            for pair, panel in sorted(_gathered(trainer, self._panels.get(show_text, {})).items()):
+            for pair, panel in sorted(_gathered(trainer, panels.get(show_text, {})).items()):
                 taken += log_images(loggers, f"maps/{self.name}/{pair}", panel, trainer.global_step)
-                shown.add(pair)
-        self._panels = {}
-        if split in self._taken and split not in self._complete:
-            self._complete.add(split)
-            missing = sorted({*(self.pair_ids or self.chosen.get(split, []))} - shown)
-            if missing and trainer.is_global_zero:
-                rank_zero_warn(f"AttributionMaps {self.name!r}: the loader has no pairs {', '.join(missing[:3])}.")
-            self.chosen[split] = sorted(shown)
-        if not taken and trainer.is_global_zero:
+                shown += 1
+        if not is_own and split not in self._complete:
+            self._keep(trainer, split)
+        if shown and not taken and trainer.is_global_zero:
             rank_zero_warn(
                 "No logger of the trainer accepts images, so AttributionMaps shows no maps. Use a TensorBoardLogger."
             )
+
+    def _keep(self, trainer: Trainer, split: str) -> None:
+        """Keep the pairs that all processes took from a loader, or choose again if pairs of a checkpoint are gone."""
+        own = {name for pairs in self._taken.get(split, []) for name in pairs["id"]}
+        parts: list[Any] = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(parts, own)
+        found = set().union(*parts)
+        missing = sorted({*(self.pair_ids or self.chosen.get(split, []))} - found)
+        if missing:
+            again = "" if self.pair_ids else " It chooses others at the next validation."
+            rank_zero_warn(f"AttributionMaps {self.name!r}: the loader has no pairs {', '.join(missing[:3])}.{again}")
+        if missing and not self.pair_ids:
+            self.chosen.pop(split)
+            self._taken.pop(split, None)
+            return
+        self._complete.add(split)
+        self.chosen[split] = sorted(found)
 
 
 def _gathered(trainer: Trainer, panels: dict[str, Picture]) -> dict[str, Picture]:

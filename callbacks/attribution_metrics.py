@@ -294,8 +294,10 @@ class AttributionMetrics(Callback):
         if trainer.world_size > 1:
             # `compute` waits for all processes, so each needs all scalars in the same order.
             parts: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(parts, {tag: type(metric) for tag, metric in self.metrics.items()})
-            kinds = {tag: kind for part in parts for tag, kind in part.items()}
+            own = {tag: type(metric) for tag, metric in self.metrics.items()}
+            dist.all_gather_object(parts, (own, self._is_boxed))
+            kinds = {tag: kind for part, _ in parts for tag, kind in part.items()}
+            self._is_boxed = all(is_boxed for _, is_boxed in parts)
             self.metrics = {tag: self._metric(tag, kind) for tag, kind in sorted(kinds.items())}
         for tag, metric in self.metrics.items():
             with warnings.catch_warnings():
@@ -314,11 +316,14 @@ class AttributionMetrics(Callback):
                 )
             pl_module.log(tag, value, sync_dist=True)
         others = [other for other in trainer.callbacks if isinstance(other, AttributionMetrics)]  # type: ignore[attr-defined]
-        if self is others[0] and not self._is_described:
-            self._is_described = True
-            methods = {
-                _prefix(name): type(method).__name__ for other in others for name, method in other.methods.items()
-            }
+        if self._is_described:
+            return
+        self._is_described = True
+        if not self._is_boxed:
+            log.info(f"The batches have no boxes: AttributionMetrics leaves out {' and '.join(_OF_BOXES)}.")
+        if self is others[0]:
+            named = [(name, method) for other in others for name, method in other.methods.items()]
+            methods = {_prefix(name): type(method).__name__ for name, method in named}
             tags = [tag for other in others for tag in other.metrics]
             describe_scalars(trainer.loggers, tags, methods, trainer.global_step)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from operator import attrgetter
 from typing import Any, cast
 
@@ -34,7 +34,8 @@ class Reader:
         std: Deviation of the images of a model that is no `Clip`; see `Clip.wrap`.
         image: Key or position of the images in a batch, `(B, 3, H, W)`: uint8, or float; see `normalized`.
         phrase: Key or position of the phrases: B texts, or token ids `(B, T)` of the tokenizer.
-        id: Key or position of the B ids. Without it in a batch, the ids are split and running index.
+        id: Key or position of the B ids of the pairs, each of its own. Without it in a batch, the ids are split and
+            running index.
         boxes: Key or position of the boxes: B tensors `(K, 4)` of `x0, y0, x1, y1` in [0, 1] of the input frame.
         finding: Key or position of the B findings; empty texts for none.
         content_box: Key or position of the rectangles of the images, `(B, 4)` in the input frame; the whole frame
@@ -78,6 +79,7 @@ class Reader:
             ValueError: The module has no CLIP model where it should be, or tokenizer or preprocessing do not fit.
         """
         check_strategy(trainer.strategy)
+        self._places.clear()
         self.clip_of(pl_module)
 
     def check_loader(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,7 +89,9 @@ class Reader:
             ValueError: The batch has no images or phrases where they should be.
         """
         loaders = _flat(trainer.val_dataloaders)
-        if self._places or not loaders or isinstance(getattr(loaders[0], "dataset", None), PairDataset):
+        is_own = loaders and isinstance(getattr(loaders[0], "dataset", None), PairDataset)
+        # Batches of a mapping of loaders have a form that Lightning decides.
+        if self._places or not loaders or is_own or isinstance(trainer.val_dataloaders, Mapping):
             return
         with isolate_rng():
             batch = next(iter(loaders[0]), None)
@@ -152,32 +156,40 @@ class Reader:
         if len(texts) != count:
             raise ValueError(f"The batch has {count} images and {len(texts)} phrases. Give one phrase per image.")
         boxes = self._optional(found, "boxes")
-        content_box = self._optional(found, "content_box")
+        content_box, patients = self._optional(found, "content_box"), self._optional(found, "patient_id")
         whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=images.device).expand(count, 4)
         ids = self._optional(found, "id")
         stage = trainer.state.stage
         split = split or (stage.dataloader_prefix if stage else None)
         start = self._start(str(split), dataloader_idx, batch_idx, count)
+        loaders = self._loaders(trainer, str(split))
+        # The same id may stand in several loaders.
+        prefix = f"{split}{dataloader_idx}" if len(loaders) > 1 else str(split)
         if ids is None:
-            ids = self._running_ids(trainer, str(split), dataloader_idx, start, count)
+            names = _running_ids(trainer, loaders, dataloader_idx, start, count, prefix)
+        else:
+            names = [f"{prefix}-{name}" if len(loaders) > 1 else name for name in _strings(ids)]
+            self._check_ids(names, texts)
         finding = self._optional(found, "finding")
         return cast(
             ImageTextBatch,
             {
-                "id": [str(name) for name in (ids.tolist() if isinstance(ids, Tensor) else ids)],
+                "id": names,
                 "image": pixels,
                 "phrase": texts,
-                "boxes": [whole.new_zeros(0, 4)] * count if boxes is None else _checked_boxes(boxes),
-                "finding": [""] * count if finding is None else list(finding),
+                "boxes": [whole.new_zeros(0, 4)] * count if boxes is None else _checked_boxes(boxes, whole),
+                "finding": [""] * count if finding is None else _strings(finding),
                 "content_box": whole if content_box is None else content_box,
-                "patient_id": list(map(str, self._optional(found, "patient_id") or ids)),
+                "patient_id": names if patients is None else _strings(patients),
             },
         )
 
     def gather(
         self, trainer: Trainer, pl_module: LightningModule, splits: Sequence[str], number: int
     ) -> list[tuple[str, ImageTextBatch]]:
-        """Split and batch of the first pairs of the loaders, on the CPU, of at most `number` pairs per split.
+        """Split and batch of the first pairs of this process's loaders, on the CPU, at most `number` pairs per split.
+
+        Given ids get the split in front, because two splits may have the same.
 
         Args:
             trainer: The trainer, within a training.
@@ -188,24 +200,31 @@ class Reader:
         Raises:
             ValueError: A split has no loader in a training, or a batch is of another form.
         """
-        loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
         found: list[tuple[str, ImageTextBatch]] = []
         for split in splits:
-            if not _flat(loaders.get(split)):
+            loaders = self._loaders(trainer, split) if split in ("train", "val") else []
+            if not loaders:
                 raise ValueError(
                     f"The training has no loader of the split {split!r}. Give protocol.splits of train and val."
                 )
             count = 0
-            for place, loader in enumerate(_flat(loaders[split])):
+            for place, loader in enumerate(loaders):
                 with isolate_rng():
                     for index, batch in enumerate(loader):
                         if 0 <= number <= count:
                             break
                         moved = trainer.strategy.batch_to_device(batch)
                         pairs = self.read(trainer, pl_module, moved, index, place, split)
-                        found.append((split, cast(ImageTextBatch, {**pairs, "image": pairs["image"].cpu()})))
-                        count += len(pairs["id"])
+                        size = len(pairs["id"])
+                        kept = rows_of(pairs, range(size if number < 0 else min(size, number - count)))
+                        kept["id"] = [f"{split}-{name.removeprefix(f'{split}-')}" for name in kept["id"]]
+                        found.append((split, kept))
+                        count += size
         return found
+
+    def count(self, batch: Any) -> int:
+        """Number of pairs in a batch."""
+        return len(self._field(batch if self.batch is None else self.batch(batch), "image"))
 
     def has_boxes(self, batch: Any) -> bool:
         """Whether a batch holds boxes."""
@@ -243,7 +262,7 @@ class Reader:
 
     def _texts(self, clip: Clip, phrases: Any) -> list[str]:
         if isinstance(phrases, Tensor) and phrases.ndim == 2 and not phrases.is_floating_point():
-            return [_decoded(clip, row) for row in phrases]
+            return [_decoded(clip, row) for row in phrases.cpu()]
         if not isinstance(phrases, (list, tuple)) or not all(isinstance(phrase, str) for phrase in phrases):
             raise ValueError(
                 f"The phrases of the batch, {self.keys['phrase']!r}, must be texts or token ids (B, T), got a "
@@ -259,14 +278,45 @@ class Reader:
             self._places[split, loader] = batch_idx, start, count
         return start
 
-    def _running_ids(self, trainer: Trainer, split: str, loader: int, start: int, count: int) -> list[str]:
-        """Ids by the index in the data set, as Lightning's sampler deals it out to the processes, over and over."""
-        flat = _flat(getattr(trainer, f"{split}_dataloaders", None))
-        data = getattr(flat[loader], "dataset", None) if loader < len(flat) else None
-        number = len(data) if isinstance(data, Sized) else None
-        indices = [(start + row) * trainer.world_size + trainer.global_rank for row in range(count)]
-        prefix = f"{split}{loader}" if len(flat) > 1 else split
-        return [f"{prefix}-{index % number if number else index}" for index in indices]
+    def _check_ids(self, names: Sequence[str], texts: Sequence[str]) -> None:
+        """Raise ValueError if two pairs of a batch have one id: scores count an id once."""
+        phrases: dict[str, str] = {}
+        for name, text in zip(names, texts, strict=True):
+            if phrases.setdefault(name, text) != text:
+                raise ValueError(
+                    f"Two pairs of a batch have the id {name!r}, with the phrases {phrases[name]!r} and {text!r}. An "
+                    "id counts once in the scores. Name another key of ids: Reader(id=...)."
+                )
+
+    def _loaders(self, trainer: Trainer, split: str) -> list[Any]:
+        """Loaders of a split, as Lightning calls them."""
+        name = "train_dataloader" if split == "train" else f"{split}_dataloaders"
+        return _flat(getattr(trainer, name, None))
+
+
+def _running_ids(
+    trainer: Trainer, loaders: Sequence[Any], place: int, start: int, count: int, prefix: str
+) -> list[str]:
+    """Ids by the index in the data set, as Lightning's sampler deals it out to the processes, over and over."""
+    data = getattr(loaders[place], "dataset", None) if place < len(loaders) else None
+    number = len(data) if isinstance(data, Sized) else None
+    indices = [(start + row) * trainer.world_size + trainer.global_rank for row in range(count)]
+    return [f"{prefix}-{index % number if number else index}" for index in indices]
+
+
+def rows_of(batch: ImageTextBatch, rows: Iterable[int]) -> ImageTextBatch:
+    """Some rows of a batch, with tensors on the CPU."""
+    chosen = list(rows)
+    kept = {
+        name: part[chosen].cpu() if isinstance(part, Tensor) else [part[row] for row in chosen]  # type: ignore[index]
+        for name, part in batch.items()
+    }
+    return cast(ImageTextBatch, kept)
+
+
+def _strings(values: Any) -> list[str]:
+    """Values of a batch as texts, from texts, numbers or a tensor."""
+    return [str(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
 
 
 def _flat(loaders: Any) -> list[Any]:
@@ -298,13 +348,17 @@ def _decoded(clip: Clip, row: Tensor) -> str:
     return str(tokenizer.tokenizer.decode(row.tolist(), skip_special_tokens=True)).strip()
 
 
-def _checked_boxes(boxes: Sequence[Tensor]) -> list[Tensor]:
-    shapes = {tuple(box.shape[1:]) for box in boxes}
-    largest = float(torch.cat([box.abs().flatten() for box in boxes]).max()) if any(map(len, boxes)) else 0.0
+def _checked_boxes(boxes: Sequence[Any], like: Tensor) -> list[Tensor]:
+    """Boxes as tensors `(K, 4)` of the device and dtype of another; an empty box list has none."""
+    found = [torch.as_tensor(box, dtype=like.dtype, device=like.device) for box in boxes]
+    found = [box if box.numel() else box.new_zeros(0, 4) for box in found]
+    shapes = sorted({tuple(box.shape) for box in found if box.ndim != 2 or box.shape[1] != 4})
+    largest = float(torch.cat([box.abs().flatten() for box in found]).max()) if any(map(len, found)) else 0.0
     # Boxes of a cropped image reach beyond its frame.
-    if shapes - {(4,)} or not largest <= 4:
+    if shapes or not largest <= 4:
         raise ValueError(
-            f"Boxes must be (K, 4) in [0, 1] of the input frame, got the shapes {sorted(shapes)} and values up to "
-            f"{largest:g}. Divide pixels by the size of the frame."
+            "Boxes must be (K, 4) in [0, 1] of the input frame, got "
+            + (f"the shape {shapes[0]}." if shapes else f"values up to {largest:g}.")
+            + " Divide pixels by the size of the frame."
         )
-    return list(boxes)
+    return found

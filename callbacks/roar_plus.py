@@ -105,9 +105,15 @@ class RoarPlus(Stopwatch):
         # The log folder is broadcast, so all processes must read it.
         self._folder = Path(self.out or Path(trainer.log_dir or trainer.default_root_dir) / "roar")
         check_plan_folder(self._folder)
-        # Before a checkpoint is restored: a resumed training keeps the start weights of the first one.
+        # Refuses a foreign model before the training. A resumed training keeps the start weights of the first one,
+        # because no checkpoint is restored yet.
+        module = self._module(pl_module)
         if self.start == "before" and trainer.is_global_zero:
-            write_module(self._module(pl_module), self._folder / _BEFORE)
+            write_module(module, self._folder / _BEFORE)
+
+    def count(self, batch: Any) -> int:
+        """Number of pairs in a batch of the training."""
+        return super().count(batch) if self.reader is None else self.reader.count(batch)
 
     def _module(self, pl_module: Any) -> ClipModule:
         """The training's own module, or a copy of a foreign model as one."""

@@ -325,15 +325,52 @@ def test_remove_and_retrain_of_a_model_of_transformers(tmp_path: Path) -> None:
 def test_models_that_cannot_be_trained_again_are_refused(tmp_path: Path) -> None:
     module = TheirModule()
     loader = DataLoader(Films(4), batch_size=2)
-    for architecture, message in (
-        (None, r"RoarPlus\(architecture='ViT-B-32'\)"),
-        ("RN50", "not of the architecture 'RN50'"),
-    ):
-        roar = RoarPlus(**QUICK, reader=their_reader(module), architecture=architecture)  # type: ignore[arg-type]
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": True}
+    quick = json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD, "size": SIDE}})
+    unknown, wrong = r"RoarPlus\(architecture='ViT-B-32'\)", "not of the architecture 'RN50'"
+    for architecture, message in ((None, unknown), ("RN50", wrong), (quick, "computes other embeddings")):
+        reader = their_reader(module)
+        roar = RoarPlus(**QUICK, reader=reader, architecture=architecture, start="after")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, roar).fit(module, loader, loader)
     with pytest.raises(TypeError, match=r"RoarPlus\(reader=Reader\(\.\.\.\)\)"):
         trainer(tmp_path, RoarPlus(**QUICK)).fit(module, loader, loader)  # type: ignore[arg-type]
+
+
+def test_ids_findings_patients_and_boxes_of_other_types(tmp_path: Path) -> None:
+    module = TheirModule()
+    reader = their_reader(module, id="number")
+    films = Films(
+        4, number=lambda i: 10 + i, patient_id=lambda i: i // 2, finding=lambda i: i % 2, boxes=lambda i: [0.0] * 4
+    )
+    batch = next(iter(DataLoader(films, batch_size=4)))
+    batch["boxes"] = [torch.zeros(0), [[0.1, 0.2, 0.3, 0.4]], [], torch.zeros(0, 4)]
+    run = trainer(tmp_path)
+    found = reader.read(run, module, batch)
+    assert found["id"] == ["10", "11", "12", "13"]
+    assert (found["patient_id"], found["finding"]) == (["0", "0", "1", "1"], ["0", "1", "0", "1"])
+    assert [tuple(box.shape) for box in found["boxes"]] == [(0, 4), (1, 4), (0, 4), (0, 4)]
+    with pytest.raises(ValueError, match=r"have the id '7'"):
+        reader.read(run, module, batch | {"name": torch.tensor([7, 8, 9, 7])})
+    for boxes in ([[1.0, 2.0]] * 4, [[[10.0, 20.0, 30.0, 40.0]]] * 4):
+        with pytest.raises(ValueError, match=r"Boxes must be \(K, 4\)"):
+            reader.read(run, module, batch | {"boxes": boxes})
+
+
+def test_another_loader_gets_panels_of_its_own(tmp_path: Path) -> None:
+    module = TheirModule()
+    loaders = [DataLoader(Films(2, name=lambda i, s=start: f"film {s + i}"), batch_size=2) for start in (0, 5)]
+    maps = AttributionMaps(CenterMap(), num_pairs=2, reader=their_reader(module, id="name"))
+    for place, loader in enumerate(loaders):
+        trainer(tmp_path / str(place), maps).validate(module, loader, verbose=False)
+        maps.chosen.clear()
+        names = {f"maps/matex/film {5 * place + row}" for row in range(2)}
+        assert set(events(tmp_path / str(place)).Tags()["images"]) == names
+    # Pairs of a checkpoint that are gone are chosen again.
+    maps.chosen = {"val": ["film 0", "film 1"]}
+    with pytest.warns(UserWarning, match="It chooses others at the next validation"):
+        trainer(tmp_path / "again", maps, max_epochs=2).fit(module, loaders[1], loaders[1])
+    assert set(events(tmp_path / "again").Tags()["images"]) == {"maps/matex/film 5", "maps/matex/film 6"}
 
 
 REFUSED = {

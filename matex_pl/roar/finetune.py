@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +48,11 @@ class Stopwatch(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: D102
         self.seconds += time.perf_counter() - self._start
-        self.pairs += len(batch["id"]) if isinstance(batch, Mapping) and "id" in batch else 0
+        self.pairs += self.count(batch)
+
+    def count(self, batch: Any) -> int:
+        """Number of pairs in a batch."""
+        return len(batch["id"])
 
 
 class RoarModule(ClipModule):

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from matex_pl.attribution.core.capture import borrowed, sample
 from matex_pl.clip.encoders import DualEncoder
 from matex_pl.clip.hf_config import processor_settings
 from matex_pl.clip.model import Clip
 from matex_pl.clip.record import model_files, unpacked
+from matex_pl.clip.tokenizer import TransformersTokenizer
 from matex_pl.clip.weights import key_misfit
 from matex_pl.clip.wrapped import TransformersClip
 from matex_pl.data.datamodule import ChestXrayDataModule
@@ -123,15 +125,33 @@ def _filled(module: ClipModule, clip: Clip, name: str) -> ClipModule:
         own, given = (getattr(other, part).flatten().tolist() for other in (module.clip, clip))
         if not np.allclose(own, given, atol=1e-6):
             problem = problem or f"the {part} of its images is {own} and not {given}"
+    if not problem:
+        module.clip.model.load_state_dict(weights)
+        problem = "it computes other embeddings, as with another activation" * (not _agree(module.clip, clip))
     if problem:
         raise ValueError(f"The model is not of the architecture {name!r}: {problem}. Give the model's own.")
-    module.clip.model.load_state_dict(weights)
     return module
+
+
+def _agree(own: Clip, other: Clip) -> bool:
+    """Whether two models give the same embeddings of a sample."""
+    found = []
+    for clip in (own, other):
+        with borrowed(clip):
+            images, tokens = sample(clip)
+            gray = torch.linspace(-1, 1, images.numel(), dtype=images.dtype, device=images.device).view_as(images)
+            found.append(torch.cat([clip.encode_image(gray), clip.encode_text(tokens)]).float().cpu())
+    return bool(torch.allclose(*found, atol=1e-4))
 
 
 def _write_folder(clip: Clip, inner: TransformersClip, folder: Path) -> None:
     """Write a model of transformers with its tokenizer and normalization, for `load_clip`."""
     inner.model.save_pretrained(folder)
+    if not isinstance(clip.tokenizer, TransformersTokenizer):
+        raise ValueError(
+            "ROAR+ builds a model of transformers again with its tokenizer, and the Reader has one of open_clip. Give "
+            "the model's own tokenizer or processor: Reader(tokenizer=...)."
+        )
     clip.tokenizer.tokenizer.save_pretrained(folder)
     settings = processor_settings(clip.config["preprocess_cfg"] | {"resize_mode": "squash"}, clip.image_size[0])
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
