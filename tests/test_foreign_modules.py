@@ -339,10 +339,8 @@ def test_models_that_cannot_be_trained_again_are_refused(tmp_path: Path) -> None
 
 def test_ids_findings_patients_and_boxes_of_other_types(tmp_path: Path) -> None:
     module = TheirModule()
-    reader = their_reader(module, id="number")
-    films = Films(
-        4, number=lambda i: 10 + i, patient_id=lambda i: i // 2, finding=lambda i: i % 2, boxes=lambda i: [0.0] * 4
-    )
+    reader = their_reader(module, id="name")
+    films = Films(4, name=lambda i: 10 + i, patient_id=lambda i: i // 2, finding=lambda i: i % 2)
     batch = next(iter(DataLoader(films, batch_size=4)))
     batch["boxes"] = [torch.zeros(0), [[0.1, 0.2, 0.3, 0.4]], [], torch.zeros(0, 4)]
     run = trainer(tmp_path)
