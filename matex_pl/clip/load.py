@@ -331,8 +331,8 @@ def _tokenizer_settings(text_cfg: Mapping[str, Any], name: str) -> dict[str, Any
     unknown = sorted(settings.keys() - set(known))
     if unknown:
         raise ValueError(
-            f"The config of {short(name)} has the settings {', '.join(unknown)} in text_cfg.tokenizer_kwargs, which "
-            f"could run code of the model. Accepted are {', '.join(known)}. Remove the others."
+            f"The config of {short(name)} has the settings {', '.join(unknown)} in text_cfg.tokenizer_kwargs. Accepted "
+            f"are {', '.join(known)}, because others could run code of the model. Remove the others."
         )
     return dict(settings)
 
