@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, ClassVar
@@ -63,40 +64,48 @@ def whole_file(path: Path, parts: Path | None = None) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Context with a temporary folder that is renamed to `path` at the end; a folder that is there is replaced.
 
-    The parent folders are created. After an exception the temporary folder is removed, and `path` is unchanged.
+    The parent folders are created. After an exception the temporary folder is removed, and `path` is unchanged. The
+    temporary folders of killed processes are removed too; see `remove_abandoned_parts`.
 
     Raises:
         OSError: The folder cannot be written; `filename` is `path`.
     """
     part = path.absolute().parent / f".{path.name}.{uuid4().hex}.part"
     old = part.with_suffix(".old")
+    remove_abandoned_parts(part.parent, escape(path.name))
     try:
         part.mkdir(parents=True)
         yield part
         if path.exists():
             path.replace(old)
-        try:
-            part.replace(path)
-        except OSError:
-            if old.exists():
-                old.replace(path)
-            raise
+        part.replace(path)
     except OSError as error:
         # The temporary name says nothing to a user.
         if error.errno and (error.filename is None or str(error.filename).startswith(str(part))):
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        for folder in (part, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
+        # Without a new folder, an error or an interruption came between the two names.
+        if old.exists() and not path.exists():
+            old.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_abandoned_parts(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a folder: parts that have not changed for an hour."""
-    for part in folder.glob(".*.part"):
+def remove_abandoned_parts(folder: Path, name: str = "*") -> None:
+    """Remove temporary files and folders of killed processes, if they have not changed for an hour.
+
+    Args:
+        folder: Folder that holds them.
+        name: Pattern of the names of the files or folders that were written.
+    """
+    for part in folder.glob(f".{name}.*.part"):
         with suppress(OSError):
             if time.time() - part.stat().st_mtime > _ABANDONED_AFTER:
-                part.unlink()
+                if part.is_dir():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,23 @@ def test_other_data_modules_are_checked(here: Path, capsys: pytest.CaptureFixtur
     assert re.search(r"Bad rows: 1\n  .*Data_Entry_2017_v2020\.csv, line 6, '.*00000004_000\.png': No readable", text)
     assert _table(text, "finding")["pleural effusion"]
     assert "tokens of models/phantom_vit.json" in text
+
+
+@pytest.mark.parametrize("options", ["{method: m2ib}", "{methods: {'': legrad, other: {num_blocks: 1}, third: m2ib}}"])
+def test_the_methods_of_all_callbacks_are_checked(here: Path, options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ResNet has no stream of tokens."""
+    _write(_rows())
+    kind = "AttributionMaps" if "{method:" in options else "AttributionMetrics"
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    config = json.loads(Path("tiny.json").read_text(encoding="utf-8"))
+    config["model_cfg"]["vision_cfg"] = vision
+    Path("resnet.json").write_text(json.dumps(config), encoding="utf-8")
+    described = Path("mine.yaml").read_text(encoding="utf-8").replace("tiny.json", "resnet.json")
+    described += f"trainer: {{callbacks: [{{class_path: {kind}, init_args: {options}}}]}}\n"
+    Path("mine.yaml").write_text(described, encoding="utf-8")
+    with suppress(SystemExit):
+        main(["check-data", "--config=mine.yaml"])
+    assert re.search(r"\n  test +no: .*M2ib: ", capsys.readouterr().out)
 
 
 def test_what_is_cut_is_what_the_model_does_not_read(tiny_json: str) -> None:

@@ -27,6 +27,7 @@ from matex_pl.attribution import Chefer, GradCam, Matex, Rollout
 from matex_pl.cli import main
 from matex_pl.clip import Clip, load_clip
 from matex_pl.clip.archive import read_archive
+from matex_pl.clip.hf_names import to_transformers
 from matex_pl.clip.weights import read_weights
 from matex_pl.files import find_config
 
@@ -291,6 +292,26 @@ def test_an_archive_of_openai_is_read_for_its_weights(
     plain = {key: value for key, value in SMALL.items() if key != "quick_gelu"}
     with pytest.raises(ValueError, match=r"ViT-B-32\.pt holds OpenAI's weights, which were trained with QuickGELU"):
         load_clip(json.dumps(plain), str(path))
+
+
+@pytest.mark.parametrize("kind", ["half", "trained"])
+def test_weights_of_openai_in_the_layout_of_transformers(tmp_path: Path, kind: str) -> None:
+    """OpenAI's matrices are the only ones of half precision. The layout of transformers does not hide them."""
+    torch.manual_seed(0)
+    model = load_clip(json.dumps(SMALL)).model
+    with torch.no_grad():
+        model.logit_scale.fill_(np.log(100))
+        for name, value in model.named_parameters():
+            if kind == "half" and name.endswith(("in_proj_weight", "text_projection")):
+                value.copy_(value.half())
+    torch.save(to_transformers(model), tmp_path / "pytorch_model.bin")
+    plain = json.dumps({key: value for key, value in SMALL.items() if key != "quick_gelu"})
+    if kind == "trained":
+        load_clip(plain, str(tmp_path / "pytorch_model.bin"))
+        return
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds OpenAI's weights"):
+        load_clip(plain, str(tmp_path / "pytorch_model.bin"))
+    _same(model, load_clip(json.dumps(SMALL), str(tmp_path / "pytorch_model.bin")))
 
 
 def test_the_state_dict_of_an_archive(published: tuple[nn.Module, Path], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from test_report import plain, tables_of
 from matex_pl import attribution
 from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
 from matex_pl.cli import main
+from matex_pl.commands.options import brings_weights, check_one_model
 from matex_pl.files import find_config, shipped_configs
 from matex_pl.report.published import PUBLISHED
 from matex_pl.roar.make import plan_methods
@@ -410,7 +411,7 @@ def test_explain_says_what_is_wrong(here, change, message):
         ([], "Give one model: --ckpt_path, a checkpoint of `matex fit`, or --model"),
         (["--ckpt_path", "last.ckpt", "--model", "ViT-B-32"], "Give one model"),
         (["--model", "ViT-B-32"], "--model ViT-B-32 has no weights. Give --pretrained"),
-        (["--ckpt_path", "last.ckpt", "--pretrained", "openai"], "--pretrained belongs to --model"),
+        (["--ckpt_path", "last.ckpt", "--pretrained", "openai"], "leave --pretrained out"),
         (["--model", "ViT-B-33", "--pretrained", "openai"], "ViT-B-33"),
         (["--model", "tiny.json", "--pretrained", "none.pt"], "No checkpoint file at 'none.pt'"),
     ],
@@ -421,6 +422,21 @@ def test_explain_takes_one_model(here, words, message):
         main(["explain", "image.png", "Nodule.", *words])
     assert end.value.code == 2
     assert not Path("panel.png").exists()
+
+
+def test_names_that_bring_weights(tmp_path, monkeypatch):
+    """Commands then ask for no weights, and a training does not claim to start from random ones."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "ViT-B-32"):
+        Path(folder).mkdir()
+    for file in ("epoch_3", "tiny.json", "RN50"):
+        Path(file).write_bytes(b"")
+    config = json.dumps({"model_cfg": {"text": "x" * 300}})
+    assert all(map(brings_weights, ["hf-hub:org/repo", "local-dir:none", "folder", "./ViT-B-32", "epoch_3", "no.ckpt"]))
+    assert not any(map(brings_weights, ["ViT-B-32", "RN50", "tiny.json", "models/chexzero.json", "none", config]))
+    assert check_one_model("CKPT", None, "epoch_3", None) == "epoch_3"
+    assert check_one_model("CKPT", None, "folder", None) is None
+    assert check_one_model("CKPT", None, "folder", "weights.pt") is None
 
 
 @pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["explain", "--help"]])

@@ -117,6 +117,17 @@ def test_a_folder_of_transformers_comes_back_as_it_was(tmp_path: Path, kind: str
     assert_transformers(clip, tmp_path / "back")
 
 
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_a_tokenizer_with_only_a_sentencepiece_file_leaves(tmp_path: Path, library: str) -> None:
+    make(tmp_path / "m", "siglip", "sentencepiece")
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (tmp_path / "m" / name).unlink(missing_ok=True)
+    main(["export", "--model", str(tmp_path / "m"), f"--format={library}", f"--out={tmp_path / 'out'}"])
+    clip = load_clip(str(tmp_path / "m"))
+    shutil.rmtree(tmp_path / "m")
+    (assert_transformers if library == "transformers" else assert_open_clip)(clip, tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_a_folder_of_transformers_leaves_for_open_clip(tmp_path: Path, kind: str) -> None:
     make(tmp_path / "m", kind)
@@ -296,7 +307,8 @@ def test_a_full_disk(
         (["--out=o", "--format=onnx", "good.ckpt"], "onnx"),
         (["--out=o", "--format=open_clip"], "Give one model"),
         (["--out=o", "--format=open_clip", "good.ckpt", "--model=ViT-B-32"], "Give one model"),
-        (["--out=o", "--format=open_clip", "good.ckpt", "--pretrained=openai"], "--pretrained belongs to --model"),
+        (["--out=o", "--format=open_clip", "good.ckpt", "--pretrained=openai"], "leave --pretrained out"),
+        (["--out=o", "--format=open_clip", "--model=good.ckpt", "--pretrained=good.ckpt"], "leave --pretrained out"),
         (["--out=o", "--format=open_clip", "--model=ViT-B-32"], "--model ViT-B-32 has no weights"),
         (["--out=o", "--format=open_clip", "none.ckpt"], "none.ckpt"),
         (["--out=o", "--format=open_clip", "cut.ckpt"], "cut.ckpt"),

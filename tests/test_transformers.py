@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -421,6 +422,17 @@ def test_a_repository_of_the_hub(saved: tuple[Path, Any], hub: Path) -> None:
     assert_same_embeddings(saved[1], load_clip("hf-hub:org/repo"))
     assert input_size("hf-hub:org/repo") == (32, 32)
     assert torch.equal(load_tokenizer("hf-hub:org/repo")(["left lobe"]), load_tokenizer(str(saved[0]))(["left lobe"]))
+
+
+def test_check_data_needs_no_weights_of_a_repository(
+    saved: tuple[Path, Any], hub: Path, phantom_words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place_in_cache(saved[0], hub)
+    (hub / "models--org--repo" / "snapshots" / "0123" / "model.safetensors").unlink()
+    report = ["check-data", *phantom_words, "--model=hf-hub:org/repo", "--image_size=64"]
+    main(report)
+    said = capsys.readouterr().out.partition("Could start with these data and hf-hub:org/repo")[2]
+    assert re.search(r"\n  fit +yes\n  test +yes\n  benchmark +yes", said)
 
 
 def test_a_repository_without_a_model(hub: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -11,27 +12,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from families import bert
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from open_clip.tokenizer import HFTokenizer
 
 from matex_pl import ClipModule
+from matex_pl.arguments import argument_names
 from matex_pl.attribution import CenterMap
 from matex_pl.callbacks import AttributionMaps, PredictionWriter
 from matex_pl.callbacks.loggers import is_local
 from matex_pl.cli import main
-from matex_pl.clip import load_clip, load_trained
+from matex_pl.clip import load_clip, load_tokenizer, load_trained
 from matex_pl.data import PhantomDataModule
 from matex_pl.explain import explain_batch
-from matex_pl.files import check_folder, write_text
+from matex_pl.files import check_folder, whole_folder, write_text
 from matex_pl.training import load_module
 from matex_pl.training.checkpoints import WholeCheckpointIO
+from matex_pl.training.description import describe_data
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*are longer than the model's", "ignore:The training ends after", "ignore:Checkpoint directory"
@@ -106,6 +114,97 @@ def test_a_function_that_a_checkpoint_names_is_not_called(checkpoint: Path, monk
     load_module(str(evil))
     load_trained(str(evil))
     assert not (folder / "trace").exists()
+
+
+def _with_code(folder: Path, trace: Path) -> None:
+    """A tokenizer whose files name a class in a file of Python, which leaves a trace."""
+    shutil.copytree(bert()["hf_tokenizer_name"], folder)
+    (folder / "tok.py").write_text(f"# {folder}\nopen({str(trace)!r}, 'w').close()\n", encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": ["tok.Words", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.mark.parametrize("way", ["config", "folder", "hub", "checkpoint"])
+def test_a_config_does_not_decide_whether_code_is_run(
+    tiny_json: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A tokenizer of transformers runs code of its folder if `trust_remote_code` is true."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("open_clip.pretrained.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    trace, folder = tmp_path / "trace", tmp_path / "hub" / "models--org--repo" / "snapshots" / "0123"
+    _with_code(tmp_path / "first", trace)
+    with pytest.raises(AttributeError, match="Words"):
+        HFTokenizer(str(tmp_path / "first"), trust_remote_code=True)
+    assert trace.exists()
+    trace.unlink()
+    _with_code(folder, trace)
+    (tmp_path / "hub" / "models--org--repo" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--repo" / "refs" / "main").write_text("0123", encoding="utf-8")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    packed = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files.items()}
+    config = json.loads(tiny_json)
+    config["model_cfg"]["text_cfg"] |= {
+        "hf_tokenizer_name": str(folder),
+        "tokenizer_kwargs": {"clean": "lower", "trust_remote_code": True},
+    }
+    torch.save(load_clip(tiny_json).model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    def change(content: dict[str, Any]) -> None:
+        recorded = json.loads(content["hyper_parameters"]["name"])
+        recorded["model_cfg"]["text_cfg"] |= config["model_cfg"]["text_cfg"]
+        content["hyper_parameters"]["name"] = json.dumps(recorded)
+        content["model_files"] = packed
+
+    ways = {"config": json.dumps(config), "folder": str(folder), "hub": "hf-hub:org/repo"}
+    name = ways.get(way) or str(_changed(checkpoint, "evil.ckpt", change))
+    for load in (load_clip, load_tokenizer):
+        with pytest.raises(ValueError, match=r"has the settings trust_remote_code in text_cfg\.tokenizer_kwargs"):
+            load(name)
+    if way in ("config", "folder"):
+        # Without the setting, transformers would ask at the keyboard.
+        del config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]["trust_remote_code"]
+        (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+        monkeypatch.setattr("builtins.input", lambda _: "y")
+        with suppress(ValueError):
+            load_clip(name if way == "folder" else json.dumps(config))
+    assert not trace.exists()
+
+
+class Size(str, Enum):
+    SMALL = "small"
+
+
+class Odd(LightningDataModule):
+    """A data module that keeps more than its arguments, and arguments of odd types."""
+
+    def __init__(self, root: Path, margin: float, size: Size, spans: Any, patients: Any, model: Any) -> None:
+        super().__init__()
+        self.root, self.margin, self.size, self.spans = root, margin, size, spans
+        self.patients, self.model = patients, model
+        self.ids = ["patient 7"]
+
+
+def test_only_arguments_of_a_data_module_are_recorded(tmp_path: Path) -> None:
+    """In types that are read without running code."""
+    spans = {"all": (1, Path("a")), 3: None}
+    data = Odd(tmp_path, np.float64(0.5), Size.SMALL, spans, {"a", "b"}, torch.nn.Linear(1, 1))
+    torch.save(describe_data(data), tmp_path / "record.pt")
+    assert torch.load(tmp_path / "record.pt", weights_only=True) == {
+        "class": "Odd",
+        "settings": {"root": str(tmp_path), "margin": 0.5, "size": "small", "spans": {"all": [1, "a"], "3": None}},
+    }
+
+
+def test_the_record_of_phantoms_has_their_numbers(tiny_images: PhantomDataModule) -> None:
+    tiny_images.setup("fit")
+    settings = describe_data(tiny_images)["settings"]
+    assert settings["num_train"] == 12
+    assert settings["root"] == str(tiny_images.root)
+    assert settings.keys() == set(argument_names(PhantomDataModule)) - {"geometry"}
 
 
 def test_the_command_line_refuses_it_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +472,44 @@ def test_what_a_killed_process_left_half_written_goes_after_an_hour(checkpoint: 
     assert new.exists()
     assert other.exists()
     assert torch.load(checkpoint.with_name("a.ckpt"), weights_only=True) == {"a": 1}
+
+
+def test_an_interruption_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two renames, and if nothing can be renamed back."""
+    path, abandoned, others = (tmp_path / name for name in ("out", ".out.1.part", ".other.1.part"))
+    for folder in (path, abandoned, others):
+        folder.mkdir()
+        (folder / "weights").write_text("old", encoding="utf-8")
+    for folder in (abandoned, others):
+        os.utime(folder, (time.time() - 4000, time.time() - 4000))
+    rename = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.suffix == ".part":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    def broken(self: Path, target: Path) -> Path:
+        if self != path:
+            raise OSError(errno.EIO, "Broken disk", str(self))
+        return rename(self, target)
+
+    def write() -> None:
+        with whole_folder(path) as folder:
+            (folder / "weights").write_text("new", encoding="utf-8")
+
+    for replace, error in ((interrupted, KeyboardInterrupt), (broken, OSError)):
+        monkeypatch.setattr(Path, "replace", replace)
+        with pytest.raises(error):
+            write()
+        assert "old" in [(found / "weights").read_text() for found in tmp_path.glob("*out*")]
+        assert path.exists() == (replace is interrupted)
+        monkeypatch.setattr(Path, "replace", rename)
+    (old,) = tmp_path.glob(".out.*.old")
+    old.replace(path)
+    write()
+    assert (path / "weights").read_text() == "new"
+    assert sorted(tmp_path.iterdir()) == [others, path]
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,14 @@ def draw(clip: Clip) -> tuple[Tensor, Tensor, list[str]]:
     return clip.normalize(images), clip.tokenize(PHRASES), PHRASES
 
 
+def test_mean_and_deviation_that_move_in_inference_mode_train_later(tiny_clip: Clip) -> None:
+    tiny_clip.model.to("meta")
+    with torch.inference_mode():
+        assert tiny_clip.mean.device.type == tiny_clip.std.device.type == "meta"
+    assert not tiny_clip._mean.is_inference()
+    assert not tiny_clip._std.is_inference()
+
+
 # --- models of transformers, and the same weights in open_clip's form
 
 

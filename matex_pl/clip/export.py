@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import string
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from matex_pl.clip import towers
 from matex_pl.clip.hf_config import CLEAN, processor_settings, transformers_settings
-from matex_pl.clip.hf_folder import OPEN_CLIP_CONFIG, FolderTokenizer
+from matex_pl.clip.hf_folder import OPEN_CLIP_CONFIG
 from matex_pl.clip.hf_names import to_transformers, without_row
 from matex_pl.clip.model import Clip
 from matex_pl.clip.record import model_files
+from matex_pl.clip.tokenizer import TransformersTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -219,9 +221,12 @@ def _transformers_tokenizer(clip: Clip, folder: Path) -> Any:
         )
     if isinstance(clip.tokenizer, SimpleTokenizer):
         return _clip_tokenizer(clip.tokenizer, folder, length)
-    tokenizer = deepcopy(clip.tokenizer.tokenizer)
+    # A copy in memory of a SentencePiece tokenizer would read its file again, which may be gone.
+    with tempfile.TemporaryDirectory() as copy:
+        clip.tokenizer.tokenizer.save_pretrained(copy)
+        tokenizer = TransformersTokenizer.from_folder(copy, length).tokenizer
     tokenizer.model_max_length = length
-    if isinstance(clip.tokenizer, FolderTokenizer) or clean in (None, "whitespace"):
+    if isinstance(clip.tokenizer, TransformersTokenizer) or clean in (None, "whitespace"):
         return tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise NotImplementedError(

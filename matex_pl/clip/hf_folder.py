@@ -15,7 +15,6 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
-from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
 from matex_pl.clip.hf_config import model_settings, preprocess_settings
@@ -36,18 +35,6 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _COMPARED = {"embed_dim", "mean", "std"}
 _COMPARED |= {f"vision_cfg.{name}" for name in ("image_size", "patch_size", "width", "layers")}
 _COMPARED |= {f"text_cfg.{name}" for name in ("context_length", "vocab_size", "width", "heads", "layers")}
-
-
-class FolderTokenizer(HFTokenizer):
-    """Tokenizer of a folder of transformers. Sentences reach it as they are, without open_clip's cleaning."""
-
-    def __init__(self, folder: str, context_length: int, **settings: Any) -> None:
-        super().__init__(folder, context_length=context_length, trust_remote_code=False, **settings)
-        self.clean_fn = str
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FolderTokenizer:
-        """The tokenizer itself: it has no state, and a copy of a SentencePiece one reads its file again."""
-        return self
 
 
 class Repository:
@@ -115,8 +102,14 @@ def find_transformers(name: str) -> Repository | None:
     repository = Repository(name)
     kind = str(repository.json(CONFIG).get("model_type", ""))
     ours, theirs = (repository.path / OPEN_CLIP_CONFIG).is_file(), kind in _MODEL_TYPES
-    if ours and theirs and find_spec("transformers"):
-        _refuse_contradiction(repository)
+    if ours and theirs:
+        if find_spec("transformers"):
+            _refuse_contradiction(repository)
+        else:
+            log.info(
+                f"{name} holds {OPEN_CLIP_CONFIG} and {CONFIG}. The former is read. Both are compared only with "
+                "transformers: pip install 'matex_pl[hf]'."
+            )
     if ours:
         return None
     if theirs:

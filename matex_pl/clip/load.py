@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from matex_pl.clip import towers
 from matex_pl.clip.hf_config import CLEAN
-from matex_pl.clip.hf_folder import FolderTokenizer, find_transformers, read_folder
+from matex_pl.clip.hf_folder import find_transformers, read_folder
 from matex_pl.clip.hf_names import are_transformers, to_open_clip
 from matex_pl.clip.hub import reading_files
 from matex_pl.clip.model import Clip
 from matex_pl.clip.record import assumed, contradictions, listed, unpacked, with_training_settings
+from matex_pl.clip.tokenizer import TransformersTokenizer
 from matex_pl.clip.weights import (
     Weights,
     are_openai,
@@ -38,6 +39,10 @@ from matex_pl.clip.weights import (
 from matex_pl.files import CONFIG_FOLDER, find_config
 
 log = logging.getLogger(__name__)
+
+# Settings of open_clip's two tokenizers. A tokenizer of transformers would take any other, as `trust_remote_code`.
+_HF_SETTINGS = ("clean", "language", "strip_sep_token")
+_SIMPLE_SETTINGS = ("additional_special_tokens", "clean", "reduction_mask")
 
 
 def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequence[int] | None = None) -> Clip:
@@ -96,13 +101,14 @@ def load_clip(name: str, pretrained: str | None = None, image_size: int | Sequen
     if weights is not None:
         if weights is not recorded:
             fit_names(weights, model)
+        if are_transformers(weights.state):
+            weights.state = to_open_clip(weights.state, model, weights.path, other_size=size is not None)
+        if weights is not recorded:
             _refuse_openai(weights, clip, name)
             log.info(
                 f"{weights.path} does not record the meaning of its weights. Assumed, as of {short(name)}: "
                 f"{assumed(model, clip.config)}."
             )
-        if are_transformers(weights.state):
-            weights.state = to_open_clip(weights.state, model, weights.path, other_size=size is not None)
         load_weights(model, weights, name)
     refuse_nan(dict(model.named_parameters()), weights.path if weights else name)
     if weights is not None and weights is recorded:
@@ -134,17 +140,21 @@ def load_tokenizer(name: str) -> Any:
     model = _known_config(name, None) if config is None else config["model_cfg"]
     with reading_files(name, None, model.get("text_cfg")):
         if config is None:
-            return open_clip.get_tokenizer(name)
+            return _open_clip_tokenizer(name)
         with unpacked(config, stored.files if stored else {}) as local:
-            return _config_tokenizer(local["model_cfg"]["text_cfg"])
+            return _config_tokenizer(local["model_cfg"]["text_cfg"], name)
 
 
 def input_size(name: str) -> tuple[int, int]:
     """Height and width in pixels of a model's input, without loading the model; see `load_clip` for the names."""
+    return towers.height_width(config_of(name)[0]["model_cfg"]["vision_cfg"].get("image_size", 224))
+
+
+def config_of(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config of a model in the form of open_clip, and its `model_files`, without its weights; see `load_clip`."""
     stored, name = _stored(name), _prefixed(name)
     config = stored.config if stored else _json_config(name)
-    described = open_clip.get_model_config(name) if config is None else config["model_cfg"]
-    return towers.height_width(described["vision_cfg"].get("image_size", 224))
+    return config or _stated_config(name), stored.files if stored else {}
 
 
 def cut_text(tokenizer: Any, phrase: str) -> str:
@@ -277,7 +287,7 @@ def _from_config(config: dict[str, Any], name: str, files: Mapping[str, Tensor])
         reading_files(name, None, text),
     ):
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(local), encoding="utf-8")
-        tokenizer = _config_tokenizer(local["model_cfg"]["text_cfg"])
+        tokenizer = _config_tokenizer(local["model_cfg"]["text_cfg"], name)
         try:
             # A timm tower keeps its own size unless another is forced.
             size = vision.get("image_size") if "timm_model_name" in vision else None
@@ -295,14 +305,36 @@ def _from_config(config: dict[str, Any], name: str, files: Mapping[str, Tensor])
     return model, tokenizer
 
 
-def _config_tokenizer(text_cfg: dict[str, Any]) -> Any:
-    length, settings = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs") or {}
-    if settings.get("clean") == CLEAN:
-        return FolderTokenizer(text_cfg["hf_tokenizer_name"], length)
-    if text_cfg.get("hf_tokenizer_name"):
+def _config_tokenizer(text_cfg: dict[str, Any], name: str) -> Any:
+    length, settings = text_cfg.get("context_length", 77), _tokenizer_settings(text_cfg, name)
+    source = text_cfg.get("hf_tokenizer_name")
+    if source and settings.get("clean") == CLEAN:
+        return TransformersTokenizer.from_folder(source, length)
+    if source:
         mode = text_cfg.get("tokenizer_mode")
-        return HFTokenizer(text_cfg["hf_tokenizer_name"], context_length=length, tokenizer_mode=mode, **settings)
+        return HFTokenizer(source, length, tokenizer_mode=mode, trust_remote_code=False, **settings)
     return SimpleTokenizer(context_length=length, **settings)
+
+
+def _open_clip_tokenizer(name: str) -> Any:
+    """Tokenizer of a name of open_clip, of the hub or of a folder."""
+    text = open_clip.get_model_config(name)["text_cfg"]
+    _tokenizer_settings(text, name)
+    # Without the setting, transformers may ask at the keyboard whether to run code.
+    return open_clip.get_tokenizer(name, **({"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}))
+
+
+def _tokenizer_settings(text_cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`tokenizer_kwargs` of a text config; ValueError for other settings than those of open_clip's tokenizers."""
+    settings = text_cfg.get("tokenizer_kwargs") or {}
+    known = _HF_SETTINGS if text_cfg.get("hf_tokenizer_name") else _SIMPLE_SETTINGS
+    unknown = sorted(settings.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"The config of {short(name)} has the settings {', '.join(unknown)} in text_cfg.tokenizer_kwargs. Accepted "
+            f"are {', '.join(known)}, because others could run code of the model. Remove the others."
+        )
+    return dict(settings)
 
 
 def _from_open_clip(
@@ -318,6 +350,7 @@ def _from_open_clip(
     # open_clip warns of random weights, although a file or a checkpoint may follow. `matex fit` logs random weights.
     quiet = nullcontext() if tag else _silent_open_clip()
     with quiet, reading_files(name, tag, named.get("text_cfg")):
+        tokenizer = _open_clip_tokenizer(name)
         model = open_clip.create_model(
             name,
             tag,
@@ -329,7 +362,6 @@ def _from_open_clip(
             pretrained_text=False,
             require_pretrained=not named and not has_file,
         )
-        tokenizer = open_clip.get_tokenizer(name)
         config = open_clip.get_model_config(name)
     return model, tokenizer, _resized({**config, "quick_gelu": True} if quick_gelu else config, size, name)
 

@@ -182,7 +182,8 @@ class Clip(nn.Module):
         weight = towers.image_weight(self.model)
         if getattr(self, name).device != weight.device:
             # A wrapped model moves without its `Clip`. A copy at each call would wait for the device.
-            setattr(self, name, getattr(self, name).to(weight.device))
+            with torch.inference_mode(False):
+                setattr(self, name, getattr(self, name).to(weight.device))
         return getattr(self, name).to(weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -22,6 +22,17 @@ class TransformersTokenizer:
         self.tokenizer = tokenizer
         self.context_length = context_length
 
+    @classmethod
+    def from_folder(cls, folder: str, context_length: int) -> TransformersTokenizer:
+        """The tokenizer of a folder or repository, read without running code."""
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), context_length)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TransformersTokenizer:
+        """The tokenizer itself: it has no state, and a copy of a SentencePiece one reads its file again."""
+        return self
+
     def __call__(self, phrases: Sequence[str]) -> Tensor:
         """Token ids `(B, context_length)`."""
         settings: dict[str, Any] = {"padding": "max_length", "max_length": self.context_length, "truncation": True}

@@ -378,12 +378,7 @@ def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
 
 
 def _no_fit(weights: Weights, problem: str, name: str) -> ValueError:
-    """Error for weights that do not fit a model, which names the layout or the keys."""
-    if any(re.search(r"(^|\.)(text|vision)_model\.", key) for key in weights.state):
-        return ValueError(
-            f"{weights.path} holds weights in the layout of transformers. Give their folder, with its config.json, as "
-            "the model, and leave pretrained out."
-        )
+    """Error for weights that do not fit a model, which names the keys."""
     problem += f"; of other modules: {_some(weights.others)}" * bool(weights.others)
     return ValueError(
         f"{weights.path} does not fit the model {short(name)}: {problem}. Give the model that the weights belong to."

@@ -19,9 +19,10 @@ from matex_pl import attribution
 from matex_pl.anatomy import parse_phrase
 from matex_pl.arguments import import_all
 from matex_pl.attribution import AttributionMethod, Matex
-from matex_pl.attribution.shipped import load_method
+from matex_pl.attribution.shipped import load_method, method_path
 from matex_pl.clip import Clip, load_clip
-from matex_pl.clip.load import cut_text, input_size, load_tokenizer
+from matex_pl.clip.load import config_of, cut_text, input_size, load_tokenizer
+from matex_pl.clip.record import unpacked
 from matex_pl.clip.towers import height_width
 from matex_pl.commands.options import DataConfig, run_on_data
 from matex_pl.console import progress, text_table
@@ -45,12 +46,14 @@ from matex_pl.data.validation import (
     shape_warnings,
 )
 from matex_pl.evaluation.compared import compared_rows
-from matex_pl.files import check_output
+from matex_pl.files import check_output, read_yaml
 
 _NAMES = frozenset(open_clip.list_models())
 _SIDES = ("right", "left", "both sides", "midline only", "no place")
 # Used without a model. Almost all models take squares, and crops to squares of any size cut the same parts.
 _FRAME = (224, 224)
+# Callbacks that explain, and their options for methods.
+_METHOD_OPTIONS = {"AttributionMaps": "method", "AttributionMetrics": "methods"}
 # Stages whose splits each command reads. The benchmark scores test pairs and chooses thresholds on validation pairs.
 _STAGES = {"fit": ("fit",), "test": ("test",), "benchmark": ("test", "validate")}
 
@@ -70,9 +73,29 @@ class ModelConfig(DataConfig):
         methods = []
         for callback in callbacks if isinstance(callbacks, list) else ():
             described: dict[str, Any] = callback if isinstance(callback, dict) else {"class_path": str(callback)}
-            if str(described.get("class_path")).rpartition(".")[2] in ("AttributionMaps", "AttributionMetrics"):
-                methods.append((described.get("init_args") or {}).get("method"))
+            option = _METHOD_OPTIONS.get(str(described.get("class_path")).rpartition(".")[2])
+            if option:
+                methods += _described((described.get("init_args") or {}).get(option))
         return settings | {"methods": methods}
+
+
+def _described(choice: Any) -> list[Any]:
+    """Methods of a callback from a config: one method, or methods and changed settings of the first by name."""
+    if not isinstance(choice, dict) or "class_path" in choice:
+        return [choice]
+    found: list[Any] = []
+    for value in choice.values():
+        if found and isinstance(value, dict) and "class_path" not in value:
+            first = found[0]
+            if not isinstance(first, dict):
+                try:
+                    first = read_yaml(method_path(first))
+                except ValueError:
+                    # The path of a class.
+                    first = {"class_path": first}
+            value = first | {"init_args": (first.get("init_args") or {}) | value}
+        found.append(value)
+    return found
 
 
 def main(words: Sequence[str]) -> None:
@@ -272,10 +295,13 @@ def _check_model(
     if pretrained is not None and not is_file and pretrained not in open_clip.list_pretrained_tags_by_model(model):
         return _ModelCheck(f"the weights {pretrained!r} are neither a file nor a tag of {model}")
     try:
-        # The config alone: a name of open_clip or of the hub would bring weights.
-        config = open_clip.get_model_config(model) if model.startswith("hf-hub:") or model in _NAMES else None
-        name = json.dumps({"model_cfg": config}) if config and not is_file else model
-        clip = load_clip(name, pretrained if is_file else None, image_size)
+        if is_file or not (model.startswith("hf-hub:") or model in _NAMES):
+            clip = load_clip(model, pretrained if is_file else None, image_size)
+        else:
+            # The config alone: a name of open_clip or of the hub would bring weights.
+            config, files = config_of(model)
+            with unpacked(config, files) as local:
+                clip = load_clip(json.dumps(local), image_size=image_size)
     except (ImportError, NotImplementedError, OSError, ValueError) as error:
         return _ModelCheck(str(error))
     unexplained = [_refusal(load_method(method or Matex.recommended()), clip) for method in methods]

@@ -9,7 +9,7 @@ from matex_pl import attribution
 from matex_pl.arguments import import_all
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
-from matex_pl.commands.options import NAMED_METHODS, RefusingParser, call_parsed
+from matex_pl.commands.options import NAMED_METHODS, RefusingParser, call_parsed, check_one_model
 from matex_pl.data.images import ResizeMode
 from matex_pl.files import check_output
 
@@ -69,15 +69,7 @@ def explain_image(
     """
     if not phrase.strip():
         raise ValueError("The phrase is empty. Give a sentence as in a report, in quotes.")
-    if (ckpt_path is None) == (model is None):
-        raise ValueError("Give one model: --ckpt_path, a checkpoint of `matex fit`, or --model, an open_clip name.")
-    if model is None and pretrained is not None:
-        raise ValueError("--pretrained belongs to --model. A checkpoint has its own weights: leave --pretrained out.")
-    brings_weights = model is not None and (
-        model.startswith(("hf-hub:", "local-dir:")) or model.endswith(".ckpt") or Path(model).is_dir()
-    )
-    if model is not None and pretrained is None and not brings_weights:
-        raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
+    trained = check_one_model("--ckpt_path", ckpt_path, model, pretrained)
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {out!r}.")
@@ -92,7 +84,7 @@ def explain_image(
     single = None if method == "all" else load_method(method or Matex.recommended())
     # Report a wrong path before loading the model.
     read_size(image)
-    clip = load_trained(ckpt_path) if ckpt_path else load_clip(str(model), pretrained)
+    clip = load_trained(trained) if trained else load_clip(str(model), pretrained)
     batch = pair_batch(clip, image, phrase, resize_mode)
     if single is None:
         return save_png(path, compare_methods(clip, shipped_methods(), batch))

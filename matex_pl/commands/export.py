@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from matex_pl.commands.options import RefusingParser, call_parsed
+from matex_pl.commands.options import RefusingParser, call_parsed, check_one_model
 from matex_pl.files import check_folder, whole_folder
 
 Format = Literal["open_clip", "transformers"]
@@ -55,13 +55,7 @@ def export_model(
         ValueError: Not exactly one of `ckpt_path` and `model` is given, or `model` has no weights, or `out` would
             replace something else than an earlier export.
     """
-    if (ckpt_path is None) == (model is None):
-        raise ValueError("Give one model: a checkpoint of `matex fit`, or --model, an open_clip name or a folder.")
-    if model is None and pretrained is not None:
-        raise ValueError("--pretrained belongs to --model. A checkpoint has its own weights: leave --pretrained out.")
-    brings_weights = model is not None and (model.startswith(("hf-hub:", "local-dir:")) or Path(model).is_dir())
-    if model is not None and pretrained is None and not brings_weights and not model.endswith(".ckpt"):
-        raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
+    trained = check_one_model("CKPT", ckpt_path, model, pretrained)
     if format == "transformers" and find_spec("transformers") is None:
         raise ImportError("--format transformers needs one more package: pip install 'matex_pl[hf]'.")
     path = Path(out)
@@ -74,11 +68,9 @@ def export_model(
     from matex_pl.clip.export import write_open_clip, write_transformers
     from matex_pl.clip.weights import read_content
 
-    name = ckpt_path or model
-    is_trained = ckpt_path is not None or str(model).endswith(".ckpt")
-    clip = load_trained(str(name)) if is_trained else load_clip(str(name), pretrained)
+    clip = load_trained(trained) if trained else load_clip(str(model), pretrained)
     # As written: `load_trained` reads adapters as merged, and the card names them.
-    checkpoint: dict[str, Any] = read_content(str(name)) if is_trained else {}
+    checkpoint: dict[str, Any] = read_content(trained) if trained else {}
     if checkpoint.get("resize_mode"):
         # The images of the training.
         clip.config["preprocess_cfg"]["resize_mode"] = checkpoint["resize_mode"]

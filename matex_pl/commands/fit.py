@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from matex_pl import data
 from matex_pl.arguments import import_all
 from matex_pl.clip.weights import read_content, reading_checkpoint
-from matex_pl.commands.options import CHECKED, RefusingParser, ShippedConfig
+from matex_pl.commands.options import CHECKED, RefusingParser, ShippedConfig, brings_weights
 from matex_pl.commands.trainer_settings import check_trainer
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.files import new_files_removed
@@ -128,12 +128,7 @@ class MatexCLI(LightningCLI):
         pretrained, name = (
             str(self.config[self.subcommand].get(f"model.{part}") or "") for part in ("pretrained", "name")
         )
-        if not (
-            pretrained
-            or settings.get("ckpt_path")
-            or name.startswith(("hf-hub:", "local-dir:"))
-            or name.endswith(".ckpt")
-        ):
+        if not (pretrained or settings.get("ckpt_path") or brings_weights(name)):
             log.info(f"The training starts from random weights of {name}.")
         for callback in self.trainer.checkpoint_callbacks:
             written = Path(str(getattr(callback, "dirpath", None)), f"{getattr(callback, 'filename', None)}.ckpt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser as PlainParser
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -40,6 +41,52 @@ class RefusingParser(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         raise ValueError(wrong_option(self, self.words, message, ex)) from ex
+
+
+def check_one_model(option: str, ckpt_path: str | None, model: str | None, pretrained: str | None) -> str | None:
+    """Check the options that choose a model, without reading a file.
+
+    Args:
+        option: Name of `ckpt_path` on the command line.
+        ckpt_path: Checkpoint of `matex fit`.
+        model: Name of any other model.
+        pretrained: Weights of `model`.
+
+    Returns:
+        The checkpoint of `matex fit`, also if it is given as `model`; None for any other model.
+
+    Raises:
+        ValueError: Not exactly one of `ckpt_path` and `model` is given, or weights are missing, or given twice.
+    """
+    if (ckpt_path is None) == (model is None):
+        raise ValueError(
+            f"Give one model: {option}, a checkpoint of `matex fit`, or --model, an open_clip name or a folder."
+        )
+    trained = ckpt_path or (model if model is not None and _is_checkpoint(model) else None)
+    if trained and pretrained is not None:
+        raise ValueError(f"The checkpoint {trained} has its own weights: leave --pretrained out.")
+    if model is not None and pretrained is None and not brings_weights(model):
+        raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
+    return trained
+
+
+def brings_weights(model: str) -> bool:
+    """Whether the name of a model stands for weights too: a repository, a folder or a checkpoint of `matex fit`."""
+    return model.startswith(("hf-hub:", "local-dir:")) or _is_checkpoint(model) or _is_path(model)
+
+
+def _is_checkpoint(model: str) -> bool:
+    return model.endswith(".ckpt") or (_is_path(model) and Path(model).is_file())
+
+
+def _is_path(model: str) -> bool:
+    """Whether `load_clip` reads a name as a path, and not as a config or as a name of open_clip."""
+    if model.endswith(".json") or model.lstrip().startswith("{") or not Path(model).exists():
+        return False
+
+    from open_clip import list_models
+
+    return model not in list_models()
 
 
 class ShippedConfig(ActionConfigFile):

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from matex_pl.arguments import argument_names
+
 PACKAGES = ("matex_pl", "torch", "lightning", "open_clip_torch")
 
 
 def describe_data(data: LightningDataModule) -> dict[str, Any]:
-    """Class and settings of a data module, without settings of other than plain types."""
-    inherited = vars(LightningDataModule()).keys()
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(data).items()}
-    return {
-        "class": type(data).__name__,
-        "settings": {
-            name: value
-            for name, value in settings.items()
-            if name not in inherited and not name.startswith("_") and _is_plain(value)
-        },
-    }
+    """Class and settings of a data module in types of JSON.
+
+    Settings are arguments of its constructor that it keeps under their names. Values that JSON lacks are left out.
+    """
+    kept, settings = vars(data), {}
+    for name in argument_names(type(data)):
+        if name in kept:
+            with suppress(TypeError, ValueError):
+                settings[name] = json.loads(json.dumps(kept[name], default=_path))
+    return {"class": type(data).__name__, "settings": settings}
 
 
 def describe_training(trainer: Any) -> dict[str, Any]:
@@ -42,9 +45,7 @@ def describe_training(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (str, int, float, bool, type(None)))
+def _path(value: Any) -> str:
+    if not isinstance(value, Path):
+        raise TypeError(f"JSON has no {type(value).__name__}")
+    return str(value)

@@ -58,7 +58,9 @@ class PhantomDataModule(ChestXrayDataModule):
                 f"num_train, num_val and num_test must not be negative, got {num_train}, {num_val} and {num_test}."
             )
         self.root = Path(root)
-        self.splits = {"train": num_train, "val": num_val, "test": num_test}
+        self.num_train = num_train
+        self.num_val = num_val
+        self.num_test = num_test
         self.stored_size = stored_size
         self.shortcut = shortcut
         self.shortcut_finding = shortcut_finding
@@ -77,7 +79,7 @@ class PhantomDataModule(ChestXrayDataModule):
         """One pair per image and finding."""
         self._images, pairs = phantom_cache(
             self.root,
-            splits=self.splits,
+            splits={"train": self.num_train, "val": self.num_val, "test": self.num_test},
             seed=self.seed,
             size=self.stored_size,
             shortcut=self.shortcut,
