@@ -65,7 +65,8 @@ def check_one_model(option: str, ckpt_path: str | None, model: str | None, pretr
     trained = ckpt_path or (model if model is not None and _is_checkpoint(model) else None)
     if trained and pretrained is not None:
         raise ValueError(f"The checkpoint {trained} has its own weights: leave --pretrained out.")
-    if model is not None and pretrained is None and not brings_weights(model):
+    # An unknown name is refused when the model is read.
+    if model is not None and pretrained is None and not brings_weights(model) and _is_architecture(model):
         raise ValueError(f"--model {model} has no weights. Give --pretrained, a tag of open_clip or a file.")
     return trained
 
@@ -75,18 +76,23 @@ def brings_weights(model: str) -> bool:
     return model.startswith(("hf-hub:", "local-dir:")) or _is_checkpoint(model) or _is_path(model)
 
 
+def _is_architecture(model: str) -> bool:
+    """Whether a name stands for a config, the file or text of a JSON or a name of open_clip."""
+    if model.endswith(".json") or model.lstrip().startswith("{"):
+        return True
+
+    from open_clip import list_models
+
+    return model in list_models()
+
+
 def _is_checkpoint(model: str) -> bool:
     return model.endswith(".ckpt") or (_is_path(model) and Path(model).is_file())
 
 
 def _is_path(model: str) -> bool:
     """Whether `load_clip` reads a name as a path, and not as a config or as a name of open_clip."""
-    if model.endswith(".json") or model.lstrip().startswith("{") or not Path(model).exists():
-        return False
-
-    from open_clip import list_models
-
-    return model not in list_models()
+    return not model.endswith(".json") and Path(model).exists() and not _is_architecture(model)
 
 
 class ShippedConfig(ActionConfigFile):

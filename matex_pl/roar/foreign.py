@@ -141,7 +141,7 @@ def _agree(own: Clip, other: Clip) -> bool:
             images, tokens = sample(clip)
             gray = torch.linspace(-1, 1, images.numel(), dtype=images.dtype, device=images.device).view_as(images)
             found.append(torch.cat([clip.encode_image(gray), clip.encode_text(tokens)]).float().cpu())
-    return bool(torch.allclose(*found, atol=1e-4))
+    return torch.allclose(found[0], found[1], atol=1e-4)
 
 
 def _write_folder(clip: Clip, inner: TransformersClip, folder: Path) -> None:
