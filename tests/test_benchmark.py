@@ -152,7 +152,7 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     [batch] = read_pairs(data, "test", pairs, 100)
     assert results["data"]["pairs"] == len(pairs) == SMALL["num_pairs"]
     about = results["data"]["settings"]
-    assert (about["stored_size"], about["splits"]["test"], about["root"]) == (64, 10, str(data.root))
+    assert (about["stored_size"], about["num_test"], about["root"]) == (64, 10, str(data.root))
     assert not {"trainer", "prepare_data_per_node", "pairs"} & about.keys()
     images, tokens = clip.normalize(batch["image"]), clip.tokenize(batch["phrase"])
     maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["content_box"])

@@ -159,7 +159,7 @@ def test_broken_files_and_missing_ones_are_named(tiny_json: str, tmp_path: Path)
         load_clip(tiny_json, str(tmp_path / "torn.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"No checkpoint file at 'nowhere\.pt'"):
         load_clip(tiny_json, "nowhere.pt")
-    with pytest.raises(FileNotFoundError, match="not found"):
+    with pytest.raises(FileNotFoundError, match="names no model: there is no such folder"):
         load_clip(f"local-dir:{tmp_path / 'nowhere'}")
 
 

@@ -272,9 +272,9 @@ def test_what_is_no_yaml_is_refused_within_a_second(
     lines.append(["explain", "image.png", "Nodule.", "--ckpt_path=good.ckpt", "--method=bad.yaml"])
     refused(capsys, *lines[-1])
     for words in lines:
-        start = time.monotonic()
+        start = time.process_time()
         said = refused(capsys, *words)
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
         assert "bad.yaml" in said
         assert message in said
         assert len(said.splitlines()) == 1
@@ -284,9 +284,9 @@ def test_what_is_no_yaml_is_refused_within_a_second(
 def test_yaml_within_yaml_is_checked_too(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("inner.yaml").write_text(BOMB, encoding="utf-8")
     Path("outer.yaml").write_text("data: inner.yaml", encoding="utf-8")
-    start = time.monotonic()
+    start = time.process_time()
     refused(capsys, "fit", "--config=outer.yaml")
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_anchors_and_dates_are_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -41,8 +42,11 @@ def reading_files(name: str, tag: str | None, text_cfg: Mapping[str, Any] | None
                 f"The text tower or the tokenizer of {short(name)} needs one more package: pip install 'matex_pl[hf]'."
             ) from error
         if name.startswith(LOCAL_DIR_PREFIX) and isinstance(error, FileNotFoundError):
+            folder = Path(name.removeprefix(LOCAL_DIR_PREFIX))
+            lacks = f"it lacks {Path(error.filename).name}" if error.filename else first_line(error)
+            state = lacks if folder.is_dir() else "there is no such folder"
             raise FileNotFoundError(
-                f"{name} names no folder of a model: {first_line(error)}. Give a folder with open_clip_config.json."
+                f"{name} names no model: {state}. Give a folder with open_clip_config.json, or one of transformers."
             ) from error
         if name.startswith(LOCAL_DIR_PREFIX) and isinstance(error, (RuntimeError, UnpicklingError)):
             raise ValueError(

@@ -92,7 +92,8 @@ def _is_checkpoint(model: str) -> bool:
 
 def _is_path(model: str) -> bool:
     """Whether `load_clip` reads a name as a path, and not as a config or as a name of open_clip."""
-    return not model.endswith(".json") and Path(model).exists() and not _is_architecture(model)
+    is_config = model.endswith(".json") or model.lstrip().startswith("{")
+    return not is_config and Path(model).exists() and not _is_architecture(model)
 
 
 class ShippedConfig(ActionConfigFile):
