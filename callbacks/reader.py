@@ -162,14 +162,14 @@ class Reader:
         stage = trainer.state.stage
         split = split or (stage.dataloader_prefix if stage else None)
         start = self._start(str(split), dataloader_idx, batch_idx, count)
-        loaders = self._loaders(trainer, str(split))
+        loaders = _loaders(trainer, str(split))
         # The same id may stand in several loaders.
         prefix = f"{split}{dataloader_idx}" if len(loaders) > 1 else str(split)
         if ids is None:
             names = _running_ids(trainer, loaders, dataloader_idx, start, count, prefix)
         else:
             names = [f"{prefix}-{name}" if len(loaders) > 1 else name for name in _strings(ids)]
-            self._check_ids(names, texts)
+            _check_ids(names, texts)
         finding = self._optional(found, "finding")
         return cast(
             ImageTextBatch,
@@ -202,24 +202,27 @@ class Reader:
         """
         found: list[tuple[str, ImageTextBatch]] = []
         for split in splits:
-            loaders = self._loaders(trainer, split) if split in ("train", "val") else []
+            loaders = _loaders(trainer, split) if split in ("train", "val") else []
             if not loaders:
                 raise ValueError(
                     f"The training has no loader of the split {split!r}. Give protocol.splits of train and val."
                 )
             count = 0
             for place, loader in enumerate(loaders):
+                if count == number:
+                    break
                 with isolate_rng():
                     for index, batch in enumerate(loader):
-                        if 0 <= number <= count:
-                            break
                         moved = trainer.strategy.batch_to_device(batch)
                         pairs = self.read(trainer, pl_module, moved, index, place, split)
-                        size = len(pairs["id"])
-                        kept = rows_of(pairs, range(size if number < 0 else min(size, number - count)))
+                        rows = range(len(pairs["id"]))
+                        kept = rows_of(pairs, rows if number < 0 else rows[: number - count])
                         kept["id"] = [f"{split}-{name.removeprefix(f'{split}-')}" for name in kept["id"]]
                         found.append((split, kept))
-                        count += size
+                        count += len(kept["id"])
+                        # Before the loader reads another batch.
+                        if count == number:
+                            break
         return found
 
     def count(self, batch: Any) -> int:
@@ -278,20 +281,21 @@ class Reader:
             self._places[split, loader] = batch_idx, start, count
         return start
 
-    def _check_ids(self, names: Sequence[str], texts: Sequence[str]) -> None:
-        """Raise ValueError if two pairs of a batch have one id: scores count an id once."""
-        phrases: dict[str, str] = {}
-        for name, text in zip(names, texts, strict=True):
-            if phrases.setdefault(name, text) != text:
-                raise ValueError(
-                    f"Two pairs of a batch have the id {name!r}, with the phrases {phrases[name]!r} and {text!r}. An "
-                    "id counts once in the scores. Name another key of ids: Reader(id=...)."
-                )
 
-    def _loaders(self, trainer: Trainer, split: str) -> list[Any]:
-        """Loaders of a split, as Lightning calls them."""
-        name = "train_dataloader" if split == "train" else f"{split}_dataloaders"
-        return _flat(getattr(trainer, name, None))
+def _check_ids(names: Sequence[str], texts: Sequence[str]) -> None:
+    """Raise ValueError if two pairs of a batch have one id: scores count an id once."""
+    phrases: dict[str, str] = {}
+    for name, text in zip(names, texts, strict=True):
+        if phrases.setdefault(name, text) != text:
+            raise ValueError(
+                f"Two pairs of a batch have the id {name!r}, with the phrases {phrases[name]!r} and {text!r}. An id "
+                "counts once in the scores. Name another key of ids: Reader(id=...)."
+            )
+
+
+def _loaders(trainer: Trainer, split: str) -> list[Any]:
+    """Loaders of a split, as Lightning calls them."""
+    return _flat(getattr(trainer, "train_dataloader" if split == "train" else f"{split}_dataloaders", None))
 
 
 def _running_ids(

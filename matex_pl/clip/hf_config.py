@@ -11,6 +11,7 @@ from timm.models import vision_transformer as timm_vit
 from torch import nn
 
 from matex_pl.clip import towers
+from matex_pl.clip.record import activation_name
 
 CLEAN = "none"
 """Value of open_clip's setting `tokenizer_kwargs.clean` for a tokenizer that takes sentences as they are."""
@@ -350,10 +351,7 @@ def _tower_settings(blocks: list[Any], norm: Any, name: str) -> dict[str, Any]:
     """
     mlp = blocks[0].mlp
     hidden, act = (mlp.c_fc, mlp.gelu) if hasattr(mlp, "c_fc") else (mlp.fc1, mlp.act)
-    kinds = {"QuickGELU": _QUICK, "GELUTanh": _TANH}
-    kind = kinds.get(type(act).__name__)
-    if type(act).__name__ == "GELU":
-        kind = _TANH if getattr(act, "approximate", "none") == "tanh" else _EXACT
+    kind = {"QuickGELU": _QUICK, "GELU": _EXACT, "tanh GELU": _TANH}.get(activation_name(act))
     if kind is None:
         raise NotImplementedError(_not_expressed(f"the activation {type(act).__name__} in the {name} tower"))
     constants = {norm.eps} | {

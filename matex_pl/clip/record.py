@@ -91,7 +91,7 @@ def with_training_settings(recorded: dict[str, Any], given: Mapping[str, Any]) -
 
 def assumed(model: nn.Module, config: Mapping[str, Any]) -> str:
     """The parts of a model's meaning that its weights do not show, as text: activation, mean, std, context length."""
-    found = {_activation(part) for part in model.modules()}
+    found = {activation_name(part) for part in model.modules()}
     names = [name for name in ("QuickGELU", "GELU", "tanh GELU") if name in found]
     preprocess, text = config["preprocess_cfg"], config["model_cfg"]["text_cfg"]
     mean, std = (", ".join(f"{value:.4g}" for value in preprocess[name]) for name in ("mean", "std"))
@@ -99,7 +99,7 @@ def assumed(model: nn.Module, config: Mapping[str, Any]) -> str:
     return f"activation {activation}, mean ({mean}), std ({std}), {text.get('context_length', 77)} tokens of context"
 
 
-def _activation(module: nn.Module) -> str:
+def activation_name(module: nn.Module) -> str:
     """Name of an activation of open_clip, torch or timm; empty for any other module."""
     name = type(module).__name__
     is_tanh = name == "GELUTanh" or (name == "GELU" and getattr(module, "approximate", "none") == "tanh")

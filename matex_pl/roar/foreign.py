@@ -28,7 +28,7 @@ class GatheredPairs(ChestXrayDataModule):
     """Data module of pairs in memory, whose images are in the model's frame.
 
     Args:
-        batches: Batches by split. `patient_id` may be missing; each pair is then a patient of its own.
+        batches: Splits and batches, with `patient_id`.
     """
 
     def __init__(self, batches: Sequence[tuple[str, ImageTextBatch]]) -> None:
@@ -38,14 +38,13 @@ class GatheredPairs(ChestXrayDataModule):
         for split, batch in batches:
             height, width = batch["image"].shape[-2:]
             images, boxes = gray_images(batch["image"]), batch["boxes"]
-            patients = batch.get("patient_id") or batch["id"]
             for row, name in enumerate(batch["id"]):
                 pixels = boxes[row].cpu().double().numpy() * [width, height, width, height]
                 finding = batch["finding"][row]
                 self._all.append(
                     ImageTextPair(
                         id=name,
-                        patient_id=str(patients[row]),
+                        patient_id=batch["patient_id"][row],
                         image_id=name,
                         image=len(self.images),
                         phrase=batch["phrase"][row],
