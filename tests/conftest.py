@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -28,6 +29,13 @@ TINY = {
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     }
 }
+
+
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's messages reach `caplog`, also after a command line has run in this process."""
+    monkeypatch.setattr(logging.getLogger("matex_pl"), "propagate", True)
+    monkeypatch.setattr("matex_pl.cli.show_messages", lambda: None)
 
 
 @pytest.fixture

@@ -39,12 +39,15 @@ from matex_pl.files import CONFIG_FOLDER, shipped_configs
 from matex_pl.roar.finetune import read_module, write_module
 from matex_pl.training import load_module
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*are longer than the model's",
-    "ignore:The training ends after",
-    "ignore:Checkpoint directory",
-    "ignore:The number of training batches",
-)
+pytestmark = [
+    pytest.mark.usefixtures("messages"),
+    pytest.mark.filterwarnings(
+        "ignore:.*are longer than the model's",
+        "ignore:The training ends after",
+        "ignore:Checkpoint directory",
+        "ignore:The number of training batches",
+    ),
+]
 
 
 def _trainer(path: Path, *callbacks: Callback, **settings: Any) -> Trainer:
@@ -76,13 +79,6 @@ def _similarity(clip: Clip) -> torch.Tensor:
     images = torch.rand(3, 3, *clip.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return clip.eval().similarity(clip.normalize(images), clip.tokenize(["left base", "mass", "edema"]))
-
-
-@pytest.fixture(autouse=True)
-def messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's messages reach `caplog`, also after a command line has run in this process."""
-    monkeypatch.setattr(logging.getLogger("matex_pl"), "propagate", True)
-    monkeypatch.setattr("matex_pl.cli.show_messages", lambda: None)
 
 
 @pytest.fixture

@@ -28,23 +28,19 @@ from matex_pl.roar.plan import Protocol, Training
 from matex_pl.training import load_module
 from matex_pl.training.lora import Lora, adaptable_layers
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*are longer than the model's",
-    "ignore:The training ends after",
-    "ignore:Checkpoint directory",
-    "ignore:The number of training batches",
-    "ignore:Found .* in eval mode",
-    "ignore:LoRA finds no layer to adapt in the image tower",
-)
+pytestmark = [
+    pytest.mark.usefixtures("messages"),
+    pytest.mark.filterwarnings(
+        "ignore:.*are longer than the model's",
+        "ignore:The training ends after",
+        "ignore:Checkpoint directory",
+        "ignore:The number of training batches",
+        "ignore:Found .* in eval mode",
+        "ignore:LoRA finds no layer to adapt in the image tower",
+    ),
+]
 PHRASES = ["left effusion", "small mass", "right lung"]
 LORA = {"r": 2, "alpha": 4.0}
-
-
-@pytest.fixture(autouse=True)
-def messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's messages reach `caplog`, also after a command line has run in this process."""
-    monkeypatch.setattr(logging.getLogger("matex_pl"), "propagate", True)
-    monkeypatch.setattr("matex_pl.cli.show_messages", lambda: None)
 
 
 @pytest.fixture
