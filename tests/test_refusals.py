@@ -85,7 +85,7 @@ BAD: list[tuple[str, list[str], str]] = [
     ("fit", ["--model.name=empty.json"], "empty.json"),
     ("fit", ["--model.name=list.json"], "'list.json' is no mapping of names to values"),
     ("fit", ["--model.name=odd_width.json"], "open_clip cannot build the model config 'odd_width.json'"),
-    ("fit", ["--model.name=local-dir:none"], "local-dir:none names no folder of a model"),
+    ("fit", ["--model.name=local-dir:none"], "local-dir:none names no model: there is no such folder"),
     ("fit", ["--model.name=tiny.json", "--model.image_size=-32"], "image_size must be at least 1 pixel, got -32"),
     ("fit", ["--model.name=tiny.json", "--model.weight_decay=-1"], "weight_decay must not be negative, got -1"),
     ("fit", ["--model.name=tiny.json", "--data.num_val=-1"], "must not be negative, got 12, -1 and 6"),
