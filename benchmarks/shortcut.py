@@ -59,7 +59,7 @@ def tag_zone(data: PhantomDataModule, module: ClipModule) -> Tensor:
     rows, columns = np.nonzero(image)
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     margin = 0.5 / torch.tensor(module.clip.grid).flip(0).repeat(2) * torch.tensor([-1, -1, 1, 1])
-    _, boxes, _ = ImageTransform(module.clip.image_size, data.resize_mode)(image, [box])
+    boxes = ImageTransform(module.clip.image_size, data.resize_mode)(image, [box]).boxes
     return box_masks([boxes + margin], module.clip.image_size)[0]
 
 

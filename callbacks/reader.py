@@ -181,6 +181,7 @@ class Reader:
                 "finding": [""] * count if finding is None else _strings(finding),
                 "content_box": whole if content_box is None else content_box,
                 "patient_id": names if patients is None else _strings(patients),
+                "masks": {},
             },
         )
 
@@ -311,11 +312,13 @@ def _running_ids(
 def rows_of(batch: ImageTextBatch, rows: Iterable[int]) -> ImageTextBatch:
     """Some rows of a batch, with tensors on the CPU."""
     chosen = list(rows)
-    kept = {
-        name: part[chosen].cpu() if isinstance(part, Tensor) else [part[row] for row in chosen]  # type: ignore[index]
-        for name, part in batch.items()
-    }
-    return cast(ImageTextBatch, kept)
+
+    def kept(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {name: kept(value) for name, value in part.items()}
+        return part[chosen].cpu() if isinstance(part, Tensor) else [part[row] for row in chosen]
+
+    return cast(ImageTextBatch, kept(batch))
 
 
 def _strings(values: Any) -> list[str]:

@@ -288,7 +288,7 @@ def test_boxes_and_image_go_the_same_way(
     assume(x1 - x0 > 0.01 and y1 - y0 > 0.01)
     box = np.array([x0, y0, x1, y1]) * np.tile(shape[::-1], 2)
     transform = ImageTransform(size, resize_mode)
-    _, boxes, image = transform(np.zeros(shape, dtype=np.uint8), [box.tolist()])
+    _, boxes, image, _ = transform(np.zeros(shape, dtype=np.uint8), [box.tolist()])
     expected = image[:2].repeat(2) + torch.tensor([x0, y0, x1, y1]) * (image[2:] - image[:2]).repeat(2)
     cut, lost = transform.count_cut([box.tolist()], shape)
     assert len(boxes) == 1 - lost
@@ -339,7 +339,7 @@ def test_any_pixels_become_a_image(
         expected = {0, 255} if dtype != np.uint8 and np.ptp(pixels.astype(float)) else {read.min(), read.max()}
         assert {read.min(), read.max()} == (expected if dtype != np.bool_ else {255 * x for x in np.unique(pixels)})
     transform = ImageTransform((16, 12), resize_mode, augment=augment)
-    image, boxes, rectangle = transform(read, [(0, 0, *read.shape[::-1])], seed=data.draw(st.integers(0, 2**31)))
+    image, boxes, rectangle, _ = transform(read, [(0, 0, *read.shape[::-1])], seed=data.draw(st.integers(0, 2**31)))
     assert (image.shape, image.dtype) == ((3, 16, 12), torch.uint8)
     assert rectangle.isfinite().all()
     assert ((boxes >= 0) & (boxes <= 1)).all()

@@ -68,7 +68,8 @@ class PairDataset(Dataset[Sample]):
             pair = self.data.draw_pair(pair, seed)
         try:
             image = self.data.open_image(pair, self.transform)
-            return Sample(pair, *self.transform(image.pixels, pair.boxes, size=image.size, seed=seed))
+            masks = self.data.read_masks(pair)
+            return Sample(pair, *self.transform(image.pixels, pair.boxes, size=image.size, seed=seed, masks=masks))
         except (OSError, ValueError, ImportError) as error:
             kind = ImportError if isinstance(error, ImportError) else ValueError
             return UnreadablePair(pair, str(error), kind)
@@ -256,6 +257,13 @@ class ChestXrayDataModule(LightningDataModule, ABC):
     @abstractmethod
     def read_image(self, pair: ImageTextPair) -> np.ndarray:
         """Pixels of a pair's image, `(h, w)` uint8."""
+
+    def read_masks(self, pair: ImageTextPair) -> Mapping[str, np.ndarray]:
+        """Masks `(h, w)` bool of a pair's image by structure: `left_lung`, `right_lung`, `heart`, and others.
+
+        Sides are the patient's. None by default.
+        """
+        return {}
 
     def draw_pair(self, pair: ImageTextPair, seed: int) -> ImageTextPair:
         """The pair for one epoch of training, e.g. with another sentence; `seed` depends on epoch and pair."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -60,12 +60,14 @@ class Sample:
         image: `(3, H, W)` uint8 pixels, before normalization.
         boxes: `(K, 4)` float32 boxes `x0, y0, x1, y1` in [0, 1] of the model's frame, x to the right, y down.
         content_box: `(4,)` float32 rectangle of the image in the same frame; beyond [0, 1] if the image is cropped.
+        masks: `(H, W)` bool masks of the image by structure: `left_lung`, `right_lung`, `heart`, and others.
     """
 
     pair: ImageTextPair
     image: Tensor
     boxes: Tensor
     content_box: Tensor
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class UnreadablePair(NamedTuple):
@@ -81,7 +83,10 @@ class UnreadablePair(NamedTuple):
 
 
 class ImageTextBatch(TypedDict):
-    """A batch of B samples; boxes are a list because their number differs."""
+    """A batch of B samples; boxes are a list because their number differs.
+
+    `masks` holds `(B, H, W)` bool by structure. A mask is False everywhere for a sample without that structure.
+    """
 
     id: list[str]
     patient_id: list[str]
@@ -93,13 +98,17 @@ class ImageTextBatch(TypedDict):
     image_findings: list[tuple[str, ...]]
     split: list[str]
     content_box: Tensor
+    masks: dict[str, Tensor]
 
 
 _PAIR_FIELDS = ("id", "patient_id", "image_id", "phrase", "finding", "image_findings", "split")
 
 
 def collate(samples: Sequence[Sample]) -> ImageTextBatch:
-    """Batch of B samples: `image (B, 3, H, W)` uint8, `content_box (B, 4)`, `boxes` a list of `(K, 4)`, else lists."""
+    """Batch of B samples: `image (B, 3, H, W)` uint8, `content_box (B, 4)`, `boxes` a list of `(K, 4)`, else lists.
+
+    `masks` has the structures of any sample, `(B, H, W)` bool each.
+    """
     for sample in samples:
         if isinstance(sample, UnreadablePair):
             raise sample.error()
@@ -107,6 +116,9 @@ def collate(samples: Sequence[Sample]) -> ImageTextBatch:
     batch["image"] = torch.stack([sample.image for sample in samples])
     batch["content_box"] = torch.stack([sample.content_box for sample in samples])
     batch["boxes"] = [sample.boxes for sample in samples]
+    structures = dict.fromkeys(name for sample in samples for name in sample.masks)
+    absent = torch.zeros(samples[0].image.shape[1:], dtype=torch.bool)
+    batch["masks"] = {name: torch.stack([sample.masks.get(name, absent) for sample in samples]) for name in structures}
     return batch  # type: ignore[return-value]
 
 

@@ -5,8 +5,8 @@ Images are never flipped: the patient's right and left are part of the phrase.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -23,8 +23,24 @@ if TYPE_CHECKING:
 cv2.setNumThreads(0)
 
 
+class Framed(NamedTuple):
+    """An image in the model's frame, `(H, W)`.
+
+    Args:
+        image: `(3, H, W)` uint8 pixels, before normalization.
+        boxes: `(K, 4)` float32 boxes `x0, y0, x1, y1` in [0, 1] of the frame.
+        content_box: `(4,)` float32 rectangle of the image in the same frame; beyond [0, 1] if the image is cropped.
+        masks: `(H, W)` bool masks by the name of their structure.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    content_box: Tensor
+    masks: dict[str, Tensor]
+
+
 class ImageTransform:
-    """Transform of an image and its boxes into the model's frame; see `__call__`.
+    """Transform of an image, its boxes and its masks into the model's frame; see `__call__`.
 
     Args:
         size: Height and width of the model's input.
@@ -58,9 +74,15 @@ class ImageTransform:
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
     def __call__(
-        self, pixels: np.ndarray, boxes: Sequence[Sequence[float]] = (), *, size: Size | None = None, seed: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Image `(3, H, W)` uint8, boxes `(K, 4)` and the image's rectangle `(4,)` in [0, 1] of the model's frame.
+        self,
+        pixels: np.ndarray,
+        boxes: Sequence[Sequence[float]] = (),
+        *,
+        size: Size | None = None,
+        seed: int = 0,
+        masks: Mapping[str, np.ndarray] | None = None,
+    ) -> Framed:
+        """Image, boxes, the image's rectangle and masks in the model's frame.
 
         Boxes that a crop or augmentation moves out of the frame are dropped; the image's rectangle may reach outside.
 
@@ -69,6 +91,7 @@ class ImageTransform:
             boxes: Boxes `x0, y0, x1, y1` in pixels of the stored image.
             size: Height and width of the stored image, if `pixels` is resized.
             seed: Random seed of the augmentation.
+            masks: Masks `(h, w)` bool of the whole image, at any resolution.
 
         Raises:
             ValueError: `pixels` has another shape or type, or a box covers nothing of the image.
@@ -76,13 +99,61 @@ class ImageTransform:
         if pixels.ndim != 2 or pixels.dtype != np.uint8 or not pixels.size:
             raise ValueError(f"pixels must be (h, w) uint8, got {pixels.shape} {pixels.dtype}.")
         stored = size or (pixels.shape[0], pixels.shape[1])
-        framed, drawn, corners = self._frame(pixels, _clipped(boxes, stored), stored)
+        drawn, place = self._place(_clipped(boxes, stored), stored)
+        left, top, width, height = place
+        framed, drawn = self._put(pixels, place), np.clip(drawn[self._inside(drawn)], 0, self._ends)
+        planes = [self._put(mask.astype(np.uint8) * 255, place) for mask in (masks or {}).values()]
+        # The image's corners, clockwise from the upper left.
+        corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32) + np.array(
+            [left, top], np.float32
+        )
         if self.augmentation is not None:
             self.augmentation.set_random_seed(seed)
-            out = self.augmentation(image=framed, bboxes=drawn, keypoints=corners)
+            further = {"masks": planes} if planes else {}
+            out = self.augmentation(image=framed, bboxes=drawn, keypoints=corners, **further)
             framed, drawn, corners = out["image"], np.reshape(out["bboxes"], (-1, 4)), out["keypoints"]
+            planes = out.get("masks", [])
         image = torch.from_numpy(np.ascontiguousarray(framed)).expand(3, -1, -1)
-        return image, _tensor(drawn / self._ends), _tensor(_rectangle(corners) / self._ends)
+        found = {name: torch.from_numpy(plane > 127) for name, plane in zip(masks or {}, planes, strict=True)}
+        return Framed(image, _tensor(drawn / self._ends), _tensor(_rectangle(corners) / self._ends), found)
+
+    def map_on_image(self, heat: np.ndarray, size: Size) -> np.ndarray:
+        """A map of the model's frame on the pixels of the stored image, `(h, w)` float32; 0 where a crop cut.
+
+        Args:
+            heat: Map `(H, W)` in the model's frame.
+            size: Height and width of the stored image.
+        """
+        _, (left, top, width, height) = self._place(np.empty((0, 4), np.float32), size)
+        scale = np.array([width / size[1], height / size[0]])
+        # Position in the frame of a stored pixel, both with half-pixel centers.
+        inverse = np.column_stack([np.diag(scale), 0.5 * scale + (left - 0.5, top - 0.5)])
+        placed = cv2.warpAffine(
+            np.ascontiguousarray(heat, np.float32),
+            inverse,
+            (size[1], size[0]),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        for axis, (start, ratio) in enumerate(((top, scale[1]), (left, scale[0]))):
+            centers = (np.arange(size[axis]) + 0.5) * ratio + start
+            outside = (centers < 0) | (centers > self.size[axis])
+            placed[(slice(None),) * axis + (outside,)] = 0
+        return placed
+
+    def boxes_on_image(self, boxes: np.ndarray, size: Size) -> np.ndarray:
+        """Boxes `(K, 4)` in [0, 1] of the model's frame in pixels of the stored image, clipped to the image.
+
+        The inverse of the boxes of `__call__` without augmentation.
+
+        Args:
+            boxes: Boxes `x0, y0, x1, y1`.
+            size: Height and width of the stored image.
+        """
+        _, (left, top, width, height) = self._place(np.empty((0, 4), np.float32), size)
+        stored = np.array([size[1], size[0]] * 2, dtype=np.float64)
+        placed = (np.asarray(boxes, np.float64).reshape(-1, 4) * self._ends - [left, top] * 2) / ([width, height] * 2)
+        return np.clip(placed * stored, 0, stored)
 
     def count_cut(self, boxes: Sequence[Sequence[float]], size: Size) -> tuple[int, int]:
         """Number of boxes that the crop cuts, and number of boxes that it removes, both for an image of `size`."""
@@ -92,16 +163,14 @@ class ImageTransform:
         is_cut = (np.abs(framed - np.clip(framed, 0, self._ends)) >= 1).any(1)
         return int((is_cut | ~inside).sum()), int((~inside).sum())
 
-    def _frame(self, image: np.ndarray, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image, boxes and the image's corners, clockwise from the upper left, in pixels of the model's frame."""
-        drawn, (left, top, width, height) = self._place(boxes, stored)
-        pixels = resize_image(image, (height, width))
+    def _put(self, pixels: np.ndarray, place: tuple[int, int, int, int]) -> np.ndarray:
+        """Pixels in the model's frame, `(H, W)` uint8: resized, then padded with black or cropped."""
+        left, top, width, height = place
+        resized = resize_image(pixels, (height, width))
         framed = np.zeros(self.size, dtype=np.uint8)
-        part = pixels[max(-top, 0) : self.size[0] - top, max(-left, 0) : self.size[1] - left]
+        part = resized[max(-top, 0) : self.size[0] - top, max(-left, 0) : self.size[1] - left]
         framed[max(top, 0) : max(top, 0) + part.shape[0], max(left, 0) : max(left, 0) + part.shape[1]] = part
-        origin = np.array([left, top], dtype=np.float32)
-        corners = origin + np.array([[0, 0], [width, 0], [width, height], [0, height]], dtype=np.float32)
-        return framed, np.clip(drawn[self._inside(drawn)], 0, self._ends), corners
+        return framed
 
     def _place(self, boxes: np.ndarray, stored: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """Boxes in pixels of the model's frame, and left, top, width and height of the image in it."""

@@ -97,8 +97,8 @@ class PhantomDataModule(ChestXrayDataModule):
     def thorax(self) -> Tensor:
         """Mask of pleural cavities or heart in at least 2 % of the images, `(H, W)` bool in the model's frame."""
         zone = thorax_share(self.stored_size, seed=self.seed) >= _THORAX_SHARE
-        framed, _, _ = ImageTransform(self._frame(), self.resize_mode)(zone.astype(np.uint8) * 255)
-        return framed[0] > 127
+        framed = ImageTransform(self._frame(), self.resize_mode)(zone.astype(np.uint8) * 255)
+        return framed.image[0] > 127
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the images: pickling would copy the memory map, which each worker opens instead."""
