@@ -14,7 +14,8 @@ from typing import Any
 
 import cv2
 
-from matex_pl.data.images import is_jpeg, read_image, read_levels, read_size
+from matex_pl.data.images import read_size
+from matex_pl.data.masks import MASK_COLUMN, ListedMasks, read_mask_file
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import (
     TableDataModule,
@@ -60,12 +61,16 @@ class ManifestDataModule(TableDataModule):
       with several boxes;
     - `mask`: image of the same size, with one box around each connected part that is not black (in JPEGs: above 127).
 
+    - `mask_left_lung`, `mask_right_lung`, `mask_heart`, and `mask_` with any other name: mask of this structure of the
+      image. A cell holds the path of an image file below `root`, or a run-length code: pairs of start and length, row
+      by row from 1, or the JSON of COCO.
+
     Boxes and masks are in pixels of the upright image.
 
     Args:
         manifest: CSV file with commas, semicolons or tabs, or JSON lines (`.jsonl`), in UTF-8, optionally gzipped.
         root: Folder of the images; the manifest's folder by default. Only symbolic links may lead out of the folder.
-        columns: Names of the file's columns by the names above: `{phrase: caption}`.
+        columns: Names of the file's columns by the names above: `{phrase: caption, mask_heart: heart}`.
         kwargs: Arguments of `TableDataModule`.
     """
 
@@ -77,12 +82,16 @@ class ManifestDataModule(TableDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        unknown = [name for name in columns or {} if name not in REQUIRED + OPTIONAL]
+        known = REQUIRED + OPTIONAL
+        unknown = [name for name in columns or {} if name not in known and not MASK_COLUMN.fullmatch(name)]
         if unknown:
-            raise ValueError(f"columns maps {unknown}. Map only the names {', '.join(REQUIRED + OPTIONAL)}.")
+            raise ValueError(f"columns maps {unknown}. Map only the names {', '.join(known)}, mask_<structure>.")
         self.manifest = Path(manifest)
         self.root = Path(root) if root is not None else self.manifest.parent
         self.columns = dict(columns or {})
+        self._listed_masks = ListedMasks(self.root)
+        # The table's own masks come before those of `anatomy`.
+        self.mask_sources.insert(0, self._listed_masks)
 
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per row, or per group of rows with a box each."""
@@ -96,6 +105,7 @@ class ManifestDataModule(TableDataModule):
                 f"{sorted(present)}."
             )
         one_box_per_row = not missing
+        self._listed_masks.clear()
         pairs, bad, warnings = parse_rows(rows, lambda row: self._pair(row, present))
         self.row_warnings += warnings
         key_of = partial(self._key, present=present) if one_box_per_row else _row_key
@@ -130,6 +140,7 @@ class ManifestDataModule(TableDataModule):
         path = find_image(self.root, text(cells, "image"))
         image = image_name(self.root, path)
         boxes, size = self._boxes(row, path)
+        size = self._add_masks(row, path, size)
         return ImageTextPair(
             id=_needed(cells, "id", present),
             patient_id=_needed(cells, "patient_id", present) or image,
@@ -156,6 +167,15 @@ class ManifestDataModule(TableDataModule):
             boxes += _mask_boxes(find_image(self.root, mask), mask, size)
         check_inside(boxes, size)
         return boxes, size
+
+    def _add_masks(self, row: TableRow, path: Path, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Add the masks of a row to those of its image; the size of the image, if it is known or there are masks."""
+        for name, cell in row.cells.items():
+            structure = MASK_COLUMN.fullmatch(str(name))
+            if structure and cell is not None and str(cell).strip():
+                size = size or read_size(path)
+                self.row_warnings += self._listed_masks.add(str(path), structure[1], cell, size, row.source)
+        return size
 
 
 def merge_boxes(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
@@ -243,10 +263,5 @@ def _mask_boxes(path: Path, name: str, size: tuple[int, int]) -> list[Box]:
     height, width = read_size(path)
     if (height, width) != size:
         raise RuleError(name, f"the mask is {width} x {height} and its image {size[1]} x {size[0]}")
-    noisy = is_jpeg(path)
-    levels = read_image(path).pixels if noisy else read_levels(path)
-    marked = levels > (127 if noisy else 0)
-    if noisy and levels.any() and not marked.any():
-        raise RuleError(name, "the mask is a JPEG without a pixel above 127: save it as PNG")
-    _, _, parts, _ = cv2.connectedComponentsWithStats(marked.astype("uint8"))
+    _, _, parts, _ = cv2.connectedComponentsWithStats(read_mask_file(path).astype("uint8"))
     return [(float(x), float(y), float(x + width), float(y + height)) for x, y, width, height, _ in parts[1:].tolist()]
