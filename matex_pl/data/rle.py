@@ -72,7 +72,8 @@ def _counts_of_pairs(runs: Runs, size: Size) -> np.ndarray:
 
 def _pairs(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
     """First and second numbers of pairs."""
-    numbers = _whole(runs.split() if isinstance(runs, str | bytes) else runs)
+    text = runs.decode(errors="replace") if isinstance(runs, bytes) else runs
+    numbers = _whole(text.split() if isinstance(text, str) else text)
     if len(numbers) % 2:
         raise RuleError(len(numbers), "the number of values is odd, and the runs are pairs of start and length")
     return numbers[::2], numbers[1::2]
@@ -98,12 +99,12 @@ def _whole(values: Sequence[Any]) -> np.ndarray:
 def _checked_counts(gaps: np.ndarray, lengths: np.ndarray, size: Size) -> np.ndarray:
     """Numbers of pixels outside and inside, in turns, by the pixels before each run and the lengths of the runs."""
     check_size(*size)
-    if (gaps < 0).any():
-        number = int(np.argmax(gaps < 0)) + 1
-        raise RuleError(f"run {number}", "a run of the mask starts before the end of the run before it")
     if (lengths < 1).any():
         number = int(np.argmax(lengths < 1)) + 1
         raise RuleError(f"{lengths[number - 1]} in run {number}", "the length of a run of the mask is not positive")
+    if (gaps < 0).any():
+        number = int(np.argmax(gaps < 0)) + 1
+        raise RuleError(f"run {number}", "a run of the mask starts before the end of the run before it")
     counts = np.stack([gaps, lengths], axis=1).ravel()
     rest = size[0] * size[1] - sum(counts.tolist())
     if rest < 0:
