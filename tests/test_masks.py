@@ -104,7 +104,7 @@ def test_columns_of_a_manifest_hold_files_and_codes(tmp_path: Path, rows: list[A
     rows[2]["mask_left_lung"] = save(tmp_path / "masks" / "2.png", masks["left_lung"])
     rows[2]["mask_right_lung"] = pairs_of(masks["right_lung"])
     rows[2]["mask_spine"] = json.dumps({"size": [HEIGHT, WIDTH], "counts": counts_of(masks["heart"])})
-    rows[3]["heart"] = save(tmp_path / "masks" / "3.png", draw(3)["heart"])
+    rows[3]["heart"] = save(tmp_path / "masks" / "3.png", draw(16)["heart"])
     data = manifest(columns={"mask_heart": "heart"})
     data.setup("fit")
     (batch,) = data.val_dataloader()
@@ -113,7 +113,7 @@ def test_columns_of_a_manifest_hold_files_and_codes(tmp_path: Path, rows: list[A
         {name: batch["masks"][name][0] for name in ("left_lung", "right_lung", "spine")},
         {"left_lung": masks["left_lung"], "right_lung": masks["right_lung"], "spine": masks["heart"]},
     )
-    # A mask at three times the size of its image is fitted.
+    # A mask at sixteen times the size of its image is fitted.
     assert (batch["masks"]["heart"][1].numpy() ^ masks["heart"]).sum() < 30
     assert not batch["masks"]["heart"][0].any()
     assert not batch["masks"]["spine"][1].any()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from matex_pl.data.images import Size, is_jpeg, read_image, read_levels, read_size
+from matex_pl.data.images import Size, is_jpeg, read_image, read_levels, read_size, resize_image
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.rle import decode_coco, decode_pairs
 from matex_pl.data.validation import BadRow, RowWarning, RuleError, aspect_differs, find_image, place_of, shorten
@@ -157,6 +157,14 @@ def read_mask_file(path: Path) -> np.ndarray:
     if noisy and levels.any() and not marked.any():
         raise RuleError(path.name, "the mask is a JPEG without a pixel above 127: save it as PNG")
     return marked
+
+
+def fit_mask(mask: np.ndarray, size: Size) -> np.ndarray:
+    """Mask `(h, w)` bool resized to `size`: a pixel is inside if half of it is."""
+    # Four rows and columns per pixel are enough. An average over all pixels of a radiograph takes 30 ms.
+    step = max(1, min(mask.shape[0] // (4 * size[0]), mask.shape[1] // (4 * size[1])))
+    thinned = np.ascontiguousarray(mask[step // 2 :: step, step // 2 :: step], dtype=np.uint8)
+    return resize_image(thinned * 255, size) > 127
 
 
 def _parsed(cell: Any, root: Path) -> Path | Mapping[str, Any] | Sequence[Any]:

@@ -26,8 +26,8 @@ from matex_pl.console import progress
 from matex_pl.data.chexmask import ChexmaskTable
 from matex_pl.data.datamodule import STAGES, ImageFilesDataModule, check_fractions, split_patients
 from matex_pl.data.dicom import read_view
-from matex_pl.data.images import Size, read_size, resize_image
-from matex_pl.data.masks import MaskSource
+from matex_pl.data.images import Size, read_size
+from matex_pl.data.masks import MaskSource, fit_mask
 from matex_pl.data.pair import ImageTextPair, UnreadablePair
 from matex_pl.data.segmenter import SEGMENTER, SegmentedMasks
 from matex_pl.data.transforms import ImageTransform
@@ -354,16 +354,18 @@ class TableDataModule(ImageFilesDataModule):
     def open_masks(self, pair: ImageTextPair, transform: ImageTransform) -> dict[str, np.ndarray]:
         """Masks of a pair at the size that the transform needs, from the cache if there is one."""
         source = self._source_of(pair)
-        state = "" if source is None or self.cache is None else source.state(str(pair.image))
-        if not state or self.cache is None:
-            return self.read_masks(pair)
+        if source is None:
+            return {}
 
         def read() -> dict[str, np.ndarray]:
             masks = self.read_masks(pair)
-            size = next(iter(masks.values()), np.empty((1, 1))).shape
-            target = transform.target_size((size[0], size[1]))
-            return {name: resize_image(mask.astype(np.uint8) * 255, target) > 127 for name, mask in masks.items()}
+            height, width = next(iter(masks.values()), np.empty((1, 1))).shape
+            target = transform.target_size((height, width))
+            return {name: fit_mask(mask, target) for name, mask in masks.items()}
 
+        state = source.state(str(pair.image))
+        if self.cache is None or not state:
+            return read()
         return self.cache.read_masks(str(pair.image), f"{transform.settings} {state}", read)
 
     def list_warnings(self, pairs: Sequence[ImageTextPair]) -> list[RowWarning]:
