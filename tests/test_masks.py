@@ -41,7 +41,9 @@ def draw(scale: int = 1, shift: int = 0) -> dict[str, np.ndarray]:
     masks = {}
     for name, (x, y, across, down) in places.items():
         plane = np.zeros((HEIGHT * scale, WIDTH * scale), np.uint8)
-        cv2.ellipse(plane, (x * scale, y * scale), (across * scale, down * scale), 0, 0, 360, 1, -1)
+        # Centers and axes in pixels whose centers lie at halves.
+        center, axes = ([int((side + 0.5) * scale - 0.5) for side in pair] for pair in ((x, y), (across, down)))
+        cv2.ellipse(plane, center, axes, 0, 0, 360, 1, -1)
         masks[name] = plane.astype(bool)
     return masks
 

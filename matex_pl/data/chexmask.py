@@ -46,7 +46,7 @@ class ChexmaskTable(MaskSource):
 
     Args:
         path: CSV file, optionally gzipped (`.gz`).
-        folder: Folder in which a gzipped file is unpacked.
+        folder: Folder where a gzipped file is unpacked.
     """
 
     def __init__(self, path: Path, folder: Path | None = None) -> None:

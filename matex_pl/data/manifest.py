@@ -174,7 +174,7 @@ class ManifestDataModule(TableDataModule):
             structure = MASK_COLUMN.fullmatch(str(name))
             if structure and cell is not None and str(cell).strip():
                 size = size or read_size(path)
-                self.row_warnings += self._listed_masks.add(str(path), structure[1], cell, size, row.source)
+                self.row_warnings += self._listed_masks.add(str(path), structure[1].lower(), cell, size, row.source)
         return size
 
 

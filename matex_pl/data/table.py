@@ -309,7 +309,8 @@ class TableDataModule(ImageFilesDataModule):
         """
         super().setup(stage)
         held_out = [pair for split in STAGES[stage] if split != "train" for pair in self.pairs[split]]
-        if dist.is_available() and dist.is_initialized() and self.trainer is not None:
+        is_segmenting = any(isinstance(source, SegmentedMasks) for source in self.mask_sources)
+        if is_segmenting and dist.is_available() and dist.is_initialized() and self.trainer is not None:
             # Each process segments its part of the images.
             self.prepare_masks(held_out[dist.get_rank() :: dist.get_world_size()])
             self.trainer.strategy.barrier()
