@@ -97,6 +97,10 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
     read = _json_rows if {suffix.lower() for suffix in path.suffixes} & _JSON_LINES else _csv_rows
     wanted = [columns.get(name, name) for name in required]
     header, table = read(path, content, wanted)
+    if read is _csv_rows:
+        # Names of a header have no spaces around them, as in SIIM's ` EncodedPixels`, however they are mapped.
+        columns = {name: column.strip() for name, column in columns.items()}
+        wanted = [column.strip() for column in wanted]
     missing = [name for name in wanted if name not in header]
     if missing:
         raise ValueError(
