@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from matex_pl.data import ManifestDataModule
-from matex_pl.data.boxes import boxes_of_json, boxes_of_polygons, boxes_of_rle, to_pixels
+from matex_pl.data.boxes import boxes_of_json, boxes_of_mask, boxes_of_polygons, boxes_of_rle, to_pixels
 from matex_pl.data.validation import RuleError
 
 HEIGHT, WIDTH = 60, 80
@@ -189,3 +189,15 @@ def test_any_value_is_boxes_or_a_bad_row(value: Any) -> None:
             except RuleError:
                 continue
             assert all(x0 < x1 and y0 < y1 for x0, y0, x1, y1 in boxes)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
+def test_parts_are_those_of_connected_components(share: float) -> None:
+    """Also parts in a hole of another, and parts that touch at a corner or at the border."""
+    for seed in range(20):
+        mask = np.random.default_rng(seed).random((24, 31)) < share
+        _, _, parts, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+        expected = [(x, y, x + width, y + height) for x, y, width, height, _ in parts[1:].tolist()]
+        assert sorted(boxes_of_mask(mask)) == sorted(expected)
+    assert boxes_of_mask(np.zeros((5, 4), dtype=bool)) == []
+    assert boxes_of_mask(np.ones((5, 4), dtype=bool)) == [(0, 0, 4, 5)]

@@ -56,9 +56,14 @@ def boxes_of_polygons(cell: Any) -> list[Box]:
 
 
 def boxes_of_mask(mask: np.ndarray) -> list[Box]:
-    """The box around each connected part of a mask `(h, w)` bool; parts also connect at corners."""
-    _, _, parts, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8))
-    return [(float(x), float(y), float(x + width), float(y + height)) for x, y, width, height, _ in parts[1:].tolist()]
+    """The box around each connected part of a mask `(h, w)` bool, from top to bottom; parts also connect at corners."""
+    # Contours take a tenth of the time of labels. Without a parent they are outlines of parts, also of parts in a hole.
+    contours, parents = cv2.findContours(mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    outlines = (
+        [contour for contour, links in zip(contours, parents[0], strict=True) if links[3] < 0] if contours else []
+    )
+    rectangles = sorted(map(cv2.boundingRect, outlines), key=lambda rectangle: rectangle[1::-1])
+    return [(float(x), float(y), float(x + width), float(y + height)) for x, y, width, height in rectangles]
 
 
 def boxes_of_mask_file(path: Path, name: str, size: Size) -> list[Box]:

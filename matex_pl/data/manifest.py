@@ -233,10 +233,10 @@ def with_ids(
 
 
 def with_image_findings(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
-    """The pairs, each with all findings of its image."""
+    """The pairs, each with all findings of its image: those of its phrases, and those that the pairs list already."""
     findings: dict[str, set[str]] = defaultdict(set)
     for pair in pairs:
-        findings[pair.image_id] |= {pair.finding} - {""}
+        findings[pair.image_id] |= {pair.finding, *pair.image_findings} - {""}
     return [replace(pair, image_findings=tuple(sorted(findings[pair.image_id]))) for pair in pairs]
 
 

@@ -41,6 +41,7 @@ _ASPECT_TOLERANCE = 0.02
 # Views of a chest from the front or the back, also lying on a side.
 _FRONTAL = {"AP", "PA", "LLD", "RLD", "FRONTAL"}
 _SHOWN = 3
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 WARNINGS = {
     "cells": "The row has fewer or more cells than the header. Missing cells are read as empty",
@@ -137,6 +138,30 @@ def find_image(root: Path, name: str) -> Path:
     if not os.path.isfile(path):  # noqa: PTH113 - half the time of pathlib, which counts over many rows
         raise RuleError(name, f"there is no such file below {str(root)!r}")
     return path
+
+
+def images_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """All images below a folder, `.png` and `.jpg`, by their names without the suffix."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}. Check the path.")
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in _IMAGE_SUFFIXES:
+            found[path.stem].append(path)
+    return found
+
+
+def find_by_stem(images: Mapping[str, Sequence[Path]], name: str) -> Path:
+    """The file of an image among `images_by_stem`, whatever its suffix and its folder."""
+    if not name:
+        raise RuleError(name, "the image is missing")
+    paths = images.get(Path(name).stem, ())
+    if not paths:
+        raise RuleError(name, "there is no such file in the folder of the images, as .png or .jpg")
+    if len(paths) > 1:
+        several = ", ".join(map(str, paths[:_SHOWN]))
+        raise RuleError(name, f"several files have this name; give the folder of one of them as images: {several}")
+    return paths[0]
 
 
 def path_below(root: Path, name: str) -> Path:
