@@ -344,7 +344,7 @@ def test_masks_are_measured_before_they_are_decoded(here: Path, monkeypatch: pyt
     _write([{**row, "boxes": "", "mask": "mask.png"} for row in _rows()])
     from matex_pl.data import boxes
 
-    monkeypatch.setattr(boxes, "read_levels", None)
+    monkeypatch.setattr(boxes, "read_mask_file", None)
     bad = _module().checked_rows()[1]
     assert {row.rule for row in bad} == {"the mask is 9000 x 9000 and its image 80 x 60"}
 

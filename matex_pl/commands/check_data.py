@@ -13,6 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import open_clip
 
 from matex_pl import attribution
@@ -128,7 +129,7 @@ def check_data(
 
     Images are read as in training: at the same size, and through the cache of the data module. The report has
 
-    - the counts per split, finding and side;
+    - the counts per split, finding and side, and the images that have masks, per structure;
     - the number of boxes that `resize_mode: shortest` cuts;
     - the phrases that are longer than the model's context, with the text that is cut off;
     - the warnings about rows that are used, with file, line, value and consequence;
@@ -189,6 +190,7 @@ def check_data(
         _counts(pairs),
         _by_split("finding", [(pair.finding or "no finding", pair.split) for pair in pairs]),
         _by_split("side", [(side(pair.phrase), pair.split) for pair in pairs], _SIDES),
+        *_masks([(group[0].split, image.structures) for group, image in zip(by_image.values(), checked, strict=True)]),
     ]
     if data.resize_mode == "shortest":
         lost, outside = count_cut_boxes(transform, pairs)
@@ -207,11 +209,19 @@ def check_data(
 
 
 class _Checked(NamedTuple):
-    """Bad rows and warnings of the pairs of an image, and a digest of its pixels, empty for one gray level."""
+    """Bad rows and warnings of the pairs of an image.
+
+    Attributes:
+        bad: Bad rows.
+        warnings: Warnings.
+        digest: Digest of the pixels; empty for one gray level.
+        structures: Structures with a mask.
+    """
 
     bad: list[BadRow]
     warnings: list[RowWarning]
     digest: bytes
+    structures: tuple[str, ...] = ()
 
 
 def _check_image(data: ChestXrayDataModule, transform: ImageTransform, pairs: Sequence[ImageTextPair]) -> _Checked:
@@ -223,7 +233,7 @@ def _check_image(data: ChestXrayDataModule, transform: ImageTransform, pairs: Se
     except (OSError, ValueError, ImportError) as error:
         cell = _cell(data, pairs[0])
         return _Checked([BadRow(*pair.source, cell, str(error)) for pair in pairs], [], b"")
-    bad, warnings = [], []
+    bad, warnings, structures = _check_masks(data, transform, pairs)
     for pair in pairs:
         try:
             for box in pair.boxes:
@@ -236,8 +246,28 @@ def _check_image(data: ChestXrayDataModule, transform: ImageTransform, pairs: Se
         warnings += [RowWarning(*pair.source, view, "view")] if view else []
     if image.pixels.min() == image.pixels.max():
         cell = _cell(data, pairs[0])
-        return _Checked(bad, [*warnings, *(RowWarning(*pair.source, cell, "constant") for pair in pairs)], b"")
-    return _Checked(bad, warnings, blake2b(image.pixels.tobytes(), digest_size=16).digest())
+        warnings += [RowWarning(*pair.source, cell, "constant") for pair in pairs]
+        return _Checked(bad, warnings, b"", structures)
+    return _Checked(bad, warnings, blake2b(image.pixels.tobytes(), digest_size=16).digest(), structures)
+
+
+def _check_masks(
+    data: ChestXrayDataModule, transform: ImageTransform, pairs: Sequence[ImageTextPair]
+) -> tuple[list[BadRow], list[RowWarning], tuple[str, ...]]:
+    """Bad rows and warnings about the masks of an image, and its structures with a mask that is not empty."""
+    try:
+        masks = data.open_masks(pairs[0], transform)
+    except (OSError, ValueError, ImportError) as error:
+        cell = _cell(data, pairs[0])
+        return [BadRow(*pair.source, cell, str(error)) for pair in pairs], [], ()
+    source = pairs[0].source
+    warnings = [RowWarning(*source, name, "mask empty") for name, mask in masks.items() if not mask.any()]
+    structures = tuple(name for name, mask in masks.items() if mask.any())
+    if {"left_lung", "right_lung"} <= set(structures):
+        # The patient's left is on the right of a frontal image.
+        left, right = (np.argwhere(masks[name].any(0)).mean() for name in ("left_lung", "right_lung"))
+        warnings += [RowWarning(*source, _cell(data, pairs[0]), "mask sides")] if left < right else []
+    return [], warnings, structures
 
 
 def _repeated_pixels(images: Sequence[list[ImageTextPair]], digests: Sequence[bytes]) -> list[RowWarning]:
@@ -381,6 +411,17 @@ def _by_split(title: str, values: Sequence[tuple[str, str]], names: Sequence[str
     names = names or sorted({name for name, _ in values})
     rows = [[name, *(counts[name, split] for split in SPLITS)] for name in names]
     return "\n".join(text_table([[title, *SPLITS], *rows], ">"))
+
+
+def _masks(images: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Table of the images that have masks, per structure; none without any mask.
+
+    Args:
+        images: Split and structures of each image.
+    """
+    names = dict.fromkeys(name for _, structures in images for name in structures)
+    values = [(name, split) for split, structures in images for name in structures or ("no mask",)]
+    return [_by_split("images with a mask of", values, (*names, "no mask"))] if names else []
 
 
 def _side(phrase: str) -> str:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from matex_pl.data.images import is_jpeg, read_image, read_levels, read_size
+from matex_pl.data.images import read_size
 from matex_pl.data.levels import Size
+from matex_pl.data.masks import read_mask_file
 from matex_pl.data.rle import decode_coco, decode_relative
 from matex_pl.data.validation import Box, RuleError, is_inside
 
@@ -79,12 +80,7 @@ def boxes_of_mask_file(path: Path, name: str, size: Size) -> list[Box]:
     """
     # From the header: a small file may hold very many pixels.
     check_mask_size(name, read_size(path), size)
-    noisy = is_jpeg(path)
-    levels = read_image(path).pixels if noisy else read_levels(path)
-    marked = levels > (127 if noisy else 0)
-    if noisy and levels.any() and not marked.any():
-        raise RuleError(name, "the mask is a JPEG without a pixel above 127: save it as PNG")
-    return boxes_of_mask(marked)
+    return boxes_of_mask(read_mask_file(path))
 
 
 def boxes_of_rle(cell: Any, size: Size, rle_format: RleFormat = "coco") -> list[Box]:

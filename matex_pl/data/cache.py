@@ -1,9 +1,10 @@
-"""A folder of decoded, resized images, so each file is decoded only once."""
+"""A folder of decoded, resized images and masks, so each file is decoded only once."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ _CACHE_VERSION = 3
 
 @dataclass(frozen=True)
 class ImageCache:
-    """A folder of decoded, resized images, one file each.
+    """A folder of decoded, resized images and of their masks, one file each.
 
     The name of a file is a digest of the image's path, size, modification time, and the settings. A changed image or
     setting therefore creates a new file. Processes may share a folder.
@@ -65,6 +66,48 @@ class ImageCache:
             except OSError as error:
                 _warn_uncached(self.folder, error.strerror or str(error))
         return image
+
+    def read_masks(
+        self, path: str | Path, settings: str, read: Callable[[], Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Masks `(h, w)` bool of an image from the cache, or else from `read`, stored as an image is.
+
+        Args:
+            path: Image file.
+            settings: Text of all arguments on which the masks depend.
+            read: Function to the masks by structure, all of one shape.
+        """
+        masks = self.stored_masks(path, settings)
+        if masks is None:
+            masks = dict(read())
+            try:
+                self.store_masks(path, settings, masks)
+            except OSError as error:
+                _warn_uncached(self.folder, error.strerror or str(error))
+        return masks
+
+    def has_masks(self, path: str | Path, settings: str) -> bool:
+        """Whether there are stored masks of an image."""
+        return self._place(path, f"masks {settings}").is_file()
+
+    def stored_masks(self, path: str | Path, settings: str) -> dict[str, np.ndarray] | None:
+        """Stored masks `(h, w)` bool of an image by structure; None if they are missing or broken."""
+        try:
+            with np.load(self._place(path, f"masks {settings}"), allow_pickle=False) as kept:
+                return dict(zip(kept["names"].tolist(), kept["masks"], strict=True))
+        # A missing file, or broken bytes, which raise all kinds of errors.
+        except Exception:
+            return None
+
+    def store_masks(self, path: str | Path, settings: str, masks: Mapping[str, np.ndarray]) -> None:
+        """Store masks `(h, w)` bool of an image by structure, all of one shape.
+
+        Raises:
+            OSError: The folder is full or read-only.
+        """
+        planes = np.stack(list(masks.values())) if masks else np.empty((0, 1, 1), dtype=bool)
+        with whole_file(self._place(path, f"masks {settings}"), self.folder) as part, part.open("wb") as file:
+            np.savez_compressed(file, names=np.array(list(masks), dtype=str), masks=planes)
 
     def _place(self, path: str | Path, settings: str) -> Path:
         try:

@@ -36,12 +36,29 @@ _RESIZE_MODES: dict[str, ResizeMode] = {"pad": "longest", "crop": "shortest", "s
 
 
 class PairDataset(Dataset[Sample]):
-    """Dataset of pairs: `data` reads their pixels, and `transform` fits them into the model's frame."""
+    """Dataset of pairs: `data` reads their pixels, and `transform` fits them into the model's frame.
 
-    def __init__(self, data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], transform: ImageTransform) -> None:
+    Args:
+        data: Data module.
+        pairs: Pairs.
+        transform: Transform into the model's frame.
+        masks: Whether to read the masks of the images.
+    """
+
+    def __init__(
+        self,
+        data: ChestXrayDataModule,
+        pairs: Sequence[ImageTextPair],
+        transform: ImageTransform,
+        *,
+        masks: bool = True,
+    ) -> None:
         self.data = data
         self.pairs = pairs
         self.transform = transform
+        self.masks = masks
+        if masks:
+            data.prepare_masks(pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -68,7 +85,7 @@ class PairDataset(Dataset[Sample]):
             pair = self.data.draw_pair(pair, seed)
         try:
             image = self.data.open_image(pair, self.transform)
-            masks = self.data.read_masks(pair)
+            masks = self.data.open_masks(pair, self.transform) if self.masks else {}
             return Sample(pair, *self.transform(image.pixels, pair.boxes, size=image.size, seed=seed, masks=masks))
         except (OSError, ValueError, ImportError) as error:
             kind = ImportError if isinstance(error, ImportError) else ValueError
@@ -265,6 +282,13 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         """
         return {}
 
+    def open_masks(self, pair: ImageTextPair, transform: ImageTransform) -> Mapping[str, np.ndarray]:
+        """Masks of a pair for a transform, possibly already resized for the transform."""
+        return self.read_masks(pair)
+
+    def prepare_masks(self, pairs: Sequence[ImageTextPair]) -> None:
+        """Compute the masks that `read_masks` reads, once; does nothing by default."""
+
     def draw_pair(self, pair: ImageTextPair, seed: int) -> ImageTextPair:
         """The pair for one epoch of training, e.g. with another sentence; `seed` depends on epoch and pair."""
         return pair
@@ -329,10 +353,17 @@ class ChestXrayDataModule(LightningDataModule, ABC):
                 f"one pair is always 0. Pairs per split: {counts}."
             )
 
-    def dataset(self, split: str, *, augment: bool = False) -> PairDataset:
-        """The pairs of a split with their pixels."""
+    def dataset(self, split: str, *, augment: bool = False, masks: bool | None = None) -> PairDataset:
+        """The pairs of a split with their pixels.
+
+        Args:
+            split: `train`, `val` or `test`.
+            augment: Whether to augment images, boxes and masks.
+            masks: Whether to read masks; by default only in `val` and `test`, because training does not use masks.
+        """
         pairs = self._listed()[split]
-        return PairDataset(self, pairs, ImageTransform(self._frame(), self.resize_mode, augment=augment))
+        transform = ImageTransform(self._frame(), self.resize_mode, augment=augment)
+        return PairDataset(self, pairs, transform, masks=split != "train" if masks is None else masks)
 
     def _listed(self) -> dict[str, list[ImageTextPair]]:
         if not self.pairs:
@@ -350,7 +381,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
 
     def mean_image(self) -> Tensor:
         """Position-wise mean of up to 512 training images in the model's frame, `(1, H, W)` in [0, 1]."""
-        data = self.dataset(next(name for name in SPLITS if self._listed()[name]))
+        data = self.dataset(next(name for name in SPLITS if self._listed()[name]), masks=False)
         images = {pair.image_id: index for index, pair in enumerate(data.pairs)}
         chosen = sorted(images.values())[:: math.ceil(len(images) / _MEAN_IMAGE_FROM)]
         samples = data.readable(chosen)

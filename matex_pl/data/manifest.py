@@ -24,6 +24,8 @@ from matex_pl.data.boxes import (
     boxes_of_rle,
     to_pixels,
 )
+from matex_pl.data.images import read_size
+from matex_pl.data.masks import MASK_COLUMN, ListedMasks
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import (
     TableDataModule,
@@ -68,7 +70,10 @@ class ManifestDataModule(TableDataModule):
     - `polygons`: JSON `[[[x, y], ...], ...]`, or COCO's flat lists, with one box around each polygon;
     - `mask`: image of the same size, with one box around each connected part that is not black (in JPEGs: above 127);
     - `rle`: run-length encoded masks in the form `rle_format`, with one box around each connected part. Rows of one
-      phrase on one image make one pair, as with `x, y, w, h`.
+      phrase on one image make one pair, as with `x, y, w, h`;
+    - `mask_left_lung`, `mask_right_lung`, `mask_heart`, and `mask_` with any other name: mask of this structure of the
+      image. A cell holds the path of an image file below `root`, or a run-length code: pairs of start and length, row
+      by row from 1, or the JSON of COCO.
 
     Boxes, polygons and masks are in pixels of the upright image. With `box_unit: normalized`, boxes and polygons are
     shares of its width and height.
@@ -76,7 +81,7 @@ class ManifestDataModule(TableDataModule):
     Args:
         manifest: CSV file with commas, semicolons or tabs, or JSON lines (`.jsonl`), in UTF-8, optionally gzipped.
         root: Folder of the images; the manifest's folder by default. Only symbolic links may lead out of the folder.
-        columns: Names of the file's columns by the names above: `{phrase: caption}`.
+        columns: Names of the file's columns by the names above: `{phrase: caption, mask_heart: heart}`.
         box_format: Order of the numbers in `boxes`: `xyxy` two corners, `xywh` a corner, width and height, `cxcywh` a
             center, width and height.
         box_unit: Unit of `boxes`, `x, y, w, h` and `polygons`: `pixels`, or `normalized` to [0, 1] of the image.
@@ -97,15 +102,19 @@ class ManifestDataModule(TableDataModule):
     ) -> None:
         super().__init__(**kwargs)
         check_choices(ManifestDataModule.__init__, locals())
-        unknown = [name for name in columns or {} if name not in REQUIRED + OPTIONAL]
+        known = REQUIRED + OPTIONAL
+        unknown = [name for name in columns or {} if name not in known and not MASK_COLUMN.fullmatch(name)]
         if unknown:
-            raise ValueError(f"columns maps {unknown}. Map only the names {', '.join(REQUIRED + OPTIONAL)}.")
+            raise ValueError(f"columns maps {unknown}. Map only the names {', '.join(known)}, mask_<structure>.")
         self.manifest = Path(manifest)
         self.root = Path(root) if root is not None else self.manifest.parent
         self.columns = dict(columns or {})
         self.box_format = box_format
         self.box_unit = box_unit
         self.rle_format = rle_format
+        self._listed_masks = ListedMasks(self.root)
+        # The table's own masks come before those of `anatomy`.
+        self.mask_sources.insert(0, self._listed_masks)
 
     def read_rows(self) -> tuple[list[ImageTextPair], list[BadRow]]:
         """One pair per row, or per group of rows with a box each."""
@@ -119,6 +128,7 @@ class ManifestDataModule(TableDataModule):
                 f"{sorted(present)}."
             )
         joins_rows = not missing or "rle" in present
+        self._listed_masks.clear()
         pairs, bad, warnings = parse_rows(rows, lambda row: self._pair(row, present))
         self.row_warnings += warnings
         key_of = partial(self._key, present=present) if joins_rows else _row_key
@@ -153,6 +163,7 @@ class ManifestDataModule(TableDataModule):
         path = find_image(self.root, text(cells, "image"))
         image = image_name(self.root, path)
         boxes, size = self._boxes(row, path)
+        size = self._add_masks(row, path, size)
         return ImageTextPair(
             id=_needed(cells, "id", present),
             patient_id=_needed(cells, "patient_id", present) or image,
@@ -183,6 +194,15 @@ class ManifestDataModule(TableDataModule):
         boxes += boxes_of_rle(rle, size, self.rle_format)
         check_inside(boxes, size)
         return boxes, size
+
+    def _add_masks(self, row: TableRow, path: Path, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Add the masks of a row to those of its image; the size of the image, if it is known or there are masks."""
+        for name, cell in row.cells.items():
+            structure = MASK_COLUMN.fullmatch(str(name))
+            if structure and cell is not None and str(cell).strip():
+                size = size or read_size(path)
+                self.row_warnings += self._listed_masks.add(str(path), structure[1].lower(), cell, size, row.source)
+        return size
 
 
 def merge_boxes(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:

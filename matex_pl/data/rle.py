@@ -25,9 +25,12 @@ def decode_pairs(runs: Runs, size: Size) -> np.ndarray:
     Raises:
         RuleError: The runs are no pairs of whole numbers, do not ascend, or reach beyond the mask.
     """
-    starts, lengths = _pairs(runs)
-    ends = starts - 1 + lengths
-    return _filled(starts - 1 - np.append(0, ends[:-1])[: len(starts)], lengths, size, "row by row")
+    return _mask(_counts_of_pairs(runs, size), size, "row by row")
+
+
+def check_pairs(runs: Runs, size: Size) -> None:
+    """Raise the errors of `decode_pairs`, without the mask."""
+    _counts_of_pairs(runs, size)
 
 
 def decode_relative(runs: Runs, size: Size) -> np.ndarray:
@@ -36,7 +39,7 @@ def decode_relative(runs: Runs, size: Size) -> np.ndarray:
     The masks of SIIM-ACR Pneumothorax have this form. Arguments and errors are those of `decode_pairs`.
     """
     is_empty = isinstance(runs, str) and runs.strip() == "-1"
-    return _filled(*_pairs("" if is_empty else runs), size, "column by column")
+    return _mask(_checked_counts(*_pairs("" if is_empty else runs), size), size, "column by column")
 
 
 def decode_coco(counts: Runs, size: Size) -> np.ndarray:
@@ -60,9 +63,17 @@ def decode_coco(counts: Runs, size: Size) -> np.ndarray:
     return _mask(numbers, size, "column by column")
 
 
+def _counts_of_pairs(runs: Runs, size: Size) -> np.ndarray:
+    """Numbers of pixels outside and inside, in turns, of pairs of start and length."""
+    starts, lengths = _pairs(runs)
+    ends = starts - 1 + lengths
+    return _checked_counts(starts - 1 - np.append(0, ends[:-1])[: len(starts)], lengths, size)
+
+
 def _pairs(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
     """First and second numbers of pairs."""
-    numbers = _whole(runs.split() if isinstance(runs, str | bytes) else runs)
+    text = runs.decode(errors="replace") if isinstance(runs, bytes) else runs
+    numbers = _whole(text.split() if isinstance(text, str) else text)
     if len(numbers) % 2:
         raise RuleError(len(numbers), "the number of values is odd, and the runs are pairs of start and length")
     return numbers[::2], numbers[1::2]
@@ -85,20 +96,21 @@ def _whole(values: Sequence[Any]) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def _filled(gaps: np.ndarray, lengths: np.ndarray, size: Size, order: str) -> np.ndarray:
-    """Mask of runs by the pixels before each run, and by the lengths of the runs."""
+def _checked_counts(gaps: np.ndarray, lengths: np.ndarray, size: Size) -> np.ndarray:
+    """Numbers of pixels outside and inside, in turns, by the pixels before each run and the lengths of the runs."""
     check_size(*size)
-    for number, (gap, length) in enumerate(zip(gaps.tolist(), lengths.tolist(), strict=True), start=1):
-        if gap < 0:
-            raise RuleError(f"run {number}", "a run of the mask starts before the end of the run before it")
-        if length < 1:
-            raise RuleError(f"{length} in run {number}", "the length of a run of the mask is not positive")
+    if (lengths < 1).any():
+        number = int(np.argmax(lengths < 1)) + 1
+        raise RuleError(f"{lengths[number - 1]} in run {number}", "the length of a run of the mask is not positive")
+    if (gaps < 0).any():
+        number = int(np.argmax(gaps < 0)) + 1
+        raise RuleError(f"run {number}", "a run of the mask starts before the end of the run before it")
     counts = np.stack([gaps, lengths], axis=1).ravel()
-    rest = size[0] * size[1] - int(counts.sum())
+    rest = size[0] * size[1] - sum(counts.tolist())
     if rest < 0:
-        rule = f"the runs reach beyond the {size[0] * size[1]} pixels of {size[1]} x {size[0]}"
+        rule = f"the runs of the mask reach beyond the {size[0] * size[1]} pixels of {size[1]} x {size[0]}"
         raise RuleError(f"{-rest} pixels beyond", rule)
-    return _mask(np.append(counts, rest), size, order)
+    return np.append(counts, rest)
 
 
 def _mask(counts: np.ndarray, size: Size, order: str) -> np.ndarray:

@@ -17,15 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from matex_pl.arguments import check_choices
 from matex_pl.console import progress
-from matex_pl.data.datamodule import ImageFilesDataModule, check_fractions, split_patients
+from matex_pl.data.chexmask import ChexmaskTable
+from matex_pl.data.datamodule import STAGES, ImageFilesDataModule, check_fractions, split_patients
 from matex_pl.data.dicom import read_view
 from matex_pl.data.images import Size, read_size
+from matex_pl.data.masks import MaskSource, fit_mask
 from matex_pl.data.pair import ImageTextPair, UnreadablePair
+from matex_pl.data.segmenter import SEGMENTER, SegmentedMasks
+from matex_pl.data.transforms import ImageTransform
 from matex_pl.data.validation import (
     BadRow,
     RowWarning,
@@ -255,16 +260,21 @@ class TableDataModule(ImageFilesDataModule):
         on_bad_row: `error` raises with a list of the bad rows; `skip` leaves them out, counts them, and lists them in
             `skipped_rows.csv` in the log folder, or in the current folder without a trainer. In one process, `skip`
             also leaves out pairs whose images turn out unreadable during an epoch. Their batches are smaller.
+        anatomy: Masks of lungs and heart: CSV files of CheXmask, or `torchxrayvision` (extra `anatomy`), which segments
+            images once into `cache_dir`. The first entry that has masks of an image gives all of its masks. None by
+            default.
         kwargs: Arguments of `ImageFilesDataModule`.
 
     Attributes:
         row_warnings: Warnings about rows that `read_rows` found.
+        mask_sources: Sources of masks, the first one first; a subclass may add its own.
     """
 
     def __init__(
         self,
         fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
         on_bad_row: Literal["error", "skip"] = "error",
+        anatomy: str | list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -273,6 +283,8 @@ class TableDataModule(ImageFilesDataModule):
         self.fractions = fractions
         self.on_bad_row = on_bad_row
         self.row_warnings: list[RowWarning] = []
+        named = [anatomy] if isinstance(anatomy, str) else anatomy or []
+        self.mask_sources: list[MaskSource] = [self._mask_source(name) for name in named]
         self._skipped: list[BadRow] = []
         self._unreadable: dict[str, BadRow] = {}
         self._listed_unreadable = 0
@@ -298,10 +310,84 @@ class TableDataModule(ImageFilesDataModule):
             splits = split_patients((pair.patient_id for pair in pairs), self.fractions, self.seed)
             pairs = [replace(pair, split=pair.split or splits[pair.patient_id]) for pair in pairs]
         pairs, leaks = drop_leaks(pairs)
+        for source in self.mask_sources:
+            of_masks, warnings = source.join(pairs)
+            bad += of_masks
+            self.row_warnings += warnings
         bad = sorted([*bad, *repeats, *leaks], key=lambda row: (row.file, row.line))
         refused = {(row.file, row.line) for row in bad}
         self.row_warnings = [row for row in self.row_warnings if (row.file, row.line) not in refused]
         return pairs, bad
+
+    def setup(self, stage: str) -> None:
+        """List the pairs, on the first call only, and segment the validation and test images that need masks.
+
+        Raises:
+            OSError: A file is missing, or `cache_dir` cannot be used.
+            ValueError: As in `ImageFilesDataModule.setup`.
+            ImportError: A package that `anatomy` names is not installed.
+        """
+        super().setup(stage)
+        held_out = [pair for split in STAGES[stage] if split != "train" for pair in self.pairs[split]]
+        is_segmenting = any(isinstance(source, SegmentedMasks) for source in self.mask_sources)
+        if is_segmenting and dist.is_available() and dist.is_initialized() and self.trainer is not None:
+            # Each process segments its part of the images.
+            self.prepare_masks(held_out[dist.get_rank() :: dist.get_world_size()])
+            self.trainer.strategy.barrier()
+        self.prepare_masks(held_out)
+
+    def _mask_source(self, name: str) -> MaskSource:
+        if name == SEGMENTER:
+            if self.cache is None:
+                raise ValueError(
+                    f"anatomy: {SEGMENTER} segments each image once and stores the masks. Set data.cache_dir to a "
+                    "folder for the masks."
+                )
+            return SegmentedMasks(self.cache, apply_exif_orientation=self.apply_exif_orientation)
+        return ChexmaskTable(Path(name), None if self.cache is None else self.cache.folder)
+
+    def _source_of(self, pair: ImageTextPair) -> MaskSource | None:
+        """The first source with masks of a pair's image."""
+        return next((source for source in self.mask_sources if str(pair.image) in source), None)
+
+    def prepare_masks(self, pairs: Sequence[ImageTextPair]) -> None:
+        """Segment the images of these pairs that have no masks, if `anatomy` names `torchxrayvision`."""
+        for source in self.mask_sources:
+            if isinstance(source, SegmentedMasks):
+                images = dict.fromkeys(str(pair.image) for pair in pairs if self._source_of(pair) is None)
+                device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
+                source.segment(list(images), device, self.num_workers)
+
+    def read_masks(self, pair: ImageTextPair) -> dict[str, np.ndarray]:
+        """Masks of a pair's image at the resolution of their source; empty if no source has masks of the image.
+
+        Raises:
+            OSError: A file is missing.
+            ValueError: A mask cannot be read, or has another shape than the image.
+        """
+        source = self._source_of(pair)
+        if source is None:
+            return {}
+        image = str(pair.image)
+        size = pair.size or read_size(image, apply_exif_orientation=self.apply_exif_orientation)
+        return source.read(image, size)
+
+    def open_masks(self, pair: ImageTextPair, transform: ImageTransform) -> dict[str, np.ndarray]:
+        """Masks of a pair at the size that the transform needs, from the cache if there is one."""
+        source = self._source_of(pair)
+        if source is None:
+            return {}
+
+        def read() -> dict[str, np.ndarray]:
+            masks = self.read_masks(pair)
+            height, width = next(iter(masks.values()), np.empty((1, 1))).shape
+            target = transform.target_size((height, width))
+            return {name: fit_mask(mask, target) for name, mask in masks.items()}
+
+        state = source.state(str(pair.image))
+        if self.cache is None or not state:
+            return read()
+        return self.cache.read_masks(str(pair.image), f"{transform.settings} {state}", read)
 
     def list_warnings(self, pairs: Sequence[ImageTextPair]) -> list[RowWarning]:
         """Warnings about the rows of the last call of `checked_rows`, and about their pairs."""
