@@ -149,7 +149,7 @@ def test_masks_of_siim_in_its_own_column(root: Path) -> None:
         ({"rle": "-1"}, {}, "a mask is no object"),
         ({"rle": '{"size": [6, 8], "counts": [40, 8]}'}, {}, "the mask is 8 x 6 and its image 80 x 60"),
         ({"rle": '{"size": [60, 80], "counts": [4000, 801]}'}, {}, "the counts do not sum"),
-        ({"rle": "4000 801"}, {"rle_format": "siim"}, "the runs reach beyond the 4800 pixels"),
+        ({"rle": "4000 801"}, {"rle_format": "siim"}, "the runs of the mask reach beyond the 4800 pixels"),
         ({"rle": "5"}, {"rle_format": "siim"}, "the number of values is odd"),
     ],
 )
