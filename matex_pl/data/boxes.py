@@ -63,7 +63,7 @@ def boxes_of_mask(mask: np.ndarray) -> list[Box]:
     outlines = (
         [contour for contour, links in zip(contours, parents[0], strict=True) if links[3] < 0] if contours else []
     )
-    rectangles = sorted(map(cv2.boundingRect, outlines), key=lambda rectangle: rectangle[1::-1])
+    rectangles = sorted(map(cv2.boundingRect, outlines), key=lambda rectangle: (rectangle[1], rectangle[0]))
     return [(float(x), float(y), float(x + width), float(y + height)) for x, y, width, height in rectangles]
 
 
@@ -110,11 +110,15 @@ def _coco_boxes(mask: Any, size: Size) -> list[Box]:
 
 def coco_size(mask: Any) -> Size:
     """Height and width of a mask of COCO, an object with `size` and `counts`."""
-    size = mask.get("size") if isinstance(mask, dict) else None
-    whole = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-    if not whole or not isinstance(mask.get("counts"), str | list):
+    size: Any = mask.get("size") if isinstance(mask, dict) else None
+    if not is_size(size) or not isinstance(mask.get("counts"), str | list):
         raise RuleError(mask, 'a mask is no object {"size": [h, w], "counts": ...}')
     return size[0], size[1]
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of JSON is a list of a height and a width."""
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
 
 
 def check_mask_size(name: str, found: Size, size: Size) -> None:

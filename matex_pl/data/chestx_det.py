@@ -147,9 +147,14 @@ def read_annotations(path: Path, split: str) -> Table:
     rows, bad = [], []
     for number, record in enumerate(records, start=1):
         place = f"{path}, record {number}"
-        labels, boxes = (record.get(name) if isinstance(record, dict) else None for name in ("syms", "boxes"))
-        is_known = isinstance(labels, list) and isinstance(boxes, list) and "file_name" in record
-        if not is_known or not all(isinstance(label, str) for label in labels):
+        fields: dict[str, Any] = record if isinstance(record, dict) else {}
+        labels, boxes = fields.get("syms"), fields.get("boxes")
+        if (
+            not isinstance(labels, list)
+            or not isinstance(boxes, list)
+            or "file_name" not in fields
+            or not all(isinstance(label, str) for label in labels)
+        ):
             bad.append(BadRow(place, 0, str(record)[:200], "the record has no file_name, syms and boxes"))
         elif len(labels) != len(boxes):
             value = f"{len(labels)} syms, {len(boxes)} boxes"
@@ -159,5 +164,5 @@ def read_annotations(path: Path, split: str) -> Table:
                 drawn = [box for name, box in zip(labels, boxes, strict=True) if name == label]
                 cells = {"label": label, "boxes": drawn, "labels": sorted(set(labels)), "split": split}
                 source = (f"{place}, {label}" if label else place, 0)
-                rows.append(TableRow(source, {**cells, "file_name": record["file_name"]}))
+                rows.append(TableRow(source, {**cells, "file_name": fields["file_name"]}))
     return Table(rows, bad, [])

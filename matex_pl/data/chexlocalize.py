@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.arguments import check_choices
-from matex_pl.data.boxes import boxes_of_polygons, boxes_of_rle, coco_size
+from matex_pl.data.boxes import boxes_of_polygons, boxes_of_rle, coco_size, is_size
 from matex_pl.data.images import Size, read_size
 from matex_pl.data.manifest import with_image_findings
 from matex_pl.data.ms_cxr import scale_boxes
@@ -202,6 +202,6 @@ def find_chexpert_image(root: Path, split: str, key: re.Match[str]) -> Path:
 
 
 def _image_size(value: Any) -> Size:
-    if not (isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)):
+    if not is_size(value):
         raise RuleError(value, "img_size is no list of the height and width of the image")
     return value[0], value[1]

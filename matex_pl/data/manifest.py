@@ -253,7 +253,7 @@ def with_ids(
 
 
 def with_image_findings(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
-    """The pairs, each with all findings of its image: those of its phrases, and those that the pairs list already."""
+    """The pairs, each with all findings of its image: of its phrases, and listed in `image_findings` already."""
     findings: dict[str, set[str]] = defaultdict(set)
     for pair in pairs:
         findings[pair.image_id] |= {pair.finding, *pair.image_findings} - {""}

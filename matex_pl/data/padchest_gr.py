@@ -49,7 +49,7 @@ class PadChestGrDataModule(TableDataModule):
         images: Folder of the images; `root` by default.
         language: Language of the sentences: `en` or `es`. The parser of MATEX reads English.
         readers: Boxes to use: those of the `first` reader, of the `second`, who saw some of the images, or of `both`.
-        boxed_only: Whether to leave out sentences without a box, such as those that state no abnormality.
+        boxed_only: Whether to leave out sentences without a box, such as sentences without an abnormality.
         metadata_file: CSV with `ImageID` and `PhotometricInterpretation_DICOM`, as PadChest's
             `PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv`, optionally gzipped; by default `master_table.csv`.
             The PNG files keep the stored values, so images of `MONOCHROME1` are inverted after reading.
