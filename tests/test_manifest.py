@@ -23,12 +23,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matex_pl.cli import main
 from matex_pl.data import ManifestDataModule, table
 from matex_pl.data import images as pixels
+from matex_pl.data.boxes import box_of_cells, boxes_of_json
 from matex_pl.data.images import _levels
 from matex_pl.data.validation import (
     BadRow,
     RuleError,
-    box_of_cells,
-    boxes_of_json,
     check_inside,
     find_image,
     split_name,

@@ -342,9 +342,9 @@ def test_gzip_files_that_inflate_without_bound(here: Path, name: str) -> None:
 def test_masks_are_measured_before_they_are_decoded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (9000, 9000)).save("mask.png")
     _write([{**row, "boxes": "", "mask": "mask.png"} for row in _rows()])
-    from matex_pl.data import manifest
+    from matex_pl.data import boxes
 
-    monkeypatch.setattr(manifest, "read_levels", None)
+    monkeypatch.setattr(boxes, "read_mask_file", None)
     bad = _module().checked_rows()[1]
     assert {row.rule for row in bad} == {"the mask is 9000 x 9000 and its image 80 x 60"}
 

@@ -12,10 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
-
+from matex_pl.arguments import check_choices
+from matex_pl.data.boxes import (
+    BoxFormat,
+    BoxUnit,
+    RleFormat,
+    box_of_cells,
+    boxes_of_json,
+    boxes_of_mask_file,
+    boxes_of_polygons,
+    boxes_of_rle,
+    to_pixels,
+)
 from matex_pl.data.images import read_size
-from matex_pl.data.masks import MASK_COLUMN, ListedMasks, read_mask_file
+from matex_pl.data.masks import MASK_COLUMN, ListedMasks
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import (
     TableDataModule,
@@ -30,8 +40,6 @@ from matex_pl.data.validation import (
     BadRow,
     Box,
     RuleError,
-    box_of_cells,
-    boxes_of_json,
     check_inside,
     check_phrase,
     find_image,
@@ -42,7 +50,7 @@ from matex_pl.data.validation import (
 )
 
 REQUIRED = ("image", "phrase")
-OPTIONAL = ("id", "patient_id", "boxes", "finding", "split", "mask", "x", "y", "w", "h")
+OPTIONAL = ("id", "patient_id", "boxes", "finding", "split", "mask", "polygons", "rle", "x", "y", "w", "h")
 _BOX = ("x", "y", "w", "h")
 
 
@@ -56,21 +64,29 @@ class ManifestDataModule(TableDataModule):
     - `patient_id`: splits are made by patient. Without this column, splits are made by image;
     - `finding`: finding of the phrase;
     - `split`: train, val or validation, test;
-    - `boxes`: JSON `[[x0, y0, x1, y1], ...]`;
+    - `boxes`: JSON `[[x0, y0, x1, y1], ...]`, or another order of numbers by `box_format`;
     - `x, y, w, h`: one box per row. Rows of one phrase on one image (and of one id, if there are ids) make one pair
       with several boxes;
-    - `mask`: image of the same size, with one box around each connected part that is not black (in JPEGs: above 127).
-
+    - `polygons`: JSON `[[[x, y], ...], ...]`, or COCO's flat lists, with one box around each polygon;
+    - `mask`: image of the same size, with one box around each connected part that is not black (in JPEGs: above 127);
+    - `rle`: run-length encoded masks in the form `rle_format`, with one box around each connected part. Rows of one
+      phrase on one image make one pair, as with `x, y, w, h`;
     - `mask_left_lung`, `mask_right_lung`, `mask_heart`, and `mask_` with any other name: mask of this structure of the
       image. A cell holds the path of an image file below `root`, or a run-length code: pairs of start and length, row
       by row from 1, or the JSON of COCO.
 
-    Boxes and masks are in pixels of the upright image.
+    Boxes, polygons and masks are in pixels of the upright image. With `box_unit: normalized`, boxes and polygons are
+    shares of its width and height.
 
     Args:
         manifest: CSV file with commas, semicolons or tabs, or JSON lines (`.jsonl`), in UTF-8, optionally gzipped.
         root: Folder of the images; the manifest's folder by default. Only symbolic links may lead out of the folder.
         columns: Names of the file's columns by the names above: `{phrase: caption, mask_heart: heart}`.
+        box_format: Order of the numbers in `boxes`: `xyxy` two corners, `xywh` a corner, width and height, `cxcywh` a
+            center, width and height.
+        box_unit: Unit of `boxes`, `x, y, w, h` and `polygons`: `pixels`, or `normalized` to [0, 1] of the image.
+        rle_format: Form of `rle`: `coco` for JSON `{"size": [h, w], "counts": ...}` or a list of these, with plain or
+            compressed counts; `siim` for the relative, column-major pairs of SIIM-ACR Pneumothorax, -1 for no mask.
         kwargs: Arguments of `TableDataModule`.
     """
 
@@ -79,9 +95,13 @@ class ManifestDataModule(TableDataModule):
         manifest: str,
         root: str | None = None,
         columns: dict[str, str] | None = None,
+        box_format: BoxFormat = "xyxy",
+        box_unit: BoxUnit = "pixels",
+        rle_format: RleFormat = "coco",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_choices(ManifestDataModule.__init__, locals())
         known = REQUIRED + OPTIONAL
         unknown = [name for name in columns or {} if name not in known and not MASK_COLUMN.fullmatch(name)]
         if unknown:
@@ -89,6 +109,9 @@ class ManifestDataModule(TableDataModule):
         self.manifest = Path(manifest)
         self.root = Path(root) if root is not None else self.manifest.parent
         self.columns = dict(columns or {})
+        self.box_format = box_format
+        self.box_unit = box_unit
+        self.rle_format = rle_format
         self._listed_masks = ListedMasks(self.root)
         # The table's own masks come before those of `anatomy`.
         self.mask_sources.insert(0, self._listed_masks)
@@ -104,16 +127,16 @@ class ManifestDataModule(TableDataModule):
                 f"{self.manifest} has some of the columns x, y, w, h, but not {missing}. The columns are "
                 f"{sorted(present)}."
             )
-        one_box_per_row = not missing
+        joins_rows = not missing or "rle" in present
         self._listed_masks.clear()
         pairs, bad, warnings = parse_rows(rows, lambda row: self._pair(row, present))
         self.row_warnings += warnings
-        key_of = partial(self._key, present=present) if one_box_per_row else _row_key
+        key_of = partial(self._key, present=present) if joins_rows else _row_key
         pairs, bad = drop_broken(pairs, bad, rows, key_of)
         if "id" not in present:
             pairs = with_ids(pairs, rows, self._name, key_of)
         bad = flag_patient_leakage(pairs, bad, rows, _patient_and_split)
-        return with_image_findings(merge_boxes(pairs) if one_box_per_row else pairs), unread + bad
+        return with_image_findings(merge_boxes(pairs) if joins_rows else pairs), unread + bad
 
     def _key(self, row: TableRow, present: set[str]) -> tuple[str, ...]:
         """Key of the pair to which a row's box belongs."""
@@ -157,14 +180,18 @@ class ManifestDataModule(TableDataModule):
     def _boxes(self, row: TableRow, path: Path) -> tuple[list[Box], tuple[int, int] | None]:
         """Boxes in pixels of the image, and the size of the image if there are boxes or a mask."""
         cells = row.cells
-        boxes = boxes_of_json(cells.get("boxes")) + box_of_cells([cells.get(name) for name in _BOX])
-        mask = text(cells, "mask")
-        if not boxes and not mask:
+        boxes = boxes_of_json(cells.get("boxes"), self.box_format) + box_of_cells([cells.get(name) for name in _BOX])
+        boxes += boxes_of_polygons(cells.get("polygons"))
+        mask, rle = text(cells, "mask"), cells.get("rle")
+        if not boxes and not mask and not rle:
             return [], None
         size, warnings = read_frontal_size(path, row.source)
         self.row_warnings += warnings
+        if self.box_unit == "normalized":
+            boxes = to_pixels(boxes, size)
         if mask:
-            boxes += _mask_boxes(find_image(self.root, mask), mask, size)
+            boxes += boxes_of_mask_file(find_image(self.root, mask), mask, size)
+        boxes += boxes_of_rle(rle, size, self.rle_format)
         check_inside(boxes, size)
         return boxes, size
 
@@ -226,10 +253,10 @@ def with_ids(
 
 
 def with_image_findings(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:
-    """The pairs, each with all findings of its image."""
+    """The pairs, each with all findings of its image: of its phrases, and listed in `image_findings` already."""
     findings: dict[str, set[str]] = defaultdict(set)
     for pair in pairs:
-        findings[pair.image_id] |= {pair.finding} - {""}
+        findings[pair.image_id] |= {pair.finding, *pair.image_findings} - {""}
     return [replace(pair, image_findings=tuple(sorted(findings[pair.image_id]))) for pair in pairs]
 
 
@@ -255,13 +282,3 @@ def _names_patient(image: str, patient: str) -> bool:
     image, patient = image.lower(), patient.lower().lstrip("0") or patient
     words = {word.lstrip("0") or word for word in re.findall(r"\d+|[^\W\d_]+", image)}
     return patient in image if len(patient) > 3 else patient in words
-
-
-def _mask_boxes(path: Path, name: str, size: tuple[int, int]) -> list[Box]:
-    """Box of each connected part of a mask that is not black, or in a JPEG not dark."""
-    # From the header: a small file may hold very many pixels.
-    height, width = read_size(path)
-    if (height, width) != size:
-        raise RuleError(name, f"the mask is {width} x {height} and its image {size[1]} x {size[0]}")
-    _, _, parts, _ = cv2.connectedComponentsWithStats(read_mask_file(path).astype("uint8"))
-    return [(float(x), float(y), float(x + width), float(y + height)) for x, y, width, height, _ in parts[1:].tolist()]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 
 from matex_pl.arguments import check_choices
+from matex_pl.data.boxes import box_of_cells
 from matex_pl.data.manifest import merge_boxes, with_ids, with_image_findings
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import (
@@ -33,7 +34,6 @@ from matex_pl.data.validation import (
     RowWarning,
     RuleError,
     aspect_differs,
-    box_of_cells,
     check_inside,
     check_phrase,
     fill_splits,

@@ -13,6 +13,7 @@ from matex_pl.data.datamodule import split_patients
 from matex_pl.data.images import read_size
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import TableDataModule, TableRow, read_table
+from matex_pl.data.templates import label_phrase
 from matex_pl.data.validation import (
     BadRow,
     Box,
@@ -43,15 +44,7 @@ _NAMES = {
     "Nodule": "lung nodule",
     "Hernia": "hiatal hernia",
 }
-_TEMPLATES = (
-    "{}.",
-    "There is {}.",
-    "Findings consistent with {}.",
-    "Frontal chest radiograph with {}.",
-    "Evidence of {}.",
-)
 _WITHOUT_SIDE = {"cardiomegaly"}
-_NORMAL = ("No acute cardiopulmonary abnormality.", "Normal chest radiograph.", "The lungs are clear.")
 
 
 Boxes = dict[str, dict[str, list[Box]]]
@@ -163,12 +156,8 @@ class NihDataModule(TableDataModule):
 
     def _phrase(self, image: str, finding: str, boxes: list[Box]) -> str:
         """A sentence about the finding, whose boxes are in the 1024 x 1024 frame."""
-        rng = np.random.default_rng([self.seed, *f"{image}/{finding}".encode()])
-        if not finding:
-            return str(rng.choice(_NORMAL))
-        side = side_word(boxes) if self.name_side and finding not in _WITHOUT_SIDE else ""
-        phrase = str(rng.choice(_TEMPLATES)).format(f"{side} {finding}".strip())
-        return phrase[0].upper() + phrase[1:]
+        side = side_word(boxes) if self.name_side and finding and finding not in _WITHOUT_SIDE else ""
+        return label_phrase(finding, image, self.seed, side)
 
 
 def finding_name(label: str) -> str:

@@ -102,6 +102,10 @@ def read_table(path: Path, columns: Mapping[str, str], required: Sequence[str]) 
     read = _json_rows if {suffix.lower() for suffix in path.suffixes} & _JSON_LINES else _csv_rows
     wanted = [columns.get(name, name) for name in required]
     header, table = read(path, content, wanted)
+    if read is _csv_rows:
+        # Names of a header have no spaces around them, as in SIIM's ` EncodedPixels`, however they are mapped.
+        columns = {name: column.strip() for name, column in columns.items()}
+        wanted = [column.strip() for column in wanted]
     missing = [name for name in wanted if name not in header]
     if missing:
         raise ValueError(
@@ -167,6 +171,22 @@ def read_json(text: str) -> Any:
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def read_json_file(path: Path) -> Any:
+    """The value of a JSON file, optionally gzipped.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not UTF-8 or no JSON.
+    """
+    content = read_text(path)
+    try:
+        return read_json(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: The JSON ends or breaks here. Copy the file again.") from error
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise ValueError(f"{path} is no readable JSON. Copy the file again.") from error
 
 
 def _csv_rows(path: Path, content: str, wanted: Sequence[str]) -> tuple[list[str], Table]:
@@ -449,6 +469,17 @@ def read_frontal_size(path: Path, source: tuple[str, int]) -> tuple[Size, list[R
 def _several(bad: Sequence[BadRow]) -> str:
     first = f", the first {_SHOWN}" if len(bad) > _SHOWN else ""
     return "\n  ".join([f"{len(bad)} bad row{'s' * (len(bad) > 1)}{first}:", *map(str, bad[:_SHOWN])])
+
+
+def check_val_share(val_share: float) -> None:
+    """Raise ValueError unless `val_share` is a share below 1."""
+    if not 0 <= val_share < 1:
+        raise ValueError(f"val_share must be at least 0 and less than 1, got {val_share}.")
+
+
+def hold_out(patients: Iterable[str], val_share: float, seed: int) -> dict[str, str]:
+    """`train` or `val` for each patient of the training images, of a distribution without validation images."""
+    return split_patients(patients, (1 - val_share, val_share, 0.0), seed)
 
 
 def drop_broken(

@@ -6,7 +6,6 @@ warning, and its row is used.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -42,13 +41,17 @@ _ASPECT_TOLERANCE = 0.02
 # Views of a chest from the front or the back, also lying on a side.
 _FRONTAL = {"AP", "PA", "LLD", "RLD", "FRONTAL"}
 _SHOWN = 3
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 WARNINGS = {
     "cells": "The row has fewer or more cells than the header. Missing cells are read as empty",
     "phrase": "The phrase has no letter and no digit. The model reads nothing",
     "id": "The id has control characters. Names of files and tags show other characters",
     "box outside": "A box reaches outside of its image. The part outside is cut off",
-    "box fraction": "All sides of a box are within [0, 1]. Boxes are read in pixels, not as fractions of the image",
+    "box fraction": (
+        "All sides of a box are within [0, 1]. Boxes are read in pixels, not as fractions of the image. A manifest "
+        "reads fractions with box_unit: normalized"
+    ),
     "box small": "A box is less than a pixel high or wide. Scores in such a box mean nothing",
     "annotated size": (
         "image_width and image_height contradict the shape of the file. The boxes are stretched to the file"
@@ -141,6 +144,30 @@ def find_image(root: Path, name: str) -> Path:
     return path
 
 
+def images_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """All images below a folder, `.png` and `.jpg`, by their names without the suffix."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}. Check the path.")
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in _IMAGE_SUFFIXES:
+            found[path.stem].append(path)
+    return found
+
+
+def find_by_stem(images: Mapping[str, Sequence[Path]], name: str) -> Path:
+    """The file of an image among `images_by_stem`, whatever its suffix and its folder."""
+    if not name:
+        raise RuleError(name, "the image is missing")
+    paths = images.get(Path(name).stem, ())
+    if not paths:
+        raise RuleError(name, "there is no such file in the folder of the images, as .png or .jpg")
+    if len(paths) > 1:
+        several = ", ".join(map(str, paths[:_SHOWN]))
+        raise RuleError(name, f"several files have this name; give the folder of one of them as images: {several}")
+    return paths[0]
+
+
 def path_below(root: Path, name: str) -> Path:
     """A path below `root`, whether or not it exists; symbolic links stay as they are."""
     base = os.path.abspath(root)  # noqa: PTH100 - links stay as they are: data sets are often linked into a folder
@@ -166,55 +193,18 @@ def split_name(text: str) -> str:
     return SPLIT_NAMES[text.lower()]
 
 
-def boxes_of_json(cell: Any) -> list[Box]:
-    """Boxes `(x0, y0, x1, y1)` from a list of lists, or its JSON text; none from an empty cell."""
-    if cell is None or (isinstance(cell, str) and not cell.strip()):
-        return []
-    try:
-        listed = json.loads(cell) if isinstance(cell, str) else cell
-    except (ValueError, RecursionError):
-        raise RuleError(cell, "the boxes are no JSON; write [[x0, y0, x1, y1], ...]") from None
-    if not isinstance(listed, list) or not all(isinstance(box, list) and len(box) == 4 for box in listed):
-        raise RuleError(cell, "the boxes are no list of [x0, y0, x1, y1]")
-    return [_check_box(_four_numbers(box)) for box in listed]
-
-
-def box_of_cells(cells: Sequence[Any]) -> list[Box]:
-    """The box of `x, y, w, h`; none if all four are empty."""
-    if all(cell is None or not str(cell).strip() for cell in cells):
-        return []
-    x, y, width, height = _four_numbers(cells)
-    return [_check_box((x, y, x + width, y + height))]
-
-
-def _four_numbers(cells: Sequence[Any]) -> Box:
-    try:
-        # Python reads `1_0` as ten.
-        if any(isinstance(cell, bool) or "_" in str(cell) for cell in cells):
-            raise TypeError
-        one, two, three, four = (float(cell) for cell in cells)
-    except (TypeError, ValueError, OverflowError):
-        raise RuleError(list(cells), "a box is not four numbers") from None
-    return one, two, three, four
-
-
-def _check_box(box: Box) -> Box:
-    if not all(map(math.isfinite, box)):
-        raise RuleError(list(box), "a box is not finite")
-    if box[2] < box[0] or box[3] < box[1]:
-        raise RuleError(list(box), "a box is inverted: its right or lower edge comes before the left or upper one")
-    if box[2] == box[0] or box[3] == box[1]:
-        raise RuleError(list(box), "a box is empty: it has no width or no height")
-    return box
-
-
 def check_inside(boxes: Iterable[Box], size: tuple[int, int]) -> None:
     """Raise RuleError unless boxes, in pixels, lie in an image of this height and width, to within a pixel."""
     height, width = size
     for box in boxes:
-        if _overhang(box, size) > _TOLERANCE:
+        if not is_inside(box, size):
             raise RuleError(list(box), f"a box (x0, y0, x1, y1) reaches outside of its image of {width} x {height}")
         check_overlap(box, size)
+
+
+def is_inside(box: Box, size: tuple[int, int]) -> bool:
+    """Whether a box, in pixels, lies in an image of this height and width, to within a pixel."""
+    return _overhang(box, size) <= _TOLERANCE
 
 
 def check_overlap(box: Box, size: tuple[int, int]) -> None:
