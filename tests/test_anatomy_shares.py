@@ -22,6 +22,7 @@ from matex_pl.attribution.several import attribute_methods
 from matex_pl.benchmark import run_benchmark
 from matex_pl.callbacks import AttributionMetrics
 from matex_pl.callbacks.reader import Reader
+from matex_pl.callbacks.scalars import _layout
 from matex_pl.clip import Clip
 from matex_pl.data import ImageTextPair, PhantomDataModule
 from matex_pl.data.chest import chest_boxes
@@ -350,6 +351,14 @@ def test_scalars_of_the_structures(image_root: Path, kind: type[PhantomDataModul
         own = outside[torch.tensor([name == finding for name in batch["finding"]])].nanmean()
         if not own.isnan():
             assert scores[f"{prefix}/outside_thorax_mass/{finding}"] == pytest.approx(float(own), abs=1e-5)
+
+
+def test_charts_of_the_structures() -> None:
+    charts = _layout(["attribution/mass/heart", "attribution/mass/left_lung", "attribution/cnr/nodule"])
+    assert charts["attribution per structure"] == {
+        "mass": ["Multiline", ["attribution/mass/heart$", "attribution/mass/left_lung$"]]
+    }
+    assert list(charts["attribution per finding"]) == ["cnr"]
 
 
 def test_masks_of_foreign_batches() -> None:
