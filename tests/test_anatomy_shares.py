@@ -422,6 +422,7 @@ def test_the_benchmark_has_tables_of_the_structures(tmp_path: Path, image_root: 
     for text in (tables, page):
         assert "Anatomy: left lung" in text
         assert "Anatomy: disjoint parts" in text
+        assert "Part, heart outside of the lungs" in text
         assert "Mass, heart, median and quartiles" in text
         assert "Mass, gain, right lung" in text
 
