@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,7 @@ from matex_pl.data.phantom import FINDINGS, Phantom, cache, draw_phantom, phanto
 from matex_pl.data.phantom.canvas import Canvas
 from matex_pl.data.phantom.devices import Device, draw_token
 from matex_pl.data.phantom.findings import plan_findings, reshape_build
-from matex_pl.data.phantom.image import PlacedFinding, phantom_build, phantom_rng
+from matex_pl.data.phantom.image import PlacedFinding, phantom_build, phantom_masks, phantom_rng
 from matex_pl.data.phantom.module import thorax_share
 from matex_pl.data.phantom.phrases import TEMPLATES
 from matex_pl.data.phantom.thorax import SIDES, draw_thorax, sample_build
@@ -435,3 +436,38 @@ def test_what_a_killed_run_left_is_removed_and_what_is_in_work_is_not(tmp_path: 
 def _contents(root: Path) -> list[Path]:
     """What lies in the folder of the caches, but for the locks."""
     return [path for path in root.iterdir() if path.suffix != ".lock"]
+
+
+def test_masks_cover_the_drawn_organs(images: list[Phantom]) -> None:
+    """Lungs are darker than the heart and the rest; findings of the lung lie in the lung of their side."""
+    for index, image in enumerate(images[:40]):
+        masks = phantom_masks(index)
+        left, right, heart = masks["left_lung"], masks["right_lung"], masks["heart"]
+        assert not ((left & right) | (left & heart) | (right & heart)).any()
+        healthy = draw_phantom(index, show_findings=False).image
+        names = {finding.name for finding in image.findings}
+        if not names & {"cardiomegaly", "atelectasis"}:
+            assert healthy[left | right].mean() < healthy[heart].mean() - 30
+            # A ring of four pixels around the lungs, without black air.
+            ring = cv2.dilate((left | right).astype(np.uint8), np.ones((9, 9))).astype(bool) & ~(left | right)
+            assert healthy[left | right].mean() < healthy[ring].mean() - 20
+        assert np.nonzero(right)[1].mean() < np.nonzero(heart)[1].mean() < np.nonzero(left)[1].mean()
+        for finding in image.findings:
+            for (x0, y0, x1, y1), side in zip(finding.boxes, _sides(finding), strict=True):
+                inside = masks[f"{side}_lung" if side else "heart"][int(y0) : int(y1), int(x0) : int(x1)]
+                assert inside.mean() > (0.7 if finding.name in ("nodule", "cardiomegaly") else 0.25), finding
+                assert inside.any(0).mean() > 0.9
+
+
+def _sides(finding: PlacedFinding) -> tuple[str, ...]:
+    return SIDES if finding.side == "both" else (finding.side,)
+
+
+def test_loaders_of_validation_have_masks_and_training_has_none(tmp_path: Path) -> None:
+    data = PhantomDataModule(str(tmp_path), 4, 3, 1, stored_size=64, image_size=64, batch_size=4, num_workers=0)
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    for name, mask in batch["masks"].items():
+        assert torch.equal(mask[0], torch.from_numpy(phantom_masks(4, size=64)[name]))
+    assert set(batch["masks"]) == {"left_lung", "right_lung", "heart"}
+    assert next(iter(data.train_dataloader()))["masks"] == {}

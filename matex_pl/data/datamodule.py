@@ -36,12 +36,27 @@ _RESIZE_MODES: dict[str, ResizeMode] = {"pad": "longest", "crop": "shortest", "s
 
 
 class PairDataset(Dataset[Sample]):
-    """Dataset of pairs: `data` reads their pixels, and `transform` fits them into the model's frame."""
+    """Dataset of pairs: `data` reads their pixels and masks, and `transform` fits them into the model's frame.
 
-    def __init__(self, data: ChestXrayDataModule, pairs: Sequence[ImageTextPair], transform: ImageTransform) -> None:
+    Args:
+        data: Data module of the pairs.
+        pairs: Pairs to read.
+        transform: Transform into the model's frame.
+        with_masks: Whether to read masks, which training does not use.
+    """
+
+    def __init__(
+        self,
+        data: ChestXrayDataModule,
+        pairs: Sequence[ImageTextPair],
+        transform: ImageTransform,
+        *,
+        with_masks: bool = True,
+    ) -> None:
         self.data = data
         self.pairs = pairs
         self.transform = transform
+        self.with_masks = with_masks
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -68,7 +83,7 @@ class PairDataset(Dataset[Sample]):
             pair = self.data.draw_pair(pair, seed)
         try:
             image = self.data.open_image(pair, self.transform)
-            masks = self.data.read_masks(pair)
+            masks = self.data.read_masks(pair) if self.with_masks else {}
             return Sample(pair, *self.transform(image.pixels, pair.boxes, size=image.size, seed=seed, masks=masks))
         except (OSError, ValueError, ImportError) as error:
             kind = ImportError if isinstance(error, ImportError) else ValueError
@@ -368,8 +383,12 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return None
 
     def train_dataloader(self) -> DataLoader:
-        """Training pairs, shuffled by seed and epoch; an incomplete last batch is dropped if there are others."""
-        data = self.dataset("train", augment=self.augment)
+        """Training pairs without masks, shuffled by seed and epoch.
+
+        An incomplete last batch is dropped if there are others.
+        """
+        listed = self.dataset("train", augment=self.augment)
+        data = PairDataset(self, listed.pairs, listed.transform, with_masks=False)
         sampler = EpochSampler(data, self.seed)
         return self._loader(data, sampler, drop_last=len(sampler) >= self.batch_size)
 

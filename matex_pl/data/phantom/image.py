@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from matex_pl.data.phantom.canvas import Canvas, Field, as_field
+from matex_pl.data.phantom.canvas import Canvas, Field, Mask, as_field
 from matex_pl.data.phantom.devices import Device, draw_device, draw_marker, draw_token, plan_device
 from matex_pl.data.phantom.findings import FINDINGS, PAINTERS, Plan, plan_findings, reshape_build
-from matex_pl.data.phantom.thorax import Build, draw_thorax, sample_build
+from matex_pl.data.phantom.thorax import Build, draw_thorax, sample_build, thorax_masks
 
 Box = tuple[float, float, float, float]
 
@@ -59,6 +59,16 @@ def phantom_build(index: int, seed: int, plans: Sequence[Plan] | None = None) ->
     if plans is None:
         plans = plan_findings(phantom_rng(index, seed, "plan"))
     return reshape_build(sample_build(phantom_rng(index, seed, "anatomy")), plans, phantom_rng(index, seed, "reshape"))
+
+
+def phantom_masks(index: int, *, seed: int = 0, size: int = 192) -> dict[str, Mask]:
+    """Exact masks `(size, size)` bool of the image at `index`: `left_lung`, `right_lung`, `heart`.
+
+    Sides are the patient's. A lung is the part of the pleural cavity that heart and mediastinum do not hide, with any
+    finding in it. The arguments are those of `draw_phantom`.
+    """
+    build = phantom_build(index, seed)
+    return thorax_masks(Canvas(size, midline=build.midline, tilt=build.tilt), build)
 
 
 def draw_phantom(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from torch import Tensor
 from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.phantom.cache import phantom_cache
-from matex_pl.data.phantom.canvas import Canvas, Field
+from matex_pl.data.phantom.canvas import Canvas, Field, Mask
 from matex_pl.data.phantom.findings import FINDINGS
-from matex_pl.data.phantom.image import check_arguments, phantom_build
+from matex_pl.data.phantom.image import check_arguments, phantom_build, phantom_masks
 from matex_pl.data.phantom.thorax import SIDES, heart_outline, lung_outline
 from matex_pl.data.transforms import ImageTransform
 
@@ -93,6 +94,13 @@ class PhantomDataModule(ChestXrayDataModule):
             self.list_pairs()
         assert self._images is not None
         return self._images[int(pair.image)]
+
+    def read_masks(self, pair: ImageTextPair) -> Mapping[str, Mask]:
+        """Exact masks `(stored_size, stored_size)` bool of `left_lung`, `right_lung` and `heart`.
+
+        A lung is the part of the pleural cavity that heart and mediastinum do not hide, with any finding in it.
+        """
+        return phantom_masks(int(pair.image), seed=self.seed, size=self.stored_size)
 
     def thorax(self) -> Tensor:
         """Mask of pleural cavities or heart in at least 2 % of the images, `(H, W)` bool in the model's frame."""

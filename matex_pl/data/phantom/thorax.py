@@ -10,7 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from matex_pl.data.phantom.canvas import Canvas, Field, Floats, Points, closed_curve, open_curve, ramp, ribbon, ribbons
+from matex_pl.data.phantom.canvas import (
+    Canvas,
+    Field,
+    Floats,
+    Mask,
+    Points,
+    closed_curve,
+    open_curve,
+    ramp,
+    ribbon,
+    ribbons,
+)
 
 SIDES = ("right", "left")
 SIGN = {"right": -1.0, "left": 1.0}
@@ -130,6 +141,18 @@ def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thora
     opacity += _breasts(canvas, build) * both + airways + _spine(canvas, solid)
     bones = _bones(canvas, build, rng) * (np.float32(0.45) + np.float32(0.55) * both)
     return Thorax(build, opacity, bones, lungs, air, heart)
+
+
+def thorax_masks(canvas: Canvas, build: Build) -> dict[str, Mask]:
+    """Masks `(size, size)` bool of `left_lung`, `right_lung` and `heart`; sides are the patient's.
+
+    A lung is the part of the pleural cavity that heart and mediastinum do not hide, with any finding in it. Masks of
+    CheXmask are drawn in the same way.
+    """
+    heart = canvas.fill([heart_outline(build)]) > 0.5
+    hidden = heart | (canvas.fill(mediastinum_outlines(build)) > 0.5)
+    lungs = {f"{side}_lung": (canvas.fill([lung_outline(build, side)]) > 0.5) & ~hidden for side in reversed(SIDES)}
+    return {**lungs, "heart": heart}
 
 
 def lung_outline(build: Build, side: str, retreat: Floats | None = None) -> Points:
