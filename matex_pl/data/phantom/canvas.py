@@ -1,6 +1,7 @@
 """Drawing in the body's frame: x = 0 is the midline, x grows towards the patient's left, y grows downwards.
 
-One unit is the side of the image, and all lengths scale with it. The patient's left is on the right of the image.
+One unit is the side of the image, times `scale`, and all lengths scale with it. The patient's left is on the right of
+the image.
 """
 
 from __future__ import annotations
@@ -38,30 +39,38 @@ class Canvas:
     Args:
         size: Side of the image in pixels.
         midline: Position x of the midline on the image, in [0, 1].
+        middle: Position y on the image of the body's y = 0.5, in [0, 1].
         tilt: Rotation of the patient on the image in degrees.
+        scale: Length of one unit on the image, in sides of the image.
 
     Attributes:
         x: `(size, size)` x of every pixel center in the body's frame.
         y: `(size, size)` y of every pixel center in the body's frame.
     """
 
-    def __init__(self, size: int, *, midline: float = 0.5, tilt: float = 0.0) -> None:
+    def __init__(
+        self, size: int, *, midline: float = 0.5, middle: float = 0.5, tilt: float = 0.0, scale: float = 1.0
+    ) -> None:
         self.size = size
+        self.scale = scale
         cos, sin = np.cos(np.deg2rad(tilt)), np.sin(np.deg2rad(tilt))
         self._turn = np.array([[cos, -sin], [sin, cos]])
-        self._center = np.array([midline, 0.5])
+        self._center = np.array([midline, middle])
         u, v = _pixel_grid(size)
-        du, dv = u - np.float32(midline), v - np.float32(0.5)
+        du, dv = (u - np.float32(midline)) / np.float32(scale), (v - np.float32(middle)) / np.float32(scale)
         self.x: Field = np.float32(cos) * du + np.float32(sin) * dv
         self.y: Field = np.float32(cos) * dv - np.float32(sin) * du + np.float32(0.5)
         half = (size // 2, size // 2)
         self._half_x = as_field(cv2.resize(self.x, half, interpolation=cv2.INTER_AREA))
         self._half_y = as_field(cv2.resize(self.y, half, interpolation=cv2.INTER_AREA))
 
+    def to_image(self, points: Points) -> Points:
+        """Positions `(..., 2)` of body points `(..., 2)` on the image, in [0, 1] of its side."""
+        return (points - (0.0, 0.5)) @ self._turn.T * self.scale + self._center
+
     def to_pixels(self, points: Points) -> Points:
         """Pixel coordinates `(..., 2)` of body points `(..., 2)`; the center of the first pixel is (0, 0)."""
-        turned = (points - (0.0, 0.5)) @ self._turn.T + self._center
-        return turned * self.size - 0.5
+        return self.to_image(points) * self.size - 0.5
 
     def value_at(self, field: Field, point: Points) -> float:
         """Value of a field at the pixel nearest to a body point `(2,)`."""
@@ -82,7 +91,7 @@ class Canvas:
 
     def soften(self, field: Field, sigma: float) -> Field:
         """Gaussian blur with sigma in body units; wide blurs run on a quarter of the resolution."""
-        pixels = sigma * self.size
+        pixels = sigma * self.size * self.scale
         if pixels < 4:
             return as_field(cv2.GaussianBlur(field, (0, 0), max(pixels, 0.2)))
         quarter = cv2.resize(field, (self.size // 4, self.size // 4), interpolation=cv2.INTER_AREA)
