@@ -40,8 +40,8 @@ class Build:
     """One patient in the body's frame, and the place of this frame on the image; see `Canvas`.
 
     Lengths are fractions of a tight image's side. `margin` is the length of neck and abdomen drawn outside of it.
-    `dome` and `angle` hold y of each hemidiaphragm's top and of each costophrenic angle. `heart_ratio` is the width of the
-    heart over the inner width of the chest.
+    `dome` and `angle` hold y of each hemidiaphragm's top and of each costophrenic angle. `heart_ratio` is the width of
+    the heart over the inner width of the chest.
     """
 
     midline: float
