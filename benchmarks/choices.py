@@ -168,7 +168,7 @@ def score_words(path: Path, root: str, num_pairs: int, batch_size: int) -> dict[
     for batch in pairs_with_boxes(module, root, "val", num_pairs, batch_size):
         images, tokens = module.inputs(batch)
         method = Matex.recommended(text_grad_layers=max(table))
-        maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
+        maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"])
         for layers, metrics in table.items():
             text = Matex.fuse(maps.parts, text_grad_layers=layers).text
             with torch.no_grad():
@@ -200,7 +200,7 @@ def fused(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Ten
         (target, weight): Matex(
             **BASE | {"target": target, "spatial_weight": weight, "flow": "rollout", "grad_layers": 3}
         )
-        .attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
+        .attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"])
         .parts
         for target in ("cosine", "margin")
         for weight in ("softmax", "loosened")
@@ -220,7 +220,7 @@ def fused(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Ten
 
 def compared(module: ClipModule, batch: ImageTextBatch, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Maps of all presets, controls and single-pass methods, the last under both targets."""
-    given = (module.clip, images, tokens, batch["phrase"], batch["content_box"])
+    given = (module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"])
     for name, method in [*PRESETS.items(), ("`PriorOnly()`", PriorOnly()), ("`CenterMap()`", CenterMap())]:
         yield name, method.attribute(*given).image
     for target in get_args(Target):

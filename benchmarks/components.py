@@ -66,7 +66,9 @@ def main(ckpt_path: str, pair: str, out: str, side: int = 224) -> None:
     data.setup("test")
     batch = data.dataset("test").batch([pair])
     images, tokens = module.inputs(batch)
-    maps = Matex.recommended().attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
+    maps = Matex.recommended().attribute(
+        module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"]
+    )
     image = resize(np.repeat(batch["image"][0, 0].numpy()[..., None], 3, 2), (side, side))
     boxed = image.copy()
     draw_boxes(boxed, batch["boxes"][0].numpy(), 3)

@@ -49,7 +49,9 @@ def hits(module: ClipModule, batch: ImageTextBatch, means: dict[str, Tensor]) ->
     masks = box_masks(batch["boxes"], module.clip.image_size)
     blank = torch.zeros(module.clip.image_size)
     maps = {
-        name: method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"]).image
+        name: method.attribute(
+            module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"]
+        ).image
         for name, method in methods().items()
     }
     maps["mean box"] = torch.stack([means.get(finding, blank) for finding in batch["finding"]])

@@ -70,7 +70,9 @@ def measure(
     values = []
     for batch in batches:
         images, tokens = module.inputs(batch)
-        maps = method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"]).image
+        maps = method.attribute(
+            module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"]
+        ).image
         peak = pointing_game(maps, tag.expand_as(maps))
         hit = pointing_game(maps, box_masks(batch["boxes"], module.clip.image_size))
         values.append(torch.stack([outside_mass(maps, thorax[None]), peak, hit]))
@@ -102,7 +104,7 @@ def sheet(module: ClipModule, batch: ImageTextBatch, subtitle: str) -> Picture:
     """All methods on a batch of one pair, in one row."""
     images, tokens = module.inputs(batch)
     found = [
-        method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"])
+        method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"])
         for method in METHODS.values()
     ]
     return contact_sheet(

@@ -24,6 +24,7 @@ from matex_pl.attribution.shipped import load_method
 from matex_pl.callbacks.reader import Reader
 from matex_pl.callbacks.scalars import describe_scalars
 from matex_pl.clip.model import Clip
+from matex_pl.data.chest import LUNGS
 from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.pairs import embed_pairs, other_phrases, swapped_phrases
@@ -38,7 +39,7 @@ from matex_pl.metrics import (
     RankCorrelation,
     SideSensitivity,
 )
-from matex_pl.metrics.functional import border_mask
+from matex_pl.metrics.functional import anatomy_shares, border_mask, thorax_zone
 from matex_pl.metrics.removal import dropped_tokens, image_score, text_score
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,11 @@ class AttributionMetrics(Callback):
     - `text_confidence_drop` and `text_confidence_increase`, for methods that support text
     - `consistency_mean` and `consistency_min` over patches and pairs, for MATEX (if C is near 1 everywhere, it has no
       effect)
-    - `outside_thorax_mass`, the share of the maps' mass outside lungs and heart, if the data module has a `thorax()`
-    - `border_mass`, the share in the outer tenth of the image, if it has none
+    - `mass/<structure>`, the share of the maps' mass in each structure that images have masks of, and `part/<name>`,
+      the shares of a partition into left lung, right lung, the heart outside of the lungs, and the rest
+    - `outside_thorax_mass`, the share of the maps' mass outside lungs and heart, by the masks of the image, or else by
+      the `thorax()` of the data module
+    - `border_mass`, the share in the outer tenth of the image, if the data module has no `thorax()`
 
     `ModelCheckpoint(monitor="attribution/pointing_game")` works. The mass outside rises if a model reads something
     outside the patient. A prior draws the map to the named region and hides this: log a method without a prior.
@@ -197,7 +201,8 @@ class AttributionMetrics(Callback):
     @property
     def _of_findings(self) -> tuple[str, ...]:
         """Names of the scalars that are logged per finding too."""
-        return ("pointing_game", self._outside, "prompt_sensitivity") if self.per_finding else ()
+        outside = ("border_mass", "outside_thorax_mass")
+        return ("pointing_game", *outside, "prompt_sensitivity") if self.per_finding else ()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -209,7 +214,8 @@ class AttributionMetrics(Callback):
         self._is_boxed &= self.reader.has_boxes(batch)
         batch = self.reader.read(trainer, pl_module, batch, batch_idx, dataloader_idx)
         images, tokens = clip.inputs(batch)
-        maps = attribute_methods(self.methods, clip, images, tokens, batch["phrase"], batch["content_box"])
+        boxes = batch["content_box"], batch["chest_box"]
+        maps = attribute_methods(self.methods, clip, images, tokens, batch["phrase"], *boxes)
         # The embeddings of the validation step would differ under autocast.
         known = [found.parts["embeddings"] for found in maps.values() if "embeddings" in found.parts]
         image, text = known[0] if known else embed_pairs(clip, images, tokens)
@@ -229,15 +235,20 @@ class AttributionMetrics(Callback):
 
     def _localize(self, prefix: str, maps: Attribution, batch: ImageTextBatch) -> None:
         """Score where the maps of one method lie."""
-        if self.thorax is None:
-            inside = ~border_mask((maps.image.shape[1], maps.image.shape[2]), batch["content_box"])
-        else:
-            inside = self.thorax.to(maps.image.device).expand_as(maps.image)
         rows = list(range(len(maps.image)))
         self._add(prefix, "pointing_game", batch, rows, maps.image, batch["boxes"])
         self._add(prefix, "cnr", batch, rows, maps.image, batch["boxes"])
         self._add(prefix, "mean_map_mass", batch, rows, maps.image)
-        self._add(prefix, self._outside, batch, rows, maps.image, inside)
+        if self.thorax is None:
+            inside = ~border_mask((maps.image.shape[1], maps.image.shape[2]), batch["content_box"])
+            self._add(prefix, "border_mass", batch, rows, maps.image, inside)
+        if self.thorax is not None or set(LUNGS) <= batch["masks"].keys():
+            zone = thorax_zone(batch["masks"], maps.image, self.thorax)
+            self._metric(f"{prefix}/outside_thorax_mass", OutsideMass)
+            self._add(prefix, "outside_thorax_mass", batch, rows, maps.image, zone)
+        for name, share in anatomy_shares(maps.image, batch["masks"], batch["content_box"]).items():
+            if name.startswith(("mass/", "part/")):
+                self._metric(f"{prefix}/{name}", MapMass).update(share[:, None], ids=batch["id"])
         if "consistency" in maps.parts:
             # `MapMass` is the mean over patches.
             self._metric(f"{prefix}/consistency_mean", MapMass).update(maps.parts["consistency"], ids=batch["id"])
@@ -256,8 +267,8 @@ class AttributionMetrics(Callback):
             if not rows:
                 continue
             texts = [phrase for phrase in phrases if phrase is not None]
-            boxes = batch["content_box"][rows]
-            others = attribute_methods(self.methods, clip, images[rows], clip.tokenize(texts), texts, boxes)
+            boxes, chest = batch["content_box"][rows], batch["chest_box"][rows]
+            others = attribute_methods(self.methods, clip, images[rows], clip.tokenize(texts), texts, boxes, chest)
             for method, other in others.items():
                 true, prefix = maps[method], _prefix(method)
                 if name == "prompt_sensitivity":

@@ -72,7 +72,8 @@ class MapWriter(Callback):
             chosen = [rows[key] for key in missing]
             images, tokens = clip.inputs(batch)
             phrases = [batch["phrase"][row] for row in chosen]
-            maps = self.method.attribute(clip, images[chosen], tokens[chosen], phrases, batch["content_box"][chosen])
+            boxes = batch["content_box"][chosen], batch["chest_box"][chosen]
+            maps = self.method.attribute(clip, images[chosen], tokens[chosen], phrases, *boxes)
             self.store.write(missing, maps)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

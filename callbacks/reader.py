@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from operator import attrgetter
 from typing import Any, cast
 
@@ -13,11 +13,12 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
 from matex_pl.clip.model import Clip
+from matex_pl.data.chest import chest_boxes
 from matex_pl.data.datamodule import PairDataset
-from matex_pl.data.pair import ImageTextBatch
+from matex_pl.data.pair import ImageTextBatch, rows_of
 from matex_pl.training.distributed import check_strategy
 
-_FIELDS = ("image", "phrase", "id", "boxes", "finding", "content_box", "patient_id")
+_FIELDS = ("image", "phrase", "id", "boxes", "finding", "content_box", "patient_id", "masks")
 
 
 class Reader:
@@ -41,6 +42,8 @@ class Reader:
         content_box: Key or position of the rectangles of the images, `(B, 4)` in the input frame; the whole frame
             without it in a batch.
         patient_id: Key or position of the B patients, by whom `RoarPlus` splits; each pair by itself without it.
+        masks: Key or position of the masks of structures: `(B, H, W)` by `left_lung`, `right_lung`, `heart`, and
+            others, in the input frame; False everywhere for an image without the structure.
         normalized: Whether float images are normalized by the model's mean and deviation; if not, they are in [0, 1].
         batch: Function from a batch to a mapping with the keys above, for batches of another form.
     """
@@ -59,12 +62,14 @@ class Reader:
         finding: str | int = "finding",
         content_box: str | int = "content_box",
         patient_id: str | int = "patient_id",
+        masks: str | int = "masks",
         normalized: bool | None = None,
         batch: Callable[[Any], Mapping[str, Any]] | None = None,
     ) -> None:
         self.clip = clip
         self.wrapping = {"tokenizer": tokenizer, "preprocess": preprocess, "mean": mean, "std": std}
-        self.keys = dict(zip(_FIELDS, (image, phrase, id, boxes, finding, content_box, patient_id), strict=True))
+        places = (image, phrase, id, boxes, finding, content_box, patient_id, masks)
+        self.keys = dict(zip(_FIELDS, places, strict=True))
         self.normalized = normalized
         self.batch = batch
         self._found: tuple[Any, Clip] | None = None
@@ -171,6 +176,7 @@ class Reader:
             names = [f"{prefix}-{name}" if len(loaders) > 1 else name for name in _strings(ids)]
             _check_ids(names, texts)
         finding = self._optional(found, "finding")
+        masks = _checked_masks(self._optional(found, "masks"), pixels)
         return cast(
             ImageTextBatch,
             {
@@ -181,7 +187,8 @@ class Reader:
                 "finding": [""] * count if finding is None else _strings(finding),
                 "content_box": whole if content_box is None else content_box,
                 "patient_id": names if patients is None else _strings(patients),
-                "masks": {},
+                "masks": masks,
+                "chest_box": chest_boxes(masks, count).to(images.device),
             },
         )
 
@@ -309,18 +316,6 @@ def _running_ids(
     return [f"{prefix}-{index % number if number else index}" for index in indices]
 
 
-def rows_of(batch: ImageTextBatch, rows: Iterable[int]) -> ImageTextBatch:
-    """Some rows of a batch, with tensors on the CPU."""
-    chosen = list(rows)
-
-    def kept(part: Any) -> Any:
-        if isinstance(part, Mapping):
-            return {name: kept(value) for name, value in part.items()}
-        return part[chosen].cpu() if isinstance(part, Tensor) else [part[row] for row in chosen]
-
-    return cast(ImageTextBatch, kept(batch))
-
-
 def _strings(values: Any) -> list[str]:
     """Values of a batch as texts, from texts, numbers or a tensor."""
     return [str(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
@@ -369,3 +364,14 @@ def _checked_boxes(boxes: Sequence[Any], like: Tensor) -> list[Tensor]:
             + " Divide pixels by the size of the frame."
         )
     return found
+
+
+def _checked_masks(masks: Any, images: Tensor) -> dict[str, Tensor]:
+    """Masks `(B, H, W)` bool by structure, in the size and on the device of images `(B, 3, H, W)`."""
+    wanted = (len(images), *images.shape[2:])
+    for name, mask in (masks or {}).items():
+        if tuple(mask.shape) != wanted:
+            raise ValueError(
+                f"The masks {name!r} must be {wanted}, one in the size of each image, got {tuple(mask.shape)}."
+            )
+    return {name: mask.to(images.device) > 0 for name, mask in (masks or {}).items()}

@@ -13,6 +13,8 @@ from matex_pl.callbacks.loggers import log_text
 from matex_pl.evaluation.columns import metric_columns
 
 _TEXTS = {
+    "mass": "Share of the map's mass in a structure of the image, over images with its mask.",
+    "part": "The same for disjoint parts: left lung, right lung, the heart outside of the lungs, and the rest.",
     "consistency_mean": "Mean of the consistency C of MATEX over patches and pairs.",
     "consistency_min": "Smallest consistency C of MATEX. Near 1, the consistency has no effect.",
 }

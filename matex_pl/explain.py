@@ -32,7 +32,7 @@ def explain_pair(
     """Panel of one image and one phrase, `(h, w, 3)` uint8: where the model looks, and which words matter.
 
     The numbers behind the panel are those of `method.attribute(clip, *clip.inputs(batch), batch["phrase"],
-    batch["content_box"])`, where `batch` is that of `pair_batch`.
+    batch["content_box"], batch["chest_box"])`, where `batch` is that of `pair_batch`.
 
     Args:
         clip: CLIP model.
@@ -150,8 +150,8 @@ def attribute_batch(module: Any, method: AttributionMethod, batch: ImageTextBatc
     """Maps of a batch on any device, and its tokens `(B, T)`; see `explain_batch` for the arguments."""
     clip = _clip_of(module)
     images, tokens = getattr(module, "inputs", clip.inputs)({**batch, "image": batch["image"].to(clip.std.device)})
-    content_box = batch["content_box"].to(clip.std.device)
-    return method.attribute(clip, images, tokens, batch["phrase"], content_box), tokens
+    boxes = (batch[name].to(clip.std.device) for name in ("content_box", "chest_box"))
+    return method.attribute(clip, images, tokens, batch["phrase"], *boxes), tokens
 
 
 def _clip_of(module: Any) -> Clip:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PriorShape = Literal["parabola", "gaussian", "plateau"]
+PriorFrame = Literal["image", "chest"]
 Laterality = Literal["patient", "paper"]
 
 
@@ -119,18 +120,33 @@ def _check(size: tuple[int, int], lambda_s: float, shape: str, laterality: str) 
         raise ValueError(f"lambda_s must be at least 1 (1 switches the prior off), got {lambda_s}.")
 
 
-def check_content_boxes(content_box: Tensor, count: int, ids: Sequence[str] | None = None) -> None:
+def frame_boxes(frame: PriorFrame, content_box: Tensor | None, chest_box: Tensor | None) -> Tensor | None:
+    """Rectangles `(B, 4)` of eqs. (3) and (4) in the input frame, for `prior_maps`; None for the whole frame.
+
+    Args:
+        frame: `image`: as printed, the rectangle of the image. `chest`: the rectangle around the lungs of the image,
+            and that of the image where there is none.
+        content_box: `(B, 4)` rectangles of the images; the whole frame by default.
+        chest_box: `(B, 4)` rectangles around the lungs, see `chest_boxes`; NaN for images without them.
+    """
+    if frame == "image" or chest_box is None:
+        return content_box
+    image = chest_box.new_tensor([0.0, 0.0, 1.0, 1.0]) if content_box is None else content_box
+    return chest_box.where(~chest_box.isnan().any(1, keepdim=True), image)
+
+
+def check_content_boxes(
+    content_box: Tensor, count: int, ids: Sequence[str] | None = None, name: str = "content_box"
+) -> None:
     """Raise ValueError unless the boxes are `(count, 4)`, finite, with x0 < x1 and y0 < y1; `ids` name the pairs."""
     if tuple(content_box.shape) != (count, 4):
-        raise ValueError(
-            f"content_box must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(content_box.shape)}."
-        )
+        raise ValueError(f"{name} must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(content_box.shape)}.")
     bad = ~((content_box[:, :2] < content_box[:, 2:]) & content_box.isfinite().all(1, keepdim=True)).all(1)
     if bad.any():
         at = int(bad.nonzero()[0])
-        name = f"pair {ids[at]!r}" if ids is not None else f"phrase {at} of the batch"
+        pair = f"pair {ids[at]!r}" if ids is not None else f"phrase {at} of the batch"
         raise ValueError(
-            f"The content_box of {name} has no size: {content_box[at].tolist()}. Give x0 < x1 and y0 < y1 as fractions "
+            f"The {name} of {pair} has no size: {content_box[at].tolist()}. Give x0 < x1 and y0 < y1 as fractions "
             "of the frame."
         )
 

@@ -46,7 +46,13 @@ class AttributionMethod(ABC):
 
     @abstractmethod
     def attribute(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+        self,
+        clip: Clip,
+        images: Tensor,
+        tokens: Tensor,
+        phrases: Sequence[str],
+        content_box: Tensor | None = None,
+        chest_box: Tensor | None = None,
     ) -> Attribution:
         """Maps of B image-phrase pairs.
 
@@ -57,10 +63,17 @@ class AttributionMethod(ABC):
             phrases: The B phrases in full; the spatial prior is parsed from them.
             content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the input frame; the whole frame
                 by default.
+            chest_box: `(B, 4)` rectangle around the lungs in the same frame, for `prior_frame="chest"`; NaN for an
+                image without one.
         """
 
     def attribute_phrases(
-        self, clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+        self,
+        clip: Clip,
+        image: Tensor,
+        phrases: Sequence[str],
+        content_box: Tensor | None = None,
+        chest_box: Tensor | None = None,
     ) -> Attribution:
         """Maps of one image and P phrases, equal to those of `attribute` for the P pairs.
 
@@ -69,9 +82,10 @@ class AttributionMethod(ABC):
             image: `(3, H, W)` image in the model's normalized frame.
             phrases: The P phrases.
             content_box: `(4,)` rectangle of the image in the input frame; the whole frame by default.
+            chest_box: `(4,)` rectangle around the lungs in the same frame; NaN for none.
         """
-        tokens, content_box = check_phrases(clip, image, phrases, content_box)
-        return self.attribute(clip, image.expand(len(phrases), -1, -1, -1), tokens, phrases, content_box)
+        tokens, *boxes = check_phrases(clip, image, phrases, content_box, chest_box)
+        return self.attribute(clip, image.expand(len(phrases), -1, -1, -1), tokens, phrases, *boxes)
 
     def check_model(self, clip: Clip) -> None:
         """Check that the method has maps of a model, before any work: each tower encodes one input, without a backward.
@@ -91,15 +105,23 @@ class AttributionMethod(ABC):
             check_embeddings(clip, *sample(clip))
 
 
-def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> None:
-    """Refuse invalid pairs before any work: wrong shapes and dtypes, NaN, empty content boxes."""
+def check_pairs(
+    clip: Clip,
+    images: Tensor,
+    tokens: Tensor,
+    phrases: Sequence[str],
+    content_box: Tensor | None,
+    chest_box: Tensor | None = None,
+) -> None:
+    """Refuse invalid pairs before any work: wrong shapes and dtypes, NaN, boxes without a size."""
     # Refuses image towers without a raster of patches, which no map fits.
     _ = clip.grid
     if isinstance(phrases, str):
         raise ValueError(f"phrases must be a list, got the text {phrases!r}. Put the text in brackets.")
     lengths = {"images": len(images), "tokens": len(tokens), "phrases": len(phrases)}
-    if content_box is not None:
-        lengths["content_box"] = len(content_box)
+    lengths |= {
+        name: len(box) for name, box in (("content_box", content_box), ("chest_box", chest_box)) if box is not None
+    }
     if len(set(lengths.values())) > 1 or not len(images):
         raise ValueError(f"Inputs must have the same length, at least 1, got {lengths}. Give one of each per pair.")
     wanted = (len(images), 3, *clip.image_size)
@@ -117,22 +139,34 @@ def check_pairs(clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[st
         )
     if content_box is not None:
         check_content_boxes(content_box, len(phrases), phrases)
+    if chest_box is not None:
+        if chest_box.ndim == 2:
+            # A row of NaN stands for no lungs.
+            chest_box = chest_box.where(~chest_box.isnan().all(1, keepdim=True), chest_box.new_tensor([0, 0, 1, 1]))
+        check_content_boxes(chest_box, len(phrases), phrases, "chest_box")
 
 
 def check_phrases(
-    clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Tokens of P phrases on one image, and the content box of each, `(P, 4)`; refuses invalid input."""
+    clip: Clip,
+    image: Tensor,
+    phrases: Sequence[str],
+    content_box: Tensor | None,
+    chest_box: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tokens of P phrases on one image, and the content and chest box of each, `(P, 4)`; refuses invalid input."""
     if isinstance(phrases, str) or not len(phrases):
         raise ValueError(f"phrases must be a list of at least one phrase, got {phrases!r}.")
-    if image.ndim != 3 or (content_box is not None and tuple(content_box.shape) != (4,)):
-        raise ValueError(
-            f"`attribute_phrases` takes one image (3, H, W) and one content_box (4,), got {tuple(image.shape)}"
-            + ("." if content_box is None else f" and {tuple(content_box.shape)}.")
-        )
+    for name, box in (("content_box", content_box), ("chest_box", chest_box)):
+        if image.ndim != 3 or (box is not None and tuple(box.shape) != (4,)):
+            raise ValueError(
+                f"`attribute_phrases` takes one image (3, H, W) and one {name} (4,), got {tuple(image.shape)}"
+                + ("." if box is None else f" and {tuple(box.shape)}.")
+            )
     tokens = clip.tokenize(phrases)
-    check_pairs(clip, image[None], tokens[:1], phrases[:1], None if content_box is None else content_box[None])
-    return tokens, None if content_box is None else content_box.expand(len(phrases), 4)
+    first = [None if box is None else box[None] for box in (content_box, chest_box)]
+    check_pairs(clip, image[None], tokens[:1], phrases[:1], *first)
+    content_box, chest_box = (None if box is None else box.expand(len(phrases), 4) for box in (content_box, chest_box))
+    return tokens, content_box, chest_box
 
 
 def check_scores(score: Tensor, phrases: Sequence[str], *components: Tensor) -> None:

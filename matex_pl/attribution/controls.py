@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
-from matex_pl.anatomy.prior import Laterality, PriorShape
+from matex_pl.anatomy.prior import Laterality, PriorFrame, PriorShape, frame_boxes
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scores
 from matex_pl.attribution.core.capture import borrowed, check_embeddings
@@ -20,20 +20,31 @@ from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, toke
 
 
 class Control(AttributionMethod):
-    """Base class of maps that use the model for the score alone."""
+    """Base class of maps that use the model for the score alone.
 
+    Attributes:
+        prior_frame: `chest` if `_draw` gets the rectangle around the lungs as its `content_box`.
+    """
+
+    prior_frame: PriorFrame = "image"
     supports_text: ClassVar[bool] = False
     cost: ClassVar[str] = "1 forward, for the score"
 
     def attribute(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+        self,
+        clip: Clip,
+        images: Tensor,
+        tokens: Tensor,
+        phrases: Sequence[str],
+        content_box: Tensor | None = None,
+        chest_box: Tensor | None = None,
     ) -> Attribution:
         """Maps of B pairs; see `AttributionMethod.attribute`."""
-        check_pairs(clip, images, tokens, phrases, content_box)
+        check_pairs(clip, images, tokens, phrases, content_box, chest_box)
         with borrowed(clip):
             check_embeddings(clip, images, tokens)
             embeddings = full_precision(clip.encode_image(images)), full_precision(clip.encode_text(tokens))
-            return self.draw(clip, images, tokens, phrases, content_box, embeddings)
+            return self.draw(clip, images, tokens, phrases, content_box, embeddings, chest_box)
 
     def draw(
         self,
@@ -43,12 +54,13 @@ class Control(AttributionMethod):
         phrases: Sequence[str],
         content_box: Tensor | None,
         embeddings: tuple[Tensor, Tensor],
+        chest_box: Tensor | None = None,
     ) -> Attribution:
         """Maps of B pairs without a forward, from their unit embeddings `(B, D)`; see `AttributionMethod.attribute`."""
         with borrowed(clip):
             score = (embeddings[0] * embeddings[1]).sum(-1)
             check_scores(score, phrases)
-            image = self._draw(clip, images, phrases, content_box)
+            image = self._draw(clip, images, phrases, frame_boxes(self.prior_frame, content_box, chest_box))
             content = clip.content(tokens)
             text = torch.zeros(tokens.shape, device=tokens.device)
             if self.supports_text:
@@ -134,12 +146,19 @@ class PriorOnly(Control):
         prior_shape: `parabola`, `gaussian` or `plateau`.
         laterality: `patient` or `paper`.
         knowledge_prior: Whether a finding without a named place gets its usual one.
+        prior_frame: `image` (the rectangle of the image, as printed) or `chest` (the rectangle around the lungs, where
+            the image has masks of both).
     """
 
     def __init__(
-        self, prior_shape: PriorShape = "parabola", laterality: Laterality = "patient", knowledge_prior: bool = False
+        self,
+        prior_shape: PriorShape = "parabola",
+        laterality: Laterality = "patient",
+        knowledge_prior: bool = False,
+        prior_frame: PriorFrame = "image",
     ) -> None:
         check_choices(PriorOnly.__init__, locals())
+        self.prior_frame = prior_frame
         self.prior_shape = prior_shape
         self.laterality = laterality
         self.knowledge_prior = knowledge_prior

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase, prior_maps
-from matex_pl.anatomy.prior import Laterality, PriorShape
+from matex_pl.anatomy.prior import Laterality, PriorFrame, PriorShape, frame_boxes
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import check_scores
 from matex_pl.attribution.core.capture import borrowed, capture_attention, grad_blocks
@@ -89,6 +89,8 @@ class Matex(TwoTowerMethod):
         prior_power: Exponent of M in the product.
         knowledge_prior: Whether a finding without a named place gets its usual one ("edema": both hila). This leaks
             knowledge by design: score it as a row of its own.
+        prior_frame: Rectangle of the regions in eqs. 3 to 5: `image` (as printed) or `chest`, the rectangle around the
+            lungs of the image, for images with masks of both. The others keep the rectangle of the image.
         kwargs: `target` and `references` of `TwoTowerMethod`; the paper's S is the cosine.
 
     `parts` holds the inputs of `fuse`:
@@ -100,6 +102,7 @@ class Matex(TwoTowerMethod):
     - `text_grad`, `text_flow` and `text_consistency` `(B, T)`, raw, 0 off content.
     - `rollout` and `text_rollout`, if `flow` is `rollout`.
     - `regions` and `spans`, a list per pair.
+    - `content_box` and `chest_box` `(B, 4)`, or None.
     - `phrases`, image size, `content`, `score` and the settings.
     """
 
@@ -129,6 +132,7 @@ class Matex(TwoTowerMethod):
         fusion: Literal["sum", "product"] = "sum",
         prior_power: float = 2.0,
         knowledge_prior: bool = False,
+        prior_frame: PriorFrame = "image",
         **kwargs: Any,
     ) -> None:
         check_choices(Matex.__init__, locals())
@@ -172,6 +176,7 @@ class Matex(TwoTowerMethod):
         self.fusion = fusion
         self.prior_power = prior_power
         self.knowledge_prior = knowledge_prior
+        self.prior_frame = prior_frame
 
     @classmethod
     def paper(cls, **changes: Any) -> Matex:
@@ -224,7 +229,13 @@ class Matex(TwoTowerMethod):
         return Trace(embedding, relevance_for)
 
     def _explain(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None
+        self,
+        clip: Clip,
+        images: Tensor,
+        tokens: Tensor,
+        phrases: Sequence[str],
+        content_box: Tensor | None,
+        chest_box: Tensor | None,
     ) -> Attribution:
         with borrowed(clip):
             patches, words, content, score, embeddings = self._relevance(clip, images, tokens, phrases)
@@ -239,6 +250,7 @@ class Matex(TwoTowerMethod):
             parts |= self._read(phrases) | {
                 "embeddings": embeddings,
                 "content_box": None if content_box is None else content_box.clone(),
+                "chest_box": None if chest_box is None else chest_box.clone(),
                 "phrases": list(phrases),
                 "size": clip.image_size,
                 "dtype": clip.std.dtype,
@@ -347,7 +359,7 @@ class Matex(TwoTowerMethod):
             lambda_s=self.lambda_s,
             shape=self.prior_shape,
             laterality=self.laterality,
-            content_box=parts["content_box"],
+            content_box=frame_boxes(self.prior_frame, parts["content_box"], parts["chest_box"]),
             ids=parts["phrases"],
             device=parts["score"].device,
         )

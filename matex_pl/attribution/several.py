@@ -20,6 +20,7 @@ def attribute_methods(
     tokens: Tensor,
     phrases: Sequence[str],
     content_box: Tensor | None = None,
+    chest_box: Tensor | None = None,
 ) -> dict[str, Attribution]:
     """Maps of B pairs by each method; the arguments are those of `AttributionMethod.attribute`.
 
@@ -35,7 +36,7 @@ def attribute_methods(
         if fusable:
             maps[name] = Matex.fuse(fusable[0], **method.settings)
         elif embeddings and isinstance(method, Control):
-            maps[name] = method.draw(clip, images, tokens, phrases, content_box, embeddings[0])
+            maps[name] = method.draw(clip, images, tokens, phrases, content_box, embeddings[0], chest_box)
         else:
-            maps[name] = method.attribute(clip, images, tokens, phrases, content_box)
+            maps[name] = method.attribute(clip, images, tokens, phrases, content_box, chest_box)
     return maps

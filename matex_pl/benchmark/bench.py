@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,8 +126,8 @@ class BenchmarkRun:
             weights=weight_hash(clip),
             data=data,
             pairs=pairs,
-            batches=prepare_pairs(clip, read_pairs(data, settings.split, pairs, size)),
-            validation=prepare_pairs(clip, read_pairs(data, "val", held_out, size)),
+            batches=prepare_pairs(clip, read_pairs(data, settings.split, pairs, size), settings.seed),
+            validation=prepare_pairs(clip, read_pairs(data, "val", held_out, size), settings.seed),
             thorax=data.thorax(),
             folder=folder,
             settings=settings,
@@ -170,16 +172,27 @@ class BenchmarkRun:
         """Hash of everything that determines the values."""
         return fingerprint(
             {
-                "format": 4,
+                "format": 5,
                 "maps": store.key,
                 "pairs": [batch.keys for batch in [*self.batches, *self.validation]],
                 "phrases": [[batch.other, batch.swapped] for batch in self.batches],
                 "boxes": self.boxes,
+                "masks": self._masks_hash(),
                 "thorax": None if self.thorax is None else self.thorax.int().flatten().tolist(),
                 "settings": [self.settings.steps, self.settings.sanity_pairs, self.settings.seed],
                 "version": __version__,
             }
         )
+
+    def _masks_hash(self) -> list[str]:
+        """Hash of the masks of each batch, with the phrases of their control."""
+        found = []
+        for batch in self.batches:
+            digest = blake2b(json.dumps(batch.shuffled).encode(), digest_size=10)
+            for name, mask in sorted(batch.batch["masks"].items()):
+                digest.update(name.encode() + mask.numpy().tobytes())
+            found.append(digest.hexdigest())
+        return found
 
     def _computed(
         self, method: AttributionMethod, store: MapStore, path: Path
@@ -205,10 +218,10 @@ class BenchmarkRun:
         """Seconds per pair of the method, and of a plain forward of both towers, measured in alternation."""
         batch = self.batches[0].part(0, _TIMED_PAIRS).batch
         images, tokens = model_inputs(self.clip, batch)
-        phrases, content_box = batch["phrase"], batch["content_box"].to(images.device)
+        phrases, boxes = batch["phrase"], [batch[name].to(images.device) for name in ("content_box", "chest_box")]
 
         def explain() -> None:
-            method.attribute(self.clip, images, tokens, phrases, content_box)
+            method.attribute(self.clip, images, tokens, phrases, *boxes)
 
         @torch.no_grad()
         def forward() -> None:

@@ -14,6 +14,7 @@ from matex_pl.attribution import AttributionMethod
 from matex_pl.benchmark.prepare import PreparedBatch
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
+from matex_pl.data.chest import LUNGS
 from matex_pl.evaluation.intervals import Detections, Sums, estimate
 from matex_pl.evaluation.pairs import model_inputs
 from matex_pl.evaluation.store import MapStore
@@ -51,6 +52,7 @@ def image_values(
         thorax: `(H, W)` bool, usual place of lungs and heart; None if unknown.
         steps: Maximum number of steps of the insertion and deletion curves.
     """
+    structures = list(dict.fromkeys(name for batch in pairs for name in batch.batch["masks"]))
     scored, detections = [], []
     curves: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for batch in progress(pairs, "scoring images"):
@@ -58,6 +60,7 @@ def image_values(
         components = F.components(maps.image, threshold)
         detections.append(Detections.of(components, batch.batch["boxes"], batch.score))
         values = _map_values(store, batch, maps, components, threshold, thorax)
+        values |= _anatomy_values(store, batch, maps.image, structures, thorax)
         keep = {rule: kept_pixels(maps.image, rule) for rule in RULES}
         for fill in CONFIDENCE_FILLS:
             left = {rule: image_score(clip, images, kept, fill, batch.text) for rule, kept in keep.items()}
@@ -94,9 +97,7 @@ def _map_values(
     values["iou"] = F.iou(image, masks, (threshold,))[:, 0]
     values["acc50"] = F.map_accuracy(image, components, boxes)
     values["mean_map_mass"] = image.flatten(1).mean(1)
-    if thorax is not None:
-        values["outside_thorax_mass"] = F.outside_mass(image, thorax[None].to(image.device))
-    else:
+    if thorax is None:
         border = F.border_mask((image.shape[1], image.shape[2]), content_box)
         values["border_mass"] = F.outside_mass(image, ~border)
     other = store.read_units(batch.other_keys)["grid"].to(grid)
@@ -104,6 +105,24 @@ def _map_values(
     values["prompt_sensitivity"] = F.spearman(grid.flatten(1), other.flatten(1)).masked_fill(same, torch.nan)
     swapped = store.read(batch.swapped_keys).image.to(image)
     values["side_sensitivity"] = F.side_sensitivity(image, swapped, batch.sides, content_box)
+    return values
+
+
+def _anatomy_values(
+    store: MapStore, batch: PreparedBatch, image: Tensor, structures: Sequence[str], thorax: Tensor | None
+) -> dict[str, Tensor]:
+    """Shares of the maps `(B, H, W)` in the structures of any image, under the true and the shuffled phrases."""
+    absent = torch.zeros_like(image, dtype=torch.bool)
+    masks = {name: batch.batch["masks"].get(name, absent).to(image.device) for name in structures}
+    values = F.anatomy_shares(image, masks, batch.batch["content_box"].to(image.device))
+    if thorax is not None or set(LUNGS) <= masks.keys():
+        values["outside_thorax_mass"] = F.outside_mass(image, F.thorax_zone(masks, image, thorax))
+    if structures:
+        shuffled = store.read(batch.shuffled_keys).image.to(image)
+        same = torch.tensor([phrase is None for phrase in batch.shuffled], device=image.device)
+        for name in structures:
+            mass = F.mass_share(shuffled, masks[name]).masked_fill(same, torch.nan)
+            values |= {f"shuffled_mass/{name}": mass, f"mass_gain/{name}": values[f"mass/{name}"] - mass}
     return values
 
 
@@ -167,8 +186,8 @@ def sanity_check(
         maps = []
         for batch in pairs:
             images, tokens = model_inputs(shuffled, batch.batch)
-            content_box = batch.batch["content_box"].to(images.device)
-            maps.append(method.attribute(shuffled, images, tokens, batch.batch["phrase"], content_box))
+            boxes = (batch.batch[name].to(images.device) for name in ("content_box", "chest_box"))
+            maps.append(method.attribute(shuffled, images, tokens, batch.batch["phrase"], *boxes))
         for side in ("image", "text"):
             correlations = [map_correlation(*both, side) for both in zip(maps, original, strict=True)]
             kept[f"{name}/{side}"] = torch.cat(correlations).cpu()

@@ -14,16 +14,25 @@ from torch import Tensor
 from matex_pl.benchmark.bench import BenchmarkRun, MethodResult
 from matex_pl.benchmark.evaluate import Values
 from matex_pl.evaluation.columns import metric_columns
-from matex_pl.evaluation.intervals import draw_patients, estimate, plain
+from matex_pl.evaluation.intervals import Sums, draw_patients, estimate, plain
 from matex_pl.evaluation.provenance import provenance
 from matex_pl.evaluation.tensors import fingerprint
 from matex_pl.explain import draw_panels
 from matex_pl.report.gallery import Panel, encode
-from matex_pl.report.results import BENCHMARK_FORMAT, BenchmarkResult, Comparison, Curve, MethodScores, SanityCurve
+from matex_pl.report.results import (
+    BENCHMARK_FORMAT,
+    BenchmarkResult,
+    Comparison,
+    Curve,
+    MethodScores,
+    SanityCurve,
+    Score,
+)
 
 COMPARED = ("pointing_game", "cnr", "energy_pointing_game")
 COMPARED_WITHOUT_BOXES = ("top20_removal/mean_image", "insertion/mean_image", "deletion/mean_image")
 _PANEL_WIDTH, _RANDOM_PANELS = 600, 2
+_IN_QUARTILES = ("mass", "mass_ratio")
 
 
 def results(run: BenchmarkRun, scored: Sequence[MethodResult], checkpoint: str) -> BenchmarkResult:
@@ -88,6 +97,14 @@ def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn
         "threshold": values.threshold,
         "scores": values.scores(torch.ones(len(run.pairs), dtype=torch.bool), drawn),
         "per_finding": {finding: values.scores(pairs, drawn) for finding, pairs in about.items()},
+        "quartiles": {
+            finding: {
+                name: _quartiles(sums.among(pairs))
+                for name, sums in values.sums.items()
+                if name.partition("/")[0] in _IN_QUARTILES
+            }
+            for finding, pairs in about.items()
+        },
         "curves": {
             name: Curve(share=curve[:, 0].tolist(), score=curve[:, 1:].mean(1).tolist())
             for name, curve in values.curves.items()
@@ -95,6 +112,15 @@ def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn
         "sanity_curve": sanity_curve,
     }
     return MethodScores.model_validate(content)
+
+
+def _quartiles(sums: Sums) -> Score:
+    """Median of the pairs that count, with the quartiles as ends."""
+    values = sums.above[sums.below > 0]
+    if not len(values):
+        return Score(n=0)
+    low, middle, high = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist()
+    return Score(value=middle, low=low, high=high, n=len(values))
 
 
 def _comparisons(run: BenchmarkRun, scored: Sequence[MethodResult], drawn: Tensor) -> list[Comparison]:

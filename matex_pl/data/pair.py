@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
+
+from matex_pl.data.chest import chest_boxes
 
 Boxes = Sequence[tuple[float, float, float, float]]
 
@@ -86,6 +88,7 @@ class ImageTextBatch(TypedDict):
     """A batch of B samples; boxes are a list because their number differs.
 
     `masks` holds `(B, H, W)` bool by structure. A mask is False everywhere for a sample without that structure.
+    `chest_box` holds the rectangles around both lungs, see `chest_boxes`; NaN for a sample without their masks.
     """
 
     id: list[str]
@@ -98,6 +101,7 @@ class ImageTextBatch(TypedDict):
     image_findings: list[tuple[str, ...]]
     split: list[str]
     content_box: Tensor
+    chest_box: Tensor
     masks: dict[str, Tensor]
 
 
@@ -107,7 +111,7 @@ _PAIR_FIELDS = ("id", "patient_id", "image_id", "phrase", "finding", "image_find
 def collate(samples: Sequence[Sample]) -> ImageTextBatch:
     """Batch of B samples: `image (B, 3, H, W)` uint8, `content_box (B, 4)`, `boxes` a list of `(K, 4)`, else lists.
 
-    `masks` has the structures of any sample, `(B, H, W)` bool each.
+    `masks` has the structures of any sample, `(B, H, W)` bool each, and `chest_box (B, 4)` is around the lungs.
     """
     for sample in samples:
         if isinstance(sample, UnreadablePair):
@@ -119,7 +123,20 @@ def collate(samples: Sequence[Sample]) -> ImageTextBatch:
     structures = dict.fromkeys(name for sample in samples for name in sample.masks)
     absent = torch.zeros(samples[0].image.shape[1:], dtype=torch.bool)
     batch["masks"] = {name: torch.stack([sample.masks.get(name, absent) for sample in samples]) for name in structures}
+    batch["chest_box"] = chest_boxes(batch["masks"], len(samples))
     return batch  # type: ignore[return-value]
+
+
+def rows_of(batch: ImageTextBatch, rows: Iterable[int]) -> ImageTextBatch:
+    """Some rows of a batch, in their order, with tensors on the CPU; a row may be repeated."""
+    chosen = list(rows)
+
+    def kept(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {name: kept(value) for name, value in part.items()}
+        return part[chosen].cpu() if isinstance(part, Tensor) else [part[row] for row in chosen]
+
+    return cast(ImageTextBatch, kept(batch))
 
 
 def collate_readable(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torchmetrics import Metric
 
 from matex_pl import metrics as M
+from matex_pl.report.results import ANATOMY_GROUP
 from matex_pl.report.results import Metric as Column
 
 FILL_NAMES = {"mean_color": "mean color", "mean_image": "mean image", "blur": "blurred image"}
@@ -114,7 +115,7 @@ _GROUPS = {
         "outside_thorax_mass": _Row(
             M.OutsideMass,
             "Mass outside thorax",
-            "Share of the map's mass outside the usual place of lungs and heart.",
+            "Share of the map's mass outside lungs and heart: by the masks of the image, or else their usual place.",
         ),
         "border_mass": _Row(
             M.OutsideMass, "Mass at the border", "Share of the map's mass in the outer tenth of the image."
@@ -131,8 +132,20 @@ _GROUPS = {
 METRICS: dict[str, type[Metric]] = {name: row.metric for rows in _GROUPS.values() for name, row in rows.items()}
 
 
+ANATOMY = {
+    "mass": ("Mass", "Share of the map's mass inside the structure."),
+    "area": ("Area", "Share of the image's area inside the structure."),
+    "mass_ratio": ("Mass / area", "Share of the mass divided by the share of the area; 1 for a map that is even."),
+    "peak": ("Peak inside", "Share of maps whose maximum lies inside the structure."),
+    "shuffled_mass": ("Mass, shuffled phrases", "The mass on the same images under the phrases of other patients."),
+    "mass_gain": ("Mass, gain", "The mass minus that under the phrases of other patients."),
+    "part": ("Part", "Share of the mass in disjoint parts: the lungs, the heart outside of them, and the rest."),
+}
+"""Label and description of the shares of a map in anatomical structures; a key is `mass/left_lung`."""
+
+
 def metric_columns(keys: set[str]) -> dict[str, Column]:
-    """Columns of metrics such as `cnr` or `insertion/blur`, in the order of the tables."""
+    """Columns of metrics such as `cnr`, `insertion/blur` or `mass/left_lung`, in the order of the tables."""
     columns = {}
     for group, rows in _GROUPS.items():
         fills = _FILLS.get(group, ("",))
@@ -147,4 +160,16 @@ def metric_columns(keys: set[str]) -> dict[str, Column]:
                 fill=FILL_NAMES.get(fill, ""),
                 percent=group in ("paper", "confidence"),
             )
+    structures = {key.partition("/")[2] for key in keys if key.partition("/")[0] in ANATOMY}
+    first = ("left_lung", "right_lung", "heart")
+    ordered = [*(name for name in first if name in structures), *sorted(structures - {*first})]
+    # One table per structure, and one of the parts.
+    places = [(name, structure) for structure in ordered for name in ANATOMY if name != "part"]
+    for name, structure in [*places, *(("part", structure) for structure in ordered)]:
+        (label, description), words = ANATOMY[name], structure.replace("_", " ")
+        columns[f"{name}/{structure}"] = Column(
+            label=f"{label}, {words}",
+            group=ANATOMY_GROUP + ("disjoint parts" if name == "part" else words),
+            description=description,
+        )
     return {key: column for key, column in columns.items() if key in keys}

@@ -145,7 +145,7 @@ def controls(matex: Matex | None) -> list[MethodEntry]:
     if matex is None:
         return entries
     usual = Matex(**matex.settings | {"knowledge_prior": True})
-    prior = PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior)
+    prior = PriorOnly(matex.prior_shape, matex.laterality, matex.knowledge_prior, matex.prior_frame)
     return [
         _without_prior(MATEX, matex),
         MethodEntry(USUAL_PLACES, usual, True, "a finding without a place gets its usual one: leakage by design"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -126,6 +127,31 @@ def other_phrases(phrases: Sequence[str], findings: Sequence[str]) -> list[str |
         about_another = [other for other in reworded if "" != findings[other] != finding != ""]
         chosen.append(next((phrases[other] for other in about_another or reworded), None))
     return chosen
+
+
+def shuffled_phrases(batches: Sequence[ImageTextBatch], seed: int) -> list[list[str | None]]:
+    """Phrases of all pairs, exchanged among the patients, by batch: no pair gets a phrase of its own patient.
+
+    Every phrase is given once. If a patient has more than half of the pairs, some of them have no other phrase: None.
+
+    Args:
+        batches: Batches of pairs.
+        seed: Random seed of the exchange.
+    """
+    phrases = [phrase for batch in batches for phrase in batch["phrase"]]
+    patients = [patient for batch in batches for patient in batch["patient_id"]]
+    number, counts = len(phrases), Counter(patients)
+    rng = np.random.default_rng(seed)
+    rank = dict(zip(sorted(counts), rng.permutation(len(counts)), strict=True))
+    # The pairs of a patient stand together, so a shift by the longest run leaves every patient.
+    order = sorted(rng.permutation(number).tolist(), key=lambda row: rank[patients[row]])
+    shift = max(counts.values(), default=0)
+    given: list[str | None] = [None] * number
+    for place, row in enumerate(order):
+        other = order[(place + shift) % number]
+        given[row] = phrases[other] if patients[other] != patients[row] else None
+    chosen = iter(given)
+    return [[next(chosen) for _ in batch["phrase"]] for batch in batches]
 
 
 def other_phrases_of(batches: Sequence[ImageTextBatch]) -> list[list[str | None]]:

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b, sha256
+from math import isnan
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,14 +53,20 @@ def describe_method(method: AttributionMethod) -> dict[str, Any]:
 
 
 def pair_keys(batch: ImageTextBatch) -> list[str]:
-    """Key of each pair: its id, and a hash of its pixels, its phrase and the image's place in the frame."""
+    """Key of each pair: its id, and a hash of its pixels, its phrase, and the place of image and lungs in the frame."""
     pixels = batch["image"].cpu().contiguous()
     keys = []
-    for name, image, phrase, content_box in zip(
-        batch["id"], pixels, batch["phrase"], batch["content_box"].tolist(), strict=True
+    for name, image, phrase, content_box, chest_box in zip(
+        batch["id"],
+        pixels,
+        batch["phrase"],
+        batch["content_box"].tolist(),
+        batch["chest_box"].tolist(),
+        strict=True,
     ):
         digest = blake2b(image.numpy().tobytes(), digest_size=10)
-        digest.update(json.dumps([phrase, content_box]).encode())
+        lungs = [] if isnan(chest_box[0]) else [chest_box]
+        digest.update(json.dumps([phrase, content_box, *lungs]).encode())
         keys.append(f"{name}:{digest.hexdigest()}")
     return keys
 
@@ -209,9 +216,10 @@ def fill_store(
         groups = list(by_image.values())
     for group in groups:
         images = clip.normalize(batch["image"][group].to(clip.std.device))
-        phrases, boxes = [batch["phrase"][row] for row in group], batch["content_box"][group].to(images.device)
+        phrases = [batch["phrase"][row] for row in group]
+        boxes = [batch[name][group].to(images.device) for name in ("content_box", "chest_box")]
         if method.perturbs_inputs:
-            maps = method.attribute_phrases(clip, images[0], phrases, boxes[0])
+            maps = method.attribute_phrases(clip, images[0], phrases, *(box[0] for box in boxes))
         else:
-            maps = method.attribute(clip, images, clip.tokenize(phrases), phrases, boxes)
+            maps = method.attribute(clip, images, clip.tokenize(phrases), phrases, *boxes)
         store.write([keys[row] for row in group], maps)

@@ -17,6 +17,7 @@ from matex_pl.report.gallery import Panel, read_panels
 from matex_pl.report.plots import Plot, Point, Stroke, axis_limits, curve_plot, dot_plot, forest_plot
 from matex_pl.report.published import SOURCE
 from matex_pl.report.results import (
+    ANATOMY_GROUP,
     FEATURED,
     MODALITIES,
     BenchmarkResult,
@@ -131,6 +132,11 @@ def _content(result: BenchmarkResult, roar: RoarResult | None) -> dict[str, Any]
         for group in groups
         if (table := group_table(result, modality, group))
     }
+    anatomy = [
+        tables.pop(("image", group))
+        for group in groups
+        if group.startswith(ANATOMY_GROUP) and ("image", group) in tables
+    ]
     return {
         "result": result,
         "methods": len({row.name for row in result.rows if not row.control}),
@@ -147,6 +153,8 @@ def _content(result: BenchmarkResult, roar: RoarResult | None) -> dict[str, Any]
         "roar": shown,
         "other_roar": roar if is_other else None,
         "localization": tables.pop(("image", "localization"), None),
+        "anatomy": anatomy,
+        "quartiles": quartile_tables(result),
         "others": list(tables.values()),
         "differences": difference_tables(result),
         "cost": cost_table(result),
@@ -201,9 +209,27 @@ def finding_tables(result: BenchmarkResult, modality: str) -> list[Table]:
     findings = dict.fromkeys([*result.data.findings, *(finding for row in rows for finding in row.per_finding)])
     tables = []
     for key, metric in result.metrics.items():
+        # The structures have tables of quartiles.
+        if metric.group.startswith(ANATOMY_GROUP):
+            continue
         scores = {finding: _scores(rows, key, finding) for finding in findings}
         columns = [score_column(metric, by_name, rows, finding) for finding, by_name in scores.items() if by_name]
         tables.append(method_table(metric.name + metric.arrow, rows, columns))
+    return list(filter(None, tables))
+
+
+def quartile_tables(result: BenchmarkResult) -> list[Table]:
+    """One table per metric of anatomical structures with median and quartiles, with a column per finding."""
+    rows = result.methods("image")
+    found = {finding: None for row in rows for finding in row.quartiles}
+    tables = []
+    for key, metric in result.metrics.items():
+        scores = {
+            finding: {row.name: score for row in rows if (score := row.quartiles.get(finding, {}).get(key)) and score.n}
+            for finding in found
+        }
+        columns = [score_column(metric, by_name, rows, finding) for finding, by_name in scores.items() if by_name]
+        tables.append(method_table(f"{metric.name}, median and quartiles", rows, columns))
     return list(filter(None, tables))
 
 

@@ -16,6 +16,8 @@ from matex_pl.visualization.draw import single_line
 BENCHMARK_FORMAT, ROAR_FORMAT = 2, 1
 MODALITIES = {"image": "image", "text": "phrase"}
 FEATURED = "Matex"
+# Start of the groups of metrics of anatomical structures.
+ANATOMY_GROUP = "Anatomy: "
 # Significance level of the p-values after Holm's correction.
 LEVEL = 0.05
 
@@ -102,7 +104,7 @@ class Metric(Record):
     """A metric of the tables; some have no better direction."""
 
     label: str = ""
-    # One of `report.benchmark.GROUPS`, or `paper`.
+    # One of `report.benchmark.GROUPS`, `paper`, or the title of a table of anatomical structures.
     group: str = ""
     higher_is_better: bool | None = None
     description: str = ""
@@ -150,12 +152,16 @@ class Method(Record):
 
 
 class MethodScores(Method):
-    """Scores of a method by metric, and by finding and metric; `threshold` is that of the IoU."""
+    """Scores of a method by metric, and by finding and metric; `threshold` is that of the IoU.
+
+    `quartiles` has the median of the pairs of a finding as value, and the quartiles as ends.
+    """
 
     seconds_per_pair: float | None = None
     threshold: float | None = None
     scores: dict[str, Score] = {}
     per_finding: dict[str, dict[str, Score]] = {}
+    quartiles: dict[str, dict[str, Score]] = {}
     curves: dict[str, Curve] = {}
     sanity_curve: SanityCurve = SanityCurve()
 

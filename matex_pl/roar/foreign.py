@@ -34,10 +34,12 @@ class GatheredPairs(ChestXrayDataModule):
     def __init__(self, batches: Sequence[tuple[str, ImageTextBatch]]) -> None:
         super().__init__(num_workers=0, augment=False)
         self.images: list[np.ndarray] = []
+        self.masks: list[dict[str, np.ndarray]] = []
         self._all: list[ImageTextPair] = []
         for split, batch in batches:
             height, width = batch["image"].shape[-2:]
             images, boxes = gray_images(batch["image"]), batch["boxes"]
+            masks = {name: mask.cpu().numpy() for name, mask in batch["masks"].items()}
             for row, name in enumerate(batch["id"]):
                 pixels = boxes[row].cpu().double().numpy() * [width, height, width, height]
                 finding = batch["finding"][row]
@@ -56,6 +58,7 @@ class GatheredPairs(ChestXrayDataModule):
                     )
                 )
                 self.images.append(images[row])
+                self.masks.append({name: mask[row] for name, mask in masks.items()})
 
     def list_pairs(self) -> list[ImageTextPair]:
         """The pairs of all batches."""
@@ -67,6 +70,10 @@ class GatheredPairs(ChestXrayDataModule):
     def read_image(self, pair: ImageTextPair) -> np.ndarray:
         """Pixels of a pair, `(H, W)` uint8."""
         return self.images[int(pair.image)]
+
+    def read_masks(self, pair: ImageTextPair) -> Mapping[str, np.ndarray]:
+        """Masks of a pair, `(H, W)` bool by structure."""
+        return self.masks[int(pair.image)]
 
 
 def gray_images(images: Tensor) -> np.ndarray:

@@ -36,8 +36,9 @@ def _read(
     for pairs in images:
         try:
             image = data.open_image(pairs[0], transform)
+            masks = data.read_masks(pairs[0])
             samples.append([
-                Sample(pair, *transform(image.pixels, pair.boxes, size=image.size)) for pair in pairs
+                Sample(pair, *transform(image.pixels, pair.boxes, size=image.size, masks=masks)) for pair in pairs
             ])  # fmt: skip
         except (OSError, ValueError) as error:
             return ValueError(f"The image {pairs[0].image_id!r} ({pairs[0].image}) cannot be read: {error}")
@@ -100,11 +101,15 @@ def _without_patient_ids(records: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 
 def _record(sample: Sample, row: int) -> dict[str, Any]:
-    """Pair of the plan as plain types: boxes in pixels of the stored image, key, and content box."""
+    """Pair of the plan as plain types: boxes in pixels of the stored image, key, content box and chest box."""
     height, width = sample.image.shape[1:]
     boxes = (sample.boxes.double().numpy() * [width, height, width, height]).tolist()
     pair = asdict(replace(sample.pair, image=row, boxes=boxes))
-    return {"pair": pair, "content_box": sample.content_box.tolist(), "key": pair_keys(collate([sample]))[0]}
+    batch = collate([sample])
+    # JSON has no NaN.
+    chest_box = None if batch["chest_box"].isnan().any() else batch["chest_box"][0].tolist()
+    boxes = {"content_box": sample.content_box.tolist(), "chest_box": chest_box}
+    return {"pair": pair, **boxes, "key": pair_keys(batch)[0]}
 
 
 class PlanImages:
@@ -125,6 +130,9 @@ class PlanImages:
         self.keys = [record["key"] for record in records]
         self.findings = sorted({finding for pair in self.pairs for finding in pair.image_findings})
         self._content_boxes = torch.tensor([record["content_box"] for record in records])
+        # Plans of earlier versions have no chest boxes.
+        absent = [torch.nan] * 4
+        self._chest_boxes = torch.tensor([record.get("chest_box") or absent for record in records])
         self._pixels = np.load(folder / _IMAGES, mmap_mode="r")
 
     def batch(self, rows: Sequence[int], drop: Mapping[str, Tensor] | None = None) -> ImageTextBatch:
@@ -135,6 +143,7 @@ class PlanImages:
             Sample(self.pairs[row], image, self.boxes(row), self._content_boxes[row])
             for row, image in zip(rows, images, strict=True)
         ])  # fmt: skip
+        batch["chest_box"] = self._chest_boxes[list(rows)]
         return {**batch, **{name: part[list(rows)] for name, part in (drop or {}).items()}}  # type: ignore[typeddict-item]
 
     def boxes(self, row: int) -> Tensor:

@@ -149,8 +149,8 @@ class Objective:
         if self.metric == "border_mass":
             return F.outside_mass(maps.image, ~F.border_mask(size, content_box))
         if self.metric == "outside_thorax_mass":
-            assert pairs.thorax is not None
-            return F.outside_mass(maps.image, patch_mean(pairs.thorax[None].float(), size) > 0.5)
+            zone = F.thorax_zone(pairs.batch["masks"], pairs.batch["image"][:, 0], pairs.thorax)
+            return F.outside_mass(maps.image, patch_mean(zone.float(), size) > 0.5)
         if self.metric == "side_sensitivity":
             sides = [named_side(phrase) for phrase in pairs.batch["phrase"]]
             return F.side_sensitivity(maps.image, references[0].image, sides, content_box)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from matex_pl.anatomy.prior import PriorShape
 from matex_pl.arguments import check_positive
 from matex_pl.attribution import AttributionMethod, Matex
@@ -76,8 +74,8 @@ def tune_matex(
         objective: Metric of the benchmark by which settings are ranked. Compared on the raster are `pointing_game`,
             `cnr`, `miou`, `energy_pointing_game`, `relevance_rank_accuracy`, `border_mass` and `mean_map_mass` (lower
             is better), `prompt_sensitivity`, `side_sensitivity`, `sanity`, and `outside_thorax_mass` if the data module
-            has a thorax. At a threshold, as `iou/0.3`: `iou`, `acc50` and `ap50`. With forwards of the model for each
-            setting: `confidence_drop`, `confidence_increase`, `confidence_drop@50`, `confidence_increase@50`,
+            has a thorax or masks. At a threshold, as `iou/0.3`: `iou`, `acc50` and `ap50`. With forwards of the model
+            for each setting: `confidence_drop`, `confidence_increase`, `confidence_drop@50`, `confidence_increase@50`,
             `top20_removal`, `insertion` and `deletion`. These fill with the mean image or with a named fill, as
             `top20_removal/blur`. For the words: `text_` before the first five of these, before `mean_map_mass` or
             before `sanity`.
@@ -122,9 +120,16 @@ def tune_matex(
     if goal.fill:
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")
-    pairs, thorax = _choose(data, num_pairs, seed, goal)
+    pairs = _choose(data, num_pairs, seed, goal)
+    needs_thorax = goal.metric == "outside_thorax_mass"
+    thorax = data.thorax() if needs_thorax else None
 
     batches = read_pairs(data, "val", pairs["val"], batch_size)
+    if needs_thorax and thorax is None and all(batch["chest_box"].isnan().all() for batch in batches):
+        raise ValueError(
+            f"The objective {goal.name} needs the place of the thorax, but {type(data).__name__} has no `thorax()`, "
+            "and no image has masks of both lungs. Use border_mass, or add `thorax()` or masks to the data module."
+        )
     with borrowed(clip):
         depth = count_blocks(clip, *model_inputs(clip, batches[0]))
     grid = make_grid(own, goal, depth, tried, [pair.phrase for pair in pairs["val"]])
@@ -160,10 +165,8 @@ def _checked_method(method: AttributionMethod | str | None, goal: Objective) -> 
     return matex
 
 
-def _choose(
-    data: ChestXrayDataModule, number: int, seed: int, goal: Objective
-) -> tuple[dict[str, list[ImageTextPair]], Tensor | None]:
-    """Pairs of both splits, and the usual place of the thorax if the objective needs it."""
+def _choose(data: ChestXrayDataModule, number: int, seed: int, goal: Objective) -> dict[str, list[ImageTextPair]]:
+    """Pairs of both splits."""
     kind = type(data).__name__
     pairs = {split: choose_pairs(data, split, number, seed, boxed=goal.needs_boxes) for split in ("val", "test")}
     for split, chosen in pairs.items():
@@ -172,12 +175,4 @@ def _choose(
                 f"The objective {goal.name} needs boxes, but no {split} pair of {kind} has any. Use one without boxes: "
                 f"{', '.join(boxless_objectives())}."
             )
-    if goal.metric != "outside_thorax_mass":
-        return pairs, None
-    thorax = data.thorax()
-    if thorax is None:
-        raise ValueError(
-            f"The objective {goal.name} needs the place of the thorax, but {kind} has no `thorax()`. Use border_mass, "
-            "or add `thorax()` to the data module."
-        )
-    return pairs, thorax
+    return pairs

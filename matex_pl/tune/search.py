@@ -166,7 +166,8 @@ def _components(clip: Clip, method: Matex, batches: Sequence[ImageTextBatch]) ->
     for batch in progress(batches, "components"):
         images, tokens = model_inputs(clip, batch)
         start = perf_counter()
-        parts = method.attribute(clip, images, tokens, batch["phrase"], batch["content_box"].to(images.device)).parts
+        boxes = (batch[name].to(images.device) for name in ("content_box", "chest_box"))
+        parts = method.attribute(clip, images, tokens, batch["phrase"], *boxes).parts
         # The prior at every pixel is the largest part, and `fuse` computes it again.
         yield {name: part for name, part in parts.items() if name != "prior"}, perf_counter() - start
 

@@ -305,20 +305,31 @@ class TwoTowerMethod(AttributionMethod):
                     self.trace(tower)
 
     def attribute(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+        self,
+        clip: Clip,
+        images: Tensor,
+        tokens: Tensor,
+        phrases: Sequence[str],
+        content_box: Tensor | None = None,
+        chest_box: Tensor | None = None,
     ) -> Attribution:
         """Maps of B pairs; see `AttributionMethod.attribute`."""
         self._refuse_functions(clip)
-        check_pairs(clip, images, tokens, phrases, content_box)
-        return self._explain(clip, images, tokens, phrases, content_box)
+        check_pairs(clip, images, tokens, phrases, content_box, chest_box)
+        return self._explain(clip, images, tokens, phrases, content_box, chest_box)
 
     def attribute_phrases(
-        self, clip: Clip, image: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+        self,
+        clip: Clip,
+        image: Tensor,
+        phrases: Sequence[str],
+        content_box: Tensor | None = None,
+        chest_box: Tensor | None = None,
     ) -> Attribution:
         """Maps of one image and P phrases; the work on the image is done once."""
         self._refuse_functions(clip)
-        tokens, content_box = check_phrases(clip, image, phrases, content_box)
-        return self._explain(clip, image[None], tokens, phrases, content_box)
+        tokens, *boxes = check_phrases(clip, image, phrases, content_box, chest_box)
+        return self._explain(clip, image[None], tokens, phrases, *boxes)
 
     def _refuse_functions(self, clip: Clip) -> None:
         """Raise NotImplementedError if the model is two functions, and lacks a part that the method reads."""
@@ -331,7 +342,13 @@ class TwoTowerMethod(AttributionMethod):
             )
 
     def _explain(
-        self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None
+        self,
+        clip: Clip,
+        images: Tensor,
+        tokens: Tensor,
+        phrases: Sequence[str],
+        content_box: Tensor | None,
+        chest_box: Tensor | None,
     ) -> Attribution:
         """Maps of B pairs, or of one image and B phrases."""
         dtype = clip.std.dtype

@@ -1,5 +1,6 @@
 """Attribution quality as pure functions on tensors, batched over pairs; their names state the part that is kept."""
 
+from matex_pl.metrics.functional.anatomy import anatomy_shares, area_share, mass_share, partition, thorax_zone
 from matex_pl.metrics.functional.confidence import (
     confidence_drop,
     confidence_increase,
@@ -53,6 +54,8 @@ __all__ = [
     "OTHER_SIDE",
     "THRESHOLDS",
     "Components",
+    "anatomy_shares",
+    "area_share",
     "average_precision",
     "best_box_iou",
     "border_mask",
@@ -74,10 +77,12 @@ __all__ = [
     "keep_relevant_tokens",
     "map_accuracy",
     "masks_of",
+    "mass_share",
     "match_components",
     "mean_iou",
     "not_above_median",
     "outside_mass",
+    "partition",
     "pointing_game",
     "reaches",
     "relevance_rank_accuracy",
@@ -85,6 +90,7 @@ __all__ = [
     "side_sensitivity",
     "spearman",
     "text_mass",
+    "thorax_zone",
     "top_ranked",
     "top_share",
 ]

@@ -14,14 +14,14 @@ OTHER_SIDE = {"right": "left", "left": "right", "": ""}
 
 
 def outside_mass(maps: Tensor, inside: Tensor) -> Tensor:
-    """Share of the map's mass outside a zone, `(B,)` in [0, 1]; NaN for a map of zeros.
+    """Share of the map's mass outside a zone, `(B,)` in [0, 1]; NaN for a map of zeros and for an empty zone.
 
     Args:
         maps: `(B, H, W)` maps in [0, 1].
         inside: `(B, H, W)` bool mask of the zone, or `(1, H, W)` for all maps.
     """
-    flat = maps.flatten(1).float()
-    return (flat * ~inside.to(flat.device).flatten(1)).sum(1) / flat.sum(1)
+    flat, zone = maps.flatten(1).float(), inside.to(maps.device).flatten(1)
+    return ((flat * ~zone).sum(1) / flat.sum(1)).masked_fill(~zone.any(1), torch.nan)
 
 
 def text_mass(text_map: Tensor, content: Tensor) -> Tensor:
