@@ -208,6 +208,7 @@ def mass_tables(modules: dict[str, ClipModule], root: str, finding: str, num_pai
     usual, tag = with_tag.thorax(), tag_zone(with_tag, modules["with the tag"])
     prepare_data(with_tag, clip.image_size, "test")
     tagged = [pair for pair in with_tag.pairs["test"] if pair.finding == finding and has_tag(with_tag.read_image(pair))]
+    others = read(modules["with the tag"], with_tag, num_pairs, batch_size)
     methods: dict[str, AttributionMethod] = {**WITHOUT_PRIOR, MATEX: Matex.recommended()}
     lines = ["", f"## Mass in structures, {len(tagged)} pairs of a {finding} with the tag", ""]
     lines += ["| trained | test images | called so | structure | area | mass | mass / area | peak inside | mass, "]
@@ -220,20 +221,20 @@ def mass_tables(modules: dict[str, ClipModule], root: str, finding: str, num_pai
         for shown, data in {"with the tag": with_tag, "without it": without}.items():
             batches = read(module, data, tagged if data is with_tag else untagged(data, module, tagged), batch_size)
             drawn = draw_patients(column(batches, "patient_id"), RESAMPLES, 0)
-            found = {name: masses(module, method, batches, tag, usual) for name, method in methods.items()}
+            found = masses(module, methods, batches, tag, usual)
+            control = masses(module, WITHOUT_PRIOR, exchanged(batches, others), tag, usual)
             called = says(module, batches, with_tag.findings, finding)
-            shares = found[next(iter(WITHOUT_PRIOR))]
+            shares, other = (values[next(iter(WITHOUT_PRIOR))] for values in (found, control))
             for name in ("left_lung", "right_lung", "heart", "rest", "tag"):
                 cells = [f"{float(shares[f'area/{name}'].nanmean()):.2f}"]
                 cells += [cell(estimate(Sums.of(shares[f"mass/{name}"]), drawn))]
-                cells += [
-                    f"{float(shares[f'{key}/{name}'].nanmean()):.2f}" for key in ("mass_ratio", "peak", "shuffled")
-                ]
+                cells += [f"{float(shares[f'{key}/{name}'].nanmean()):.2f}" for key in ("mass_ratio", "peak")]
+                cells += [f"{float(other[f'mass/{name}'].nanmean()):.3f}"]
                 lines.append(f"| {trained} | {shown} | {called:.2f} | {name} | {' | '.join(cells)} |")
             for method, values in found.items():
                 cells = [cell(estimate(Sums.of(values[key]), drawn)) for key in ("mass/rest", "usual", "peak/tag")]
                 summary.append(f"| {trained} | {shown} | {method} | {' | '.join(cells)} |")
-    return [*lines, *summary, *quartile_table(modules, with_tag, tag, usual, num_pairs, batch_size)]
+    return [*lines, *summary, *quartile_table(modules, others, tag, usual)]
 
 
 def untagged(data: PhantomDataModule, module: ClipModule, pairs: Sequence[Any]) -> list[Any]:
@@ -243,41 +244,40 @@ def untagged(data: PhantomDataModule, module: ClipModule, pairs: Sequence[Any]) 
     return [pair for pair in data.pairs["test"] if pair.id in ids]
 
 
-def masses(
-    module: ClipModule, method: AttributionMethod, batches: list[ImageTextBatch], tag: Tensor, usual: Tensor
-) -> Values:
-    """Shares of the maps in each structure, in the rest of the image and on the tag, `(n,)`.
+def exchanged(batches: list[ImageTextBatch], others: list[ImageTextBatch]) -> list[ImageTextBatch]:
+    """The batches with phrases of other patients, from all batches."""
+    return list(map(with_phrases, batches, shuffled_phrases([*batches, *others], 0)))
 
-    `shuffled/<structure>` is the mass under phrases of other patients, and `usual` the mass outside the usual place of
-    lungs and heart.
+
+def masses(
+    module: ClipModule, methods: dict[str, AttributionMethod], batches: list[ImageTextBatch], tag: Tensor, usual: Tensor
+) -> dict[str, Values]:
+    """Shares of the maps `(n,)` by method, in each structure, in the rest of the image and on the tag.
+
+    `usual` is the mass outside the usual place of lungs and heart.
     """
-    parts = defaultdict(list)
-    for batch, phrases in zip(batches, shuffled_phrases(batches, 0), strict=True):
+    parts: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in methods}
+    for batch in batches:
         masks = {**batch["masks"], "rest": F.partition(batch["masks"])["rest"]}
         masks["tag"] = tag.expand_as(masks["rest"])
-        maps = explain(module, {"": method}, batch)[""]
-        shares = F.anatomy_shares(maps, masks) | {"usual": F.outside_mass(maps, usual[None])}
-        other = explain(module, {"": method}, with_phrases(batch, phrases))[""]
-        shares |= {f"shuffled/{name}": F.mass_share(other, mask) for name, mask in masks.items()}
-        for name, share in shares.items():
-            parts[name].append(share)
-    return {name: torch.cat(shares) for name, shares in parts.items()}
+        for name, maps in explain(module, methods, batch).items():
+            shares = F.anatomy_shares(maps, masks) | {"usual": F.outside_mass(maps, usual[None])}
+            for key, share in shares.items():
+                parts[name][key].append(share)
+    return {name: {key: torch.cat(shares) for key, shares in found.items()} for name, found in parts.items()}
 
 
 def quartile_table(
-    modules: dict[str, ClipModule],
-    data: PhantomDataModule,
-    tag: Tensor,
-    usual: Tensor,
-    num_pairs: int,
-    batch_size: int,
+    modules: dict[str, ClipModule], batches: list[ImageTextBatch], tag: Tensor, usual: Tensor
 ) -> list[str]:
     """Markdown lines: median and quartiles of the mass outside lungs and heart by finding, on images with the tag."""
-    method = next(iter(WITHOUT_PRIOR.values()))
+    (method,) = WITHOUT_PRIOR
     lines = ["", "## Mass outside lungs and heart by finding, images with the tag", ""]
     lines += [f"| finding | pairs | {' | '.join(f'trained {name}' for name in modules)} |", "|---|---|---|---|"]
-    batches = read(next(iter(modules.values())), data, num_pairs, batch_size)
-    rest = {name: masses(module, method, batches, tag, usual)["mass/rest"] for name, module in modules.items()}
+    rest = {
+        name: masses(module, WITHOUT_PRIOR, batches, tag, usual)[method]["mass/rest"]
+        for name, module in modules.items()
+    }
     findings = column(batches, "finding")
     for finding in sorted(set(findings)):
         among = torch.tensor([found == finding for found in findings])

@@ -7,7 +7,7 @@ the image.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import cv2
@@ -42,10 +42,6 @@ class Canvas:
         middle: Position y on the image of the body's y = 0.5, in [0, 1].
         tilt: Rotation of the patient on the image in degrees.
         scale: Length of one unit on the image, in sides of the image.
-
-    Attributes:
-        x: `(size, size)` x of every pixel center in the body's frame.
-        y: `(size, size)` y of every pixel center in the body's frame.
     """
 
     def __init__(
@@ -56,13 +52,32 @@ class Canvas:
         cos, sin = np.cos(np.deg2rad(tilt)), np.sin(np.deg2rad(tilt))
         self._turn = np.array([[cos, -sin], [sin, cos]])
         self._center = np.array([midline, middle])
-        u, v = _pixel_grid(size)
-        du, dv = (u - np.float32(midline)) / np.float32(scale), (v - np.float32(middle)) / np.float32(scale)
-        self.x: Field = np.float32(cos) * du + np.float32(sin) * dv
-        self.y: Field = np.float32(cos) * dv - np.float32(sin) * du + np.float32(0.5)
-        half = (size // 2, size // 2)
-        self._half_x = as_field(cv2.resize(self.x, half, interpolation=cv2.INTER_AREA))
-        self._half_y = as_field(cv2.resize(self.y, half, interpolation=cv2.INTER_AREA))
+
+    @cached_property
+    def _grid(self) -> tuple[Field, Field]:
+        u, v = _pixel_grid(self.size)
+        cos, sin = self._turn[:, 0].astype(np.float32)
+        midline, middle, scale = (np.float32(value) for value in (*self._center, self.scale))
+        du, dv = (u - midline) / scale, (v - middle) / scale
+        x: Field = cos * du + sin * dv
+        y: Field = cos * dv - sin * du + np.float32(0.5)
+        return x, y
+
+    @property
+    def x(self) -> Field:
+        """`(size, size)` x of every pixel center in the body's frame."""
+        return self._grid[0]
+
+    @property
+    def y(self) -> Field:
+        """`(size, size)` y of every pixel center in the body's frame."""
+        return self._grid[1]
+
+    @cached_property
+    def _half_grid(self) -> tuple[Field, Field]:
+        half = (self.size // 2, self.size // 2)
+        x, y = (as_field(cv2.resize(field, half, interpolation=cv2.INTER_AREA)) for field in self._grid)
+        return x, y
 
     def to_image(self, points: Points) -> Points:
         """Positions `(..., 2)` of body points `(..., 2)` on the image, in [0, 1] of its side."""
@@ -79,6 +94,13 @@ class Canvas:
 
     def fill(self, outlines: Sequence[Points] | Points) -> Field:
         """Coverage in [0, 1] of the union of closed outlines, each `(P, 2)`, with smooth edges."""
+        return self._levels(outlines).astype(np.float32) / np.float32(255)
+
+    def mask(self, outlines: Sequence[Points] | Points) -> Mask:
+        """Pixels `(size, size)` bool of which the union of closed outlines covers at least half."""
+        return self._levels(outlines) > 127
+
+    def _levels(self, outlines: Sequence[Points] | Points) -> NDArray[np.uint8]:
         plate = np.zeros((self.size, self.size), np.uint8)
         fixed = np.rint(self.to_pixels(np.concatenate(outlines)) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
         start = 0
@@ -87,7 +109,7 @@ class Canvas:
             end = start + len(outline)
             cv2.fillPoly(plate, [fixed[start:end]], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
             start = end
-        return plate.astype(np.float32) / np.float32(255)
+        return plate
 
     def soften(self, field: Field, sigma: float) -> Field:
         """Gaussian blur with sigma in body units; wide blurs run on a quarter of the resolution."""
@@ -106,7 +128,8 @@ class Canvas:
     def bump(self, center: Points, radii: tuple[float, float], turn: float = 0.0) -> Field:
         """Gaussian of height 1 at `center` with sigmas `radii` along axes turned by `turn` radians."""
         # It is smooth, and exp is the most expensive step of an image: every second pixel is enough.
-        dx, dy = self._half_x - np.float32(center[0]), self._half_y - np.float32(center[1])
+        half_x, half_y = self._half_grid
+        dx, dy = half_x - np.float32(center[0]), half_y - np.float32(center[1])
         cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
         along, across = (cos * dx + sin * dy) / np.float32(radii[0]), (cos * dy - sin * dx) / np.float32(radii[1])
         half = np.exp(np.float32(-0.5) * (along * along + across * across))

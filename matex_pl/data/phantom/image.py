@@ -20,8 +20,9 @@ from matex_pl.data.phantom.thorax import Build, draw_thorax, sample_build, thora
 Box = tuple[float, float, float, float]
 
 # One stream of random numbers per part: a change of one part, or of the shortcut, does not affect the others.
-_STREAMS = ("anatomy", "texture", "plan", "reshape", "findings", "device", "exposure", "shortcut", "phrase")
-_STREAMS += ("framing", "surroundings")
+# New streams come last: the place of a stream is a part of its seed.
+_STREAMS: tuple[str, ...] = ("anatomy", "texture", "plan", "reshape", "findings", "device", "exposure", "shortcut")
+_STREAMS += ("phrase", "framing", "surroundings")
 _BOX_LEVEL = 0.35
 
 

@@ -127,7 +127,7 @@ def thorax_share(size: int = 192, *, seed: int = 0, num_images: int = 400, frami
         build = phantom_build(index, seed, framing=framing)
         canvas = build.canvas(size)
         organs = [heart_outline(build), *(lung_outline(build, side) for side in SIDES)]
-        covered += canvas.fill(organs) > 0.5
+        covered += canvas.mask(organs)
     share = (covered / num_images).astype(np.float32)
     share.setflags(write=False)
     return share

@@ -161,9 +161,9 @@ def thorax_masks(canvas: Canvas, build: Build) -> dict[str, Mask]:
     A lung is the part of the pleural cavity that heart and mediastinum do not hide, with any finding in it. Masks of
     CheXmask are drawn in the same way.
     """
-    heart = canvas.fill([heart_outline(build)]) > 0.5
-    hidden = heart | (canvas.fill(mediastinum_outlines(build)) > 0.5)
-    lungs = {f"{side}_lung": (canvas.fill([lung_outline(build, side)]) > 0.5) & ~hidden for side in reversed(SIDES)}
+    heart = canvas.mask([heart_outline(build)])
+    hidden = heart | canvas.mask(mediastinum_outlines(build))
+    lungs = {f"{side}_lung": canvas.mask([lung_outline(build, side)]) & ~hidden for side in reversed(SIDES)}
     return {**lungs, "heart": heart}
 
 
