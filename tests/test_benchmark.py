@@ -174,7 +174,7 @@ def test_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
         "acc50": F.box_accuracy(found, batch["boxes"], len(pairs)),
         "energy_pointing_game": F.energy_pointing_game(maps.image, masks),
         "relevance_rank_accuracy": F.relevance_rank_accuracy(maps.image, masks),
-        "outside_thorax_mass": F.outside_mass(maps.image, data.thorax()[None]),
+        "outside_thorax_mass": F.outside_mass(maps.image, F.thorax_zone(batch["masks"], maps.image, data.thorax())),
         "mean_map_mass": maps.image.mean((1, 2)),
         "confidence_drop/mean_color": F.confidence_drop(
             score, image_score(clip, images, maps.image, "mean_color", text)

@@ -20,7 +20,7 @@ from matex_pl.callbacks.attribution_maps import choose_pairs
 from matex_pl.data import ImageTextPair, PhantomDataModule, collate
 from matex_pl.evaluation.pairs import other_phrases
 from matex_pl.metrics.base import PairMetric
-from matex_pl.metrics.functional import border_mask, outside_mass, side_sensitivity, spearman
+from matex_pl.metrics.functional import border_mask, outside_mass, side_sensitivity, spearman, thorax_zone
 
 TINY = str(Path(__file__).with_name("tiny.json"))
 IMAGE_SCALARS = {"pointing_game", "cnr", "mean_map_mass", "confidence_drop", "confidence_increase"}
@@ -144,7 +144,8 @@ def test_mass_outside_of_the_thorax_and_for_foreign_data_at_the_border(tmp_path,
     scores = trainer(tmp_path, metrics).validate(module, data, verbose=False)[0]
     batches = list(data.val_dataloader())
     maps = torch.cat([explained(module, Matex(), batch).image for batch in batches])
-    outside = outside_mass(maps, data.thorax()[None])
+    masks = {name: torch.cat([batch["masks"][name] for batch in batches]) for name in batches[0]["masks"]}
+    outside = outside_mass(maps, thorax_zone(masks, maps, data.thorax()))
     assert 0.1 < outside.mean() < 0.9
     assert scores["attribution/outside_thorax_mass"] == pytest.approx(float(outside.nanmean()), abs=1e-5)
     assert "attribution/border_mass" not in scores
@@ -159,7 +160,10 @@ def test_mass_outside_of_the_thorax_and_for_foreign_data_at_the_border(tmp_path,
     torch.manual_seed(0)
     same = ClipModule(TINY)
     foreign = trainer(tmp_path, AttributionMetrics(Matex(), num_batches=-1, fill="blur"))
-    scores = foreign.validate(same, data.val_dataloader(), verbose=False)[0]
+    bare = torch.utils.data.DataLoader(
+        data.dataset("val"), batch_size=4, collate_fn=lambda samples: {**collate(samples), "masks": {}}
+    )
+    scores = foreign.validate(same, bare, verbose=False)[0]
     border = border_mask(tuple(maps.shape[1:]), torch.cat([batch["content_box"] for batch in batches]))
     expected = outside_mass(maps, ~border).nanmean()
     assert scores["attribution/border_mass"] == pytest.approx(float(expected), abs=1e-5)

@@ -37,9 +37,9 @@ class Counted(CenterMap):
     def settings(self) -> dict[str, object]:
         return {}
 
-    def attribute(self, clip, images, tokens, phrases, content_box=None):
+    def attribute(self, clip, images, tokens, phrases, *boxes):
         self.pairs += len(phrases)
-        return super().attribute(clip, images, tokens, phrases, content_box)
+        return super().attribute(clip, images, tokens, phrases, *boxes)
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])

@@ -405,8 +405,8 @@ def test_a_panel_without_words_is_the_same_for_all_of_their_lengths(
 class Unworded(CenterMap):
     """The same score and relevance whatever the words."""
 
-    def attribute(self, clip: Any, images: Any, tokens: Any, phrases: Any, image: Any = None) -> Any:
-        maps = super().attribute(clip, images, tokens, phrases, image)
+    def attribute(self, clip: Any, images: Any, tokens: Any, phrases: Any, *boxes: Any) -> Any:
+        maps = super().attribute(clip, images, tokens, phrases, *boxes)
         maps.score = torch.zeros(1)
         maps.content = torch.zeros_like(maps.content)
         maps.content[:, 1:4] = True

@@ -248,10 +248,10 @@ class Counted(CenterMap):
     def __init__(self, log: str = "") -> None:
         self.log = log
 
-    def attribute(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Any, image: Any = None) -> Attribution:
+    def attribute(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Any, *boxes: Any) -> Attribution:
         with Path(self.log).open("a", encoding="utf-8") as file:
             file.writelines(f"{phrase}\n" for phrase in phrases)
-        return super().attribute(clip, images, tokens, phrases, image)
+        return super().attribute(clip, images, tokens, phrases, *boxes)
 
 
 def maps(rank: int, folder: Path, processes: int) -> None:

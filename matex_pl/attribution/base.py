@@ -140,7 +140,7 @@ def check_pairs(
     if content_box is not None:
         check_content_boxes(content_box, len(phrases), phrases)
     if chest_box is not None:
-        if chest_box.ndim == 2:
+        if tuple(chest_box.shape) == (len(phrases), 4):
             # A row of NaN stands for no lungs.
             chest_box = chest_box.where(~chest_box.isnan().all(1, keepdim=True), chest_box.new_tensor([0, 0, 1, 1]))
         check_content_boxes(chest_box, len(phrases), phrases, "chest_box")

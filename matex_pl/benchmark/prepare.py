@@ -72,12 +72,10 @@ class PreparedBatch:
 
     def variants(self) -> tuple[ImageTextBatch, list[str]]:
         """One batch of the pairs and of their images with all changed phrases, and its keys."""
-        changes = [self.other, self.swapped, self.shuffled]
-        repeated = rows_of(self.batch, [*range(len(self.keys))] * (1 + len(changes)))
+        number = len(self.keys)
+        phrases = [*([None] * number), *self.other, *self.swapped, *self.shuffled]
         keys = [*self.keys, *self.other_keys, *self.swapped_keys, *self.shuffled_keys]
-        return with_phrases(
-            repeated, [phrase for phrases in ([None] * len(self.keys), *changes) for phrase in phrases]
-        ), keys
+        return with_phrases(rows_of(self.batch, [*range(number)] * 4), phrases), keys
 
 
 def prepare_pairs(clip: Clip, batches: Sequence[ImageTextBatch], seed: int) -> list[PreparedBatch]:

@@ -82,8 +82,7 @@ def anatomy_shares(maps: Tensor, masks: Mapping[str, Tensor], content_box: Tenso
     - `mass/<structure>`: `mass_share`, and `area/<structure>`: `area_share`.
     - `mass_ratio/<structure>`: the quotient, 1 for a map that is even over the image and 0 elsewhere.
     - `peak/<structure>`: 1 if the maximum of the map is inside, else 0; NaN for a flat map.
-    - `part/<name>`: share of the mass in each mask of the `partition`. The shares of an image sum to 1 over those that
-      it has.
+    - `part/<name>`: share of the mass in each mask of the `partition`. The shares of an image sum to 1.
 
     Args:
         maps: `(B, H, W)` maps in [0, 1].
