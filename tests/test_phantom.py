@@ -24,11 +24,11 @@ import yaml
 from matex_pl.anatomy import named_side, parse_phrase, swap_sides
 from matex_pl.cli import main
 from matex_pl.data import PhantomDataModule
-from matex_pl.data.phantom import FINDINGS, Phantom, cache, draw_phantom, phantom_cache, write_phrase
+from matex_pl.data.phantom import FINDINGS, Phantom, cache, draw_phantom, phantom_cache, phantom_masks, write_phrase
 from matex_pl.data.phantom.canvas import Canvas
 from matex_pl.data.phantom.devices import Device, draw_token
 from matex_pl.data.phantom.findings import plan_findings, reshape_build
-from matex_pl.data.phantom.image import PlacedFinding, phantom_build, phantom_masks, phantom_rng
+from matex_pl.data.phantom.image import PlacedFinding, phantom_build, phantom_rng
 from matex_pl.data.phantom.module import thorax_share
 from matex_pl.data.phantom.phrases import TEMPLATES
 from matex_pl.data.phantom.thorax import SIDES, draw_thorax, sample_build
