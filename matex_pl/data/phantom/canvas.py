@@ -97,7 +97,7 @@ class Canvas:
         return self._levels(outlines).astype(np.float32) / np.float32(255)
 
     def mask(self, outlines: Sequence[Points] | Points) -> Mask:
-        """Pixels `(size, size)` bool of which the union of closed outlines covers at least half."""
+        """Pixels `(size, size)` bool at least half covered by the union of closed outlines."""
         return self._levels(outlines) > 127
 
     def _levels(self, outlines: Sequence[Points] | Points) -> NDArray[np.uint8]:
