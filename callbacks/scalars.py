@@ -40,14 +40,20 @@ def describe_scalars(loggers: Iterable[Any], tags: Sequence[str], methods: Mappi
 
 
 def _layout(tags: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """Charts by category: one per scalar with all methods, and one per method and scalar with all findings."""
+    """Charts by category: one per scalar with all methods, and one per method and scalar with all findings or parts."""
     together: dict[str, list[str]] = defaultdict(list)
     findings: dict[str, list[str]] = defaultdict(list)
+    structures: dict[str, list[str]] = defaultdict(list)
     for tag in tags:
         prefix, scalar, *finding = tag.split("/", 2)
         chart = f"{scalar}{prefix.removeprefix('attribution').replace('_', ' of ', 1)}" if finding else scalar
-        (findings if finding else together)[chart].append(tag)
-    categories = {"attribution": together, "attribution per finding": findings}
+        parts = structures if scalar in ("mass", "part") else findings
+        (parts if finding else together)[chart].append(tag)
+    categories = {
+        "attribution": together,
+        "attribution per finding": findings,
+        "attribution per structure": structures,
+    }
     # TensorBoard reads each name as the beginning of a regular expression.
     return {
         name: {chart: ["Multiline", [f"{re.escape(tag)}$" for tag in found]] for chart, found in charts.items()}

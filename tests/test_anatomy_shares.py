@@ -22,6 +22,7 @@ from matex_pl.attribution.several import attribute_methods
 from matex_pl.benchmark import run_benchmark
 from matex_pl.callbacks import AttributionMetrics
 from matex_pl.callbacks.reader import Reader
+from matex_pl.callbacks.scalars import _layout
 from matex_pl.clip import Clip
 from matex_pl.data import ImageTextPair, PhantomDataModule
 from matex_pl.data.chest import chest_boxes
@@ -352,6 +353,14 @@ def test_scalars_of_the_structures(image_root: Path, kind: type[PhantomDataModul
             assert scores[f"{prefix}/outside_thorax_mass/{finding}"] == pytest.approx(float(own), abs=1e-5)
 
 
+def test_charts_of_the_structures() -> None:
+    charts = _layout(["attribution/mass/heart", "attribution/mass/left_lung", "attribution/cnr/nodule"])
+    assert charts["attribution per structure"] == {
+        "mass": ["Multiline", ["attribution/mass/heart$", "attribution/mass/left_lung$"]]
+    }
+    assert list(charts["attribution per finding"]) == ["cnr"]
+
+
 def test_masks_of_foreign_batches() -> None:
     """A reader finds masks of any number type, and refuses those of another size."""
     module = ClipModule(TINY)
@@ -413,6 +422,7 @@ def test_the_benchmark_has_tables_of_the_structures(tmp_path: Path, image_root: 
     for text in (tables, page):
         assert "Anatomy: left lung" in text
         assert "Anatomy: disjoint parts" in text
+        assert "Part, heart outside of the lungs" in text
         assert "Mass, heart, median and quartiles" in text
         assert "Mass, gain, right lung" in text
 

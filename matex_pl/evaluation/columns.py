@@ -167,6 +167,7 @@ def metric_columns(keys: set[str]) -> dict[str, Column]:
     places = [(name, structure) for structure in ordered for name in ANATOMY if name != "part"]
     for name, structure in [*places, *(("part", structure) for structure in ordered)]:
         (label, description), words = ANATOMY[name], structure.replace("_", " ")
+        words += " outside of the lungs" * ((name, structure) == ("part", "heart"))
         columns[f"{name}/{structure}"] = Column(
             label=f"{label}, {words}",
             group=ANATOMY_GROUP + ("disjoint parts" if name == "part" else words),
