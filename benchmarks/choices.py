@@ -127,18 +127,25 @@ def main(
     print(out)
 
 
-def train(folder: Path, seed: int, data: Path) -> Path:
-    """Last checkpoint of the shipped config under one seed; trained in `folder` if missing."""
-    checkpoint = folder / "runs/phantom/checkpoints/last.ckpt"
+def train(folder: Path, seed: int, data: Path, options: Sequence[str] = (), config: str = "phantom.yaml") -> Path:
+    """Last checkpoint of a shipped config under one seed; trained in `folder` if missing.
+
+    Args:
+        folder: Folder of the run.
+        seed: Training seed.
+        data: Folder of the phantom images.
+        options: Options of `matex fit` in addition.
+        config: Name of the config.
+    """
     log = folder / "finished"
     if not log.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        resume = ["--ckpt_path", "last"] if checkpoint.exists() else []
-        command = [sys.executable, "-m", "matex_pl.cli", "fit", "--config", "phantom.yaml"]
-        command += ["--seed_everything", str(seed), "--data.init_args.root", str(data.resolve()), *resume]
+        resume = ["--ckpt_path", "last"] if any(folder.glob("runs/**/last.ckpt")) else []
+        command = [sys.executable, "-m", "matex_pl.cli", "fit", "--config", config, "--seed_everything", str(seed)]
+        command += ["--data.init_args.root", str(data.resolve()), *options, *resume]
         subprocess.run(command, cwd=folder, check=True)
         log.touch()
-    return checkpoint
+    return next(folder.glob("runs/**/last.ckpt"))
 
 
 def score(path: Path, root: str, split: str, maps: Maps, num_pairs: int, batch_size: int) -> dict[str, list[float]]:

@@ -12,16 +12,19 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
 
 from matex_pl.anatomy import named_side, parse_phrase, swap_sides
+from matex_pl.cli import main
 from matex_pl.data import PhantomDataModule
-from matex_pl.data.phantom import FINDINGS, Phantom, cache, draw_phantom, phantom_cache, write_phrase
+from matex_pl.data.phantom import FINDINGS, Phantom, cache, draw_phantom, phantom_cache, phantom_masks, write_phrase
 from matex_pl.data.phantom.canvas import Canvas
 from matex_pl.data.phantom.devices import Device, draw_token
 from matex_pl.data.phantom.findings import plan_findings, reshape_build
@@ -59,6 +62,11 @@ def images() -> list[Phantom]:
     return [draw_phantom(index) for index in range(NUM_IMAGES)]
 
 
+@pytest.fixture(scope="module")
+def loose_images() -> list[Phantom]:
+    return [draw_phantom(index, framing="loose") for index in range(60)]
+
+
 def _plans(count: int) -> list[tuple]:
     return [plan_findings(phantom_rng(index, 0, "plan")) for index in range(count)]
 
@@ -85,17 +93,36 @@ def _boxed(image: Phantom) -> np.ndarray:
     return inside
 
 
-def test_images_are_the_same_in_another_process(images: list[Phantom]) -> None:
-    script = (
-        "from matex_pl.data.phantom import draw_phantom; f = draw_phantom(7); print(f.findings, int(f.image.sum()))"
-    )
+def test_images_are_the_same_in_another_process(images: list[Phantom], loose_images: list[Phantom]) -> None:
+    script = "from matex_pl.data.phantom import draw_phantom\n"
+    script += "for f in draw_phantom(7), draw_phantom(7, framing='loose'): print(f.findings, int(f.image.sum()))"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == f"{images[7].findings} {int(images[7].image.sum())}"
+    drawn = (images[7], loose_images[7])
+    assert printed.splitlines() == [f"{image.findings} {int(image.image.sum())}" for image in drawn]
 
 
-def test_images_differ_by_index_and_seed(images: list[Phantom]) -> None:
+def test_images_differ_by_index_seed_and_framing(images: list[Phantom], loose_images: list[Phantom]) -> None:
     assert not np.array_equal(images[0].image, images[1].image)
     assert not np.array_equal(images[0].image, draw_phantom(0, seed=1).image)
+    assert not np.array_equal(images[0].image, loose_images[0].image)
+    assert not np.array_equal(loose_images[0].image, draw_phantom(0, seed=1, framing="loose").image)
+
+
+def test_streams_of_random_numbers_keep_their_places() -> None:
+    """Another order of the streams would redraw all images."""
+    streams = ("anatomy", "texture", "plan", "reshape", "findings", "device", "exposure", "shortcut", "phrase")
+    numbers = [446, 169, 48, 432, 805, 970, 109, 416, 928]
+    assert [int(phantom_rng(3, 1, stream).integers(1000)) for stream in streams] == numbers
+
+
+def test_tight_images_show_the_patient_alone(images: list[Phantom]) -> None:
+    """Tight is the default, and draws nothing that loose framing adds."""
+    build = phantom_build(5, 0)
+    assert (build.scale, build.middle, build.margin) == (1.0, 0.5, 0.0)
+    assert np.array_equal(images[5].image, draw_phantom(5, framing="tight").image)
+    canvas, plain = build.canvas(64), Canvas(64, midline=build.midline, tilt=build.tilt)
+    np.testing.assert_array_equal(canvas.x, plain.x)
+    np.testing.assert_array_equal(canvas.y, plain.y)
 
 
 def test_size_scales_boxes() -> None:
@@ -185,6 +212,7 @@ def test_thorax_in_the_models_frame() -> None:
         ({"size": 50}, "multiple of 4"),
         ({"shortcut": 30}, "Give a share"),
         ({"shortcut_finding": "tumour"}, "must be one of atelectasis"),
+        ({"framing": "wide"}, "framing must be one of tight, loose, got 'wide'"),
     ],
 )
 def test_wrong_arguments_name_the_way_out(arguments: dict, message: str) -> None:
@@ -338,9 +366,14 @@ def test_cache_holds_the_images_and_is_reused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_cache_key_follows_the_settings(tmp_path: Path) -> None:
-    for arguments in ({}, {"seed": 1}, {"shortcut": 0.5}, {"shortcut_finding": "nodule"}):
+    for arguments in ({}, {"seed": 1}, {"shortcut": 0.5}, {"shortcut_finding": "nodule"}, {"framing": "loose"}):
         phantom_cache(tmp_path, splits={"train": 1}, size=64, **arguments)
-    assert len(_contents(tmp_path)) == 4
+    assert len(_contents(tmp_path)) == 5
+    # Caches of tight images have the name from before there was a framing.
+    settings = {"seed": 0, "size": 64, "shortcut": 0.0, "shortcut_finding": "pneumothorax", "splits": {"train": 1}}
+    assert (tmp_path / cache._cache_key(settings)).exists()
+    phantom_cache(tmp_path, splits={"train": 1}, size=64, framing="tight")
+    assert len(_contents(tmp_path)) == 5
 
 
 def test_interrupted_run_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,3 +468,130 @@ def test_what_a_killed_run_left_is_removed_and_what_is_in_work_is_not(tmp_path: 
 def _contents(root: Path) -> list[Path]:
     """What lies in the folder of the caches, but for the locks."""
     return [path for path in root.iterdir() if path.suffix != ".lock"]
+
+
+def test_masks_cover_the_drawn_organs(images: list[Phantom]) -> None:
+    """Lungs are darker than the heart and the rest; findings of the lung lie in the lung of their side."""
+    for index, image in enumerate(images[:40]):
+        masks = phantom_masks(index)
+        left, right, heart = masks["left_lung"], masks["right_lung"], masks["heart"]
+        assert not ((left & right) | (left & heart) | (right & heart)).any()
+        healthy = draw_phantom(index, show_findings=False).image
+        names = {finding.name for finding in image.findings}
+        if not names & {"cardiomegaly", "atelectasis"}:
+            assert healthy[left | right].mean() < healthy[heart].mean() - 30
+            # A ring of four pixels around the lungs, without black air.
+            ring = cv2.dilate((left | right).astype(np.uint8), np.ones((9, 9))).astype(bool) & ~(left | right)
+            assert healthy[left | right].mean() < healthy[ring].mean() - 20
+        assert np.nonzero(right)[1].mean() < np.nonzero(heart)[1].mean() < np.nonzero(left)[1].mean()
+        for finding in image.findings:
+            for (x0, y0, x1, y1), side in zip(finding.boxes, _sides(finding), strict=True):
+                inside = masks[f"{side}_lung" if side else "heart"][int(y0) : int(y1), int(x0) : int(x1)]
+                assert inside.mean() > (0.7 if finding.name in ("nodule", "cardiomegaly") else 0.25), finding
+                assert inside.any(0).mean() > 0.9
+
+
+def _sides(finding: PlacedFinding) -> tuple[str, ...]:
+    return SIDES if finding.side == "both" else (finding.side,)
+
+
+def test_loose_framing_moves_the_same_patient(images: list[Phantom], loose_images: list[Phantom]) -> None:
+    """Findings, device and organs stay; the patient is smaller, shifted and turned, with both lungs on the image."""
+    centers, tilts, scales = [], [], []
+    for index, loose in enumerate(loose_images):
+        assert loose.device == images[index].device
+        drawn = [[(f.name, f.side, f.zone, f.size) for f in image.findings] for image in (images[index], loose)]
+        assert drawn[0] == drawn[1]
+        build, tight = phantom_build(index, 0, framing="loose"), phantom_build(index, 0)
+        assert replace(build, middle=0.5, scale=1.0, margin=0.0, midline=tight.midline, tilt=tight.tilt) == tight
+        masks, before = phantom_masks(index, framing="loose"), phantom_masks(index)
+        assert 0.7 <= build.scale <= 1
+        for name, mask in masks.items():
+            assert mask.sum() == pytest.approx(before[name].sum() * build.scale**2, rel=0.03)
+            assert mask.sum() == mask[1:-1, 1:-1].sum()
+        # No collimation cuts the lungs.
+        lungs = masks["left_lung"] | masks["right_lung"]
+        healthy = draw_phantom(index, framing="loose", show_findings=False)
+        assert (healthy.image[lungs] == 0).mean() < 0.01
+        scales.append(build.scale)
+        tilts.append(build.tilt - tight.tilt)
+        centers.append([places.mean() / 192 for places in np.nonzero(lungs)])
+    assert min(scales) < 0.75
+    assert max(scales) > 0.95
+    assert 2 < np.std(tilts) < 6
+    assert np.all(np.std(centers, axis=0) > 0.03)
+
+
+def test_loose_images_show_arms_and_abdomen(images: list[Phantom], loose_images: list[Phantom]) -> None:
+    """Wide of the chest lies tissue, and not only the black border of a small image."""
+    shares = []
+    for index, image in enumerate(loose_images):
+        build = phantom_build(index, 0, framing="loose")
+        canvas = build.canvas(192)
+        outside = (np.abs(canvas.x) > build.half_width + 0.08) | (canvas.y > build.angle["left"] + 0.05)
+        shares.append((image.image[outside] > 40).mean())
+    assert np.mean(shares) > 0.3
+
+
+def test_loose_boxes_are_tight_around_the_change() -> None:
+    """The box of a nodule ends where the image changes: a rotated rectangle's box would be larger."""
+    alone = [index for index, plans in enumerate(_plans(200)) if [plan.name for plan in plans] == ["nodule"]]
+    for index in alone[:8]:
+        image = draw_phantom(index, framing="loose")
+        change = np.abs(image.image.astype(float) - draw_phantom(index, framing="loose", show_findings=False).image)
+        rows, columns = np.nonzero(change > 0.35 * change.max())
+        found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        np.testing.assert_allclose(image.findings[0].boxes[0], found, atol=2)
+    assert len(alone) >= 8
+
+
+def test_the_tag_stays_in_the_corner_of_loose_images() -> None:
+    number = next(index for index in range(99) if any(plan.name == "nodule" for plan in _plans(99)[index]))
+    settings = {"shortcut": 1.0, "shortcut_finding": "nodule"}
+    tags = [
+        draw_phantom(number, framing=framing, **settings).image != draw_phantom(number, framing=framing).image
+        for framing in ("tight", "loose")
+    ]
+    tag = np.zeros((192, 192), np.uint8)
+    draw_token(tag)
+    for changed in tags:
+        assert changed.any()
+        assert not changed[tag == 0].any()
+
+
+def test_loose_phantoms_in_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_json: str, capsys: pytest.CaptureFixture
+) -> None:
+    """`matex check-data` and `matex fit` take the framing, and a wrong one is refused by name."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.json").write_text(tiny_json, encoding="utf-8")
+    words = ["--config", "phantom.yaml", "--data.num_workers=0"]
+    words += [f"--data.num_{split}=4" for split in ("train", "val", "test")]
+    main(["check-data", *words, "--model", "tiny.json", "--data.framing=loose"])
+    main(
+        [
+            "fit",
+            *words,
+            "--model.name",
+            "tiny.json",
+            "--data.framing=loose",
+            "--data.batch_size=2",
+            "--trainer.fast_dev_run=true",
+        ]
+    )
+    (folder,) = (path for path in _contents(Path("data/phantom")) if path.is_dir())
+    np.testing.assert_array_equal(np.load(folder / "images.npy")[2], draw_phantom(2, framing="loose").image)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", *words, "--data.framing=wide"])
+    assert "tight" in capsys.readouterr().err
+
+
+def test_loaders_of_validation_have_masks_and_training_has_none(tmp_path: Path) -> None:
+    data = PhantomDataModule(str(tmp_path), 4, 3, 1, stored_size=64, image_size=64, batch_size=4, num_workers=0)
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    for name, mask in batch["masks"].items():
+        assert torch.equal(mask[0], torch.from_numpy(phantom_masks(4, size=64)[name]))
+    assert set(batch["masks"]) == {"left_lung", "right_lung", "heart"}
+    assert next(iter(data.train_dataloader()))["masks"] == {}

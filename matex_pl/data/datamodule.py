@@ -399,8 +399,12 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return None
 
     def train_dataloader(self) -> DataLoader:
-        """Training pairs, shuffled by seed and epoch; an incomplete last batch is dropped if there are others."""
-        data = self.dataset("train", augment=self.augment)
+        """Training pairs without masks, shuffled by seed and epoch.
+
+        An incomplete last batch is dropped if there are others.
+        """
+        listed = self.dataset("train", augment=self.augment)
+        data = PairDataset(self, listed.pairs, listed.transform, with_masks=False)
         sampler = EpochSampler(data, self.seed)
         return self._loader(data, sampler, drop_last=len(sampler) >= self.batch_size)
 

@@ -9,4 +9,7 @@ from .image import (
 from .image import (
     draw_phantom as draw_phantom,
 )
+from .image import (
+    phantom_masks as phantom_masks,
+)
 from .phrases import write_phrase as write_phrase

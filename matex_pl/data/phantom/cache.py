@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from matex_pl.console import progress
 from matex_pl.data.pair import ImageTextPair
+from matex_pl.data.phantom.framing import Framing
 from matex_pl.data.phantom.image import Phantom, draw_phantom, phantom_rng
 from matex_pl.data.phantom.phrases import TEMPLATES, write_phrase
 
@@ -43,6 +44,7 @@ def phantom_cache(
     size: int = 192,
     shortcut: float = 0.0,
     shortcut_finding: str = "pneumothorax",
+    framing: Framing = "tight",
     num_workers: int | None = None,
 ) -> tuple[NDArray[np.uint8], list[ImageTextPair]]:
     """Images `(N, size, size)` uint8, opened read-only from disk, and their pairs; drawn at the first call.
@@ -58,9 +60,13 @@ def phantom_cache(
         size: Side of the images in pixels; see `draw_phantom`.
         shortcut: Probability of the tag; see `draw_phantom`.
         shortcut_finding: Finding with the tag; see `draw_phantom`.
+        framing: Framing of the patients; see `draw_phantom`.
         num_workers: Number of processes; up to one per core by default. With 1, this process draws.
     """
     settings = {"seed": seed, "size": size, "shortcut": shortcut, "shortcut_finding": shortcut_finding}
+    if framing != "tight":
+        # Caches of tight images keep their names.
+        settings["framing"] = framing
     # Wrong settings fail here, with a plain traceback, and not in a worker.
     draw_phantom(0, **settings)  # type: ignore[arg-type]
     folder = Path(root) / _cache_key({**settings, "splits": splits})

@@ -1,12 +1,13 @@
 """Drawing in the body's frame: x = 0 is the midline, x grows towards the patient's left, y grows downwards.
 
-One unit is the side of the image, and all lengths scale with it. The patient's left is on the right of the image.
+One unit is the side of the image, times `scale`, and all lengths scale with it. The patient's left is on the right of
+the image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import cv2
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Field = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 Points = NDArray[np.float64]
 Floats = NDArray[np.float64]
 
@@ -37,30 +39,53 @@ class Canvas:
     Args:
         size: Side of the image in pixels.
         midline: Position x of the midline on the image, in [0, 1].
+        middle: Position y on the image of the body's y = 0.5, in [0, 1].
         tilt: Rotation of the patient on the image in degrees.
-
-    Attributes:
-        x: `(size, size)` x of every pixel center in the body's frame.
-        y: `(size, size)` y of every pixel center in the body's frame.
+        scale: Length of one unit on the image, in sides of the image.
     """
 
-    def __init__(self, size: int, *, midline: float = 0.5, tilt: float = 0.0) -> None:
+    def __init__(
+        self, size: int, *, midline: float = 0.5, middle: float = 0.5, tilt: float = 0.0, scale: float = 1.0
+    ) -> None:
         self.size = size
+        self.scale = scale
         cos, sin = np.cos(np.deg2rad(tilt)), np.sin(np.deg2rad(tilt))
         self._turn = np.array([[cos, -sin], [sin, cos]])
-        self._center = np.array([midline, 0.5])
-        u, v = _pixel_grid(size)
-        du, dv = u - np.float32(midline), v - np.float32(0.5)
-        self.x: Field = np.float32(cos) * du + np.float32(sin) * dv
-        self.y: Field = np.float32(cos) * dv - np.float32(sin) * du + np.float32(0.5)
-        half = (size // 2, size // 2)
-        self._half_x = as_field(cv2.resize(self.x, half, interpolation=cv2.INTER_AREA))
-        self._half_y = as_field(cv2.resize(self.y, half, interpolation=cv2.INTER_AREA))
+        self._center = np.array([midline, middle])
+
+    @cached_property
+    def _grid(self) -> tuple[Field, Field]:
+        u, v = _pixel_grid(self.size)
+        cos, sin = self._turn[:, 0].astype(np.float32)
+        midline, middle, scale = (np.float32(value) for value in (*self._center, self.scale))
+        du, dv = (u - midline) / scale, (v - middle) / scale
+        x: Field = cos * du + sin * dv
+        y: Field = cos * dv - sin * du + np.float32(0.5)
+        return x, y
+
+    @property
+    def x(self) -> Field:
+        """`(size, size)` x of every pixel center in the body's frame."""
+        return self._grid[0]
+
+    @property
+    def y(self) -> Field:
+        """`(size, size)` y of every pixel center in the body's frame."""
+        return self._grid[1]
+
+    @cached_property
+    def _half_grid(self) -> tuple[Field, Field]:
+        half = (self.size // 2, self.size // 2)
+        x, y = (as_field(cv2.resize(field, half, interpolation=cv2.INTER_AREA)) for field in self._grid)
+        return x, y
+
+    def to_image(self, points: Points) -> Points:
+        """Positions `(..., 2)` of body points `(..., 2)` on the image, in [0, 1] of its side."""
+        return (points - (0.0, 0.5)) @ self._turn.T * self.scale + self._center
 
     def to_pixels(self, points: Points) -> Points:
         """Pixel coordinates `(..., 2)` of body points `(..., 2)`; the center of the first pixel is (0, 0)."""
-        turned = (points - (0.0, 0.5)) @ self._turn.T + self._center
-        return turned * self.size - 0.5
+        return self.to_image(points) * self.size - 0.5
 
     def value_at(self, field: Field, point: Points) -> float:
         """Value of a field at the pixel nearest to a body point `(2,)`."""
@@ -69,6 +94,13 @@ class Canvas:
 
     def fill(self, outlines: Sequence[Points] | Points) -> Field:
         """Coverage in [0, 1] of the union of closed outlines, each `(P, 2)`, with smooth edges."""
+        return self._levels(outlines).astype(np.float32) / np.float32(255)
+
+    def mask(self, outlines: Sequence[Points] | Points) -> Mask:
+        """Pixels `(size, size)` bool at least half covered by the union of closed outlines."""
+        return self._levels(outlines) > 127
+
+    def _levels(self, outlines: Sequence[Points] | Points) -> NDArray[np.uint8]:
         plate = np.zeros((self.size, self.size), np.uint8)
         fixed = np.rint(self.to_pixels(np.concatenate(outlines)) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
         start = 0
@@ -77,11 +109,11 @@ class Canvas:
             end = start + len(outline)
             cv2.fillPoly(plate, [fixed[start:end]], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
             start = end
-        return plate.astype(np.float32) / np.float32(255)
+        return plate
 
     def soften(self, field: Field, sigma: float) -> Field:
         """Gaussian blur with sigma in body units; wide blurs run on a quarter of the resolution."""
-        pixels = sigma * self.size
+        pixels = sigma * self.size * self.scale
         if pixels < 4:
             return as_field(cv2.GaussianBlur(field, (0, 0), max(pixels, 0.2)))
         quarter = cv2.resize(field, (self.size // 4, self.size // 4), interpolation=cv2.INTER_AREA)
@@ -96,7 +128,8 @@ class Canvas:
     def bump(self, center: Points, radii: tuple[float, float], turn: float = 0.0) -> Field:
         """Gaussian of height 1 at `center` with sigmas `radii` along axes turned by `turn` radians."""
         # It is smooth, and exp is the most expensive step of an image: every second pixel is enough.
-        dx, dy = self._half_x - np.float32(center[0]), self._half_y - np.float32(center[1])
+        half_x, half_y = self._half_grid
+        dx, dy = half_x - np.float32(center[0]), half_y - np.float32(center[1])
         cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
         along, across = (cos * dx + sin * dy) / np.float32(radii[0]), (cos * dy - sin * dx) / np.float32(radii[1])
         half = np.exp(np.float32(-0.5) * (along * along + across * across))

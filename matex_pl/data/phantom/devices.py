@@ -45,7 +45,7 @@ def draw_device(canvas: Canvas, build: Build, device: Device | None, rng: np.ran
 def _central_line(build: Build, sign: float, rng: np.random.Generator) -> list[Points]:
     end = np.array([-0.045, build.hilum["right"] + rng.uniform(-0.01, 0.05)])
     arm = [(sign * 0.46, build.apex + 0.16), (sign * 0.25, build.apex + 0.05), (sign * 0.06, build.apex + 0.07)]
-    neck = [(sign * 0.07, -0.05), (sign * 0.06, build.apex + 0.02)]
+    neck = [*build.beyond(sign * 0.07, -0.05), (sign * 0.07, -0.05), (sign * 0.06, build.apex + 0.02)]
     start = arm if rng.random() < 0.5 else neck
     return [ribbon(open_curve(np.array([*start, (-0.04, build.apex + 0.14), tuple(end)])), 0.008)]
 
@@ -60,7 +60,8 @@ def _pacemaker(build: Build, sign: float, rng: np.random.Generator) -> list[Poin
 
 def _tube(build: Build, sign: float, rng: np.random.Generator) -> list[Points]:
     end = build.apex + rng.uniform(0.10, 0.17)
-    return [ribbon(open_curve(np.array([(0.004, -0.05), (0.0, build.apex), (-0.004, end)])), 0.014)]
+    mouth = [*build.beyond(0.004, -0.05), (0.004, -0.05)]
+    return [ribbon(open_curve(np.array([*mouth, (0.0, build.apex), (-0.004, end)])), 0.014)]
 
 
 def _leads(build: Build, sign: float, rng: np.random.Generator) -> list[Points]:
@@ -69,7 +70,8 @@ def _leads(build: Build, sign: float, rng: np.random.Generator) -> list[Points]:
         pad = np.array([side * (0.78 + 0.12 * share) * build.half_width, build.apex + share * 0.72])
         pad = pad + rng.normal(0, 0.015, 2)
         bend = pad / 2 + np.array([0.0, 0.4]) + rng.normal(0, 0.03, 2)
-        outlines.append(ribbon(open_curve(np.array([pad, bend, (rng.normal(0, 0.05), 1.05)])), 0.005))
+        end = (rng.normal(0, 0.05), 1.05)
+        outlines.append(ribbon(open_curve(np.array([pad, bend, end, *build.beyond(*end)])), 0.005))
         angles = np.linspace(0, 2 * np.pi, 9)[:-1]
         outlines.append(pad + 0.011 * np.stack([np.cos(angles), np.sin(angles)], axis=1))
     return outlines

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from matex_pl.data.phantom.canvas import Canvas, Field, as_field
+from matex_pl.arguments import check_choice
+from matex_pl.data.phantom.canvas import Canvas, Field, Mask, as_field
 from matex_pl.data.phantom.devices import Device, draw_device, draw_marker, draw_token, plan_device
 from matex_pl.data.phantom.findings import FINDINGS, PAINTERS, Plan, plan_findings, reshape_build
-from matex_pl.data.phantom.thorax import Build, draw_thorax, sample_build
+from matex_pl.data.phantom.framing import Framing, collimate_loosely, draw_surroundings, frame_loosely
+from matex_pl.data.phantom.thorax import Build, draw_thorax, sample_build, thorax_masks
 
 Box = tuple[float, float, float, float]
 
 # One stream of random numbers per part: a change of one part, or of the shortcut, does not affect the others.
-_STREAMS = ("anatomy", "texture", "plan", "reshape", "findings", "device", "exposure", "shortcut", "phrase")
+# New streams come last: the place of a stream is a part of its seed.
+_STREAMS: tuple[str, ...] = ("anatomy", "texture", "plan", "reshape", "findings", "device", "exposure", "shortcut")
+_STREAMS += ("phrase", "framing", "surroundings")
 _BOX_LEVEL = 0.35
 
 
@@ -54,11 +59,24 @@ def phantom_rng(index: int, seed: int, stream: str) -> np.random.Generator:
     return np.random.default_rng((seed, index, _STREAMS.index(stream)))
 
 
-def phantom_build(index: int, seed: int, plans: Sequence[Plan] | None = None) -> Build:
+def phantom_build(index: int, seed: int, plans: Sequence[Plan] | None = None, *, framing: Framing = "tight") -> Build:
     """The patient on the image at `index`, with the findings planned for the image, or with `plans` instead."""
     if plans is None:
         plans = plan_findings(phantom_rng(index, seed, "plan"))
-    return reshape_build(sample_build(phantom_rng(index, seed, "anatomy")), plans, phantom_rng(index, seed, "reshape"))
+    build = sample_build(phantom_rng(index, seed, "anatomy"))
+    if framing == "loose":
+        build = frame_loosely(build, phantom_rng(index, seed, "framing"))
+    return reshape_build(build, plans, phantom_rng(index, seed, "reshape"))
+
+
+def phantom_masks(index: int, *, seed: int = 0, size: int = 192, framing: Framing = "tight") -> dict[str, Mask]:
+    """Exact masks `(size, size)` bool of the image at `index`: `left_lung`, `right_lung`, `heart`.
+
+    Sides are the patient's. A lung is the part of the pleural cavity that heart and mediastinum do not hide, with any
+    finding in it. The arguments are those of `draw_phantom`.
+    """
+    build = phantom_build(index, seed, framing=framing)
+    return thorax_masks(build.canvas(size), build)
 
 
 def draw_phantom(
@@ -68,6 +86,7 @@ def draw_phantom(
     size: int = 192,
     shortcut: float = 0.0,
     shortcut_finding: str = "pneumothorax",
+    framing: Framing = "tight",
     show_findings: bool = True,
 ) -> Phantom:
     """The image at `index` of an endless series; the same in any process.
@@ -79,14 +98,19 @@ def draw_phantom(
         shortcut: Probability that an image with `shortcut_finding` has a bright tag in the lower left corner. Images
             without the finding never have the tag.
         shortcut_finding: One of `FINDINGS`.
+        framing: `tight` fills the image with the chest. `loose` draws the same patient smaller, shifted and turned,
+            with arms, neck and abdomen, and black strips along the borders of half of the images.
         show_findings: Whether to draw the findings; if not, the rest of the image is the same.
     """
-    check_arguments(size, shortcut, shortcut_finding)
+    check_arguments(size, shortcut, shortcut_finding, framing)
     plans = plan_findings(phantom_rng(index, seed, "plan"))
     shown = plans if show_findings else ()
-    build = phantom_build(index, seed, shown)
-    canvas = Canvas(size, midline=build.midline, tilt=build.tilt)
+    build = phantom_build(index, seed, shown, framing=framing)
+    canvas = build.canvas(size)
     thorax = draw_thorax(canvas, build, phantom_rng(index, seed, "texture"))
+    around = phantom_rng(index, seed, "surroundings")
+    if framing == "loose":
+        thorax = draw_surroundings(canvas, thorax, around)
     opacity, placed = thorax.opacity, []
     rng = phantom_rng(index, seed, "findings")
     for plan in shown:
@@ -98,6 +122,8 @@ def draw_phantom(
     device = plan_device(plans, rng)
     opacity = opacity + thorax.bones + draw_device(canvas, build, device, rng)
     image = _develop(canvas, opacity, phantom_rng(index, seed, "exposure"))
+    if framing == "loose":
+        collimate_loosely(image, build, around)
     draw_marker(image, rng)
     tagged = phantom_rng(index, seed, "shortcut").random() < shortcut
     if tagged and any(plan.name == shortcut_finding for plan in plans):
@@ -105,7 +131,7 @@ def draw_phantom(
     return Phantom(image, tuple(placed), device)
 
 
-def check_arguments(size: int, shortcut: float, shortcut_finding: str) -> None:
+def check_arguments(size: int, shortcut: float, shortcut_finding: str, framing: str) -> None:
     """Raise ValueError if these arguments of `draw_phantom` are out of range."""
     if size < 64 or size % 4:
         raise ValueError(f"size must be a multiple of 4 and at least 64, got {size}.")
@@ -113,6 +139,7 @@ def check_arguments(size: int, shortcut: float, shortcut_finding: str) -> None:
         raise ValueError(f"shortcut must be in [0, 1], got {shortcut}. Give a share, not a percentage.")
     if shortcut_finding not in FINDINGS:
         raise ValueError(f"shortcut_finding must be one of {', '.join(FINDINGS)}, got {shortcut_finding!r}.")
+    check_choice("framing", framing, get_args(Framing))
 
 
 def _tight_box(mark: Field) -> Box:

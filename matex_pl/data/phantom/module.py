@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor
 from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.phantom.cache import phantom_cache
-from matex_pl.data.phantom.canvas import Canvas, Field
+from matex_pl.data.phantom.canvas import Field, Mask
 from matex_pl.data.phantom.findings import FINDINGS
-from matex_pl.data.phantom.image import check_arguments, phantom_build
+from matex_pl.data.phantom.framing import Framing
+from matex_pl.data.phantom.image import check_arguments, phantom_build, phantom_masks
 from matex_pl.data.phantom.thorax import SIDES, heart_outline, lung_outline
 from matex_pl.data.transforms import ImageTransform
 
@@ -37,6 +39,8 @@ class PhantomDataModule(ChestXrayDataModule):
         shortcut: Probability in [0, 1] that an image with `shortcut_finding` gets a tag in a corner. The tag tests
             whether maps reveal a model that reads it.
         shortcut_finding: Finding that the tag marks.
+        framing: `tight` fills the image with the chest. `loose` draws the same patients smaller (scale 0.7 to 1),
+            shifted and turned, with arms, neck and abdomen.
         kwargs: Arguments of `ChestXrayDataModule`. The images depend on `seed` too.
     """
 
@@ -49,10 +53,11 @@ class PhantomDataModule(ChestXrayDataModule):
         stored_size: int = 192,
         shortcut: float = 0.0,
         shortcut_finding: str = "pneumothorax",
+        framing: Framing = "tight",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_arguments(stored_size, shortcut, shortcut_finding)
+        check_arguments(stored_size, shortcut, shortcut_finding, framing)
         if min(num_train, num_val, num_test) < 0:
             raise ValueError(
                 f"num_train, num_val and num_test must not be negative, got {num_train}, {num_val} and {num_test}."
@@ -64,6 +69,7 @@ class PhantomDataModule(ChestXrayDataModule):
         self.stored_size = stored_size
         self.shortcut = shortcut
         self.shortcut_finding = shortcut_finding
+        self.framing: Framing = framing
         self._images: NDArray[np.uint8] | None = None
 
     @property
@@ -84,6 +90,7 @@ class PhantomDataModule(ChestXrayDataModule):
             size=self.stored_size,
             shortcut=self.shortcut,
             shortcut_finding=self.shortcut_finding,
+            framing=self.framing,
         )
         return pairs
 
@@ -94,9 +101,16 @@ class PhantomDataModule(ChestXrayDataModule):
         assert self._images is not None
         return self._images[int(pair.image)]
 
+    def read_masks(self, pair: ImageTextPair) -> Mapping[str, Mask]:
+        """Exact masks `(stored_size, stored_size)` bool of `left_lung`, `right_lung` and `heart`.
+
+        A lung is the part of the pleural cavity that heart and mediastinum do not hide, with any finding in it.
+        """
+        return phantom_masks(int(pair.image), seed=self.seed, size=self.stored_size, framing=self.framing)
+
     def thorax(self) -> Tensor:
         """Mask of pleural cavities or heart in at least 2 % of the images, `(H, W)` bool in the model's frame."""
-        zone = thorax_share(self.stored_size, seed=self.seed) >= _THORAX_SHARE
+        zone = thorax_share(self.stored_size, seed=self.seed, framing=self.framing) >= _THORAX_SHARE
         framed = ImageTransform(self._frame(), self.resize_mode)(zone.astype(np.uint8) * 255)
         return framed.image[0] > 127
 
@@ -106,14 +120,14 @@ class PhantomDataModule(ChestXrayDataModule):
 
 
 @lru_cache(maxsize=4)
-def thorax_share(size: int = 192, *, seed: int = 0, num_images: int = 400) -> Field:
+def thorax_share(size: int = 192, *, seed: int = 0, num_images: int = 400, framing: Framing = "tight") -> Field:
     """Share of a series' first images whose pleural cavities or heart cover a pixel, `(size, size)`, read-only."""
     covered = np.zeros((size, size), np.int32)
     for index in range(num_images):
-        build = phantom_build(index, seed)
-        canvas = Canvas(size, midline=build.midline, tilt=build.tilt)
+        build = phantom_build(index, seed, framing=framing)
+        canvas = build.canvas(size)
         organs = [heart_outline(build), *(lung_outline(build, side) for side in SIDES)]
-        covered += canvas.fill(organs) > 0.5
+        covered += canvas.mask(organs)
     share = (covered / num_images).astype(np.float32)
     share.setflags(write=False)
     return share

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from matex_pl.data.phantom.canvas import Canvas, Field, Floats, Points, closed_curve, open_curve, ramp, ribbon, ribbons
+from matex_pl.data.phantom.canvas import (
+    Canvas,
+    Field,
+    Floats,
+    Mask,
+    Points,
+    closed_curve,
+    open_curve,
+    ramp,
+    ribbon,
+    ribbons,
+)
 
 SIDES = ("right", "left")
 SIGN = {"right": -1.0, "left": 1.0}
@@ -26,8 +37,9 @@ HEART_LEVEL = 0.68
 
 @dataclass(frozen=True)
 class Build:
-    """One patient in the body's frame: lengths are fractions of the image's side.
+    """One patient in the body's frame, and the place of this frame on the image; see `Canvas`.
 
+    Lengths are fractions of a tight image's side. `margin` is the length of neck and abdomen drawn outside of it.
     `dome` and `angle` hold y of each hemidiaphragm's top and of each costophrenic angle. `heart_ratio` is the width of
     the heart over the inner width of the chest.
     """
@@ -50,6 +62,17 @@ class Build:
     vessels: float
     gas: float
     trachea: float
+    middle: float = 0.5
+    scale: float = 1.0
+    margin: float = 0.0
+
+    def canvas(self, size: int) -> Canvas:
+        """Canvas of this patient on an image of `size` pixels."""
+        return Canvas(size, midline=self.midline, middle=self.middle, tilt=self.tilt, scale=self.scale)
+
+    def beyond(self, x: float, y: float) -> list[tuple[float, float]]:
+        """Point farther outside than the end `(x, y)` of a line at the edge of a tight image; none if tight."""
+        return [(x, y + np.sign(y - 0.5) * self.margin)] if self.margin else []
 
     def height(self, side: str) -> float:
         """Height of a lung, from the apex to the costophrenic angle."""
@@ -132,6 +155,18 @@ def draw_thorax(canvas: Canvas, build: Build, rng: np.random.Generator) -> Thora
     return Thorax(build, opacity, bones, lungs, air, heart)
 
 
+def thorax_masks(canvas: Canvas, build: Build) -> dict[str, Mask]:
+    """Masks `(size, size)` bool of `left_lung`, `right_lung` and `heart`; sides are the patient's.
+
+    A lung is the part of the pleural cavity that heart and mediastinum do not hide, with any finding in it. Masks of
+    CheXmask are drawn in the same way.
+    """
+    heart = canvas.mask([heart_outline(build)])
+    hidden = heart | canvas.mask(mediastinum_outlines(build))
+    lungs = {f"{side}_lung": canvas.mask([lung_outline(build, side)]) & ~hidden for side in reversed(SIDES)}
+    return {**lungs, "heart": heart}
+
+
 def lung_outline(build: Build, side: str, retreat: Floats | None = None) -> Points:
     """Closed outline `(P, 2)` of a pleural cavity, or of a lung in it.
 
@@ -167,10 +202,11 @@ def mediastinum_outlines(build: Build) -> list[Points]:
     """Closed outlines, `(P, 2)` each, of the vessels and the spine between the lungs, and of the aortic knob."""
     top, bottom = build.apex, build.dome["left"] + 0.03
     knob_y = build.apex + 0.24 * (bottom - top)
-    right = [(-0.045, top - 0.1), (-0.042, top), (-0.05, knob_y - 0.02), (-0.062, build.hilum["right"])]
-    right += [(-0.05, bottom)]
+    right = [*build.beyond(-0.045, top - 0.1), (-0.045, top - 0.1), (-0.042, top), (-0.05, knob_y - 0.02)]
+    right += [(-0.062, build.hilum["right"]), (-0.05, bottom)]
     left = [(0.05, bottom), (0.072, build.hilum["left"] + 0.02), (0.07, build.hilum["left"] - 0.02)]
     upper = [(0.04, knob_y + 0.03), (0.046, knob_y - 0.05), (0.04, top), (0.045, top - 0.1)]
+    upper += build.beyond(0.045, top - 0.1)
     angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
     knob = np.stack([0.045 + build.knob * np.cos(angles), knob_y + 1.25 * build.knob * np.sin(angles)], axis=1)
     return [closed_curve(np.array(right + left + upper)), knob]
@@ -179,8 +215,10 @@ def mediastinum_outlines(build: Build) -> list[Points]:
 def body_outline(build: Build, shoulder: float) -> Points:
     """Closed outline `(P, 2)` of neck, shoulders and flanks; `shoulder` is y of the base of the neck."""
     flank, neck = build.half_width + 0.03 + 0.09 * build.fat, 0.10 + 0.03 * build.fat
-    half = [(neck, -0.1), (neck, 0.0), (0.19, shoulder), (0.36, shoulder + 0.05), (0.50, shoulder + 0.14)]
-    half += [(0.55, 0.30), (flank + 0.02, 0.45), (flank, 0.62), (flank + 0.01, 0.85), (flank + 0.02, 1.2)]
+    half = [*build.beyond(neck, -0.1), (neck, -0.1), (neck, 0.0), (0.19, shoulder), (0.36, shoulder + 0.05)]
+    half += [(0.50, shoulder + 0.14), (0.55, 0.30), (flank + 0.02, 0.45), (flank, 0.62)]
+    half += [(flank + 0.01, 0.85), (flank + 0.02, 1.2)]
+    half += build.beyond(flank + 0.02, 1.2)
     return closed_curve(np.concatenate([np.array(half), np.array(half)[::-1] * (-1, 1)]))
 
 
@@ -241,7 +279,7 @@ def airway_outlines(build: Build) -> list[Points]:
     """Closed outlines, `(P, 2)` each, of the trachea and its two main bronchi."""
     carina = build.apex + 0.34 * (build.dome["right"] - build.apex)
     shift = build.trachea
-    trunk = open_curve(np.array([(0.0, -0.05), (shift / 2, build.apex), (shift, carina)]))
+    trunk = open_curve(np.array([*build.beyond(0.0, -0.05), (0.0, -0.05), (shift / 2, build.apex), (shift, carina)]))
     main = [np.array([(shift, carina), (sign * 0.055, carina + 0.045)]) for sign in (-1, 1)]
     return [ribbon(trunk, 0.032), ribbon(main[0], 0.02), ribbon(main[1], 0.017)]
 
