@@ -11,32 +11,14 @@ from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from matex_pl.clip.model import Clip
 from matex_pl.clip.tokenizer import count_tokens, word_pieces
+from matex_pl.maps import Attribution, Word
 
 # A word in a string where `a` stands for each letter and `0` for each digit.
 _WORD = re.compile(r"[a0]+(?:(?:[-'\u2019\u2010\u2011]|(?<=0)[.,:/](?=0))[a0]+)*")
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of a phrase, and its share of the relevance.
-
-    Args:
-        text: The word as written in the phrase.
-        start: Place of its first character in the phrase.
-        end: Place after its last character.
-        share: Share of the phrase's relevance, in [0, 1].
-        cut: Whether the word lies, in part or whole, behind the tokens that the model reads.
-    """
-
-    text: str
-    start: int
-    end: int
-    share: float = 0.0
-    cut: bool = False
 
 
 def split_words(phrase: str) -> list[Word]:
@@ -131,10 +113,11 @@ def tokenized(tokenizer: Any, tokens: Tensor, content: Tensor, phrases: Sequence
     return [TokenizedPhrase(phrase, *row, tokenizer) for phrase, *row in rows]
 
 
-def word_tokens(tokenizer: Any, tokens: Tensor, content: Tensor, phrases: Sequence[str]) -> Tensor:
-    """Mask `(B, T)` of the tokens that belong to a word: the content tokens without punctuation."""
-    rows = [phrase.word_tokens for phrase in tokenized(tokenizer, tokens.cpu(), content.cpu(), phrases)]
-    return torch.tensor(rows, dtype=torch.bool).view_as(content).to(content.device)
+def with_words(maps: Attribution, clip: Clip, tokens: Tensor, phrases: Sequence[str]) -> Attribution:
+    """Maps that hold their phrases, for maps from files and from methods that leave the phrases out."""
+    if len(maps.phrases) == len(phrases):
+        return maps
+    return replace(maps, phrases=tokenized(clip.tokenizer, tokens, maps.content, phrases))
 
 
 def _letters(text: str) -> str:
