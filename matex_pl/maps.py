@@ -37,8 +37,8 @@ class PhraseWords(Protocol):
     """A phrase with its tokens; see `clip.words.TokenizedPhrase`."""
 
     @property
-    def word_tokens(self) -> list[bool]:
-        """T flags of the tokens that belong to a word."""
+    def token_words(self) -> list[int]:
+        """Index of the word of each of the T tokens, -1 for punctuation and special tokens."""
 
     def words(self, relevance: Sequence[float]) -> list[Word]:
         """Words of the phrase with their shares of T values of relevance."""
@@ -87,8 +87,8 @@ class Attribution:
         """
         if content == "tokens":
             return self.content
-        rows = [phrase.word_tokens for phrase in self._read_phrases()]
-        return torch.tensor(rows, dtype=torch.bool, device=self.content.device).view_as(self.content)
+        rows = [phrase.token_words for phrase in self._read_phrases()]
+        return torch.tensor(rows, device=self.content.device).view_as(self.content) >= 0
 
     def _read_phrases(self) -> Sequence[PhraseWords]:
         if len(self.phrases) != len(self.text):

@@ -73,6 +73,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"kappa": 7.5},
     {"alpha": 0.1, "beta": 0.7, "lambda_c": 0.6, "delta": 0.4, "lambda_s": 3.5},
     {"alpha": 0.0, "beta": 0.0, "lambda_c": 1.0, "delta": 0.0},
+    {"text_beta": 0.0},
+    {"beta": 0.0, "text_beta": 1.5},
     {"fuse_at": "grid"},
     {"fusion": "product"},
     {"fusion": "product", "fuse_at": "grid", "prior_power": 1.0},
