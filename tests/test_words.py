@@ -52,7 +52,7 @@ PHRASES: dict[str, Parts] = {
         ("mass", True),
         (" \u2265", False),
         (" 3", True),
-        ("mm\u00b2"[2:], True),
+        (" cm\u00b2", True),
         (" \u2190", False),
         (" +/-", False),
     ],
@@ -90,7 +90,13 @@ def tokenizer_of(kind: str) -> Any:
     return words
 
 
-UNKNOWN = [("biomedclip", "numbers"), ("siglip", "numbers"), ("siglip", "signs"), ("siglip", "accents")]
+UNKNOWN = [
+    ("biomedclip", "numbers"),
+    ("biomedclip", "signs"),
+    ("siglip", "numbers"),
+    ("siglip", "signs"),
+    ("siglip", "accents"),
+]
 TOKENIZERS = ("square", "biomedclip", "siglip", "byte level", "bytes behind pieces")
 
 
@@ -198,9 +204,9 @@ def test_unknown_pieces_and_changed_signs_do_not_move_the_words_after_them(tiny_
         tokens = clip.tokenize([phrase])
         content = clip.content(tokens)
         [found] = tokenized(clip.tokenizer, tokens, content, [phrase])
-        pieces = clip.pieces(tokens[0])
+        pieces = [piece.strip() for piece in clip.pieces(tokens[0])]
         for word in ("small", "mass", "lung"):
-            place = pieces.index(f" {word}")
+            place = pieces.index(word)
             alone = found.words([float(index == place) for index in range(len(pieces))])
             assert [other.text for other in alone if other.share] == [word]
             assert alone[found.token_words[place]].text == word
