@@ -112,7 +112,7 @@ def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
 
 PAPER: dict[str, Any] = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
 MEASURED: dict[str, Any] = {"grad_layers": "all", "skip_layers": 1, "target": "margin", "fusion": "product"}
-MEASURED["references"] = REFERENCE_PHRASES
+MEASURED |= {"references": REFERENCE_PHRASES, "text_beta": 2.0}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

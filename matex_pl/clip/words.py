@@ -98,7 +98,7 @@ class TokenizedPhrase:
         return words, links
 
     def _pieces(self) -> tuple[list[list[int]], list[str]]:
-        """Content tokens, grouped so that each group holds whole characters, and the letters of each group."""
+        """Content tokens in groups that hold whole characters, and the letters of each group."""
         places = self.content.nonzero()[:, 0].tolist()
         texts = word_pieces(self.tokenizer, self.tokens.cpu()[places])
         groups, letters, open_group = [], [], []
