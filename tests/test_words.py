@@ -249,14 +249,14 @@ def test_maps_of_methods_hold_their_words(kind: str, name: str) -> None:
 def test_fused_and_shared_maps_hold_words_too() -> None:
     clip, phrases = family("square"), ["Left effusion.", "Mass of the lung."]
     maps = attributed(clip, Matex.recommended(), phrases)
-    again = Matex.fuse(maps.parts, beta=1.0)
+    again = Matex.fuse(maps.parts, text_beta=0.1)
     assert again.words == replaced(again, clip, phrases).words != maps.words
     pixels = torch.rand(3, *clip.image_size, generator=torch.Generator().manual_seed(0))
     several = Matex.recommended().attribute_phrases(clip, clip.normalize(pixels[None])[0], phrases)
     assert [word.text for word in several.words[1]] == ["Mass", "of", "the", "lung"]
     images = clip.normalize(pixels.expand(2, -1, -1, -1))
     given = (images, clip.tokenize(phrases), phrases, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 4))
-    methods = {"": Matex.recommended(), "flow": Matex.recommended(beta=1.0)}
+    methods = {"": Matex.recommended(), "flow": Matex.recommended(text_beta=0.1)}
     for found in attribute_methods(methods, clip, *given).values():
         assert found.words == replaced(found, clip, phrases).words
     silent = PriorOnly().attribute(clip, *given)
