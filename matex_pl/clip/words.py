@@ -83,12 +83,14 @@ class TokenizedPhrase:
         places, pieces = self._pieces()
         found = _align("".join(letter for letter, _ in letters), pieces)
         owners = [Counter(letters[letter][1] for letter in linked) for linked in found]
-        links = []
+        links, nothing = [], Counter[int]()
         for index, group in enumerate(places):
-            # A sign between two pieces of a word belongs to the word.
-            before, after = (next(filter(None, side), {}) for side in (reversed(owners[:index]), owners[index + 1 :]))
-            inner = {} if pieces[index] else dict.fromkeys(set(before) & set(after), 1)
-            shares = owners[index] or inner
+            shares = owners[index]
+            if not pieces[index]:
+                # A sign between two pieces of a word belongs to the word.
+                before = next(filter(None, reversed(owners[:index])), nothing)
+                after = next(filter(None, owners[index + 1 :]), nothing)
+                shares = Counter(before.keys() & after.keys())
             total = sum(shares.values())
             links += [(place, count / total, word) for place in group for word, count in shares.items()]
         if count_tokens(self.tokenizer, self.phrase) > len(self.tokens):
@@ -101,7 +103,9 @@ class TokenizedPhrase:
         """Content tokens in groups that hold whole characters, and the letters of each group."""
         places = self.content.nonzero()[:, 0].tolist()
         texts = word_pieces(self.tokenizer, self.tokens.cpu()[places])
-        groups, letters, open_group = [], [], []
+        groups: list[list[int]] = []
+        letters: list[str] = []
+        open_group: list[int] = []
         for place, text in zip(places, texts, strict=True):
             if open_group and place > open_group[-1] + 1:
                 # An unknown token lies between.
@@ -118,7 +122,7 @@ def tokenized(tokenizer: Any, tokens: Tensor, content: Tensor, phrases: Sequence
     """The B phrases with their tokens and content `(B, T)`, without a wait for the device."""
     # The tokens may be the caller's.
     rows = zip(phrases, tokens.clone(), content, strict=True)
-    return [TokenizedPhrase(phrase, *row, tokenizer) for phrase, *row in rows]
+    return [TokenizedPhrase(phrase, ids, mask, tokenizer) for phrase, ids, mask in rows]
 
 
 def with_words(maps: Attribution, clip: Clip, tokens: Tensor, phrases: Sequence[str]) -> Attribution:
