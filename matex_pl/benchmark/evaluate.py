@@ -121,12 +121,12 @@ def text_values(clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch]) -> 
         masks = {suffix: maps.content_mask(content) for suffix, content in CONTENTS.items()}
         drops = [dropped_tokens(maps.text, mask, rule) for mask in masks.values() for rule in RULES]
         left = text_scores(clip, tokens, torch.stack(drops), batch.image).unflatten(0, (len(masks), len(RULES)))
-        values = {}
+        columns: dict[str, Tensor] = {}
         for (suffix, mask), scores in zip(masks.items(), left, strict=True):
             found = confidence_values(batch.score, dict(zip(RULES, scores, strict=True)))
             found["mean_map_mass"] = F.text_mass(maps.text, mask)
-            values |= {name + suffix: value for name, value in found.items()}
-        scored.append(values)
+            columns |= {name + suffix: value for name, value in found.items()}
+        scored.append(columns)
     values = Values()
     values.add_sums(_joined_sums(scored))
     return values
