@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -219,7 +218,8 @@ def test_text_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     drops = defaultdict(list)
     for image, ids, values, content in zip(images, tokens, maps.text, clip.content(tokens), strict=True):
         everything = content.nonzero().flatten().tolist()
-        signs = [place for place in everything if not re.search("[a-z0-9]", clip.pieces(ids[place : place + 1])[0])]
+        # Hyphens are inside of words here.
+        signs = [place for place in everything if clip.pieces(ids[place : place + 1])[0].strip() in ".,"]
         assert signs
         for kind, counted in (("", everything), ("/words", [place for place in everything if place not in signs])):
             places = sorted(counted, key=lambda place, values=values: -float(values[place]))

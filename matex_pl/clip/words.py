@@ -147,7 +147,7 @@ def _align(letters: str, pieces: Sequence[str]) -> list[list[int]]:
     owners = [index for index, piece in enumerate(pieces) for _ in piece]
     found: list[list[int]] = [[] for _ in pieces]
     read = "".join(pieces)
-    matches = [("equal", 0, len(read), 0, len(read))]
+    matches: Sequence[tuple[str, int, int, int, int]] = [("equal", 0, len(read), 0, len(read))]
     if not letters.startswith(read):
         matches = SequenceMatcher(None, letters, read, autojunk=False).get_opcodes()
     for kind, start, end, first, last in matches:
