@@ -17,7 +17,15 @@ from torch import Tensor
 from matex_pl import __version__
 from matex_pl.arguments import check_choice
 from matex_pl.attribution import AttributionMethod
-from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, sanity_check, tensors_below, text_values
+from matex_pl.benchmark.evaluate import (
+    CONTENTS,
+    Values,
+    chosen_threshold,
+    image_values,
+    sanity_check,
+    tensors_below,
+    text_values,
+)
 from matex_pl.benchmark.prepare import PreparedBatch, prepare_pairs
 from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule, ImageTextPair
@@ -209,7 +217,8 @@ class BenchmarkRun:
         tensors: dict[str, Tensor] = {}
         head: dict[str, Any] = {"seconds": self._time(method)}
         for modality, part in values.items():
-            part.add_sanity(stages[modality], len(self.pairs))
+            for suffix in CONTENTS if modality == "text" else [""]:
+                part.add_sanity(stages[modality + suffix], len(self.pairs), suffix)
             tensors |= {f"{modality}/{name}": tensor for name, tensor in part.tensors.items()}
             head[modality] = {"threshold": part.threshold, "stages": part.stages}
         return tensors, head

@@ -403,8 +403,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
 
         An incomplete last batch is dropped if there are others.
         """
-        listed = self.dataset("train", augment=self.augment)
-        data = PairDataset(self, listed.pairs, listed.transform, with_masks=False)
+        data = self.dataset("train", augment=self.augment)
         sampler = EpochSampler(data, self.seed)
         return self._loader(data, sampler, drop_last=len(sampler) >= self.batch_size)
 
