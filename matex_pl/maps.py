@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matex_pl.clip.words import TokenizedPhrase, Word
 
 
 @dataclass
@@ -22,6 +26,7 @@ class Attribution:
         score: `(B,)` cosines of the pairs.
         parts: Components of the method by name. Each method's docstring lists its components. Methods with a forward
             for their score have its `embeddings`, unit vectors of images and of phrases, `(B, D)` each.
+        phrases: The B phrases with their tokens, for `words`; none in maps that were read from files.
     """
 
     image: Tensor
@@ -30,6 +35,24 @@ class Attribution:
     content: Tensor
     score: Tensor
     parts: dict[str, Any] = field(default_factory=dict)
+    phrases: Sequence[TokenizedPhrase] = ()
+
+    @property
+    def words(self) -> list[list[Word]]:
+        """Words of each phrase as written, with their shares of the token map, which sum to 1.
+
+        The shares of a word's pieces are summed; punctuation and special tokens have none. See
+        `TokenizedPhrase.words`. The words are computed at each call, which waits for the device.
+
+        Raises:
+            ValueError: The maps hold no phrases.
+        """
+        if len(self.phrases) != len(self.text):
+            raise ValueError(
+                f"The maps hold the words of {len(self.phrases)} phrases for {len(self.text)} pairs. Give `phrases` "
+                "from `tokenized`, or maps from a method."
+            )
+        return [phrase.words(row) for phrase, row in zip(self.phrases, self.text.tolist(), strict=True)]
 
 
 def full_precision(tensor: Tensor) -> Tensor:

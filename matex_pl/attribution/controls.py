@@ -16,6 +16,7 @@ from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scores
 from matex_pl.attribution.core.capture import borrowed, check_embeddings
 from matex_pl.clip.model import Clip
+from matex_pl.clip.words import tokenized
 from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
 
 
@@ -53,7 +54,8 @@ class Control(AttributionMethod):
             text = torch.zeros(tokens.shape, device=tokens.device)
             if self.supports_text:
                 text = token_map(self._draw_words(clip, images, tokens, phrases), content)
-            return Attribution(image, patch_mean(image, clip.grid), text, content, score, {"embeddings": embeddings})
+            grid, found = patch_mean(image, clip.grid), tokenized(clip.tokenizer, tokens, content, phrases)
+            return Attribution(image, grid, text, content, score, {"embeddings": embeddings}, found)
 
     @abstractmethod
     def _draw(self, clip: Clip, images: Tensor, phrases: Sequence[str], content_box: Tensor | None) -> Tensor:

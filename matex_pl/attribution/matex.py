@@ -26,6 +26,7 @@ from matex_pl.attribution.core.relevance import (
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.encoders import Reads
 from matex_pl.clip.model import Clip
+from matex_pl.clip.words import tokenized
 from matex_pl.maps import Attribution, min_max, patch_mean, token_map, upsample
 
 
@@ -100,7 +101,7 @@ class Matex(TwoTowerMethod):
     - `text_grad`, `text_flow` and `text_consistency` `(B, T)`, raw, 0 off content.
     - `rollout` and `text_rollout`, if `flow` is `rollout`.
     - `regions` and `spans`, a list per pair.
-    - `phrases`, image size, `content`, `score` and the settings.
+    - `phrases`, `tokenized` phrases, image size, `content`, `score` and the settings.
     """
 
     reads: ClassVar[Reads] = "blocks"
@@ -240,6 +241,7 @@ class Matex(TwoTowerMethod):
                 "embeddings": embeddings,
                 "content_box": None if content_box is None else content_box.clone(),
                 "phrases": list(phrases),
+                "tokenized": tokenized(clip.tokenizer, tokens, content, phrases),
                 "size": clip.image_size,
                 "dtype": clip.std.dtype,
             }
@@ -317,7 +319,8 @@ class Matex(TwoTowerMethod):
         """Maps fused from parts, whose components are computed with the settings of this method."""
         parts = parts | self._derive(parts) | self._prior(parts) | {"settings": self.settings}
         image, raster = self._fuse_image(parts)
-        return Attribution(image, raster, self._fuse_text(parts), parts["content"], parts["score"], parts)
+        text, content, score = self._fuse_text(parts), parts["content"], parts["score"]
+        return Attribution(image, raster, text, content, score, parts, parts.get("tokenized", ()))
 
     def _derive(self, parts: dict[str, Any]) -> dict[str, Tensor]:
         """Raw A_grad, A_flow and C of both towers, from their blocks and layers.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,14 +9,14 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, bytes_to_unicode
+from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
 from matex_pl.clip import towers
 from matex_pl.clip.encoders import DualEncoder
 from matex_pl.clip.preprocess import normalization
 from matex_pl.clip.record import differences, listed, recorded_config, tower_differences
-from matex_pl.clip.tokenizer import adapted_tokenizer, has_clip_pieces
+from matex_pl.clip.tokenizer import adapted_tokenizer, count_tokens, has_clip_pieces, word_pieces
 from matex_pl.clip.towers import Pooling
 from matex_pl.clip.weights import PREFIX, key_misfit, plain_state, refuse_nan, short
 from matex_pl.clip.wrapped import adapted
@@ -26,8 +24,6 @@ from matex_pl.clip.wrapped import adapted
 _KEPT_PHRASES = 65_536
 # A sentence that distinguishes tokenizers by case, numbers, hyphens, and words that are cut into pieces.
 _PROBE = "No Pleural effusion; left lower-lobe opacity, 3 cm. Cardiomegaly?"
-# Marks of a word's first piece in SentencePiece and byte-level BPE. WordPiece marks the later pieces, with `##`.
-_WORD_MARKS = ("▁", "Ġ")
 
 
 class Clip(nn.Module):
@@ -299,11 +295,7 @@ class Clip(nn.Module):
 
     def count_tokens(self, phrase: str) -> int:
         """Number of tokens of the whole phrase with special tokens, before the cut to the context length."""
-        if isinstance(self.tokenizer, SimpleTokenizer):
-            return len(self.tokenizer.encode(phrase)) + 2
-        if isinstance(self.tokenizer, HFTokenizer):
-            phrase = self.tokenizer.clean_fn(phrase)
-        return len(self.tokenizer.tokenizer(phrase, truncation=False, verbose=False).input_ids)
+        return count_tokens(self.tokenizer, phrase)
 
     def content(self, tokens: Tensor) -> Tensor:
         """Mask of the content tokens: `(B, T)` bool.
@@ -325,22 +317,7 @@ class Clip(nn.Module):
 
         If a character is cut into several pieces, the last of them holds the character.
         """
-        ids = [int(token) for token in tokens]
-        is_open_clip = isinstance(self.tokenizer, SimpleTokenizer)
-        if is_open_clip or has_clip_pieces(self.tokenizer.tokenizer):
-            table = self.tokenizer.decoder if is_open_clip else None
-            raw = [table[index] for index in ids] if table else self.tokenizer.tokenizer.convert_ids_to_tokens(ids)
-            begins = [before.endswith("</w>") for before in ["</w>", *raw][: len(raw)]]
-            decode = getincrementaldecoder("utf-8")("replace").decode
-            to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
-            texts = [decode(bytes(to_byte[character] for character in piece.removesuffix("</w>"))) for piece in raw]
-        else:
-            raw = self.tokenizer.tokenizer.convert_ids_to_tokens(ids)
-            marks_begin = any(piece.startswith(_WORD_MARKS) for piece in raw)
-            begins = [piece.startswith(_WORD_MARKS) if marks_begin else not piece.startswith("##") for piece in raw]
-            to_text = self.tokenizer.tokenizer.convert_tokens_to_string
-            texts = [to_text([re.sub("^##(?=.)", "", piece)]).strip() for piece in raw]
-        return [" " * begin + text for begin, text in zip(begins, texts, strict=True)]
+        return word_pieces(self.tokenizer, tokens)
 
     def image_pooling(self, images: Tensor) -> Pooling:
         """How the image tower pools its tokens for `images`; see `towers.image_pooling`."""

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, bytes_to_unicode
 from torch import Tensor
+
+# Marks of a word's first piece in SentencePiece and byte-level BPE. WordPiece marks the later pieces, with `##`.
+_WORD_MARKS = ("▁", "Ġ")
+# The sign that decoders give for an incomplete character.
+_INCOMPLETE = "\ufffd"
 
 
 class TransformersTokenizer:
@@ -83,3 +91,48 @@ def has_clip_pieces(words: Any) -> bool:
     """Whether a tokenizer of transformers has the pieces of CLIP's, which mark the end of a word by `</w>`."""
     piece = words.convert_tokens_to_ids("a</w>")
     return piece is not None and piece != words.unk_token_id
+
+
+def count_tokens(tokenizer: Any, phrase: str) -> int:
+    """Number of tokens of the whole phrase with special tokens, before the cut to the context length."""
+    if isinstance(tokenizer, SimpleTokenizer):
+        return len(tokenizer.encode(phrase)) + 2
+    if isinstance(tokenizer, HFTokenizer):
+        phrase = tokenizer.clean_fn(phrase)
+    return len(tokenizer.tokenizer(phrase, truncation=False, verbose=False).input_ids)
+
+
+def word_pieces(tokenizer: Any, tokens: Tensor) -> list[str]:
+    """Word pieces of one row of tokens `(T,)` as text, with a space in front of each piece that begins a word.
+
+    If a character is cut into several pieces, the last of them holds the character.
+    """
+    ids = [int(token) for token in tokens]
+    is_open_clip = isinstance(tokenizer, SimpleTokenizer)
+    if is_open_clip or has_clip_pieces(tokenizer.tokenizer):
+        table = tokenizer.decoder if is_open_clip else None
+        raw = [table[index] for index in ids] if table else tokenizer.tokenizer.convert_ids_to_tokens(ids)
+        begins = [before.endswith("</w>") for before in ["</w>", *raw][: len(raw)]]
+        decode = getincrementaldecoder("utf-8")("replace").decode
+        to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
+        texts = [decode(bytes(to_byte[character] for character in piece.removesuffix("</w>"))) for piece in raw]
+    else:
+        raw = tokenizer.tokenizer.convert_ids_to_tokens(ids)
+        marks_begin = any(piece.startswith(_WORD_MARKS) for piece in raw)
+        begins = [piece.startswith(_WORD_MARKS) if marks_begin else not piece.startswith("##") for piece in raw]
+        texts = _decoded([re.sub("^##(?=.)", "", piece) for piece in raw], tokenizer.tokenizer)
+    return [" " * begin + text for begin, text in zip(begins, texts, strict=True)]
+
+
+def _decoded(raw: Sequence[str], words: Any) -> list[str]:
+    """Text of each piece of a tokenizer of transformers; of pieces that share characters, the last holds the text."""
+    texts = [words.convert_tokens_to_string([piece]).strip() for piece in raw]
+    start = None
+    for index, text in enumerate([*texts, ""]):
+        if _INCOMPLETE in text:
+            start = index if start is None else start
+        elif start is not None:
+            whole = words.convert_tokens_to_string(list(raw[start:index])).strip()
+            texts[start:index] = [""] * (index - start - 1) + [whole]
+            start = None
+    return texts

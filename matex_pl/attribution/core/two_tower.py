@@ -21,6 +21,7 @@ from matex_pl.clip import towers
 from matex_pl.clip.encoders import DualEncoder, Reads
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Pooling
+from matex_pl.clip.words import tokenized
 from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
 
 # Maximum number of token ids that are compared at once: 128 MiB.
@@ -346,10 +347,12 @@ class TwoTowerMethod(AttributionMethod):
                 grid = patch_mean(image, clip.grid)
             image, grid = (part.expand(len(score), -1, -1) for part in (image, grid))
             parts = patches.parts | {"embeddings": embeddings}
-            if words is None:
-                return Attribution(image, grid, torch.zeros_like(content, dtype=grid.dtype), content, score, parts)
-            parts |= {f"text_{name}": part for name, part in words.parts.items()}
-            return Attribution(image, grid, token_map(words.values, content, dtype=dtype), content, score, parts)
+            text = torch.zeros_like(content, dtype=grid.dtype)
+            if words is not None:
+                parts |= {f"text_{name}": part for name, part in words.parts.items()}
+                text = token_map(words.values, content, dtype=dtype)
+            found = tokenized(clip.tokenizer, tokens, content, phrases)
+            return Attribution(image, grid, text, content, score, parts, found)
 
     def _towers(self, clip: Clip, images: Tensor, tokens: Tensor) -> tuple[ImageTower, TextTower]:
         return (

@@ -1,0 +1,162 @@
+"""Words of a phrase as written, and their share of the relevance of the tokens."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matex_pl.clip.tokenizer import count_tokens, word_pieces
+
+# A word in a string where `a` stands for each letter and `0` for each digit.
+_WORD = re.compile(r"[a0]+(?:(?:[-'\u2019\u2010\u2011]|(?<=0)[.,:/](?=0))[a0]+)*")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a phrase, and its share of the relevance.
+
+    Args:
+        text: The word as written in the phrase.
+        start: Place of its first character in the phrase.
+        end: Place after its last character.
+        share: Share of the phrase's relevance, in [0, 1].
+        cut: Whether the word lies, in part or whole, behind the tokens that the model reads.
+    """
+
+    text: str
+    start: int
+    end: int
+    share: float = 0.0
+    cut: bool = False
+
+
+def split_words(phrase: str) -> list[Word]:
+    """Words of a phrase, without shares.
+
+    A word is a run of letters, digits and combining marks. Hyphens and apostrophes inside of a word belong to the word
+    ("lower-lobe"), as do points, commas, colons and slashes between digits ("3.5", "1/2"). Other signs belong to no
+    word: "and/or" is two words.
+    """
+    kinds = "".join({"L": "a", "M": "a", "N": "0"}.get(unicodedata.category(sign)[0], sign) for sign in phrase)
+    return [Word(phrase[match.start() : match.end()], *match.span()) for match in _WORD.finditer(kinds)]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedPhrase:
+    """A phrase and its tokens; the words are looked up on first use.
+
+    Args:
+        phrase: The whole phrase.
+        tokens: `(T,)` token ids of the phrase, padded and cut to the context length, on any device.
+        content: `(T,)` bool mask of the content tokens.
+        tokenizer: The model's tokenizer, `Clip.tokenizer`.
+    """
+
+    phrase: str
+    tokens: Tensor
+    content: Tensor
+    tokenizer: Any
+
+    def words(self, relevance: Sequence[float]) -> list[Word]:
+        """Words of the phrase with their shares, which sum to 1, or are all 0 if no word has relevance.
+
+        The share of a word is the sum of the relevance of its pieces, divided by the sum over all words. Punctuation
+        and special tokens have no share. The relevance of a piece of several words is split by their letters. A word
+        behind the context length has no share. A word that is cut inside keeps the share of the pieces that are read.
+
+        Args:
+            relevance: T values of at least 0.
+        """
+        words, links = self._words
+        shares = [0.0] * len(words)
+        for place, part, word in links:
+            shares[word] += part * float(relevance[place])
+        total = sum(shares) or 1
+        return [replace(word, share=share / total) for word, share in zip(words, shares, strict=True)]
+
+    @property
+    def word_tokens(self) -> list[bool]:
+        """T flags of the tokens that belong to a word: the content without punctuation."""
+        places = {place for place, _, _ in self._words[1]}
+        return [place in places for place in range(len(self.tokens))]
+
+    @cached_property
+    def _words(self) -> tuple[list[Word], list[tuple[int, float, int]]]:
+        """Words without shares, and links `(token, part of the token, word)`."""
+        words = split_words(self.phrase)
+        letters = [
+            (letter, index)
+            for index, word in enumerate(words)
+            for letter in _letters(self.phrase[word.start : word.end])
+        ]
+        places, pieces = self._pieces()
+        found = _align("".join(letter for letter, _ in letters), pieces)
+        links = []
+        for group, linked in zip(places, found, strict=True):
+            owners = Counter(letters[letter][1] for letter in linked)
+            links += [(place, count / len(linked), word) for place in group for word, count in owners.items()]
+        if count_tokens(self.tokenizer, self.phrase) > len(self.tokens):
+            read = max((letter for linked in found for letter in linked), default=-1)
+            cut = {index for _, index in letters[read + 1 :]}
+            words = [replace(word, cut=index in cut) for index, word in enumerate(words)]
+        return words, links
+
+    def _pieces(self) -> tuple[list[list[int]], list[str]]:
+        """Content tokens, grouped so that each group holds whole characters, and the letters of each group."""
+        places = self.content.nonzero()[:, 0].tolist()
+        texts = word_pieces(self.tokenizer, self.tokens[self.content])
+        groups, letters, open_group = [], [], []
+        for place, text in zip(places, texts, strict=True):
+            open_group.append(place)
+            if text.strip():
+                groups.append(open_group)
+                letters.append(_letters(text))
+                open_group = []
+        return groups, letters
+
+
+def tokenized(tokenizer: Any, tokens: Tensor, content: Tensor, phrases: Sequence[str]) -> list[TokenizedPhrase]:
+    """The B phrases with their tokens and content `(B, T)`, without a wait for the device."""
+    # The tokens may be the caller's.
+    rows = zip(phrases, tokens.clone(), content, strict=True)
+    return [TokenizedPhrase(phrase, *row, tokenizer) for phrase, *row in rows]
+
+
+def word_tokens(tokenizer: Any, tokens: Tensor, content: Tensor, phrases: Sequence[str]) -> Tensor:
+    """Mask `(B, T)` of the tokens that belong to a word: the content tokens without punctuation."""
+    rows = [phrase.word_tokens for phrase in tokenized(tokenizer, tokens.cpu(), content.cpu(), phrases)]
+    return torch.tensor(rows, dtype=torch.bool).view_as(content).to(content.device)
+
+
+def _letters(text: str) -> str:
+    """Letters and digits of a text without case, accents and compatibility forms, which tokenizers may remove."""
+    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+    return "".join(sign for sign in folded if unicodedata.category(sign)[0] in "LN")
+
+
+def _align(letters: str, pieces: Sequence[str]) -> list[list[int]]:
+    """Places in `letters` of each piece's letters.
+
+    Pieces usually are the letters in their order, up to the cut. Otherwise equal runs are matched first, and the rest
+    between two runs in proportion, because a tokenizer may change a phrase, and unknown pieces have no letters.
+    """
+    owners = [index for index, piece in enumerate(pieces) for _ in piece]
+    found: list[list[int]] = [[] for _ in pieces]
+    read = "".join(pieces)
+    matches = [("equal", 0, len(read), 0, len(read))]
+    if not letters.startswith(read):
+        matches = SequenceMatcher(None, letters, read, autojunk=False).get_opcodes()
+    for kind, start, end, first, last in matches:
+        if kind in ("equal", "replace"):
+            for place in range(first, last):
+                found[owners[place]].append(start + (place - first) * (end - start) // (last - first))
+    return found
