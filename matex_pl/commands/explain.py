@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matex_pl import attribution
 from matex_pl.arguments import import_all
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.attribution.shipped import load_method, method_names, shipped_methods
 from matex_pl.commands.options import NAMED_METHODS, RefusingParser, call_parsed, check_one_model
-from matex_pl.data.images import ResizeMode
+from matex_pl.data.images import ResizeMode, read_size
 from matex_pl.files import check_output
+from matex_pl.viewer.outputs import check_map_files
+
+if TYPE_CHECKING:
+    from matex_pl.clip.model import Clip
+    from matex_pl.data.pair import ImageTextBatch
+    from matex_pl.viewer.placed import PlacedMap
 
 
 def main(words: Sequence[str]) -> None:
@@ -40,6 +47,7 @@ def explain_image(
     resize_mode: ResizeMode | None = None,
     model: str | None = None,
     pretrained: str | None = None,
+    dicom: str | None = None,
 ) -> Path:
     """Draw one panel: where the model looks in an image for a phrase, and which words matter.
 
@@ -47,7 +55,8 @@ def explain_image(
         image: Image file: PNG, JPEG, DICOM and more; see `read_image`.
         phrase: Sentence as in a report, e.g. "Left lower lobe consolidation."
         ckpt_path: Checkpoint of `matex fit`. For any other CLIP model, give `model` instead.
-        out: Path of the picture.
+        out: Path of the picture, `.png`. A path in `.npz` gets the map in pixels of the image, as arrays. A path in
+            `.dcm` gets the map as a DICOM object in the study of a DICOM image.
         method: Attribution method, `Matex.recommended()` by default: the name of a shipped setting (`m2ib`), a class
             (`M2ib`), or a YAML file with `class_path` and `init_args`. With `all`, the picture is a contact sheet of
             all shipped settings.
@@ -57,9 +66,11 @@ def explain_image(
             shipped `models/chexzero.json`.
         pretrained: Weights of `model`: a tag of open_clip (`openai`) or a file, also a training checkpoint of other
             code or the index of a sharded model. An `hf-hub:` model and a folder bring their own.
+        dicom: DICOM objects for an output in `.dcm`, with commas between them: `sc`, a color image with the map burned
+            in, is always written; `gsps` adds outlines and boxes, `seg` a segmentation, `pm` a parametric map.
 
     Returns:
-        Path of the picture.
+        Path of the picture, of the arrays or of the color image.
 
     Raises:
         NotImplementedError: The method does not support the model; with `all`, no method does.
@@ -71,13 +82,21 @@ def explain_image(
         raise ValueError("The phrase is empty. Give a sentence as in a report, in quotes.")
     trained = check_one_model("--ckpt_path", ckpt_path, model, pretrained)
     path = Path(out)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"out must end in .png, got {out!r}.")
+    files = None
+    if path.suffix.lower() in (".dcm", ".npz"):
+        if method == "all":
+            raise ValueError(f"With --method all, out must end in .png, got {out!r}.")
+        # Report a wrong path before anything is read from the image.
+        read_size(image)
+        files = check_map_files(out, image, dicom)
+    elif path.suffix.lower() != ".png":
+        raise ValueError(f"out must end in .png, .dcm or .npz, got {out!r}.")
+    elif dicom is not None:
+        raise ValueError(f"--dicom {dicom} needs an output that ends in .dcm, got {out!r}. Give --out map.dcm.")
     check_output(path, inputs=(image,))
 
     from matex_pl.attribution import Matex
     from matex_pl.clip import load_clip, load_trained
-    from matex_pl.data.images import read_size
     from matex_pl.explain import compare_methods, explain_batch, pair_batch
     from matex_pl.visualization.draw import save_png
 
@@ -88,4 +107,28 @@ def explain_image(
     batch = pair_batch(clip, image, phrase, resize_mode)
     if single is None:
         return save_png(path, compare_methods(clip, shipped_methods(), batch))
-    return save_png(path, explain_batch(clip, single, batch, type(single).__name__)[0])
+    if files is None:
+        return save_png(path, explain_batch(clip, single, batch, type(single).__name__)[0])
+    return files.save(_placed(clip, single, batch, image, resize_mode, trained or str(model)))
+
+
+def _placed(
+    clip: Clip, method: AttributionMethod, batch: ImageTextBatch, image: str, resize_mode: ResizeMode | None, model: str
+) -> PlacedMap:
+    """Map of a batch of one pair on the pixels of its stored image."""
+    from matex_pl.data.transforms import ImageTransform
+    from matex_pl.evaluation.store import describe_method, weight_hash
+    from matex_pl.explain import attribute_batch
+    from matex_pl.explain.place import place_maps
+
+    maps, tokens = attribute_batch(clip, method, batch)
+    transform = ImageTransform(clip.image_size, resize_mode or clip.resize_mode)
+    settings = {
+        "method": describe_method(method),
+        "model": model,
+        "weights": weight_hash(clip),
+        "resize_mode": transform.resize_mode,
+        "input_size": transform.size,
+    }
+    name = type(method).__name__
+    return place_maps(maps, transform, read_size(image), clip, tokens, batch["phrase"], name, settings)[0]

@@ -1,4 +1,4 @@
-"""Outlines and boxes of a map as a Grayscale Softcopy Presentation State. Importing this file needs the extra `dicom`."""
+"""Outlines and boxes of a map as a presentation state. Importing this file needs the extra `dicom`."""
 
 from __future__ import annotations
 
