@@ -15,7 +15,7 @@ from matex_pl.attribution.core.target import REFERENCES
 from matex_pl.clip.model import Clip
 from matex_pl.data.images import ResizeMode
 from matex_pl.explain.pairs import draw_panels
-from matex_pl.explain.phrases import ExplainedImage, explain_phrases
+from matex_pl.explain.phrases import ExplainedImage, FramedImage, explain_phrases
 from matex_pl.files import MARK, whole_folder, write_text
 from matex_pl.report.explained import PAGE, RECORD, SHEET, page
 from matex_pl.visualization.draw import Picture, save_png
@@ -71,7 +71,7 @@ def write_folder(
     folder: Path,
     clip: Clip,
     method: AttributionMethod,
-    image: str | Path,
+    image: FramedImage,
     sentences: Sequence[ReportSentence],
     settings: Mapping[str, Any],
     shares: Sequence[Mapping[str, Any]] = (),
@@ -84,7 +84,7 @@ def write_folder(
         folder: Destination.
         clip: CLIP model.
         method: Attribution method.
-        image: Image file.
+        image: The image, from `frame_image` with the settings' `resize_mode`.
         sentences: Sentences of the report, of which at least one gets a map.
         settings: Settings from `folder_settings`.
         shares: Shares of the maps in structures of the image: `sentence` (its number, from 1), `structure` and `share`
@@ -92,19 +92,12 @@ def write_folder(
 
     Raises:
         NotImplementedError: The method does not support the model.
-        OSError: The image cannot be read, or the folder cannot be written.
-        ValueError: The file is no image, or no sentence gets a map.
+        OSError: The folder cannot be written.
+        ValueError: No sentence gets a map.
     """
-    is_mapped = [settings["all_sentences"] or not sentence.reason for sentence in sentences]
-    phrases = [sentence.text for sentence, mapped in zip(sentences, is_mapped, strict=True) if mapped]
-    explained = explain_phrases(clip, method, image, phrases, settings["model"]["resize_mode"])
-    numbers = iter(explained.numbers(settings["threshold"]["value"]))
-    entries = [
-        _entry(number, sentence, next(numbers) if mapped else None)
-        for number, (sentence, mapped) in enumerate(zip(sentences, is_mapped, strict=True), start=1)
-    ]
+    explained, entries = _explain(clip, method, image, sentences, settings)
     panels = [entry["panel"] for entry in entries if entry["status"] == "mapped"]
-    height, width = explained.size
+    height, width = image.size
     record = {
         **settings,
         "image": settings["image"] | {"width": width, "height": height},
@@ -118,9 +111,38 @@ def write_folder(
         for name, picture in zip(panels, _panels(clip, method, explained, entries), strict=True):
             save_png(part / name, picture)
         save_png(part / SHEET, _sheet(method, explained, entries))
-        write_text(part / PAGE, page(record, explained.shown, explained.shown_maps(), shares))
+        write_text(part / PAGE, page(record, image.shown, explained.shown_maps(), shares))
         write_text(part / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
     return explained
+
+
+def phrase_sheet(
+    clip: Clip,
+    method: AttributionMethod,
+    image: FramedImage,
+    sentences: Sequence[ReportSentence],
+    settings: Mapping[str, Any],
+) -> Picture:
+    """Contact sheet of an image and the sentences of its report; see `write_folder` for the arguments."""
+    return _sheet(method, *_explain(clip, method, image, sentences, settings))
+
+
+def _explain(
+    clip: Clip,
+    method: AttributionMethod,
+    image: FramedImage,
+    sentences: Sequence[ReportSentence],
+    settings: Mapping[str, Any],
+) -> tuple[ExplainedImage, list[dict[str, Any]]]:
+    """Maps of the sentences that get one, and the entries of all sentences."""
+    is_mapped = [settings["all_sentences"] or not sentence.reason for sentence in sentences]
+    phrases = [sentence.text for sentence, mapped in zip(sentences, is_mapped, strict=True) if mapped]
+    explained = explain_phrases(clip, method, image, phrases)
+    numbers = iter(explained.numbers(settings["threshold"]["value"]))
+    return explained, [
+        _entry(number, sentence, next(numbers) if mapped else None)
+        for number, (sentence, mapped) in enumerate(zip(sentences, is_mapped, strict=True), start=1)
+    ]
 
 
 def _entry(number: int, sentence: ReportSentence, numbers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -145,13 +167,11 @@ def _panels(
 ) -> list[Picture]:
     numbers = [entry["number"] for entry in entries if entry["status"] == "mapped"]
     batch = explained.batch.copy()
-    batch["id"] = [f"{explained.name} | sentence {number} of {len(entries)}" for number in numbers]
+    batch["id"] = [f"{explained.image.name} | sentence {number} of {len(entries)}" for number in numbers]
     return draw_panels(clip, explained.maps, batch, explained.tokens, type(method).__name__)
 
 
-def _sheet(
-    method: AttributionMethod, explained: ExplainedImage, entries: Sequence[Mapping[str, Any]]
-) -> Picture:
+def _sheet(method: AttributionMethod, explained: ExplainedImage, entries: Sequence[Mapping[str, Any]]) -> Picture:
     """Contact sheet: the image, then the map and the words of each sentence."""
     mapped = [entry for entry in entries if entry["status"] == "mapped"]
     tiles = [
@@ -170,6 +190,6 @@ def _sheet(
         boxes=(),
         phrase=count,
         entries=tiles,
-        title=explained.name,
+        title=explained.image.name,
         subtitle=type(method).__name__,
     )

@@ -17,7 +17,7 @@ from matex_pl.attribution.core.target import REFERENCES, reference_mean
 from matex_pl.clip.model import Clip
 from matex_pl.data.images import ResizeMode, Size, read_image
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, collate
-from matex_pl.data.transforms import ImageTransform
+from matex_pl.data.transforms import Framed, ImageTransform
 from matex_pl.maps import Attribution, full_precision
 
 # Longest side of the image on a page, and of the maps over it, in pixels.
@@ -25,24 +25,55 @@ _SHOWN, _MAP = 1024, 384
 
 
 @dataclass(frozen=True, eq=False)
-class ExplainedImage:
-    """One image with the maps of P phrases.
+class FramedImage:
+    """An image file in the model's frame.
 
     Args:
         name: File name of the image.
         size: Height and width of the stored image, upright.
         shown: `(h, w)` uint8 gray levels of the image, at most 1024 pixels long.
         transform: Transform of the image into the model's frame.
-        batch: The P pairs in the model's frame.
-        tokens: `(P, T)` tokens of the phrases.
-        maps: Maps of the P pairs.
-        margins: P margins: the cosine minus the mean cosine of the reference phrases.
+        framed: The image in the model's frame.
     """
 
     name: str
     size: Size
     shown: np.ndarray
     transform: ImageTransform
+    framed: Framed
+
+
+def frame_image(clip: Clip, image: str | Path, resize_mode: ResizeMode | None = None) -> FramedImage:
+    """An image file in the frame of a model.
+
+    Args:
+        clip: CLIP model.
+        image: Image file, see `read_image`.
+        resize_mode: How the image is fitted into the model's input, by default `clip.resize_mode`.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is no image.
+    """
+    transform = ImageTransform(clip.image_size, resize_mode or clip.resize_mode)
+    stored = read_image(image, transform.target_size)
+    shown = read_image(image, lambda size: _fitted(size, _SHOWN)).pixels
+    return FramedImage(Path(image).name, stored.size, shown, transform, transform(stored.pixels, size=stored.size))
+
+
+@dataclass(frozen=True, eq=False)
+class ExplainedImage:
+    """One image with the maps of P phrases.
+
+    Args:
+        image: The image.
+        batch: The P pairs in the model's frame.
+        tokens: `(P, T)` tokens of the phrases.
+        maps: Maps of the P pairs.
+        margins: P margins: the cosine minus the mean cosine of the reference phrases.
+    """
+
+    image: FramedImage
     batch: ImageTextBatch
     tokens: torch.Tensor
     maps: Attribution
@@ -50,8 +81,8 @@ class ExplainedImage:
 
     def shown_maps(self) -> list[np.ndarray]:
         """Maps over the whole image, `(h, w)` float32 in [0, 1] each, at most 384 pixels long."""
-        size = _fitted(self.size, _MAP)
-        return [self.transform.map_on_image(heat, size) for heat in self.heats]
+        size = _fitted(self.image.size, _MAP)
+        return [self.image.transform.map_on_image(heat, size) for heat in self.heats]
 
     def numbers(self, threshold: float) -> list[dict[str, Any]]:
         """Numbers of each phrase in plain types; places are in pixels of the stored image, x to the right, y down.
@@ -105,7 +136,7 @@ class ExplainedImage:
             return None
         row, column = np.unravel_index(int(masked.argmax()), heat.shape)
         x, y = columns[column], rows[row]
-        place = self.transform.boxes_on_image(np.array([[x, y, x, y]]), self.size)[0]
+        place = self.image.transform.boxes_on_image(np.array([[x, y, x, y]]), self.image.size)[0]
         return {"x": round(float(place[0]), 1), "y": round(float(place[1]), 1)}
 
     def _boxes(self, threshold: float) -> list[list[dict[str, float]]]:
@@ -114,7 +145,7 @@ class ExplainedImage:
         from matex_pl.metrics.functional import components
 
         found = components(self.maps.image.cpu(), threshold)
-        placed = self.transform.boxes_on_image(found.boxes.numpy(), self.size)
+        placed = self.image.transform.boxes_on_image(found.boxes.numpy(), self.image.size)
         boxes: list[list[dict[str, float]]] = [[] for _ in self.batch["phrase"]]
         for index in found.peak.argsort(descending=True, stable=True).tolist():
             x0, y0, x1, y1 = (round(float(edge), 1) for edge in placed[index])
@@ -125,50 +156,36 @@ class ExplainedImage:
 
 
 def explain_phrases(
-    clip: Clip,
-    method: AttributionMethod,
-    image: str | Path,
-    phrases: Sequence[str],
-    resize_mode: ResizeMode | None = None,
+    clip: Clip, method: AttributionMethod, image: FramedImage, phrases: Sequence[str]
 ) -> ExplainedImage:
-    """Maps of P phrases on one image file; methods that read the image by one forward run it once.
+    """Maps of P phrases on one image; methods that read the image by one forward run it once.
 
     Args:
         clip: CLIP model.
         method: Attribution method.
-        image: Image file, see `read_image`.
+        image: The image, from `frame_image`.
         phrases: Phrases, at least one.
-        resize_mode: How the image is fitted into the model's input, by default `clip.resize_mode`.
 
     Raises:
         NotImplementedError: The method does not support the model.
-        OSError: The file cannot be read.
-        ValueError: The file is no image, or there is no phrase.
+        ValueError: There is no phrase.
     """
-    transform = ImageTransform(clip.image_size, resize_mode or clip.resize_mode)
-    name, stored = Path(image).name, read_image(image, transform.target_size)
-    framed = transform(stored.pixels, size=stored.size)
+    name = image.name
     pairs = [ImageTextPair(id=name, patient_id="", image_id=name, image=name, phrase=phrase) for phrase in phrases]
-    batch = collate([Sample(pair, *framed) for pair in pairs])
-    content_box = batch["content_box"][0].to(clip.std.device)
+    batch = collate([Sample(pair, *image.framed) for pair in pairs])
+    content_box = image.framed.content_box.to(clip.std.device)
     maps = method.attribute_phrases(clip, clip.normalize(batch["image"][:1])[0], phrases, content_box)
-    return ExplainedImage(
-        name=name,
-        size=stored.size,
-        shown=read_image(image, lambda size: _fitted(size, _SHOWN)).pixels,
-        transform=transform,
-        batch=batch,
-        tokens=clip.tokenize(phrases),
-        maps=maps,
-        margins=_margins(clip, method, maps),
-    )
+    return ExplainedImage(image, batch, clip.tokenize(phrases), maps, _margins(clip, method, batch, maps))
 
 
-def _margins(clip: Clip, method: AttributionMethod, maps: Attribution) -> list[float]:
+def _margins(clip: Clip, method: AttributionMethod, batch: ImageTextBatch, maps: Attribution) -> list[float]:
     """The cosine of each pair minus the mean cosine of the image with the method's reference phrases."""
     references = getattr(method, "references", REFERENCES)
     with borrowed(clip), torch.no_grad():
-        common = full_precision(maps.parts["embeddings"][0]) @ reference_mean(clip, references)
+        # A method of other code may not keep its embeddings.
+        known = maps.parts.get("embeddings")
+        embedding = known[0] if known else clip.encode_image(clip.normalize(batch["image"][:1]))
+        common = full_precision(embedding) @ reference_mean(clip, references)
     return (maps.score - common).tolist()
 
 

@@ -78,8 +78,8 @@ def page(
         record: Content of `explain.json`.
         shown: `(h, w)` uint8 gray levels of the image.
         maps: Map of each sentence with status `mapped`, in their order, `(h, w)` in [0, 1] over the whole image.
-        shares: Shares of the maps in structures of the image, of any number of sentences and structures: `sentence` (its
-            number), `structure` and `share` in [0, 1].
+        shares: Shares of the maps in structures of the image: `sentence` (its number), `structure` and `share` in
+            [0, 1], for any sentences and structures.
     """
     mapped = [sentence for sentence in record["sentences"] if sentence["status"] == "mapped"]
     templates = environment(autoescape=True)
@@ -102,7 +102,9 @@ def page(
         counts=_counts(record),
         picture=_data_url("jpeg", encode(shown)),
         entries=entries,
-        shares={number: [row for row in shares if row["sentence"] == number] for number in {r["sentence"] for r in shares}},
+        shares={
+            number: [row for row in shares if row["sentence"] == number] for number in {r["sentence"] for r in shares}
+        },
         script=script,
         digest=f"sha256-{digest}",
     )
@@ -127,7 +129,9 @@ def _range(mapped: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 def _counts(record: Mapping[str, Any]) -> dict[str, int]:
     """Number of sentences without a map by reason, the most frequent first."""
     reasons = [sentence["reason"] for sentence in record["sentences"] if sentence["status"] != "mapped"]
-    return dict(sorted(((reason, reasons.count(reason)) for reason in set(reasons)), key=lambda item: (-item[1], item[0])))
+    return dict(
+        sorted(((reason, reasons.count(reason)) for reason in set(reasons)), key=lambda item: (-item[1], item[0]))
+    )
 
 
 def _data_url(kind: str, content: bytes) -> str:
