@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +20,7 @@ from matex_pl.explain.phrases import ExplainedImage, FramedImage, explain_phrase
 from matex_pl.files import MARK, whole_folder, write_text
 from matex_pl.report.explained import PAGE, RECORD, SHEET, page
 from matex_pl.visualization.draw import Picture, save_png
-from matex_pl.visualization.sheet import Entry, contact_sheet
+from matex_pl.visualization.sheet import COLUMNS, SHEET_WIDTH, Entry, contact_sheet
 
 _FORMAT = 1
 
@@ -176,7 +177,7 @@ def _sheet(method: AttributionMethod, explained: ExplainedImage, entries: Sequen
     mapped = [entry for entry in entries if entry["status"] == "mapped"]
     tiles = [
         Entry(
-            name=f"{entry['number']}  cos {entry['score']:.2f}, margin {entry['margin']:+.2f}",
+            name=f"{entry['number']}: cos {entry['score']:.2f}, margin {entry['margin']:+.2f}",
             heat=heat,
             words=words if method.supports_text else None,
             note=", ".join(filter(None, (entry["heading"].lower(), entry["reason"]))),
@@ -185,7 +186,11 @@ def _sheet(method: AttributionMethod, explained: ExplainedImage, entries: Sequen
         for entry, heat, words in zip(mapped, explained.heats, explained.maps.words, strict=True)
     ]
     count = f"{len(mapped)} of {len(entries)} sentences" if len(entries) > 1 else entries[0]["text"]
+    rows = math.ceil((len(tiles) + 1) / COLUMNS)
+    columns = math.ceil((len(tiles) + 1) / rows)
     return contact_sheet(
+        columns=columns,
+        width=columns * (SHEET_WIDTH // COLUMNS),
         image=explained.batch["image"][0, 0].numpy(),
         boxes=(),
         phrase=count,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -116,9 +117,18 @@ def _parts(record: Mapping[str, Any], mapped: Sequence[Mapping[str, Any]]) -> li
     for sentence in record["sentences"]:
         start, end = sentence["start"], sentence["end"]
         strength = (sentence["margin"] - low) / ((high - low) or 1) if sentence["status"] == "mapped" else 0.0
-        parts += [Part(text[last:start]), Part(text[start:end], sentence, round(strength, 3))]
+        parts += [Part(_reflowed(text[last:start])), Part(sentence["text"], sentence, round(strength, 3))]
         last = end
-    return [part for part in [*parts, Part(text[last:])] if part.text]
+    parts.append(Part(_reflowed(text[last:])))
+    return parts
+
+
+def _reflowed(text: str) -> str:
+    """Text between sentences with at most one blank line, and without indentation."""
+    lines = [" ".join(line.split()) for line in text.split("\n")]
+    if len(lines) == 1:
+        return re.sub(r"\s+", " ", text)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + (" " if text[-1:] in (" ", "\t") and lines[-1] else "")
 
 
 def _range(mapped: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 
 WIDTH, TEXT_LINES = 1320, 3
 # Orange where the first map is higher, blue where the second is: distinct for all kinds of color vision.
-HIGHER: Color = (255, 140, 40)
-LOWER: Color = (70, 150, 255)
+HIGHER: Color = (255, 130, 20)
+LOWER: Color = (40, 130, 255)
+# Share of the image's brightness that is left below the difference.
+_DIMMED = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +98,10 @@ def difference_panel(
     side = (width - 4 * page.margin) // 3
     size = (side, max(1, round(side * image.shape[0] / image.shape[1])))
     large = resize(image, size)
+    dimmed = np.rint(_DIMMED * large).astype(np.uint8)
     boxes = np.zeros((0, 4), np.float32)
     tiles = [draw_tile(large, heat, boxes, page) for heat in heats]
-    tiles.append(mark_sides(difference_overlay(large, resize(heats[0], size) - resize(heats[1], size)), page))
+    tiles.append(mark_sides(difference_overlay(dimmed, resize(heats[0], size) - resize(heats[1], size)), page))
 
     top = page.px(88)
     below = top + size[1]
@@ -129,7 +132,7 @@ def difference_panel(
     lines = [
         "orange: higher for the first phrase",
         "blue: higher for the second phrase",
-        f"cosine: {change:+.3f}",
+        f"cosine, first minus second: {change:+.3f}",
     ]
     for row, line in enumerate(lines):
         write(draw, (lefts[2], text_top + page.px(20) + row * page.px(26)), line, FAINT_INK, small, side)
