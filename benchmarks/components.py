@@ -83,8 +83,7 @@ def main(ckpt_path: str, pair: str, out: str, side: int = 224) -> None:
         pictures = [captioned(caption, picture) for caption, picture in cells.items()]
         columns = COLUMNS_OF_ALL if name == "components" else COLUMNS
         print(save_png(Path(out) / f"{name}.png", picture_grid(pictures, columns=columns)))
-    pieces = module.clip.pieces(tokens[0][maps.content[0]])
-    print(save_png(Path(out) / "matex_words.png", words(batch["phrase"][0], pieces, maps)))
+    print(save_png(Path(out) / "matex_words.png", words(maps)))
     print(batch["phrase"][0])
     for kappa in (1.0, "tokens"):
         stable = Matex.fuse(maps.parts, kappa=kappa).parts["consistency"]
@@ -167,18 +166,18 @@ def fusion(image: Picture, parts: dict[str, Any]) -> Cells:
     return {name: over(image, Matex.fuse(parts, **changes).image[0]) for name, changes in variants.items()}
 
 
-def words(phrase: str, pieces: list[str], maps: Attribution) -> Picture:
+def words(maps: Attribution) -> Picture:
     """The phrase four times, shaded by the components of the text side and by the finished map."""
-    parts, content = maps.parts, maps.content
+    parts, content, phrase = maps.parts, maps.content, maps.phrases[0]
     shown = {
         "gradients": min_max(parts["text_grad"], keep=content),
         "flow": min_max(parts["text_flow"], keep=content),
-        "consistency, from 0 to 1": parts["text_consistency"],
+        "consistency": parts["text_consistency"],
         "map of the words": maps.text,
     }
     rows = []
     for caption, values in shown.items():
-        shaded = phrase_pieces(phrase, pieces, values[0][content[0]].tolist())
+        shaded = phrase_pieces(phrase.phrase, phrase.words(values[0].tolist()))
         lines = phrase_lines(WORDS, shaded, WORDS.width, 3)
         row = Image.fromarray(blank_picture(TYPE + 16 + len(lines) * WORDS.line_height, WORDS.width))
         draw = ImageDraw.Draw(row)

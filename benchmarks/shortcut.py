@@ -109,9 +109,8 @@ def sheet(module: ClipModule, batch: ImageTextBatch, subtitle: str) -> Picture:
         image=np.ascontiguousarray(batch["image"][0, 0].numpy()),
         boxes=batch["boxes"][0].numpy(),
         phrase=batch["phrase"][0],
-        tokens=module.clip.pieces(tokens[found[0].content]),
         entries=[
-            Entry(name, maps.image[0].numpy(), maps.text[0][maps.content[0]].tolist() if method.supports_text else None)
+            Entry(name, maps.image[0].numpy(), maps.words[0] if method.supports_text else None)
             for (name, method), maps in zip(METHODS.items(), found, strict=True)
         ],
         score=float(found[0].score[0]),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from matex_pl.clip import Clip, load_clip
+from matex_pl.clip.words import Word, split_words
 
 EMBED_DIM = 16
 NATIVE = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 8, "layers": 3}
@@ -223,3 +225,9 @@ def unigram() -> str:
     special = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(path)
     return path
+
+
+def worded(phrase: str, shares: Sequence[float] | None = None) -> list[Word]:
+    """Words of a phrase with the shares, or equal ones."""
+    words = split_words(phrase)
+    return [replace(word, share=share) for word, share in zip(words, shares or [1.0] * len(words), strict=True)]

@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from families import worded
 from PIL import Image
 
 from matex_pl.visualization.draw import BACKGROUND, BOX_COLOR, INK, font, on_background, overlay, picture_grid, save_png
@@ -17,8 +20,7 @@ def arguments(**changes):
         "heat": np.zeros((112, 112)),
         "boxes": np.zeros((0, 4)),
         "phrase": "Pleural effusion",
-        "tokens": [" pleural", " effusion"],
-        "relevance": [0.2, 1.0],
+        "words": worded(changes.get("phrase", "Pleural effusion")),
         "score": 0.312,
         "title": "Effusion",
         "subtitle": "MATEX",
@@ -40,7 +42,7 @@ def hot_pixel(row, column, size=112):
 def test_size_depends_on_width_lines_and_aspect_alone():
     shape = panel(**arguments()).shape
     assert shape[1:] == (880, 3)
-    long = arguments(tokens=[" effusion"] * 77, relevance=[0.5] * 77, phrase="effusion " * 77)
+    long = arguments(phrase="effusion " * 77)
     assert panel(**long).shape == shape
     assert panel(**arguments(image=np.zeros((224, 224, 3), np.uint8), heat=np.zeros((224, 224)))).shape == shape
     assert panel(**arguments(boxes=[[0.1, 0.1, 0.4, 0.4]], title="", subtitle="", score=-1.0)).shape == shape
@@ -149,8 +151,8 @@ def test_cross_stands_on_the_maximum(row, column):
     assert abs(columns.mean() - (column + 0.5) / 112 * SIDE) <= 1
 
 
-def test_tokens_are_shaded_in_reading_order():
-    image = panel(**arguments(tokens=[" pleural", " effusion"], relevance=[0.0, 1.0]))
+def test_words_are_shaded_in_reading_order():
+    image = panel(**arguments(words=worded("Pleural effusion", [0.0, 0.4])))
     line = image[TOP + SIDE + 48 + 1]
     assert (line[LEFT : LEFT + 60] == BACKGROUND).all()
     columns = np.nonzero((line == shade(1.0)).all(-1))[0]
@@ -167,36 +169,40 @@ def test_ink_is_readable_on_every_shade():
     assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
 
 
-@pytest.mark.parametrize("phrase", ["Right  basilar\nopacity.", "something else"])
-@pytest.mark.parametrize("end", [".", " ."])
-def test_pieces_read_like_the_phrase(end, phrase):
-    pieces = phrase_pieces(phrase, [" right", " basi", "lar", " opacity", end], [0.1, 0.2, 0.3, 0.4, 0.5])
-    first = "Right" if phrase.startswith("Right") else "right"
-    assert [piece.text for piece in pieces] == [first, "basi", "lar", "opacity", "."]
-    assert [piece.after_space for piece in pieces][1:] == [True, False, True, False]
-    assert [piece.relevance for piece in pieces] == [0.1, 0.2, 0.3, 0.4, 0.5]
-
-
-def test_a_character_of_several_pieces_is_in_the_case_and_spacing_of_the_phrase():
-    pieces = phrase_pieces("Ratio ≥ 3", [" ratio", " ", "≥", " 3"], [0.1, 0.2, 0.3, 0.4])
-    assert [(p.text, p.after_space, p.relevance) for p in pieces] == [
-        ("Ratio", False, 0.1),
-        ("≥", True, 0.3),
-        ("3", True, 0.4),
+def test_pieces_read_like_the_phrase_and_punctuation_has_no_shade():
+    phrase = "Right  basilar\n(lower-lobe) opacity, \u2265 3.5 cm."
+    pieces = phrase_pieces(phrase, worded(phrase, [0.1, 0.2, 0.0, 0.4, 0.05, 0.2]))
+    assert [(piece.text, piece.after_space, piece.relevance) for piece in pieces] == [
+        ("Right", False, 0.25),
+        ("basilar", True, 0.5),
+        ("(", True, 0.0),
+        ("lower-lobe", False, 0.0),
+        (")", False, 0.0),
+        ("opacity", True, 1.0),
+        (",", False, 0.0),
+        ("\u2265", True, 0.0),
+        ("3.5", True, 0.125),
+        ("cm", True, 0.5),
+        (".", False, 0.0),
     ]
 
 
-def test_phrase_longer_than_its_tokens_ends_in_an_ellipsis():
-    assert [p.text for p in phrase_pieces("no acute process", [" no", " acute"], [0, 1])] == ["no", "acute", "…"]
+def test_a_cut_phrase_ends_in_an_ellipsis():
+    no, acute, process, here = worded("No acute process here.", [0.5, 0.0, 0.5, 0.0])
+    words = [no, acute, replace(process, cut=True), replace(here, cut=True)]
+    assert [p.text for p in phrase_pieces("No acute process here.", words)] == ["No", "acute", "process", "\u2026"]
+    unread = [no, acute, replace(process, share=0.0, cut=True), replace(here, cut=True)]
+    assert [p.text for p in phrase_pieces("No acute process here.", unread)] == ["No", "acute", "\u2026"]
 
 
-def test_without_tokens_the_phrase_stands_alone():
-    assert [(p.text, p.relevance) for p in phrase_pieces("no effusion", [], [])] == [("no", 0.0), ("effusion", 0.0)]
+def test_without_words_the_phrase_stands_alone():
+    assert [(p.text, p.relevance) for p in phrase_pieces("no (ef)fusion", [])] == [("no", 0.0), ("(ef)fusion", 0.0)]
+    assert phrase_pieces("", []) == []
 
 
 def test_wrapped_lines_fit_and_the_last_ends_in_an_ellipsis():
-    words = [" effusion"] * 40 + [" " + "x" * 300]
-    pieces = phrase_pieces("".join(words), words, [0.0] * len(words))
+    phrase = "effusion " * 40 + "x" * 300
+    pieces = phrase_pieces(phrase, worded(phrase))
     lines = wrap(pieces, 400, 20, 3)
     assert len(lines) == 3
     assert lines[-1][-1].text == "…"
@@ -208,7 +214,7 @@ def test_wrapped_lines_fit_and_the_last_ends_in_an_ellipsis():
 
 @pytest.mark.parametrize("text", ["肺 浸润 🫁", "выпот", "a\x00b\u200b\ud800\n\tc", "ﬂüssig ≥ 3 µm", "x" * 5000, ""])
 def test_no_text_is_refused_or_changes_the_size(text):
-    call = arguments(title=text, subtitle=text, phrase=text, tokens=[text, text], relevance=[0, 1])
+    call = arguments(title=text, subtitle=text, phrase=text)
     assert panel(**call).shape == panel(**arguments()).shape
 
 
@@ -219,7 +225,7 @@ def test_one_font_writes_the_signs_of_reports():
 
 
 def test_missing_letters_are_marked_and_panels_without_text_are_bars():
-    bars = [panel(**arguments(phrase=phrase, tokens=[f" {phrase}"] * 2), show_text=False) for phrase in ("肺", "lung")]
+    bars = [panel(**arguments(phrase=phrase), show_text=False) for phrase in ("肺 肺", "lung gone.")]
     np.testing.assert_array_equal(*bars)
     assert (panel(**arguments(title="肺")) != panel(**arguments(title=""))).any()
 
@@ -238,8 +244,8 @@ def test_missing_letters_are_marked_and_panels_without_text_are_bars():
         ({"boxes": [0.1, 0.1, 0.2, 0.2]}, r"boxes must be \(K, 4\)"),
         ({"boxes": [[0.5, 0.1, 0.2, 0.2]]}, "x0 <= x1"),
         ({"boxes": [[10, 10, 90, 90]]}, r"boxes must be in \[0, 1\] of the frame"),
-        ({"relevance": [0.5]}, r"one value per token, got shape \(1,\) for 2 tokens"),
-        ({"relevance": [0.5, 2.0]}, r"relevance must be in \[0, 1\]"),
+        ({"words": worded("No effusion")}, "words must be those of the phrase, got 'No' at 0 to 2 of 'Pleural eff"),
+        ({"words": worded("Pleural effusion", [0.5, 2.0])}, r"Shares of words must be in \[0, 1\]"),
         ({"width": 100}, "width must be at least 200"),
         ({"text_lines": 0}, "text_lines must be at least 1"),
     ],

@@ -2,6 +2,7 @@ import re
 
 import numpy as np
 import pytest
+from families import worded
 
 from matex_pl.visualization.draw import BACKGROUND, BOX_COLOR, FAINT_INK, INK, on_background, overlay
 from matex_pl.visualization.sheet import Entry, contact_sheet
@@ -16,7 +17,6 @@ def arguments(entries=5, **changes):
         "image": np.full((56, 56), 100, np.uint8),
         "boxes": np.zeros((0, 4)),
         "phrase": "Pleural effusion",
-        "tokens": [" pleural", " effusion"],
         "entries": [entry(f"Method{i}") for i in range(entries)] if isinstance(entries, int) else entries,
         "score": 0.312,
         "title": "Effusion",
@@ -28,7 +28,8 @@ def arguments(entries=5, **changes):
 
 
 def entry(name="M2ib", **changes):
-    return Entry(**{"name": name, "heat": np.zeros((56, 56)), "relevance": [0.0, 1.0], **changes})
+    words = worded("Pleural effusion", [0.0, 1.0])
+    return Entry(**{"name": name, "heat": np.zeros((56, 56)), "words": words, **changes})
 
 
 def blob(row, column):
@@ -53,10 +54,10 @@ def has(part, color):
 def test_size_depends_on_width_columns_lines_entries_and_aspect_alone():
     shape = contact_sheet(**arguments()).shape
     assert shape[1:] == (880, 3)
-    words = [" effusion"] * 77
-    long = [entry("A name that goes on and on " * 3, relevance=[0.5] * 77, note="a note " * 30) for _ in range(5)]
-    assert contact_sheet(**arguments(long, phrase="effusion " * 77, tokens=words)).shape == shape
-    nothing = [entry(heat=None, relevance=None, note="no attention weights " * 50) for _ in range(5)]
+    phrase = "effusion " * 77
+    long = [entry("A name that goes on and on " * 3, words=worded(phrase), note="a note " * 30) for _ in range(5)]
+    assert contact_sheet(**arguments(long, phrase=phrase)).shape == shape
+    nothing = [entry(heat=None, words=None, note="no attention weights " * 50) for _ in range(5)]
     assert contact_sheet(**arguments(nothing, boxes=[[0.1, 0.1, 0.4, 0.4]], title="", subtitle="")).shape == shape
     assert contact_sheet(**arguments(side_markers=False, score=-1.0)).shape == shape
     large = [entry(heat=np.zeros((112, 112))) for _ in range(5)]
@@ -160,8 +161,8 @@ def test_patients_sides_are_marked_in_the_upper_corners_of_every_tile():
         assert not changed.any()
 
 
-def test_words_are_shaded_by_their_own_methods_relevance():
-    entries = [entry(relevance=[1.0, 0.0]), entry(relevance=[0.0, 1.0]), entry(relevance=[0.0, 0.0])]
+def test_words_are_shaded_by_their_own_methods_shares():
+    entries = [entry(words=worded("Pleural effusion", shares)) for shares in ([1.0, 0.0], [0.0, 1.0], [0.0, 0.0])]
     sheet = contact_sheet(**arguments(entries))
     hot = on_background(np.ones((1, 1), np.float32))[0, 0]
     lines = [cell(sheet, index)[SIDE + WORDS + 2] for index in (1, 2, 3)]
@@ -171,11 +172,10 @@ def test_words_are_shaded_by_their_own_methods_relevance():
 
 
 def test_a_long_phrase_keeps_to_its_lines_and_shows_more_of_them_when_asked():
-    words = [f"word{i}" for i in range(24)]
+    phrase = " ".join(f"word{i}" for i in range(24))
     call = arguments(
-        [entry(relevance=np.linspace(0, 1, 24).tolist())] * 2,
-        phrase=" ".join(words),
-        tokens=[" " + word for word in words],
+        [entry(words=worded(phrase, np.linspace(0, 1, 24).tolist()))] * 2,
+        phrase=phrase,
     )
     three, six = contact_sheet(**call), contact_sheet(**call, text_lines=6)
     np.testing.assert_array_equal(cell(three, 1)[: SIDE + WORDS + 50], cell(six, 1)[: SIDE + WORDS + 50])
@@ -199,7 +199,7 @@ def test_without_a_map_a_frame_says_why():
 
 
 def test_without_words_that_is_said_in_faint_ink():
-    sheet = contact_sheet(**arguments([entry(relevance=None), entry(relevance=None, heat=None), entry()]))
+    sheet = contact_sheet(**arguments([entry(words=None), entry(words=None, heat=None), entry()]))
     for index, expected in ((1, True), (2, True), (3, False)):
         words = cell(sheet, index)[SIDE + WORDS :]
         assert has(words, FAINT_INK) == expected
@@ -213,8 +213,8 @@ def test_a_map_of_zeros_is_noted():
     assert ink[1] == 0 < ink[0] < ink[2]
 
 
-def test_without_tokens_the_phrase_stands_alone():
-    sheet = contact_sheet(**arguments([entry(relevance=[])] * 2, tokens=[]))
+def test_without_words_the_phrase_stands_alone():
+    sheet = contact_sheet(**arguments([entry(words=[])] * 2))
     assert has(cell(sheet, 1)[SIDE + WORDS :], INK)
 
 
@@ -228,8 +228,8 @@ def test_a_long_name_is_written_smaller_before_it_is_cut():
 
 @pytest.mark.parametrize("text", ["肺 浸润 🫁", "выпот", "a\x00b\u200b\ud800\n\tc", "ﬂüssig ≥ 3 µm", "x" * 5000, ""])
 def test_no_text_is_refused_or_changes_the_size(text):
-    entries = [entry(text, note=text), entry(text, note=text, heat=None)]
-    call = arguments(entries, title=text, subtitle=text, phrase=text, tokens=[text, text])
+    entries = [entry(text, note=text, words=worded(text), **heat) for heat in ({}, {"heat": None})]
+    call = arguments(entries, title=text, subtitle=text, phrase=text)
     assert contact_sheet(**call).shape == contact_sheet(**arguments(2)).shape
 
 
@@ -245,12 +245,12 @@ def test_no_text_is_refused_or_changes_the_size(text):
         ({"heat": np.zeros((7, 7))}, "heat of 'Rise' must have the image's (H, W) = (56, 56), got (7, 7)"),
         ({"heat": np.full((56, 56), 1.5)}, "heat of 'Rise' must be in [0, 1], got values from 1.5 to 1.5"),
         ({"heat": np.full((56, 56), np.nan)}, "heat of 'Rise' must be in [0, 1], got values from nan"),
-        ({"relevance": [0.5]}, "relevance of 'Rise' must have one value per token, got shape (1,) for 2 tokens"),
-        ({"relevance": [0.5, 2.0]}, "relevance of 'Rise' must be in [0, 1]"),
+        ({"words": worded("Left base")}, "words of 'Rise' must be those of the phrase, got 'Left' at 0 to 4"),
+        ({"words": worded("Pleural effusion", [0.5, 2.0])}, "Shares of words of 'Rise' must be in [0, 1]"),
     ],
 )
 def test_errors_name_what_is_wrong_and_the_entry(changes, message):
-    own = {key: value for key, value in changes.items() if key in ("heat", "relevance")}
+    own = {key: value for key, value in changes.items() if key in ("heat", "words")}
     rest = {key: value for key, value in changes.items() if key not in own}
     with pytest.raises(ValueError, match=re.escape(message)):
         contact_sheet(**arguments(**{"entries": [entry(), entry(), entry("Rise", **own)], **rest}))

@@ -113,7 +113,7 @@ class TokenizedPhrase:
     def _pieces(self) -> tuple[list[list[int]], list[str]]:
         """Content tokens, grouped so that each group holds whole characters, and the letters of each group."""
         places = self.content.nonzero()[:, 0].tolist()
-        texts = word_pieces(self.tokenizer, self.tokens[self.content])
+        texts = word_pieces(self.tokenizer, self.tokens.cpu()[places])
         groups, letters, open_group = [], [], []
         for place, text in zip(places, texts, strict=True):
             open_group.append(place)

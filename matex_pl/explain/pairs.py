@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.clip.model import Clip
+from matex_pl.clip.words import Word, tokenized
 from matex_pl.console import progress
 from matex_pl.data.images import GrayImage, ResizeMode, read_image
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, collate
@@ -102,16 +104,17 @@ def draw_panels(
     stacked: bool = False,
 ) -> list[Picture]:
     """One panel per pair of the batch, `(h, width, 3)` uint8 each, from computed maps; see `explain_batch`."""
+    words = _words(clip, maps, batch, tokens)
     return [
         panel(
             heat=maps.image[row].float().cpu().numpy(),
-            relevance=maps.text[row][maps.content[row]].tolist(),
+            words=words[row],
             score=float(maps.score[row]),
             subtitle=subtitle,
             width=width,
             show_text=show_text,
             stacked=stacked,
-            **_pair(clip, batch, tokens[row], maps.content[row], row, show_finding=show_text),
+            **_pair(batch, row, show_finding=show_text),
         )
         for row in range(len(batch["id"]))
     ]
@@ -138,12 +141,11 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
             entries.append(Entry(name, None, None, str(error)))
             errors.append(error)
             continue
-        words = maps.text[0][maps.content[0]].tolist() if method.supports_text else None
+        words = _words(_clip_of(module), maps, batch, tokens)[0] if method.supports_text else None
         entries.append(Entry(name, maps.image[0].float().cpu().numpy(), words, getattr(method, "target", "")))
     if len(errors) == len(entries):
         raise errors[0]
-    pair = _pair(_clip_of(module), batch, tokens[0], maps.content[0], 0)
-    return contact_sheet(entries=entries, score=float(maps.score[0]), **pair)
+    return contact_sheet(entries=entries, score=float(maps.score[0]), **_pair(batch, 0))
 
 
 def attribute_batch(module: Any, method: AttributionMethod, batch: ImageTextBatch) -> tuple[Attribution, Tensor]:
@@ -158,16 +160,19 @@ def _clip_of(module: Any) -> Clip:
     return getattr(module, "clip", module)
 
 
-def _pair(
-    clip: Clip, batch: ImageTextBatch, tokens: Tensor, content: Tensor, row: int, *, show_finding: bool = True
-) -> dict[str, Any]:
+def _words(clip: Clip, maps: Attribution, batch: ImageTextBatch, tokens: Tensor) -> list[list[Word]]:
+    """Words of each phrase with their shares, also of maps that were read from files."""
+    phrases = maps.phrases or tokenized(clip.tokenizer, tokens, maps.content, batch["phrase"])
+    return replace(maps, phrases=phrases).words
+
+
+def _pair(batch: ImageTextBatch, row: int, *, show_finding: bool = True) -> dict[str, Any]:
     """Arguments of a pair's picture that are the same for all methods."""
     finding = batch["finding"][row] if show_finding else ""
     return {
         "image": _gray(batch["image"][row, 0]),
         "boxes": batch["boxes"][row].cpu().numpy(),
         "phrase": batch["phrase"][row],
-        "tokens": clip.pieces(tokens[content]),
         "title": " | ".join(part for part in (finding, batch["id"][row]) if part),
     }
 

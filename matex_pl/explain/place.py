@@ -1,71 +1,44 @@
-"""Maps of the model's frame on the pixels of the stored image."""
+"""Maps of the model's frame on the pixels of the stored image, for other programs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from matex_pl.clip.model import Clip
-from matex_pl.data.images import Size
-from matex_pl.data.transforms import ImageTransform
-from matex_pl.maps import Attribution
-from matex_pl.metrics.functional import components
+from matex_pl.explain.phrases import ExplainedImage
 from matex_pl.viewer.placed import PlacedMap
 
-DEFAULT_THRESHOLD = 0.5
-"""Level of outlines and boxes where none was chosen on validation pairs."""
 
-
-def place_maps(
-    maps: Attribution,
-    transform: ImageTransform,
-    size: Size,
-    clip: Clip,
-    tokens: Tensor,
-    phrases: Sequence[str],
-    method: str,
-    settings: Mapping[str, Any],
-    threshold: float = DEFAULT_THRESHOLD,
-    threshold_source: str = "default",
-) -> list[PlacedMap]:
-    """The maps of one image on its stored pixels, with their boxes and words.
+def place_maps(clip: Clip, explained: ExplainedImage, method: str, settings: Mapping[str, Any]) -> Iterator[PlacedMap]:
+    """The maps of an image on its stored pixels, one at a time, with the boxes and words of `explain.json`.
 
     Args:
-        maps: Maps of P phrases of one image.
-        transform: Transform that placed the image in the model's frame.
-        size: Height and width of the stored image.
         clip: CLIP model.
-        tokens: `(P, T)` tokens of the phrases.
-        phrases: The P phrases.
+        explained: Image and maps.
         method: Name of the method.
-        settings: Values for JSON.
-        threshold: Level of outlines and boxes.
-        threshold_source: Where the threshold comes from.
+        settings: Settings of a folder, see `folder_settings`.
     """
-    placed = []
-    for row, phrase in enumerate(phrases):
-        heat = transform.map_on_image(maps.image[row].float().cpu().numpy(), size).clip(0, 1)
-        found = components(torch.from_numpy(heat)[None], threshold).boxes.double().numpy()
-        # Methods from elsewhere may leave the words out.
-        words = maps.words[row] if maps.phrases else []
-        placed.append(
-            PlacedMap(
-                heat=heat,
-                phrase=phrase,
-                method=method,
-                score=float(maps.score[row]),
-                threshold=threshold,
-                threshold_source=threshold_source,
-                boxes=found * np.array([size[1], size[0]] * 2),
-                tokens=clip.pieces(tokens[row][maps.content[row]]),
-                relevance=maps.text[row][maps.content[row]].tolist(),
-                words=[word.text for word in words],
-                word_relevance=[word.share for word in words],
-                settings=settings,
-            )
+    threshold = settings["threshold"]
+    shown = {name: settings[name] for name in ("version", "model", "method", "threshold")}
+    image, maps = explained.image, explained.maps
+    for row, numbers in enumerate(explained.numbers(threshold["value"])):
+        content = maps.content[row]
+        yield PlacedMap(
+            heat=image.transform.map_on_image(explained.heats[row], image.size).clip(0, 1),
+            phrase=explained.batch["phrase"][row],
+            method=method,
+            score=numbers["score"],
+            threshold=threshold["value"],
+            threshold_source=threshold["source"],
+            boxes=np.array([[box[edge] for edge in ("x0", "y0", "x1", "y1")] for box in numbers["boxes"]]).reshape(
+                -1, 4
+            ),
+            tokens=clip.pieces(explained.tokens[row][content]),
+            relevance=maps.text[row][content].tolist(),
+            words=[word["text"] for word in numbers["words"]],
+            word_relevance=[word["share"] for word in numbers["words"]],
+            settings=shown,
         )
-    return placed

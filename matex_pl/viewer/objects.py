@@ -41,7 +41,7 @@ def check_objects(path: Path, kinds: Iterable[DicomKind], inputs: Iterable[str |
 
 
 def save_objects(
-    source: Source, maps: Sequence[PlacedMap], paths: Sequence[Path], kinds: Sequence[DicomKind]
+    source: Source, maps: Iterable[PlacedMap], paths: Sequence[Path], kinds: Sequence[DicomKind]
 ) -> list[Path]:
     """Write the DICOM objects of the maps of one image; each kind is one new series, with a new instance per map.
 

@@ -11,7 +11,7 @@ from matex_pl.viewer.objects import check_objects, dicom_kinds, save_objects
 from matex_pl.viewer.placed import PlacedMap
 from matex_pl.viewer.source import DicomKind, Source, read_source
 
-SUFFIXES = (".dcm", ".npz")
+MAP_SUFFIXES = (".dcm", ".npz")
 """Ends of the names of such files."""
 
 
@@ -36,7 +36,7 @@ class MapFiles:
         return save_objects(self.source, [placed], [self.path], self.kinds)[0]
 
 
-def check_map_files(out: str, image: str, dicom: str | None = None) -> MapFiles:
+def check_map_files(out: str | Path, image: str, dicom: str | None = None) -> MapFiles:
     """The files of one map, checked before the work.
 
     Args:
@@ -52,8 +52,6 @@ def check_map_files(out: str, image: str, dicom: str | None = None) -> MapFiles:
     """
     path = Path(out)
     if path.suffix.lower() == ".npz":
-        if dicom is not None:
-            raise ValueError(f"--dicom {dicom} needs an output that ends in .dcm, got {out!r}.")
         check_output(path, inputs=(image,))
         return MapFiles(path)
     kinds = dicom_kinds(dicom)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,13 +27,16 @@ from matex_pl.visualization.draw import (
     write,
     write_header,
 )
-from matex_pl.visualization.words import Piece, check_relevance, phrase_lines, phrase_pieces, write_phrase
+from matex_pl.visualization.words import Piece, check_words, phrase_lines, phrase_pieces, shades, write_phrase
+
+if TYPE_CHECKING:
+    from matex_pl.clip.words import Word
 
 TEXT_LINES = 3
 # TensorBoard shows pictures at 350 pixels. There, the smallest text of a panel of this width has 11 pixels.
 CARD_WIDTH = 560
 _CARD_UNIT = 1 / 470
-# Replacement of a hidden word piece; the dashes are visible if its shade equals the background.
+# Replacement of a hidden word; the dashes are visible if its shade equals the background.
 _BAR = "----"
 
 
@@ -43,8 +46,7 @@ def panel(
     heat: ArrayLike,
     boxes: ArrayLike,
     phrase: str,
-    tokens: Sequence[str],
-    relevance: Sequence[float],
+    words: Sequence[Word],
     score: float,
     title: str = "",
     subtitle: str = "",
@@ -58,23 +60,22 @@ def panel(
 
     The image is on the left, the map over it on the right, both with the boxes. In a stacked panel, the map over the
     image is on top, and the text is larger. On a frontal radiograph R and L mark
-    the patient's sides. A cross marks the map's maximum. Below is the phrase, with each word piece shaded by its
-    relevance in the map's colors.
+    the patient's sides. A cross marks the map's maximum. Below is the phrase, with each word shaded in the map's colors
+    by its share, relative to the largest share. Punctuation has no shade.
 
     Args:
         image: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
         heat: `(H, W)` map in [0, 1], in the same frame. An all-zero map has no maximum to mark.
         boxes: `(K, 4)` boxes `x0, y0, x1, y1` in [0, 1] of the frame, x to the right, y down; clipped to the frame.
-        phrase: Phrase in the user's spelling; case and spacing are used if the phrase contains the tokens.
-        tokens: The T content word pieces of the phrase as text; a piece that begins a word starts with a space.
-        relevance: T values in [0, 1].
+        phrase: Phrase in the user's spelling.
+        words: Words of the phrase with their shares, from `Attribution.words`.
         score: Cosine of image and phrase.
         title: First line, e.g. finding and pair.
         subtitle: Second line, e.g. method and epoch.
         width: Width of the panel in pixels.
         text_lines: Number of lines for the phrase; a longer phrase ends in an ellipsis.
         side_markers: Whether to draw R and L; False for lateral images.
-        show_text: Whether to write the word pieces on their shades; otherwise these are bars of one length.
+        show_text: Whether to write the phrase; otherwise each word is a bar of one length.
         stacked: Whether the tiles stand one above the other, for the narrow cards of TensorBoard; see `CARD_WIDTH`.
 
     Raises:
@@ -88,9 +89,9 @@ def panel(
     if text_lines < 1:
         raise ValueError(f"text_lines must be at least 1, got {text_lines}.")
     page = Page(width, width * _CARD_UNIT if stacked else width / DESIGN_WIDTH)
-    pieces = phrase_pieces(phrase, tokens, check_relevance(relevance, len(tokens)))
-    if not show_text:
-        pieces = [replace(piece, text=_BAR) for piece in pieces]
+    check_words(words, phrase)
+    bars = [Piece(_BAR, shade, after_space=True) for shade in shades(words)]
+    pieces = phrase_pieces(phrase, words) if show_text else bars
 
     room = width - 2 * page.margin
     side = room - page.px(42) if stacked else (room - page.px(16) - page.px(56)) // 2

@@ -1,9 +1,10 @@
-"""Contact sheet of many methods on one pair: the image, then a tile per method with its map and its words."""
+"""Contact sheet of many methods or many phrases on one image: the image, then a tile with map and words for each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,7 +32,10 @@ from matex_pl.visualization.draw import (
     write,
     write_header,
 )
-from matex_pl.visualization.words import Piece, check_relevance, phrase_lines, phrase_pieces, wrap, write_phrase
+from matex_pl.visualization.words import Piece, check_words, phrase_lines, phrase_pieces, wrap, write_phrase
+
+if TYPE_CHECKING:
+    from matex_pl.clip.words import Word
 
 SHEET_WIDTH, COLUMNS, TEXT_LINES = 1920, 6, 3
 # Widths in design units: a sheet looks the same at every width.
@@ -43,19 +47,21 @@ LEGEND = "map and words on one scale, cross at the maximum of each map"
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """Result of one method on the pair.
+    """Result of one method on the pair, or of one phrase.
 
     Args:
-        name: Name of the method; a long name is written smaller, then cut.
+        name: Name of the method or phrase; a long name is written smaller, then cut.
         heat: `(H, W)` map in [0, 1], in the image's frame; None if the method has none.
-        relevance: T values in [0, 1], one per token; None if the method has no word map.
+        words: Words of the phrase with their shares, from `Attribution.words`; None if the method has no word map.
         note: A few words below the name, e.g. "13 forwards". Without a map, the reason, shown in the tile.
+        phrase: Phrase of `words`, by default that of the sheet.
     """
 
     name: str
     heat: ArrayLike | None
-    relevance: Sequence[float] | None
+    words: Sequence[Word] | None
     note: str = ""
+    phrase: str | None = None
 
 
 def contact_sheet(
@@ -63,9 +69,8 @@ def contact_sheet(
     image: Picture,
     boxes: ArrayLike,
     phrase: str,
-    tokens: Sequence[str],
     entries: Sequence[Entry],
-    score: float,
+    score: float | None = None,
     title: str = "",
     subtitle: str = "",
     columns: int = COLUMNS,
@@ -73,20 +78,19 @@ def contact_sheet(
     text_lines: int = TEXT_LINES,
     side_markers: bool = True,
 ) -> Picture:
-    """Many methods on one pair as a picture `(h, width, 3)` uint8.
+    """Many methods on one pair, or many phrases on one image, as a picture `(h, width, 3)` uint8.
 
     h depends on `width`, `columns`, `text_lines`, the number of entries and the image's aspect alone. The first tile is
     the image with its boxes; the others are the entries. An entry shows the map over the image, the boxes and a cross
-    at the maximum, then the method's name and note, then the phrase with each word piece shaded by its relevance. All
-    share the color bar at the bottom.
+    at the maximum, then the method's name and note, then the phrase with each word shaded as on a `panel`. All share
+    the color bar at the bottom.
 
     Args:
         image: `(H, W)` or `(H, W, 3)` uint8 in the model's frame.
         boxes: `(K, 4)` boxes `x0, y0, x1, y1` in [0, 1] of the frame, as for `panel`.
         phrase: Phrase in the user's spelling; repeated below the subtitle, where a long one has more room.
-        tokens: The T content word pieces of the phrase, as for `panel`.
         entries: Results of the methods, at least one.
-        score: Cosine of image and phrase.
+        score: Cosine of image and phrase; None for several phrases.
         title: First line, e.g. finding and pair.
         subtitle: Second line, e.g. the model.
         columns: Maximum number of tiles per row.
@@ -105,9 +109,10 @@ def contact_sheet(
     cells = [_cell(page, picture, "image", count_boxes(len(boxes)), [])]
     for entry in entries:
         pieces = None
-        if entry.relevance is not None:
-            relevance = check_relevance(entry.relevance, len(tokens), name=f"relevance of {entry.name!r}")
-            pieces = phrase_pieces(phrase, tokens, relevance)
+        if entry.words is not None:
+            own = phrase if entry.phrase is None else entry.phrase
+            check_words(entry.words, own, name=f"words of {entry.name!r}")
+            pieces = phrase_pieces(own, entry.words)
         if entry.heat is None:
             picture, note = _empty_tile(page, entry.note), ""
         else:
@@ -165,7 +170,7 @@ def _empty_tile(page: _Sheet, reason: str) -> Picture:
     tile = blank_picture(height, width)
     draw_frame(tile, (0, 0), (width, height), page.px(1), FAINT_INK)
     max_lines = (height - 2 * inset) // step - 1
-    lines = wrap(phrase_pieces(reason, [], []), width - 2 * inset, size, max_lines) if max_lines > 0 else []
+    lines = wrap(phrase_pieces(reason, []), width - 2 * inset, size, max_lines) if max_lines > 0 else []
     image = Image.fromarray(tile)
     draw, base = ImageDraw.Draw(image), (height - len(lines) * step) // 2 + page.px(6)
     draw.text((width / 2, base), "no map", INK, font(page.px(18)), anchor="ms")
@@ -201,7 +206,9 @@ def _write_fitting(draw: ImageDraw.ImageDraw, page: _Sheet, left_base: tuple[int
     write(draw, left_base, text, INK, size, room)
 
 
-def _compose(page: _Sheet, cells: Sequence[Picture], phrase: str, title: str, subtitle: str, score: float) -> Picture:
+def _compose(
+    page: _Sheet, cells: Sequence[Picture], phrase: str, title: str, subtitle: str, score: float | None
+) -> Picture:
     """Sheet of the cells row by row below the header, with the color bar at the bottom."""
     grid, grid_top = picture_grid(cells, columns=page.columns, gap=page.margin), page.px(120) - page.margin
     bar_top, length, height = grid_top + grid.shape[0] + page.px(6), page.px(TILE), page.px(14)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ImageDraw
@@ -21,10 +23,14 @@ from matex_pl.visualization.draw import (
     single_line,
 )
 
+# Pictures do not need torch.
+if TYPE_CHECKING:
+    from matex_pl.clip.words import Word
+
 
 @dataclass(frozen=True)
 class Piece:
-    """A word piece without the tokenizer's marks, its relevance in [0, 1], and whether it begins a word."""
+    """A word or a run of punctuation, its shade in [0, 1], and whether it stands after a space."""
 
     text: str
     relevance: float
@@ -37,58 +43,47 @@ class Piece:
 BLANK = 0.5
 
 
-def phrase_pieces(phrase: str, tokens: Sequence[str], relevance: Sequence[float]) -> list[Piece]:
-    """Pieces in the case and spacing of the phrase, or of the tokens if the phrase does not begin with these.
+def phrase_pieces(phrase: str, words: Sequence[Word]) -> list[Piece]:
+    """Words and punctuation of the phrase as written, each word with one shade, punctuation with none.
 
-    If the phrase continues after the last token (truncated to the model's context length), an ellipsis ends it. Without
-    tokens the pieces are the words of the phrase, with relevance 0.
+    An ellipsis replaces the end of a phrase that is cut to the model's context length. Without words, the pieces are
+    the phrase between its spaces.
 
     Args:
         phrase: Phrase in the user's spelling.
-        tokens: T word pieces; a piece that begins a word starts with a space.
-        relevance: T values in [0, 1].
+        words: Words of the phrase with their shares, from `Attribution.words`.
     """
-    line = single_line(phrase)
-    if not tokens:
-        return [Piece(word, 0.0, True) for word in line.split()]
-    texts = [single_line(token) for token in tokens]
-    spelled = _find_in(line, texts)
-    is_cut = spelled is not None and sum(len(text) + after_space for text, after_space in spelled) < len(line)
-    if spelled is None:
-        # No space before a punctuation mark.
-        begins = [
-            token.startswith(" ") and not text.startswith(tuple(".,;:!?)]%"))
-            for token, text in zip(tokens, texts, strict=True)
-        ]
-        spelled = list(zip(texts, begins, strict=True))
-    pieces = [
-        Piece(text, float(value), begins) for (text, begins), value in zip(spelled, relevance, strict=True) if text
-    ]
-    return [*pieces, Piece("…", 0.0, False)] if is_cut else pieces
+    pieces: list[Piece] = []
+    end = 0
+    for word, shade in zip(words, shades(words), strict=True):
+        pieces += _pieces(phrase, end, word.start, 0.0)
+        if word.cut and not word.share:
+            return [*pieces, Piece("…", 0.0, True)]
+        pieces += _pieces(phrase, word.start, word.end, shade)
+        end = word.end
+    return pieces + _pieces(phrase, end, len(phrase), 0.0)
 
 
-def _find_in(line: str, texts: Sequence[str]) -> list[tuple[str, bool]] | None:
-    """Texts in the spelling of the line, each with whether it begins a word; None if the line does not match."""
-    spelled, position, lowered = [], 0, line.lower()
-    if len(lowered) != len(line):
-        return None
-    for text in texts:
-        # A piece may contain no complete character.
-        spaced = bool(text) and lowered.startswith(" ", position)
-        position += spaced
-        if not lowered.startswith(text.lower(), position):
-            return None
-        spelled.append((line[position : position + len(text)], spaced))
-        position += len(text)
-    return spelled
+def _pieces(phrase: str, start: int, end: int, shade: float) -> list[Piece]:
+    """Pieces of a part of the phrase, broken at spaces."""
+    spans = [(start + found.start(), single_line(found.group())) for found in re.finditer(r"\S+", phrase[start:end])]
+    return [Piece(text, shade, phrase[max(at - 1, 0) : at].isspace()) for at, text in spans if text]
 
 
-def check_relevance(relevance: Sequence[float], count: int, name: str = "relevance") -> list[float]:
-    """`relevance` as `count` floats in [0, 1]."""
-    array = np.asarray(relevance, dtype=np.float32)
-    if array.shape != (count,):
-        raise ValueError(f"{name} must have one value per token, got shape {array.shape} for {count} tokens.")
-    return check_unit_range(array, name).tolist()
+def shades(words: Sequence[Word]) -> list[float]:
+    """Share of each word relative to the largest share, in [0, 1]."""
+    largest = max((word.share for word in words), default=0) or 1
+    return [word.share / largest for word in words]
+
+
+def check_words(words: Sequence[Word], phrase: str, name: str = "words") -> None:
+    """Refuse words of another phrase, and shares outside of [0, 1]."""
+    for word in words:
+        if phrase[word.start : word.end] != word.text:
+            raise ValueError(
+                f"{name} must be those of the phrase, got {word.text!r} at {word.start} to {word.end} of {phrase!r}."
+            )
+    check_unit_range(np.asarray([word.share for word in words], np.float32), f"Shares of {name}")
 
 
 def wrap(pieces: Iterable[Piece], room: float, size: int, max_lines: int) -> list[list[Piece]]:
