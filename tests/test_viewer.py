@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -345,15 +346,20 @@ def test_arrays_from_the_command_line(workdir, capsys):
 
 def test_the_commands_of_the_guide(workdir, capsys):
     write_image(workdir / "chest.dcm", square(72, 80), **WINDOW)
+    Path("image.png").rename("chest.png")
     write_image(workdir / "slice.dcm", square(72, 80), SOPClassUID=CTImageStorage, **PLACE, **WINDOW)
     page = (Path(__file__).parents[1] / "docs" / "guides" / "viewer.md").read_text(encoding="utf-8")
-    lines = [line for line in page.splitlines() if line.startswith("matex explain")]
-    assert len(lines) >= 4
+    lines = [line for line in page.replace("\\\n", " ").splitlines() if line.startswith("matex explain")]
+    assert len(lines) == 5
     for line in lines:
         words = shlex.split(line)[1:]
         words[words.index("--ckpt_path") + 1] = "good.ckpt"
         main(words)
-    assert {path.name for path in workdir.glob("map*")} >= {"map.dcm", "map.gsps.dcm", "map.seg.dcm", "map.npz"}
+    made = {path.name for path in workdir.glob("*map*")} | {path.name for path in Path("explained").iterdir()}
+    assert made >= {"map.dcm", "map.gsps.dcm", "map.seg.dcm", "slice_map.pm.dcm", "map.npz", "sentence-01.gsps.dcm"}
+    with np.load("map.npz", allow_pickle=False) as arrays:
+        listed = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^(\| `\w+`.*?\|) .*\|$", page, re.MULTILINE))))
+        assert set(arrays) <= listed
 
 
 def test_every_sentence_of_a_folder_gets_its_objects(workdir):
