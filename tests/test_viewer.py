@@ -166,6 +166,7 @@ def test_the_map_lies_on_the_stored_pixels(tmp_path, workdir, mode, size):
     with np.load("map.npz", allow_pickle=False) as arrays:
         heat = arrays["map"]
         assert arrays["boxes"][0] == pytest.approx(SQUARE, abs=corner)
+        assert arrays["word_relevance"].sum() == pytest.approx(1)
     assert heat.shape == size
     assert np.array_equal(np.rint(heat * 255), np.frombuffer(levels.PixelData, np.uint8)[: heat.size].reshape(size))
     capture = pydicom.dcmread("map.dcm").pixel_array[: size[0], : size[1]]
@@ -335,7 +336,7 @@ def test_arrays_from_the_command_line(workdir, capsys):
     assert (arrays["map"].shape, arrays["map"].dtype) == ((90, 70), np.float32)
     assert str(arrays["phrase"]) == PHRASE
     assert list(arrays["words"]) == ["Left", "lower", "lobe", "consolidation"]
-    assert arrays["word_relevance"].sum() == pytest.approx(1)
+    assert len(arrays["word_relevance"]) == 4
     assert len(arrays["tokens"]) == len(arrays["token_relevance"]) > 4
     settings = json.loads(str(arrays["settings"]))
     assert settings["method"]["class_path"].endswith("Rollout")
