@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def explain_manifest(manifest: str, out: Path, *, all_sentences: bool = False, *
                 else:
                     write_folder(job.folder, run.clip, run.method, image, job.sentences, folder_settings)
                     made += 1
-        name = "" if note else job.folder.relative_to(out).as_posix()
+        name = "" if note else Path(os.path.relpath(job.folder, out)).as_posix()
         rows.append([name, job.name, len(job.sentences), len(mapped), note])
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([_TABLE_HEADER.split(","), *rows])
