@@ -42,7 +42,7 @@ def explain_report(
     Args:
         image: Image file.
         report: Text of the report.
-        sentences: Sentences of the report, of which at least one gets a map.
+        sentences: Sentences of the report; at least one gets a map.
         out: Folder or picture.
         all_sentences: Whether all sentences get a map.
         settings: Method, threshold and model; see `matex_pl.commands.explain.explain`.

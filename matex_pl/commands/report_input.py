@@ -19,7 +19,7 @@ _SHOWN = 12
 
 
 def given_sentences(phrases: Sequence[str]) -> tuple[str, list[ReportSentence]]:
-    """Phrases of the command line as a report of one phrase per line, all of which get a map."""
+    """Phrases of the command line as a report of one phrase per line. All of them get a map."""
     lines = [" ".join(phrase.split()) for phrase in phrases]
     starts = [sum(len(line) + 1 for line in lines[:place]) for place in range(len(lines))]
     sentences = [ReportSentence(line, at, at + len(line), "", "") for at, line in zip(starts, lines, strict=True)]
@@ -27,7 +27,7 @@ def given_sentences(phrases: Sequence[str]) -> tuple[str, list[ReportSentence]]:
 
 
 def report_sentences(given: str, *, all_sentences: bool) -> tuple[str, list[ReportSentence]]:
-    """Text of a report and its sentences, of which at least one gets a map.
+    """Text of a report and its sentences; at least one gets a map.
 
     Args:
         given: Path of a text file, the text itself, or `-` for standard input.
