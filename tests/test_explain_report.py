@@ -209,9 +209,9 @@ BAD = {
     "a report and phrases": (["Nodule.", "--report", "Left nodule."], ["--report does not go with phrases", "Nodule."]),
     "no phrase": ([], ["No phrase given"]),
     "an empty phrase": (["Nodule.", " "], ["The phrase is empty"]),
-    "a picture of another kind": (["Nodule.", "Mass.", "--out=out.jpg"], ["out must end in .png or name a folder"]),
+    "a picture of another kind": (["Nodule.", "Mass.", "--out=out.jpg"], ["out must end in .png", "or name a folder"]),
     "an output that cannot be written": (["Nodule.", "Mass.", "--out=/proc/none"], ["/proc"]),
-    "a file as folder": (["Nodule.", "Mass.", "--out=images.csv"], ["out must end in .png or name a folder"]),
+    "a file as folder": (["Nodule.", "Mass.", "--out=images.csv"], ["out must end in .png", "or name a folder"]),
     "all methods": (["Nodule.", "Mass.", "--method=all"], ["--method all compares methods on one phrase"]),
     "a threshold above 1": (["Nodule.", "Mass.", "--threshold=1.5"], ["--threshold must be in [0, 1), got 1.5"]),
     "a threshold of words": (["Nodule.", "Mass.", "--threshold=high"], ["--threshold must be a number", "'high'"]),
@@ -367,7 +367,7 @@ def test_the_threshold_of_a_benchmark(workdir: Path, capsys: pytest.CaptureFixtu
     row = {
         "name": "Matex",
         "modality": "image",
-        "method_class": "Matex",
+        "class": "Matex",
         "settings": found["method"]["init_args"],
         "threshold": 0.35,
     }
