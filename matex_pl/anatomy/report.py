@@ -26,6 +26,8 @@ _GOES_ON = ("preposition", "and", "or", "to", "with", "verb", "comma", "zone", "
 _LIST_MARK = re.compile(r"(?:[-*\u2022\u2013\u2014>#_=\s]|\(?\d{1,2}[.)](?=\s)|\(?[a-h]\)(?=\s))+")
 # Lines from this length on can be wrapped lines of a paragraph.
 _WRAPPED = 50
+# Characters on each side of a full stop that are read to decide what it ends.
+_NEAR = 80
 # Lines of one width differ by less than a word.
 _RAGGED = 14
 
@@ -113,13 +115,14 @@ def _is_finding(terms: list[Term], k: int, start: int, end: int, plain: str) -> 
     """Whether the term at `k` names a finding or a device on the image."""
     words, term = _words(), terms[k]
     if term.text in words.findings or any(
-        term.text == run[-1] and " ".join(run) in plain and term.kind != "finding" for run in words.runs
+        term.text.split()[-1] == run[-1] and " ".join(run) in plain for run in words.runs
     ):
         return True
     near = {other.text for other in terms[max(start, k - 3) : min(k + 3, end)]} - {term.text}
     if term.kind == "finding":
         return term.text not in words.changes or not near & words.change_signs
-    if term.kind != "device" or term.text in words.history_devices or near & words.removed:
+    around = {other.text for other in terms[max(start, k - 6) : min(k + 6, end)]}
+    if term.kind != "device" or term.text in words.history_devices or around & words.removed:
         return False
     # "No line": the word alone names many things.
     return term.text not in words.no_devices or any(
@@ -158,7 +161,7 @@ def _sections(report: str) -> Iterator[_Section]:
 def _is_heading(report: str, match: re.Match[str]) -> bool:
     """Whether a known heading stands as one: on a new line, behind a full stop, or capitalized, and with a mark."""
     before, name, mark = (
-        report[: match.start()].rpartition("\n")[2].strip(" \t*#_>-\u2022"),
+        report[report.rfind("\n", 0, match.start()) + 1 : match.start()].strip(" \t*#_>-\u2022"),
         match["name"],
         match["after"],
     )
@@ -197,7 +200,7 @@ def _is_end(part: str, terms: list[Term], k: int) -> bool:
     term = terms[k]
     if term.text not in (".", "?"):
         return True
-    before, after = part[: term.start], part[term.end :]
+    before, after = part[max(0, term.start - _NEAR) : term.start], part[term.end : term.end + _NEAR]
     if not after.strip():
         return True
     if term.text == "?":
@@ -217,7 +220,7 @@ def _is_end(part: str, terms: list[Term], k: int) -> bool:
         goes_on = following is not None and following.kind in _GOES_ON and not rest[:1].isupper()
         return not (goes_on or rest[:1].isdigit() or (name in ("e.g", "i.e", "eg", "ie", "st", "w.o")))
     # "J. Smith"
-    initial = re.search(r"(?:\b[A-Z]\w*\.? |\b(?:by|with) |\A\s*)[A-Z]$", before)
+    initial = re.search(r"(?:\b[A-Z]\w*\.? |\b(?:by|with|and) |\A\s*)[A-Z]$", before)
     return not (initial and rest[:1].isupper() and word not in ("R", "L"))
 
 
@@ -227,12 +230,12 @@ def _line_ends(part: str) -> Iterator[int]:
     lengths = [len(line.rstrip()) for line in lines]
     width = max(lengths)
     is_wrapped = width >= _WRAPPED and sum(length > width - _RAGGED for length in lengths) > 1
-    place = 0
+    place, is_lower = 0, part.islower()
     for line, following in itertools.pairwise(lines):
         place += len(line)
         text, word = line.rstrip(), (following.split() or [""])[0]
         had_room = len(text) + 1 + len(word) <= width
-        begins = word[:1].isupper() or word[:1].isdigit() or bool(_LIST_MARK.match(word)) or part.islower()
+        begins = word[:1].isupper() or word[:1].isdigit() or bool(_LIST_MARK.match(word)) or is_lower
         ends_open = text.endswith((",", "-", "/", "(", "and", "of", "the", "with", "or", "in"))
         if text and word and begins and not ends_open and (had_room or not is_wrapped):
             yield place

@@ -226,7 +226,7 @@ def _check_inputs(
 
 
 def _output(out: str | None, default: str, compare: str | None) -> Path:
-    """Path of the output; its name says whether it is a picture or a folder."""
+    """Path of the output; a picture or a folder, depending on its name."""
     path = Path(out or ("compare.png" if compare is not None else default))
     is_file = path.exists() and not path.is_dir()
     suffix = path.suffix.lower()

@@ -44,7 +44,7 @@ def explain_report(
     Args:
         image: Image file.
         report: Text of the report.
-        sentences: Sentences of the report, of which at least one gets a map.
+        sentences: Sentences of the report; at least one gets a map.
         out: Folder or picture.
         all_sentences: Whether all sentences get a map.
         kinds: Kinds of DICOM objects that each sentence gets in the folder.

@@ -19,15 +19,15 @@ _SHOWN = 12
 
 
 def given_sentences(phrases: Sequence[str]) -> tuple[str, list[ReportSentence]]:
-    """Phrases of the command line as a report of one phrase per line, all of which get a map."""
-    lines = [" ".join(phrase.split()) for phrase in phrases]
+    """Phrases of the command line as a report of one phrase per line. All of them get a map."""
+    lines = [" ".join(_clean(phrase).split()) for phrase in phrases]
     starts = [sum(len(line) + 1 for line in lines[:place]) for place in range(len(lines))]
     sentences = [ReportSentence(line, at, at + len(line), "", "") for at, line in zip(starts, lines, strict=True)]
     return "\n".join(lines), sentences
 
 
 def report_sentences(given: str, *, all_sentences: bool) -> tuple[str, list[ReportSentence]]:
-    """Text of a report and its sentences, of which at least one gets a map.
+    """Text of a report and its sentences; at least one gets a map.
 
     Args:
         given: Path of a text file, the text itself, or `-` for standard input.
@@ -87,7 +87,12 @@ def _read(given: str) -> tuple[str, str]:
         raise FileNotFoundError(
             f"There is no report at {given!r}. Check the path, or give the text of the report, or - for standard input."
         )
-    return given, "The report"
+    return _clean(given), "The report"
+
+
+def _clean(text: str) -> str:
+    """Text without halves of surrogate pairs, which words of a command line in another encoding have."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _decoded(content: bytes, name: str) -> str:

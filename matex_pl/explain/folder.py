@@ -93,7 +93,7 @@ def write_folder(
         clip: CLIP model.
         method: Attribution method.
         image: The image, from `frame_image` with the settings' `resize_mode`.
-        sentences: Sentences of the report, of which at least one gets a map.
+        sentences: Sentences of the report; at least one gets a map.
         settings: Settings from `folder_settings`.
         shares: Shares of the maps in structures of the image: `sentence` (its number, from 1), `structure` and `share`
             in [0, 1].
