@@ -37,6 +37,7 @@ from pydicom.uid import (  # noqa: E402
     CTImageStorage,
     DigitalXRayImageStorageForPresentation,
     ExplicitVRLittleEndian,
+    XRayRadiofluoroscopicImageStorage,
 )
 
 PHRASE = "Left lower lobe consolidation."
@@ -415,6 +416,8 @@ REFUSED = {
     "series": ({"SeriesInstanceUID": None}, "--out=map.dcm", "has no SeriesInstanceUID (0020,000E)"),
     "instance": ({"SOPInstanceUID": "1.2.a"}, "--out=map.dcm", "an invalid SOPInstanceUID (0008,0018): '1.2.a'"),
     "frames": ({"NumberOfFrames": 2}, "--out=map.dcm", "is a multi-frame object with 2 frames"),
+    "private class": ({"SOPClassUID": "1.2.3.4.5"}, "--out=map.dcm", "which is no class of DICOM"),
+    "fluoroscopy": ({"SOPClassUID": XRayRadiofluoroscopicImageStorage}, "--dicom=seg", "Leave seg and pm out"),
     "kind": ({}, "--dicom=sc,pdf", "--dicom must be one of sc, gsps, seg, pm, got 'pdf'"),
     "parametric map": ({}, "--dicom=pm", "A Parametric Map needs a frame of reference"),
     "input": ({}, "--out=image.dcm", "is an input of this command"),

@@ -68,6 +68,10 @@ _PLACE = ("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatien
 _PICTURE = ("PatientOrientation", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 # CT, MR and PET: their segmentations need a place in the patient.
 _SLICES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128")
+# Angiography, fluoroscopy, multi-frame captures and ultrasound: highdicom segments only those with functional groups.
+_SEVERAL_FRAMES = tuple(
+    f"1.2.840.10008.5.1.4.1.1.{part}" for part in ("12.1", "12.2", "7.1", "7.2", "7.3", "7.4", "3.1")
+)
 _SERIES_NUMBERS = {"sc": 9101, "gsps": 9102, "seg": 9103, "pm": 9104}
 
 
@@ -118,6 +122,11 @@ def read_source(path: str | Path, kinds: Collection[DicomKind] = ("sc",)) -> Sou
             raise ValueError(f"{path} has no {_tag(name)}, without which no map can be attached. Add the element.")
         if name.endswith("UID") and not header[name].value.is_valid:
             raise ValueError(f"{path} has an invalid {_tag(name)}: {value!r}. Correct the element.")
+    if header.SOPClassUID.type != "SOP Class":
+        raise ValueError(
+            f"{path} has the {_tag('SOPClassUID')} {str(header.SOPClassUID)!r}, which is no class of DICOM. Maps are "
+            "attached to images of a public class."
+        )
     if header.NumberOfFrames > 1 or "PerFrameFunctionalGroupsSequence" in header:
         raise ValueError(
             f"{path} is a multi-frame object with {header.NumberOfFrames} frames. Maps are attached to images of one "
@@ -128,6 +137,11 @@ def read_source(path: str | Path, kinds: Collection[DicomKind] = ("sc",)) -> Sou
         raise ValueError(
             f"{path} has the photometric interpretation {colors!r}. Maps are attached to gray images: MONOCHROME1 or "
             "MONOCHROME2."
+        )
+    if header.SOPClassUID in _SEVERAL_FRAMES and {"seg", "pm"} & set(kinds):
+        raise ValueError(
+            f"{path} is of the class {header.SOPClassUID.name}, which may have several frames and gets neither a "
+            "Segmentation nor a Parametric Map. Leave seg and pm out of --dicom."
         )
     lacking = [name for name in _PLACE if not header.get(name)]
     if lacking and ("pm" in kinds or ("seg" in kinds and header.SOPClassUID in _SLICES)):
@@ -199,6 +213,8 @@ def _reference(header: Dataset, *, has_place: bool) -> Dataset:
     for name in _EMPTY:
         setattr(found, name, "")
     found.SamplesPerPixel = 1
+    if has_place:
+        found.setdefault("SliceThickness", None)
     found.Modality = str(header.get("Modality") or "OT")
     return found
 
