@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from matex_pl import __version__
 from matex_pl.files import MARK, whole_file
 from matex_pl.viewer.placed import PlacedMap
 
@@ -32,7 +32,7 @@ def save_arrays(path: str | Path, placed: PlacedMap) -> Path:
     path = Path(path)
     arrays = {
         # The first member names this package: `check_output` recognizes the file by it.
-        MARK: np.array(version(MARK)),
+        MARK: np.array(__version__),
         "map": placed.heat,
         "boxes": placed.boxes,
         "threshold": np.float64(placed.threshold),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
+from matex_pl import __version__
 from matex_pl.data.dicom import is_dicom, read_header
-from matex_pl.data.levels import Size, need
+from matex_pl.data.levels import need
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -89,11 +87,6 @@ class Source:
     header: Dataset
     reference: Dataset
 
-    @property
-    def size(self) -> Size:
-        """Height and width of the image in pixels."""
-        return int(self.header.Rows), int(self.header.Columns)
-
 
 def read_source(path: str | Path, kinds: Collection[DicomKind] = ("sc",)) -> Source:
     """A DICOM image to attach maps to. Its pixels are not decoded.
@@ -159,7 +152,7 @@ def new_equipment() -> dict[str, str]:
     return {
         "manufacturer": "matex_pl",
         "manufacturer_model_name": "matex_pl",
-        "software_versions": version("matex_pl"),
+        "software_versions": __version__,
         "device_serial_number": "1",
     }
 
@@ -226,8 +219,3 @@ def _tag(name: str) -> str:
 
     tag = Tag(tag_for_keyword(name) or 0)
     return f"{name} ({tag.group:04X},{tag.element:04X})"
-
-
-def rounded(values: np.ndarray) -> np.ndarray:
-    """Coordinates as the 32-bit floating numbers that DICOM stores, as float64."""
-    return values.astype(np.float32).astype(np.float64)
