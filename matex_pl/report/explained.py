@@ -112,7 +112,8 @@ def page(
 
 
 def _parts(record: Mapping[str, Any], mapped: Sequence[Mapping[str, Any]]) -> list[Part]:
-    text, last, parts = record["report"]["text"], 0, []
+    text, last = record["report"]["text"], 0
+    parts: list[Part] = []
     low, high = _range(mapped)
     for sentence in record["sentences"]:
         start, end = sentence["start"], sentence["end"]

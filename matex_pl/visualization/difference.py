@@ -129,12 +129,12 @@ def difference_panel(
     for left, text in marks:
         write(draw, (left, base), text, FAINT_INK, small, width - left)
     change = pair[0].score - pair[1].score
-    lines = [
+    remarks = [
         "orange: higher for the first phrase",
         "blue: higher for the second phrase",
         f"cosine, first minus second: {change:+.3f}",
     ]
-    for row, line in enumerate(lines):
+    for row, line in enumerate(remarks):
         write(draw, (lefts[2], text_top + page.px(20) + row * page.px(26)), line, FAINT_INK, small, side)
     return np.array(picture)
 
