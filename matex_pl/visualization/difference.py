@@ -66,7 +66,7 @@ def difference_overlay(image: Picture, difference: NDArray[np.float32]) -> Pictu
         image: `(H, W, 3)` uint8.
         difference: `(H, W)` in [-1, 1]. Positive values are orange, negative ones blue; opacity grows with the size.
     """
-    colors = np.where((difference > 0)[..., None], np.float32(HIGHER), np.float32(LOWER))
+    colors = np.where((difference > 0)[..., None], np.array(HIGHER, np.float32), np.array(LOWER, np.float32))
     return np.rint(image + MAX_OPACITY * np.abs(difference)[..., None] * (colors - image)).astype(np.uint8)
 
 
