@@ -105,7 +105,8 @@ def _weakest(reasons: set[str], plain: str) -> Reason:
         return "negated"
     if "normal" in reasons:
         return "normal"
-    for reason in ("history", "comparison", "technique"):
+    fallbacks: tuple[Reason, ...] = ("history", "comparison", "technique")
+    for reason in fallbacks:
         if signs[reason].search(plain):
             return reason
     return "no finding"
@@ -268,10 +269,6 @@ def _words() -> _Words:
     headings: dict[str, Reason] = {
         name: "" if reason == "findings" else reason for reason, names in data["headings"].items() for name in names
     }
-    sets = {
-        name: frozenset(data[name])
-        for name in ("titles", "units", "changes", "change_signs", "history_devices", "no_devices", "removed")
-    }
     patterns = {name: _pattern(words) for name, words in data["signs"].items()}
     return _Words(
         headings=headings,
@@ -280,7 +277,13 @@ def _words() -> _Words:
         runs=tuple(tuple(name.split()) for name in data["findings"] if " " in name),
         signs={name: pattern for name, pattern in patterns.items() if not name.startswith("begins_")},
         begins={name.removeprefix("begins_"): p for name, p in patterns.items() if name.startswith("begins_")},
-        **sets,
+        titles=frozenset(data["titles"]),
+        units=frozenset(data["units"]),
+        changes=frozenset(data["changes"]),
+        change_signs=frozenset(data["change_signs"]),
+        history_devices=frozenset(data["history_devices"]),
+        no_devices=frozenset(data["no_devices"]),
+        removed=frozenset(data["removed"]),
     )
 
 

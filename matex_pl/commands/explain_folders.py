@@ -102,7 +102,8 @@ def explain_manifest(
     from matex_pl.explain.folder import write_folder
     from matex_pl.explain.phrases import frame_image
 
-    rows, made = [], 0
+    rows: list[list[Any]] = []
+    made = 0
     for job in progress(jobs, "images"):
         mapped = [sentence for sentence in job.sentences if all_sentences or not sentence.reason]
         note = "" if mapped else "no sentence to map"
@@ -157,7 +158,8 @@ def _read_jobs(manifest: Path, out: Path, kinds: Sequence[DicomKind]) -> list[_J
     used: dict[Path, int] = {}
     stems = Counter(_stem(row.cells.get("image")) for row in rows)
 
-    jobs, wrong = [], list(unread)
+    jobs: list[_Job] = []
+    wrong = list(unread)
     for row in progress(rows, "rows"):
         try:
             jobs.append(_job(row, manifest.parent, out, used, is_shared=stems[_stem(row.cells.get("image"))] > 1))

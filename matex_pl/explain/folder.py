@@ -160,9 +160,9 @@ def _explain(
     ]
 
 
-def _entry(number: int, sentence: ReportSentence, numbers: Mapping[str, Any] | None) -> dict[str, Any]:
+def _entry(number: int, sentence: ReportSentence, numbers: dict[str, Any] | None) -> dict[str, Any]:
     """Entry of a sentence in `explain.json`."""
-    entry = {
+    entry: dict[str, Any] = {
         "number": number,
         "text": sentence.text,
         "start": sentence.start,

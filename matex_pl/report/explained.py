@@ -112,11 +112,13 @@ def page(
 
 
 def _parts(record: Mapping[str, Any], mapped: Sequence[Mapping[str, Any]]) -> list[Part]:
-    text, last, parts = record["report"]["text"], 0, []
+    text, last = record["report"]["text"], 0
+    parts: list[Part] = []
     low, high = _range(mapped)
     for sentence in record["sentences"]:
         start, end = sentence["start"], sentence["end"]
-        strength = (sentence["margin"] - low) / ((high - low) or 1) if sentence["status"] == "mapped" else 0.0
+        is_ranked = sentence["status"] == "mapped" and high > low
+        strength = (sentence["margin"] - low) / (high - low) if is_ranked else 0.5
         parts += [Part(_reflowed(text[last:start])), Part(sentence["text"], sentence, round(strength, 3))]
         last = end
     parts.append(Part(_reflowed(text[last:])))

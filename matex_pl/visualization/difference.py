@@ -66,7 +66,7 @@ def difference_overlay(image: Picture, difference: NDArray[np.float32]) -> Pictu
         image: `(H, W, 3)` uint8.
         difference: `(H, W)` in [-1, 1]. Positive values are orange, negative ones blue; opacity grows with the size.
     """
-    colors = np.where((difference > 0)[..., None], np.float32(HIGHER), np.float32(LOWER))
+    colors = np.where((difference > 0)[..., None], np.array(HIGHER, np.float32), np.array(LOWER, np.float32))
     return np.rint(image + MAX_OPACITY * np.abs(difference)[..., None] * (colors - image)).astype(np.uint8)
 
 
@@ -129,12 +129,12 @@ def difference_panel(
     for left, text in marks:
         write(draw, (left, base), text, FAINT_INK, small, width - left)
     change = pair[0].score - pair[1].score
-    lines = [
+    remarks = [
         "orange: higher for the first phrase",
         "blue: higher for the second phrase",
         f"cosine, first minus second: {change:+.3f}",
     ]
-    for row, line in enumerate(lines):
+    for row, line in enumerate(remarks):
         write(draw, (lefts[2], text_top + page.px(20) + row * page.px(26)), line, FAINT_INK, small, side)
     return np.array(picture)
 

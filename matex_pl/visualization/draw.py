@@ -82,7 +82,7 @@ def _color_table() -> NDArray[np.float32]:
 
 def heat_png(heat: NDArray[np.float32]) -> bytes:
     """Map `(h, w)` in [0, 1] as a transparent PNG file. Over an image, it looks like `overlay`."""
-    picture = Image.fromarray(np.rint(heat.clip(0, 1) * 255).astype(np.uint8), "P")
+    picture = Image.fromarray(np.rint(heat.clip(0, 1) * 255).astype(np.uint8))
     picture.putpalette(np.rint(_color_table()).astype(np.uint8).tobytes())
     opacity = bytes(round(MAX_OPACITY * level) for level in range(256))
     file = io.BytesIO()
