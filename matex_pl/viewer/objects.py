@@ -70,11 +70,17 @@ def save_objects(
 def _make(kind: DicomKind, source: Source, placed: PlacedMap, series: str, number: int) -> Dataset:
     """New object of a kind."""
     if kind == "sc":
-        from matex_pl.viewer.secondary_capture import secondary_capture as make
-    elif kind == "gsps":
-        from matex_pl.viewer.presentation_state import presentation_state as make
-    elif kind == "seg":
-        from matex_pl.viewer.segmentation import segmentation as make
-    else:
-        from matex_pl.viewer.parametric_map import parametric_map as make
-    return make(source, placed, series, number)
+        from matex_pl.viewer.secondary_capture import secondary_capture
+
+        return secondary_capture(source, placed, series, number)
+    if kind == "gsps":
+        from matex_pl.viewer.presentation_state import presentation_state
+
+        return presentation_state(source, placed, series, number)
+    if kind == "seg":
+        from matex_pl.viewer.segmentation import segmentation
+
+        return segmentation(source, placed, series, number)
+    from matex_pl.viewer.parametric_map import parametric_map
+
+    return parametric_map(source, placed, series, number)

@@ -70,6 +70,7 @@ _SLICES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10
 _SEVERAL_FRAMES = tuple(
     f"1.2.840.10008.5.1.4.1.1.{part}" for part in ("12.1", "12.2", "7.1", "7.2", "7.3", "7.4", "3.1")
 )
+_CAPTURE: tuple[DicomKind, ...] = ("sc",)
 _SERIES_NUMBERS = {"sc": 9101, "gsps": 9102, "seg": 9103, "pm": 9104}
 
 
@@ -88,7 +89,7 @@ class Source:
     reference: Dataset
 
 
-def read_source(path: str | Path, kinds: Collection[DicomKind] = ("sc",)) -> Source:
+def read_source(path: str | Path, kinds: Collection[DicomKind] = _CAPTURE) -> Source:
     """A DICOM image to attach maps to. Its pixels are not decoded.
 
     Args:
@@ -146,7 +147,7 @@ def read_source(path: str | Path, kinds: Collection[DicomKind] = ("sc",)) -> Sou
     return Source(Path(path), header, _reference(header, has_place=not lacking))
 
 
-def new_equipment() -> dict[str, str]:
+def new_equipment() -> dict[str, Any]:
     """Names of this software, as highdicom's constructors take them."""
     # The first 4 KB of a file hold the manufacturer, by which `check_output` recognizes earlier outputs.
     return {
