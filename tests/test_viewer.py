@@ -268,8 +268,13 @@ def test_several_maps_are_instances_of_one_series(tmp_path, image):
 
 
 def test_a_parametric_map_where_the_image_has_a_frame_of_reference(tmp_path):
-    source = write_image(tmp_path / "slice.dcm", square(72, 80), SOPClassUID=CTImageStorage, **PLACE, **WINDOW)
-    found = write_objects(tmp_path, source, placed((72, 80)), "seg,pm")["pm"]
+    source = write_image(
+        tmp_path / "slice.dcm", square(72, 80), SOPClassUID=CTImageStorage, PatientOrientation=None, **PLACE, **WINDOW
+    )
+    made = write_objects(tmp_path, source, placed((72, 80)), "seg,pm")
+    found = made["pm"]
+    # No orientation is made up.
+    assert not made["sc"].PatientOrientation
     mapping = found.SharedFunctionalGroupsSequence[0].get("RealWorldValueMappingSequence")
     mapping = mapping or found.PerFrameFunctionalGroupsSequence[0].RealWorldValueMappingSequence
     assert found.FrameOfReferenceUID == PLACE["FrameOfReferenceUID"]
@@ -305,6 +310,9 @@ def test_sloppy_and_poor_headers_are_kept_as_they_are(tmp_path, tags):
     for name in ("PatientSex", "StudyDate", "PatientBirthDate", "AccessionNumber"):
         value = pydicom.dcmread(source).get(name)
         assert all(item.get(name) in (value, value or "", value or None) for item in made.values())
+    if "PatientOrientation" in tags:
+        assert not made["sc"].PatientOrientation
+        assert not made["seg"].PatientOrientation
     if "PixelSpacing" in tags:
         area = made["gsps"].DisplayedAreaSelectionSequence[0]
         assert list(area.PresentationPixelSpacing) == list(made["sc"].PixelSpacing) == [0.1, 0.3]

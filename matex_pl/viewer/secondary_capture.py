@@ -65,7 +65,6 @@ def secondary_capture(source: Source, placed: PlacedMap, series: str, number: in
         **new_ids("sc", series, number),
         **new_equipment(),
     )
-    item.PatientOrientation = []
     for name in _GEOMETRY:
         if name in source.header:
             item[name] = source.header[name]

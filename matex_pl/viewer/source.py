@@ -184,6 +184,9 @@ def attach(item: Dataset, source: Source, description: str) -> None:
         source: The image.
         description: Description of the series, at most 64 characters.
     """
+    if "PixelData" in item and "FrameOfReferenceUID" not in item:
+        # Empty stands for unknown.
+        item.PatientOrientation = []
     for name in (*_SHARED, *(_PICTURE if "PixelData" in item else ())):
         if name in source.header:
             item[name] = copy.deepcopy(source.header[name])
