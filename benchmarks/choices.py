@@ -268,7 +268,7 @@ def report(val: Table, seeds: Sequence[int], num_pairs: int) -> list[str]:
         f"Written by `python benchmarks/choices.py`. {len(seeds)} models of `configs/phantom.yaml`, training seeds "
         f"{', '.join(map(str, seeds))}. Every cell is the mean over the seeds, with minimum and maximum.",
         f"{num_pairs} pairs with boxes of the validation images. Every setting is varied alone around",
-        f"`Matex({base})`, which is `Matex.recommended()` in a tower of three blocks. Without the prior: `lambda_s=1`.",
+        f"`Matex({base})`, with the image maps of `Matex.recommended()` in a tower of three blocks. Without the prior: `lambda_s=1`.",
         "Confidence is that of the image, in percentage points of the cosine, with the mean image as the fill.",
         "A low drop is better. A map of ones has the drop 0: read the drop with the mass in the test table.",
         "",

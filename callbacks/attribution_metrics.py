@@ -24,10 +24,11 @@ from matex_pl.attribution.shipped import load_method
 from matex_pl.callbacks.reader import Reader
 from matex_pl.callbacks.scalars import describe_scalars
 from matex_pl.clip.model import Clip
+from matex_pl.clip.words import with_words
 from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextBatch
 from matex_pl.evaluation.pairs import embed_pairs, other_phrases, swapped_phrases
-from matex_pl.maps import Attribution
+from matex_pl.maps import Attribution, Content
 from matex_pl.metrics import (
     ConfidenceDrop,
     ConfidenceIncrease,
@@ -85,6 +86,8 @@ class AttributionMetrics(Callback):
             `named_side`; higher is better.
         reader: Where the model is in the LightningModule, and images and phrases in its batches; by default as in
             `ClipModule` and the data modules of this package. Batches without boxes have no `pointing_game` and `cnr`.
+        content: Tokens that `text_confidence_drop` and `text_confidence_increase` rank: all content `tokens`, as in the
+            paper, or those of `words`, without punctuation.
 
     Raises:
         ValueError: A method is unknown, a name has other characters than letters, digits, `_`, `.` and `-`, or
@@ -99,6 +102,7 @@ class AttributionMetrics(Callback):
         per_finding: bool = False,
         sensitivity: bool = False,
         reader: Reader | None = None,
+        content: Content = "tokens",
     ) -> None:
         check_choices(AttributionMetrics.__init__, locals())
         if num_batches < -1 or num_batches == 0:
@@ -111,6 +115,7 @@ class AttributionMetrics(Callback):
         self.fill = fill
         self.per_finding = per_finding
         self.sensitivity = sensitivity
+        self.content = content
         self.reader = reader or Reader()
         self.thorax: Tensor | None = None
         self.metrics: dict[str, Metric] = {}
@@ -219,7 +224,8 @@ class AttributionMetrics(Callback):
             self._localize(prefix, found, batch)
             kept = {"confidence": image_score(clip, images, found.image, self._fill, text)}
             if self.methods[method].supports_text:
-                drop = dropped_tokens(found.text, found.content, "map")
+                worded = with_words(found, clip, tokens, batch["phrase"])
+                drop = dropped_tokens(found.text, worded.content_mask(self.content), "map")
                 kept["text_confidence"] = text_score(clip, tokens, drop, image)
             for name, kept_score in kept.items():
                 for change in ("drop", "increase"):

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from matex_pl.clip.words import TokenizedPhrase, Word
+Content = Literal["tokens", "words"]
+"""Tokens of a phrase that count: all content tokens, or those of words, without punctuation."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a phrase, and its share of the relevance.
+
+    Args:
+        text: The word as written in the phrase.
+        start: Place of its first character in the phrase.
+        end: Place after its last character.
+        share: Share of the phrase's relevance, in [0, 1].
+        cut: Whether the word lies, in part or whole, behind the tokens that the model reads.
+    """
+
+    text: str
+    start: int
+    end: int
+    share: float = 0.0
+    cut: bool = False
+
+
+class PhraseWords(Protocol):
+    """A phrase with its tokens; see `clip.words.TokenizedPhrase`."""
+
+    @property
+    def token_words(self) -> list[int]:
+        """Index of the word of each of the T tokens, -1 for punctuation and special tokens."""
+
+    def words(self, relevance: Sequence[float]) -> list[Word]:
+        """Words of the phrase with their shares of T values of relevance."""
 
 
 @dataclass
@@ -35,24 +65,38 @@ class Attribution:
     content: Tensor
     score: Tensor
     parts: dict[str, Any] = field(default_factory=dict)
-    phrases: Sequence[TokenizedPhrase] = ()
+    phrases: Sequence[PhraseWords] = ()
 
     @property
     def words(self) -> list[list[Word]]:
         """Words of each phrase as written, with their shares of the token map, which sum to 1.
 
-        The shares of a word's pieces are summed; punctuation and special tokens have none. See
-        `TokenizedPhrase.words`. The words are computed at each call, which waits for the device.
+        The relevance of a word's pieces is summed. Punctuation and special tokens have no share. See
+        `clip.words.TokenizedPhrase.words`. Each call computes the words, which waits for the device.
 
         Raises:
             ValueError: The maps hold no phrases.
         """
+        return [phrase.words(row) for phrase, row in zip(self._read_phrases(), self.text.tolist(), strict=True)]
+
+    def content_mask(self, content: Content) -> Tensor:
+        """Mask `(B, T)` of the tokens that count: all content tokens, or those of words, without punctuation.
+
+        Raises:
+            ValueError: The maps hold no phrases, and `content` is `words`.
+        """
+        if content == "tokens":
+            return self.content
+        rows = [phrase.token_words for phrase in self._read_phrases()]
+        return torch.tensor(rows, device=self.content.device).view_as(self.content) >= 0
+
+    def _read_phrases(self) -> Sequence[PhraseWords]:
         if len(self.phrases) != len(self.text):
             raise ValueError(
-                f"The maps hold the words of {len(self.phrases)} phrases for {len(self.text)} pairs. Give `phrases` "
-                "from `tokenized`, or maps from a method."
+                f"The maps hold the words of {len(self.phrases)} phrases for {len(self.text)} pairs. Add the phrases "
+                "with `clip.words.with_words`."
             )
-        return [phrase.words(row) for phrase, row in zip(self.phrases, self.text.tolist(), strict=True)]
+        return self.phrases
 
 
 def full_precision(tensor: Tensor) -> Tensor:

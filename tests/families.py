@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from matex_pl.clip import Clip, load_clip
-from matex_pl.clip.words import Word, split_words
+from matex_pl.clip.words import split_words
+from matex_pl.maps import Word
 
 EMBED_DIM = 16
 NATIVE = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 8, "layers": 3}

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "kappa": "tokens",
     "alpha": 0.5,
     "beta": 0.2,
+    "text_beta": None,
     "lambda_c": 0.35,
     "delta": 0.2,
     "lambda_s": 2.5,
@@ -703,7 +704,8 @@ def text_side(
     kappa = len(content) if s["kappa"] == "tokens" else s["kappa"]
     stable[content] = consistency(layers, pooling, content, kappa)
     weight = s["alpha"] + s["lambda_c"] * stable[content] + s["delta"]
-    finished[content] = norm(norm(grad[content]) * weight + s["beta"] * norm(flowed[content]))
+    beta = s["beta"] if s["text_beta"] is None else s["text_beta"]
+    finished[content] = norm(norm(grad[content]) * weight + beta * norm(flowed[content]))
     if len(content) == 1:
         finished[content] = 1
     return parts

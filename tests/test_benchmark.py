@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,23 +216,36 @@ def test_text_scores_are_those_of_the_maps(tmp_path, data, checkpoint):
     [batch] = read_pairs(data, "test", pairs, 100)
     images, tokens = clip.normalize(batch["image"]), clip.tokenize(batch["phrase"])
     maps = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["content_box"])
-    drops = {"confidence_drop": [], "confidence_drop@50": [], "top20_removal": []}
+    drops = defaultdict(list)
     for image, ids, values, content in zip(images, tokens, maps.text, clip.content(tokens), strict=True):
-        places = sorted(content.nonzero().flatten().tolist(), key=lambda place, values=values: -float(values[place]))
-        middle = np.median([float(values[place]) for place in places])
-        dropped = {
-            "confidence_drop": [place for place in places if float(values[place]) <= middle],
-            "confidence_drop@50": places[len(places) // 2 :],
-            "top20_removal": places[: max(1, len(places) // 5)],
-        }
-        with torch.no_grad():
-            whole = float(clip.similarity(image[None], ids[None]))
-            for name, gone in dropped.items():
-                left = torch.tensor([clip.pad_id if place in gone else int(one) for place, one in enumerate(ids)])
-                drops[name].append(100 * max(0.0, whole - float(clip.similarity(image[None], left[None]))))
+        everything = content.nonzero().flatten().tolist()
+        signs = [place for place in everything if not re.search("[a-z0-9]", clip.pieces(ids[place : place + 1])[0])]
+        assert signs
+        for kind, counted in (("", everything), ("/words", [place for place in everything if place not in signs])):
+            places = sorted(counted, key=lambda place, values=values: -float(values[place]))
+            middle = np.median([float(values[place]) for place in places])
+            dropped = {
+                "confidence_drop": [place for place in places if float(values[place]) <= middle],
+                "confidence_drop@50": places[len(places) // 2 :],
+                "top20_removal": places[: max(1, len(places) // 5)],
+            }
+            drops[f"mean_map_mass{kind}"].append(np.mean([float(values[place]) for place in places]))
+            with torch.no_grad():
+                whole = float(clip.similarity(image[None], ids[None]))
+                for name, gone in dropped.items():
+                    left = torch.tensor([clip.pad_id if place in gone else int(one) for place, one in enumerate(ids)])
+                    score = float(clip.similarity(image[None], left[None]))
+                    drops[name + kind].append(100 * max(0.0, whole - score))
+    assert not np.allclose(drops["confidence_drop"], drops["confidence_drop/words"])
     row = next(row for row in results["rows"] if row["name"] == "Chefer" and row["modality"] == "text")
     for name, values in drops.items():
         assert row["scores"][name]["value"] == pytest.approx(np.mean(values), abs=2e-4), name
+    assert row["scores"]["sanity/words"]["n"] == row["scores"]["sanity"]["n"] > 0
+    assert row["scores"]["sanity/words"]["value"] != row["scores"]["sanity"]["value"]
+    page = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    for name in ("confidence_drop/words", "top20_removal/words", "sanity/words", "mean_map_mass/words"):
+        assert results["metrics"][name]["fill"] == "without punctuation"
+    assert page.count("without punctuation") >= 4
 
 
 def test_the_threshold_is_chosen_on_validation(tmp_path, data, checkpoint):

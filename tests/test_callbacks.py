@@ -3,6 +3,7 @@
 import gc
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -117,6 +118,29 @@ def test_the_scalars_are_those_of_the_explained_batches(tmp_path, data, module):
         drop = 100 * (module.clip.similarity(images, tokens) - kept).clamp(min=0).mean()
     assert scores["attribution/confidence_drop"] == pytest.approx(float(drop), abs=1e-4)
     assert scores["attribution/mean_map_mass"] == pytest.approx(float(maps.mean()), abs=1e-6)
+
+
+def test_words_are_scored_without_their_punctuation(tmp_path, data, module):
+    found = {}
+    for content in ("tokens", "words"):
+        callback = AttributionMetrics(Matex(), num_batches=1, content=content)
+        found[content] = trainer(tmp_path / content, callback).validate(module, data, verbose=False)[0]
+    batch = next(iter(data.val_dataloader()))
+    maps, tokens, clip = explained(module, Matex(), batch), module.clip.tokenize(batch["phrase"]), module.clip
+    drops = []
+    for image, ids, values, content in zip(batch["image"], tokens, maps.text.tolist(), maps.content, strict=True):
+        everything = content.nonzero().flatten().tolist()
+        places = [place for place in everything if clip.pieces(ids[place, None]) != [" ."]]
+        assert len(places) == len(everything) - 1
+        left = ids.clone()
+        left[[place for place in places if values[place] <= median(values[place] for place in places)]] = clip.pad_id
+        with torch.no_grad():
+            scores = [float(clip.similarity(clip.normalize(image[None]), row[None])) for row in (ids, left)]
+        drops.append(100 * max(0.0, scores[0] - scores[1]))
+    name = "attribution/text_confidence_drop"
+    assert found["words"][name] == pytest.approx(sum(drops) / len(drops), abs=1e-4)
+    assert found["words"][name] != pytest.approx(found["tokens"][name], abs=1e-4)
+    assert found["words"]["attribution/confidence_drop"] == found["tokens"]["attribution/confidence_drop"]
 
 
 def test_confidence_does_not_depend_on_the_precision_of_training(tmp_path, data, module):

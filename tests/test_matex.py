@@ -73,6 +73,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"kappa": 7.5},
     {"alpha": 0.1, "beta": 0.7, "lambda_c": 0.6, "delta": 0.4, "lambda_s": 3.5},
     {"alpha": 0.0, "beta": 0.0, "lambda_c": 1.0, "delta": 0.0},
+    {"text_beta": 0.0},
+    {"beta": 0.0, "text_beta": 1.5},
     {"fuse_at": "grid"},
     {"fusion": "product"},
     {"fusion": "product", "fuse_at": "grid", "prior_power": 1.0},
@@ -110,7 +112,7 @@ def test_against_the_reference(name: str, settings: dict[str, Any]) -> None:
 
 PAPER: dict[str, Any] = {"kappa": 1, "laterality": "paper", "fuse_at": "grid"}
 MEASURED: dict[str, Any] = {"grad_layers": "all", "skip_layers": 1, "target": "margin", "fusion": "product"}
-MEASURED["references"] = REFERENCE_PHRASES
+MEASURED |= {"references": REFERENCE_PHRASES, "text_beta": 2.0}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

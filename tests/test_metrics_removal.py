@@ -24,6 +24,7 @@ from matex_pl.metrics.removal import (
     patch_counts,
     patch_curve,
     text_score,
+    text_scores,
 )
 
 PHRASES = ["left lower lobe nodule", "small right effusion", "mass of the upper lung"]
@@ -122,7 +123,10 @@ def test_text_score_against_a_loop(name: str) -> None:
         with torch.no_grad():
             wanted = float(clip.encode_text(torch.tensor([ids]))[0] @ image[row])
         assert float(found[row]) == pytest.approx(wanted, abs=1e-5)
+    several = text_scores(clip, tokens, torch.stack([drop, torch.zeros_like(drop), drop]), image)
+    torch.testing.assert_close(several[[0, 2]], found.expand(2, -1), atol=1e-6, rtol=0)
     whole = text_score(clip, tokens, torch.zeros_like(drop), image)
+    torch.testing.assert_close(several[1], whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(whole, (image * _text(clip, tokens)).sum(-1), atol=1e-5, rtol=0)
     assert ((whole - found).abs() > 1e-4).any()
 

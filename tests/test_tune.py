@@ -227,6 +227,7 @@ HIGHER += ["text_confidence_increase", "text_confidence_increase@50", "text_top2
 LOWER = ["outside_thorax_mass", "mean_map_mass", "prompt_sensitivity", "sanity", "confidence_drop/mean_color"]
 LOWER += ["confidence_drop", "confidence_drop@50", "deletion/mean_color"]
 LOWER += ["text_mean_map_mass", "text_sanity", "text_confidence_drop", "text_confidence_drop@50"]
+LOWER += ["text_mean_map_mass/words", "text_sanity/words", "text_confidence_drop/words"]
 
 
 @pytest.mark.parametrize("name", [*HIGHER, *LOWER])
@@ -568,6 +569,7 @@ def test_no_file_is_left_half_written(tune: Tune, tmp_path: Path, monkeypatch: p
         ("insertion", "insertion gain (mean image), higher is better"),
         ("deletion/mean_color", "deletion area above the fill alone (mean color), lower is better"),
         ("text_sanity", "text sanity, lower is better"),
+        ("text_sanity/words", "text sanity without punctuation, lower is better"),
     ],
 )
 def test_titles(tune: Tune, name: str, title: str) -> None:
@@ -667,7 +669,12 @@ def test_the_picture_shows_the_best_blocks_and_shape(tune: Tune, figure: list[Fi
         ({"objective": "ap50"}, "At a threshold, as iou/0.3: iou, acc50, ap50"),
         ({"objective": "top20_removal/gray"}, "There is no objective"),
         ({"objective": "top20_removal/"}, "There is no objective"),
-        ({"objective": "text_top20_removal/blur"}, "There is no objective"),
+        (
+            {"objective": "text_top20_removal/blur"},
+            "without punctuation as text_top20_removal/words",
+        ),
+        ({"objective": "text_top20_removal/"}, "There is no objective"),
+        ({"objective": "cnr/words"}, "There is no objective"),
         ({"tau": []}, "tau names no value"),
         ({"grad_layers": []}, "grad_layers names no value"),
         ({"lambda_s": [2.0, 0.5]}, "lambda_s must be at least 1"),

@@ -15,7 +15,15 @@ from torch import Tensor
 from matex_pl import __version__
 from matex_pl.arguments import check_choice
 from matex_pl.attribution import AttributionMethod
-from matex_pl.benchmark.evaluate import Values, chosen_threshold, image_values, sanity_check, tensors_below, text_values
+from matex_pl.benchmark.evaluate import (
+    CONTENTS,
+    Values,
+    chosen_threshold,
+    image_values,
+    sanity_check,
+    tensors_below,
+    text_values,
+)
 from matex_pl.benchmark.prepare import PreparedBatch, prepare_pairs
 from matex_pl.clip.model import Clip
 from matex_pl.data import ChestXrayDataModule, ImageTextPair
@@ -170,7 +178,7 @@ class BenchmarkRun:
         """Hash of everything that determines the values."""
         return fingerprint(
             {
-                "format": 4,
+                "format": 5,
                 "maps": store.key,
                 "pairs": [batch.keys for batch in [*self.batches, *self.validation]],
                 "phrases": [[batch.other, batch.swapped] for batch in self.batches],
@@ -196,7 +204,8 @@ class BenchmarkRun:
         tensors: dict[str, Tensor] = {}
         head: dict[str, Any] = {"seconds": self._time(method)}
         for modality, part in values.items():
-            part.add_sanity(stages[modality], len(self.pairs))
+            for suffix in CONTENTS if modality == "text" else [""]:
+                part.add_sanity(stages[modality + suffix], len(self.pairs), suffix)
             tensors |= {f"{modality}/{name}": tensor for name, tensor in part.tensors.items()}
             head[modality] = {"threshold": part.threshold, "stages": part.stages}
         return tensors, head

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,13 +15,14 @@ from torch import Tensor
 from matex_pl.attribution import AttributionMethod
 from matex_pl.benchmark.prepare import PreparedBatch
 from matex_pl.clip.model import Clip
+from matex_pl.clip.words import with_words
 from matex_pl.console import progress
 from matex_pl.evaluation.intervals import Detections, Sums, estimate
 from matex_pl.evaluation.pairs import model_inputs
 from matex_pl.evaluation.store import MapStore
 from matex_pl.evaluation.tensors import read_head, read_tensors, write_tensors
 from matex_pl.evaluation.values import IN_BOXES, map_correlation
-from matex_pl.maps import Attribution
+from matex_pl.maps import Attribution, Content
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.removal import (
     RULES,
@@ -28,13 +31,16 @@ from matex_pl.metrics.removal import (
     image_score,
     kept_pixels,
     patch_curve,
-    text_score,
+    text_scores,
 )
 from matex_pl.metrics.sanity import randomized
 from matex_pl.report.results import Score
 
 # The published fills (blur for insertion), and the mean image, which does not look like a finding on a radiograph.
 CONFIDENCE_FILLS = ("mean_color", "mean_image")
+# Suffix of the metrics of text, and the tokens that they count.
+CONTENTS: dict[str, Content] = {"": "tokens", "/words": "words"}
+_SIDES = ("image", "text", "text/words")
 CURVES = (("insertion", "blur"), ("insertion", "mean_image"), ("deletion", "mean_color"), ("deletion", "mean_image"))
 
 
@@ -108,13 +114,19 @@ def _map_values(
 
 
 def text_values(clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch]) -> Values:
-    """All metrics of the text maps except the sanity check."""
+    """All metrics of the text maps except the sanity check, over content tokens and over those of words."""
     scored = []
     for batch in pairs:
         maps, (_, tokens) = _read_maps(store, batch, clip), model_inputs(clip, batch.batch)
-        drop = {rule: dropped_tokens(maps.text, maps.content, rule) for rule in RULES}
-        left = {rule: text_score(clip, tokens, dropped, batch.image) for rule, dropped in drop.items()}
-        scored.append(confidence_values(batch.score, left) | {"mean_map_mass": F.text_mass(maps.text, maps.content)})
+        masks = {suffix: maps.content_mask(content) for suffix, content in CONTENTS.items()}
+        drops = [dropped_tokens(maps.text, mask, rule) for mask in masks.values() for rule in RULES]
+        left = text_scores(clip, tokens, torch.stack(drops), batch.image).unflatten(0, (len(masks), len(RULES)))
+        values = {}
+        for (suffix, mask), scores in zip(masks.items(), left, strict=True):
+            found = confidence_values(batch.score, dict(zip(RULES, scores, strict=True)))
+            found["mean_map_mass"] = F.text_mass(maps.text, mask)
+            values |= {name + suffix: value for name, value in found.items()}
+        scored.append(values)
     values = Values()
     values.add_sums(_joined_sums(scored))
     return values
@@ -124,7 +136,8 @@ def _read_maps(store: MapStore, batch: PreparedBatch, clip: Clip) -> Attribution
     """Maps of the pairs, on the model's device."""
     maps = store.read(batch.keys)
     fields = ("image", "grid", "text", "content", "score")
-    return Attribution(*(getattr(maps, name).to(clip.std.device) for name in fields))
+    moved = Attribution(*(getattr(maps, name).to(clip.std.device) for name in fields))
+    return with_words(moved, clip, clip.tokenize(batch.batch["phrase"]), batch.batch["phrase"])
 
 
 def _joined_sums(batches: Sequence[dict[str, Tensor]]) -> dict[str, Sums]:
@@ -155,7 +168,8 @@ def sanity_check(
         path: Cache file for these pairs, method and weights; each stage is added to it, and cached stages are skipped.
 
     Returns:
-        Correlations `(m,)` by stage, by `image` (over patches) and `text` (over content tokens).
+        Correlations `(m,)` by stage, by `image` (over patches), `text` (over content tokens) and `text/words` (over
+        those of words).
     """
     kept = {} if read_head(path) is None else read_tensors(path)[0]
     original = [_read_maps(store, batch, clip) for batch in pairs]
@@ -169,11 +183,12 @@ def sanity_check(
             images, tokens = model_inputs(shuffled, batch.batch)
             content_box = batch.batch["content_box"].to(images.device)
             maps.append(method.attribute(shuffled, images, tokens, batch.batch["phrase"], content_box))
-        for side in ("image", "text"):
-            correlations = [map_correlation(*both, side) for both in zip(maps, original, strict=True)]
-            kept[f"{name}/{side}"] = torch.cat(correlations).cpu()
+        for side in _SIDES:
+            modality, _, content = side.partition("/")
+            read = partial(map_correlation, side=modality, content=cast(Content, content or "tokens"))
+            kept[f"{name}/{side}"] = torch.cat(list(map(read, maps, original))).cpu()
         write_tensors(path, kept, {})
-    return {side: {name: kept[f"{name}/{side}"] for name in stages} for side in ("image", "text")}
+    return {side: {name: kept[f"{name}/{side}"] for name in stages} for side in _SIDES}
 
 
 @dataclass
@@ -212,18 +227,21 @@ class Values:
         """Add sums by metric."""
         self.tensors |= {f"sums/{name}": torch.stack([part.above, part.below]) for name, part in sums.items()}
 
-    def add_sanity(self, stages: Mapping[str, Tensor], number: int) -> None:
+    def add_sanity(self, stages: Mapping[str, Tensor], number: int, suffix: str = "") -> None:
         """Add the curve of the sanity check, and its mean over the stages as a metric of the checked pairs.
 
         Args:
             stages: Rank correlations `(m,)` by stage.
             number: Number n of pairs.
+            suffix: Suffix of the metric, one of `CONTENTS`; the curve is that without a suffix.
         """
-        self.stages = list(stages)
-        self.tensors["correlation"] = correlation = torch.stack(list(stages.values()))
+        correlation = torch.stack(list(stages.values()))
+        if not suffix:
+            self.stages = list(stages)
+            self.tensors["correlation"] = correlation
         mean = torch.full((number,), torch.nan)
         mean[: correlation.shape[1]] = correlation.nanmean(0)
-        self.add_sums({"sanity": Sums.of(mean)})
+        self.add_sums({f"sanity{suffix}": Sums.of(mean)})
 
     def scores(self, pairs: Tensor, drawn: Tensor) -> dict[str, Score]:
         """Every metric with its interval, by name.

@@ -11,39 +11,21 @@ from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from matex_pl.clip.model import Clip
 from matex_pl.clip.tokenizer import count_tokens, word_pieces
+from matex_pl.maps import Attribution, Word
 
 # A word in a string where `a` stands for each letter and `0` for each digit.
 _WORD = re.compile(r"[a0]+(?:(?:[-'\u2019\u2010\u2011]|(?<=0)[.,:/](?=0))[a0]+)*")
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of a phrase, and its share of the relevance.
-
-    Args:
-        text: The word as written in the phrase.
-        start: Place of its first character in the phrase.
-        end: Place after its last character.
-        share: Share of the phrase's relevance, in [0, 1].
-        cut: Whether the word lies, in part or whole, behind the tokens that the model reads.
-    """
-
-    text: str
-    start: int
-    end: int
-    share: float = 0.0
-    cut: bool = False
 
 
 def split_words(phrase: str) -> list[Word]:
     """Words of a phrase, without shares.
 
     A word is a run of letters, digits and combining marks. Hyphens and apostrophes inside of a word belong to the word
-    ("lower-lobe"), as do points, commas, colons and slashes between digits ("3.5", "1/2"). Other signs belong to no
+    ("lower-lobe"). Points, commas, colons and slashes between digits do too ("3.5", "1/2"). Other signs belong to no
     word: "and/or" is two words.
     """
     kinds = "".join({"L": "a", "M": "a", "N": "0"}.get(unicodedata.category(sign)[0], sign) for sign in phrase)
@@ -84,10 +66,10 @@ class TokenizedPhrase:
         return [replace(word, share=share / total) for word, share in zip(words, shares, strict=True)]
 
     @property
-    def word_tokens(self) -> list[bool]:
-        """T flags of the tokens that belong to a word: the content without punctuation."""
-        places = {place for place, _, _ in self._words[1]}
-        return [place in places for place in range(len(self.tokens))]
+    def token_words(self) -> list[int]:
+        """Index of the word of each of the T tokens, the last of several; -1 for punctuation and special tokens."""
+        owners = {place: word for place, _, word in self._words[1]}
+        return [owners.get(place, -1) for place in range(len(self.tokens))]
 
     @cached_property
     def _words(self) -> tuple[list[Word], list[tuple[int, float, int]]]:
@@ -100,10 +82,15 @@ class TokenizedPhrase:
         ]
         places, pieces = self._pieces()
         found = _align("".join(letter for letter, _ in letters), pieces)
+        owners = [Counter(letters[letter][1] for letter in linked) for linked in found]
         links = []
-        for group, linked in zip(places, found, strict=True):
-            owners = Counter(letters[letter][1] for letter in linked)
-            links += [(place, count / len(linked), word) for place in group for word, count in owners.items()]
+        for index, group in enumerate(places):
+            # A sign between two pieces of a word belongs to the word.
+            before, after = (next(filter(None, side), {}) for side in (reversed(owners[:index]), owners[index + 1 :]))
+            inner = {} if pieces[index] else dict.fromkeys(set(before) & set(after), 1)
+            shares = owners[index] or inner
+            total = sum(shares.values())
+            links += [(place, count / total, word) for place in group for word, count in shares.items()]
         if count_tokens(self.tokenizer, self.phrase) > len(self.tokens):
             read = max((letter for linked in found for letter in linked), default=-1)
             cut = {index for _, index in letters[read + 1 :]}
@@ -111,11 +98,14 @@ class TokenizedPhrase:
         return words, links
 
     def _pieces(self) -> tuple[list[list[int]], list[str]]:
-        """Content tokens, grouped so that each group holds whole characters, and the letters of each group."""
+        """Content tokens in groups that hold whole characters, and the letters of each group."""
         places = self.content.nonzero()[:, 0].tolist()
         texts = word_pieces(self.tokenizer, self.tokens.cpu()[places])
         groups, letters, open_group = [], [], []
         for place, text in zip(places, texts, strict=True):
+            if open_group and place > open_group[-1] + 1:
+                # An unknown token lies between.
+                open_group = []
             open_group.append(place)
             if text.strip():
                 groups.append(open_group)
@@ -131,10 +121,11 @@ def tokenized(tokenizer: Any, tokens: Tensor, content: Tensor, phrases: Sequence
     return [TokenizedPhrase(phrase, *row, tokenizer) for phrase, *row in rows]
 
 
-def word_tokens(tokenizer: Any, tokens: Tensor, content: Tensor, phrases: Sequence[str]) -> Tensor:
-    """Mask `(B, T)` of the tokens that belong to a word: the content tokens without punctuation."""
-    rows = [phrase.word_tokens for phrase in tokenized(tokenizer, tokens.cpu(), content.cpu(), phrases)]
-    return torch.tensor(rows, dtype=torch.bool).view_as(content).to(content.device)
+def with_words(maps: Attribution, clip: Clip, tokens: Tensor, phrases: Sequence[str]) -> Attribution:
+    """Maps that hold their phrases, for maps from files and from methods that leave the phrases out."""
+    if len(maps.phrases) == len(phrases):
+        return maps
+    return replace(maps, phrases=tokenized(clip.tokenizer, tokens, maps.content, phrases))
 
 
 def _letters(text: str) -> str:

@@ -10,12 +10,20 @@ from torchmetrics import Metric
 from matex_pl import metrics as M
 from matex_pl.report.results import Metric as Column
 
-FILL_NAMES = {"mean_color": "mean color", "mean_image": "mean image", "blur": "blurred image"}
-# Fills by group, in the order of the tables; the empty fill is for the words.
+# Fills of pixels, and `words` for the metrics of text without punctuation.
+FILL_NAMES = {
+    "words": "without punctuation",
+    "mean_color": "mean color",
+    "mean_image": "mean image",
+    "blur": "blurred image",
+}
+# Fills by group, in the order of the tables; the empty fill is for the content tokens of text.
 _FILLS = {
-    "paper": ("", "mean_color", "mean_image"),
-    "confidence": ("", "mean_color", "mean_image"),
+    "paper": ("", "words", "mean_color", "mean_image"),
+    "confidence": ("", "words", "mean_color", "mean_image"),
     "curves": ("blur", "mean_color", "mean_image"),
+    "sanity": ("", "words"),
+    "mass": ("", "words"),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from matex_pl.maps import Attribution
+from matex_pl.maps import Attribution, Content
 from matex_pl.metrics import functional as F
 
 IN_BOXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -19,8 +19,8 @@ IN_BOXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """By metric: function of maps and masks of boxes, `(B, H, W)` each."""
 
 
-def map_correlation(maps: Attribution, reference: Attribution, side: str) -> Tensor:
-    """Rank correlation of each map with its reference, over patches (`image`) or content tokens (`text`); `(B,)`."""
+def map_correlation(maps: Attribution, reference: Attribution, side: str, content: Content = "tokens") -> Tensor:
+    """Rank correlation of each map with its reference, `(B,)`, over patches (`image`) or `content` (`text`)."""
     if side == "text":
-        return F.spearman(maps.text, reference.text, reference.content)
+        return F.spearman(maps.text, reference.text, reference.content_mask(content))
     return F.spearman(maps.grid.flatten(1), reference.grid.flatten(1))

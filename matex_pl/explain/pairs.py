@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.clip.model import Clip
-from matex_pl.clip.words import Word, tokenized
+from matex_pl.clip.words import with_words
 from matex_pl.console import progress
 from matex_pl.data.images import GrayImage, ResizeMode, read_image
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, collate
@@ -104,7 +103,7 @@ def draw_panels(
     stacked: bool = False,
 ) -> list[Picture]:
     """One panel per pair of the batch, `(h, width, 3)` uint8 each, from computed maps; see `explain_batch`."""
-    words = _words(clip, maps, batch, tokens)
+    words = with_words(maps, clip, tokens, batch["phrase"]).words
     return [
         panel(
             heat=maps.image[row].float().cpu().numpy(),
@@ -141,7 +140,8 @@ def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch
             entries.append(Entry(name, None, None, str(error)))
             errors.append(error)
             continue
-        words = _words(_clip_of(module), maps, batch, tokens)[0] if method.supports_text else None
+        worded = with_words(maps, _clip_of(module), tokens, batch["phrase"])
+        words = worded.words[0] if method.supports_text else None
         entries.append(Entry(name, maps.image[0].float().cpu().numpy(), words, getattr(method, "target", "")))
     if len(errors) == len(entries):
         raise errors[0]
@@ -158,12 +158,6 @@ def attribute_batch(module: Any, method: AttributionMethod, batch: ImageTextBatc
 
 def _clip_of(module: Any) -> Clip:
     return getattr(module, "clip", module)
-
-
-def _words(clip: Clip, maps: Attribution, batch: ImageTextBatch, tokens: Tensor) -> list[list[Word]]:
-    """Words of each phrase with their shares, also of maps that were read from files."""
-    phrases = maps.phrases or tokenized(clip.tokenizer, tokens, maps.content, batch["phrase"])
-    return replace(maps, phrases=phrases).words
 
 
 def _pair(batch: ImageTextBatch, row: int, *, show_finding: bool = True) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def dropped_tokens(text_map: Tensor, content: Tensor, rule: str) -> Tensor:
 
     Args:
         text_map: `(B, T)` text maps.
-        content: `(B, T)` bool mask of the content tokens.
+        content: `(B, T)` bool mask of the tokens that count, of `Attribution.content_mask`.
         rule: `map` (content tokens not above their median), `half` (all but the higher half of the content tokens) or
             `rest` (the highest fifth, at least one).
     """
@@ -90,6 +90,15 @@ def text_score(clip: Clip, tokens: Tensor, drop: Tensor, image: Tensor) -> Tenso
     """
     with borrowed(clip):
         return _cosine(clip.encode_text(drop_tokens(tokens, drop, clip.pad_id)), image)
+
+
+def text_scores(clip: Clip, tokens: Tensor, drops: Tensor, image: Tensor) -> Tensor:
+    """`text_score` under S masks `(S, B, T)`, `(S, B)`; each distinct remainder of a phrase is encoded once."""
+    dropped = drop_tokens(tokens, drops, clip.pad_id)
+    rows, places = dropped.flatten(0, 1).unique(dim=0, return_inverse=True)
+    with borrowed(clip):
+        encoded = torch.cat([clip.encode_text(chunk) for chunk in rows.split(len(tokens))])
+        return _cosine(encoded[places].unflatten(0, drops.shape[:2]), image)
 
 
 def end_scores(clip: Clip, images: Tensor, fill: str, text: Tensor) -> tuple[Tensor, Tensor]:

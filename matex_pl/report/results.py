@@ -106,7 +106,7 @@ class Metric(Record):
     group: str = ""
     higher_is_better: bool | None = None
     description: str = ""
-    # Replacement of removed pixels.
+    # Replacement of removed pixels, or the tokens of a phrase that count.
     fill: str = ""
     # Whether values are percent of pairs or percentage points of cosine.
     percent: bool = False

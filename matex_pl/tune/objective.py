@@ -18,7 +18,7 @@ from matex_pl.evaluation.columns import METRICS
 from matex_pl.evaluation.intervals import Detections
 from matex_pl.evaluation.pairs import embed_pairs, model_inputs, other_phrases_of, swapped_phrases, with_phrases
 from matex_pl.evaluation.values import IN_BOXES, map_correlation
-from matex_pl.maps import Attribution, patch_mean
+from matex_pl.maps import Attribution, Content, patch_mean
 from matex_pl.metrics import functional as F
 from matex_pl.metrics import removal
 from matex_pl.metrics.sanity import randomized
@@ -32,6 +32,7 @@ PLAIN = (
 )
 FILLED = (*removal.CONFIDENCE, *removal.KINDS)
 TEXT = tuple(f"text_{metric}" for metric in ("mean_map_mass", "sanity", *removal.CONFIDENCE))
+WORDS = "words"
 TITLES = {"insertion": "insertion gain", "deletion": "deletion area above the fill alone"}
 
 
@@ -81,6 +82,7 @@ class Objective:
         side: Scored map: `image` or `text`.
         threshold: Threshold of the maps, for a metric at a threshold.
         fill: Replacement of removed pixels; empty if no pixels are removed.
+        content: Tokens of a phrase that count.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Objective:
     side: str = "image"
     threshold: float = 0.0
     fill: str = ""
+    content: Content = "tokens"
 
     @property
     def needs_boxes(self) -> bool:
@@ -110,6 +113,7 @@ class Objective:
         kind, _, detail = self.name.partition("/")
         words = TITLES.get(kind, kind.replace("_", " "))
         words += f" above {detail}" * (kind in AT_THRESHOLD) + f" ({self.fill.replace('_', ' ')})" * bool(self.fill)
+        words += " without punctuation" * (self.content == WORDS)
         return f"{words}, {'higher' if self.sign > 0 else 'lower'} is better"
 
     def references(
@@ -145,7 +149,9 @@ class Objective:
             return self._removal(pairs, maps)
         size, content_box = (maps.image.shape[1], maps.image.shape[2]), pairs.batch["content_box"]
         if self.metric == "mean_map_mass":
-            return F.text_mass(maps.text, maps.content) if self.side == "text" else maps.image.flatten(1).mean(1)
+            if self.side == "text":
+                return F.text_mass(maps.text, maps.content_mask(self.content))
+            return maps.image.flatten(1).mean(1)
         if self.metric == "border_mass":
             return F.outside_mass(maps.image, ~F.border_mask(size, content_box))
         if self.metric == "outside_thorax_mass":
@@ -159,7 +165,8 @@ class Objective:
             same = torch.tensor([phrase == other for phrase, other in phrases], device=maps.grid.device)
             return map_correlation(maps, references[0], "image").masked_fill(same, torch.nan)
         # Mean of the sanity check over the stages.
-        return torch.stack([map_correlation(shuffled, maps, self.side) for shuffled in references]).nanmean(0)
+        correlations = [map_correlation(shuffled, maps, self.side, self.content) for shuffled in references]
+        return torch.stack(correlations).nanmean(0)
 
     def _in_boxes(self, pairs: PairBatch, attribution: Attribution) -> Tensor | Detections:
         maps, boxes = attribution.image, pairs.batch["boxes"]
@@ -182,7 +189,7 @@ class Objective:
             return F.curve_area(scores, *F.curve_ends(scores, self.metric), shares)[0]
         rule, change = removal.CONFIDENCE[self.metric]
         if self.side == "text":
-            drop = removal.dropped_tokens(maps.text, maps.content, rule)
+            drop = removal.dropped_tokens(maps.text, maps.content_mask(self.content), rule)
             left = removal.text_score(pairs.clip, tokens, drop, image)
         else:
             left = removal.image_score(pairs.clip, images, removal.kept_pixels(maps.image, rule), self.fill, text)
@@ -198,8 +205,8 @@ def find_objective(name: str) -> Objective:
     metric, _, detail = name.partition("/")
     if name in PLAIN:
         return Objective(name, name)
-    if name in TEXT:
-        return Objective(name, name.removeprefix("text_"), side="text")
+    if name in TEXT or (metric in TEXT and detail == WORDS):
+        return Objective(name, metric.removeprefix("text_"), side="text", content="words" if detail else "tokens")
     if metric in AT_THRESHOLD and _is_threshold(detail):
         return Objective(name, metric, threshold=float(detail))
     if metric in FILLED and (name == metric or detail in FILLS):
@@ -207,7 +214,8 @@ def find_objective(name: str) -> Objective:
     raise ValueError(
         f"There is no objective {name!r}. Use one of the following. Without an addition: {', '.join(PLAIN)}. "
         f"At a threshold, as iou/0.3: {', '.join(AT_THRESHOLD)}. With an optional fill ({', '.join(FILLS)}), as "
-        f"top20_removal/blur: {', '.join(FILLED)}. For the words: {', '.join(TEXT)}."
+        f"top20_removal/blur: {', '.join(FILLED)}. For the words: {', '.join(TEXT)}, without punctuation as "
+        f"text_top20_removal/{WORDS}."
     )
 
 

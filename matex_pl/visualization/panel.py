@@ -30,7 +30,7 @@ from matex_pl.visualization.draw import (
 from matex_pl.visualization.words import Piece, check_words, phrase_lines, phrase_pieces, shades, write_phrase
 
 if TYPE_CHECKING:
-    from matex_pl.clip.words import Word
+    from matex_pl.maps import Word
 
 TEXT_LINES = 3
 # TensorBoard shows pictures at 350 pixels. There, the smallest text of a panel of this width has 11 pixels.

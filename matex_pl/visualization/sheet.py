@@ -35,7 +35,7 @@ from matex_pl.visualization.draw import (
 from matex_pl.visualization.words import Piece, check_words, phrase_lines, phrase_pieces, wrap, write_phrase
 
 if TYPE_CHECKING:
-    from matex_pl.clip.words import Word
+    from matex_pl.maps import Word
 
 SHEET_WIDTH, COLUMNS, TEXT_LINES = 1920, 6, 3
 # Widths in design units: a sheet looks the same at every width.

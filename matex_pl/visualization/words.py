@@ -25,7 +25,7 @@ from matex_pl.visualization.draw import (
 
 # Pictures do not need torch.
 if TYPE_CHECKING:
-    from matex_pl.clip.words import Word
+    from matex_pl.maps import Word
 
 
 @dataclass(frozen=True)
