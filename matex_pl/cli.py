@@ -24,6 +24,8 @@ DESCRIPTION = """Fine-tune CLIP on chest radiographs and see in TensorBoard wher
   matex explain image.png "Left lower lobe consolidation." --ckpt_path runs/phantom/checkpoints/last.ckpt
                                                           draw the maps of one image and one phrase; --method m2ib
                                                           selects another method, --method all draws all of them
+  matex explain image.png --report report.txt --ckpt_path runs/phantom/checkpoints/last.ckpt --out explained
+                                                          write a page with the map of each sentence of a report
   matex prior "Left lower lobe consolidation." --out prior.png
                                                           print how a phrase is parsed, and draw its prior M
   matex benchmark --config phantom.yaml --ckpt_path runs/phantom/checkpoints/last.ckpt --out results
@@ -49,7 +51,7 @@ TRAINING = {
     "predict": "Write the cosine of each pair to a CSV file.",
 }
 COMMANDS = {
-    "explain": "Draw the maps of one image and one phrase.",
+    "explain": "Draw the maps of one image and a phrase or report.",
     "prior": "Print how a phrase is parsed, and draw its prior M.",
     "benchmark": "Compare attribution methods by all metrics.",
     "tune": "Search for MATEX's weights on the validation images.",

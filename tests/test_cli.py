@@ -490,7 +490,7 @@ def test_options_change_the_data_of_a_config(here, option, capsys):
         (["fit", "--data.root=x", "--config=phantom.yaml"], "--data.root comes before the data module"),
         (["tune", "--config=phantom.yaml", "--out=x"], "required: --ckpt_path"),
         (["benchmark", "--config=none.yaml", "--ckpt_path=x", "--out=x"], "Config 'none.yaml' is neither a file"),
-        (["explain", "image.png"], "required: phrase"),
+        (["explain", "image.png"], "No phrase given"),
         (["roar", "walk"], "invalid choice: 'walk'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""DICOM images as viewers display them. No other module imports pydicom."""
+"""DICOM images as viewers display them. Only this module reads pixels with pydicom."""
 
 from __future__ import annotations
 
@@ -55,6 +55,66 @@ def read_dicom_size(path: Path) -> tuple[int, int]:
     """Height and width, from the header."""
     header = _header(path, stop_before_pixels=True)
     return int(header.Rows), int(header.Columns)
+
+
+def read_header(path: Path) -> Dataset:
+    """The elements of a file with an image, without its pixels. `NumberOfFrames` is always there.
+
+    Raises:
+        ImportError: pydicom is not installed.
+        RefusedImageError: The file has no pixels, or too many.
+    """
+    return _header(path, stop_before_pixels=True)
+
+
+@dataclass(frozen=True)
+class Display:
+    """The steps from the stored values of a gray image to its levels, as `read_dicom` takes them.
+
+    Args:
+        slope: Slope of the rescale, without a modality table.
+        intercept: Intercept of the rescale.
+        modality_table: Item of the modality table; None if there is none.
+        center: Center of the window. Without a table or window, a window over the range of the values.
+        width: Width of the window.
+        function: Function of the window: `LINEAR`, `LINEAR_EXACT` or `SIGMOID`.
+        voi_table: Item of the VOI table, which replaces the window; None if there is none.
+        is_inverted: Whether low values are bright.
+    """
+
+    slope: float
+    intercept: float
+    modality_table: Dataset | None
+    center: float
+    width: float
+    function: str
+    voi_table: Dataset | None
+    is_inverted: bool
+
+
+def read_display(path: Path) -> Display:
+    """How `read_dicom` shows a gray image; the errors are the same."""
+    header = _header(path)
+    group = _group(header, "PixelValueTransformationSequence", "RescaleSlope")
+    modality = _first(group, "ModalityLUTSequence")
+    window_group = _group(header, "FrameVOILUTSequence", "WindowCenter")
+    voi = _first(window_group, "VOILUTSequence")
+    window = _window_of(window_group)
+    if window is None:
+        _, low, high = _range(header, _frame(path, header))
+        # The function LINEAR begins and ends at whole values.
+        window = "LINEAR", (low + high + 1) / 2, high - low + 1
+    function, center, width = window
+    return Display(
+        slope=_number(group, "RescaleSlope") or 1.0,
+        intercept=_number(group, "RescaleIntercept") or 0.0,
+        modality_table=modality if _is_table(modality) else None,
+        center=center,
+        width=width,
+        function=function,
+        voi_table=voi if _is_table(voi) else None,
+        is_inverted=_is_inverted(header),
+    )
 
 
 def read_view(path: Path) -> tuple[str, list[str]]:
@@ -257,22 +317,35 @@ def _decoded(path: Path, header: Dataset, syntax: UID) -> tuple[np.ndarray, str,
 
 def _tone(path: Path, header: Dataset, frame: _Frame) -> Values:
     """Function from pixels to shares of white."""
-    parts, is_padding = frame.parts(), _padding(header, frame)
-    rescale = _rescale(header, max((frame.stored(part).max() for part in parts), default=0.0))
-    ends: list[float] = []
-    for part in parts:
-        values = rescale(frame.stored(part[~is_padding(part)]))
-        ends += [float(values.min()), float(values.max())] if len(values) else []
-    shown = _of_interest(path, header, *(min(ends), max(ends)) if ends else (0.0, 0.0))
-    # By the shape of the presentation table, or else by the colors.
-    shape = header.get("PresentationLUTShape")
-    inverted = shape == "INVERSE" if shape in ("IDENTITY", "INVERSE") else frame.colors == _GRAY[0]
+    is_padding = _padding(header, frame)
+    rescale, low, high = _range(header, frame)
+    shown = _of_interest(path, header, low, high)
+    inverted = _is_inverted(header)
 
     def tone(raw: np.ndarray) -> np.ndarray:
         levels = shown(rescale(frame.stored(raw))).clip(0, 1)
         return np.where(is_padding(raw), 0.0, 1 - levels if inverted else levels)
 
     return tone
+
+
+def _is_inverted(header: Dataset) -> bool:
+    """Whether low values are bright: by the shape of the presentation table, or else by the colors."""
+    shape = header.get("PresentationLUTShape")
+    if shape in ("IDENTITY", "INVERSE"):
+        return bool(shape == "INVERSE")
+    return str(header.get("PhotometricInterpretation")) == _GRAY[0]
+
+
+def _range(header: Dataset, frame: _Frame) -> tuple[Values, float, float]:
+    """Function from stored values to modality values, and the lowest and highest of these, without padding."""
+    parts, is_padding = frame.parts(), _padding(header, frame)
+    rescale = _rescale(header, max((frame.stored(part).max() for part in parts), default=0.0))
+    ends: list[float] = []
+    for part in parts:
+        values = rescale(frame.stored(part[~is_padding(part)]))
+        ends += [float(values.min()), float(values.max())] if len(values) else []
+    return rescale, *((min(ends), max(ends)) if ends else (0.0, 0.0))
 
 
 def _padding(header: Dataset, frame: _Frame) -> Values:
@@ -311,17 +384,26 @@ def _of_interest(path: Path, header: Dataset, low: float, high: float) -> Values
         # Over the bits that the entries need: the declared bits are often wrong, and viewers do not rely on them.
         most = 2 ** int(table(np.arange(-(2**15), 2**16)).max()).bit_length() - 1
         return lambda values: table(values) / max(most, 1)
+    window = _window_of(group)
+    if window is not None:
+        return _window(*window)
     center, width = _number(group, "WindowCenter"), _number(group, "WindowWidth")
-    function = str(_first(group, "VOILUTFunction") or "LINEAR").upper()
-    least = 1 if function == "LINEAR" else 1e-12
     if center is not None and width is not None:
-        if width >= least:
-            return _window(function, center, width)
         warnings.warn(
             f"{path} has a window of width {width:g}, which is too small. All of its values are shown instead.",
             stacklevel=2,
         )
     return lambda values: (values - low) / (high - low if high > low else 1.0)
+
+
+def _window_of(group: Any) -> tuple[str, float, float] | None:
+    """Function, center and width of the first window; None without a usable one."""
+    center, width = _number(group, "WindowCenter"), _number(group, "WindowWidth")
+    function = str(_first(group, "VOILUTFunction") or "LINEAR").upper()
+    least = 1 if function == "LINEAR" else 1e-12
+    if center is None or width is None or width < least:
+        return None
+    return function, center, width
 
 
 def _window(function: str, center: float, width: float) -> Values:
@@ -334,9 +416,14 @@ def _window(function: str, center: float, width: float) -> Values:
     return lambda values: (values - (center - 0.5)) / max(width - 1, 1e-12) + 0.5
 
 
+def _is_table(item: Dataset | None) -> bool:
+    """Whether an item holds a table that is not empty."""
+    return item is not None and bool(item.get("LUTDescriptor")) and item.get("LUTData") not in (None, b"", [])
+
+
 def _table(item: Dataset | None, header: Dataset, highest: float) -> Values | None:
     """Function by a table of a header; None if it is missing or empty. `highest` is the highest of its inputs."""
-    if item is None or not item.get("LUTDescriptor") or item.get("LUTData") in (None, b"", []):
+    if item is None or not _is_table(item):
         return None
     first, entries = _entries(item.LUTDescriptor, item.LUTData, header)
     # The number may have an unsigned type although it is below 0. No input would reach the table.

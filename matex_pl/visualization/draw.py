@@ -5,6 +5,7 @@ All colors are RGB. Lengths in a layout are in design units: the pixels of a pan
 
 from __future__ import annotations
 
+import io
 import os
 import unicodedata
 from bisect import bisect_left
@@ -77,6 +78,16 @@ def _color_table() -> NDArray[np.float32]:
     """Color map as `(256, 3)` float32 RGB in [0, 255]."""
     ramp = np.arange(256, dtype=np.uint8)[:, None]
     return cv2.applyColorMap(ramp, COLORMAP)[:, 0, ::-1].astype(np.float32)
+
+
+def heat_png(heat: NDArray[np.float32]) -> bytes:
+    """Map `(h, w)` in [0, 1] as a transparent PNG file. Over an image, it looks like `overlay`."""
+    picture = Image.fromarray(np.rint(heat.clip(0, 1) * 255).astype(np.uint8))
+    picture.putpalette(np.rint(_color_table()).astype(np.uint8).tobytes())
+    opacity = bytes(round(MAX_OPACITY * level) for level in range(256))
+    file = io.BytesIO()
+    picture.save(file, "PNG", transparency=opacity)
+    return file.getvalue()
 
 
 def on_background(values: NDArray[np.float32]) -> Picture:

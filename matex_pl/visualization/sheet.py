@@ -1,4 +1,4 @@
-"""Contact sheet of many methods on one pair: the image, then a tile per method with its map and its words."""
+"""Contact sheet of many methods or many phrases on one image: the image, then a tile with map and words for each."""
 
 from __future__ import annotations
 
@@ -47,19 +47,21 @@ LEGEND = "map and words on one scale, cross at the maximum of each map"
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """Result of one method on the pair.
+    """Result of one method on the pair, or of one phrase.
 
     Args:
-        name: Name of the method; a long name is written smaller, then cut.
+        name: Name of the method or phrase; a long name is written smaller, then cut.
         heat: `(H, W)` map in [0, 1], in the image's frame; None if the method has none.
         words: Words of the phrase with their shares, from `Attribution.words`; None if the method has no word map.
         note: A few words below the name, e.g. "13 forwards". Without a map, the reason, shown in the tile.
+        phrase: Phrase of `words`, by default that of the sheet.
     """
 
     name: str
     heat: ArrayLike | None
     words: Sequence[Word] | None
     note: str = ""
+    phrase: str | None = None
 
 
 def contact_sheet(
@@ -68,7 +70,7 @@ def contact_sheet(
     boxes: ArrayLike,
     phrase: str,
     entries: Sequence[Entry],
-    score: float,
+    score: float | None = None,
     title: str = "",
     subtitle: str = "",
     columns: int = COLUMNS,
@@ -76,7 +78,7 @@ def contact_sheet(
     text_lines: int = TEXT_LINES,
     side_markers: bool = True,
 ) -> Picture:
-    """Many methods on one pair as a picture `(h, width, 3)` uint8.
+    """Many methods on one pair, or many phrases on one image, as a picture `(h, width, 3)` uint8.
 
     h depends on `width`, `columns`, `text_lines`, the number of entries and the image's aspect alone. The first tile is
     the image with its boxes; the others are the entries. An entry shows the map over the image, the boxes and a cross
@@ -88,7 +90,7 @@ def contact_sheet(
         boxes: `(K, 4)` boxes `x0, y0, x1, y1` in [0, 1] of the frame, as for `panel`.
         phrase: Phrase in the user's spelling; repeated below the subtitle, where a long one has more room.
         entries: Results of the methods, at least one.
-        score: Cosine of image and phrase.
+        score: Cosine of image and phrase; None for several phrases.
         title: First line, e.g. finding and pair.
         subtitle: Second line, e.g. the model.
         columns: Maximum number of tiles per row.
@@ -108,8 +110,9 @@ def contact_sheet(
     for entry in entries:
         pieces = None
         if entry.words is not None:
-            check_words(entry.words, phrase, name=f"words of {entry.name!r}")
-            pieces = phrase_pieces(phrase, entry.words)
+            own = phrase if entry.phrase is None else entry.phrase
+            check_words(entry.words, own, name=f"words of {entry.name!r}")
+            pieces = phrase_pieces(own, entry.words)
         if entry.heat is None:
             picture, note = _empty_tile(page, entry.note), ""
         else:
@@ -203,7 +206,9 @@ def _write_fitting(draw: ImageDraw.ImageDraw, page: _Sheet, left_base: tuple[int
     write(draw, left_base, text, INK, size, room)
 
 
-def _compose(page: _Sheet, cells: Sequence[Picture], phrase: str, title: str, subtitle: str, score: float) -> Picture:
+def _compose(
+    page: _Sheet, cells: Sequence[Picture], phrase: str, title: str, subtitle: str, score: float | None
+) -> Picture:
     """Sheet of the cells row by row below the header, with the color bar at the bottom."""
     grid, grid_top = picture_grid(cells, columns=page.columns, gap=page.margin), page.px(120) - page.margin
     bar_top, length, height = grid_top + grid.shape[0] + page.px(6), page.px(TILE), page.px(14)

@@ -1,0 +1,1 @@
+"""Maps as files for other programs: DICOM objects for viewers, and arrays."""
