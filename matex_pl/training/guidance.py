@@ -32,7 +32,7 @@ class Guidance:
     A pair without a target adds nothing.
 
     Args:
-        weight: Weight of the guidance beside the contrastive loss of 1.
+        weight: Weight of the guidance; the contrastive loss has 1.
         boxes: Weight of pairs with boxes, whose target is the boxes.
         regions: Weight of pairs without boxes, whose target is the regions that the phrase names.
         anatomy: Weight of pairs with masks of lungs, whose target is lungs and heart.
@@ -88,7 +88,7 @@ class Followed(NamedTuple):
         return replace(pooling, length=self.kept[0].shape[1]) if self.kept else pooling
 
     def kept_targets(self, target: Tensor, has: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets `(B, N)` at the kept patches, and the samples `(B,)` bool of which a part of the target is kept."""
+        """Targets `(B, N)` at the kept patches, and the samples `(B,)` bool with a kept part of their target."""
         if not self.kept:
             return target, has
         target = target.gather(1, self.kept[0].to(target.device))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 GuidanceLoss = Literal["energy", "l1", "outside"]
-_LEAST = 1e-6
+# Mean of a map that is added inside and outside, relative to a flat map: it bounds the loss and its gradient.
+_FLOOR = 0.05
 
 
 def share_inside(heat: Tensor, target: Tensor) -> Tensor:
@@ -19,13 +20,15 @@ def share_inside(heat: Tensor, target: Tensor) -> Tensor:
 def energy_loss(heat: Tensor, target: Tensor) -> Tensor:
     """`-log(d_in / (d_in + d_out))` of the map's mean inside and outside the target, `(B,)`; `log 2` for a flat map.
 
+    5 % of the mean of a flat map are added to both means: a map without a part inside has a finite loss.
+
     The energy loss of Rao et al. (2023), `-log` of the share inside, favors large boxes: means do not.
     """
     inside = share_inside(heat, target)
     area = target.mean(1)
-    dense_in = inside / area.clamp(min=_LEAST)
-    dense_out = share_inside(heat, 1 - target) / (1 - area).clamp(min=_LEAST)
-    return -torch.log((dense_in + _LEAST) / (dense_in + dense_out + 2 * _LEAST))
+    dense_in = inside / _or_one(area)
+    dense_out = share_inside(heat, 1 - target) / _or_one(1 - area)
+    return -torch.log((dense_in + _FLOOR) / (dense_in + dense_out + 2 * _FLOOR))
 
 
 def l1_loss(heat: Tensor, target: Tensor) -> Tensor:
