@@ -75,13 +75,16 @@ def test_training_is_that_of_one_process_with_both_batches(found: Path) -> None:
     _assert_close(two, one)
 
 
-def test_adapters_and_the_sigmoid_loss_train_as_in_one_process(found: Path) -> None:
+def test_adapters_guidance_and_the_sigmoid_loss_train_as_in_one_process(found: Path) -> None:
     losses = [_json(found / f"options{count}.losses") for count in (1, 2)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-9)
     one, two = (_kept(found / f"options{count}.pt") for count in (1, 2))
     assert any(".lora_B." in name and value.abs().max() > 0 for name, value in one["weights"].items())
     _assert_close(two["weights"], one["weights"])
     assert two["scores"]["val/loss"] == pytest.approx(one["scores"]["val/loss"], abs=1e-6)
+    for name in ("guidance_loss", "energy_in_box"):
+        assert one["scores"][f"train/{name}"] > 0
+    assert two["scores"]["train/energy_in_box"] == pytest.approx(one["scores"]["train/energy_in_box"], abs=1e-6)
 
 
 def _assert_close(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:

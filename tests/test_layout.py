@@ -11,7 +11,7 @@ import matex_pl
 
 PACKAGE = Path(matex_pl.__file__).parent
 # Each imports only from its left; leaves may be used by all and import only leaves.
-ORDER = ["data", "anatomy", "clip", "training", "attribution", "metrics", "viewer", "explain", "evaluation"]
+ORDER = ["data", "anatomy", "clip", "attribution", "training", "metrics", "viewer", "explain", "evaluation"]
 ORDER += ["benchmark", "tune", "roar", "commands", "callbacks", "cli"]
 # Each of the three experiments stands on `evaluation` alone.
 EXPERIMENTS = {"benchmark", "tune", "roar"}

@@ -40,6 +40,7 @@ from matex_pl.evaluation import tensors as tensor_files
 from matex_pl.maps import Attribution
 from matex_pl.roar.plan import Protocol, Training
 from matex_pl.training.distributed import gather_rows
+from matex_pl.training.guidance import Guidance
 from matex_pl.training.lora import Lora
 from matex_pl.training.loss import contrastive_loss, gathered_loss, same_phrase, sigmoid_loss
 
@@ -57,11 +58,13 @@ def model(patch_dropout: float = 0.0) -> ClipModule:
 
 
 def biased_model() -> ClipModule:
-    """The sigmoid loss with adapters and gradient checkpointing."""
+    """The sigmoid loss with adapters, gradient checkpointing and guidance."""
     torch.manual_seed(0)
     vision = {**TINY["vision_cfg"], "patch_dropout": 0.0}
     config = {**TINY, "vision_cfg": vision, "init_logit_bias": -10.0, "init_logit_scale": 2.3}
-    return ClipModule(json.dumps(config), lr=1e-2, warmup_steps=1, lora=Lora(r=2), grad_checkpointing=True)
+    guidance = Guidance(regions=0.5, warmup_steps=3)
+    options: dict[str, Any] = {"lora": Lora(r=2), "grad_checkpointing": True, "guidance": guidance}
+    return ClipModule(json.dumps(config), lr=1e-2, warmup_steps=1, **options)
 
 
 def images(folder: Path, batch_size: int) -> PhantomDataModule:
@@ -146,7 +149,7 @@ def fit(rank: int, folder: Path, processes: int) -> None:
 
 
 def options(rank: int, folder: Path, processes: int) -> None:
-    """One epoch of the sigmoid loss with adapters and gradient checkpointing."""
+    """One epoch of the sigmoid loss with adapters, gradient checkpointing and guidance."""
     module = biased_model()
     losses = TrainLosses(folder / f"options{processes}.losses")
     run = trainer(folder, processes, losses, max_epochs=1, limit_val_batches=1)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -38,6 +39,7 @@ from matex_pl.training.description import describe_training
 from matex_pl.training.distributed import check_strategy, fingerprints, gather_rows, process_count
 from matex_pl.training.freeze import Freeze, freeze_parameters
 from matex_pl.training.grad_checkpointing import checkpoint_gradients
+from matex_pl.training.guidance import Guidance, Guide, guidance_of
 from matex_pl.training.lora import SIDES, Lora, add_lora
 from matex_pl.training.loss import EqualPhrases, Loss, gathered_loss, phrase_keys, whole_loss
 from matex_pl.training.scores import ImageTextRecall, ZeroShot
@@ -89,6 +91,9 @@ class ClipModule(LightningModule):
             trained as well.
         grad_checkpointing: Whether the trained towers recompute the activations of their blocks in the backward pass.
             Training takes less memory and more time.
+        guidance: A loss on the image map of each pair, by boxes, by named regions or by the anatomy of the image; see
+            `Guidance`. Training then logs `train/guidance_loss`, `train/energy_in_box`, the share of the map inside
+            the boxes, and `train/guided_share`, the share of pairs with a target. By default there is none.
     """
 
     clip: Clip
@@ -116,6 +121,7 @@ class ClipModule(LightningModule):
         loss: Loss | None = None,
         lora: Lora | None = None,
         grad_checkpointing: bool = False,
+        guidance: Guidance | None = None,
     ) -> None:
         super().__init__()
         check_choices(ClipModule.__init__, locals())
@@ -137,6 +143,7 @@ class ClipModule(LightningModule):
         # A checkpoint holds the settings of the adapters in plain types.
         adapters = Lora(**lora) if isinstance(lora, Mapping) else lora
         lora = cast(Any, adapters and asdict(adapters))
+        guidance = cast(Any, guidance and asdict(cast(Guidance, guidance_of(guidance))))
         self.save_hyperparameters()
         self.clip = load_clip(name, pretrained, image_size)
         loss = self._checked_loss(loss, name)
@@ -165,6 +172,7 @@ class ClipModule(LightningModule):
             self.add_adapters(adapters)
         if grad_checkpointing:
             checkpoint_gradients(self.clip.model, [side for side in SIDES if side not in self._frozen])
+        self.guide: Guide | None = None
         # Lightning keeps the current mode, and `load_clip` returns a model in eval mode.
         self.train()
 
@@ -247,6 +255,8 @@ class ClipModule(LightningModule):
                         part.mean_image.copy_(self.clip.mean_image)
         if stage == "fit":
             self._model_files = model_files(self.clip)
+            settings = guidance_of(self.hparams["guidance"])
+            self.guide = Guide(settings, self.clip) if settings is not None else None
         for split in STAGES[stage] if hasattr(data, "pairs") and self.trainer.is_global_zero else ():
             self._report_cut_phrases(split, data.pairs[split])
 
@@ -276,7 +286,8 @@ class ClipModule(LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Contrastive loss of a batch."""
-        image, text = self(batch)
+        with self.guide.following() if self.guide else nullcontext() as followed:
+            image, text = self(batch)
         loss = gathered_loss(
             image,
             text,
@@ -287,6 +298,11 @@ class ClipModule(LightningModule):
             equal_phrases=self.hparams["equal_phrases"],
             logit_bias=self._bias,
         )
+        if self.guide is not None:
+            added, scalars = self.guide(batch, cast(Any, followed), image, text, self.global_step)
+            loss = loss + added
+            for name, value in scalars.items():
+                self.log(f"train/{name}", value, batch_size=len(batch["id"]))
         self._step_ids += batch["id"]
         if not loss.isfinite():
             spoilt = ~(image.isfinite().all(1) & text.isfinite().all(1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Pooling, image_depth, not_explained, original, text_tower
@@ -56,6 +57,15 @@ class GradBlock(Block):
 
     query: Tensor
     key: Tensor
+    value: Tensor
+    output: Tensor
+    attention: Callable[..., Tensor]
+
+
+@dataclass
+class FollowedBlock:
+    """Attention of one block in a training forward, on its graph; the fields are those of `GradBlock`."""
+
     value: Tensor
     output: Tensor
     attention: Callable[..., Tensor]
@@ -155,6 +165,42 @@ def capture_attention(pooling: Pooling, *, grad_from: int | None = None, full: b
         return output
 
     with torch.no_grad():
+        setattr(F, _ATTENTION, record)
+        try:
+            yield blocks
+        finally:
+            setattr(F, _ATTENTION, attend)
+
+
+@contextmanager
+def follow_attention(first: int, depth: int, *, twice_from: int) -> Iterator[list[FollowedBlock]]:
+    """Record the blocks `first` to `depth - 1` of a tower on the graph of a training forward, in order.
+
+    Calls of other towers after these are left alone. Fused kernels have no second derivative.
+
+    Args:
+        first: Index of the first recorded block.
+        depth: Number of blocks of the tower, the first that is called inside the context.
+        twice_from: Index of the first block that a second derivative passes, whose kernel is replaced by plain algebra.
+    """
+    attend: Callable[..., Tensor] = getattr(F, _ATTENTION)
+    blocks: list[FollowedBlock] = []
+    owner, seen = threading.get_ident(), 0
+
+    def record(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
+        nonlocal seen
+        if threading.get_ident() != owner:
+            return attend(q, k, v, *args, **kwargs)
+        place, seen = seen, seen + 1
+        if not first <= place < depth:
+            return attend(q, k, v, *args, **kwargs)
+        with sdpa_kernel(SDPBackend.MATH) if place >= twice_from else nullcontext():
+            output = attend(q, k, v, *args, **kwargs)
+        attention = partial(_attention, q, k, *_scale_and_bias(q, k, *args, **kwargs))  # type: ignore[arg-type]
+        blocks.append(FollowedBlock(v, output, attention))
+        return output
+
+    with _LOCK:
         setattr(F, _ATTENTION, record)
         try:
             yield blocks

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from matex_pl.attribution.core.capture import Block, GradBlock, at
+from matex_pl.attribution.core.capture import Block, FollowedBlock, GradBlock, at
 from matex_pl.clip.towers import Pooling
 from matex_pl.maps import full_precision, min_max
 
@@ -70,7 +70,7 @@ def first_row(matrices: Sequence[Tensor], pooling: Pooling) -> tuple[Tensor, Seq
     return torch.eye(tokens).to(last)[pooling.position], matrices
 
 
-def softmax_term(block: GradBlock, gradient: Tensor, pooling: Pooling) -> Tensor:
+def softmax_term(block: GradBlock | FollowedBlock, gradient: Tensor, pooling: Pooling) -> Tensor:
     """Signed relevance of each token of a block, weighted by the softmax attention: `(B, n)`.
 
     The relevance is the sum over heads, channels and the pooled rows of `g_l * A_l * v_l`. Over all tokens it sums to
@@ -82,7 +82,7 @@ def softmax_term(block: GradBlock, gradient: Tensor, pooling: Pooling) -> Tensor
             Otherwise it is that by the block's value, `(B, h, n, d)`, which equals the sum over rows of `A_l * g_l`.
         pooling: Pooling of the tower.
     """
-    value = full_precision(block.value.detach())
+    value = full_precision(block.value)
     if pooling.position is None:
         return (full_precision(gradient) * value).sum((1, 3))
     read = full_precision(at(gradient, pooling.position))
