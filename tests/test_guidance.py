@@ -214,6 +214,22 @@ def test_a_training_draws_maps_into_the_boxes(loss: str, tiny_images: PhantomDat
     assert guided["train/energy_in_box"] > 1.3 * plain["train/energy_in_box"]
 
 
+def test_anatomy_guides_with_masks_of_training_images(tiny_images: PhantomDataModule, tmp_path: Path) -> None:
+    """Masks are read in training only for this, and an image without masks cannot be guided."""
+    settings = {"guidance": Guidance(boxes=0, anatomy=1)}
+    module, scalars = _fit(tiny_images, tmp_path, steps=1, **settings)
+    assert scalars["train/guided_share"] == 1
+    assert scalars["train/guidance_loss"] > 0
+    assert math.isnan(scalars["train/energy_in_box"])
+    assert set(next(iter(tiny_images.train_dataloader()))["masks"]) == {"left_lung", "right_lung", "heart"}
+    _fit(tiny_images, tmp_path, steps=1)
+    assert not next(iter(tiny_images.train_dataloader()))["masks"]
+    tiny_images.has_masks = lambda pair: False
+    with pytest.raises(ValueError, match=r"guidance\.anatomy needs masks of lungs"):
+        _fit(tiny_images, tmp_path, steps=1, **settings)
+    assert module.needs_masks
+
+
 def test_without_guidance_nothing_changes(tiny_images: PhantomDataModule, tmp_path: Path) -> None:
     """A weight of almost nothing trains as no guidance, whose steps record nothing."""
     plain, scalars = _fit(tiny_images, tmp_path)

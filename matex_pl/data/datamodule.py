@@ -282,6 +282,15 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         """
         return {}
 
+    def has_masks(self, pair: ImageTextPair) -> bool:
+        """Whether `read_masks` finds masks of a pair's image."""
+        return type(self).read_masks is not ChestXrayDataModule.read_masks
+
+    @property
+    def masks_in_training(self) -> bool:
+        """Whether the module of the trainer needs masks of the training images, for its guidance."""
+        return bool(getattr(getattr(self.trainer, "lightning_module", None), "needs_masks", False))
+
     def open_masks(self, pair: ImageTextPair, transform: ImageTransform) -> Mapping[str, np.ndarray]:
         """Masks of a pair for a transform, possibly already resized for the transform."""
         return self.read_masks(pair)
@@ -359,11 +368,13 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         Args:
             split: `train`, `val` or `test`.
             augment: Whether to augment images, boxes and masks.
-            masks: Whether to read masks; by default only in `val` and `test`, because training does not use masks.
+            masks: Whether to read masks; by default in `val` and `test`, and in `train` for a guidance by anatomy.
         """
         pairs = self._listed()[split]
         transform = ImageTransform(self._frame(), self.resize_mode, augment=augment)
-        return PairDataset(self, pairs, transform, masks=split != "train" if masks is None else masks)
+        if masks is None:
+            masks = split != "train" or self.masks_in_training
+        return PairDataset(self, pairs, transform, masks=masks)
 
     def _listed(self) -> dict[str, list[ImageTextPair]]:
         if not self.pairs:
@@ -399,10 +410,7 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         return None
 
     def train_dataloader(self) -> DataLoader:
-        """Training pairs without masks, shuffled by seed and epoch.
-
-        An incomplete last batch is dropped if there are others.
-        """
+        """Training pairs, shuffled by seed and epoch; an incomplete last batch is dropped if there are others."""
         data = self.dataset("train", augment=self.augment)
         sampler = EpochSampler(data, self.seed)
         return self._loader(data, sampler, drop_last=len(sampler) >= self.batch_size)

@@ -320,7 +320,7 @@ class TableDataModule(ImageFilesDataModule):
         return pairs, bad
 
     def setup(self, stage: str) -> None:
-        """List the pairs, on the first call only, and segment the validation and test images that need masks.
+        """List the pairs, on the first call only, and segment the images that need masks.
 
         Raises:
             OSError: A file is missing, or `cache_dir` cannot be used.
@@ -328,13 +328,14 @@ class TableDataModule(ImageFilesDataModule):
             ImportError: A package that `anatomy` names is not installed.
         """
         super().setup(stage)
-        held_out = [pair for split in STAGES[stage] if split != "train" for pair in self.pairs[split]]
+        splits = [split for split in STAGES[stage] if split != "train" or self.masks_in_training]
+        needed = [pair for split in splits for pair in self.pairs[split]]
         is_segmenting = any(isinstance(source, SegmentedMasks) for source in self.mask_sources)
         if is_segmenting and dist.is_available() and dist.is_initialized() and self.trainer is not None:
             # Each process segments its part of the images.
-            self.prepare_masks(held_out[dist.get_rank() :: dist.get_world_size()])
+            self.prepare_masks(needed[dist.get_rank() :: dist.get_world_size()])
             self.trainer.strategy.barrier()
-        self.prepare_masks(held_out)
+        self.prepare_masks(needed)
 
     def _mask_source(self, name: str) -> MaskSource:
         if name == SEGMENTER:
@@ -349,6 +350,10 @@ class TableDataModule(ImageFilesDataModule):
     def _source_of(self, pair: ImageTextPair) -> MaskSource | None:
         """The first source with masks of a pair's image."""
         return next((source for source in self.mask_sources if str(pair.image) in source), None)
+
+    def has_masks(self, pair: ImageTextPair) -> bool:
+        """Whether a source has masks of a pair's image."""
+        return self._source_of(pair) is not None
 
     def prepare_masks(self, pairs: Sequence[ImageTextPair]) -> None:
         """Segment the images of these pairs that have no masks, if `anatomy` names `torchxrayvision`."""

@@ -36,7 +36,7 @@ def _read(
     for pairs in images:
         try:
             image = data.open_image(pairs[0], transform)
-            masks = data.read_masks(pairs[0])
+            masks = data.open_masks(pairs[0], transform)
             samples.append([
                 Sample(pair, *transform(image.pixels, pair.boxes, size=image.size, masks=masks)) for pair in pairs
             ])  # fmt: skip

@@ -138,11 +138,6 @@ class Guide:
                 "the image tower (freeze: none or text, or lora), or leave guidance out."
             )
 
-    @property
-    def needs_masks(self) -> bool:
-        """Whether training batches need masks of the anatomy."""
-        return self.settings.anatomy > 0
-
     @contextmanager
     def following(self) -> Iterator[Followed]:
         """Record the guided blocks of the image tower, and the patches that it keeps, in the forward of a step."""

@@ -214,6 +214,12 @@ class ClipModule(LightningModule):
             return set(SIDES) - self._adapted
         return set(SIDES) if freeze.startswith("all-but") else {freeze}
 
+    @property
+    def needs_masks(self) -> bool:
+        """Whether a training step reads masks of the anatomy."""
+        settings = guidance_of(self.hparams["guidance"])
+        return settings is not None and settings.anatomy > 0
+
     def inputs(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
         """Inputs of the model for a batch: normalized images `(B, 3, H, W)` and tokens `(B, T)`."""
         return self.clip.inputs(batch)
@@ -257,6 +263,12 @@ class ClipModule(LightningModule):
             self._model_files = model_files(self.clip)
             settings = guidance_of(self.hparams["guidance"])
             self.guide = Guide(settings, self.clip) if settings is not None else None
+            reads_masks = self.needs_masks and isinstance(data, ChestXrayDataModule)
+            if reads_masks and not any(map(data.has_masks, data.pairs["train"])):
+                raise ValueError(
+                    "guidance.anatomy needs masks of lungs, and no training image has masks. Set data.anatomy to a CSV "
+                    "file of CheXmask or to torchxrayvision, or set guidance.anatomy to 0."
+                )
         for split in STAGES[stage] if hasattr(data, "pairs") and self.trainer.is_global_zero else ():
             self._report_cut_phrases(split, data.pairs[split])
 
