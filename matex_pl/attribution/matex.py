@@ -192,10 +192,11 @@ class Matex(TwoTowerMethod):
     def recommended(cls, **changes: Any) -> Matex:
         """MATEX with the settings selected on phantom validation images: the margin, the product, most blocks.
 
-        All blocks of the text tower count, and all but the first of the image tower.
+        All blocks of the text tower count, and all but the first of the image tower. The regions of the prior are in
+        the rectangle around the lungs, for images with masks of both.
         """
         blocks: dict[str, Any] = {"grad_layers": "all", "skip_layers": 1, "text_grad_layers": "all"}
-        return cls(**(blocks | {"target": "margin", "fusion": "product"} | changes))
+        return cls(**(blocks | {"target": "margin", "fusion": "product", "prior_frame": "chest"} | changes))
 
     # Alias from 0.1.
     measured = recommended
