@@ -43,7 +43,7 @@ from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
 from matex_pl.training import ClipModule, load_module
 
 # `Matex.recommended()` in a tower of three blocks. Every setting is varied alone, with and without the prior.
-BASE: dict[str, Any] = {"grad_layers": 2, "target": "margin", "fusion": "product"}
+BASE: dict[str, Any] = {"grad_layers": 2, "target": "margin", "fusion": "product", "prior_frame": "chest"}
 SETTINGS: dict[str, dict[str, list[Any]]] = {
     "Target": {"target": ["cosine", "margin"]},
     "Spatial weight": {"spatial_weight": ["softmax", "loosened"]},

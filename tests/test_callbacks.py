@@ -111,7 +111,11 @@ def test_the_scalars_are_those_of_the_explained_batches(tmp_path, data, module):
     module.eval()
     batch = next(iter(data.val_dataloader()))
     images, tokens = module.inputs(batch)
-    maps = PriorOnly().attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"]).image
+    maps = (
+        PriorOnly()
+        .attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"])
+        .image
+    )
     fill = module.clip.normalize(module.clip.mean_image.expand(3, -1, -1))
     with torch.no_grad():
         kept = module.clip.similarity(images * maps[:, None] + fill * (1 - maps[:, None]), tokens)
@@ -160,7 +164,9 @@ def explained(module, method, batch, phrases=None):
     module.eval()
     phrases = batch["phrase"] if phrases is None else phrases
     images = module.clip.normalize(batch["image"])
-    return method.attribute(module.clip, images, module.clip.tokenize(phrases), phrases, batch["content_box"])
+    return method.attribute(
+        module.clip, images, module.clip.tokenize(phrases), phrases, batch["content_box"], batch["chest_box"]
+    )
 
 
 def test_mass_outside_of_the_thorax_and_for_foreign_data_at_the_border(tmp_path, data, module):

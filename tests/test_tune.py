@@ -350,7 +350,9 @@ def test_a_confidence_drop_is_that_of_the_model(images: Path, ckpt_path: str, tu
     fill = clip.normalize(clip.mean_image.expand(1, 3, -1, -1))
     for row in (result["settings"][0], result["settings"][-1]):
         method = Matex.recommended(**{name: row[name] for name in ("lambda_s", "lambda_c", "tau")})
-        maps = method.attribute(clip, pixels, tokens, batch["phrase"], batch["content_box"]).image[:, None]
+        maps = method.attribute(clip, pixels, tokens, batch["phrase"], batch["content_box"], batch["chest_box"]).image[
+            :, None
+        ]
         with torch.no_grad():
             kept = clip.similarity(pixels * maps + fill * (1 - maps), tokens)
             drop = 100 * (clip.similarity(pixels, tokens) - kept).clamp(min=0)
@@ -496,7 +498,9 @@ def test_the_command_writes_what_it_found(images: Path, ckpt_path: str, tmp_path
         clip, batch = read(ckpt_path, phantoms(images), split, 6)
         masks = F.box_masks(batch["boxes"], clip.image_size)
         for name, method in (("own", own), ("winner", tuned)):
-            maps = method.attribute(clip, *model_inputs(clip, batch), batch["phrase"], batch["content_box"]).image
+            maps = method.attribute(
+                clip, *model_inputs(clip, batch), batch["phrase"], batch["content_box"], batch["chest_box"]
+            ).image
             assert result[part][name] == pytest.approx(float(F.pointing_game(maps, masks).mean()))
     assert result["validation"]["winner"] >= result["validation"]["own"]
     assert result["seconds"]["settings"] / result["seconds"]["components"] == pytest.approx(result["ratio"])

@@ -198,10 +198,12 @@ class Matex(TwoTowerMethod):
         """MATEX with the settings selected on phantom validation images: the margin, the product, most blocks.
 
         All blocks of the text tower count, and all but the first of the image tower. In the text map the attention flow
-        has ten times the paper's weight.
+        has ten times the paper's weight. The regions of the prior are in the rectangle around the lungs, for images
+        with masks of both.
         """
         blocks: dict[str, Any] = {"grad_layers": "all", "skip_layers": 1, "text_grad_layers": "all"}
-        return cls(**(blocks | {"target": "margin", "fusion": "product", "text_beta": 2.0} | changes))
+        kinds: dict[str, Any] = {"target": "margin", "fusion": "product", "prior_frame": "chest"}
+        return cls(**(blocks | kinds | {"text_beta": 2.0} | changes))
 
     # Alias from 0.1.
     measured = recommended

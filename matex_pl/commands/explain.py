@@ -66,6 +66,7 @@ def explain(
     model: str | None = None,
     pretrained: str | None = None,
     dicom: str | None = None,
+    anatomy: str | None = None,
 ) -> Path:
     """Draw where the model looks in an image for a phrase or for the sentences of a report.
 
@@ -98,6 +99,9 @@ def explain(
         dicom: DICOM objects for an output in .dcm, or for each sentence of a folder, with commas between them: `sc`, a
             color image with the map burned in, is always written; `gsps` adds outlines and boxes, `seg` a
             segmentation, `pm` a parametric map.
+        anatomy: Masks of lungs and heart: a CSV file of CheXmask, or `torchxrayvision` (extra `anatomy`), which
+            segments the image. The folder then has the share of each map in each structure, and the spatial prior has
+            the frame of the chest.
 
     Returns:
         Path of the picture, file or folder.
@@ -108,9 +112,6 @@ def explain(
         ValueError: The options contradict each other, no sentence of the report gets a map, or `out` would replace
             something else than an earlier output.
     """
-    from matex_pl.commands.explain_folders import explain_manifest, explain_report
-    from matex_pl.commands.report_input import check_threshold_option, given_sentences, report_sentences
-
     _check_inputs(image, phrases, report, manifest, compare)
     path = _output(out, "explained" if manifest or report or len(phrases) > 1 else "panel.png", compare)
     is_picture = path.suffix.lower() == ".png"
@@ -126,6 +127,8 @@ def explain(
     if dicom is not None and (is_picture or path.suffix.lower() == ".npz"):
         raise ValueError(f"--dicom {dicom} needs an output in .dcm or a folder, got {str(path)!r}. Give --out map.dcm.")
     kinds = dicom_kinds(dicom) if dicom is not None else ()
+    if anatomy is not None and (compare is not None or (is_picture and len(phrases) == 1)):
+        raise ValueError(f"--anatomy {anatomy} needs a folder, .npz or .dcm as --out. Give --out with a folder.")
     if compare is not None:
         from matex_pl.commands.explain_compared import explain_compared
 
@@ -134,19 +137,25 @@ def explain(
         return explain_image(str(image), phrases[0], ckpt_path, str(path), method, resize_mode, model, pretrained)
     if is_picture and manifest is not None:
         raise ValueError(f"A manifest gives a folder per image. Give a folder as --out, not {str(path)!r}.")
+
+    from matex_pl.commands.explain_folders import explain_manifest, explain_report
+    from matex_pl.commands.report_input import check_threshold_option, given_sentences, report_sentences
+
     check_threshold_option(threshold)
     settings = {"method": method, "threshold": threshold, "resize_mode": resize_mode, **models}
     if is_map:
         from matex_pl.commands.explain_map import explain_map
 
-        return explain_map(str(image), phrases[0], path, dicom, **settings)
+        return explain_map(str(image), phrases[0], path, dicom, anatomy, **settings)
     if manifest is not None:
-        return explain_manifest(manifest, path, all_sentences=all_sentences, kinds=kinds, **settings)
+        return explain_manifest(manifest, path, all_sentences=all_sentences, anatomy=anatomy, kinds=kinds, **settings)
     if report is None:
         text, sentences = given_sentences(phrases)
     else:
         text, sentences = report_sentences(report, all_sentences=all_sentences)
-    return explain_report(str(image), text, sentences, path, all_sentences=all_sentences, kinds=kinds, **settings)
+    return explain_report(
+        str(image), text, sentences, path, all_sentences=all_sentences, anatomy=anatomy, kinds=kinds, **settings
+    )
 
 
 def explain_image(

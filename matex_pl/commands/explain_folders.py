@@ -16,9 +16,11 @@ from typing import Any
 from matex_pl.anatomy.report import ReportSentence, split_report
 from matex_pl.attribution.base import AttributionMethod
 from matex_pl.attribution.shipped import load_method
+from matex_pl.commands.explain_anatomy import ImageMasks
 from matex_pl.commands.options import check_one_model
 from matex_pl.console import progress
 from matex_pl.data.images import ResizeMode, read_size
+from matex_pl.data.masks import ListedMasks, add_masks
 from matex_pl.files import check_output, write_text
 from matex_pl.report.explained import check_explained, read_record
 from matex_pl.viewer.source import DicomKind, read_source
@@ -36,6 +38,7 @@ def explain_report(
     out: Path,
     *,
     all_sentences: bool = False,
+    anatomy: str | None = None,
     kinds: Sequence[DicomKind] = (),
     **settings: Any,
 ) -> Path:
@@ -47,6 +50,7 @@ def explain_report(
         sentences: Sentences of the report; at least one gets a map.
         out: Folder or picture.
         all_sentences: Whether all sentences get a map.
+        anatomy: Masks of the image, see `ImageMasks`.
         kinds: Kinds of DICOM objects that each sentence gets in the folder.
         settings: Method, threshold and model; see `matex_pl.commands.explain.explain`.
 
@@ -61,14 +65,15 @@ def explain_report(
     # Report a wrong path before loading the model.
     read_size(image)
     source = read_source(image, kinds) if kinds else None
+    masks = ImageMasks(anatomy, [Path(image)])
     run = Run.load(**settings)
 
     from matex_pl.explain.folder import phrase_sheet, write_folder
     from matex_pl.explain.phrases import frame_image
     from matex_pl.visualization.draw import save_png
 
-    folder_settings = run.settings(image, report, all_sentences=all_sentences, kinds=kinds)
-    framed = frame_image(run.clip, image, run.resize_mode)
+    folder_settings = run.settings(image, report, all_sentences=all_sentences, anatomy=anatomy, kinds=kinds)
+    framed = frame_image(run.clip, image, run.resize_mode, masks(Path(image)))
     if is_picture:
         return save_png(out, phrase_sheet(run.clip, run.method, framed, sentences, folder_settings))
     write_folder(out, run.clip, run.method, framed, sentences, folder_settings, source=source)
@@ -76,7 +81,13 @@ def explain_report(
 
 
 def explain_manifest(
-    manifest: str, out: Path, *, all_sentences: bool = False, kinds: Sequence[DicomKind] = (), **settings: Any
+    manifest: str,
+    out: Path,
+    *,
+    all_sentences: bool = False,
+    anatomy: str | None = None,
+    kinds: Sequence[DicomKind] = (),
+    **settings: Any,
 ) -> Path:
     """Explain each image of a table and its report: a folder per image, and a table of them.
 
@@ -84,19 +95,22 @@ def explain_manifest(
 
     Args:
         manifest: CSV or JSON lines with the columns `image` (below the table's folder) and `report`, and optionally
-            `id`, the name of the folder, by default the path of the image.
+            `id`, the name of the folder, by default the path of the image, and `mask_<structure>`, see `ListedMasks`.
         out: Folder of the folders.
         all_sentences: Whether all sentences get a map.
+        anatomy: Masks of images without masks in the table, see `ImageMasks`.
         kinds: Kinds of DICOM objects that each sentence gets in its folder.
         settings: Method, threshold and model; see `matex_pl.commands.explain.explain`.
 
     Returns:
         `out`.
     """
-    jobs = _read_jobs(Path(manifest), out, kinds)
+    listed = ListedMasks(Path(manifest).parent)
+    jobs = _read_jobs(Path(manifest), out, kinds, listed)
     check_output(out / _TABLE, mark=_TABLE_HEADER, inputs=(manifest,))
     for job in jobs:
         check_explained(job.folder)
+    masks = ImageMasks(anatomy, [job.image for job in jobs], listed)
     run = Run.load(**settings)
 
     from matex_pl.explain.folder import write_folder
@@ -108,10 +122,12 @@ def explain_manifest(
         mapped = [sentence for sentence in job.sentences if all_sentences or not sentence.reason]
         note = "" if mapped else "no sentence to map"
         if mapped:
-            folder_settings = run.settings(job.image, job.report, all_sentences=all_sentences, kinds=kinds)
+            folder_settings = run.settings(
+                job.image, job.report, all_sentences=all_sentences, anatomy=anatomy, kinds=kinds
+            )
             if not _is_finished(job.folder, folder_settings):
                 try:
-                    image = frame_image(run.clip, job.image, run.resize_mode)
+                    image = frame_image(run.clip, job.image, run.resize_mode, masks(job.image))
                 except (OSError, ValueError) as error:
                     # Its header could be read. One broken image does not end a long run.
                     note = f"unreadable: {error}"
@@ -143,8 +159,8 @@ class _Job:
     folder: Path
 
 
-def _read_jobs(manifest: Path, out: Path, kinds: Sequence[DicomKind]) -> list[_Job]:
-    """Rows of the table, checked before the model is loaded.
+def _read_jobs(manifest: Path, out: Path, kinds: Sequence[DicomKind], listed: ListedMasks) -> list[_Job]:
+    """Rows of the table, checked before the model is loaded; their masks are added to `listed`.
 
     Raises:
         FileNotFoundError: There is no table.
@@ -165,6 +181,7 @@ def _read_jobs(manifest: Path, out: Path, kinds: Sequence[DicomKind]) -> list[_J
             jobs.append(_job(row, manifest.parent, out, used, is_shared=stems[_stem(row.cells.get("image"))] > 1))
             if kinds:
                 _check_source(jobs[-1].image, kinds)
+            add_masks(listed, row, jobs[-1].image)
         except RuleError as error:
             wrong.append(error.at(row.source))
     if wrong:
@@ -265,7 +282,13 @@ class Run:
         )
 
     def settings(
-        self, image: str | Path, report: str, *, all_sentences: bool, kinds: Sequence[DicomKind] = ()
+        self,
+        image: str | Path,
+        report: str,
+        *,
+        all_sentences: bool,
+        anatomy: str | None,
+        kinds: Sequence[DicomKind] = (),
     ) -> dict[str, Any]:
         """Settings of the folder of one image."""
         from matex_pl.explain.folder import folder_settings
@@ -276,6 +299,7 @@ class Run:
             report=report,
             resize_mode=self.resize_mode,
             all_sentences=all_sentences,
+            anatomy=anatomy,
             kinds=kinds,
             **self.described,
         )

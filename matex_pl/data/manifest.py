@@ -24,8 +24,7 @@ from matex_pl.data.boxes import (
     boxes_of_rle,
     to_pixels,
 )
-from matex_pl.data.images import read_size
-from matex_pl.data.masks import MASK_COLUMN, ListedMasks
+from matex_pl.data.masks import MASK_COLUMN, ListedMasks, add_masks
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.table import (
     TableDataModule,
@@ -163,7 +162,8 @@ class ManifestDataModule(TableDataModule):
         path = find_image(self.root, text(cells, "image"))
         image = image_name(self.root, path)
         boxes, size = self._boxes(row, path)
-        size = self._add_masks(row, path, size)
+        warnings, size = add_masks(self._listed_masks, row, path, size)
+        self.row_warnings += warnings
         return ImageTextPair(
             id=_needed(cells, "id", present),
             patient_id=_needed(cells, "patient_id", present) or image,
@@ -194,15 +194,6 @@ class ManifestDataModule(TableDataModule):
         boxes += boxes_of_rle(rle, size, self.rle_format)
         check_inside(boxes, size)
         return boxes, size
-
-    def _add_masks(self, row: TableRow, path: Path, size: tuple[int, int] | None) -> tuple[int, int] | None:
-        """Add the masks of a row to those of its image; the size of the image, if it is known or there are masks."""
-        for name, cell in row.cells.items():
-            structure = MASK_COLUMN.fullmatch(str(name))
-            if structure and cell is not None and str(cell).strip():
-                size = size or read_size(path)
-                self.row_warnings += self._listed_masks.add(str(path), structure[1].lower(), cell, size, row.source)
-        return size
 
 
 def merge_boxes(pairs: Sequence[ImageTextPair]) -> list[ImageTextPair]:

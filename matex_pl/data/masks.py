@@ -134,6 +134,29 @@ class ListedMasks(MaskSource):
         return found
 
 
+def add_masks(
+    masks: ListedMasks, row: Any, path: Path, size: Size | None = None
+) -> tuple[list[RowWarning], Size | None]:
+    """Add the masks of a row's columns `mask_<structure>` to those of its image.
+
+    Args:
+        masks: Masks of the table.
+        row: Row of the table, with `cells` and `source`.
+        path: Path of the image.
+        size: Height and width of the image, if known.
+
+    Returns:
+        Warnings, and the size of the image, if it is known or there are masks.
+    """
+    warnings: list[RowWarning] = []
+    for name, cell in row.cells.items():
+        structure = MASK_COLUMN.fullmatch(str(name))
+        if structure and cell is not None and str(cell).strip():
+            size = size or read_size(path)
+            warnings += masks.add(str(path), structure[1].lower(), cell, size, row.source)
+    return warnings, size
+
+
 def check_shape(mask: Size, image: Size) -> None:
     """Raise RuleError if a mask has another ratio of height and width than its image.
 

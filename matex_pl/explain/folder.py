@@ -38,6 +38,7 @@ def folder_settings(
     threshold: Mapping[str, Any],
     resize_mode: ResizeMode | None,
     all_sentences: bool,
+    anatomy: str | None = None,
     kinds: Sequence[DicomKind] = (),
 ) -> dict[str, Any]:
     """Settings of a folder in plain types. Two folders with equal settings have equal content.
@@ -51,6 +52,7 @@ def folder_settings(
         threshold: `value` and `source` of the threshold of the boxes.
         resize_mode: How the image is fitted into the model's input, by default `clip.resize_mode`.
         all_sentences: Whether all sentences get a map.
+        anatomy: Source of the masks of the image.
         kinds: Kinds of DICOM objects of each sentence.
     """
     return {
@@ -69,6 +71,7 @@ def folder_settings(
         "method": dict(method),
         "threshold": dict(threshold),
         "all_sentences": all_sentences,
+        "anatomy": anatomy,
         "dicom": list(kinds),
         "report": {"text": report},
     }
@@ -81,7 +84,6 @@ def write_folder(
     image: FramedImage,
     sentences: Sequence[ReportSentence],
     settings: Mapping[str, Any],
-    shares: Sequence[Mapping[str, Any]] = (),
     source: Source | None = None,
 ) -> ExplainedImage:
     """Explain an image and the sentences of its report, write the folder, and return the maps.
@@ -95,8 +97,6 @@ def write_folder(
         image: The image, from `frame_image` with the settings' `resize_mode`.
         sentences: Sentences of the report; at least one gets a map.
         settings: Settings from `folder_settings`.
-        shares: Shares of the maps in structures of the image: `sentence` (its number, from 1), `structure` and `share`
-            in [0, 1].
         source: The image as DICOM, if the settings ask for DICOM objects.
 
     Raises:
@@ -116,7 +116,6 @@ def write_folder(
         "places": "Pixels of the stored image, turned upright by its EXIF orientation; x to the right, y down.",
         "references": len(getattr(method, "references", REFERENCES)),
         "sentences": entries,
-        "structures": [dict(row) for row in shares],
         "files": sorted([RECORD, PAGE, SHEET, *panels, *objects]),
     }
     with whole_folder(folder) as part:
@@ -126,7 +125,7 @@ def write_folder(
             placed = place_maps(clip, explained, type(method).__name__, settings)
             save_objects(source, placed, [part / capture for capture in captures], kinds)
         save_png(part / SHEET, _sheet(method, explained, entries))
-        write_text(part / PAGE, page(record, image.shown, explained.shown_maps(), shares))
+        write_text(part / PAGE, page(record, image.shown, explained.shown_maps()))
         write_text(part / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
     return explained
 
@@ -153,7 +152,8 @@ def _explain(
     is_mapped = [settings["all_sentences"] or not sentence.reason for sentence in sentences]
     phrases = [sentence.text for sentence, mapped in zip(sentences, is_mapped, strict=True) if mapped]
     explained = explain_phrases(clip, method, image, phrases)
-    numbers = iter(explained.numbers(settings["threshold"]["value"]))
+    found = explained.numbers(settings["threshold"]["value"])
+    numbers = iter([entry | {"structures": rows} for entry, rows in zip(found, explained.shares(), strict=True)])
     return explained, [
         _entry(number, sentence, next(numbers) if mapped else None)
         for number, (sentence, mapped) in enumerate(zip(sentences, is_mapped, strict=True), start=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,19 @@ class FramedImage:
     framed: Framed
 
 
-def frame_image(clip: Clip, image: str | Path, resize_mode: ResizeMode | None = None) -> FramedImage:
+def frame_image(
+    clip: Clip,
+    image: str | Path,
+    resize_mode: ResizeMode | None = None,
+    masks: Mapping[str, np.ndarray] | None = None,
+) -> FramedImage:
     """An image file in the frame of a model.
 
     Args:
         clip: CLIP model.
         image: Image file, see `read_image`.
         resize_mode: How the image is fitted into the model's input, by default `clip.resize_mode`.
+        masks: Masks `(h, w)` bool of the image by structure, at any resolution.
 
     Raises:
         OSError: The file cannot be read.
@@ -58,7 +65,8 @@ def frame_image(clip: Clip, image: str | Path, resize_mode: ResizeMode | None = 
     transform = ImageTransform(clip.image_size, resize_mode or clip.resize_mode)
     stored = read_image(image, transform.target_size)
     shown = read_image(image, lambda size: _fitted(size, _SHOWN)).pixels
-    return FramedImage(Path(image).name, stored.size, shown, transform, transform(stored.pixels, size=stored.size))
+    framed = transform(stored.pixels, size=stored.size, masks=masks)
+    return FramedImage(Path(image).name, stored.size, shown, transform, framed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +128,33 @@ class ExplainedImage:
             for phrase, score, margin, heat, words, boxes in rows
         ]
 
+    def shares(self) -> list[list[dict[str, Any]]]:
+        """Shares of each phrase's map in the structures of the image, in plain types; empty without masks.
+
+        - `structure`: its name;
+        - `mass` and `area`: share of the map's mass and of the image's area inside, and `ratio`, their quotient;
+        - `peak_inside`: whether the map's maximum is inside.
+
+        A number of a map of zeros is None.
+        """
+        # The package of metrics takes seconds to import, and pictures do not need it.
+        from matex_pl.metrics.functional import anatomy_shares
+
+        masks, image = self.batch["masks"], self.maps.image.cpu()
+        found = {name: part.tolist() for name, part in anatomy_shares(image, masks, self.batch["content_box"]).items()}
+        names = {"mass": "mass", "area": "area", "ratio": "mass_ratio", "peak_inside": "peak"}
+        rows = [
+            [
+                {"structure": name} | {key: _plain(found[f"{kind}/{name}"][row]) for key, kind in names.items()}
+                for name, mask in masks.items()
+                if mask[row].any()
+            ]
+            for row in range(len(image))
+        ]
+        for row in (entry for entries in rows for entry in entries):
+            row["peak_inside"] = None if row["peak_inside"] is None else bool(row["peak_inside"])
+        return rows
+
     @property
     def heats(self) -> list[np.ndarray]:
         """Maps in the model's frame, `(H, W)` float32 in [0, 1] each."""
@@ -173,8 +208,8 @@ def explain_phrases(
     name = image.name
     pairs = [ImageTextPair(id=name, patient_id="", image_id=name, image=name, phrase=phrase) for phrase in phrases]
     batch = collate([Sample(pair, *image.framed) for pair in pairs])
-    content_box = image.framed.content_box.to(clip.std.device)
-    maps = method.attribute_phrases(clip, clip.normalize(batch["image"][:1])[0], phrases, content_box)
+    boxes = (batch[name][0].to(clip.std.device) for name in ("content_box", "chest_box"))  # type: ignore[literal-required]
+    maps = method.attribute_phrases(clip, clip.normalize(batch["image"][:1])[0], phrases, *boxes)
     return ExplainedImage(image, batch, clip.tokenize(phrases), maps, _margins(clip, method, batch, maps))
 
 
@@ -187,6 +222,10 @@ def _margins(clip: Clip, method: AttributionMethod, batch: ImageTextBatch, maps:
         embedding = known[0] if known else clip.encode_image(clip.normalize(batch["image"][:1]))
         common = full_precision(embedding) @ reference_mean(clip, references)
     return (maps.score - common).tolist()
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
 
 
 def _regions(phrase: str) -> list[Any]:

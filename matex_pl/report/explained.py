@@ -70,17 +70,13 @@ class Part:
     strength: float = 0.0
 
 
-def page(
-    record: Mapping[str, Any], shown: np.ndarray, maps: Sequence[np.ndarray], shares: Sequence[Mapping[str, Any]] = ()
-) -> str:
+def page(record: Mapping[str, Any], shown: np.ndarray, maps: Sequence[np.ndarray]) -> str:
     """Self-contained HTML page of an `explain.json`.
 
     Args:
         record: Content of `explain.json`.
         shown: `(h, w)` uint8 gray levels of the image.
         maps: Map of each sentence with status `mapped`, in their order, `(h, w)` in [0, 1] over the whole image.
-        shares: Shares of the maps in structures of the image: `sentence` (its number), `structure` and `share` in
-            [0, 1], for any sentences and structures.
     """
     mapped = [sentence for sentence in record["sentences"] if sentence["status"] == "mapped"]
     templates = environment(autoescape=True)
@@ -103,9 +99,6 @@ def page(
         counts=_counts(record),
         picture=_data_url("jpeg", encode(shown)),
         entries=entries,
-        shares={
-            number: [row for row in shares if row["sentence"] == number] for number in {r["sentence"] for r in shares}
-        },
         script=script,
         digest=f"sha256-{digest}",
     )
