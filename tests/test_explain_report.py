@@ -25,7 +25,6 @@ from matex_pl.clip import Clip, load_trained
 from matex_pl.commands.explain_compared import other_phrase
 from matex_pl.data.pair import ImageTextPair, Sample, collate
 from matex_pl.explain.phrases import explain_phrases, frame_image
-from matex_pl.report.explained import page
 from matex_pl.visualization.difference import HIGHER, LOWER, difference_overlay
 
 MODEL = "--ckpt_path=good.ckpt"
@@ -351,14 +350,58 @@ def test_the_page_is_alone_and_safe(report: Path) -> None:
     assert heat.mode == "P"
 
 
-def test_shares_of_structures_have_a_place(report: Path) -> None:
-    main(["explain", "image.png", "--report", "report.txt", MODEL, "--out", "out"])
+CHEXMASK = "image_id,Dice RCA (Mean),Left Lung,Right Lung,Heart,Height,Width\n"
+
+
+def test_masks_of_an_image_give_shares_of_its_maps(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A map in the middle, on masks of CheXmask: the left half of the image is the right lung."""
+    right = " ".join(f"{row * 70 + 1} 35" for row in range(90))
+    left = " ".join(f"{row * 70 + 36} 35" for row in range(90))
+    Path("masks.csv").write_text(f"{CHEXMASK}image.png,0.9,{left},{right},1 700,90,70\n", encoding="utf-8")
+    words = ["explain", "image.png", "--report", "report.txt", MODEL, "--out", "out", "--method", "center_map"]
+    main([*words, "--anatomy", "masks.csv"])
     found = record()
-    maps = [np.zeros((4, 4), np.float32)] * 3
-    html = page(found, np.zeros((4, 4), np.uint8), maps, [{"sentence": 2, "structure": "left_lung", "share": 0.425}])
-    assert "left lung" in html
-    assert "42.5 %" in html
-    assert found["structures"] == []
+    assert found["anatomy"] == "masks.csv"
+    rows = {row["structure"]: row for row in found["sentences"][1]["structures"]}
+    # The frame has 25 columns of the image.
+    assert rows["left_lung"]["mass"] == pytest.approx(0.5, abs=0.03)
+    assert rows["left_lung"]["ratio"] == pytest.approx(rows["left_lung"]["mass"] / rows["left_lung"]["area"], rel=1e-4)
+    assert rows["heart"]["mass"] < rows["heart"]["area"] < 0.15
+    assert [rows[name]["peak_inside"] for name in ("left_lung", "heart")] == [True, False]
+    text = Path("out/report.html").read_text(encoding="utf-8")
+    assert '<th scope="row">right lung</th><td>' in text
+    # Without masks there is no table, and other masks make another folder.
+    main(words)
+    assert record()["sentences"][1]["structures"] == []
+    assert 'class="shares"' not in Path("out/report.html").read_text(encoding="utf-8")
+    Path("other.csv").write_text(f"{CHEXMASK}another,0.9,1 1,2 1,3 1,90,70\n", encoding="utf-8")
+    for value, rule in (("other.csv", "other.csv"), ("none.csv", "none.csv")):
+        assert rule in refused(capsys, *words, "--anatomy", value)
+    assert "--out with a folder" in refused(capsys, "explain", "image.png", "Mass.", MODEL, "--anatomy=masks.csv")
+
+
+def test_masks_of_a_table_move_the_prior(table: Path) -> None:
+    """The columns of a manifest; with lungs, the prior of MATEX has their frame."""
+    main(["explain", "--manifest", "reports.csv", MODEL, "--out", "plain", "--method", "prior_only"])
+    with Path("reports.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        # Images of 50 x 60 pixels.
+        row["mask_left_lung"] = " ".join(f"{line * 50 + 13} 12" for line in range(30))
+        row["mask_right_lung"] = " ".join(f"{line * 50 + 1} 12" for line in range(30))
+    with Path("reports.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    main(["explain", "--manifest", "reports.csv", MODEL, "--out", "masked", "--method", "prior_only"])
+    one, other = (next(iter(sorted(Path(name).rglob("explain.json")))) for name in ("plain", "masked"))
+    before, after = (json.loads(path.read_text(encoding="utf-8"))["sentences"] for path in (one, other))
+    mapped = [number for number, sentence in enumerate(after) if sentence["status"] == "mapped" and sentence["regions"]]
+    assert mapped
+    for number in mapped:
+        assert {row["structure"] for row in after[number]["structures"]} == {"left_lung", "right_lung"}
+        # The frame is the upper left part of the image.
+        assert after[number]["peak"]["y"] < before[number]["peak"]["y"]
 
 
 def test_the_threshold_of_a_benchmark(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -393,7 +436,8 @@ def test_commands_of_the_guide_run(table: Path) -> None:
         for line in block.splitlines()
         if line.startswith("matex explain") and "--threshold" not in line
     ]
-    assert len(commands) == 8
+    assert len(commands) == 9
+    Path("CheXmask.csv").write_text(f"{CHEXMASK}chest.png,0.9,1 9,11 9,1 20,90,70\n", encoding="utf-8")
     for words in commands:
         main([word.replace("runs/phantom/checkpoints/last.ckpt", "good.ckpt") for word in words])
         assert Path(words[words.index("--out") + 1]).exists()

@@ -208,7 +208,7 @@ def explain_phrases(
     name = image.name
     pairs = [ImageTextPair(id=name, patient_id="", image_id=name, image=name, phrase=phrase) for phrase in phrases]
     batch = collate([Sample(pair, *image.framed) for pair in pairs])
-    boxes = (batch[name][0].to(clip.std.device) for name in ("content_box", "chest_box"))  # type: ignore[literal-required]
+    boxes = (batch[name][0].to(clip.std.device) for name in ("content_box", "chest_box"))
     maps = method.attribute_phrases(clip, clip.normalize(batch["image"][:1])[0], phrases, *boxes)
     return ExplainedImage(image, batch, clip.tokenize(phrases), maps, _margins(clip, method, batch, maps))
 
