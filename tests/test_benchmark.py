@@ -120,7 +120,8 @@ def test_every_shipped_method_from_the_command_line(tmp_path, images, checkpoint
         assert row["error"] == ""
         assert _without_structures(row["scores"]) == wanted
     for row in text:
-        assert set(row["scores"]) == {*kinds, "mean_map_mass", "sanity"}
+        scores = {*kinds, "mean_map_mass", "sanity"}
+        assert set(row["scores"]) == scores | {f"{name}/words" for name in scores}
     assert _without_structures(results["metrics"]) == wanted | set(kinds)
     for name in ("report.html", "tables.md"):
         assert "Chefer" in (tmp_path / name).read_text(encoding="utf-8")
@@ -349,7 +350,8 @@ def test_interrupted_under_shuffled_weights_it_makes_only_what_is_missing(tmp_pa
             with pytest.raises(KeyboardInterrupt):
                 run(data, checkpoint, tmp_path / "parts", methods=["chefer"])
         [kept] = values.iterdir()
-        assert len(read_tensors(kept)[0]) == 2 * stages
+        # Of the image, of content tokens, and of those of words.
+        assert len(read_tensors(kept)[0]) == 3 * stages
     left = Counting(monkeypatch)
     results = run(data, checkpoint, tmp_path / "parts", methods=["chefer"])
     assert without_times(results) == without_times(whole)

@@ -13,15 +13,18 @@ from conftest import TINY
 from families import FAMILIES, family
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from matex_pl import ClipModule
 from matex_pl.attribution import Matex
 from matex_pl.attribution.core.capture import borrowed, count_blocks, follow_attention, sample
+from matex_pl.cli import main
 from matex_pl.data import PhantomDataModule
 from matex_pl.training.guidance import Guidance, Guide
 from matex_pl.training.guidance_loss import energy_loss, l1_loss, outside_loss
 from matex_pl.training.guidance_map import guided_map, kept_patches, margin_directions
 from matex_pl.training.guidance_targets import anatomy_share, box_share, region_boxes
+from matex_pl.training.module import load_module
 
 PHRASES = ["Left lower lobe nodule.", "Right effusion, small.", "Mass of the right upper lobe."]
 
@@ -274,3 +277,18 @@ def test_a_compiled_model_is_refused(tiny_json: str) -> None:
     module.clip.model = torch.compile(module.clip.model)
     with pytest.raises(NotImplementedError, match=r"torch\.compile hides"):
         Guide(Guidance(), module.clip)
+
+
+@pytest.mark.parametrize("config", ["phantom_guided.yaml", "phantom_shortcut_guided.yaml"])
+def test_shipped_configs_train(config: str, phantom_words: list[str], workdir: Path) -> None:
+    words = ["--model.name=tiny.json", "--trainer.max_steps=2", "--trainer.limit_val_batches=1"]
+    main(["fit", "--config", config, *phantom_words[2:], *words, "--trainer.log_every_n_steps=1"])
+    [run] = Path("runs").rglob("events.*")
+    found = EventAccumulator(str(run.parent)).Reload()
+    assert {"train/guidance_loss", "train/energy_in_box", "train/guided_share"} <= set(found.Tags()["scalars"])
+    assert found.Scalars("train/guided_share")[-1].value == 1
+    [checkpoint] = Path("runs").rglob("last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["guidance"]["blocks"] == 1
+    # The settings of a checkpoint are read again, and a model is explained without them.
+    main(["explain", "image.png", "Left nodule.", f"--ckpt_path={checkpoint}"])
+    assert load_module(str(checkpoint)).hparams["guidance"]["boxes"] == 1.0

@@ -59,7 +59,7 @@ class Brightness(AttributionMethod):
     cost = "none"
 
     def attribute(
-        self, clip: Any, images: Tensor, tokens: Tensor, phrases: Sequence[str], content_box: Tensor | None = None
+        self, clip: Any, images: Tensor, tokens: Tensor, phrases: Sequence[str], *boxes: Tensor | None
     ) -> Attribution:
         gray = (images * clip.std.view(-1, 1, 1) + clip.mean.view(-1, 1, 1))[:, 0].clip(0, 1)
         content = clip.content(tokens)
