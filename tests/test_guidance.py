@@ -166,7 +166,10 @@ def test_regions_and_anatomy_as_targets() -> None:
     assert left[:, 0].min() > 0.4
     torch.testing.assert_close(padded[:, [0, 2]], 0.25 + left[:, [0, 2]] / 2)
     torch.testing.assert_close(padded[:, [1, 3]], left[:, [1, 3]])
-    masks = {name: torch.zeros(2, 8, 8, dtype=torch.bool) for name in ("left_lung", "heart", "clavicle")}
+    masks = {name: torch.zeros(2, 8, 8, dtype=torch.bool) for name in ("left_lung", "right_lung", "heart", "clavicle")}
+    # One lung alone is no target.
+    masks["left_lung"][1, :, 4:] = True
+    masks["right_lung"][0, :, 7:] = True
     masks["left_lung"][0, :, 4:] = True
     masks["heart"][:, 4:, 2:4] = True
     masks["clavicle"][:] = True

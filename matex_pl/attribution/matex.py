@@ -369,7 +369,7 @@ class Matex(TwoTowerMethod):
             lambda_s=self.lambda_s,
             shape=self.prior_shape,
             laterality=self.laterality,
-            content_box=frame_boxes(self.prior_frame, parts["content_box"], parts["chest_box"]),
+            content_box=frame_boxes(self.prior_frame, parts["content_box"], parts.get("chest_box")),
             ids=parts["phrases"],
             device=parts["score"].device,
         )

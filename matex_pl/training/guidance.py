@@ -35,7 +35,7 @@ class Guidance:
         weight: Weight of the guidance; the contrastive loss has 1.
         boxes: Weight of pairs with boxes, whose target is the boxes.
         regions: Weight of pairs without boxes, whose target is the regions that the phrase names.
-        anatomy: Weight of pairs with masks of lungs, whose target is lungs and heart.
+        anatomy: Weight of pairs with masks of both lungs, whose target is lungs and heart.
         loss: `energy`, `-log` of the density of the map inside over the sum of its densities inside and outside; `l1`,
             the distance of the map, divided by its maximum, from the target; or `outside`, the squared share of the
             map outside the target.

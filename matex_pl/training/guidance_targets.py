@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from matex_pl.anatomy.parser import parse_phrase
+from matex_pl.data.chest import LUNGS
 from matex_pl.maps import patch_mean
 
-ANATOMY = ("left_lung", "right_lung", "heart")
+ANATOMY = (*LUNGS, "heart")
 
 
 def box_share(boxes: Sequence[Tensor], grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -62,7 +63,9 @@ def _named(phrase: str) -> list[tuple[float, float, float, float]]:
 def anatomy_share(
     masks: Mapping[str, Tensor], count: int, grid: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Share of each patch inside lungs and heart, `(B, Gh, Gw)` in [0, 1], and the samples with lungs, `(B,)` bool.
+    """Share of each patch inside lungs and heart, `(B, Gh, Gw)`, and the samples with both lungs, `(B,)` bool.
+
+    With one lung alone, a map in the other one would count as outside.
 
     Args:
         masks: `(B, H, W)` bool by structure; False everywhere for a sample without the structure.
@@ -71,7 +74,7 @@ def anatomy_share(
         device: Device of the result.
     """
     found = [masks[name] for name in ANATOMY if name in masks]
-    lungs = [masks[name].flatten(1).any(1) for name in ANATOMY[:2] if name in masks]
-    if not lungs:
+    if not set(LUNGS) <= masks.keys():
         return torch.zeros(count, *grid, device=device), torch.zeros(count, dtype=torch.bool, device=device)
-    return patch_mean(torch.stack(found).any(0).float(), grid), torch.stack(lungs).any(0)
+    lungs = torch.stack([masks[name].flatten(1).any(1) for name in LUNGS])
+    return patch_mean(torch.stack(found).any(0).float(), grid), lungs.all(0)
