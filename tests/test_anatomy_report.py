@@ -214,3 +214,12 @@ def test_no_text_breaks_the_splitter(text: str) -> None:
 def test_a_long_text_takes_linear_time() -> None:
     report = "There is a left effusion. No pneumothorax\n" * 3000
     assert len(split_report(report)) == 6000
+
+
+def test_ends_of_lines() -> None:
+    """A word that ends like a preposition ends its sentence, and so does a carriage return alone."""
+    for text in ("Left effusion, posterior\nNo pneumothorax", "FINDINGS:\rLeft effusion\rNo pneumothorax"):
+        found = split_report(text)
+        assert [sentence.reason for sentence in found] == ["", "negated"]
+        assert all(text[sentence.start : sentence.end] == sentence.text for sentence in found)
+    assert len(split_report("Effusion of the left\nLung base and\nRight effusion.")) == 2

@@ -380,6 +380,14 @@ def test_masks_of_an_image_give_shares_of_its_maps(report: Path, capsys: pytest.
     assert "--out with a folder" in refused(capsys, "explain", "image.png", "Mass.", MODEL, "--anatomy=masks.csv")
 
 
+def test_folders_within_each_other_are_refused(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for first, second in (("x", "x/y"), ("x/y", "x")):
+        rows = f"image,report,id\n3.png,Left effusion.,{first}\na/1.png,Edema.,{second}\n"
+        Path("nested.csv").write_text(rows, encoding="utf-8")
+        assert "is within that of line" in refused(capsys, "explain", "--manifest=nested.csv", MODEL, "--out=out")
+        assert not Path("out").exists()
+
+
 def test_masks_of_a_table_move_the_prior(table: Path) -> None:
     """The columns of a manifest; with lungs, the prior of MATEX has their frame."""
     main(["explain", "--manifest", "reports.csv", MODEL, "--out", "plain", "--method", "prior_only"])

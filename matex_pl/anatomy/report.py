@@ -23,6 +23,8 @@ Reason = Literal[
 
 # Kinds of terms after which a sentence goes on, behind an abbreviation.
 _GOES_ON = ("preposition", "and", "or", "to", "with", "verb", "comma", "zone", "side", "sided_zone", "carrier")
+# Ends of a line whose sentence goes on.
+_OPEN_END = re.compile(r"(?:[,\-/(]|\b(?:and|of|the|with|or|in))$")
 _LIST_MARK = re.compile(r"(?:[-*\u2022\u2013\u2014>#_=\s]|\(?\d{1,2}[.)](?=\s)|\(?[a-h]\)(?=\s))+")
 # Lines from this length on can be wrapped lines of a paragraph.
 _WRAPPED = 50
@@ -62,6 +64,8 @@ def split_report(report: str) -> list[ReportSentence]:
         report: Text of the report.
     """
     found = []
+    # Other programs end lines by a carriage return alone; places stay the same.
+    report = re.sub(r"\r(?!\n)", "\n", report)
     for section in _sections(report):
         for start, end in _spans(report, section.start, section.end):
             text = " ".join(report[start:end].split())
@@ -237,7 +241,7 @@ def _line_ends(part: str) -> Iterator[int]:
         text, word = line.rstrip(), (following.split() or [""])[0]
         had_room = len(text) + 1 + len(word) <= width
         begins = word[:1].isupper() or word[:1].isdigit() or bool(_LIST_MARK.match(word)) or is_lower
-        ends_open = text.endswith((",", "-", "/", "(", "and", "of", "the", "with", "or", "in"))
+        ends_open = bool(_OPEN_END.search(text))
         if text and word and begins and not ends_open and (had_room or not is_wrapped):
             yield place
         place += 1

@@ -184,6 +184,11 @@ def _read_jobs(manifest: Path, out: Path, kinds: Sequence[DicomKind], listed: Li
             add_masks(listed, row, jobs[-1].image)
         except RuleError as error:
             wrong.append(error.at(row.source))
+    for job in jobs:
+        around = next((used[folder] for folder in job.folder.parents if folder in used), None)
+        if around is not None:
+            rule = f"the folder is within that of line {around}. Give each row an id of its own"
+            wrong.append(RuleError(job.name, rule).at((str(manifest), job.line)))
     if wrong:
         lines = "".join(f"\n  line {row.line}: {row.rule}: {row.value!r:.60}" for row in wrong[:_SHOWN])
         rest = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
@@ -206,6 +211,8 @@ def _job(row: Any, root: Path, out: Path, used: dict[Path, int], *, is_shared: b
     folder = path_below(out, given)
     if folder in used:
         raise RuleError(given, f"line {used[folder]} has the same folder. Give each row an id of its own")
+    if folder == out / _TABLE:
+        raise RuleError(given, "the folder has the name of the written table. Give the row another id")
     used[folder] = row.source[1]
     return _Job(row.source[1], name, path, report, split_report(report), folder)
 

@@ -114,7 +114,7 @@ def read_source(path: str | Path, kinds: Collection[DicomKind] = _CAPTURE) -> So
         value = str(header.get(name) or "").strip()
         if not value:
             raise ValueError(f"{path} has no {_tag(name)}, without which no map can be attached. Add the element.")
-        if name.endswith("UID") and not header[name].value.is_valid:
+        if name.endswith("UID") and not getattr(header[name].value, "is_valid", False):
             raise ValueError(f"{path} has an invalid {_tag(name)}: {value!r}. Correct the element.")
     if header.SOPClassUID.type != "SOP Class":
         raise ValueError(
