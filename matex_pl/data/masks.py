@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from matex_pl.data.chest import LUNGS
 from matex_pl.data.images import Size, is_jpeg, read_image, read_levels, read_size, resize_image
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.data.rle import decode_coco, decode_pairs
 from matex_pl.data.validation import BadRow, RowWarning, RuleError, aspect_differs, find_image, place_of, shorten
 
-LUNGS_AND_HEART = ("left_lung", "right_lung", "heart")
+LUNGS_AND_HEART = (*LUNGS, "heart")
 """Names of the structures that measures of anatomy expect; sides are the patient's."""
 
 MASK_COLUMN = re.compile(r"mask_(\w+)")

@@ -118,9 +118,9 @@ class Guide:
             raise ValueError(f"guidance.blocks is {settings.blocks}, but the image tower has {self.depth} blocks.")
         # A tower that pools one token is differentiated by the output of each block's attention, any other by its
         # values: the second derivative then passes the attention of the first guided block too.
-        first = self.depth - settings.blocks
+        self.first = self.depth - settings.blocks
         reads_values = clip.image_pooling(sample(clip)[0]).position is None
-        self.twice_from = (first if reads_values else first + 1) if settings.second_order else self.depth
+        self.twice_from = (self.first if reads_values else self.first + 1) if settings.second_order else self.depth
         blocks = image_blocks(clip.model.visual)
         recomputes = any(getattr(module, "grad_checkpointing", False) is True for module in visual.modules())
         if recomputes and self.twice_from < len(blocks):
@@ -131,7 +131,7 @@ class Guide:
         # The last attention of some towers is their pool.
         blocks += [visual] * (self.depth - len(blocks))
         trained = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
-        frozen = [place for place in range(self.depth - settings.blocks, self.depth) if not trained[place]]
+        frozen = [place for place in range(self.first, self.depth) if not trained[place]]
         if frozen:
             raise ValueError(
                 f"guidance.blocks is {settings.blocks}, but block {frozen[0]} of the image tower is frozen. Train "
@@ -141,9 +141,8 @@ class Guide:
     @contextmanager
     def following(self) -> Iterator[Followed]:
         """Record the guided blocks of the image tower, and the patches that it keeps, in the forward of a step."""
-        first = self.depth - self.settings.blocks
         with (
-            follow_attention(first, self.depth, twice_from=self.twice_from) as blocks,
+            follow_attention(self.first, self.depth, twice_from=self.twice_from) as blocks,
             kept_patches(self.clip) as kept,
         ):
             yield Followed(blocks, kept)

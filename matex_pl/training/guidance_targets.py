@@ -11,9 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from matex_pl.anatomy.parser import parse_phrase
 from matex_pl.data.chest import LUNGS
+from matex_pl.data.masks import LUNGS_AND_HEART
 from matex_pl.maps import patch_mean
-
-ANATOMY = (*LUNGS, "heart")
 
 
 def box_share(boxes: Sequence[Tensor], grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -73,7 +72,7 @@ def anatomy_share(
         grid: Rows and columns of patches.
         device: Device of the result.
     """
-    found = [masks[name] for name in ANATOMY if name in masks]
+    found = [masks[name] for name in LUNGS_AND_HEART if name in masks]
     if not set(LUNGS) <= masks.keys():
         return torch.zeros(count, *grid, device=device), torch.zeros(count, dtype=torch.bool, device=device)
     lungs = torch.stack([masks[name].flatten(1).any(1) for name in LUNGS])
