@@ -15,6 +15,7 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 _SILENT_SECONDS = 2.0
+_MESSAGE_SECONDS = 60.0
 
 
 class _AboveBars(logging.Handler):
@@ -39,7 +40,9 @@ def show_messages() -> None:
 
 
 def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterable[Item]:
-    """The items, with a progress bar on a terminal if they take more than two seconds; elsewhere with one message.
+    """The items, with a progress bar on a terminal if they take more than two seconds; elsewhere with messages.
+
+    The messages come after two seconds, and then once a minute.
 
     The bar also works while a Trainer shows its own bars.
 
@@ -50,19 +53,24 @@ def progress(items: Iterable[Item], title: str, total: int | None = None) -> Ite
     """
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(items, desc=title, total=total, delay=_SILENT_SECONDS, leave=False)
-    return _with_message(items, title, len(items) if total is None and isinstance(items, Sized) else total)
+    return _with_messages(items, title, len(items) if total is None and isinstance(items, Sized) else total)
 
 
-def _with_message(items: Iterable[Item], title: str, total: int | None) -> Iterator[Item]:
-    """The items, with one message once they have taken two seconds."""
-    start, has_logged = time.monotonic(), False
+def _with_messages(items: Iterable[Item], title: str, total: int | None) -> Iterator[Item]:
+    """The items, with a message once they have taken two seconds, and one per minute from then on."""
+    start = time.monotonic()
+    due = start + _SILENT_SECONDS
     for number, item in enumerate(items, start=1):
         yield item
-        seconds = time.monotonic() - start
-        if not has_logged and seconds > _SILENT_SECONDS and (total is None or number < total):
-            has_logged = True
-            rest = "" if total is None else f" of {total}, about {duration(seconds / number * (total - number))} left"
-            log.info("%s: %d%s", title, number, rest)
+        now = time.monotonic()
+        if now > due and (total is None or number < total):
+            due = now + _MESSAGE_SECONDS
+            left = (
+                ""
+                if total is None
+                else f" of {total}, about {duration((now - start) / number * (total - number))} left"
+            )
+            log.info("%s: %d%s", title, number, left)
 
 
 def duration(seconds: float) -> str:

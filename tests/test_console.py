@@ -47,3 +47,18 @@ def test_the_command_line_shows_messages_once(
 
 def test_progress_passes_the_items_on() -> None:
     assert list(progress(iter(range(3)), "items", 3)) == [0, 1, 2]
+
+
+def test_long_work_writes_a_line_a_minute_where_there_is_no_terminal(
+    package_logger: logging.Logger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each of the items takes ten seconds.
+    times = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    with caplog.at_level(logging.INFO, "matex_pl"):
+        assert list(progress(range(20), "maps")) == list(range(20))
+    assert [record.message for record in caplog.records] == [
+        "maps: 1 of 20, about 3 min left",
+        "maps: 8 of 20, about 2 min left",
+        "maps: 15 of 20, about 50 s left",
+    ]
