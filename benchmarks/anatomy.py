@@ -17,13 +17,13 @@ from typing import Any, Literal, get_args
 import torch
 from choices import train
 from jsonargparse import auto_cli
-from rich.progress import track
 from shortcut import has_tag, says, tag_zone
 from torch import Tensor
 
 from matex_pl.anatomy.prior import PriorFrame
 from matex_pl.attribution import AttributionMethod, Matex, PriorOnly
 from matex_pl.attribution.several import attribute_methods
+from matex_pl.console import progress, show_messages
 from matex_pl.data import ImageTextBatch, PhantomDataModule
 from matex_pl.data.phantom.framing import Framing
 from matex_pl.evaluation.intervals import Sums, draw_patients, estimate
@@ -139,7 +139,7 @@ def frame_values(
     plain = {(name, ""): method for name, method in WITHOUT_PRIOR.items()}
     methods: dict[Any, AttributionMethod] = {**framed, **plain}
     values = defaultdict(list)
-    for batch in track(batches, f"{framing} framing"):
+    for batch in progress(batches, f"{framing} framing"):
         masks = F.box_masks(batch["boxes"], module.clip.image_size)
         for key, maps in explain(module, methods, batch).items():
             for metric in METRICS:
@@ -300,4 +300,5 @@ def quartile_table(
 
 
 if __name__ == "__main__":
+    show_messages()
     auto_cli(main, as_positional=False)

@@ -19,7 +19,6 @@ from typing import Any, get_args
 
 import torch
 from jsonargparse import auto_cli
-from rich.progress import track
 from torch import Tensor
 
 from matex_pl.attribution import (
@@ -37,6 +36,7 @@ from matex_pl.attribution import (
 )
 from matex_pl.attribution.core.fill import fill_images
 from matex_pl.attribution.core.target import Target
+from matex_pl.console import progress, show_messages
 from matex_pl.data import ImageTextBatch, PhantomDataModule, collate
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, PointingGame
 from matex_pl.metrics.functional import keep_highlighted, keep_relevant_tokens
@@ -154,7 +154,7 @@ def score(path: Path, root: str, split: str, maps: Maps, num_pairs: int, batch_s
     fill = fill_images("mean_image", module.clip, module.clip.std)
     table: dict[str, Scores] = defaultdict(Scores)
     batches = list(pairs_with_boxes(module, root, split, num_pairs, batch_size))
-    for batch in track(batches, f"{path.parts[-5]}, {split}"):
+    for batch in progress(batches, f"{path.parts[-5]}, {split}"):
         images, tokens = module.inputs(batch)
         with torch.no_grad():
             text = module.clip.encode_text(tokens)
@@ -341,4 +341,5 @@ def setting_line(name: str, argument: str, value: Any, val: Table) -> str:
 
 
 if __name__ == "__main__":
+    show_messages()
     auto_cli(main, as_positional=False)

@@ -7,14 +7,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import isabstract
+from itertools import product
 from platform import processor
 from statistics import median
 from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +22,7 @@ from matex_pl import attribution
 from matex_pl.attribution import AttributionMethod, Chefer, Matex
 from matex_pl.attribution.core.target import REFERENCES
 from matex_pl.clip import Clip, load_clip
+from matex_pl.console import progress, show_messages
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Number of phrases on one image, for `attribute_phrases`.
@@ -193,12 +193,11 @@ def _short_forward(clip: Clip, images: Tensor, tokens: Tensor) -> Tensor:
 def _interleaved(calls: dict[str, Call], repeats: int, clip: Clip, size: int) -> dict[str, list[float]]:
     """Seconds of each call in each round, with the calls taking turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    rounds = track(range(repeats + 1), f"batch {size}", console=Console(stderr=True), transient=True)
-    for turn in rounds:
-        for name, call in calls.items():
-            seconds = _seconds(call, clip.std.device)
-            if turn:
-                times[name].append(seconds)
+    turns = list(product(range(repeats + 1), calls.items()))
+    for turn, (name, call) in progress(turns, f"batch {size}"):
+        seconds = _seconds(call, clip.std.device)
+        if turn:
+            times[name].append(seconds)
     return times
 
 
@@ -275,4 +274,5 @@ class TensorMemory(TorchDispatchMode):
 
 
 if __name__ == "__main__":
+    show_messages()
     print(auto_cli(measure_cost, as_positional=False))

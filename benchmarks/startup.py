@@ -18,7 +18,8 @@ from statistics import median
 import cv2
 import numpy as np
 from jsonargparse import auto_cli
-from rich.progress import track
+
+from matex_pl.console import progress, show_messages
 
 ROOT = Path(__file__).parents[1]
 PHRASE = "Left lower lobe consolidation."
@@ -54,7 +55,7 @@ def measure_startup(rounds: int = 5, before: str | None = None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cv2.imwrite(f"{folder}/image.png", np.random.default_rng(0).integers(0, 255, (90, 70), np.uint8))
         cpu_seconds(["-c", MAKE_CHECKPOINT.format(path=f"{folder}/tiny.ckpt")], str(ROOT), str(ROOT))
-        for _ in track(range(rounds + 1), "Rounds"):
+        for _ in progress(range(rounds + 1), "Rounds"):
             for key, words in commands.items():
                 seconds[key].append(cpu_seconds(words, key[1], folder))
     medians = {key: median(times[1:]) for key, times in seconds.items()}
@@ -87,4 +88,5 @@ def table(medians: dict[tuple[str, str], float], root: str, before: str | None) 
 
 
 if __name__ == "__main__":
+    show_messages()
     print(auto_cli(measure_startup, as_positional=False))

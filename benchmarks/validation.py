@@ -17,9 +17,9 @@ from typing import Any
 from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.progress import track
 
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics
+from matex_pl.console import progress, show_messages
 from matex_pl.data import PhantomDataModule
 from matex_pl.files import CONFIG_FOLDER, read_yaml
 from matex_pl.training import load_module
@@ -49,7 +49,7 @@ def measure_validation(ckpt_path: str, rounds: int = 5, root: str = "data/phanto
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in track(range(rounds + 1), "Rounds"):
+        for _ in progress(range(rounds + 1), "Rounds"):
             for name, chosen in variants.items():
                 trainer = Trainer(
                     accelerator="cpu",
@@ -70,4 +70,5 @@ def measure_validation(ckpt_path: str, rounds: int = 5, root: str = "data/phanto
 
 
 if __name__ == "__main__":
+    show_messages()
     print(auto_cli(measure_validation, as_positional=False))

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from choices import pairs_with_boxes, train
 from jsonargparse import auto_cli
-from rich.progress import track
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase
@@ -34,6 +33,7 @@ from matex_pl.attribution.core.target import directions, reference_mean
 from matex_pl.attribution.core.two_tower import TextTower, TwoTowerMethod
 from matex_pl.attribution.shipped import shipped_methods
 from matex_pl.clip.words import TokenizedPhrase, split_words, tokenized
+from matex_pl.console import progress, show_messages
 from matex_pl.data import ImageTextBatch
 from matex_pl.evaluation.intervals import Sums, draw_patients, estimate
 from matex_pl.maps import full_precision, token_map
@@ -142,7 +142,7 @@ def score(paths: Sequence[Path], root: str, split: str, num_pairs: int, batch_si
         rows: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         patients: list[str] = []
         batches = list(pairs_with_boxes(module, root, split, num_pairs, batch_size))
-        for batch in track(batches, f"{path.parts[-5]}, {split}"):
+        for batch in progress(batches, f"{path.parts[-5]}, {split}"):
             names, texts = zip(*maps(module, batch), strict=True)
             for name, values in zip(names, values_of(module, batch, texts), strict=True):
                 for column, part in values.items():
@@ -248,4 +248,5 @@ def _kinds(phrase: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    show_messages()
     auto_cli(main, as_positional=False)
