@@ -897,7 +897,9 @@ def test_bad_arguments(kind: Callable[..., AttributionMethod], settings: dict[st
         kind(**settings)
 
 
-@pytest.mark.parametrize("method", [GradCam([-1, 4]), Chefer(4), M2ib(block=4), Nib(block=4)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [GradCam([-1, 4]), Chefer(4), M2ib(block=4), Nib(block=4)], ids=lambda method: type(method).__name__
+)
 def test_a_block_that_is_not_there(method: AttributionMethod) -> None:
     clip = family("native")
     with pytest.raises(ValueError, match="Block 4 does not exist: the tower has 4 blocks, counted from 0"):
