@@ -624,13 +624,13 @@ def test_the_narrowing_bottleneck_becomes_complete() -> None:
     for module in clip.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1.0
-    batch_of_two = tuple(part[3:] for part in pairs(clip))
-    found = [Nib(block=1, steps=steps).attribute(clip, *batch_of_two).parts for steps in (32, 128, 512)]
+    pair = tuple(part[3:4] for part in pairs(clip))
+    found = [Nib(block=1, steps=steps).attribute(clip, *pair).parts for steps in (16, 64, 256)]
     for key in ("completeness_error", "text_completeness_error"):
         coarse, better, fine = (parts[key] for parts in found)
-        torch.testing.assert_close(better, coarse / 4, atol=1e-3, rtol=0.1)
+        torch.testing.assert_close(better, coarse / 4, atol=2e-3, rtol=0.1)
         torch.testing.assert_close(fine, better / 4, atol=1e-4, rtol=0.1)
-        assert coarse.abs().max() > 5e-3
+        assert coarse.abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("steps", [1, 7])
