@@ -1314,6 +1314,44 @@ def bottled_score(
     return side.score(tail(side.tower, torch.stack(bottled), number + 1))
 
 
+# --- NIB
+
+
+def raw_nib(
+    clip: Clip, images: Tensor, tokens: Tensor, block: int = -4, steps: int = 10, **explained: Any
+) -> dict[str, Tensor]:
+    """With `signed` (B, N) and `text_signed` (B, T), and with `completeness_error` (B,) of all narrowed tokens."""
+    refuse_resnet(clip)
+
+    def pixels(side: Side) -> dict[str, Tensor]:
+        return nib(side, list(range(len(side.run.stream[0]))), block, steps)
+
+    def words(side: Side) -> dict[str, Tensor]:
+        return nib(side, phrase_positions(side), block, steps)
+
+    return both_sides(clip, images, tokens, pixels, words, **explained)
+
+
+def nib(side: Side, counted: list[int], block: int, steps: int) -> dict[str, Tensor]:
+    """NIB (Zhu et al. 2025) as released: h times the mean of dS/dz over z = lambda h, lambda = 1/n, 2/n, ..., 1."""
+    number = block_number(block, len(side.tower.blocks))
+    hidden = side.run.stream[number + 1].detach()
+    values = hidden.new_zeros(len(hidden))
+    for step in range(1, steps + 1):
+        narrow = narrowed(hidden, counted, step / steps).requires_grad_()
+        gradient = torch.autograd.grad(side.score(tail(side.tower, narrow, number + 1)), narrow)[0]
+        for j in counted:
+            values[j] += (hidden[j] * gradient[j] / steps).sum()
+    closed = side.score(tail(side.tower, narrowed(hidden, counted, 0.0), number + 1))
+    error = values.sum() - (side.score(side.run) - closed)
+    return {"map": values[side.among], "signed": values[side.among], "completeness_error": error}
+
+
+def narrowed(hidden: Tensor, counted: list[int], share: float) -> Tensor:
+    """Tokens (n, width) with a share of each counted one, and the others as they are."""
+    return torch.stack([row * share if j in counted else row for j, row in enumerate(hidden)])
+
+
 # --- less is more
 
 Subset = Sequence[int]

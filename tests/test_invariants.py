@@ -31,6 +31,7 @@ from matex_pl.attribution import (
     LeGrad,
     M2ib,
     Matex,
+    Nib,
     PatchSimilarity,
     PriorOnly,
     RandomMap,
@@ -58,6 +59,7 @@ METHODS: list[AttributionMethod] = [
     KernelShap(samples=24),
     LeGrad(),
     M2ib(steps=2, copies=2),
+    Nib(steps=2),
     PatchSimilarity(),
     Rise(masks=4),
     Rollout(),
@@ -71,7 +73,7 @@ BORROWERS = METHODS[:-3]
 # These take no gradient.
 FORWARD_ONLY = (KernelShap, PatchSimilarity, Rise, Rollout, SubmodularRegions)
 # These run the image tower, or a part of it, again.
-RERUN = (IntegratedGradients, KernelShap, LeGrad, M2ib, PatchSimilarity, Rise, SubmodularRegions)
+RERUN = (IntegratedGradients, KernelShap, LeGrad, M2ib, Nib, PatchSimilarity, Rise, SubmodularRegions)
 
 
 def named(method: AttributionMethod) -> str:
@@ -132,7 +134,7 @@ def test_the_check_of_a_model_explains_nothing_and_changes_nothing(
 
 
 def test_the_check_of_a_model_refuses_blocks_that_do_not_exist(clip: Clip) -> None:
-    for method in (GradCam([12]), M2ib(block=12), Chefer(start_layer=12)):
+    for method in (GradCam([12]), M2ib(block=12), Nib(block=12), Chefer(start_layer=12)):
         with pytest.raises(ValueError, match="Block 12 does not exist: the tower has"):
             method.check_model(clip)
 
@@ -621,7 +623,7 @@ def test_unsupported_towers_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", ["convolutions", "windows"])
 def test_methods_on_tokens_refuse_towers_without_blocks(name: str) -> None:
     other = refused_tower(name)
-    for method in (GradCam(), LeGrad(), M2ib(steps=1), PatchSimilarity()):
+    for method in (GradCam(), LeGrad(), M2ib(steps=1), Nib(steps=1), PatchSimilarity()):
         with pytest.raises(NotImplementedError, match=r"image tower TimmModel.*(no list of transformer|no raster)"):
             method.attribute(other, *pairs(other))
 

@@ -31,6 +31,7 @@ from matex_pl.attribution import (
     LeGrad,
     M2ib,
     Matex,
+    Nib,
     PatchSimilarity,
     PriorOnly,
     RandomMap,
@@ -59,6 +60,7 @@ METHODS: dict[str, AttributionMethod] = {
         LeGrad(),
         M2ib(steps=3, copies=3, chunk_size=6),
         Matex(),
+        Nib(steps=3, chunk_size=6),
         PatchSimilarity(),
         PriorOnly(),
         RandomMap(),
@@ -68,7 +70,7 @@ METHODS: dict[str, AttributionMethod] = {
         SubmodularRegions(regions=4, pending=1),
     )
 }
-NEED_A_STREAM = ("M2ib", "PatchSimilarity")
+NEED_A_STREAM = ("M2ib", "Nib", "PatchSimilarity")
 
 
 def batch(clip: Clip) -> tuple[Tensor, Tensor, list[str]]:
@@ -235,6 +237,7 @@ CHEAP: list[Case] = [
     (PatchSimilarity, MARGIN),
     (Rise, {"masks": 4}),
     (M2ib, {"steps": 2, "copies": 2}),
+    (Nib, {"steps": 2}),
 ]
 # On a few: an end of text, a pool, BERT, a text that is seen to its end, a ResNet.
 DEAR: list[Case] = [
@@ -246,6 +249,8 @@ DEAR: list[Case] = [
     (Rise, {"masks": 8, "keep_probability": 0.3, "centered": True, "fill": "blur", "grid_size": 3, "seed": 1} | MARGIN),
     (M2ib, {"steps": 4, "copies": 2, **MARGIN}),
     (M2ib, {"block": 0, "beta": 0.5, "lr": 0.7, "steps": 3, "copies": 3, "after_last_update": True, "seed": 2}),
+    (Nib, {"steps": 3, "chunk_size": 4, **MARGIN}),
+    (Nib, {"block": 0, "steps": 2}),
 ]
 FEW = ("native", "siglip", "biomedclip", "coca", "resnet")
 CASES = [(name, *case) for case in CHEAP for name in FAMILIES] + [(name, *case) for case in DEAR for name in FEW]
@@ -261,8 +266,8 @@ def test_against_the_reference(name: str, kind: type[AttributionMethod], setting
     expected = expected_of(method, clip, images, tokens, settings)
     raw = {key: expected.pop(key) for key in list(expected) if key not in ("image", "grid", "text", "score")}
     maps = method.attribute(clip, images, tokens, phrases)
-    # The masks of RISE are drawn in float32.
-    assert_agree(expected, maps, 1e-6 if kind is Rise else 1e-11)
+    # The masks of RISE are drawn in float32, and the terms of NIB nearly cancel.
+    assert_agree(expected, maps, {Rise: 1e-6, Nib: 1e-9}.get(kind, 1e-11))
     assert_agree(raw, maps, 1e-12)
     assert raw.keys() <= maps.parts.keys()
 
@@ -311,6 +316,28 @@ def test_integrated_gradients_are_those_of_captum(name: str) -> None:
         channels = 0 if prefix == "" else 1
         torch.testing.assert_close(parts[f"{prefix}signed"][0], values[0].sum(channels), atol=1e-7, rtol=0)
         torch.testing.assert_close(parts[f"{prefix}completeness_error"], delta, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["native", "siglip"])
+def test_the_narrowing_bottleneck_is_captums_integral_from_tokens_of_zeros(name: str) -> None:
+    clip, content_box, phrase = both_sides(name)
+    images, tokens, phrases = (part[3:4] for part in pairs(clip))
+    parts = Nib(block=1, steps=4, **OUTSIDE).attribute(clip, images, tokens, phrases).parts
+    for side, prefix in ((content_box, ""), (phrase, "text_")):
+        # No token stands behind the one that is read here: all of them are narrowed.
+        hidden = side.run.stream[2].detach()[None]
+        assert prefix == "" or side.run.pooling.pooled[-1] == len(hidden[0]) - 1
+        ours = captum.attr.IntegratedGradients(tail_scores(side, 2))
+        arguments = {"n_steps": 4, "method": "riemann_right", "return_convergence_delta": True}
+        values, delta = ours.attribute(hidden, torch.zeros_like(hidden), **arguments)
+        found = parts[f"{prefix}signed"][0] if prefix == "" else parts["text_signed"][0, side.among]
+        torch.testing.assert_close(found, values[0, side.among].sum(1), atol=1e-7, rtol=0)
+        torch.testing.assert_close(parts[f"{prefix}completeness_error"], delta, atol=1e-7, rtol=0)
+
+
+def tail_scores(side: reference.Side, first: int) -> Callable[[Tensor], Tensor]:
+    """S of many streams of tokens that enter a block."""
+    return lambda many: torch.stack([side.score(reference.tail(side.tower, tokens, first)) for tokens in many])
 
 
 class ImageEmbeddings(nn.Module):
@@ -472,6 +499,7 @@ CHUNKED: list[Callable[..., AttributionMethod]] = [
     partial(KernelShap, samples=24),
     partial(Rise, masks=9),
     partial(M2ib, steps=3, copies=3),
+    partial(Nib, steps=3),
     partial(SubmodularRegions, regions=6, pending=1),
 ]
 RANDOM: list[Callable[..., AttributionMethod]] = [*CHUNKED[1:4], RandomMap]
@@ -587,6 +615,43 @@ def test_integrated_gradients_become_complete() -> None:
         coarse, better, fine = (parts[key].abs().max() for parts in found)
         assert coarse > better > fine
         assert fine < 1e-4
+
+
+def test_the_narrowing_bottleneck_becomes_complete() -> None:
+    """In proportion to the steps, where the layer norms leave the line from 0 smooth."""
+    source = family("native", torch.float64)
+    clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
+    for module in clip.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1.0
+    pair = tuple(part[3:4] for part in pairs(clip))
+    found = [Nib(block=1, steps=steps).attribute(clip, *pair).parts for steps in (16, 64, 256)]
+    for key in ("completeness_error", "text_completeness_error"):
+        coarse, better, fine = (parts[key] for parts in found)
+        torch.testing.assert_close(better, coarse / 4, atol=2e-3, rtol=0.1)
+        torch.testing.assert_close(fine, better / 4, atol=1e-4, rtol=0.1)
+        assert coarse.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_a_narrowing_bottleneck_before_a_linear_head(steps: int) -> None:
+    """A mean and a matrix: the gradient grows as 1 / lambda, and all values add up to 0."""
+    source = family("avg_native", torch.float64)
+    clip = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
+    clip.model.visual.ln_post = nn.Identity()
+    images, tokens, phrases = pairs(clip)
+    maps = Nib(block=-1, steps=steps).attribute(clip, images, tokens, phrases)
+    seen: list[Tensor] = []
+    with torch.no_grad(), native_blocks(clip)[0][-1].register_forward_hook(lambda *args: seen.append(args[2])):
+        image, text = clip.encode_image(images), clip.encode_text(tokens)
+    patches = seen[0][:, 1:] @ clip.model.visual.proj
+    length = patches.mean(1).norm(dim=1)
+    slope = (patches * (text - maps.score[:, None] * image)[:, None]).sum(2) / (patches.shape[1] * length[:, None])
+    harmonic = sum(1 / step for step in range(1, steps + 1))
+    torch.testing.assert_close(maps.parts["signed"], harmonic * slope, atol=1e-12, rtol=0)
+    torch.testing.assert_close(maps.parts["signed"].sum(1), torch.zeros(5).double(), atol=1e-12, rtol=0)
+    # The embedding of nothing has no direction.
+    torch.testing.assert_close(maps.parts["completeness_error"], -maps.score, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -735,6 +800,17 @@ def test_a_bottleneck_runs_what_is_behind_it() -> None:
     assert image == [[1]] * 3 + [[1, 8, 4]]
 
 
+def test_a_narrowing_bottleneck_runs_what_is_behind_it() -> None:
+    """The copies of one image serve all its phrases, and one more forward has the closed bottleneck."""
+    image, text = count_runs(Nib(block=1, steps=4, chunk_size=6))
+    assert image == text == [[3], [3], [3, 6, 6, 3], [3, 6, 6, 3]]
+    image, text = count_runs(Nib(block=2, steps=4, chunk_size=6), ["mass", "edema", "left base"])
+    assert image == [[1]] * 3 + [[1, 2, 2, 1]]
+    assert text == [[3]] * 3 + [[3, 6, 6, 3]]
+    image, text = count_runs(Nib(block=-1))
+    assert image == text == [[3]] * 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_noise_of_an_image_is_the_same_in_every_precision(dtype: torch.dtype) -> None:
     clip, other = family("native"), family("native", dtype)
@@ -807,6 +883,8 @@ BAD: list[tuple[Callable[..., AttributionMethod], dict[str, Any], str]] = [
     (M2ib, {"lr": float("inf")}, "lr must be finite, got inf"),
     (M2ib, {"copies": 0}, "copies must be a number greater than 0, got 0"),
     (M2ib, {"steps": -2}, "steps must be a number greater than 0, got -2"),
+    (Nib, {"steps": 0}, "steps must be a number greater than 0, got 0"),
+    (Nib, {"chunk_size": 0}, "chunk_size must be a number greater than 0, got 0"),
     (GradEclip, {"image_blocks": 0}, "image_blocks must be a number greater than 0, got 0"),
     (GradEclip, {"text_blocks": -1}, "text_blocks must be a number greater than 0, got -1"),
     (LeGrad, {"num_blocks": 0}, "num_blocks must be a number greater than 0, got 0"),
@@ -819,7 +897,9 @@ def test_bad_arguments(kind: Callable[..., AttributionMethod], settings: dict[st
         kind(**settings)
 
 
-@pytest.mark.parametrize("method", [GradCam([-1, 4]), Chefer(4), M2ib(block=4)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [GradCam([-1, 4]), Chefer(4), M2ib(block=4), Nib(block=4)], ids=lambda method: type(method).__name__
+)
 def test_a_block_that_is_not_there(method: AttributionMethod) -> None:
     clip = family("native")
     with pytest.raises(ValueError, match="Block 4 does not exist: the tower has 4 blocks, counted from 0"):

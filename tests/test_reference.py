@@ -88,8 +88,9 @@ METHODS = (
     "legrad",
     "patch_similarity",
     "m2ib",
+    "nib",
 )
-TOKENS_ONLY = ("patch_similarity", "m2ib")
+TOKENS_ONLY = ("patch_similarity", "m2ib", "nib")
 
 
 def both(name: str, number: int = 1, target: str = "cosine") -> tuple[reference.Side, reference.Side]:
@@ -117,7 +118,7 @@ def material(name: str, method: str) -> dict[str, Any]:
         shapes = ((2, 2, 40, side.run.stream[0].shape[1]) for side in both(name))
         drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
         return dict(zip(("noise", "text_noise"), drawn, strict=True))
-    return {"integrated_gradients": {"steps": 3}, "grad_cam": {"layers": [-1, -3]}}.get(method, {})
+    return {"integrated_gradients": {"steps": 3}, "nib": {"steps": 2}, "grad_cam": {"layers": [-1, -3]}}.get(method, {})
 
 
 @pytest.mark.parametrize("name", FAMILIES)

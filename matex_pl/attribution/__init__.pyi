@@ -28,6 +28,7 @@ from .kernel_shap import KernelShap as KernelShap
 from .legrad import LeGrad as LeGrad
 from .m2ib import M2ib as M2ib
 from .matex import Matex as Matex
+from .nib import Nib as Nib
 from .patch_similarity import PatchSimilarity as PatchSimilarity
 from .rise import Rise as Rise
 from .rollout import Rollout as Rollout

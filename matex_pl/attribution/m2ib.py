@@ -86,7 +86,7 @@ class M2ib(TwoTowerMethod):
         place = block_index(self.block, len(tower.blocks))
         with stream.capture():
             embedding = tower.encode()
-        hidden, counted = stream.behind[place], _counted(tower, stream.behind[place].shape[1])
+        hidden, counted = stream.behind[place], counted_tokens(tower, stream.behind[place].shape[1])
 
         def relevance_for(direction: Tensor) -> Relevance:
             size = max(1, self.chunk_size // self.copies)
@@ -137,8 +137,8 @@ def capacity_of(alpha: Tensor, hidden: Tensor) -> Tensor:
     return -0.5 * (1 + 2 * F.logsigmoid(-alpha) - (kept * hidden) ** 2 - noise**2)
 
 
-def _counted(tower: Tower, tokens: int) -> Tensor:
-    """Mask `(B, n)` bool of the tokens of a block that the bottleneck acts on."""
+def counted_tokens(tower: Tower, tokens: int) -> Tensor:
+    """Mask `(B, n)` bool of the tokens of a block that a bottleneck acts on."""
     place = torch.arange(tokens, device=tower.inputs.device)
     if isinstance(tower, ImageTower):
         return torch.ones(len(tower.inputs), tokens, dtype=torch.bool, device=place.device)
