@@ -24,6 +24,7 @@ from matex_pl.attribution import (
     AttributionMethod,
     CenterMap,
     Chefer,
+    DenseSimilarity,
     GradCam,
     GradEclip,
     IntegratedGradients,
@@ -31,7 +32,6 @@ from matex_pl.attribution import (
     LeGrad,
     M2ib,
     Matex,
-    PatchSimilarity,
     PriorOnly,
     RandomMap,
     Rise,
@@ -58,7 +58,8 @@ METHODS: list[AttributionMethod] = [
     KernelShap(samples=24),
     LeGrad(),
     M2ib(steps=2, copies=2),
-    PatchSimilarity(),
+    DenseSimilarity(),
+    DenseSimilarity("sclip"),
     Rise(masks=4),
     Rollout(),
     Saliency(**MARGIN),
@@ -69,9 +70,9 @@ METHODS: list[AttributionMethod] = [
 ]
 BORROWERS = METHODS[:-3]
 # These take no gradient.
-FORWARD_ONLY = (KernelShap, PatchSimilarity, Rise, Rollout, SubmodularRegions)
+FORWARD_ONLY = (DenseSimilarity, KernelShap, Rise, Rollout, SubmodularRegions)
 # These run the image tower, or a part of it, again.
-RERUN = (IntegratedGradients, KernelShap, LeGrad, M2ib, PatchSimilarity, Rise, SubmodularRegions)
+RERUN = (DenseSimilarity, IntegratedGradients, KernelShap, LeGrad, M2ib, Rise, SubmodularRegions)
 
 
 def named(method: AttributionMethod) -> str:
@@ -621,7 +622,7 @@ def test_unsupported_towers_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", ["convolutions", "windows"])
 def test_methods_on_tokens_refuse_towers_without_blocks(name: str) -> None:
     other = refused_tower(name)
-    for method in (GradCam(), LeGrad(), M2ib(steps=1), PatchSimilarity()):
+    for method in (GradCam(), LeGrad(), M2ib(steps=1), DenseSimilarity()):
         with pytest.raises(NotImplementedError, match=r"image tower TimmModel.*(no list of transformer|no raster)"):
             method.attribute(other, *pairs(other))
 

@@ -29,8 +29,17 @@ def method_path(name: str) -> Path:
     for path in (Path(name), shipped):
         if path.is_file():
             return path
-    raise ValueError(
-        f"There is no method {name!r}. Use one of {', '.join(method_names())}, the path of a class, or a YAML file."
+    known = f"Use one of {', '.join(method_names())}, the path of a class, or a YAML file."
+    raise ValueError(f"There is no method {name!r}. {renamed(name) or known}")
+
+
+def renamed(name: str) -> str:
+    """Sentence on a method of an earlier version, for the name of its settings or its class; empty for other names."""
+    if name.rpartition(".")[2] != "PatchSimilarity" and Path(name).stem != "patch_similarity":
+        return ""
+    return (
+        "It is a variant of DenseSimilarity now. Use dense_similarity with `variant: patch`, on a command line "
+        "`--method dense_similarity --method.variant patch`."
     )
 
 
@@ -58,7 +67,8 @@ def load_method(method: AttributionMethod | str) -> AttributionMethod:
         found = fault(str(error))
         name = found.name.removeprefix("method").lstrip(".")
         if not name:
-            rule = f"its class_path {kind!r} is no attribution method. Use one of {', '.join(method_names())}"
+            way_out = renamed(kind) or f"Use one of {', '.join(method_names())}"
+            rule = f"its class_path {kind!r} is no attribution method. {way_out}"
         elif found.is_unknown:
             known = list(argument_names(getattr(attribution, kind.rpartition(".")[2], object)))
             rule = f"{kind} has no setting {name!r}.{nearest(name, known)}"
