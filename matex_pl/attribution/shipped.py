@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -33,9 +34,9 @@ def method_path(name: str) -> Path:
     raise ValueError(f"There is no method {name!r}. {renamed(name) or known}")
 
 
-def renamed(name: str) -> str:
-    """Sentence on a method of an earlier version, for the name of its settings or its class; empty for other names."""
-    if name.rpartition(".")[2] != "PatchSimilarity" and Path(name).stem != "patch_similarity":
+def renamed(text: str) -> str:
+    """Advice for a text that names a method of an earlier version, by its settings or its class; else empty."""
+    if not re.search(r"\b(PatchSimilarity|patch_similarity)\b", text):
         return ""
     return (
         "It is a variant of DenseSimilarity now. Use dense_similarity with `variant: patch`, on a command line "
