@@ -25,17 +25,18 @@ from matex_pl.attribution import (
     AttributionMethod,
     CenterMap,
     Chefer,
+    DenseSimilarity,
     GradCam,
     GradEclip,
     LeGrad,
     Matex,
-    PatchSimilarity,
     PriorOnly,
     Rollout,
     Saliency,
 )
 from matex_pl.attribution.core.fill import fill_images
 from matex_pl.attribution.core.target import Target
+from matex_pl.attribution.dense_similarity import Variant
 from matex_pl.console import progress, show_messages
 from matex_pl.data import ImageTextBatch, PhantomDataModule, collate
 from matex_pl.metrics import ConfidenceDrop, ConfidenceIncrease, MapMass, PointingGame
@@ -246,8 +247,8 @@ def single_pass(target: str) -> dict[str, AttributionMethod]:
         "LeGrad": LeGrad(target=target),
         "Grad-CAM, last block": GradCam(target=target),
         "Grad-ECLIP": GradEclip(target=target),
-        "patch similarity": PatchSimilarity(target=target),
         "saliency": Saliency(target=target),
+        **{f"dense similarity, {name}": DenseSimilarity(name, target=target) for name in get_args(Variant)},
     }
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from matex_pl import attribution
-from matex_pl.attribution import AttributionMethod, Chefer, Matex
+from matex_pl.attribution import AttributionMethod, Chefer, DenseSimilarity, Matex
 from matex_pl.attribution.core.target import REFERENCES
 from matex_pl.clip import Clip, load_clip
 from matex_pl.console import progress, show_messages
@@ -100,6 +100,7 @@ def methods_present() -> dict[str, AttributionMethod]:
         "Matex(flow='rollout')": Matex(flow="rollout"),
         "Matex.recommended()": Matex.recommended(),
         "Chefer(start_layer=0), all": Chefer(start_layer=0),
+        "DenseSimilarity('sclip')": DenseSimilarity("sclip"),
     }
     for name in attribution.__all__:
         kind = getattr(attribution, name)

@@ -1213,20 +1213,68 @@ def layer_score(side: Side, number: int) -> Tensor:
     return side.score(found)
 
 
-def raw_patch_similarity(clip: Clip, images: Tensor, tokens: Tensor, **explained: Any) -> dict[str, Tensor]:
+def raw_dense_similarity(
+    clip: Clip, images: Tensor, tokens: Tensor, variant: str = "clearclip", **explained: Any
+) -> dict[str, Tensor]:
     """Signed; there is no text side."""
-    refuse_resnet(clip)
-    return both_sides(clip, images, tokens, patch_similarity, None, **explained)
+    if variant == "patch":
+        refuse_resnet(clip)
+    return both_sides(clip, images, tokens, lambda side: dense_similarity(side, variant), None, **explained)
 
 
-def patch_similarity(side: Side) -> Tensor:
-    """Each patch token behind the last block through the tower's head alone, (N,)."""
-    tokens, values = side.run.stream[-1], []
+def dense_similarity(side: Side, variant: str) -> Tensor:
+    """Each patch's own embedding with the phrase, (N,)."""
+    if side.tower.blocks:
+        return alone_in_the_head(side, dense_tokens(side, variant))
+    # CLIP's ResNet: what the pool's projection makes of each cell is an embedding already.
+    embeddings = linear(mixed_values(side.run.layers[-1], variant), side.clip.model.visual.attnpool.c_proj)
+    return torch.stack([embeddings[i] / embeddings[i].norm() @ side.direction for i in side.among])
+
+
+def alone_in_the_head(side: Side, tokens: Tensor) -> Tensor:
+    """Each patch of the tokens (n, width) behind the last block through the tower's head alone, (N,)."""
+    values = []
     for i in side.among:
         # One token in every place: it is the class token, the mean of all, and all that a pool can ask for.
         alone = tokens[i].expand_as(tokens)
         values.append(side.score(tail(side.tower, alone, len(side.tower.blocks))))
     return torch.stack(values)
+
+
+def dense_tokens(side: Side, variant: str) -> Tensor:
+    """What the last block gives with the attention of the variant, (n, width)."""
+    if variant == "patch":
+        return side.run.stream[-1]
+    block, entering = side.tower.blocks[-1].args[0], side.run.stream[-2]
+    mixed = mixed_values(side.run.layers[len(side.tower.blocks) - 1], variant)
+    if hasattr(block, "ln_1"):
+        added = linear(mixed, block.attn.out_proj)
+    else:
+        added = linear(mixed, block.attn.proj) * getattr(block.ls1, "gamma", 1)
+    if variant in ("maskclip", "clearclip"):
+        return added
+    x = entering + added
+    if hasattr(block, "ln_1"):
+        return x + linear(F.gelu(linear(layer_norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
+    hidden = F.gelu(linear(layer_norm(x, block.norm2), block.mlp.fc1))
+    return x + linear(hidden, block.mlp.fc2) * getattr(block.ls2, "gamma", 1)
+
+
+def mixed_values(layer: Layer, variant: str) -> Tensor:
+    """Values of each token (n, width), mixed by what the variant compares, heads side by side."""
+    heads = []
+    for query, key, value in zip(layer.query, layer.key, layer.value, strict=True):
+        compared = {"maskclip": [], "sclip": [query, key], "clearclip": [query]}[variant]
+        rows = []
+        for i in range(len(value)):
+            # Without any comparison, each token keeps its own value.
+            row = value[i] if not compared else torch.zeros_like(value[i])
+            for z in compared:
+                logits = torch.stack([z[i] @ z[j] for j in range(len(z))]) / math.sqrt(z.shape[1])
+                row = row + logits.softmax(0) @ value
+            rows.append(row)
+        heads.append(torch.stack(rows))
+    return torch.cat(heads, 1)
 
 
 def refuse_resnet(clip: Clip) -> None:

@@ -99,7 +99,7 @@ def test_every_shipped_method_from_the_command_line(tmp_path, images, checkpoint
     shown = {row["name"] for row in image if not row["control"]}
     assert {"MATEX", "MATEX, as printed", "Rise", "KernelShap", "M2ib", "GradCam", "LeGrad"} <= shown
     assert "SubmodularRegions" not in shown
-    assert {"PatchSimilarity", "CenterMap", "PriorOnly"}.isdisjoint(row["name"] for row in text)
+    assert {"DenseSimilarity", "CenterMap", "PriorOnly"}.isdisjoint(row["name"] for row in text)
     assert next(row["note"] for row in image if row["name"] == "Rise") == "6 masks, fill: mean image"
     wanted = {
         "pointing_game",

@@ -174,6 +174,8 @@ def test_methods_by_name_and_all_of_them(here, images, capsys):
     assert cv2.imread("all.png").shape[1] == 1920
     with pytest.raises(SystemExit, match=r"There is no method 'm3ib'. Use one of center_map.*saliency"):
         main([*words, "--method", "m3ib"])
+    with pytest.raises(SystemExit, match="It is a variant of DenseSimilarity now"):
+        main([*words, "--method", "PatchSimilarity"])
     Path("mine.yaml").write_text("class_path: matex_pl.attribution.M2ib\ninit_args: {step: 1}", encoding="utf-8")
     with pytest.raises(
         SystemExit, match=r"mine.yaml does not describe an attribution method: .*M2ib has no setting 'step'.*steps"
@@ -347,6 +349,14 @@ def test_roar_on_ms_cxr_has_the_papers_methods_and_protocol():
 
 def test_the_printed_matex_is_shipped_for_roar():
     assert load_method("paper/matex").settings == attribution.Matex.paper().settings
+
+
+@pytest.mark.parametrize("name", ["patch_similarity", "methods/patch_similarity.yaml", "old.yaml"])
+def test_the_former_name_of_a_method_gives_the_present_one(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text("class_path: matex_pl.attribution.PatchSimilarity\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"It is a variant of DenseSimilarity now\. Use .* `variant: patch`"):
+        load_method(name)
 
 
 def test_every_shipped_config_has_a_test():

@@ -24,6 +24,7 @@ from matex_pl.attribution import (
     AttributionMethod,
     CenterMap,
     Chefer,
+    DenseSimilarity,
     GradCam,
     GradEclip,
     IntegratedGradients,
@@ -32,7 +33,6 @@ from matex_pl.attribution import (
     M2ib,
     Matex,
     Nib,
-    PatchSimilarity,
     PriorOnly,
     RandomMap,
     Rise,
@@ -59,8 +59,9 @@ METHODS: list[AttributionMethod] = [
     KernelShap(samples=24),
     LeGrad(),
     M2ib(steps=2, copies=2),
+    DenseSimilarity(),
+    DenseSimilarity("sclip"),
     Nib(steps=2),
-    PatchSimilarity(),
     Rise(masks=4),
     Rollout(),
     Saliency(**MARGIN),
@@ -71,9 +72,9 @@ METHODS: list[AttributionMethod] = [
 ]
 BORROWERS = METHODS[:-3]
 # These take no gradient.
-FORWARD_ONLY = (KernelShap, PatchSimilarity, Rise, Rollout, SubmodularRegions)
+FORWARD_ONLY = (DenseSimilarity, KernelShap, Rise, Rollout, SubmodularRegions)
 # These run the image tower, or a part of it, again.
-RERUN = (IntegratedGradients, KernelShap, LeGrad, M2ib, Nib, PatchSimilarity, Rise, SubmodularRegions)
+RERUN = (DenseSimilarity, IntegratedGradients, KernelShap, LeGrad, M2ib, Nib, Rise, SubmodularRegions)
 
 
 def named(method: AttributionMethod) -> str:
@@ -623,7 +624,7 @@ def test_unsupported_towers_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", ["convolutions", "windows"])
 def test_methods_on_tokens_refuse_towers_without_blocks(name: str) -> None:
     other = refused_tower(name)
-    for method in (GradCam(), LeGrad(), M2ib(steps=1), Nib(steps=1), PatchSimilarity()):
+    for method in (GradCam(), LeGrad(), M2ib(steps=1), Nib(steps=1), DenseSimilarity()):
         with pytest.raises(NotImplementedError, match=r"image tower TimmModel.*(no list of transformer|no raster)"):
             method.attribute(other, *pairs(other))
 

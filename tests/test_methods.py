@@ -15,8 +15,10 @@ import pytest
 import pytorch_grad_cam
 import reference
 import torch
+import torch.nn.functional as F
 from families import FAMILIES, family
 from test_matex import IMAGE, PHRASES, REFERENCE_PHRASES, assert_agree, pairs
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from matex_pl import attribution
@@ -24,6 +26,7 @@ from matex_pl.attribution import (
     AttributionMethod,
     CenterMap,
     Chefer,
+    DenseSimilarity,
     GradCam,
     GradEclip,
     IntegratedGradients,
@@ -32,7 +35,6 @@ from matex_pl.attribution import (
     M2ib,
     Matex,
     Nib,
-    PatchSimilarity,
     PriorOnly,
     RandomMap,
     Rise,
@@ -53,6 +55,7 @@ METHODS: dict[str, AttributionMethod] = {
     for method in (
         CenterMap(),
         Chefer(),
+        DenseSimilarity(),
         GradCam(),
         GradEclip(),
         IntegratedGradients(steps=2, chunk_size=5),
@@ -61,7 +64,6 @@ METHODS: dict[str, AttributionMethod] = {
         M2ib(steps=3, copies=3, chunk_size=6),
         Matex(),
         Nib(steps=3, chunk_size=6),
-        PatchSimilarity(),
         PriorOnly(),
         RandomMap(),
         Rise(masks=12, chunk_size=7),
@@ -70,7 +72,7 @@ METHODS: dict[str, AttributionMethod] = {
         SubmodularRegions(regions=4, pending=1),
     )
 }
-NEED_A_STREAM = ("M2ib", "Nib", "PatchSimilarity")
+NEED_A_STREAM = ("M2ib", "Nib")
 
 
 def batch(clip: Clip) -> tuple[Tensor, Tensor, list[str]]:
@@ -233,8 +235,10 @@ CHEAP: list[Case] = [
     (Rollout, {}),
     (LeGrad, {}),
     (LeGrad, {"num_blocks": 2, **MARGIN}),
-    (PatchSimilarity, {}),
-    (PatchSimilarity, MARGIN),
+    (DenseSimilarity, {}),
+    (DenseSimilarity, {"variant": "maskclip"}),
+    (DenseSimilarity, {"variant": "sclip", **MARGIN}),
+    (DenseSimilarity, {"variant": "patch"}),
     (Rise, {"masks": 4}),
     (M2ib, {"steps": 2, "copies": 2}),
     (Nib, {"steps": 2}),
@@ -258,7 +262,7 @@ CASES = [(name, *case) for case in CHEAP for name in FAMILIES] + [(name, *case) 
 
 @pytest.mark.parametrize(("name", "kind", "settings"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
 def test_against_the_reference(name: str, kind: type[AttributionMethod], settings: dict[str, Any]) -> None:
-    if name == "resnet" and kind.__name__ in NEED_A_STREAM:
+    if name == "resnet" and (kind.__name__ in NEED_A_STREAM or settings.get("variant") == "patch"):
         pytest.skip("no stream of tokens")
     clip, method = family(name, torch.float64), kind(**settings)
     # One that is cut to the context length, and one with padding.
@@ -697,6 +701,105 @@ def test_grad_eclip_is_a_part_of_matex(name: str) -> None:
     torch.testing.assert_close(maps.text[several], expected[several], atol=1e-9, rtol=0)
 
 
+def copied(name: str) -> Clip:
+    source = family(name, torch.float64)
+    return copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
+
+
+def last_attention(clip: Clip) -> nn.MultiheadAttention:
+    """Attention of the last block of open_clip's own tower."""
+    return clip.model.visual.transformer.resblocks[-1].attn
+
+
+@torch.no_grad()
+def test_with_equal_queries_and_keys_dense_attention_is_that_of_the_model() -> None:
+    clip = copied("native")
+    attention = last_attention(clip)
+    for weight in (attention.in_proj_weight, attention.in_proj_bias):
+        weight.chunk(3)[1].copy_(weight.chunk(3)[0])
+    inputs = pairs(clip)
+    # What ClearCLIP reads is what the attention adds in the model itself.
+    added: list[Tensor] = []
+    with attention.register_forward_hook(lambda _, __, output: added.append(output[0])):
+        clip.encode_image(inputs[0])
+    read = F.normalize(clip.model.visual.ln_post(added[0][:, 1:]) @ clip.model.visual.proj, dim=-1)
+    expected = min_max((read * clip.encode_text(inputs[1])[:, None]).sum(-1).unflatten(1, clip.grid))
+    torch.testing.assert_close(DenseSimilarity("clearclip").attribute(clip, *inputs).grid, expected)
+    # SCLIP adds two equal attentions: twice the values, with half of the projection. Its bias is added once.
+    attention.out_proj.bias.zero_()
+    whole = DenseSimilarity("patch").attribute(clip, *inputs)
+    attention.out_proj.weight /= 2
+    twice = DenseSimilarity("sclip").attribute(clip, *inputs)
+    torch.testing.assert_close(twice.grid, whole.grid, atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
+def test_queries_without_a_direction_attend_to_all_patches_alike() -> None:
+    clip = copied("native")
+    attention = last_attention(clip)
+    for weight in (attention.in_proj_weight, attention.in_proj_bias):
+        weight.chunk(3)[0].zero_()
+    assert not DenseSimilarity("clearclip").attribute(clip, *pairs(clip)).grid.any()
+    for variant in ("maskclip", "sclip"):
+        assert DenseSimilarity(variant).attribute(clip, *pairs(clip)).grid.any()
+
+
+@torch.no_grad()
+def test_maskclip_reads_each_token_without_the_others() -> None:
+    """In a tower of one block without positions, a patch has the same value beside any other patches."""
+    clip = copied("square")
+    visual = clip.model.visual
+    visual.transformer.resblocks = visual.transformer.resblocks[:1]
+    visual.positional_embedding.zero_()
+    kinds = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    drawn = torch.stack([torch.arange(16) % 3, (torch.arange(16) == 5).long() + 2 * (torch.arange(16) == 9)])
+    images = torch.stack([kinds[row].view(4, 4, 3, 8, 8).permute(2, 0, 3, 1, 4).reshape(3, 32, 32) for row in drawn])
+
+    def values(variant: Any) -> Tensor:
+        grid = DenseSimilarity(variant).attribute(clip, images, clip.tokenize(["mass"] * 2), ["mass"] * 2).grid
+        places = torch.stack([(drawn == kind).long().argmax(1) for kind in range(3)], 1)
+        return grid.flatten(1).gather(1, places)
+
+    torch.testing.assert_close(*values("maskclip"), atol=1e-9, rtol=0)
+    for variant in ("sclip", "clearclip", "patch"):
+        one, other = values(variant)
+        assert not torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["maskclip", "clearclip"])
+def test_an_attention_that_cannot_be_separated_is_refused(variant: Any) -> None:
+    clip = copied("biomedclip")
+    blocks = clip.model.visual.trunk.blocks
+    blocks[-1] = ResPostBlock(64, 2).eval().double()
+    with pytest.raises(NotImplementedError, match=r"image tower TimmModel .*last block \(ResPostBlock\) cannot be sep"):
+        DenseSimilarity(variant).attribute(clip, *pairs(clip))
+    assert not any("forward" in vars(module) or module._forward_hooks for module in clip.modules())
+    assert DenseSimilarity("sclip").attribute(clip, *pairs(clip)).grid.any()
+
+
+def test_an_attention_that_is_not_fused_is_refused() -> None:
+    clip = copied("biomedclip")
+    clip.model.visual.trunk.blocks[-1].attn.fused_attn = False
+    with pytest.raises(NotImplementedError, match="its last block calls the fused attention 0 times"):
+        DenseSimilarity("sclip").attribute(clip, *pairs(clip))
+    assert DenseSimilarity("patch").attribute(clip, *pairs(clip)).grid.any()
+
+
+def test_a_failure_in_the_second_run_of_the_block_leaves_no_trace() -> None:
+    clip = copied("native")
+    block, fused, seen = clip.model.visual.transformer.resblocks[-1], F.scaled_dot_product_attention, []
+
+    def fail_the_second_time(*_: object) -> None:
+        seen.append(0)
+        if len(seen) == 2:
+            raise RuntimeError("injected")
+
+    with block.attn.register_forward_hook(fail_the_second_time), pytest.raises(RuntimeError, match="injected"):
+        DenseSimilarity("clearclip").attribute(clip, *pairs(clip))
+    assert F.scaled_dot_product_attention is fused
+    assert not any("forward" in vars(module) or module._forward_hooks for module in clip.modules())
+
+
 def test_rollout_asks_for_no_phrase() -> None:
     clip = family("native", torch.float64)
     images, tokens, phrases = pairs(clip)
@@ -782,13 +885,20 @@ def count_runs(method: AttributionMethod, phrases: list[str] | None = None) -> t
     return seen
 
 
-ONE_FORWARD = [Chefer(0), GradCam(), GradEclip(), LeGrad(), PatchSimilarity(), Rollout(), Saliency()]
+ONE_FORWARD = [Chefer(0), DenseSimilarity("patch"), GradCam(), GradEclip(), LeGrad(), Rollout(), Saliency()]
 
 
 @pytest.mark.parametrize("method", ONE_FORWARD, ids=lambda method: type(method).__name__)
 def test_one_forward_of_each_tower(method: AttributionMethod) -> None:
     assert count_runs(method) == ([[3]] * 4, [[3]] * 4)
     assert count_runs(method, ["mass", "left base"]) == ([[1]] * 4, [[2]] * 4)
+
+
+@pytest.mark.parametrize("variant", ["maskclip", "sclip", "clearclip"])
+def test_dense_embeddings_cost_the_last_block_once_more(variant: Any) -> None:
+    method = DenseSimilarity(variant)
+    assert count_runs(method) == ([[3]] * 3 + [[3, 3]], [[3]] * 4)
+    assert count_runs(method, ["mass", "left base"]) == ([[1]] * 3 + [[1, 1]], [[2]] * 4)
 
 
 def test_a_bottleneck_runs_what_is_behind_it() -> None:
@@ -887,6 +997,7 @@ BAD: list[tuple[Callable[..., AttributionMethod], dict[str, Any], str]] = [
     (Nib, {"chunk_size": 0}, "chunk_size must be a number greater than 0, got 0"),
     (GradEclip, {"image_blocks": 0}, "image_blocks must be a number greater than 0, got 0"),
     (GradEclip, {"text_blocks": -1}, "text_blocks must be a number greater than 0, got -1"),
+    (DenseSimilarity, {"variant": "csa"}, "variant must be one of maskclip, sclip, clearclip, patch, got 'csa'"),
     (LeGrad, {"num_blocks": 0}, "num_blocks must be a number greater than 0, got 0"),
 ]
 

@@ -86,11 +86,11 @@ METHODS = (
     "grad_eclip",
     "rollout",
     "legrad",
-    "patch_similarity",
+    "dense_similarity",
     "m2ib",
     "nib",
 )
-TOKENS_ONLY = ("patch_similarity", "m2ib", "nib")
+TOKENS_ONLY = ("m2ib", "nib")
 
 
 def both(name: str, number: int = 1, target: str = "cosine") -> tuple[reference.Side, reference.Side]:
@@ -140,7 +140,7 @@ def test_every_method_speaks_of_every_family(method: str, name: str) -> None:
     assert maps["grid"].shape == (len(images), *clip.grid)
     assert not maps["text"][~clip.content(tokens)].any()
     assert not maps["text"][2].any()
-    assert maps["text"][0].any() == (method != "patch_similarity")
+    assert maps["text"][0].any() == (method != "dense_similarity")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -237,7 +237,7 @@ def test_rise_of_a_score_that_says_what_is_kept() -> None:
 def test_a_patch_alone_is_read_as_it_would_stand_there(name: str) -> None:
     side, _ = both(name)
     last, kind = side.run.stream[-1], side.run.pooling.kind
-    for i, value in list(zip(side.among, reference.patch_similarity(side), strict=True))[:3]:
+    for i, value in list(zip(side.among, reference.dense_similarity(side, "patch"), strict=True))[:3]:
         if kind == "token":
             alone = torch.cat([last[i][None], last[1:]])
         elif kind == "query":

@@ -21,6 +21,7 @@ from .core.two_tower import (
 from .core.two_tower import (
     TwoTowerMethod as TwoTowerMethod,
 )
+from .dense_similarity import DenseSimilarity as DenseSimilarity
 from .grad_cam import GradCam as GradCam
 from .grad_eclip import GradEclip as GradEclip
 from .integrated_gradients import IntegratedGradients as IntegratedGradients
@@ -29,7 +30,6 @@ from .legrad import LeGrad as LeGrad
 from .m2ib import M2ib as M2ib
 from .matex import Matex as Matex
 from .nib import Nib as Nib
-from .patch_similarity import PatchSimilarity as PatchSimilarity
 from .rise import Rise as Rise
 from .rollout import Rollout as Rollout
 from .saliency import Saliency as Saliency

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -29,8 +30,17 @@ def method_path(name: str) -> Path:
     for path in (Path(name), shipped):
         if path.is_file():
             return path
-    raise ValueError(
-        f"There is no method {name!r}. Use one of {', '.join(method_names())}, the path of a class, or a YAML file."
+    known = f"Use one of {', '.join(method_names())}, the path of a class, or a YAML file."
+    raise ValueError(f"There is no method {name!r}. {renamed(name) or known}")
+
+
+def renamed(text: str) -> str:
+    """Advice for a text that names a method of an earlier version, by its settings or its class; else empty."""
+    if not re.search(r"\b(PatchSimilarity|patch_similarity)\b", text):
+        return ""
+    return (
+        "It is a variant of DenseSimilarity now. Use dense_similarity with `variant: patch`, on a command line "
+        "`--method dense_similarity --method.variant patch`."
     )
 
 
@@ -58,7 +68,8 @@ def load_method(method: AttributionMethod | str) -> AttributionMethod:
         found = fault(str(error))
         name = found.name.removeprefix("method").lstrip(".")
         if not name:
-            rule = f"its class_path {kind!r} is no attribution method. Use one of {', '.join(method_names())}"
+            way_out = renamed(kind) or f"Use one of {', '.join(method_names())}"
+            rule = f"its class_path {kind!r} is no attribution method. {way_out}"
         elif found.is_unknown:
             known = list(argument_names(getattr(attribution, kind.rpartition(".")[2], object)))
             rule = f"{kind} has no setting {name!r}.{nearest(name, known)}"

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from matex_pl import data
 from matex_pl.arguments import Fault, argument_names, fault, nearest
+from matex_pl.attribution.shipped import renamed
 from matex_pl.commands.refusals import refusal
 from matex_pl.files import find_config, read_yaml
 
@@ -140,6 +141,8 @@ def _wrong_value(given: Sequence[Given], found: Fault, words: Sequence[str]) -> 
     value = typed[-1].value if typed else found.value
     end = found.name.rpartition(".")[2]
     where = "" if typed else f" in {_config_with(found.no_class or end, words)}"
+    if renamed(f"{found.no_class} {value}"):
+        return f"{option}{where} names PatchSimilarity. {renamed('PatchSimilarity')}"
     if found.no_class and found.name != "data" and value != found.no_class:
         return (
             f"{option}{where} names {found.no_class!r}, which is no known class. Give the name of a class of Lightning "

@@ -208,6 +208,30 @@ def follow_attention(first: int, depth: int, *, twice_from: int) -> Iterator[lis
             setattr(F, _ATTENTION, attend)
 
 
+@contextmanager
+def replaced_attention(replacement: Callable[..., Tensor]) -> Iterator[None]:
+    """Compute each attention of this thread inside the context by `replacement(fused, q, k, v, ...)`.
+
+    Args:
+        replacement: Function of the fused attention and of the arguments of a call, `(B, h, n, d)` each, that returns
+            the output of the attention before its projection.
+    """
+    attend: Callable[..., Tensor] = getattr(F, _ATTENTION)
+    owner = threading.get_ident()
+
+    def replaced(*args: object, **kwargs: object) -> Tensor:
+        if threading.get_ident() != owner:
+            return attend(*args, **kwargs)
+        return replacement(attend, *args, **kwargs)
+
+    with _LOCK:
+        setattr(F, _ATTENTION, replaced)
+        try:
+            yield
+        finally:
+            setattr(F, _ATTENTION, attend)
+
+
 def sample(clip: Clip) -> tuple[Tensor, Tensor]:
     """A gray image `(1, 3, H, W)` and the tokens of a phrase `(1, T)`, for checks of the towers."""
     return clip.std.new_zeros(1, 3, *clip.image_size), clip.tokenize(["No finding."])

@@ -82,8 +82,8 @@ class Stream:
 
         with ExitStack() as stack:
             for block in self.blocks[: behind + 1]:
-                stack.callback(_set_forward, block, vars(block).get("forward"))
-                _set_forward(block, pass_on)
+                stack.callback(set_forward, block, vars(block).get("forward"))
+                set_forward(block, pass_on)
             yield
 
 
@@ -105,7 +105,7 @@ def output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
         yield outputs
 
 
-def _set_forward(block: nn.Module, forward: Any) -> None:
+def set_forward(block: nn.Module, forward: Any) -> None:
     """Replace the forward of a block, or restore that of its class if `forward` is None."""
     if forward is None:
         del block.forward
