@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,13 @@ def _config_tokenizer(text_cfg: dict[str, Any], name: str) -> Any:
     if source:
         mode = text_cfg.get("tokenizer_mode")
         return HFTokenizer(source, length, tokenizer_mode=mode, trust_remote_code=False, **settings)
-    return SimpleTokenizer(context_length=length, **settings)
+    return _simple_tokenizer(length, json.dumps(settings))
+
+
+@lru_cache(maxsize=8)
+def _simple_tokenizer(context_length: int, settings: str) -> SimpleTokenizer:
+    """CLIP's tokenizer, whose tables take longer than a small model; `settings` are JSON, and nothing changes it."""
+    return SimpleTokenizer(context_length=context_length, **json.loads(settings))
 
 
 def _open_clip_tokenizer(name: str) -> Any:
