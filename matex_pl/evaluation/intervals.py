@@ -107,7 +107,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class FindingMean:
-    """Mean over findings of a score, so that each finding counts once; a finding without a score is left out.
+    """Mean over findings of a score: each finding counts once, and a finding without a score is left out.
 
     Args:
         parts: Score of each finding.
