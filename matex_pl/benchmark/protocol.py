@@ -14,6 +14,7 @@ from torch import Tensor
 
 from matex_pl.arguments import check_choice
 from matex_pl.data.pair import ImageTextPair
+from matex_pl.maps import min_max
 from matex_pl.metrics import functional as F
 
 Size = tuple[int, int]
@@ -108,14 +109,13 @@ class GroundingProtocol:
         heat, counted = self.place(grid, content_box, sizes)
         boxes = [self.boxes(pair, size) for pair, size in zip(pairs, sizes, strict=True)]
         masks = F.box_masks(boxes, (self.size, self.size))
-        # The lowest value marks no pixel, and no pixel of the margin is a maximum.
-        lowest = heat.masked_fill(~counted, torch.inf).amin((1, 2), keepdim=True)
-        inner = torch.where(counted, heat, lowest)
+        # Pixels that do not count are 0, the lowest value: none is above a threshold or the maximum.
+        heat = min_max(heat, keep=counted)
         values = {
-            "miou": F.mean_iou(inner, masks & counted, signed=True),
+            "miou": F.mean_iou(heat, masks & counted, signed=True),
             "cnr": F.contrast_to_noise(heat, masks, counted, floor=0),
-            "pointing_game": F.pointing_game(inner, masks),
-            "pointing_game_near": F.pointing_game(inner, masks, self.tolerance),
+            "pointing_game": F.pointing_game(heat, masks),
+            "pointing_game_near": F.pointing_game(heat, masks, self.tolerance),
         }
         left_out = torch.tensor([not self.covers(pair.finding) for pair in pairs])
         return {name: value.masked_fill(left_out, torch.nan) for name, value in values.items()}
