@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_ms_cxr import annotation_rows, write_annotations, write_images
 
 from matex_pl import ClipModule
+from matex_pl.anatomy import prune_phrase
 from matex_pl.attribution import Chefer, Matex, Rise
 from matex_pl.benchmark import run_benchmark
 from matex_pl.benchmark.evaluate import Values
+from matex_pl.benchmark.protocol import GroundingProtocol
 from matex_pl.cli import main
-from matex_pl.data import PhantomDataModule
-from matex_pl.evaluation.columns import ANATOMY
+from matex_pl.data import MsCxrDataModule, PhantomDataModule
+from matex_pl.evaluation.columns import ANATOMY, AVERAGED, FINDINGS
 from matex_pl.evaluation.compared import compared_rows, mean_boxes
 from matex_pl.evaluation.intervals import Detections, Sums, draw_patients, estimate
 from matex_pl.evaluation.pairs import choose_pairs, prepare_data, read_pairs
@@ -29,6 +32,7 @@ from matex_pl.evaluation.tensors import read_tensors
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.removal import image_score
 from matex_pl.report.results import Score
+from matex_pl.report.tables import MISSING
 from matex_pl.training import load_module
 
 IMAGES = {"num_train": 12, "num_val": 6, "num_test": 10, "stored_size": 64, "batch_size": 4, "num_workers": 0}
@@ -114,6 +118,7 @@ def test_every_shipped_method_from_the_command_line(tmp_path, images, checkpoint
     }
     wanted |= {"prompt_sensitivity", "side_sensitivity", "outside_thorax_mass", "mean_map_mass"}
     wanted |= {"insertion/blur", "insertion/mean_image", "deletion/mean_color", "deletion/mean_image"}
+    wanted |= {name + FINDINGS for name in AVERAGED & wanted}
     kinds = ("confidence_drop", "confidence_increase", "confidence_drop@50", "confidence_increase@50", "top20_removal")
     wanted |= {f"{kind}/{fill}" for kind in kinds for fill in ("mean_color", "mean_image")}
     for row in image:
@@ -581,3 +586,105 @@ def test_an_out_folder_that_is_a_file_is_an_error(tmp_path, data, checkpoint):
     (tmp_path / "out").write_text("", encoding="utf-8")
     with pytest.raises(OSError, match="out"):
         run(data, checkpoint, tmp_path / "out")
+
+
+def image_rows(results):
+    return {row["name"]: row for row in results["rows"] if row["modality"] == "image"}
+
+
+def test_a_protocol_scores_the_maps_that_are_there(tmp_path, data, checkpoint, monkeypatch):
+    before = run(data, checkpoint, tmp_path)
+    with monkeypatch.context() as patch:
+        count = Counting(patch)
+        after = run(data, checkpoint, tmp_path, protocol="ms-cxr")
+    assert count.calls == 0
+    assert without_times(before)["protocol"] == {}
+    assert after["protocol"]["name"] == "ms-cxr"
+    clip = load_module(str(checkpoint)).clip
+    prepare_data(data, clip.image_size, "test")
+    pairs = choose_pairs(data, "test", SMALL["num_pairs"], 0)
+    [batch] = read_pairs(data, "test", pairs, 100)
+    images, tokens = clip.normalize(batch["image"]), clip.tokenize(batch["phrase"])
+    grid = Chefer().attribute(clip, images, tokens, batch["phrase"], batch["content_box"]).grid
+    values = GroundingProtocol("ms-cxr").values(grid, batch["content_box"], pairs, [(64, 64)] * len(pairs))
+    rows = image_rows(after)
+    for name, value in values.items():
+        findings = defaultdict(list)
+        for pair, one in zip(pairs, value.tolist(), strict=True):
+            findings[pair.finding] += [one] if one == one else []
+        means = [np.mean(kept) for kept in findings.values() if kept]
+        scores = rows["Chefer"]["scores"]
+        assert scores[f"protocol/{name}"]["value"] == pytest.approx(float(value.nanmean()), abs=1e-4)
+        assert scores[f"protocol/{name}/findings"]["value"] == pytest.approx(np.mean(means), abs=1e-4)
+    for name, row in image_rows(before).items():
+        assert row["scores"].items() <= rows[name]["scores"].items()
+        game = [
+            one["pointing_game"] for one in row["per_finding"].values() if one["pointing_game"]["value"] is not None
+        ]
+        mean = np.mean([one["value"] for one in game])
+        assert row["scores"]["pointing_game/findings"]["value"] == pytest.approx(mean)
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert "## Localization, mean over findings" in text
+    assert "## Protocol ms-cxr: maps at 518 px, Gaussian of 1.5 patches, the central 87.5" in text
+    assert "Published figures are left out: they are on MS-CXR, with" in text
+    assert "MedKLIP" not in text
+
+
+def test_pruned_phrases_have_maps_of_their_own(tmp_path, data, checkpoint, monkeypatch):
+    plain = run(data, checkpoint, tmp_path, methods=["chefer"], protocol="ms-cxr", smooth_sigma=0.0)
+    with monkeypatch.context() as patch:
+        count = Counting(patch)
+        pruned = run(data, checkpoint, tmp_path, methods=["chefer"], protocol="ms-cxr", prune_phrases=True)
+    assert count.calls > 0
+    assert pruned["protocol"]["prune_phrases"]
+    before, after = image_rows(plain)["Chefer"]["scores"], image_rows(pruned)["Chefer"]["scores"]
+    assert {name for name in before if before[name] != after[name]} <= {n for n in before if n.startswith("protocol/")}
+    prepare_data(data, (32, 32), "test")
+    phrases = [pair.phrase for pair in choose_pairs(data, "test", SMALL["num_pairs"], 0)]
+    shorter = [phrase for phrase in phrases if prune_phrase(phrase) != phrase]
+    assert 0 < len(shorter) < len(phrases)
+    # The control knows the finding of a pruned phrase, too.
+    assert image_rows(pruned)["Mean box"]["scores"]["protocol/cnr"]["n"] == len(phrases)
+
+
+def test_published_figures_stand_with_their_data_and_settings_alone(tmp_path, checkpoint):
+    annotations = annotation_rows(12)
+    for row in annotations:
+        row["split"] = ("test", "val")[int(row["dicom_id"][-2:]) % 2]
+    write_annotations(tmp_path, annotations)
+    write_images(tmp_path, sorted({row["path"] for row in annotations}), (60, 50))
+    data = MsCxrDataModule(root=str(tmp_path), batch_size=4, num_workers=0, cache_dir=None)
+    for changes, is_published in (({}, True), ({"smooth_sigma": 0.5}, False)):
+        results = run(data, checkpoint, tmp_path / "out", methods=["center_map"], protocol="ms-cxr", **changes)
+        text, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("tables.md", "report.html"))
+        line = "| GLoRIA (published only) | " + f"{MISSING} | " * 8 + "0.242 | 1.280 | 0.656 |"
+        assert (line in text) == is_published
+        assert ("1162 pairs of MS-CXR" in page) == is_published
+        assert "0.367" not in text
+        assert ("Published figures are left out" in page) != is_published
+    scores = image_rows(results)["CenterMap"]["scores"]
+    assert scores["protocol/pointing_game"]["n"] == SMALL["num_pairs"]
+
+
+def test_a_protocol_that_the_data_cannot_serve_is_refused_before_work(tmp_path, images, checkpoint, capsys):
+    def refused(data, message, **changes):
+        with pytest.raises(ValueError, match=message):
+            run(data, checkpoint, tmp_path / "out", **changes)
+        assert not (tmp_path / "out").exists()
+
+    data = PhantomDataModule(root=str(images), **IMAGES)
+    refused(Boxless(root=str(images), **IMAGES), "none of the 7 pairs of Boxless has a box", protocol="ms-cxr")
+    refused(Nameless(root=str(images), **IMAGES), "no pair of Nameless with a box has a finding", protocol="ms-cxr")
+    refused(data, "protocol must be one of ms-cxr, padchest-gr, got 'vindr'", protocol="vindr")
+    refused(data, "smooth_sigma and prune_phrases are settings of a published protocol", prune_phrases=True)
+    with pytest.raises(SystemExit) as end:
+        main(words(images, checkpoint, tmp_path / "out", "--protocol=vindr"))
+    assert end.value.code == 2
+    assert "--protocol must be one of 'ms-cxr', 'padchest-gr', null, got 'vindr'" in capsys.readouterr().err
+
+
+class Nameless(PhantomDataModule):
+    """The same images without the names of their findings."""
+
+    def list_pairs(self):
+        return [replace(pair, finding="") for pair in super().list_pairs()]

@@ -509,3 +509,51 @@ def test_curve_area_of_straight_lines() -> None:
     line = blank + torch.linspace(0, 1, 9)[:, None] * (full - blank)
     gain, span = curve_area(line, blank, full)
     torch.testing.assert_close(gain / span, torch.full((2,), 0.5))
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, 2.5])
+def test_pointing_game_with_a_tolerance_against_a_loop(tolerance: float) -> None:
+    maps, masks = _maps(), box_masks(_boxes(), SIZE)
+    hits = []
+    for value, heat, mask in zip(pointing_game(maps, masks, tolerance), maps.numpy(), masks.numpy(), strict=True):
+        places = [(r, c) for r in range(SIZE[0]) for c in range(SIZE[1])]
+        if not mask.any() or _is_flat(torch.from_numpy(heat)):
+            assert value.isnan()
+            continue
+        peak = next(place for place in places if heat[place] == heat.max())
+        hits.append(min(math.dist(peak, place) for place in places if mask[place]) <= tolerance)
+        assert value == float(hits[-1])
+    assert hits.count(True) >= 2
+
+
+def test_mean_iou_of_maps_on_minus_one_to_one_against_a_loop() -> None:
+    maps, masks = 3 * _maps() - 5, box_masks(_boxes(), SIZE)
+    counted = 0
+    for value, heat, mask in zip(mean_iou(maps, masks, signed=True), maps, masks, strict=True):
+        if not mask.any() or _is_flat(heat):
+            assert value.isnan()
+            continue
+        scaled = 2 * (heat.double() - heat.min()) / (heat.max() - heat.min()) - 1
+        overlaps = []
+        for threshold in (0.1, 0.2, 0.3, 0.4, 0.5):
+            above = [float(v) > threshold for v in scaled.flatten()]
+            within = mask.flatten().tolist()
+            overlaps.append(
+                sum(a and b for a, b in zip(above, within, strict=True))
+                / sum(a or b for a, b in zip(above, within, strict=True))
+            )
+        assert float(value) == pytest.approx(statistics.fmean(overlaps), abs=1e-6)
+        counted += 1
+    assert counted >= 3
+
+
+def test_contrast_to_noise_without_a_floor() -> None:
+    heat = torch.zeros(1, 8, 8)
+    heat[:, :4] = 1
+    heat[0, 0, 0] = 0.999
+    masks = torch.zeros(1, 8, 8, dtype=torch.bool)
+    masks[:, :4] = True
+    noise = math.sqrt(statistics.pvariance([0.999, *[1.0] * 31]))
+    assert float(contrast_to_noise(heat, masks, floor=0)) == pytest.approx((1 - 0.001 / 32) / noise, rel=1e-4)
+    # Without noise the published ratio is 0.
+    assert contrast_to_noise((heat > 0.5).float(), masks, floor=0) == 0

@@ -487,3 +487,35 @@ def test_two_processes_with_repeats_are_one(tmp_path: Path) -> None:
             assert found[name][:3] == [pytest.approx(case.value(), abs=1e-6)] * 3, name
             assert found[name][3] == sum(map(len, SHARDS[rank])) + 1
         assert found["best_threshold"] == [_seen(CASES["iou_best"], list(range(PAIRS))).best_threshold()]
+
+
+def test_the_tolerance_of_the_pointing_game_is_in_pixels_of_a_size() -> None:
+    """The maximum lies three pixels left of the box on maps of 20 px."""
+    maps = torch.zeros(1, 20, 20)
+    maps[0, 10, 5] = 1
+    boxes = [torch.tensor([[0.4, 0.4, 0.6, 0.6]])]
+    for settings, hit in [
+        ({}, 0.0),
+        ({"tolerance": 2.9}, 0.0),
+        ({"tolerance": 3}, 1.0),
+        ({"tolerance": 15, "size": 100}, 1.0),
+        ({"tolerance": 14, "size": 100}, 0.0),
+        ({"tolerance": 15, "size": 518}, 0.0),
+    ]:
+        metric = PointingGame(**settings)
+        metric.update(maps, boxes)
+        assert float(metric.compute()) == hit, settings
+
+
+@pytest.mark.parametrize("settings", [{"tolerance": -1}, {"tolerance": math.nan}, {"tolerance": 1, "size": 0}])
+def test_a_wrong_tolerance_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must be a number of pixels from [01], got"):
+        PointingGame(**settings)
+
+
+def test_mean_iou_of_rescaled_maps() -> None:
+    maps, boxes = torch.tensor([[[0.2, 0.1], [0.1, 0.15]]]), [torch.tensor([[0.0, 0.0, 0.5, 0.5]])]
+    for signed, value in ((False, 0.1), (True, 1.0)):
+        metric = MeanIoU(signed=signed)
+        metric.update(maps, boxes)
+        assert float(metric.compute()) == pytest.approx(value, abs=1e-6)

@@ -3,6 +3,7 @@
 from matex_pl.anatomy.laterality import named_side, swap_sides
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
 from matex_pl.anatomy.prior import prior_map, prior_maps
+from matex_pl.anatomy.pruning import prune_phrase
 from matex_pl.anatomy.regions import Region, load_regions
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "parse_phrase",
     "prior_map",
     "prior_maps",
+    "prune_phrase",
     "swap_sides",
 ]

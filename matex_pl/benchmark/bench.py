@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from matex_pl import __version__
+from matex_pl.anatomy import prune_phrase
 from matex_pl.arguments import check_choice
 from matex_pl.attribution import AttributionMethod
 from matex_pl.benchmark.evaluate import (
@@ -27,11 +29,13 @@ from matex_pl.benchmark.evaluate import (
     text_values,
 )
 from matex_pl.benchmark.prepare import PreparedBatch, prepare_pairs
+from matex_pl.benchmark.protocol import GroundingProtocol, Size
 from matex_pl.clip.model import Clip
-from matex_pl.data import ChestXrayDataModule, ImageTextPair
+from matex_pl.data import ChestXrayDataModule, ImageTextBatch, ImageTextPair
 from matex_pl.evaluation.compared import BUDGETS, MethodEntry, mean_box_row
-from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs
-from matex_pl.evaluation.store import MapStore, fill_store, weight_hash
+from matex_pl.evaluation.intervals import Sums
+from matex_pl.evaluation.pairs import choose_pairs, model_inputs, prepare_data, read_pairs, with_phrases
+from matex_pl.evaluation.store import MapStore, fill_store, pair_keys, weight_hash
 from matex_pl.evaluation.tensors import fingerprint, read_head, read_tensors, write_tensors
 
 # Number of training pairs for the mean boxes.
@@ -107,6 +111,8 @@ class BenchmarkRun:
         thorax: `(H, W)` bool, usual place of lungs and heart; None if the data module has none.
         folder: Folder of maps and values.
         settings: Settings of the run.
+        protocol: Published protocol that scores the maps in addition; None without one.
+        sizes: Height and width of the stored image of each pair; empty without a protocol.
     """
 
     clip: Clip
@@ -118,15 +124,30 @@ class BenchmarkRun:
     thorax: Tensor | None
     folder: Path
     settings: Settings
+    protocol: GroundingProtocol | None = None
+    sizes: list[Size] = field(default_factory=list)
 
     @classmethod
-    def open(cls, clip: Clip, data: ChestXrayDataModule, folder: Path, settings: Settings) -> BenchmarkRun:
-        """Select, read and embed the pairs."""
+    def open(
+        cls,
+        clip: Clip,
+        data: ChestXrayDataModule,
+        folder: Path,
+        settings: Settings,
+        protocol: GroundingProtocol | None = None,
+    ) -> BenchmarkRun:
+        """Select, read and embed the pairs.
+
+        Raises:
+            ValueError: The split has too few pairs, or `protocol` cannot score them.
+        """
         prepare_data(data, clip.image_size, settings.split, "val")
         if clip.mean_image.isnan().any():
             prepare_data(data, clip.image_size, "train")
             clip.mean_image.copy_(data.mean_image())
         pairs = choose_pairs(data, settings.split, settings.num_pairs, settings.seed)
+        if protocol is not None:
+            protocol.check(pairs, type(data).__name__)
         held_out = choose_pairs(data, "val", settings.validation_pairs, settings.seed)
         size = settings.batch_size
         return cls(
@@ -139,6 +160,8 @@ class BenchmarkRun:
             thorax=data.thorax(),
             folder=folder,
             settings=settings,
+            protocol=protocol,
+            sizes=_stored_sizes(data, settings.split, pairs) if protocol is not None else [],
         )
 
     @property
@@ -152,7 +175,10 @@ class BenchmarkRun:
             return []
         pairs = [pair for pair in choose_pairs(self.data, "train", _MEAN_OF, self.settings.seed) if pair.boxes]
         train = read_pairs(self.data, "train", pairs, self.settings.batch_size)
-        return mean_box_row(train, [batch.batch for batch in [*self.batches, *self.validation]], self.clip.image_size)
+        compared = [batch.batch for batch in [*self.batches, *self.validation]]
+        if self.protocol is not None and self.protocol.prune_phrases:
+            compared += self._explained[0]
+        return mean_box_row(train, compared, self.clip.image_size)
 
     def score(self, row: MethodEntry) -> MethodResult:
         """Metric values of a method's maps, computed once and cached on disk."""
@@ -166,6 +192,7 @@ class BenchmarkRun:
                 fill_store(self.clip, row.method, result.store, batch.batch, batch.keys, size)
             if read_head(path) is None:
                 write_tensors(path, *self._computed(row.method, result.store, stages))
+            by_protocol = self._protocol_values(row.method, result.store)
         except NotImplementedError as error:
             result.error = str(error)
             return result
@@ -174,7 +201,37 @@ class BenchmarkRun:
         result.seconds, result.forward_seconds = head.pop("seconds")
         for modality, rest in head.items():
             result.values[modality] = Values(tensors_below(tensors, modality), **rest)
+        result.values["image"].add_sums({f"protocol/{name}": Sums.of(value) for name, value in by_protocol.items()})
         return result
+
+    @cached_property
+    def _explained(self) -> tuple[list[ImageTextBatch], list[list[str]]]:
+        """Batches with the phrases of the protocol, and the keys of their maps."""
+        if self.protocol is None or not self.protocol.prune_phrases:
+            return [batch.batch for batch in self.batches], [batch.keys for batch in self.batches]
+        pruned = [with_phrases(batch.batch, list(map(prune_phrase, batch.batch["phrase"]))) for batch in self.batches]
+        return pruned, [pair_keys(batch) for batch in pruned]
+
+    def _protocol_values(self, method: AttributionMethod, store: MapStore) -> dict[str, Tensor]:
+        """Scores `(n,)` by the protocol, in a file of their own; empty without a protocol.
+
+        Only pruned phrases need maps that the other scores do not need.
+        """
+        if self.protocol is None:
+            return {}
+        batches, keys = self._explained
+        about = {"protocol": self.protocol.plain, "maps": store.key, "pairs": keys, "sizes": self.sizes}
+        about |= {"boxes": [[pair.finding, pair.boxes] for pair in self.pairs], "version": __version__}
+        path = self.folder / "values" / f"{fingerprint(about)}.safetensors"
+        if read_head(path) is None:
+            parts, start = [], 0
+            for batch, names in zip(batches, keys, strict=True):
+                fill_store(self.clip, method, store, batch, names, self.settings.batch_size)
+                rows = slice(start, start := start + len(names))
+                grid = store.read_units(names)["grid"]
+                parts.append(self.protocol.values(grid, batch["content_box"], self.pairs[rows], self.sizes[rows]))
+            write_tensors(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, {})
+        return read_tensors(path)[0]
 
     def _key(self, store: MapStore) -> str:
         """Hash of everything that determines the values."""
@@ -238,6 +295,12 @@ class BenchmarkRun:
 
         rounds = [(_seconds(explain), _seconds(forward)) for _ in range(1 if method.perturbs_inputs else 3)]
         return [median(column) / len(phrases) for column in zip(*rounds, strict=True)]
+
+
+def _stored_sizes(data: ChestXrayDataModule, split: str, pairs: list[ImageTextPair]) -> list[Size]:
+    """Height and width of the stored image of each pair; an image of unknown size is opened."""
+    transform = data.dataset(split).transform
+    return [pair.size or data.open_image(pair, transform).size for pair in pairs]
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -18,7 +18,8 @@ from matex_pl.clip.model import Clip
 from matex_pl.clip.words import with_words
 from matex_pl.console import progress
 from matex_pl.data.chest import LUNGS
-from matex_pl.evaluation.intervals import Detections, Sums, estimate
+from matex_pl.evaluation.columns import AVERAGED, FINDINGS
+from matex_pl.evaluation.intervals import Detections, FindingMean, Sums, estimate
 from matex_pl.evaluation.pairs import model_inputs
 from matex_pl.evaluation.store import MapStore
 from matex_pl.evaluation.tensors import read_head, read_tensors, write_tensors
@@ -276,6 +277,20 @@ class Values:
         if self.detections is not None:
             scores["ap50"] = estimate(self.detections.among(pairs), drawn)
         return scores
+
+    def finding_means(self, findings: Sequence[str], drawn: Tensor) -> dict[str, Score]:
+        """Means over findings of the scores from boxes, with their intervals, by the name of the mean.
+
+        Args:
+            findings: Finding of each of the n pairs; empty if unknown. Without any there are no means.
+            drawn: `(R, n)` of `draw_patients`.
+        """
+        averaged: dict[str, Sums | Detections] = {n: sums for n, sums in self.sums.items() if n in AVERAGED}
+        if self.detections is not None:
+            averaged["ap50"] = self.detections
+        if not any(findings):
+            return {}
+        return {name + FINDINGS: estimate(FindingMean.of(sums, findings), drawn) for name, sums in averaged.items()}
 
 
 def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

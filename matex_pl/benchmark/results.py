@@ -64,6 +64,7 @@ def results(run: BenchmarkRun, scored: Sequence[MethodResult], checkpoint: str) 
         "format": BENCHMARK_FORMAT,
         "data": origin["data"] | data,
         "settings": asdict(settings),
+        "protocol": run.protocol and run.protocol.plain,
         "machine": torch.cuda.get_device_name(device) if is_cuda else f"{torch.get_num_threads()} CPU threads",
         "forward_seconds_per_pair": median([result.forward_seconds for result in scored if not result.error] or [0.0]),
         "metrics": metric_columns({name for row in rows for name in row.scores}),
@@ -95,7 +96,8 @@ def _method_scores(run: BenchmarkRun, result: MethodResult, modality: str, drawn
         "seconds_per_pair": None if result.error else result.seconds,
         "error": result.error,
         "threshold": values.threshold,
-        "scores": values.scores(torch.ones(len(run.pairs), dtype=torch.bool), drawn),
+        "scores": values.scores(torch.ones(len(run.pairs), dtype=torch.bool), drawn)
+        | values.finding_means([pair.finding for pair in run.pairs], drawn),
         "per_finding": {finding: values.scores(pairs, drawn) for finding, pairs in about.items()},
         "quartiles": {
             finding: {

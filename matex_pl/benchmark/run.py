@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from matex_pl.benchmark.bench import BenchmarkRun, Settings
+from matex_pl.benchmark.protocol import GroundingProtocol
 from matex_pl.benchmark.results import panels, results, summary
 from matex_pl.clip.load import load_trained
 from matex_pl.data import ChestXrayDataModule
@@ -36,6 +37,9 @@ def run_benchmark(
     resamples: int = 1000,
     device: str = "auto",
     seed: int = 0,
+    protocol: Literal["ms-cxr", "padchest-gr"] | None = None,
+    smooth_sigma: float | None = None,
+    prune_phrases: bool = False,
 ) -> str:
     """Compare attribution methods on a checkpoint: all metrics with intervals, as tables and an HTML page.
 
@@ -67,19 +71,24 @@ def run_benchmark(
         resamples: Number of bootstrap draws over patients.
         device: `cpu`, `cuda`, or `auto`, which uses a GPU if there is one.
         seed: Random seed of the drawn pairs, the bootstrap, the shuffled weights and the random panels.
+        protocol: Published procedure of zero-shot grounding that scores the same maps in addition, in a table of its
+            own; by default the definitions of this package alone. `padchest-gr` is about eight types of findings.
+        smooth_sigma: Standard deviation of the protocol's Gaussian, in patches; 1.5 by default, as published.
+        prune_phrases: Whether the protocol explains phrases without their words of size and certainty.
 
     Returns:
         Pointing game and CNR as text, and the paths of the files.
 
     Raises:
-        ValueError: If an argument is out of range, the split has too few pairs, `roar.json` is damaged, or a file in
-            `out` is no earlier result.
+        ValueError: If an argument is out of range, the split has too few pairs or none that the protocol can score,
+            `roar.json` is damaged, or a file in `out` is no earlier result.
         FileNotFoundError: If there is no such checkpoint.
         OSError: If nothing can be written in `out`.
     """
     settings = Settings(
         split, num_pairs, validation_pairs, sanity_pairs, batch_size, budget, steps, resamples, seed
     )  # fmt: skip
+    published = _protocol(protocol, smooth_sigma, prune_phrases)
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(
             f"device must be auto, cpu or cuda, got {device!r}. cuda needs a GPU that torch can use; auto uses one if "
@@ -91,7 +100,7 @@ def run_benchmark(
     rows = compared_rows(methods.split(",") if isinstance(methods, str) else methods, budget)
     clip = load_trained(ckpt_path)
     cuda = device != "cpu" and torch.cuda.is_available()
-    run = BenchmarkRun.open(clip.to("cuda" if cuda else "cpu"), data, folder, settings)
+    run = BenchmarkRun.open(clip.to("cuda" if cuda else "cpu"), data, folder, settings, published)
     rows += run.mean_box_row()
     scored = []
     for place, row in enumerate(rows, start=1):
@@ -103,3 +112,16 @@ def run_benchmark(
     result = read(BenchmarkResult, folder / RESULTS)
     write_report(result, shown, folder, roar)
     return f"{summary(result)}\nAll results: {out}/report.html, tables.md and results.json."
+
+
+def _protocol(name: str | None, smooth_sigma: float | None, prune_phrases: bool) -> GroundingProtocol | None:
+    """The named protocol with its settings; None without a name."""
+    if name is not None:
+        sigma = {} if smooth_sigma is None else {"smooth_sigma": smooth_sigma}
+        return GroundingProtocol(name, prune_phrases=prune_phrases, **sigma)
+    if smooth_sigma is not None or prune_phrases:
+        raise ValueError(
+            "smooth_sigma and prune_phrases are settings of a published protocol. Name it with --protocol, or leave "
+            "both out."
+        )
+    return None

@@ -11,9 +11,10 @@ from matex_pl import metrics as M
 from matex_pl.report.results import ANATOMY_GROUP
 from matex_pl.report.results import Metric as Column
 
-# Fills of pixels, and `words` for the metrics of text without punctuation.
+# Fills of pixels, `words` for the metrics of text without punctuation, and `findings` for means over findings.
 FILL_NAMES = {
     "words": "without punctuation",
+    "findings": "mean over findings",
     "mean_color": "mean color",
     "mean_image": "mean image",
     "blur": "blurred image",
@@ -152,6 +153,27 @@ ANATOMY = {
 """Label and description of the shares of a map in anatomical structures; a key is `mass/left_lung`."""
 
 
+FINDINGS = "/findings"
+"""End of the key of a mean over findings, where each finding counts once."""
+
+PROTOCOL = {
+    "protocol/miou": (
+        "Protocol mIoU",
+        "IoU of map and boxes by the published protocol: mean over the thresholds .1 to .5 of the map on [-1, 1].",
+    ),
+    "protocol/cnr": ("Protocol CNR", "Signed contrast of box and rest divided by their noise, without a floor."),
+    "protocol/pointing_game": ("Protocol pointing game", "Share of maps whose maximum lies in a box."),
+    "protocol/pointing_game_near": (
+        "Protocol pointing game, tolerant",
+        "Share of maps whose maximum lies in a box or within the tolerance of one.",
+    ),
+}
+"""Label and description of the scores of a published protocol; see `matex_pl.benchmark.protocol`."""
+
+AVERAGED = {*_GROUPS["localization"], *PROTOCOL}
+"""Metrics that also have a mean over findings."""
+
+
 def metric_columns(keys: set[str]) -> dict[str, Column]:
     """Columns of metrics such as `cnr`, `insertion/blur` or `mass/left_lung`, in the order of the tables."""
     columns = {}
@@ -167,6 +189,14 @@ def metric_columns(keys: set[str]) -> dict[str, Column]:
                 description=rows[name].description,
                 fill=FILL_NAMES.get(fill, ""),
                 percent=group in ("paper", "confidence"),
+            )
+    for name in _GROUPS["localization"]:
+        mean = {"group": "findings", "fill": FILL_NAMES["findings"]}
+        columns[name + FINDINGS] = columns[name].model_copy(update=mean)
+    for key, (label, description) in PROTOCOL.items():
+        for suffix, mean in {"": "mean over pairs", FINDINGS: FILL_NAMES["findings"]}.items():
+            columns[key + suffix] = Column(
+                label=label, group="protocol", higher_is_better=True, description=description, fill=mean
             )
     structures = {key.partition("/")[2] for key in keys if key.partition("/")[0] in ANATOMY}
     first = ("left_lung", "right_lung", "heart")

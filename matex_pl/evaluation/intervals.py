@@ -105,6 +105,32 @@ class Detections:
         return int((self.num_boxes > 0).sum())
 
 
+@dataclass(frozen=True)
+class FindingMean:
+    """Mean over findings of a score: each finding counts once, and a finding without a score is left out.
+
+    Args:
+        parts: Score of each finding.
+    """
+
+    parts: Sequence[Sums | Detections]
+
+    @classmethod
+    def of(cls, pairs: Sums | Detections, findings: Sequence[str]) -> FindingMean:
+        """Mean over the findings of n pairs; pairs without a finding do not count."""
+        names = sorted({*findings} - {""})
+        return cls([pairs.among(torch.tensor([finding == name for finding in findings])) for name in names])
+
+    def score(self, drawn: Tensor | None = None) -> Tensor:
+        """Score `(1,)`, or `(R,)` if each pair is drawn `(R, n)` times; NaN if no finding has a score."""
+        return torch.stack([part.score(drawn) for part in self.parts]).nanmean(0)
+
+    @property
+    def count(self) -> int:
+        """Number of pairs that count."""
+        return sum(part.count for part in self.parts)
+
+
 def draw_patients(patients: Sequence[str], resamples: int, seed: int) -> Tensor:
     """Number of times each pair is drawn, `(R, n)`, when patients are drawn with replacement, as many as there are."""
     names, place = np.unique(np.asarray(patients), return_inverse=True)
@@ -112,7 +138,9 @@ def draw_patients(patients: Sequence[str], resamples: int, seed: int) -> Tensor:
     return torch.from_numpy(drawn[:, place]).double()
 
 
-def estimate(pairs: Sums | Detections, drawn: Tensor, reference: Sums | Detections | None = None) -> Score:
+def estimate(
+    pairs: Sums | Detections | FindingMean, drawn: Tensor, reference: Sums | Detections | None = None
+) -> Score:
     """Score of pairs with its 95 % interval and the number of pairs, or its difference from a reference.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -13,7 +14,12 @@ from matex_pl.metrics.functional import THRESHOLDS, masks_of
 
 
 class PointingGame(BoxMetric):
-    """Share of pairs with boxes whose map has its maximum inside a box (Zhang et al. 2018).
+    """Share of pairs with boxes whose map has its maximum in a box or near one (Zhang et al. 2018).
+
+    Args:
+        tolerance: Largest distance from the maximum to the nearest pixel of a box, in pixels. Zhang et al. use 15.
+        size: Size in pixels of the maps' longest side that `tolerance` refers to; the size of the given maps by
+            default.
 
     Examples:
         >>> metric = PointingGame()
@@ -22,7 +28,18 @@ class PointingGame(BoxMetric):
         1.0
     """
 
-    _score = staticmethod(functional.pointing_game)
+    def __init__(self, tolerance: float = 0.0, size: int | None = None) -> None:
+        super().__init__(tolerance, size)
+        if not 0 <= tolerance < inf:
+            raise ValueError(f"tolerance must be a number of pixels from 0, got {tolerance}.")
+        if size is not None and size < 1:
+            raise ValueError(f"size must be a number of pixels from 1, got {size}.")
+        self.tolerance = tolerance
+        self.size = size
+
+    def _values(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        scale = 1 if self.size is None else max(maps.shape[1:]) / self.size
+        return functional.pointing_game(maps, masks_of(maps, boxes), self.tolerance * scale)
 
 
 class ContrastToNoise(BoxMetric):
@@ -113,6 +130,9 @@ class RelevanceRankAccuracy(BoxMetric):
 class MeanIoU(BoxMetric):
     """Mean intersection over union of map and boxes, over the thresholds .1, .2, .3, .4, .5 and over pairs.
 
+    Args:
+        signed: Whether each map is rescaled to [-1, 1] first, as in published tables of zero-shot grounding.
+
     Examples:
         >>> metric = MeanIoU()
         >>> metric.update(torch.tensor([[[0.9, 0.3], [0.9, 0.0]]]), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])])
@@ -120,7 +140,12 @@ class MeanIoU(BoxMetric):
         0.8667
     """
 
-    _score = staticmethod(functional.mean_iou)
+    def __init__(self, signed: bool = False) -> None:
+        super().__init__(signed)
+        self.signed = signed
+
+    def _values(self, maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        return functional.mean_iou(maps, masks_of(maps, boxes), signed=self.signed)
 
 
 class ThresholdedIoU(BoxMetric):

@@ -6,7 +6,7 @@ reduces it to one line, and the templates escape it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from matex_pl.files import MARK, whole_file, write_text
 from matex_pl.report.gallery import Panel, read_panels
 from matex_pl.report.plots import Plot, Point, Stroke, axis_limits, curve_plot, dot_plot, forest_plot
-from matex_pl.report.published import SOURCE
+from matex_pl.report.published import SOURCE, grounding_figures
 from matex_pl.report.results import (
     ANATOMY_GROUP,
     FEATURED,
@@ -36,12 +36,15 @@ from matex_pl.report.tables import (
     difference_table,
     environment,
     method_table,
+    percent,
     score_column,
+    with_figures,
     with_published,
 )
 
 GROUPS = {
     "localization": "Localization",
+    "findings": "Localization, mean over findings",
     "confidence": "Confidence, other variants",
     "curves": "Insertion and deletion",
     "sensitivity": "Sensitivity to the phrase",
@@ -49,6 +52,7 @@ GROUPS = {
     "sanity": "Sanity",
 }
 PAPER = {"image": "Table 1: maps of the image", "text": "Table 2: maps of the phrase"}
+PROTOCOL_COLUMNS = {"miou": "mIoU", "cnr": "CNR", "pointing_game": "Pointing game"}
 PRIOR_CLASSES = (FEATURED, "PriorOnly")
 PANEL_KINDS = ("best", "random", "worst")
 # Files in the folder of a benchmark.
@@ -132,6 +136,7 @@ def _content(result: BenchmarkResult, roar: RoarResult | None) -> dict[str, Any]
         for group in groups
         if (table := group_table(result, modality, group))
     }
+    tables.pop(("image", "protocol"), None)
     anatomy = [
         tables.pop(("image", group))
         for group in groups
@@ -153,6 +158,8 @@ def _content(result: BenchmarkResult, roar: RoarResult | None) -> dict[str, Any]
         "roar": shown,
         "other_roar": roar if is_other else None,
         "localization": tables.pop(("image", "localization"), None),
+        "findings": tables.pop(("image", "findings"), None),
+        "protocol": protocol_table(result),
         "anatomy": anatomy,
         "quartiles": quartile_tables(result),
         "others": list(tables.values()),
@@ -183,6 +190,44 @@ def group_table(result: BenchmarkResult, modality: str, group: str) -> Table | N
     keys = [key for key, metric in result.metrics.items() if metric.group == group]
     title = PAPER[modality] if group == "paper" else f"{GROUPS.get(group, group)}, maps of the {MODALITIES[modality]}"
     return method_table(title, rows, _score_columns(result, rows, keys))
+
+
+def protocol_table(result: BenchmarkResult) -> Table | None:
+    """Scores by the published protocol; None without one. Published figures need the same settings and data set."""
+    table, protocol = group_table(result, "image", "protocol"), result.protocol
+    if table is None or not protocol.name:
+        return None
+    steps = [
+        f"maps at {protocol.size} px",
+        f"Gaussian of {protocol.smooth_sigma:g} patches" if protocol.smooth_sigma else "no smoothing",
+        f"the central {percent(protocol.kept)} of each side",
+        *(["pruned phrases"] if protocol.prune_phrases else []),
+    ]
+    remark = (
+        "The mIoU is the mean over the thresholds .1 to .5 of maps rescaled to [-1, 1]. The CNR is signed. The "
+        f"tolerant pointing game allows {protocol.tolerance:g} px. Published tables have means over findings."
+    )
+    table = replace(table, title=f"Protocol {protocol.name}: {', '.join(steps)}", remark=remark)
+    figures = grounding_figures()["zero_shot"].get(protocol.name)
+    return table if figures is None else _with_grounding(table, result, figures)
+
+
+def _with_grounding(table: Table, result: BenchmarkResult, figures: Mapping[str, Any]) -> Table:
+    """Table of a protocol with its published figures, or with the reason why they are left out."""
+    settings = {name: getattr(result.protocol, name) for name in figures["settings"]}
+    if result.data.data_class != figures["data_class"] or settings != figures["settings"]:
+        needed = ", ".join(f"{name} {str(value).lower()}" for name, value in figures["settings"].items())
+        left_out = f"Published figures are left out: they are on {figures['data']}, with {needed}."
+        return replace(table, remark=f"{table.remark} {left_out}")
+    columns = {key: f"{label}\N{NO-BREAK SPACE}↑" for key, label in PROTOCOL_COLUMNS.items()}
+    # Rows with further rules follow another protocol.
+    published = {
+        row["name"]: {label: f"{row[key]:.3f}" for key, label in columns.items()}
+        for row in figures["rows"]
+        if "rules" not in row
+    }
+    note = f"other models, {figures['pairs']} pairs of {figures['data']}, means over findings ({figures['source']})"
+    return replace(with_figures(table, published, note), remark=f"{table.remark} Published: {note}.")
 
 
 def _roar_column(result: BenchmarkResult, roar: RoarResult, modality: str) -> Column | None:

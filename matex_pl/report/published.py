@@ -1,6 +1,12 @@
-"""Published results of the paper."""
+"""Published results of the paper, and of zero-shot phrase grounding."""
 
 from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 SOURCE = "Imran, Lee and Lee, tables 1 and 2: MS-CXR, CLIP ViT-B/32"
 
@@ -25,3 +31,9 @@ PUBLISHED: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
         "MATEX, as printed": {"drop": (1.91, 0.06), "increase": (50.07, 0.46), "roar": (16.98, 0.66)},
     },
 }
+
+
+@cache
+def grounding_figures() -> dict[str, Any]:
+    """Published figures of phrase grounding as in `grounding.yaml`: `zero_shot` by protocol, and `supervised`."""
+    return yaml.safe_load(Path(__file__).with_name("grounding.yaml").read_text(encoding="utf-8"))

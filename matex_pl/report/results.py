@@ -212,6 +212,17 @@ class Data(Record, extra="allow"):
     val_pairs: int | None = None
 
 
+class Protocol(Record):
+    """Published protocol that scored the maps in addition, see `benchmark.protocol`; without a name there is none."""
+
+    name: str = ""
+    smooth_sigma: float = 0.0
+    prune_phrases: bool = False
+    size: int = 0
+    kept: float = 1.0
+    tolerance: float = 0.0
+
+
 class RoarSettings(Record, extra="allow"):
     """Protocol and fine-tuning of ROAR+."""
 
@@ -263,6 +274,7 @@ class BenchmarkResult(Results):
 
     format: Literal[2]
     settings: dict[str, Any] = {}
+    protocol: Protocol = Protocol()
     forward_seconds_per_pair: float | None = None
     metrics: dict[str, Metric] = {}
     rows: list[MethodScores] = []

@@ -20,6 +20,7 @@ PUBLISHED_COLUMNS = {
     "increase": "Conf. incr.\N{NO-BREAK SPACE}↑",
     "roar": "ROAR+\N{NO-BREAK SPACE}↑",
 }
+OTHER_DATA = "another model and data set: compare the order of the methods, not the numbers"
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its controls set apart; `of` is the header of the line names."""
+    """A table with its controls set apart; `of` is the header of the line names, `remark` a text below the title."""
 
     title: str
     lines: Sequence[Line]
     columns: Sequence[Column] = field(default_factory=list)
     of: str = "Method"
+    remark: str = ""
+    # Remark on the published columns.
+    published_note: str = OTHER_DATA
 
     @property
     def parts(self) -> list[tuple[bool, list[Line]]]:
@@ -130,14 +134,28 @@ def difference_table(
 
 def with_published(table: Table, modality: str, keys: Sequence[str]) -> Table:
     """Table with the paper's columns `keys`; methods with published values only are appended."""
-    figures = PUBLISHED[modality]
+    figures = {
+        name: {PUBLISHED_COLUMNS[key]: with_spread(*entry[key]) for key in keys}
+        for name, entry in PUBLISHED[modality].items()
+    }
+    return with_figures(table, figures)
+
+
+def with_figures(table: Table, figures: Mapping[str, Mapping[str, str]], note: str = OTHER_DATA) -> Table:
+    """Table with published columns; methods with published values only are appended.
+
+    Args:
+        table: Table of measured values.
+        figures: Printed value by method and column.
+        note: Remark on the published columns.
+    """
     known = {line.name for line in table.lines}
     lines = [Line(name, "published only") for name in figures if name not in known]
-    columns = []
-    for key in keys:
-        cells = {name: Cell(with_spread(*entry[key])) for name, entry in figures.items()}
-        columns.append(Column(PUBLISHED_COLUMNS[key], cells, published=True))
-    return replace(table, lines=[*table.lines, *lines], columns=[*table.columns, *columns])
+    columns = [
+        Column(label, {name: Cell(entry[label]) for name, entry in figures.items()}, published=True)
+        for label in next(iter(figures.values()), {})
+    ]
+    return replace(table, lines=[*table.lines, *lines], columns=[*table.columns, *columns], published_note=note)
 
 
 def best_names(values: Mapping[str, float | None], higher_is_better: bool | None, digits: int) -> set[str]:

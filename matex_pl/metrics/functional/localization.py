@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from matex_pl.maps import min_max
 from matex_pl.metrics.functional.ranking import top_ranked
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
@@ -53,15 +54,20 @@ def has_order(maps: Tensor) -> Tensor:
     return flat.amax(1) > flat.amin(1)
 
 
-def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
-    """1 if the maximum of the map lies in a box, else 0; NaN without boxes and for flat maps. `(B,)`.
+def pointing_game(maps: Tensor, masks: Tensor, tolerance: float = 0.0) -> Tensor:
+    """1 if the maximum of the map lies in a box or near one, else 0; NaN without boxes and for flat maps. `(B,)`.
 
     Args:
         maps: `(B, H, W)` maps.
         masks: `(B, H, W)` bool masks of the boxes.
+        tolerance: Largest distance in pixels from the maximum to the nearest pixel of a box, between their centers.
     """
+    height, width = maps.shape[1:]
     peak = maps.flatten(1).argmax(1, keepdim=True)
-    hit = masks.flatten(1).gather(1, peak)[:, 0].float()
+    row, column = peak // width, peak % width
+    rows, columns = (torch.arange(side, device=maps.device) for side in (height, width))
+    near = ((rows - row) ** 2)[:, :, None] + ((columns - column) ** 2)[:, None] <= tolerance**2
+    hit = (masks & near).flatten(1).any(1).float()
     return hit.masked_fill(~(masks.flatten(1).any(1) & has_order(maps)), torch.nan)
 
 
@@ -69,20 +75,21 @@ NOISE_FLOOR = 0.01
 """Lowest noise of the contrast-to-noise ratio, as a share of the map's range."""
 
 
-def contrast_to_noise(maps: Tensor, masks: Tensor, counted: Tensor | None = None) -> Tensor:
+def contrast_to_noise(maps: Tensor, masks: Tensor, counted: Tensor | None = None, floor: float = NOISE_FLOOR) -> Tensor:
     """Signed contrast-to-noise ratio (Boecking et al. 2022), `(B,)`: (mean_in - mean_out) / sqrt(var_in + var_out).
 
-    NaN with nothing inside or nothing outside. The noise is at least `NOISE_FLOOR` of the map's range. Without this
-    floor, a single pixel decides whether the ratio of a nearly binary map is 1 or thousands. A constant map gives 0.
+    NaN with nothing inside or nothing outside. The noise is at least `floor` of the map's range. Without a floor, a
+    single pixel decides whether the ratio of a nearly binary map is 1 or thousands. Without any noise the ratio is 0.
 
     Args:
         maps: `(B, H, W)` maps.
         masks: `(B, H, W)` bool masks of the boxes.
         counted: `(B, H, W)` bool pixels that count, for example those of the image without its padding; all by default.
+        floor: Lowest noise as a share of the map's range; 0 for the ratio as published.
     """
     flat, inside = maps.flatten(1).double(), masks.flatten(1)
     counted = torch.ones_like(inside) if counted is None else counted.flatten(1)
-    return _contrast(flat, inside & counted, ~inside & counted).float()
+    return _contrast(flat, inside & counted, ~inside & counted, floor).float()
 
 
 def box_contrast(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
@@ -104,13 +111,13 @@ def box_contrast(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     return (total / pair.bincount(minlength=len(maps))).float()
 
 
-def _contrast(values: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
+def _contrast(values: Tensor, inside: Tensor, outside: Tensor, floor: float = NOISE_FLOOR) -> Tensor:
     """Contrast-to-noise ratio of values `(B, n)` float64 between two masks `(B, n)` bool, `(B,)`."""
     (mean_in, var_in), (mean_out, var_out) = _moments(values, inside), _moments(values, outside)
     counted = inside | outside
     span = values.masked_fill(~counted, -torch.inf).amax(1) - values.masked_fill(~counted, torch.inf).amin(1)
-    noise = torch.maximum((var_in + var_out).sqrt(), NOISE_FLOOR * span)
-    return (mean_in - mean_out) / torch.where(noise > 0, noise, 1)
+    noise = torch.maximum((var_in + var_out).sqrt(), floor * span)
+    return (mean_in - mean_out) / torch.where(noise == 0, torch.inf, noise)
 
 
 def _moments(values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,9 +148,16 @@ def iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] | Tensor) -> Te
     return torch.stack(overlaps, 1).masked_fill(~scored[:, None], torch.nan)
 
 
-def mean_iou(maps: Tensor, masks: Tensor) -> Tensor:
-    """Mean of `iou` over the thresholds .1, .2, .3, .4, .5, `(B,)`; NaN without boxes and for flat maps."""
-    return iou(maps, masks, MEAN_THRESHOLDS).mean(1)
+def mean_iou(maps: Tensor, masks: Tensor, *, signed: bool = False) -> Tensor:
+    """Mean of `iou` over the thresholds .1, .2, .3, .4, .5, `(B,)`; NaN without boxes and for flat maps.
+
+    Args:
+        maps: `(B, H, W)` maps in [0, 1], or on any scale if `signed`.
+        masks: `(B, H, W)` bool masks of the boxes.
+        signed: Whether each map is rescaled to [-1, 1] first, as in published tables of zero-shot grounding. The lowest
+            threshold is then .55 of the map's range.
+    """
+    return iou(2 * min_max(maps) - 1 if signed else maps, masks, MEAN_THRESHOLDS).mean(1)
 
 
 def energy_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
