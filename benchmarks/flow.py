@@ -289,10 +289,9 @@ def retrain(
     phantoms = PhantomDataModule(root=root, seed=seed, num_train=num_images, num_val=4, num_test=4)
     module = load_module(str(path))
     protocol = Protocol(modalities=["image"], fractions=list(FRACTIONS), repeats=1, seed=seed)
-    plan = make_plan(
-        folder, phantoms, module, module, [str(file) for file in files.values()], protocol,
-        Training(epochs=epochs, lr=3e-4, warmup_steps=5, accelerator="cpu"), {"checkpoint": path.name, "start_checkpoint": path.name},
-    )  # fmt: skip
+    training = Training(epochs=epochs, lr=3e-4, warmup_steps=5, accelerator="cpu")
+    origins = {"checkpoint": path.name, "start_checkpoint": path.name}
+    plan = make_plan(folder, phantoms, module, module, list(map(str, files.values())), protocol, training, origins)
     prepare_maps(plan)
     names = {file.stem: name for name, file in files.items()} | ({"True boxes": "true boxes"} if boxes else {})
     wanted = [run for run in plan.runs() if not run.method or run.method in names]
