@@ -4,9 +4,8 @@
 
 Takes a model per seed of `benchmarks/choices.py`, which trains missing ones. Fuses the components of validation pairs
 again for a grid of flows, numbers of blocks, rows of the consistency and weights of the flow. Three candidates go on:
-those with the best pointing game, energy and prompt sensitivity. ROAR+ on images that no model has seen ranks them. The
-first of them, today's preset, the other methods and the controls are then scored on test pairs, and by ROAR+ on
-further images.
+those with the best pointing game, energy and prompt sensitivity. These, today's preset, Chefer and the controls are scored on
+test pairs, and by ROAR+ on images that no model has seen.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from words import shown
 from matex_pl.anatomy import named_side
 from matex_pl.attribution import AttributionMethod, CenterMap, Chefer, Matex, PriorOnly, RandomMap
 from matex_pl.data import ImageTextBatch, PhantomDataModule
-from matex_pl.evaluation.compared import mean_box_row
+from matex_pl.evaluation.compared import BLURRED, mean_box_row
 from matex_pl.evaluation.intervals import Sums, draw_patients, estimate
 from matex_pl.evaluation.pairs import other_phrases_of, swapped_phrases, with_phrases
 from matex_pl.evaluation.values import map_correlation
 from matex_pl.maps import Attribution
 from matex_pl.metrics import functional as F
 from matex_pl.roar.make import make_plan
-from matex_pl.roar.plan import Protocol, Run, Training
+from matex_pl.roar.plan import Plan, Protocol, Run, Training
 from matex_pl.roar.work import failure, prepare_maps, result, work_here
 from matex_pl.training import ClipModule, load_module
 
@@ -80,6 +79,7 @@ def main(
     out: str = "docs/results/tables/flow.md",
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     num_pairs: int = 240,
+    num_test: int = 120,
     batch_size: int = 60,
     num_images: int = 160,
     epochs: int = 4,
@@ -89,56 +89,67 @@ def main(
     Args:
         runs: Folder with a run per seed; missing runs are trained.
         data: Folder of the phantom images; missing images are drawn.
-        work: Folder of the plans of ROAR+, which a second call continues.
+        work: Folder of the validation scores and of the plans of ROAR+, which a second call continues.
         out: Path of the Markdown file.
         seeds: Training seeds.
-        num_pairs: Number of pairs with boxes per split, evenly spaced over it.
+        num_pairs: Number of validation pairs with boxes, evenly spaced over the split.
+        num_test: Number of test pairs.
         batch_size: Number of pairs explained at once.
         num_images: Number of images of each plan.
         epochs: Number of epochs of each retraining.
     """
     logging.basicConfig(level=logging.INFO)
     paths = [train(Path(runs) / f"seed{seed}", seed, Path(data)) for seed in seeds]
-    val = score(paths, data, "val", num_pairs, batch_size, fused)
-    candidates = shortlist(val)
-    log.info("Candidates: %s.", candidates)
-    rated = {name: Matex.recommended(**settings()[name]) for name in candidates}
-    compared: dict[str, AttributionMethod] = {TODAY: Matex.recommended(), **rated, CHEFER: Chefer()}
     lines = [
         "# The attention flow between eq. 1 and Chefer's relevance",
         "",
         f"Written by `python benchmarks/flow.py`. {len(seeds)} models of `configs/phantom.yaml`, training seeds "
-        f"{', '.join(map(str, seeds))}, {num_pairs} pairs with boxes per split, evenly spaced over it. Shares in "
-        "percent, means over the models, with 95 % intervals over patients.",
-        f"ROAR+ of image maps over {num_images} phantoms that no model has seen, {epochs} epochs, mean over "
-        f"{' and '.join(f'{share:.0%}' for share in FRACTIONS)} dropped, one repeat per model, with 95 % t-intervals "
-        "over the models.",
+        f"{', '.join(map(str, seeds))}. {num_pairs} validation pairs and {num_test} test pairs with boxes, evenly spaced "
+        "over their split. Shares in percent, means over the models, with 95 % intervals over patients.",
         "",
         "## Validation pairs",
         "",
         f"{len(settings())} settings. The table has today's preset, the candidates, and the best setting of each flow.",
         "",
-        *val.report([TODAY, *dict.fromkeys([*candidates, *best_of_flows(val)])]),
     ]
+    kept = Path(work) / f"validation-{num_pairs}.pt"
+    if kept.is_file():
+        candidates, table = torch.load(kept)
+    else:
+        val = score(paths, data, "val", num_pairs, batch_size, fused)
+        candidates = shortlist(val)
+        table = val.report([TODAY, *dict.fromkeys([*candidates, *best_of_flows(val)])])
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((candidates, table), kept)
+    log.info("Candidates: %s.", candidates)
+    methods: dict[str, AttributionMethod] = {
+        TODAY: Matex.recommended(),
+        **{name: Matex.recommended(**settings()[name]) for name in candidates},
+        CHEFER: Chefer(),
+    }
+    test = score(paths, data, "test", num_test, batch_size, lambda *given: measured(*given, methods, data))
+    rows = sorted(test.table, key=lambda name: -test.mean(name, "pointing"))
+    lines += [*table, "", "## Test pairs", "", "No setting was selected on these pairs.", "", *test.report(rows)]
     write(out, lines)
-    roar = [retrain(path, Path(work) / f"choice{seed}", data, 1, compared, num_images, epochs)
-            for seed, path in zip(seeds, paths, strict=True)]  # fmt: skip
-    chosen = max(candidates, key=lambda name: mean(scores[name] for scores in roar))
-    lines += ["", "## ROAR+ of the candidates", "", *roar_lines(roar), "", f"Chosen: `{chosen}`."]
-    write(out, lines)
-    final = {name: method for name, method in compared.items() if name in (TODAY, chosen, CHEFER)}
-    test = score(paths, data, "test", num_pairs, batch_size, lambda *given: measured(*given, final, Path(data)))
-    rows = sorted(test.table, key=lambda name: -float(test.table[name]["pointing"].nanmean()))
-    lines += ["", "## Test pairs", "", "No setting was selected on these pairs.", "", *test.report(rows)]
-    write(out, lines)
-    final |= {"without the prior": Matex.recommended(lambda_s=1.0), "prior only": PriorOnly(prior_frame="chest")}
-    final |= {"center": CenterMap(), "noise": RandomMap()}
-    roar = [retrain(path, Path(work) / f"test{seed}", data, 2, final, num_images, epochs, boxes=True)
-            for seed, path in zip(seeds, paths, strict=True)]  # fmt: skip
-    lines += ["", "## ROAR+ on further images", "", "No setting was selected on these images.", "", *roar_lines(roar)]
-    gains = test.gain(chosen, "pointing").low, student([scores[chosen] - scores[TODAY] for scores in roar])[1]
-    better = all(low is not None and low > 0 for low in gains)
-    lines += ["", f"The chosen setting is {'' if better else 'not '}better in both beyond its intervals."]
+    roar = []
+    for seed, path in zip(seeds, paths, strict=True):
+        roar.append(retrain(path, Path(work) / f"seed{seed}", data, methods, num_images, epochs))
+        log.info("ROAR+, seed %d: %s", seed, roar[-1])
+    lines += [
+        "",
+        "## ROAR+ of image maps",
+        "",
+        f"{num_images} phantoms that no model has seen, {epochs} epochs, mean over "
+        f"{' and '.join(f'{share:.0%}' for share in FRACTIONS)} of the patches dropped, one repeat per model, with 95 % "
+        "t-intervals over the models.",
+        "",
+        *roar_lines(roar),
+        "",
+    ]
+    for name in candidates:
+        ends = test.gain(name, "pointing").low, student([scores[name] - scores[TODAY] for scores in roar])[1]
+        better = all(low is not None and low > 0 for low in ends)
+        lines.append(f"- `{name}` is {'' if better else 'not '}better in both beyond its intervals.")
     write(out, lines)
     print(out)
 
@@ -251,7 +262,7 @@ def fused(module: ClipModule, batches: Sequence[ImageTextBatch]) -> Iterator[tup
 
 
 def measured(
-    module: ClipModule, batches: Sequence[ImageTextBatch], methods: dict[str, AttributionMethod], root: Path
+    module: ClipModule, batches: Sequence[ImageTextBatch], methods: dict[str, AttributionMethod], root: str
 ) -> Iterator[tuple[str, Sequence[Attribution]]]:
     """Maps of the methods, of the variants without their prior, and of the controls."""
     plain = {
@@ -261,51 +272,48 @@ def measured(
     }
     controls = {"Chefer, all blocks, margin": Chefer(start_layer=0, target="margin"), "center": CenterMap()}
     controls |= {"prior only": PriorOnly(prior_frame="chest"), "noise": RandomMap()}
-    boxed = list(pairs_with_boxes(module, str(root), "train", 300, 50))
+    boxed = list(pairs_with_boxes(module, root, "train", 300, 50))
     (mean_box,) = mean_box_row(boxed, batches, module.clip.image_size)
     for name, method in {**methods, **plain, **controls, "mean box": mean_box.method}.items():
         yield name, [attribute(method, module, batch) for batch in batches]
 
 
 def retrain(
-    path: Path,
-    folder: Path,
-    root: str,
-    seed: int,
-    methods: dict[str, AttributionMethod],
-    num_images: int,
-    epochs: int,
-    *,
-    boxes: bool = False,
+    path: Path, folder: Path, root: str, methods: dict[str, AttributionMethod], num_images: int, epochs: int
 ) -> dict[str, float]:
-    """ROAR+ of image maps by method, mean over the fractions, and of the true boxes."""
-    files = {name: folder.parent / "methods" / f"method{place}.yaml" for place, name in enumerate(methods)}
-    for name, file in files.items():
-        kind = type(methods[name])
-        file = files[name] = file.with_stem(f"{folder.name}-{file.stem}")
+    """ROAR+ of image maps, mean over the fractions, by method and control."""
+    names = {}
+    for place, (name, method) in enumerate(methods.items()):
+        file = folder.parent / f"method{place}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        described = {"class_path": f"matex_pl.attribution.{kind.__name__}", "init_args": methods[name].settings}
+        described = {"class_path": f"matex_pl.attribution.{type(method).__name__}", "init_args": method.settings}
         file.write_text(yaml.safe_dump(described), encoding="utf-8")
-    phantoms = PhantomDataModule(root=root, seed=seed, num_train=num_images, num_val=4, num_test=4)
+        names[file.stem] = name
+    # Another seed than that of the training gives other images.
+    phantoms = PhantomDataModule(root=root, seed=1, num_train=num_images, num_val=4, num_test=4)
     module = load_module(str(path))
-    protocol = Protocol(modalities=["image"], fractions=list(FRACTIONS), repeats=1, seed=seed)
+    protocol = Protocol(modalities=["image"], fractions=list(FRACTIONS), repeats=1)
     training = Training(epochs=epochs, lr=3e-4, warmup_steps=5, accelerator="cpu")
     origins = {"checkpoint": path.name, "start_checkpoint": path.name}
-    plan = make_plan(folder, phantoms, module, module, list(map(str, files.values())), protocol, training, origins)
+    files = [str(folder.parent / f"{stem}.yaml") for stem in names]
+    plan = make_plan(folder, phantoms, module, module, files, protocol, training, origins)
     prepare_maps(plan)
-    names = {file.stem: name for name, file in files.items()} | ({"True boxes": "true boxes"} if boxes else {})
-    wanted = [run for run in plan.runs() if not run.method or run.method in names]
+    wanted = [run for run in plan.runs() if run.method != BLURRED]
     work_here(plan, [run for run in wanted if result(plan, run) is None])
-    losses = {run: result(plan, run) for run in wanted}
-    broken = [f"{run.id}: {failure(plan, run)}" for run, found in losses.items() if found is None]
-    if broken:
+    if broken := [f"{run.id}: {error}" for run in wanted if (error := failure(plan, run))]:
         raise SystemExit("\n".join(broken))
-    clean = losses[Run(0)]["loss"]  # type: ignore[index]
     rises: dict[str, list[float]] = defaultdict(list)
-    for run, found in losses.items():
-        if run.method:
-            rises[names[run.method]].append(100 * (found["loss"] - clean) / clean)  # type: ignore[index]
+    clean, *losses = (loss_of(plan, run) for run in wanted)
+    for run, loss in zip(wanted[1:], losses, strict=True):
+        rises[names.get(run.method, run.method)].append(100 * (loss - clean) / clean)
     return {name: mean(found) for name, found in rises.items()}
+
+
+def loss_of(plan: Plan, run: Run) -> float:
+    """Validation loss of a finished run."""
+    found = result(plan, run)
+    assert found is not None
+    return float(found["loss"])
 
 
 def student(values: Sequence[float]) -> tuple[float, float, float]:
