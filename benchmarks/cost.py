@@ -98,6 +98,7 @@ def methods_present() -> dict[str, AttributionMethod]:
         "Matex()": Matex(),
         "Matex(grad_layers='all')": Matex(grad_layers="all"),
         "Matex(flow='rollout')": Matex(flow="rollout"),
+        "Matex(flow='relevance')": Matex(flow="relevance"),
         "Matex.recommended()": Matex.recommended(),
         "Chefer(start_layer=0), all": Chefer(start_layer=0),
         "DenseSimilarity('sclip')": DenseSimilarity("sclip"),

@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "spatial_weight": "softmax",
     "tau": 0.2,
     "flow": "sum",
+    "flow_layers": "all",
+    "consistency_of": "attention",
     "kappa": "tokens",
     "alpha": 0.5,
     "beta": 0.2,
@@ -499,33 +501,65 @@ def gradient_maps(
     return result
 
 
-def rollout(layers: list[Layer], pooling: Pooling) -> Tensor:
-    """The product of all self-attention blocks, each with the residual path, read as the embedding is: (n,)."""
+def rollout(layers: list[Layer], pooling: Pooling, number: int) -> Tensor:
+    """The product of the last self-attention blocks, each with the residual path, read as the embedding is: (n,)."""
     blocks = layers[:-1] if pooling.kind == "query" else layers
     # Under a pool, the weights of the tokens are its attention, and it has no residual path: its query is no token.
     weights = row_weights(layers, pooling)[len(blocks) - 1]
     product = torch.eye(len(weights), dtype=weights.dtype)
-    for layer in blocks:
+    for layer in blocks[len(layers) - number :]:
         mixed = layer.mean() + torch.eye(len(product), dtype=product.dtype)
         product = (mixed / mixed.sum(1, keepdim=True)) @ product
     return sum(weights[j] * product[j] for j in range(len(weights)))
 
 
-def flow(layers: list[Layer], pooling: Pooling, among: Sequence[int], tau: float, kind: str) -> Tensor:
-    """Eq. (1), or the rollout of all layers, to the tokens `among`."""
+def flow(
+    layers: list[Layer], pooling: Pooling, among: Sequence[int], tau: float, kind: str, last: Any, score: Tensor
+) -> Tensor:
+    """Eq. (1), the rollout or the relevance of Chefer et al., over the last layers, to the tokens `among`."""
+    number = flow_depth(layers, last)
     if kind == "rollout":
-        rolled = rollout(layers, pooling)
+        rolled = rollout(layers, pooling, number)
         return torch.stack([rolled[i] for i in among])
-    total = sum(math.exp(tau * number) for number in range(1, len(layers) + 1))
-    seen, values = rows(layers, pooling), []
+    if kind == "relevance":
+        found = relevance(layers, pooling, score, len(layers) - number)
+        return torch.stack([found[i] for i in among])
+    seen, values = rows(layers, pooling)[len(layers) - number :], []
+    total = sum(math.exp(tau * number) for number in range(1, len(seen) + 1))
     for i in among:
         values.append(sum(math.exp(tau * number) / total * row[i] for number, row in enumerate(seen, 1)))
     return torch.stack(values)
 
 
-def consistency(layers: list[Layer], pooling: Pooling, among: Sequence[int], kappa: float) -> Tensor:
-    """Eq. (2), with the population standard deviation over the layers."""
-    seen, values = rows(layers, pooling), []
+def flow_depth(layers: list[Layer], last: Any) -> int:
+    return len(layers) if last == "all" else min(last, len(layers))
+
+
+def weighted_rows(layers: list[Layer], pooling: Pooling, score: Tensor, last: Any) -> list[Tensor]:
+    """As `rows`, for the last layers with the shares of `head_mean` in the place of attention."""
+    kept = layers[len(layers) - flow_depth(layers, last) :]
+    shared = [[shares(row) for row in head_mean(layer, score)] for layer in kept]
+    result = []
+    for layer, matrix in zip(kept, shared, strict=True):
+        if pooling.kind == "token":
+            result.append(matrix[pooling.pooled[0]])
+        elif pooling.kind == "mean":
+            result.append(sum(matrix[j] for j in pooling.pooled) / len(pooling.pooled))
+        elif layer is layers[-1]:
+            result.append(matrix[0])
+        else:
+            asked = shared[-1][0]
+            result.append(sum(w * row for w, row in zip(asked, matrix[len(matrix) - len(asked) :], strict=True)))
+    return result
+
+
+def shares(row: Tensor) -> Tensor:
+    return row / row.sum() if row.sum() > 0 else row
+
+
+def consistency(seen: list[Tensor], among: Sequence[int], kappa: float) -> Tensor:
+    """Eq. (2) over rows of layers, with the population standard deviation over the layers."""
+    values = []
     for i in among:
         attention = [row[i] for row in seen]
         mean = sum(attention) / len(attention)
@@ -673,9 +707,9 @@ def image_side(
     blocks = gradient_maps(layers, score, pooling, patches, s["grad_layers"], s["spatial_weight"], s["skip_layers"])
     grad = sum(torch.stack(values).relu() for values in blocks) / len(blocks)
     grad = grad.reshape(grid)
-    flowed = flow(layers, pooling, patches, s["tau"], s["flow"]).reshape(grid)
+    flowed = flow(layers, pooling, patches, s["tau"], s["flow"], s["flow_layers"], score).reshape(grid)
     kappa = len(patches) if s["kappa"] == "tokens" else s["kappa"]
-    stable = consistency(layers, pooling, patches, kappa).reshape(grid)
+    stable = consistency(compared_rows(layers, pooling, score, s), patches, kappa).reshape(grid)
     regions = parse_phrase(phrase).regions
     drawn = {k: s[k] for k in ("lambda_s", "laterality")} | {"shape": s["prior_shape"], "content_box": content_box}
     at_pixels = prior(regions, size, **drawn).to(grad.dtype)
@@ -689,6 +723,12 @@ def image_side(
     return {"image": finished, "grid": raster, "grad": grad, "flow": flowed, "consistency": stable, "prior": at_pixels}
 
 
+def compared_rows(layers: list[Layer], pooling: Pooling, score: Tensor, s: dict[str, Any]) -> list[Tensor]:
+    if s["consistency_of"] == "attention":
+        return rows(layers, pooling)
+    return weighted_rows(layers, pooling, score, s["flow_layers"])
+
+
 def text_side(
     layers: list[Layer], pooling: Pooling, score: Tensor, content: list[int], length: int, s: dict[str, Any]
 ) -> dict[str, Tensor]:
@@ -700,9 +740,9 @@ def text_side(
         return parts
     blocks = gradient_maps(layers, score, pooling, content, last, s["spatial_weight"])
     grad[content] = (sum(torch.stack(values) for values in blocks) / len(blocks)).relu()
-    flowed[content] = flow(layers, pooling, content, s["tau"], s["flow"])
+    flowed[content] = flow(layers, pooling, content, s["tau"], s["flow"], s["flow_layers"], score)
     kappa = len(content) if s["kappa"] == "tokens" else s["kappa"]
-    stable[content] = consistency(layers, pooling, content, kappa)
+    stable[content] = consistency(compared_rows(layers, pooling, score, s), content, kappa)
     weight = s["alpha"] + s["lambda_c"] * stable[content] + s["delta"]
     beta = s["beta"] if s["text_beta"] is None else s["text_beta"]
     finished[content] = norm(norm(grad[content]) * weight + beta * norm(flowed[content]))
@@ -1131,21 +1171,27 @@ def raw_chefer(
 
 def chefer(side: Side, start_layer: int) -> Tensor:
     """Chefer, Gur and Wolf 2021, eqs. (5) and (6), from one layer on; a pool asks, but no token asks its query."""
-    layers, pooling = side.run.layers, side.run.pooling
+    layers = side.run.layers
     score = side.score(side.run)
-    relevance = [head_mean(layer, score) for layer in layers[block_number(start_layer, len(layers)) :]]
+    return relevance(layers, side.run.pooling, score, block_number(start_layer, len(layers)))[side.among]
+
+
+def relevance(layers: list[Layer], pooling: Pooling, score: Tensor, first: int) -> Tensor:
+    """The row of R that the embedding reads, (n,), from one layer on; without the identity at the tokens it reads."""
+    weighted = [head_mean(layer, score) for layer in layers[first:]]
     product = torch.eye(layers[0].attention[0].shape[1]).to(score)
-    for mixed in relevance[:-1] if pooling.kind == "query" else relevance:
+    for mixed in weighted[:-1] if pooling.kind == "query" else weighted:
         product = product + mixed @ product
     weights = torch.zeros_like(product[0])
     if pooling.kind == "query":
         # The pool may not see the first tokens; it asks all the others.
-        asked = relevance[-1][0]
+        asked = weighted[-1][0]
         weights[len(weights) - len(asked) :] = asked
     else:
         for j in pooling.pooled:
             weights[j] += 1 / len(pooling.pooled)
-    return sum(weights[j] * product[j] for j in range(len(weights)))[side.among]
+    row = sum(weights[j] * product[j] for j in range(len(weights)))
+    return row if pooling.kind == "query" else row - weights
 
 
 def head_mean(layer: Layer, score: Tensor) -> Tensor:
@@ -1175,7 +1221,7 @@ def grad_eclip(side: Side, blocks: int, clipped: str) -> Tensor:
 
 def raw_rollout(clip: Clip, images: Tensor, tokens: Tensor, **explained: Any) -> dict[str, Tensor]:
     def rolled(side: Side) -> Tensor:
-        return rollout(side.run.layers, side.run.pooling)[side.among]
+        return rollout(side.run.layers, side.run.pooling, len(side.run.layers))[side.among]
 
     return both_sides(clip, images, tokens, rolled, rolled, **explained)
 

@@ -84,9 +84,12 @@ def test_other_weights_or_settings_have_another_folder(tmp_path):
     folders = {
         MapStore(tmp_path, weights, method).folder
         for weights in ("a", "b")
-        for method in (Matex(), Matex(lambda_s=2.0), Chefer(), Chefer(target="margin"))
+        for method in (
+            *(Matex(), Matex(lambda_s=2.0), Chefer(), Chefer(target="margin")),
+            *(Matex(flow="relevance"), Matex(flow_layers=2), Matex(consistency_of="relevance")),
+        )
     }
-    assert len(folders) == 8
+    assert len(folders) == 14
     assert MapStore(tmp_path, "a", Matex()).folder in folders
 
 

@@ -443,7 +443,7 @@ def test_blocks_are_counted_again_when_some_are_gone(clip: Clip) -> None:
     assert Matex(grad_layers=1).attribute(clip, *batch).parts["attention_layers"].shape[1] == 3
 
 
-def test_one_forward_and_a_backward_that_ends_at_the_cut(clip: Clip) -> None:
+def test_one_forward_and_a_backward_that_ends_at_the_cut(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both maps of a batch, and many phrases on one image, from one forward of each tower."""
     images, tokens, phrases = pairs(clip)
     Matex().attribute(clip, images, tokens, phrases)
@@ -461,6 +461,16 @@ def test_one_forward_and_a_backward_that_ends_at_the_cut(clip: Clip) -> None:
     Matex(grad_layers=1).attribute_phrases(clip, images[0], phrases)
     cut = [False, False, False, True]
     assert calls == [("image", 1, grad) for grad in cut] + [("text", 5, grad) for grad in cut]
+    calls.clear()
+    # The relevance needs more blocks, and no other forward or backward.
+    backwards, backward = [], torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *args, **kwargs: backwards.append(0) or backward(*args, **kwargs)
+    )
+    Matex(grad_layers=1, flow="relevance", flow_layers=3).attribute(clip, images, tokens, phrases)
+    cut = [False, True, True, True]
+    assert calls == [("image", 5, grad) for grad in cut] + [("text", 5, grad) for grad in cut]
+    assert len(backwards) == 2
 
 
 def test_nothing_is_kept(clip: Clip) -> None:

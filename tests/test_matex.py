@@ -13,13 +13,14 @@ from families import FAMILIES, family
 from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase
-from matex_pl.attribution import Matex, PriorOnly
+from matex_pl.attribution import Chefer, Matex, PriorOnly
 from matex_pl.attribution.core.capture import borrowed, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import (
     attention_rows,
     gradients_of,
     loosened_term,
-    rollout_row,
+    rollout_rows,
+    row_shares,
     row_weights,
     softmax_term,
 )
@@ -69,6 +70,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"tau": 0.0},
     {"tau": 2.0},
     {"flow": "rollout"},
+    {"flow": "rollout", "flow_layers": 2},
+    {"flow_layers": 2, "tau": 1.0},
+    {"flow": "relevance"},
+    {"flow": "relevance", "flow_layers": 1, "consistency_of": "relevance"},
+    {"consistency_of": "relevance", "flow_layers": 2, "grad_layers": 3},
+    {"flow": "relevance", "flow_layers": 99, "grad_layers": 1, "fusion": "product", "beta": 1.0},
     {"kappa": 1},
     {"kappa": 7.5},
     {"alpha": 0.1, "beta": 0.7, "lambda_c": 0.6, "delta": 0.4, "lambda_s": 3.5},
@@ -95,6 +102,8 @@ TOWERS: list[dict[str, Any]] = [
     {"spatial_weight": "loosened", "text_grad_layers": 1},
     {"flow": "rollout", "fuse_at": "grid"},
     {"target": "margin", "references": REFERENCE_PHRASES, "fusion": "product"},
+    {"flow": "relevance", "consistency_of": "relevance", "grad_layers": 1, "beta": 1.0},
+    {"flow": "relevance", "flow_layers": 2, "spatial_weight": "loosened"},
 ]
 CASES += [(name, settings) for name in FAMILIES if name != "native" for settings in TOWERS]
 
@@ -221,9 +230,50 @@ def test_rollout_of_one_layer_is_its_row() -> None:
     position = torch.tensor([0, 3])
     reading, identity = Pooling("token", 5, False, position=position), torch.eye(5)
     expected = torch.stack([(attention[b, p] + identity[p]) / 2 for b, p in enumerate(position)])
-    torch.testing.assert_close(rollout_row([attention], reading), expected)
-    both = rollout_row([attention, attention.flip(0)], reading)
-    torch.testing.assert_close(both.sum(1), torch.ones(2))
+    torch.testing.assert_close(rollout_rows([attention], reading)[:, 0], expected)
+    both = rollout_rows([attention.flip(0), attention], reading)
+    torch.testing.assert_close(both[:, 0], expected)
+    torch.testing.assert_close(both.sum(2), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("target", ["cosine", "margin"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_relevance_flow_alone_is_the_map_of_chefer(name: str, target: str) -> None:
+    clip = family(name)
+    batch, explained = pairs(clip), {"target": target, "references": REFERENCE_PHRASES}
+    alone = {"alpha": 0.0, "beta": 1.0, "lambda_c": 0.0, "delta": 0.0, "flow": "relevance", "fuse_at": "grid"}
+    parts = Matex(**alone, **explained).attribute(clip, *batch).parts
+    layers = parts["attention_layers"].shape[1]
+    for number in range(1, layers + 1):
+        expected = Chefer(start_layer=-number, **explained).attribute(clip, *batch)
+        maps = Matex.fuse(parts, flow_layers=number)
+        assert torch.equal(maps.grid, expected.grid)
+        assert torch.equal(maps.image, expected.image)
+        # The text tower may have fewer blocks.
+        assert torch.equal(maps.text, expected.text)
+    assert torch.equal(Matex.fuse(parts).image, Chefer(start_layer=0, **explained).attribute(clip, *batch).image)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_the_relevance_are_shares(name: str) -> None:
+    """As those of attention: with what prefix tokens get they sum to 1, and to 0 where nothing raises the score."""
+    clip = family(name)
+    parts = Matex(consistency_of="relevance").attribute(clip, *pairs(clip)).parts
+    rows = parts["relevance_layers"]
+    assert rows.shape == parts["attention_layers"].shape
+    assert (rows >= 0).all()
+    assert (rows.flatten(2).sum(2) <= 1 + 1e-5).all()
+    assert (rows.flatten(2).sum(2) > 0).any()
+    of_attention = consistency(parts["attention_layers"], clip.grid[0] * clip.grid[1])
+    # Of a single layer C is 1.
+    assert torch.allclose(parts["consistency"], of_attention) == (rows.shape[1] == 1)
+
+
+def test_an_attention_without_gradient_has_no_relevance() -> None:
+    """Zeros stay zeros, and C is 1 there."""
+    assert (row_shares(torch.zeros(2, 3, 5)) == 0).all()
+    shared = row_shares(torch.tensor([[0.0, 0.0], [1e-30, 3e-30]]))
+    torch.testing.assert_close(shared, torch.tensor([[0.0, 0.0], [0.25, 0.75]]))
 
 
 @pytest.mark.parametrize("fusion", ["sum", "product"])
@@ -332,6 +382,10 @@ CHANGES: list[dict[str, Any]] = [
     {"text_grad_layers": 1, "fuse_at": "grid"},
     {"fusion": "product", "prior_power": 1.0},
     {"flow": "sum"},
+    {"flow": "sum", "flow_layers": 2},
+    {"flow_layers": 1},
+    {"flow": "relevance", "consistency_of": "attention"},
+    {"flow": "relevance", "flow_layers": 2},
     {"knowledge_prior": True},
 ]
 
@@ -340,7 +394,7 @@ CHANGES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_fused_again_is_what_another_forward_gives(changes: dict[str, Any], name: str) -> None:
     clip = family(name)
-    made = {"flow": "rollout", "grad_layers": 2, "beta": 0.4}
+    made = {"flow": "rollout", "grad_layers": 2, "beta": 0.4, "consistency_of": "relevance"}
     parts = Matex(**made).attribute(clip, *pairs(clip), IMAGE).parts
     before = {key: value.clone() for key, value in parts.items() if isinstance(value, Tensor)}
     expected = Matex(**(made | changes)).attribute(clip, *pairs(clip), IMAGE)
@@ -360,6 +414,8 @@ def test_what_cannot_be_fused_again_says_so() -> None:
     parts = Matex(grad_layers=2).attribute(clip, *pairs(clip)).parts
     for changes, message in (
         ({"flow": "rollout"}, "hold no rollout"),
+        ({"flow": "relevance"}, "hold no relevance"),
+        ({"consistency_of": "relevance", "flow_layers": 1}, "hold no relevance"),
         ({"grad_layers": 3}, "gradients of 2 image and 2 text blocks, but 3 and 3 are needed"),
         ({"text_grad_layers": 4}, "but 2 and 4 are needed"),
         ({"grad_layers": "all", "skip_layers": 1}, "but 3 and 4 are needed"),
@@ -375,13 +431,25 @@ def test_what_cannot_be_fused_again_says_so() -> None:
         Matex.fuse(parts | {"score": parts["score"][:2]})
     with pytest.raises(TypeError, match="lambda_x"):
         Matex.fuse(parts, lambda_x=1)
+    parts = Matex(flow="relevance", flow_layers=2).attribute(clip, *pairs(clip)).parts
+    assert Matex.fuse(parts, flow_layers=1).image.isfinite().all()
+    with pytest.raises(ValueError, match="relevance over 2 image and 2 text blocks, but 3 and 3 are needed"):
+        Matex.fuse(parts, flow_layers=3)
+    with pytest.raises(ValueError, match="Call `attribute` with flow_layers='all'"):
+        Matex.fuse(parts, flow="sum", consistency_of="relevance", flow_layers="all")
+    assert Matex.fuse(parts, flow="sum", flow_layers="all").image.isfinite().all()
     assert Matex.fuse(Matex(grad_layers=4).attribute(clip, *pairs(clip)).parts, grad_layers=12).image.isfinite().all()
 
 
 @pytest.mark.parametrize(
     "method",
-    [Matex(), Matex(spatial_weight="loosened", flow="rollout"), Matex.recommended(references=REFERENCE_PHRASES)],
-    ids=["default", "loosened rollout", "measured"],
+    [
+        Matex(),
+        Matex(spatial_weight="loosened", flow="rollout"),
+        Matex.recommended(references=REFERENCE_PHRASES),
+        Matex(flow="relevance", consistency_of="relevance", grad_layers=1),
+    ],
+    ids=["default", "loosened rollout", "measured", "relevance"],
 )
 @pytest.mark.parametrize("name", FAMILIES)
 def test_phrases_on_one_image_are_pairs(name: str, method: Matex) -> None:
@@ -416,7 +484,10 @@ def test_phrases_of_a_control() -> None:
 def test_refuses_at_construction() -> None:
     for settings, message in (
         ({"spatial_weight": "raw"}, "spatial_weight must be one of softmax, loosened, got 'raw'"),
-        ({"flow": "max"}, "flow"),
+        ({"flow": "max"}, "flow must be one of sum, rollout, relevance, got 'max'"),
+        ({"flow_layers": 0}, "flow_layers must be at least 1, or 'all', got 0"),
+        ({"flow_layers": "most"}, "flow_layers must be one of all, any int, got 'most'"),
+        ({"consistency_of": "flow"}, "consistency_of must be one of attention, relevance, got 'flow'"),
         ({"kappa": "patches"}, "kappa must be one of tokens, any float, got 'patches'"),
         ({"kappa": -1.0}, "kappa"),
         ({"grad_layers": 0}, "grad_layers must be at least 1, or 'all', got 0"),

@@ -38,7 +38,7 @@ from matex_pl.tune.outcome import describe
 
 TINY = Path(__file__).with_name("tiny.json")
 PHANTOMS = {"num_train": 12, "num_val": 8, "num_test": 8, "stored_size": 96, "batch_size": 4, "num_workers": 0}
-AXES = ("grad_layers", "prior_shape", "lambda_s", "lambda_c", "tau")
+AXES = ("grad_layers", "flow", "flow_layers", "consistency_of", "prior_shape", "lambda_s", "lambda_c", "tau")
 # Eight settings, six pairs.
 SMALL: dict[str, Any] = {"lambda_s": [1.5, 3.5], "lambda_c": [0.2, 0.6], "tau": [0.2, 2.0], "num_pairs": 6}
 SETTING: dict[str, Any] = {"lambda_s": 3.5, "lambda_c": 0.6, "tau": 2.0}
@@ -430,6 +430,12 @@ def test_of_equal_scores_the_nearest_comes_first(tune: Tune) -> None:
             {"grad_layers": [1, "all"], "lambda_s": [2.0]},
         ),
         (Matex(flow="rollout"), {}, {"tau": [0.2], "grad_layers": [3], "prior_shape": ["parabola"]}),
+        (
+            Matex(flow_layers=2),
+            {"flow": ["relevance", "rollout", "relevance"], "flow_layers": [9, 1, "all"], "lambda_s": [2.0]},
+            {"tau": [0.2], "flow": ["relevance", "rollout"], "flow_layers": [1, 2], "consistency_of": ["attention"]},
+        ),
+        (Matex(beta=0.0), {"flow": ["sum", "relevance"], "lambda_s": [2.0]}, {"tau": [0.2], "flow": ["sum"]}),
         (Matex(grad_layers=2, beta=0.0), {"grad_layers": [1, 2]}, {"tau": [0.2], "grad_layers": [1, 2]}),
         (Matex(knowledge_prior=True), {}, {"lambda_s": [1.5, 3.5], "tau": [0.2, 2.0]}),
     ],
@@ -442,6 +448,31 @@ def test_each_value_with_an_effect_is_tried_once(
     assert {name: result["tried"][name] for name in left} == left
     assert result["varied"] == [name for name, values in result["tried"].items() if len(values) > 1]
     assert len(result["settings"]) == np.prod([len(values) for values in result["tried"].values()])
+
+
+def test_flows_are_compared_from_the_same_components(ckpt_path: str, images: Path, tune: Tune) -> None:
+    axes = {
+        "flow": ["sum", "rollout", "relevance"],
+        "flow_layers": [1, 2],
+        "consistency_of": ["attention", "relevance"],
+    }
+    method = Matex(beta=1.0, grad_layers=1)
+    _, result = tune(objective="energy_pointing_game", method=method, lambda_s=[2.0], lambda_c=[0.6], tau=[0.2], **axes)
+    clip, batch = read(ckpt_path, phantoms(images, Boxed), "val", 6)
+    masks = F.box_masks(batch["boxes"], clip.image_size)
+    scores = {}
+    for row in result["settings"]:
+        one = Matex(**method.settings | {name: row[name] for name in AXES})
+        maps = one.attribute(
+            clip, *model_inputs(clip, batch), batch["phrase"], batch["content_box"], batch["chest_box"]
+        )
+        # The raster of 56 points is finer than the image.
+        expected = float(F.energy_pointing_game(maps.image, masks).nanmean())
+        assert row["score"] == pytest.approx(expected, abs=1e-5)
+        scores[row["flow"], row["flow_layers"], row["consistency_of"]] = row["score"]
+    assert len(scores) == 12
+    # A rollout of one block is half of its attention row, which the norm of the map does not see.
+    assert len({round(score, 5) for score in scores.values()}) == 10
 
 
 def test_one_setting_gains_nothing(tune: Tune) -> None:
@@ -655,7 +686,7 @@ def test_the_picture_shows_the_best_blocks_and_shape(tune: Tune, figure: list[Fi
     _, result = tune(method=method, objective="border_mass", **axes)
     panel, _ = figure[0].axes
     winner = result["winner"]
-    shown = [row for row in result["settings"] if all(row[name] == winner[name] for name in AXES[:2])]
+    shown = [row for row in result["settings"] if all(row[name] == winner[name] for name in AXES[:-3])]
     assert panel.images[0].get_array().tolist() == [[row["score"]] for row in shown]
     assert panel.images[0].get_cmap().name == "viridis_r"
     title = figure[0].get_suptitle().replace("\n", " ")

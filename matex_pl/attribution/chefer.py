@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.capture import capture_attention, grad_blocks
-from matex_pl.attribution.core.relevance import first_row, gradient_by_attention, gradients_of
+from matex_pl.attribution.core.relevance import gradients_of, relevance_rows, weighted_attention
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.encoders import Reads
-from matex_pl.clip.towers import Pooling
 
 
 class Chefer(TwoTowerMethod):
@@ -63,24 +60,7 @@ class Chefer(TwoTowerMethod):
             scale = tower.clip.logit_scale.exp() if self.target == "logit" else 1
             counted = grad_blocks(blocks)
             gradients = gradients_of(embedding, [block.output for block in counted], direction * scale)
-            # Mean over heads of max(0, A * dS/dA), `(B, m, n)`.
-            passed = [
-                (block.attention() * gradient_by_attention(block, gradient)).relu().mean(1)
-                for block, gradient in zip(counted, gradients, strict=True)
-            ]
-            return Relevance(_relevance(passed, tower.pooling))
+            pairs = zip(counted, gradients, strict=True)
+            return Relevance(relevance_rows([weighted_attention(*pair) for pair in pairs], tower.pooling)[:, -1])
 
         return Trace(embedding, relevance_for)
-
-
-def _relevance(passed: Sequence[Tensor], pooling: Pooling) -> Tensor:
-    """Row of R for the embedding, at the tokens of the map, `(B, length)`.
-
-    Under mean pooling the row is that of R - I: the identity would add the same large value to every token.
-    """
-    start, passed = first_row(passed, pooling)
-    row = start if pooling.kind == "query" else torch.zeros_like(start)
-    for matrix in reversed(passed):
-        step = torch.einsum("bn,bnm->bm", start, matrix)
-        start, row = start + step, row + step
-    return pooling.to_map(row)

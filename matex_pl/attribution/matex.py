@@ -14,14 +14,17 @@ from matex_pl.anatomy import parse_phrase, prior_maps
 from matex_pl.anatomy.prior import Laterality, PriorFrame, PriorShape, frame_boxes
 from matex_pl.arguments import check_choices
 from matex_pl.attribution.base import check_scores
-from matex_pl.attribution.core.capture import borrowed, capture_attention, grad_blocks
+from matex_pl.attribution.core.capture import Block, borrowed, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import (
     attention_rows,
     gradients_of,
     loosened_term,
-    rollout_row,
+    relevance_rows,
+    rollout_rows,
+    row_shares,
     row_weights,
     softmax_term,
+    weighted_attention,
 )
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.encoders import Reads
@@ -73,9 +76,13 @@ class Matex(TwoTowerMethod):
         spatial_weight: `softmax` (the attention row per head, as printed) or `loosened` (the weight of Grad-ECLIP).
         tau: Temperature of eq. 1; larger favors deeper layers. The paper gives none; 0.2 puts half the mass on the last
             3 of 12.
-        flow: `sum` (eq. 1) or `rollout` (Abnar and Zuidema).
+        flow: `sum` (eq. 1), `rollout` (Abnar and Zuidema), or `relevance`: attention weighted by its gradient and
+            propagated from block to block (Chefer et al.).
+        flow_layers: Number of last blocks over which the attention flows, in both towers, or `all`.
         kappa: Scale of the deviation in eq. 2: a number (1 in the paper), or `tokens`, the number of patches or of
             content tokens.
+        consistency_of: Rows that eq. 2 compares: `attention` (of all blocks, as printed), or `relevance`, the attention
+            weighted by its gradient, of the blocks of `flow_layers`, with the sum 1 in each block.
         alpha: Weight of the gradient map, eq. 6; 0.5 in the paper.
         beta: Weight of the attention flow, eq. 6; 0.2 in the paper.
         text_beta: Weight of the attention flow in the text map; `beta` by default.
@@ -102,7 +109,11 @@ class Matex(TwoTowerMethod):
     - `prior` `(B, H, W)` and `prior_grid` `(B, Gh, Gw)`.
     - `text_grad_blocks` `(B, K, T)` and `text_attention_layers` `(B, L, T)`.
     - `text_grad`, `text_flow` and `text_consistency` `(B, T)`, raw, 0 off content.
-    - `rollout` and `text_rollout`, if `flow` is `rollout`.
+    - `rollout` `(B, L, Gh, Gw)` and `text_rollout` `(B, L, T)`, if `flow` is `rollout`: over the last block, over the
+      last two, and so on.
+    - `relevance` `(B, Kf, Gh, Gw)` and `text_relevance` `(B, Kf, T)`, if `flow` or `consistency_of` is `relevance`, in
+      the same order for the Kf blocks of `flow_layers`; `relevance_layers` and `text_relevance_layers` are the rows of
+      these blocks, first block first.
     - `regions` and `spans`, a list per pair.
     - `content_box` and `chest_box` `(B, 4)`, or None.
     - `phrases`, `tokenized` phrases, image size, `content`, `score` and the settings.
@@ -110,8 +121,9 @@ class Matex(TwoTowerMethod):
 
     reads: ClassVar[Reads] = "blocks"
     cost: ClassVar[str] = (
-        "1 forward and a backward through the last grad_layers and text_grad_layers blocks; once per model a forward "
-        "of one pair, and for the margin once per weights the references"
+        "1 forward and a backward through the last grad_layers and text_grad_layers blocks, and for the relevance "
+        "through the last flow_layers; once per model a forward of one pair, and for the margin once per weights the "
+        "references"
     )
 
     def __init__(
@@ -121,8 +133,10 @@ class Matex(TwoTowerMethod):
         skip_layers: int = 0,
         spatial_weight: Literal["softmax", "loosened"] = "softmax",
         tau: float = 0.2,
-        flow: Literal["sum", "rollout"] = "sum",
+        flow: Literal["sum", "rollout", "relevance"] = "sum",
+        flow_layers: BlockCount = "all",
         kappa: float | Literal["tokens"] = "tokens",
+        consistency_of: Literal["attention", "relevance"] = "attention",
         alpha: float = 0.5,
         beta: float = 0.2,
         text_beta: float | None = None,
@@ -146,6 +160,8 @@ class Matex(TwoTowerMethod):
                     f"{name} must be at least 1, or 'all', got {count!r}. To leave out the first image block only, "
                     "set grad_layers='all' and skip_layers=1."
                 )
+        if flow_layers != "all" and flow_layers < 1:
+            raise ValueError(f"flow_layers must be at least 1, or 'all', got {flow_layers}.")
         if skip_layers < 0:
             raise ValueError(f"skip_layers must be at least 0, got {skip_layers}.")
         if kappa != "tokens" and not 0 <= kappa < inf:
@@ -168,7 +184,9 @@ class Matex(TwoTowerMethod):
         self.spatial_weight = spatial_weight
         self.tau = tau
         self.flow = flow
+        self.flow_layers = flow_layers
         self.kappa = kappa
+        self.consistency_of = consistency_of
         self.alpha = alpha
         self.beta = beta
         self.text_beta = text_beta
@@ -211,27 +229,35 @@ class Matex(TwoTowerMethod):
     def trace(self, tower: Tower) -> Trace:
         """Run one forward, recording all attention, and q, k and v of the last blocks."""
         image, text = self.depths(tower.depth, tower.depth)
-        start = tower.depth - (image if isinstance(tower, ImageTower) else text)
+        depth = image if isinstance(tower, ImageTower) else text
+        flowing = self.flow_depth(tower.depth) if "relevance" in (self.flow, self.consistency_of) else 0
         pooling = tower.pooling
+        start = tower.depth - max(depth, flowing)
         with capture_attention(pooling, grad_from=start, full=self.flow == "rollout") as blocks:
             embedding = tower.encode()
 
         def relevance_for(direction: Tensor) -> Relevance:
-            counted = grad_blocks(blocks)
+            recorded = grad_blocks(blocks)
+            counted, flowed = recorded[-depth:], recorded[len(recorded) - flowing :]
             softmax = self.spatial_weight == "softmax"
             # See `softmax_term`.
             by_value = pooling.position is None and softmax
             handles = [block.value if by_value else block.output for block in counted]
-            gradients = gradients_of(embedding, handles, direction)
+            found = gradients_of(embedding, [*handles, *(block.output for block in flowed)], direction)
+            gradients, by_output = found[:depth], found[depth:]
             if softmax:
                 pairs = zip(counted, gradients, strict=True)
                 terms = [pooling.to_map(softmax_term(*pair, pooling)) for pair in pairs]
             else:
-                triples = zip(counted, gradients, row_weights(blocks, pooling)[start:], strict=True)
+                triples = zip(counted, gradients, row_weights(blocks, pooling)[-depth:], strict=True)
                 terms = [loosened_term(*triple, pooling, tower.keep) for triple in triples]
             parts = {"attention_layers": attention_rows(blocks, pooling)}
             if self.flow == "rollout":
-                parts["rollout"] = rollout_row([block.mean for block in blocks], pooling)
+                parts["rollout"] = rollout_rows([block.mean for block in blocks], pooling)
+            if flowed:
+                passed = [weighted_attention(*pair) for pair in zip(flowed, by_output, strict=True)]
+                parts["relevance"] = relevance_rows(passed, pooling)
+                parts["relevance_layers"] = attention_rows([Block(row_shares(rows)) for rows in passed], pooling)
             return Relevance(torch.stack(terms, 1), parts)
 
         return Trace(embedding, relevance_for)
@@ -271,11 +297,12 @@ class Matex(TwoTowerMethod):
         """Maps fused again from `parts` with changed settings, without another forward.
 
         Settings that are not named keep the values of the parts; `Matex.fuse(parts,
-        **Matex.paper(grad_layers=1).settings)` changes all of them. Three changes need another `attribute`:
+        **Matex.paper(grad_layers=1).settings)` changes all of them. Some changes need another `attribute`:
 
         - another `spatial_weight`, `target` or `references`
         - more blocks than were computed
         - `flow="rollout"`, if the parts hold no rollout
+        - `flow="relevance"` or `consistency_of="relevance"`, if the parts hold no relevance
 
         Args:
             parts: `parts` of an `Attribution` from `Matex.attribute`.
@@ -314,13 +341,28 @@ class Matex(TwoTowerMethod):
                 "The parts hold no rollout. Call `attribute` with flow='rollout'; its parts can also be fused as 'sum'."
             )
         held = parts["grad_blocks"].shape[1], parts["text_grad_blocks"].shape[1]
-        needed = self.depths(parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1])
+        layers = parts["attention_layers"].shape[1], parts["text_attention_layers"].shape[1]
+        needed = self.depths(*layers)
         if needed[0] > held[0] or needed[1] > held[1]:
             return (
                 f"The parts hold the gradients of {held[0]} image and {held[1]} text blocks, but {needed[0]} and "
                 f"{needed[1]} are needed. Call `attribute` with grad_layers={self.grad_layers!r} and "
                 f"text_grad_layers={self.text_grad_layers!r}."
             )
+        wants_relevance = "relevance" in (self.flow, self.consistency_of)
+        if wants_relevance and "relevance" not in parts:
+            return (
+                "The parts hold no relevance. Call `attribute` with flow='relevance'; its parts can also be fused as "
+                "'sum'."
+            )
+        if wants_relevance:
+            held = parts["relevance"].shape[1], parts["text_relevance"].shape[1]
+            needed = self.flow_depth(layers[0]), self.flow_depth(layers[1])
+            if needed[0] > held[0] or needed[1] > held[1]:
+                return (
+                    f"The parts hold the relevance over {held[0]} image and {held[1]} text blocks, but {needed[0]} and "
+                    f"{needed[1]} are needed. Call `attribute` with flow_layers={self.flow_layers!r}."
+                )
         return ""
 
     def depths(self, layers: int, text_layers: int) -> tuple[int, int]:
@@ -328,6 +370,10 @@ class Matex(TwoTowerMethod):
         image, text = self.grad_layers, self.grad_layers if self.text_grad_layers is None else self.text_grad_layers
         most = max(layers - self.skip_layers, 1)
         return most if image == "all" else min(image, most), text_layers if text == "all" else min(text, text_layers)
+
+    def flow_depth(self, layers: int) -> int:
+        """Number of blocks over which the attention of a tower with `layers` blocks flows."""
+        return layers if self.flow_layers == "all" else min(self.flow_layers, layers)
 
     def _read(self, phrases: Sequence[str]) -> dict[str, Any]:
         """Named regions of each phrase, and the spans of their words."""
@@ -350,16 +396,30 @@ class Matex(TwoTowerMethod):
         last, text_last = self.depths(layers.shape[1], text_layers.shape[1])
         patches, words = layers[0, 0].numel(), content.sum(1, keepdim=True)
         tokens = self.kappa == "tokens"
-        rollout = self.flow == "rollout"
-        text_flow = parts["text_rollout"] if rollout else attention_flow(text_layers, self.tau)
+        compared, text_compared = (self._compared(parts, prefix) for prefix in ("", "text_"))
         return {
             "grad": parts["grad_blocks"][:, -last:].relu().mean(1),
-            "flow": parts["rollout"] if rollout else attention_flow(layers, self.tau),
-            "consistency": consistency(layers, float(patches if tokens else self.kappa)),
+            "flow": self._flow(parts, ""),
+            "consistency": consistency(compared, float(patches if tokens else self.kappa)),
             "text_grad": parts["text_grad_blocks"][:, -text_last:].mean(1).relu() * content,
-            "text_flow": text_flow * content,
-            "text_consistency": consistency(text_layers, words if tokens else float(self.kappa)) * content,
+            "text_flow": self._flow(parts, "text_") * content,
+            "text_consistency": consistency(text_compared, words if tokens else float(self.kappa)) * content,
         }
+
+    def _flow(self, parts: dict[str, Any], prefix: str) -> Tensor:
+        """A_flow of one tower, `(B, ...)`; the prefix of the text tower's parts is `text_`."""
+        layers = parts[f"{prefix}attention_layers"]
+        depth = self.flow_depth(layers.shape[1])
+        if self.flow == "sum":
+            return attention_flow(layers[:, -depth:], self.tau)
+        return parts[f"{prefix}{self.flow}"][:, depth - 1]
+
+    def _compared(self, parts: dict[str, Any], prefix: str) -> Tensor:
+        """Rows that eq. 2 compares in one tower, `(B, layers, ...)`."""
+        layers = parts[f"{prefix}attention_layers"]
+        if self.consistency_of == "attention":
+            return layers
+        return parts[f"{prefix}relevance_layers"][:, -self.flow_depth(layers.shape[1]) :]
 
     def _prior(self, parts: dict[str, Any]) -> dict[str, Tensor]:
         """M at the pixels, and evaluated again at the patch centers."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from matex_pl.attribution.core.capture import capture_attention
-from matex_pl.attribution.core.relevance import rollout_row
+from matex_pl.attribution.core.relevance import rollout_rows
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.encoders import Reads
 
@@ -34,7 +34,7 @@ class Rollout(TwoTowerMethod):
             embedding = tower.encode()
 
         def relevance_for(direction: Tensor) -> Relevance:
-            row = rollout_row([block.mean for block in blocks], tower.pooling)
+            row = rollout_rows([block.mean for block in blocks], tower.pooling)[:, -1]
             return Relevance(row.expand(len(direction), -1))
 
         return Trace(embedding, relevance_for)

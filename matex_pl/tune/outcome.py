@@ -18,7 +18,7 @@ from matex_pl.attribution import Matex
 from matex_pl.data.pair import ImageTextPair
 from matex_pl.evaluation.intervals import Detections, Sums, draw_patients, estimate, plain
 from matex_pl.files import MARK, whole_file, write_text
-from matex_pl.tune.search import AXES, FINALISTS, Choice
+from matex_pl.tune.search import AXES, FINALISTS, NUMBERS, Choice
 
 RESAMPLES = 2000
 OUTPUTS = {
@@ -142,7 +142,7 @@ def as_yaml(method: Matex, result: Mapping[str, Any]) -> str:
     """YAML of the method like the shipped ones: the tuned settings, and all settings that differ from the defaults."""
     kind, validation, test = type(method), result["validation"], result["test"]
     defaults = kind().settings
-    kept = {name: value for name, value in method.settings.items() if value != defaults[name] or name in AXES[2:]}
+    kept = {name: value for name, value in method.settings.items() if value != defaults[name] or name in NUMBERS}
     module = attribution.__name__ if getattr(attribution, kind.__name__, None) is kind else kind.__module__
     lines = [
         f"MATEX tuned by `matex tune`, {result['created']}: {result['objective']['name']} on {validation['pairs']} "
@@ -159,12 +159,12 @@ def as_yaml(method: Matex, result: Mapping[str, Any]) -> str:
 def draw_surface(choice: Choice, pairs: int) -> Figure:
     """Scores over lambda_s, lambda_c and tau: one panel per tau, on one scale, brighter is better.
 
-    The panels show the blocks and the prior shape of the best setting of the grid. A disc marks the method's own
-    setting and a star the winner, if they are on these panels.
+    The panels show the blocks, the flow and the prior shape of the best setting of the grid. A disc marks the method's
+    own setting and a star the winner, if they are on these panels.
     """
     grid = choice.grid
-    lambda_s, lambda_c, tau = (grid.axes[name] for name in AXES[2:])
-    shown = next(place for scored in choice.best if (place := grid.place(scored.method)))[:2]
+    lambda_s, lambda_c, tau = (grid.axes[name] for name in NUMBERS)
+    shown = next(place for scored in choice.best if (place := grid.place(scored.method)))[:-3]
     scores = choice.scores[shown]
     columns = min(len(tau), 4)
     rows = -(-len(tau) // columns)
@@ -187,16 +187,16 @@ def draw_surface(choice: Choice, pairs: int) -> Figure:
         panel.set_axis_off()
     varied, unit = grid.varied, {"image": "pixels", "text": "words"}[choice.objective.side]
     where = f"a raster of {' x '.join(map(str, choice.raster))}" if choice.raster else f"all {unit}"
-    several = " and ".join(name for name in AXES[:2] if name in varied)
+    several = " and ".join(name for name in AXES[:-3] if name in varied)
     title = [f"{choice.objective.title}: {pairs} validation pairs on {where}"]
     title[0] += f", panels at the best {several}" * bool(several)
     for name, (mark, marker, size, color) in _MARKS.items():
         scored = choice.own if name == "own" else choice.winner
         place = grid.place(scored.method)
         away = ", not on these panels"
-        if place is not None and place[:2] == shown:
+        if place is not None and place[:-3] == shown:
             away = ""
-            _, _, up, across, index = place
+            up, across, index = place[-3:]
             style = {"marker": marker, "markersize": size, "markerfacecolor": color, "markeredgecolor": "black"}
             panels[index].plot(across, up, label=name, linestyle="none", clip_on=False, zorder=3, **style)
         setting = ", ".join(f"{axis} {_short(getattr(scored.method, axis))}" for axis in varied)

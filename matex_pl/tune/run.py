@@ -41,6 +41,9 @@ def tune_matex(
     lambda_c: list[float] = LAMBDA_C,
     tau: list[float] = TAU,
     grad_layers: list[int | Literal["all"]] | None = None,
+    flow: list[Literal["sum", "rollout", "relevance"]] | None = None,
+    flow_layers: list[int | Literal["all"]] | None = None,
+    consistency_of: list[Literal["attention", "relevance"]] | None = None,
     prior_shape: list[PriorShape] | None = None,
     num_pairs: int = 256,
     batch_size: int = 32,
@@ -83,6 +86,9 @@ def tune_matex(
         lambda_c: Weights of the consistent gradients to try.
         tau: Temperatures of the attention flow to try.
         grad_layers: Numbers of blocks with gradients to try, or `all`; the method's own by default.
+        flow: Attention flows to try; the method's own by default.
+        flow_layers: Numbers of blocks of the flow to try, or `all`; the method's own by default.
+        consistency_of: Rows of the consistency to try; the method's own by default.
         prior_shape: Shapes of the prior to try; the method's own by default.
         num_pairs: Number of pairs of each split, only pairs with boxes if the objective needs boxes; -1 for all.
         batch_size: Number of pairs per batch.
@@ -102,7 +108,7 @@ def tune_matex(
     goal = find_objective(objective)
     own = _checked_method(method, goal)
     tried: dict[str, Sequence[Any] | None] = dict(
-        zip(AXES, (grad_layers, prior_shape, lambda_s, lambda_c, tau), strict=True)
+        zip(AXES, (grad_layers, flow, flow_layers, consistency_of, prior_shape, lambda_s, lambda_c, tau), strict=True)
     )
     for name, values in tried.items():
         if values is not None and not len(values):

@@ -23,7 +23,10 @@ from matex_pl.evaluation.intervals import Detections, Sums
 from matex_pl.evaluation.pairs import model_inputs
 from matex_pl.tune.objective import Objective, PairBatch
 
-AXES = ("grad_layers", "prior_shape", "lambda_s", "lambda_c", "tau")
+AXES = ("grad_layers", "flow", "flow_layers", "consistency_of", "prior_shape", "lambda_s", "lambda_c", "tau")
+# The others are words or numbers of blocks.
+NUMBERS = AXES[-3:]
+BLOCKS = ("grad_layers", "flow_layers")
 # Number of best settings that are scored again at every pixel.
 FINALISTS = 10
 
@@ -56,10 +59,19 @@ class Grid:
 
     @property
     def deepest(self) -> Matex:
-        """MATEX with the gradients of every block that a combination or the method itself needs."""
-        layers = [*self.axes["grad_layers"], self.method.grad_layers]
-        image, text = zip(*(depths(value, self.method, self.depth) for value in layers), strict=True)
-        return type(self.method)(**self.method.settings | {"grad_layers": max(image), "text_grad_layers": max(text)})
+        """MATEX with the components of every block that a combination or the method itself needs."""
+        own, values = self.method, {name: [*tried, getattr(self.method, name)] for name, tried in self.axes.items()}
+        image, text = zip(
+            *(blocks("grad_layers", count, own, self.depth) for count in values["grad_layers"]), strict=True
+        )
+        flow_layers = max(values["flow_layers"], key=lambda count: blocks("flow_layers", count, own, self.depth))
+        needed = {"grad_layers": max(image), "text_grad_layers": max(text), "flow_layers": flow_layers}
+        if "rollout" in values["flow"]:
+            needed["flow"] = "rollout"
+        if "relevance" in (*values["flow"], *values["consistency_of"]):
+            # Gives the components of the relevance flow too.
+            needed["consistency_of"] = "relevance"
+        return type(own)(**own.settings | needed)
 
     def place(self, method: Matex) -> tuple[int, ...] | None:
         """Index of the method's combination in a score tensor; None if the combination is not on the grid."""
@@ -71,13 +83,14 @@ class Grid:
         """Distance of another setting from the method's own.
 
         The distance is the sum over the axes of the difference, as a share of the range of the values. `grad_layers`
-        counts in blocks. Another `prior_shape` counts 1.
+        and `flow_layers` count in blocks. Another `flow`, `consistency_of` or `prior_shape` counts 1.
         """
-        total = float(method.prior_shape != self.method.prior_shape)
-        for name in ("grad_layers", *AXES[2:]):
+        words = ("flow", "consistency_of", "prior_shape")
+        total = float(sum(getattr(method, name) != getattr(self.method, name) for name in words))
+        for name in (*BLOCKS, *NUMBERS):
             values = [getattr(self.method, name), getattr(method, name), *self.axes[name]]
-            if name == "grad_layers":
-                values = [sum(depths(value, self.method, self.depth)) for value in values]
+            if name in BLOCKS:
+                values = [sum(blocks(name, value, self.method, self.depth)) for value in values]
             own, other, *tried = values
             total += abs(other - own) / (max(own, *tried) - min(own, *tried) or 1)
         return total
@@ -100,23 +113,25 @@ def make_grid(
         tried: Values by setting; None for the method's own.
         phrases: Phrases of the pairs.
     """
-    idle = _idle_settings(method, objective, phrases)
+    idle = _idle_settings(method, objective, tried, phrases)
     axes = {
         name: [getattr(method, name)] if values is None or name in idle else list(values)
         for name, values in tried.items()
     }
-    same = {depths(value, method, depth): value for value in reversed(axes["grad_layers"])}
-    own = depths(method.grad_layers, method, depth)
-    same |= {own: method.grad_layers} if own in same else {}
-    axes |= {name: sorted(set(axes[name])) for name in AXES[2:]}
-    axes |= {
-        "grad_layers": [same[key] for key in sorted(same)],
-        "prior_shape": list(dict.fromkeys(axes["prior_shape"])),
-    }
+    for name, values in axes.items():
+        if name in BLOCKS:
+            same = {blocks(name, value, method, depth): value for value in reversed(values)}
+            own = blocks(name, getattr(method, name), method, depth)
+            same |= {own: getattr(method, name)} if own in same else {}
+            axes[name] = [same[key] for key in sorted(same)]
+        else:
+            axes[name] = sorted(set(values)) if name in NUMBERS else list(dict.fromkeys(values))
     return Grid(method, depth, axes, idle)
 
 
-def _idle_settings(method: Matex, objective: Objective, phrases: Sequence[str]) -> dict[str, str]:
+def _idle_settings(
+    method: Matex, objective: Objective, tried: Mapping[str, Sequence[Any] | None], phrases: Sequence[str]
+) -> dict[str, str]:
     """Settings without effect on the objective for pairs with these phrases, each with the reason."""
     idle = {}
     if objective.side == "text":
@@ -125,16 +140,32 @@ def _idle_settings(method: Matex, objective: Objective, phrases: Sequence[str]) 
             idle["grad_layers"] = "the text tower has its own number of blocks"
     elif not any(parse_phrase(phrase, knowledge_prior=method.knowledge_prior).regions for phrase in phrases):
         idle = dict.fromkeys(("lambda_s", "prior_shape"), "no phrase of the validation pairs names a place")
-    if method.flow == "rollout":
-        idle["tau"] = "a rollout has no temperature"
-    elif method.beta == 0:
-        idle["tau"] = "beta is 0, which gives the flow no weight"
+    flows = tried["flow"] or [method.flow]
+    weight = "text_beta" if objective.side == "text" and method.text_beta is not None else "beta"
+    if "sum" not in flows:
+        idle["tau"] = f"the flow {' or '.join(dict.fromkeys(flows))} has no temperature"
+    if getattr(method, weight) == 0:
+        idle |= dict.fromkeys(
+            ["tau", *(["flow"] if tried["flow"] else [])], f"{weight} is 0, which gives the flow no weight"
+        )
     return idle
 
 
-def depths(grad_layers: BlockCount, method: Matex, depth: tuple[int, int]) -> tuple[int, int]:
-    """Number of blocks with gradients in the image and the text tower, for towers with `depth` blocks."""
-    return type(method)(**method.settings | {"grad_layers": grad_layers}).depths(*depth)
+def blocks(name: str, count: BlockCount, method: Matex, depth: tuple[int, int]) -> tuple[int, int]:
+    """Number of blocks of the image and the text tower under `grad_layers` or `flow_layers`.
+
+    Args:
+        name: `grad_layers` or `flow_layers`.
+        count: Value of this setting.
+        method: MATEX with the other settings.
+        depth: Number of blocks of both towers.
+    """
+    changed = type(method)(**method.settings | {name: count})
+    return (
+        changed.depths(*depth)
+        if name == "grad_layers"
+        else (changed.flow_depth(depth[0]), changed.flow_depth(depth[1]))
+    )
 
 
 def attribute_pairs(

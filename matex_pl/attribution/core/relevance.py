@@ -44,16 +44,59 @@ def attention_rows(blocks: Sequence[Block], pooling: Pooling) -> Tensor:
     return torch.stack([pooling.to_map(row) for row in rows], 1)
 
 
-def rollout_row(matrices: Sequence[Tensor], pooling: Pooling) -> Tensor:
-    """Row of the embedding in the product over layers of `rownorm(A + I)` (Abnar and Zuidema 2020), `(B, length)`.
+def rollout_rows(matrices: Sequence[Tensor], pooling: Pooling) -> Tensor:
+    """Row of the embedding in the product over layers of `rownorm(A + I)` (Abnar and Zuidema 2020).
 
-    `matrices` are head-averaged attention matrices A `(B, m, n)`, first layer first, with that of the pool last.
+    `matrices` are L head-averaged attention matrices A `(B, m, n)`, first layer first, with that of the pool last.
+
+    Returns:
+        The rows `(B, L, length)` of the products of the last layer, of the last two, and so on to all.
     """
-    row, matrices = first_row(matrices, pooling)
-    for matrix in reversed(matrices):
+    row, below = first_row(matrices, pooling)
+    rows = [row] * (len(matrices) - len(below))
+    for matrix in reversed(below):
         mixed = matrix + torch.eye(matrix.shape[-1]).to(matrix)
         row = torch.einsum("bn,bnm->bm", row, mixed / mixed.sum(-1, keepdim=True))
-    return pooling.to_map(row)
+        rows.append(row)
+    return pooling.to_map(torch.stack(rows, 1))
+
+
+def weighted_attention(block: GradBlock, gradient: Tensor) -> Tensor:
+    """Attention weighted by its gradient, mean over heads of `max(0, A * dS/dA)` (Chefer et al. 2021), `(B, m, n)`.
+
+    Args:
+        block: Recorded block.
+        gradient: `(B, h, m, d)` gradient of the target by the block's output.
+    """
+    return (block.attention() * gradient_by_attention(block, gradient)).relu().mean(1)
+
+
+def relevance_rows(matrices: Sequence[Tensor], pooling: Pooling) -> Tensor:
+    """Row of the embedding in the relevance R, with `R <- R + A R` from block to block (Chefer et al. 2021).
+
+    Under token and mean pooling the row is that of R - I: under mean pooling, the identity would add the same large
+    value to every token.
+
+    Args:
+        matrices: K matrices A of `weighted_attention` `(B, m, n)`, first block first, with that of the pool last.
+        pooling: Pooling of the tower.
+
+    Returns:
+        The rows `(B, K, length)` of R over the last block, over the last two, and so on to all.
+    """
+    start, below = first_row(matrices, pooling)
+    row = start if pooling.kind == "query" else torch.zeros_like(start)
+    rows = [row] * (len(matrices) - len(below))
+    for matrix in reversed(below):
+        step = torch.einsum("bn,bnm->bm", start, matrix)
+        start, row = start + step, row + step
+        rows.append(row)
+    return pooling.to_map(torch.stack(rows, 1))
+
+
+def row_shares(matrix: Tensor) -> Tensor:
+    """Matrix with nonnegative rows `(..., n)` scaled to the sum 1, as rows of attention; rows of zeros stay."""
+    return matrix / matrix.sum(-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def first_row(matrices: Sequence[Tensor], pooling: Pooling) -> tuple[Tensor, Sequence[Tensor]]:
