@@ -38,6 +38,7 @@ from matex_pl.attribution import (
     Rollout,
     Saliency,
     SubmodularRegions,
+    WordRegions,
 )
 from matex_pl.attribution.core.capture import GradBlock, borrowed, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradients_of
@@ -63,6 +64,7 @@ METHODS: list[AttributionMethod] = [
     Rollout(),
     Saliency(**MARGIN),
     SubmodularRegions(regions=2, pending=0),
+    WordRegions(steps=2),
     CenterMap(),
     PriorOnly(),
     RandomMap(),
@@ -71,7 +73,7 @@ BORROWERS = METHODS[:-3]
 # These take no gradient.
 FORWARD_ONLY = (KernelShap, PatchSimilarity, Rise, Rollout, SubmodularRegions)
 # These run the image tower, or a part of it, again.
-RERUN = (IntegratedGradients, KernelShap, LeGrad, M2ib, PatchSimilarity, Rise, SubmodularRegions)
+RERUN = (IntegratedGradients, KernelShap, LeGrad, M2ib, PatchSimilarity, Rise, SubmodularRegions, WordRegions)
 
 
 def named(method: AttributionMethod) -> str:
