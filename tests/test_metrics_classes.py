@@ -42,6 +42,7 @@ from matex_pl.metrics import (
     RemovalDrop,
     SideSensitivity,
     ThresholdedIoU,
+    WordLaterality,
     confidence,
     functional,
     localization,

@@ -22,8 +22,8 @@ def save_arrays(path: str | Path, placed: PlacedMap) -> Path:
     - `threshold`, `threshold_source`: level of the boxes, and where it comes from.
     - `tokens`, `token_relevance`: `(T,)` word pieces and their relevance in [0, 1].
     - `words`, `word_relevance`: `(N,)` words and their relevance.
-    - `word_maps`: `(N, h', w')` float32 signed maps of the words over the whole image, at most 384 pixels long; only for
-      methods with interactions of words and patches.
+    - `word_maps`: `(N, h', w')` float32 signed maps of the words over the whole image, at most 384 pixels long;
+      only for methods with interactions of words and patches.
     - `phrase`, `method`, `score`: phrase, name of the method, and cosine of the pair.
     - `settings`: JSON text.
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Width of a tile in design units; a row has as many tiles as fit.
 TILE = 128
-LEGEND = "orange: word and patch raise the cosine together; blue: they lower it"
+LEGEND = "orange raises the cosine, blue lowers it"
 
 
 def word_tiles(
@@ -86,7 +86,7 @@ def word_tiles(
         tile = mark_sides(tile, marks) if side_markers else tile
         cells.append(_captioned(tile, words[place].text if show_text else f"word {place + 1}", page))
     grid = picture_grid(cells, columns=columns, gap=gap) if cells else blank_picture(gap, width)
-    top, bar = page.px(44), page.px(44)
+    top, bar = page.px(44), page.px(64)
     canvas = blank_picture(top + grid.shape[0] + bar, width)
     paste(canvas, grid[:, : width - page.margin + gap], page.margin - gap, top - gap)
     bar_top, length = top + grid.shape[0] - gap + page.px(10), page.px(200)
@@ -95,8 +95,9 @@ def word_tiles(
     draw, small = ImageDraw.Draw(picture), page.px(15)
     write(draw, (page.margin, page.px(26)), "maps of the words, on one scale", INK, page.px(17), width)
     right = page.margin + page.px(34) + length
-    for left, text in ((page.margin, "-1"), (right, "1"), (right + page.px(30), LEGEND)):
-        write(draw, (left, bar_top + page.px(12)), text, FAINT_INK, small, width - page.margin - left)
+    for left, text in ((page.margin, "-1"), (right, "1")):
+        write(draw, (left, bar_top + page.px(12)), text, FAINT_INK, small, width)
+    write(draw, (page.margin, bar_top + page.px(38)), LEGEND, FAINT_INK, small, width - 2 * page.margin)
     return np.array(picture)
 
 
