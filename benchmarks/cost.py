@@ -175,7 +175,7 @@ def _phrases_line(clip: Clip, repeats: int) -> str:
 
 
 class FullJacobians(WordRegions):
-    """The same interactions from both Jacobians, by one backward per number of an embedding, as in the released code."""
+    """The same interactions from both Jacobians, by one backward per number of an embedding, as released."""
 
     def _interactions(self, image: Any, text: Any) -> Tensor:
         seen, said = (self._pull(line, _basis(line.last)) for line in (image, text))
