@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from matex_pl import attribution
-from matex_pl.attribution import AttributionMethod, Chefer, DenseSimilarity, Matex
+from matex_pl.attribution import AttributionMethod, Chefer, DenseSimilarity, Matex, WordRegions
 from matex_pl.attribution.core.target import REFERENCES
 from matex_pl.clip import Clip, load_clip
 from matex_pl.console import progress, show_messages
@@ -34,6 +34,7 @@ FEWER: dict[str, dict[str, int]] = {
     "KernelShap": {"samples": 12},
     "Rise": {"masks": 12},
     "SubmodularRegions": {"regions": 4},
+    "WordRegions": {"steps": 2},
 }
 Call = Callable[..., Any]
 
@@ -62,7 +63,8 @@ def measure_cost(
     Returns:
         A table per batch size with a row per method: median, minimum and maximum of the ratio, for methods that repeat
             forwards the ratio to these forwards alone, pairs per second, and peak memory beyond the model's weights.
-            Then the time of 16 phrases on one image, in single pairs.
+            Then the time of 16 phrases on one image, in single pairs, and that of `WordRegions` relative to its
+            Jacobians.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -89,7 +91,7 @@ def measure_cost(
     ]
     for size in sizes:
         lines += ["", *_table(clip, size, repeats)]
-    return "\n".join([*lines, "", _phrases_line(clip, repeats)])
+    return "\n".join([*lines, "", _phrases_line(clip, repeats), "", jacobians_line(clip)])
 
 
 def methods_present() -> dict[str, AttributionMethod]:
@@ -172,6 +174,32 @@ def _phrases_line(clip: Clip, repeats: int) -> str:
     times = _interleaved(calls, repeats, clip, _PHRASES)
     ratio = _ratio(times["many"], times["single"])
     return f"{_PHRASES} phrases on one image (`Matex().attribute_phrases`) cost {ratio} single pairs."
+
+
+class FullJacobians(WordRegions):
+    """The same interactions from both Jacobians, by one backward per number of an embedding, as released."""
+
+    def _interactions(self, image: Any, text: Any) -> Tensor:
+        seen, said = (self._pull(line, _basis(line.last)) for line in (image, text))
+        return torch.einsum("dbt,dbn->btn", said, seen)
+
+
+def _basis(embedding: Tensor) -> Tensor:
+    """Unit vectors `(D, B, D)` for embeddings `(B, D)`."""
+    size = embedding.shape[1]
+    return torch.eye(size).to(embedding)[:, None].expand(-1, len(embedding), -1)
+
+
+def jacobians_line(clip: Clip, repeats: int = 2) -> str:
+    """Time of `WordRegions` on a pair, relative to that of its two Jacobians, in a sentence."""
+    images, tokens, phrases = _pairs(clip, 1)
+    methods = {"directions": WordRegions(steps=1), "jacobians": FullJacobians(steps=1)}
+    calls: dict[str, Call] = {
+        name: partial(method.attribute, clip, images, tokens, phrases) for name, method in methods.items()
+    }
+    times = _interleaved(calls, repeats, clip, 1)
+    ratio = _ratio(times["directions"], times["jacobians"])
+    return f"`WordRegions(steps=1)` on one pair costs {ratio} of the backwards for both of its Jacobians."
 
 
 def _pairs(clip: Clip, size: int) -> tuple[Tensor, Tensor, list[str]]:

@@ -27,7 +27,7 @@ from matex_pl.anatomy import parse_phrase
 from matex_pl.anatomy.disambiguation import settle
 from matex_pl.anatomy.lexicon import read_terms, shipped_grammar
 from matex_pl.anatomy.negation import denied, segments, sentences
-from matex_pl.attribution import Matex, RandomMap
+from matex_pl.attribution import Matex, RandomMap, WordRegions
 from matex_pl.attribution.core.capture import borrowed, count_blocks
 from matex_pl.attribution.core.target import directions, reference_mean
 from matex_pl.attribution.core.two_tower import TextTower, TwoTowerMethod
@@ -181,7 +181,10 @@ def compared(
     for name, method in presets.items():
         yield name, method.attribute(*given).text
     for name, method in shipped_methods().items():
-        if isinstance(method, TwoTowerMethod) and method.supports_text and not isinstance(method, Matex):
+        if isinstance(method, WordRegions):
+            # Its text map is a sum over patches, not a relevance towards the image.
+            yield name, method.attribute(*given).text
+        elif isinstance(method, TwoTowerMethod) and method.supports_text and not isinstance(method, Matex):
             yield name, text_map(method, module, batch)
     yield ALIKE, module.clip.content(tokens).float()
 

@@ -39,6 +39,7 @@ from matex_pl.metrics import (
     PointingGame,
     RankCorrelation,
     SideSensitivity,
+    WordLaterality,
 )
 from matex_pl.metrics.functional import anatomy_shares, border_mask, thorax_zone
 from matex_pl.metrics.removal import dropped_tokens, image_score, text_score
@@ -60,6 +61,7 @@ class AttributionMetrics(Callback):
     - `confidence_drop` and `confidence_increase`
     - `mean_map_mass`
     - `text_confidence_drop` and `text_confidence_increase`, for methods that support text
+    - `word_laterality`, the share of the map of a word of side ("left") on that side, for methods with interactions
     - `consistency_mean` and `consistency_min` over patches and pairs, for MATEX (if C is near 1 everywhere, it has no
       effect)
     - `mass/<structure>`, the share of the maps' mass in each structure that images have masks of, and `part/<name>`,
@@ -233,6 +235,11 @@ class AttributionMetrics(Callback):
                 worded = with_words(found, clip, tokens, batch["phrase"])
                 drop = dropped_tokens(found.text, worded.content_mask(self.content), "map")
                 kept["text_confidence"] = text_score(clip, tokens, drop, image)
+            if found.interactions is not None:
+                worded = with_words(found, clip, tokens, batch["phrase"])
+                laterality = self._metric(f"{prefix}/word_laterality", WordLaterality)
+                given = worded.word_maps, worded.words, batch["phrase"], batch["content_box"]
+                laterality.update(*given, ids=batch["id"])
             for name, kept_score in kept.items():
                 for change in ("drop", "increase"):
                     self.metrics[f"{prefix}/{name}_{change}"].update(score, kept_score, ids=batch["id"])

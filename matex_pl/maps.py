@@ -43,6 +43,9 @@ class PhraseWords(Protocol):
     def words(self, relevance: Sequence[float]) -> list[Word]:
         """Words of the phrase with their shares of T values of relevance."""
 
+    def sum_by_word(self, values: Tensor) -> Tensor:
+        """Sums `(W, ...)` over the pieces of each of the W words, from values `(T, ...)` of the tokens."""
+
 
 @dataclass
 class Attribution:
@@ -57,6 +60,8 @@ class Attribution:
         parts: Components of the method by name. Each method's docstring lists its components. Methods with a forward
             for their score have its `embeddings`, unit vectors of images and of phrases, `(B, D)` each.
         phrases: The B phrases with their tokens, for `words`; none in maps that were read from files.
+        interactions: `(B, T, N)` signed interactions of tokens and patches, with the N patches row by row; None for
+            methods without them. The rows of special tokens count too.
     """
 
     image: Tensor
@@ -66,6 +71,7 @@ class Attribution:
     score: Tensor
     parts: dict[str, Any] = field(default_factory=dict)
     phrases: Sequence[PhraseWords] = ()
+    interactions: Tensor | None = None
 
     @property
     def words(self) -> list[list[Word]]:
@@ -78,6 +84,20 @@ class Attribution:
             ValueError: The maps hold no phrases.
         """
         return [phrase.words(row) for phrase, row in zip(self._read_phrases(), self.text.tolist(), strict=True)]
+
+    @property
+    def word_maps(self) -> list[Tensor]:
+        """Signed map of each word of `words`, `(W, Gh, Gw)` per phrase: the interactions of its pieces, summed.
+
+        Raises:
+            ValueError: The maps hold no phrases, or the method has no interactions.
+        """
+        if self.interactions is None:
+            raise ValueError(
+                "The maps hold no interactions of words and patches. Use a method that has them: WordRegions."
+            )
+        rows = self.interactions.unflatten(2, self.grid.shape[1:])
+        return [phrase.sum_by_word(row) for phrase, row in zip(self._read_phrases(), rows, strict=True)]
 
     def content_mask(self, content: Content) -> Tensor:
         """Mask `(B, T)` of the tokens that count: all content tokens, or those of words, without punctuation.

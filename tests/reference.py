@@ -1589,3 +1589,66 @@ def falling_values(insertion: list[Tensor], deletion: list[Tensor]) -> tuple[lis
         value = value - (after - before).abs()
         values.append(value)
     return gains, values
+
+
+# --- words and regions
+
+
+def raw_word_regions(
+    clip: Clip,
+    images: Tensor,
+    tokens: Tensor,
+    image_block: int | None = -1,
+    text_block: int | None = -1,
+    steps: int = 8,
+    fill: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Moeller et al. 2025 by full Jacobians, with `interactions` (B, T, N), signed sums, and what is missing."""
+    if image_block is not None:
+        refuse_resnet(clip)
+    found = []
+    for b in range(len(images)):
+        visual, textual, cosine = sides(clip, b, images[b], tokens[b], "cosine", None)
+        base, pad = textual.x.detach().clone(), torch.full_like(textual.tokens, clip.pad_id)
+        base[textual.among] = word_embeddings(clip, pad)[textual.among].detach()
+        seen, seen_gain = changes(visual, filled(visual, fill), image_block, steps)
+        said, said_gain = changes(textual, base, text_block, steps)
+        whole = said.T @ seen
+        length = tokens.shape[1]
+        interactions = whole[:length][:, visual.among]
+        found.append(
+            {
+                "score": cosine.detach(),
+                "image": interactions[textual.among].sum(0).relu(),
+                "text": interactions.sum(1).relu(),
+                "interactions": interactions,
+                "signed": whole.sum(0)[visual.among],
+                "text_signed": whole.sum(1)[:length],
+                "completeness_error": whole.sum() - seen_gain @ said_gain,
+            }
+        )
+    return {name: torch.stack([pair[name] for pair in found]) for name in found[0]}
+
+
+def changes(side: Side, base: Tensor, block: int | None, steps: int) -> tuple[Tensor, Tensor]:
+    """Mean Jacobian times input minus reference, by embedding and token (D, n) or patch (D, N); change of f (D,)."""
+    if block is None:
+        first, last, forward = base.detach(), side.x.detach(), lambda x: run(side.tower, x).embedding
+    else:
+        number = block_number(block, len(side.tower.blocks))
+        first, last = (run(side.tower, x).stream[number].detach() for x in (base, side.x))
+        forward = lambda x: tail(side.tower, x, number).embedding  # noqa: E731
+    total = 0
+    for node, weight in zip(*np.polynomial.legendre.leggauss(steps), strict=True):
+        point = first + (node + 1) / 2 * (last - first)
+        total = total + weight / 2 * torch.autograd.functional.jacobian(forward, point)
+    product = total * (last - first)
+    if product.ndim == 4:
+        rows, columns = side.tower.grid
+        area = (product.shape[2] // rows) * (product.shape[3] // columns)
+        product = torch.stack([cell_means(one.sum(0), side.tower.grid).flatten() * area for one in product])
+    else:
+        product = product.sum(2)
+    with torch.no_grad():
+        gain = forward(last) - forward(first)
+    return product, gain

@@ -15,13 +15,20 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from matex_pl import ClipModule
 from matex_pl.anatomy import named_side, swap_sides
-from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly
+from matex_pl.attribution import AttributionMethod, CenterMap, Matex, PriorOnly, WordRegions
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics
 from matex_pl.callbacks.attribution_maps import choose_pairs
 from matex_pl.data import ImageTextPair, PhantomDataModule, collate
 from matex_pl.evaluation.pairs import other_phrases
 from matex_pl.metrics.base import PairMetric
-from matex_pl.metrics.functional import border_mask, outside_mass, side_sensitivity, spearman, thorax_zone
+from matex_pl.metrics.functional import (
+    border_mask,
+    outside_mass,
+    side_sensitivity,
+    spearman,
+    thorax_zone,
+    word_laterality,
+)
 
 TINY = str(Path(__file__).with_name("tiny.json"))
 IMAGE_SCALARS = {"pointing_game", "cnr", "mean_map_mass", "confidence_drop", "confidence_increase"}
@@ -227,6 +234,20 @@ def test_sensitivity_to_another_phrase_and_to_the_other_side(tmp_path, data, mod
     assert scores["attribution/side_sensitivity"] == pytest.approx(float(moved.nanmean()), abs=1e-4)
     own = prompts[[finding == findings[0] for finding in findings]].nanmean()
     assert scores[f"attribution/prompt_sensitivity/{findings[0]}"] == pytest.approx(float(own), abs=1e-4)
+
+
+def test_words_of_side_are_scored_for_methods_with_maps_of_words(tmp_path, data, module):
+    method = WordRegions(steps=1)
+    metrics = AttributionMetrics({"": method, "center": CenterMap()}, num_batches=-1)
+    scores = trainer(tmp_path, metrics).validate(module, data, verbose=False)[0]
+    values = []
+    for batch in data.val_dataloader():
+        found = explained(module, method, batch)
+        values.append(word_laterality(found.word_maps, found.words, batch["phrase"], batch["content_box"]))
+    values = torch.cat(values)
+    assert 0 < values.isnan().sum() < len(values)
+    assert scores["attribution/word_laterality"] == pytest.approx(float(values.nanmean()), abs=1e-4)
+    assert "attribution_center/word_laterality" not in scores
 
 
 def test_sensitivity_of_maps_that_know_nothing_and_of_the_prior(tmp_path, data, module):

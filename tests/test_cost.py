@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from families import family
+from test_matex import pairs
 
-from matex_pl.attribution import Matex
+from matex_pl.attribution import Matex, WordRegions
 from matex_pl.clip import load_clip
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from cost import TensorMemory, measure_cost, methods_present
+from cost import FullJacobians, TensorMemory, measure_cost, methods_present
 
 MIB = 2**20
 
@@ -50,6 +51,16 @@ def test_the_table(deep_json: str) -> None:
     assert re.search(
         r"^16 phrases on one image .* cost [\d.]+ \([\d.]+ to [\d.]+\) single pairs\.$", text, re.MULTILINE
     )
+    assert re.search(
+        r"^`WordRegions\(steps=1\)` on one pair costs [\d.]+ .* both of its Jacobians\.$", text, re.MULTILINE
+    )
+
+
+def test_both_jacobians_give_the_same_interactions() -> None:
+    clip = family("native", torch.float64)
+    inputs = pairs(clip)
+    one, other = (kind(steps=2).attribute(clip, *inputs) for kind in (WordRegions, FullJacobians))
+    torch.testing.assert_close(one.interactions, other.interactions, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from matex_pl.attribution import AttributionMethod, CenterMap, Chefer, Matex, Rise, Saliency
+from matex_pl.attribution import AttributionMethod, CenterMap, Chefer, Matex, Rise, Saliency, WordRegions
 from matex_pl.attribution.shipped import method_names, shipped_methods
 from matex_pl.clip import Clip, load_clip
 from matex_pl.data import ImageTextBatch, PhantomDataModule
@@ -50,6 +50,16 @@ def test_what_is_read_is_what_was_written(tmp_path, tiny_clip, batch, method):
     read = again.read(keys[::-1])
     for name in FIELDS:
         assert torch.equal(getattr(read, name), getattr(maps, name).flip(0))
+
+
+def test_interactions_are_read_as_written(tmp_path, tiny_clip, batch):
+    keys, maps = pair_keys(batch), _maps(tiny_clip, WordRegions(steps=1), batch)
+    store = MapStore(tmp_path, "weights", WordRegions(steps=1))
+    store.write(keys, maps)
+    assert torch.equal(store.read(keys[::-1]).interactions, maps.interactions.flip(0))
+    assert store.read_units(keys).keys() == {"grid", "text", "content", "score"}
+    store.write(keys, _maps(tiny_clip, Chefer(), batch))
+    assert store.read(keys).interactions is None
 
 
 def test_maps_of_patches_are_kept_without_their_pixels(tmp_path, tiny_clip, batch):

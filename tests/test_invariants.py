@@ -39,6 +39,7 @@ from matex_pl.attribution import (
     Rollout,
     Saliency,
     SubmodularRegions,
+    WordRegions,
 )
 from matex_pl.attribution.core.capture import GradBlock, borrowed, capture_attention, grad_blocks
 from matex_pl.attribution.core.relevance import gradients_of
@@ -66,6 +67,7 @@ METHODS: list[AttributionMethod] = [
     Rollout(),
     Saliency(**MARGIN),
     SubmodularRegions(regions=2, pending=0),
+    WordRegions(steps=2),
     CenterMap(),
     PriorOnly(),
     RandomMap(),
@@ -74,7 +76,7 @@ BORROWERS = METHODS[:-3]
 # These take no gradient.
 FORWARD_ONLY = (DenseSimilarity, KernelShap, Rise, Rollout, SubmodularRegions)
 # These run the image tower, or a part of it, again.
-RERUN = (DenseSimilarity, IntegratedGradients, KernelShap, LeGrad, M2ib, Nib, Rise, SubmodularRegions)
+RERUN = (DenseSimilarity, IntegratedGradients, KernelShap, LeGrad, M2ib, Nib, Rise, SubmodularRegions, WordRegions)
 
 
 def named(method: AttributionMethod) -> str:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from matex_pl.anatomy import side_words
+from matex_pl.clip.words import split_words
 from matex_pl.metrics.functional import (
     THRESHOLDS,
     border_mask,
@@ -32,6 +34,7 @@ from matex_pl.metrics.functional import (
     spearman,
     top_ranked,
     top_share,
+    word_laterality,
 )
 
 SIZE = (9, 7)
@@ -484,6 +487,30 @@ def test_side_sensitivity_is_what_moves_to_the_other_side() -> None:
     # A mirror of everything changes nothing.
     mirrored = side_sensitivity(maps.flip(2), swapped.flip(2), ["left", "right", "", "right"])
     torch.testing.assert_close(mirrored, found, equal_nan=True)
+
+
+def test_each_word_of_side_has_its_own_side() -> None:
+    """The positive part counts; a word of a device, a denied place and other words have no side."""
+    phrase = "Right effusion, RLL nodule, left mass, no left pneumothorax, left chest port"
+    words = split_words(phrase)
+    names = [word.text for word in words]
+    maps = torch.zeros(len(words), 1, 2)
+    # The patient's right is on the left of the image.
+    maps[names.index("Right")] = torch.tensor([[0.6, -5.0]])
+    maps[names.index("RLL")] = torch.tensor([[0.1, 0.3]])
+    maps[names.index("left")] = torch.tensor([[0.0, 2.0]])
+    assert [(phrase[start:].split()[0], side) for start, side in side_words(phrase)] == [
+        ("Right", "right"),
+        ("RLL", "right"),
+        ("left", "left"),
+    ]
+    found = word_laterality([maps], [words], [phrase])
+    assert float(found) == pytest.approx((1 + 0.25 + 1) / 3)
+    # The image is the right half of the frame.
+    inside = word_laterality([maps[[0]]], [words[:1]], [phrase], torch.tensor([[0.5, 0.0, 1.0, 1.0]]))
+    assert float(inside) == 0
+    nothing = word_laterality([-maps.abs()] * 2, [words] * 2, [phrase, "Effusion"])
+    assert nothing.isnan().all()
 
 
 # --- curves

@@ -22,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from matex_pl.maps import Word
 from matex_pl.metrics import (
     AveragePrecision50,
     BoxAccuracy,
@@ -41,6 +42,7 @@ from matex_pl.metrics import (
     RemovalDrop,
     SideSensitivity,
     ThresholdedIoU,
+    WordLaterality,
     confidence,
     functional,
     localization,
@@ -55,6 +57,9 @@ SIZE = (9, 7)
 PAIRS = 8
 IDS = [f"pair {index}" for index in range(PAIRS)]
 SIDES = ["right", "left", "", "left", "right", "right", "", "left"]
+# Only the first word has a map.
+SIDE_PHRASES = [f"{side} effusion" if side else "effusion" for side in SIDES]
+SIDE_WORDS = [[Word(phrase.split()[0], 0, len(phrase.split()[0]))] for phrase in SIDE_PHRASES]
 
 
 def _maps(seed: int = 0) -> Tensor:
@@ -156,6 +161,11 @@ CASES: dict[str, Case] = {
         SideSensitivity,
         lambda rows: (_maps()[rows], _maps(1)[rows], _pick(SIDES, rows)),
         lambda: _mean(functional.side_sensitivity(_maps(), _maps(1), SIDES)),
+    ),
+    "word_laterality": Case(
+        WordLaterality,
+        lambda rows: (_pick(list(_maps()[:, None]), rows), _pick(SIDE_WORDS, rows), _pick(SIDE_PHRASES, rows)),
+        lambda: _mean(functional.half_share(_maps(), SIDES)),
     ),
     "outside_mass": Case(
         OutsideMass,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from matex_pl.attribution import AttributionMethod
@@ -337,6 +338,25 @@ def test_outlines_close_at_the_borders_and_around_holes(tmp_path, image):
     ]
 
 
+def test_maps_of_single_words_from_the_command_line(workdir):
+    chosen = ["image.png", PHRASE, "--ckpt_path=good.ckpt", "--method=word_regions"]
+    main(["explain", *chosen, "--out=map.npz"])
+    with np.load("map.npz", allow_pickle=False) as found:
+        maps, words = found["word_maps"], list(found["words"])
+    assert (maps.shape, maps.dtype) == ((len(words), 90, 70), np.float32)
+    # Signed.
+    assert maps.min() < 0 < maps.max()
+    main(["explain", *chosen, "--out=words.png"])
+    main(["explain", *chosen[:-1], "--method=rollout", "--out=whole.png"])
+    words, whole = (Image.open(name) for name in ("words.png", "whole.png"))
+    assert words.width == whole.width
+    # A row of four tiles below the panel.
+    assert words.height > whole.height + 100
+    strip = np.asarray(words)[whole.height :].astype(int)
+    assert ((strip[..., 0] - strip[..., 2]) > 60).any()
+    assert ((strip[..., 2] - strip[..., 0]) > 60).any()
+
+
 def test_arrays_from_the_command_line(workdir, capsys):
     main(["explain", "image.png", PHRASE, "--ckpt_path=good.ckpt", "--out=map.npz", "--method=rollout"])
     assert capsys.readouterr().out.splitlines()[-1] == "map.npz"
@@ -347,6 +367,7 @@ def test_arrays_from_the_command_line(workdir, capsys):
     assert list(arrays["words"]) == ["Left", "lower", "lobe", "consolidation"]
     assert len(arrays["word_relevance"]) == 4
     assert len(arrays["tokens"]) == len(arrays["token_relevance"]) > 4
+    assert "word_maps" not in arrays
     settings = json.loads(str(arrays["settings"]))
     assert settings["method"]["class_path"].endswith("Rollout")
     assert len(settings["model"]["weights"]) == 64

@@ -1,6 +1,6 @@
 """From a radiologist's phrase to the anatomical regions that it names, and to their spatial prior."""
 
-from matex_pl.anatomy.laterality import named_side, swap_sides
+from matex_pl.anatomy.laterality import named_side, side_words, swap_sides
 from matex_pl.anatomy.parser import ParsedPhrase, parse_phrase
 from matex_pl.anatomy.prior import prior_map, prior_maps
 from matex_pl.anatomy.pruning import prune_phrase
@@ -15,5 +15,6 @@ __all__ = [
     "prior_map",
     "prior_maps",
     "prune_phrase",
+    "side_words",
     "swap_sides",
 ]

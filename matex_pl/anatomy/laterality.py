@@ -45,6 +45,21 @@ def named_side(phrase: str) -> str:
     return sides.pop() if parse_phrase(swap_sides(phrase)).regions == mirrored else ""
 
 
+# Cached for the same reason.
+@lru_cache(maxsize=65536)
+def side_words(phrase: str) -> tuple[tuple[int, str], ...]:
+    """Place of the first character of each word that names a side of the patient, and the side, `right` or `left`.
+
+    The words are those that `swap_sides` exchanges ("left", "RLL"), at places that the phrase does not deny.
+    """
+    spans = parse_phrase(phrase).spans
+    return tuple(
+        (term.start, term.sides[0])
+        for term in patient_sides(phrase)
+        if term.text in _counterparts() and any(start <= term.start < end for start, end in spans)
+    )
+
+
 @cache
 def _counterparts() -> dict[str, tuple[str, str]]:
     """Beginning, and its replacement, of all words of a side that have a counterpart."""

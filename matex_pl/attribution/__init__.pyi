@@ -34,3 +34,4 @@ from .rise import Rise as Rise
 from .rollout import Rollout as Rollout
 from .saliency import Saliency as Saliency
 from .submodular_regions import SubmodularRegions as SubmodularRegions
+from .word_regions import WordRegions as WordRegions

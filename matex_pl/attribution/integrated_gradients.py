@@ -74,9 +74,7 @@ class IntegratedGradients(TwoTowerMethod):
 
     def _mean_gradient(self, tower: Tower, start: Tensor, end: Tensor, direction: Tensor) -> Tensor:
         """Gauss-Legendre mean of the gradients at `steps` points between `start` and `end` `(B, ...)`."""
-        nodes, weight = np.polynomial.legendre.leggauss(self.steps)
-        # From numpy's interval -1 to 1 to the interval 0 to 1.
-        places, weights = (torch.from_numpy(part / 2).to(direction) for part in (nodes + 1, weight))
+        places, weights = gauss_legendre(self.steps, direction)
         chunk = max(1, self.chunk_size // len(direction))
         total = torch.zeros_like(full_precision(end))
         for place, weight in progress(list(zip(places.split(chunk), weights.split(chunk), strict=True)), "steps"):
@@ -87,3 +85,11 @@ class IntegratedGradients(TwoTowerMethod):
             gradient = torch.autograd.grad(embedding, points, towards)[0]
             total += torch.einsum("k,k...->...", weight, full_precision(gradient))
         return total
+
+
+def gauss_legendre(steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes in [0, 1] and weights of a Gauss-Legendre sum, `(steps,)` each, in dtype and device of a tensor."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    # From numpy's interval -1 to 1 to the interval 0 to 1.
+    places, halves = (torch.from_numpy(part / 2).to(like) for part in (nodes + 1, weights))
+    return places, halves

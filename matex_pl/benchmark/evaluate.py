@@ -112,6 +112,8 @@ def _map_values(
     values["prompt_sensitivity"] = F.spearman(grid.flatten(1), other.flatten(1)).masked_fill(same, torch.nan)
     swapped = store.read(batch.swapped_keys).image.to(image)
     values["side_sensitivity"] = F.side_sensitivity(image, swapped, batch.sides, content_box)
+    if maps.interactions is not None:
+        values["word_laterality"] = F.word_laterality(maps.word_maps, maps.words, batch.batch["phrase"], content_box)
     return values
 
 
@@ -155,9 +157,8 @@ def text_values(clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch]) -> 
 def _read_maps(store: MapStore, batch: PreparedBatch, clip: Clip) -> Attribution:
     """Maps of the pairs, on the model's device."""
     maps = store.read(batch.keys)
-    fields = ("image", "grid", "text", "content", "score")
-    moved = Attribution(*(getattr(maps, name).to(clip.std.device) for name in fields))
-    return with_words(moved, clip, clip.tokenize(batch.batch["phrase"]), batch.batch["phrase"])
+    held = {name: part.to(clip.std.device) for name, part in vars(maps).items() if isinstance(part, Tensor)}
+    return with_words(Attribution(**held), clip, clip.tokenize(batch.batch["phrase"]), batch.batch["phrase"])
 
 
 def _joined_sums(batches: Sequence[dict[str, Tensor]]) -> dict[str, Sums]:

@@ -65,6 +65,17 @@ class TokenizedPhrase:
         total = sum(shares) or 1
         return [replace(word, share=share / total) for word, share in zip(words, shares, strict=True)]
 
+    def sum_by_word(self, values: Tensor) -> Tensor:
+        """Sums `(W, ...)` of values `(T, ...)` over the pieces of each word, as `words` sums the relevance.
+
+        A word behind the context length has zeros.
+        """
+        words, links = self._words
+        sums = values.new_zeros(len(words), *values.shape[1:])
+        for place, part, word in links:
+            sums[word] += part * values[place]
+        return sums
+
     @property
     def token_words(self) -> list[int]:
         """Index of the word of each of the T tokens, the last of several; -1 for punctuation and special tokens."""

@@ -112,6 +112,11 @@ _GROUPS = {
             "Side sensitivity",
             "Share of the map's mass that moves to the other side when the phrase names it.",
         ),
+        "word_laterality": _Row(
+            M.WordLaterality,
+            "Word laterality",
+            "Share of the map of a word of side (left, right) on that side; 0.5 for a map that is even.",
+        ),
     },
     "sanity": {
         "sanity": _Row(

@@ -24,7 +24,8 @@ QUICK: dict[str, dict[str, int]] = {"Rise": {"masks": 500}, "KernelShap": {"samp
 BUDGETS = ("quick", "full")
 # Methods that take many minutes per pair are compared only if they are named.
 SLOW = ("submodular_regions",)
-REPEATED = {"Rise": "masks", "KernelShap": "samples", "IntegratedGradients": "steps", "SubmodularRegions": "regions"}
+REPEATED = {"Rise": "masks", "KernelShap": "samples", "SubmodularRegions": "regions"}
+REPEATED |= {"IntegratedGradients": "steps", "WordRegions": "steps"}
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class MapStore:
     """Maps of one method and one set of weights, as safetensors files of several pairs each.
 
     A map is stored on the patch raster. If the image map cannot be restored from the raster (a prior, pixels, shifted
-    masks), the pixels are stored too. Therefore maps are read exactly as written.
+    masks), the pixels are stored too, and so are interactions. Therefore maps are read exactly as written.
 
     Args:
         root: Folder of all stores; the folder of this store is `root/<class>-<key>`.
@@ -145,6 +145,8 @@ class MapStore:
         tensors = {name: getattr(maps, name) for name in _FIELDS}
         if not torch.equal(_enlarged(maps.grid, maps.image.shape[-2:]), maps.image):
             tensors["image"] = maps.image
+        if maps.interactions is not None:
+            tensors["interactions"] = maps.interactions
         path = self._path(keys)
         write_tensors(path, tensors, {**self._head, "pairs": list(keys), "size": list(maps.image.shape[-2:])})
         self._files.update(dict.fromkeys(keys, path))
@@ -155,7 +157,7 @@ class MapStore:
         Raises:
             KeyError: If a pair has no map in this store.
         """
-        return Attribution(**cast(dict[str, Any], self._read(keys, ("image", *_FIELDS))))
+        return Attribution(**cast(dict[str, Any], self._read(keys, ("image", *_FIELDS, "interactions"))))
 
     def read_units(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """`grid`, `text`, `content` and `score` of the maps of the keys, as in `read`, without reading pixels.
@@ -175,7 +177,9 @@ class MapStore:
         maps: dict[str, dict[str, Tensor]] = {}
         for path in dict.fromkeys(self._files[key] for key in keys):
             maps.update(_read_shard(path, fields))
-        return {name: torch.stack([maps[key][name] for key in keys]) for name in fields}
+        # Only some methods have interactions.
+        there = [name for name in fields if all(name in maps[key] for key in keys)]
+        return {name: torch.stack([maps[key][name] for key in keys]) for name in there}
 
 
 def _read_shard(path: Path, fields: Sequence[str]) -> dict[str, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from matex_pl.console import progress
 from matex_pl.data.images import GrayImage, ResizeMode, read_image
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, collate
 from matex_pl.data.transforms import ImageTransform
-from matex_pl.maps import Attribution
+from matex_pl.maps import Attribution, Word, upsample
 from matex_pl.visualization.draw import DESIGN_WIDTH, Picture
-from matex_pl.visualization.panel import CARD_WIDTH, panel
+from matex_pl.visualization.panel import CARD_WIDTH, panel, panel_unit
 from matex_pl.visualization.sheet import Entry, contact_sheet
+from matex_pl.visualization.word_maps import word_tiles
 
 
 def explain_pair(
@@ -102,9 +103,13 @@ def draw_panels(
     show_text: bool = True,
     stacked: bool = False,
 ) -> list[Picture]:
-    """One panel per pair of the batch, `(h, width, 3)` uint8 each, from computed maps; see `explain_batch`."""
-    words = with_words(maps, clip, tokens, batch["phrase"]).words
-    return [
+    """One panel per pair of the batch, `(h, width, 3)` uint8 each, from computed maps; see `explain_batch`.
+
+    Below the panel of a method with interactions is a small map per word.
+    """
+    worded = with_words(maps, clip, tokens, batch["phrase"])
+    words = worded.words
+    panels = [
         panel(
             heat=maps.image[row].float().cpu().numpy(),
             words=words[row],
@@ -117,6 +122,30 @@ def draw_panels(
         )
         for row in range(len(batch["id"]))
     ]
+    if maps.interactions is None:
+        return panels
+    heats = [upsample(part.float(), clip.image_size).cpu().numpy() for part in worded.word_maps]
+    unit = panel_unit(width, stacked=stacked)
+    return [
+        np.concatenate([above, _word_tiles(batch, row, heats[row], words[row], width, unit, show_text)])
+        for row, above in enumerate(panels)
+    ]
+
+
+def _word_tiles(
+    batch: ImageTextBatch,
+    row: int,
+    heats: np.ndarray,
+    words: Sequence[Word],
+    width: int,
+    unit: float,
+    show_text: bool,
+) -> Picture:
+    """Small maps of the words of a pair."""
+    pair = _pair(batch, row)
+    return word_tiles(
+        image=pair["image"], heats=heats, words=words, boxes=pair["boxes"], width=width, unit=unit, show_text=show_text
+    )
 
 
 def compare_methods(module: Any, methods: Mapping[str, AttributionMethod], batch: ImageTextBatch) -> Picture:

@@ -19,7 +19,7 @@ from matex_pl.clip.model import Clip
 from matex_pl.data.images import ResizeMode, Size, read_image
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, collate
 from matex_pl.data.transforms import Framed, ImageTransform
-from matex_pl.maps import Attribution, full_precision
+from matex_pl.maps import Attribution, full_precision, upsample
 
 # Longest side of the image on a page, and of the maps over it, in pixels.
 _SHOWN, _MAP = 1024, 384
@@ -91,6 +91,17 @@ class ExplainedImage:
         """Maps over the whole image, `(h, w)` float32 in [0, 1] each, at most 384 pixels long."""
         size = _fitted(self.image.size, _MAP)
         return [self.image.transform.map_on_image(heat, size) for heat in self.heats]
+
+    def shown_word_maps(self, row: int) -> np.ndarray | None:
+        """Signed maps of the W words of a phrase over the whole image, `(W, h, w)` float32, at most 384 pixels long.
+
+        None for methods without interactions of words and patches.
+        """
+        if self.maps.interactions is None:
+            return None
+        size = _fitted(self.image.size, _MAP)
+        heats = upsample(self.maps.word_maps[row].float().cpu(), self.image.transform.size).numpy()
+        return np.array([self.image.transform.map_on_image(heat, size) for heat in heats]).reshape(-1, *size)
 
     def numbers(self, threshold: float) -> list[dict[str, Any]]:
         """Numbers of each phrase in plain types; places are in pixels of the stored image, x to the right, y down.

@@ -40,5 +40,6 @@ def place_maps(clip: Clip, explained: ExplainedImage, method: str, settings: Map
             relevance=maps.text[row][content].tolist(),
             words=[word["text"] for word in numbers["words"]],
             word_relevance=[word["share"] for word in numbers["words"]],
+            word_maps=explained.shown_word_maps(row),
             settings=shown,
         )

@@ -15,7 +15,7 @@ from matex_pl.metrics.localization import (
     RelevanceRankAccuracy,
     ThresholdedIoU,
 )
-from matex_pl.metrics.sensitivity import MapMass, OutsideMass, RankCorrelation, SideSensitivity
+from matex_pl.metrics.sensitivity import MapMass, OutsideMass, RankCorrelation, SideSensitivity, WordLaterality
 
 # Names before 0.2.
 EnergyInBox, RankAccuracy = EnergyPointingGame, RelevanceRankAccuracy
@@ -39,4 +39,5 @@ __all__ = [
     "RemovalDrop",
     "SideSensitivity",
     "ThresholdedIoU",
+    "WordLaterality",
 ]

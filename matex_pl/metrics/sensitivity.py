@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from matex_pl.maps import Word
 from matex_pl.metrics import functional
 from matex_pl.metrics.base import PairMetric
 
@@ -70,6 +71,40 @@ class SideSensitivity(PairMetric):
         Pairs without a side do not count.
         """
         self._add(functional.side_sensitivity(maps, swapped, sides, content_box), ids)
+
+
+class WordLaterality(PairMetric):
+    """Mean share of the map of a word of side that lies on that side of the patient; 0.5 for an even map.
+
+    It asks whether the map of the word "left" lies left. Only methods with `Attribution.interactions` have maps of
+    single words.
+
+    Examples:
+        >>> import torch
+        >>> from matex_pl.maps import Word
+        >>> metric = WordLaterality()
+        >>> metric.update([torch.tensor([[[0.2, 0.6]]])], [[Word("Left", 0, 4)]], ["Left effusion."])
+        >>> round(float(metric.compute()), 4)
+        0.75
+    """
+
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def update(
+        self,
+        word_maps: Sequence[Tensor],
+        words: Sequence[Sequence[Word]],
+        phrases: Sequence[str],
+        content_box: Tensor | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> None:
+        """Add B pairs, with the arguments of `functional.word_laterality`, and their ids.
+
+        Pairs without a word of side do not count.
+        """
+        self._add(functional.word_laterality(word_maps, words, phrases, content_box), ids)
 
 
 class OutsideMass(PairMetric):

@@ -22,6 +22,8 @@ def save_arrays(path: str | Path, placed: PlacedMap) -> Path:
     - `threshold`, `threshold_source`: level of the boxes, and where it comes from.
     - `tokens`, `token_relevance`: `(T,)` word pieces and their relevance in [0, 1].
     - `words`, `word_relevance`: `(N,)` words and their relevance.
+    - `word_maps`: `(N, h', w')` float32 signed maps of the words over the whole image, at most 384 pixels long;
+      only for methods with interactions of words and patches.
     - `phrase`, `method`, `score`: phrase, name of the method, and cosine of the pair.
     - `settings`: JSON text.
 
@@ -46,6 +48,8 @@ def save_arrays(path: str | Path, placed: PlacedMap) -> Path:
         "score": np.float64(placed.score),
         "settings": np.array(placed.settings_text),
     }
+    if placed.word_maps is not None:
+        arrays["word_maps"] = placed.word_maps
     # By a handle: NumPy adds a suffix to names.
     with whole_file(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)

@@ -31,6 +31,8 @@ class PlacedMap:
         relevance: T values in [0, 1].
         words: The N words of the phrase as written.
         word_relevance: N values in [0, 1].
+        word_maps: `(N, h', w')` float32 signed maps of the words over the whole image, smaller than `heat`; None for
+            methods without them.
         settings: Values for JSON: settings of the method, the model, the fit of the image.
     """
 
@@ -45,6 +47,7 @@ class PlacedMap:
     relevance: Sequence[float] = ()
     words: Sequence[str] = ()
     word_relevance: Sequence[float] = ()
+    word_maps: NDArray[np.float32] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -39,7 +39,7 @@ WIDTH, TEXT_LINES = 1320, 3
 HIGHER: Color = (255, 130, 20)
 LOWER: Color = (40, 130, 255)
 # Share of the image's brightness that is left below the difference.
-_DIMMED = 0.6
+DIMMED = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ def difference_panel(
     side = (width - 4 * page.margin) // 3
     size = (side, max(1, round(side * image.shape[0] / image.shape[1])))
     large = resize(image, size)
-    dimmed = np.rint(_DIMMED * large).astype(np.uint8)
+    dimmed = np.rint(DIMMED * large).astype(np.uint8)
     boxes = np.zeros((0, 4), np.float32)
     tiles = [draw_tile(large, heat, boxes, page) for heat in heats]
     tiles.append(mark_sides(difference_overlay(dimmed, resize(heats[0], size) - resize(heats[1], size)), page))
@@ -112,7 +112,7 @@ def difference_panel(
         paste(canvas, tile, left, top)
     height = page.px(12)
     draw_color_bar(canvas, (lefts[0] + page.px(18), bar_top + page.px(12)), (page.px(200), height))
-    _draw_difference_bar(canvas, (lefts[2] + page.px(26), bar_top + page.px(12)), (page.px(200), height))
+    draw_difference_bar(canvas, (lefts[2] + page.px(26), bar_top + page.px(12)), (page.px(200), height))
 
     picture = Image.fromarray(canvas)
     draw, small = ImageDraw.Draw(picture), page.px(15)
@@ -139,7 +139,7 @@ def difference_panel(
     return np.array(picture)
 
 
-def _draw_difference_bar(canvas: Picture, corner: tuple[int, int], size: tuple[int, int]) -> None:
+def draw_difference_bar(canvas: Picture, corner: tuple[int, int], size: tuple[int, int]) -> None:
     """Draw the colors of the difference at `corner` (left, top), from -1 to 1."""
     (left, top), (width, height) = corner, size
     ramp = np.broadcast_to(np.linspace(-1, 1, width, dtype=np.float32), (height, width))

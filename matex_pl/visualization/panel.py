@@ -88,7 +88,7 @@ def panel(
         raise ValueError(f"width must be at least 200 pixels, got {width}.")
     if text_lines < 1:
         raise ValueError(f"text_lines must be at least 1, got {text_lines}.")
-    page = Page(width, width * _CARD_UNIT if stacked else width / DESIGN_WIDTH)
+    page = Page(width, panel_unit(width, stacked=stacked))
     check_words(words, phrase)
     bars = [Piece(_BAR, shade, after_space=True) for shade in shades(words)]
     pieces = phrase_pieces(phrase, words) if show_text else bars
@@ -112,6 +112,11 @@ def panel(
         score=score,
         stacked=stacked,
     )
+
+
+def panel_unit(width: int, *, stacked: bool) -> float:
+    """Pixels per design unit of a panel; the text of a stacked panel is larger."""
+    return width * _CARD_UNIT if stacked else width / DESIGN_WIDTH
 
 
 def compose(

@@ -72,8 +72,9 @@ class Stream:
         if the tower pools by its input (text).
 
         Args:
-            behind: Index of the last block that does not run.
-            tokens: `(B, n, C)` output of that block, truncated to the length at which the tower runs.
+            behind: Index of the last block that does not run; -1 if all blocks run.
+            tokens: `(B, n, C)` output of that block, or input of the first block, truncated to the length at which the
+                tower runs.
         """
 
         def pass_on(entering: Tensor, *_: Any, **__: Any) -> Any:
@@ -81,6 +82,10 @@ class Stream:
             return (kept,) if self._packed else kept
 
         with ExitStack() as stack:
+            if behind < 0:
+                stack.enter_context(
+                    self.blocks[0].register_forward_pre_hook(lambda _, args: (pass_on(*args), *args[1:]))
+                )
             for block in self.blocks[: behind + 1]:
                 stack.callback(set_forward, block, vars(block).get("forward"))
                 set_forward(block, pass_on)

@@ -45,6 +45,7 @@ from matex_pl.metrics.functional.mass import (
     text_mass,
 )
 from matex_pl.metrics.functional.ranking import spearman, top_ranked, top_share
+from matex_pl.metrics.functional.words import word_laterality
 
 # Names before 0.2.
 energy_in_box, rank_accuracy = energy_pointing_game, relevance_rank_accuracy
@@ -93,4 +94,5 @@ __all__ = [
     "thorax_zone",
     "top_ranked",
     "top_share",
+    "word_laterality",
 ]
