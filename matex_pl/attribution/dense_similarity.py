@@ -93,7 +93,7 @@ class DenseSimilarity(TwoTowerMethod):
         Raises:
             NotImplementedError: The block does not attend once over all patches, or has no attention to separate.
         """
-        block, found = tower.blocks[-1], list[Tensor]()
+        found: list[Tensor] = []
 
         def run_again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             lengths: list[int] = []
@@ -112,7 +112,7 @@ class DenseSimilarity(TwoTowerMethod):
                 raise NotImplementedError(not_explained("image", original(tower.clip.model.visual), reason))
             found.append(tokens[0] if isinstance(tokens, tuple) else tokens)
 
-        with block.register_forward_hook(run_again, with_kwargs=True):
+        with tower.blocks[-1].register_forward_hook(run_again, with_kwargs=True):
             yield found
 
     def _attend(
