@@ -57,7 +57,8 @@ def main(
         out: Path of the Markdown file.
         seeds: Training seeds.
         split: Split of the pairs, `val` or `test`.
-        num_pairs: Number of pairs with boxes, evenly spaced over the split, before pairs without a word of side are left out.
+        num_pairs: Number of pairs with boxes, evenly spaced over the split. Pairs without a word of side are then left
+            out.
         batch_size: Number of pairs explained at once.
         steps: Number of nodes of the sum.
     """
