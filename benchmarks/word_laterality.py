@@ -1,4 +1,4 @@
-"""Whether the map of a word of side lies on that side of the patient, on phantom images, beside two controls.
+"""Whether the map of a word of side lies on that side of the patient, on phantom images, with two controls.
 
     python benchmarks/word_laterality.py --out docs/results/tables/word_laterality.md
 
@@ -57,7 +57,8 @@ def main(
         out: Path of the Markdown file.
         seeds: Training seeds.
         split: Split of the pairs, `val` or `test`.
-        num_pairs: Number of pairs with boxes, evenly spaced over the split; those that name no side are left out.
+        num_pairs: Number of pairs with boxes, evenly spaced over the split. Pairs without a word of side are then left
+            out.
         batch_size: Number of pairs explained at once.
         steps: Number of nodes of the sum.
     """

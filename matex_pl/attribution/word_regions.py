@@ -53,7 +53,7 @@ class WordRegions(TwoTowerMethod):
     Released code:
 
     - It takes the Jacobian of embeddings before their L2 norm, and divides A by both norms at the end. Here the unit
-      embeddings are differentiated, so that A adds up to differences of the cosine.
+      embeddings are differentiated, and A adds up to differences of the cosine.
     - It sums over 10 equal steps; here the integral is a Gauss-Legendre sum.
     - It builds both Jacobians by D backwards each, pair by pair.
     - The reference of a phrase is an empty phrase with its end at a fixed place; here the end keeps its place.
