@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -117,8 +118,8 @@ def run_benchmark(
 def _protocol(name: str | None, smooth_sigma: float | None, prune_phrases: bool) -> GroundingProtocol | None:
     """The named protocol with its settings; None without a name."""
     if name is not None:
-        sigma = {} if smooth_sigma is None else {"smooth_sigma": smooth_sigma}
-        return GroundingProtocol(name, prune_phrases=prune_phrases, **sigma)
+        protocol = GroundingProtocol(name, prune_phrases=prune_phrases)
+        return protocol if smooth_sigma is None else replace(protocol, smooth_sigma=smooth_sigma)
     if smooth_sigma is not None or prune_phrases:
         raise ValueError(
             "smooth_sigma and prune_phrases are settings of a published protocol. Name it with --protocol, or leave "

@@ -36,4 +36,6 @@ PUBLISHED: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
 @cache
 def grounding_figures() -> dict[str, Any]:
     """Published figures of phrase grounding as in `grounding.yaml`: `zero_shot` by protocol, and `supervised`."""
-    return yaml.safe_load(Path(__file__).with_name("grounding.yaml").read_text(encoding="utf-8"))
+    text = Path(__file__).with_name("grounding.yaml").read_text(encoding="utf-8")
+    figures: dict[str, Any] = yaml.safe_load(text)
+    return figures
