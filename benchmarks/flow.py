@@ -4,8 +4,8 @@
 
 Takes a model per seed of `benchmarks/choices.py`, which trains missing ones. Fuses the components of validation pairs
 again for a grid of flows, numbers of blocks, rows of the consistency and weights of the flow. Three candidates go on:
-those with the best pointing game, energy and prompt sensitivity. These, today's preset, Chefer and the controls are scored on
-test pairs, and by ROAR+ on images that no model has seen.
+those with the best pointing game, energy and prompt sensitivity. These, today's preset, Chefer and the controls are
+scored on test pairs, and by ROAR+ on images that no model has seen.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def main(
         "# The attention flow between eq. 1 and Chefer's relevance",
         "",
         f"Written by `python benchmarks/flow.py`. {len(seeds)} models of `configs/phantom.yaml`, training seeds "
-        f"{', '.join(map(str, seeds))}. {num_pairs} validation pairs and {num_test} test pairs with boxes, evenly spaced "
-        "over their split. Shares in percent, means over the models, with 95 % intervals over patients.",
+        f"{', '.join(map(str, seeds))}. {num_pairs} validation pairs and {num_test} test pairs with boxes, evenly "
+        "spaced over their split. Shares in percent, means over the models, with 95 % intervals over patients.",
         "",
         "## Validation pairs",
         "",
@@ -140,8 +140,8 @@ def main(
         "## ROAR+ of image maps",
         "",
         f"{num_images} phantoms that no model has seen, {epochs} epochs, mean over "
-        f"{' and '.join(f'{share:.0%}' for share in FRACTIONS)} of the patches dropped, one repeat per model, with 95 % "
-        "t-intervals over the models.",
+        f"{' and '.join(f'{share:.0%}' for share in FRACTIONS)} of the patches dropped, one repeat per model, with "
+        "95 % t-intervals over the models.",
         "",
         *roar_lines(roar),
         "",
