@@ -4,12 +4,13 @@
 
 Takes a model per seed of `benchmarks/choices.py`, which trains missing ones. Fuses the components of validation pairs
 again for a grid of flows, numbers of blocks, rows of the consistency and weights of the flow. Three candidates go on:
-those with the best pointing game, energy and prompt sensitivity. These, today's preset, Chefer and the controls are scored on
-test pairs, and by ROAR+ on images that no model has seen.
+those with the best pointing game, energy and prompt sensitivity. These, today's preset, Chefer and the controls are
+scored on test pairs, and by ROAR+ on images that no model has seen.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +84,7 @@ def main(
     batch_size: int = 60,
     num_images: int = 160,
     epochs: int = 4,
+    roar_controls: bool = True,
 ) -> None:
     """Write the tables.
 
@@ -97,6 +99,7 @@ def main(
         batch_size: Number of pairs explained at once.
         num_images: Number of images of each plan.
         epochs: Number of epochs of each retraining.
+        roar_controls: Whether ROAR+ has the controls too.
     """
     logging.basicConfig(level=logging.INFO)
     paths = [train(Path(runs) / f"seed{seed}", seed, Path(data)) for seed in seeds]
@@ -104,54 +107,74 @@ def main(
         "# The attention flow between eq. 1 and Chefer's relevance",
         "",
         f"Written by `python benchmarks/flow.py`. {len(seeds)} models of `configs/phantom.yaml`, training seeds "
-        f"{', '.join(map(str, seeds))}. {num_pairs} validation pairs and {num_test} test pairs with boxes, evenly spaced "
-        "over their split. Shares in percent, means over the models, with 95 % intervals over patients.",
+        f"{', '.join(map(str, seeds))}. {num_pairs} validation pairs and {num_test} test pairs with boxes, evenly "
+        "spaced over their split. Shares in percent, means over the models, with 95 % intervals over patients.",
         "",
         "## Validation pairs",
         "",
         f"{len(settings())} settings. The table has today's preset, the candidates, and the best setting of each flow.",
         "",
     ]
-    kept = Path(work) / f"validation-{num_pairs}.pt"
-    if kept.is_file():
-        candidates, table = torch.load(kept)
-    else:
+    folder = Path(work)
+
+    def validate() -> tuple[list[str], list[str]]:
         val = score(paths, data, "val", num_pairs, batch_size, fused)
         candidates = shortlist(val)
-        table = val.report([TODAY, *dict.fromkeys([*candidates, *best_of_flows(val)])])
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((candidates, table), kept)
+        return candidates, val.report([TODAY, *dict.fromkeys([*candidates, *best_of_flows(val)])])
+
+    candidates, table = kept(folder / f"validation-{num_pairs}.json", validate)
     log.info("Candidates: %s.", candidates)
     methods: dict[str, AttributionMethod] = {
         TODAY: Matex.recommended(),
         **{name: Matex.recommended(**settings()[name]) for name in candidates},
         CHEFER: Chefer(),
     }
-    test = score(paths, data, "test", num_test, batch_size, lambda *given: measured(*given, methods, data))
-    rows = sorted(test.table, key=lambda name: -test.mean(name, "pointing"))
-    lines += [*table, "", "## Test pairs", "", "No setting was selected on these pairs.", "", *test.report(rows)]
+
+    def test() -> tuple[dict[str, float | None], list[str]]:
+        found = score(paths, data, "test", num_test, batch_size, lambda *given: measured(*given, methods, data))
+        lows = {name: found.gain(name, "pointing").low for name in candidates}
+        return lows, found.report(sorted(found.table, key=lambda name: -found.mean(name, "pointing")))
+
+    lows, tested = kept(folder / f"test-{num_test}.json", test)
+    lines += [*table, "", "## Test pairs", "", "No setting was selected on these pairs.", "", *tested]
     write(out, lines)
-    roar = []
-    for seed, path in zip(seeds, paths, strict=True):
-        roar.append(retrain(path, Path(work) / f"seed{seed}", data, methods, num_images, epochs))
-        log.info("ROAR+, seed %d: %s", seed, roar[-1])
+    plans = [
+        plan_of(path, folder / f"seed{seed}", data, methods, num_images, epochs)
+        for seed, path in zip(seeds, paths, strict=True)
+    ]
+    names = {f"method{place}": name for place, name in enumerate(methods)}
+    # All models first for the methods, then for the controls.
+    for of_methods in (True, False):
+        for plan in plans:
+            wanted = [run for run in wanted_runs(plan, roar_controls) if (run.method in ("", *names)) == of_methods]
+            work_here(plan, [run for run in wanted if result(plan, run) is None])
+    roar = [rises(plan, names, roar_controls) for plan in plans]
     lines += [
         "",
         "## ROAR+ of image maps",
         "",
         f"{num_images} phantoms that no model has seen, {epochs} epochs, mean over "
-        f"{' and '.join(f'{share:.0%}' for share in FRACTIONS)} of the patches dropped, one repeat per model, with 95 % "
-        "t-intervals over the models.",
+        f"{' and '.join(f'{share:.0%}' for share in FRACTIONS)} of the patches dropped, one repeat per model, with "
+        "95 % t-intervals over the models.",
         "",
         *roar_lines(roar),
         "",
     ]
     for name in candidates:
-        ends = test.gain(name, "pointing").low, student([scores[name] - scores[TODAY] for scores in roar])[1]
+        ends = lows[name], student([scores[name] - scores[TODAY] for scores in roar])[1]
         better = all(low is not None and low > 0 for low in ends)
         lines.append(f"- `{name}` is {'' if better else 'not '}better in both beyond its intervals.")
     write(out, lines)
     print(out)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """Content of a JSON file, made if missing."""
+    if not path.is_file():
+        content = json.dumps(make(), indent=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(out: str, lines: Sequence[str]) -> None:
@@ -200,9 +223,12 @@ def shortlist(val: Scored) -> list[str]:
 
     The last two are among the settings whose pointing game is not worse than today's beyond its interval.
     """
-    kept = [name for name in settings() if (val.gain(name, "pointing").high or 0) >= 0]
+    sound = [name for name in settings() if (val.gain(name, "pointing").high or 0) >= 0]
     best = [max(settings(), key=lambda name: val.mean(name, "pointing"))]
-    best += [max(kept, key=lambda name: val.mean(name, "energy")), min(kept, key=lambda name: val.mean(name, "prompt"))]
+    best += [
+        max(sound, key=lambda name: val.mean(name, "energy")),
+        min(sound, key=lambda name: val.mean(name, "prompt")),
+    ]
     return list(dict.fromkeys(best))
 
 
@@ -278,42 +304,46 @@ def measured(
         yield name, [attribute(method, module, batch) for batch in batches]
 
 
-def retrain(
+def plan_of(
     path: Path, folder: Path, root: str, methods: dict[str, AttributionMethod], num_images: int, epochs: int
-) -> dict[str, float]:
-    """ROAR+ of image maps, mean over the fractions, by method and control."""
-    names = {}
-    for place, (name, method) in enumerate(methods.items()):
+) -> Plan:
+    """Plan of ROAR+ for a model, with the maps of all methods."""
+    files = []
+    for place, method in enumerate(methods.values()):
         file = folder.parent / f"method{place}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
         described = {"class_path": f"matex_pl.attribution.{type(method).__name__}", "init_args": method.settings}
         file.write_text(yaml.safe_dump(described), encoding="utf-8")
-        names[file.stem] = name
+        files.append(str(file))
     # Another seed than that of the training gives other images.
     phantoms = PhantomDataModule(root=root, seed=1, num_train=num_images, num_val=4, num_test=4)
     module = load_module(str(path))
     protocol = Protocol(modalities=["image"], fractions=list(FRACTIONS), repeats=1)
     training = Training(epochs=epochs, lr=3e-4, warmup_steps=5, accelerator="cpu")
     origins = {"checkpoint": path.name, "start_checkpoint": path.name}
-    files = [str(folder.parent / f"{stem}.yaml") for stem in names]
     plan = make_plan(folder, phantoms, module, module, files, protocol, training, origins)
     prepare_maps(plan)
-    wanted = [run for run in plan.runs() if run.method != BLURRED]
-    work_here(plan, [run for run in wanted if result(plan, run) is None])
-    if broken := [f"{run.id}: {error}" for run in wanted if (error := failure(plan, run))]:
-        raise SystemExit("\n".join(broken))
-    rises: dict[str, list[float]] = defaultdict(list)
-    clean, *losses = (loss_of(plan, run) for run in wanted)
-    for run, loss in zip(wanted[1:], losses, strict=True):
-        rises[names.get(run.method, run.method)].append(100 * (loss - clean) / clean)
-    return {name: mean(found) for name, found in rises.items()}
+    return plan
 
 
-def loss_of(plan: Plan, run: Run) -> float:
-    """Validation loss of a finished run."""
-    found = result(plan, run)
-    assert found is not None
-    return float(found["loss"])
+def wanted_runs(plan: Plan, with_controls: bool) -> list[Run]:
+    """Runs of the methods, and of the controls but the blurred noise."""
+    controls = {method.name for method in plan.methods if method.control and not with_controls}
+    return [run for run in plan.runs() if run.method not in {BLURRED, *controls}]
+
+
+def rises(plan: Plan, names: dict[str, str], with_controls: bool) -> dict[str, float]:
+    """ROAR+ by method and control, mean over the fractions."""
+    losses = {}
+    for run in wanted_runs(plan, with_controls):
+        found = result(plan, run)
+        if found is None:
+            raise SystemExit(f"{plan.folder}: {run.id} has failed: {failure(plan, run)}")
+        losses[run] = found["loss"]
+    clean = losses.pop(Run(0))
+    shares: dict[str, list[float]] = defaultdict(list)
+    for run, loss in losses.items():
+        shares[names.get(run.method, run.method)].append(100 * (loss - clean) / clean)
+    return {name: mean(values) for name, values in shares.items()}
 
 
 def student(values: Sequence[float]) -> tuple[float, float, float]:
