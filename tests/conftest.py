@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import logging
+import os
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +22,10 @@ from matex_pl import ClipModule
 from matex_pl.clip import Clip, load_clip
 from matex_pl.data import PhantomDataModule
 
-# The models of the tests are too small for threads to pay, and on busy cores threads wait for each other.
+# The models of the tests are too small for threads to pay, and on busy cores threads wait for each other. The
+# second line is for the processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = {
     "model_cfg": {
@@ -29,6 +34,20 @@ TINY = {
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     }
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, as far as marks tell, so that two workers end at about one time."""
+    weights: Counter[Path] = Counter()
+    for item in items:
+        weights[item.path] += 60 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -weights[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the hundreds of thousands of objects that imports have made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

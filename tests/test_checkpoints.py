@@ -346,13 +346,27 @@ def _phantom(root: Path, *more: str) -> list[str]:
     return [*words, "--trainer.max_epochs=1", "--trainer.limit_val_batches=1", *more]
 
 
+@pytest.fixture(scope="module")
+def phantom_run(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Path:
+    """A folder in which `matex fit` has run."""
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copy(Path(__file__).with_name("tiny.json"), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(["fit", *_phantom(image_root)])
+    return folder
+
+
 @pytest.mark.parametrize("ckpt_path", ["last", "runs/phantom/checkpoints/last.ckpt"])
 def test_options_count_for_a_file_as_for_last(
-    image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ckpt_path: str
+    phantom_run: Path,
+    image_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ckpt_path: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(Path(__file__).with_name("tiny.json"), tmp_path)
-    main(["fit", *_phantom(image_root)])
+    monkeypatch.chdir(shutil.copytree(phantom_run, tmp_path / "here"))
     prompts = []
     monkeypatch.setattr(
         ClipModule, "on_test_epoch_start", lambda module: prompts.append(module.hparams["prompt"]), raising=True
@@ -600,7 +614,7 @@ STOCK: dict[str, Callable[[], Callback]] = {
 def test_stock_callbacks_work_before_and_after_ours(
     tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path, kind: str, is_first: bool
 ) -> None:
-    metrics, maps, stock = Weights(), AttributionMaps(Noting(), num_pairs=2), STOCK[kind]()
+    metrics, maps, stock = Weights(), AttributionMaps(Noting(), num_pairs=1), STOCK[kind]()
     order = [stock, metrics, maps] if is_first else [metrics, maps, stock]
     module = ClipModule(tiny_json, lr=1e-2, warmup_steps=1)
     settings = {"logger": TensorBoardLogger(tmp_path), "max_epochs": 3, "log_every_n_steps": 1}
