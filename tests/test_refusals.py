@@ -479,7 +479,8 @@ def test_a_wrong_setting_of_the_trainer_in_a_config(
     Path("mine.yaml").write_text("trainer: {callbacks: [{class_path: Nowhere}]}", encoding="utf-8")
     said = refused(capsys, "fit", *phantom_words, "--config=mine.yaml")
     assert "--trainer.callbacks in the config mine.yaml names 'Nowhere', which is no known class." in said
-    method = "{class_path: AttributionMaps, init_args: {method: {class_path: matex_pl.attribution.PatchSimilarity}}}"
+    method = "{class_path: matex_pl.attribution.PatchSimilarity}"
+    method = f"{{class_path: matex_pl.callbacks.AttributionMaps, init_args: {{method: {method}}}}}"
     Path("mine.yaml").write_text(f"trainer: {{callbacks: [{method}]}}", encoding="utf-8")
     assert "It is a variant of DenseSimilarity now." in refused(capsys, "fit", *phantom_words, "--config=mine.yaml")
     Path("mine.yaml").write_text("model: {lr: 1.0e-4}", encoding="utf-8")
