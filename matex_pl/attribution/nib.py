@@ -34,8 +34,8 @@ class Nib(TwoTowerMethod):
     - It min-maxes the special tokens of a phrase too.
     - It supports class tokens on 7 by 7 patches, and phrases without padding.
 
-    Layer norms undo the scale until lambda is near 0. Therefore few steps miss most of the score that the bottleneck
-    takes away, and after the last block the values of patches are nearly 0.
+    Layer norms undo the scale until lambda is near 0. Therefore few steps can miss most of the score that the
+    bottleneck takes away. After the last block of most towers, the values of patches are nearly 0.
 
     Args:
         block: Index of the block before the bottleneck, from 0 or from the end (-4: index 8 of 12). A negative index
