@@ -682,7 +682,9 @@ def test_a_protocol_that_the_data_cannot_serve_is_refused_before_work(tmp_path, 
     with pytest.raises(SystemExit) as end:
         main(words(images, checkpoint, tmp_path / "out", "--protocol=vindr"))
     assert end.value.code == 2
-    assert "--protocol must be one of 'ms-cxr', 'padchest-gr', null, got 'vindr'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "--protocol must be one of 'ms-cxr', 'padchest-gr'" in message
+    assert "got 'vindr'" in message
 
 
 class Nameless(PhantomDataModule):
