@@ -30,6 +30,7 @@ from words import shown
 
 from matex_pl.anatomy import named_side
 from matex_pl.attribution import AttributionMethod, CenterMap, Chefer, Matex, PriorOnly, RandomMap
+from matex_pl.attribution.several import attribute_methods
 from matex_pl.data import ImageTextBatch, PhantomDataModule
 from matex_pl.evaluation.compared import BLURRED, mean_box_row
 from matex_pl.evaluation.intervals import Sums, draw_patients, estimate
@@ -80,8 +81,8 @@ def main(
     out: str = "docs/results/tables/flow.md",
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     num_pairs: int = 240,
-    num_test: int = 120,
-    batch_size: int = 60,
+    num_test: int = 80,
+    batch_size: int = 80,
     num_images: int = 160,
     epochs: int = 4,
     roar_controls: bool = True,
@@ -272,17 +273,17 @@ def values_of(batch: ImageTextBatch, maps: Attribution, other: Attribution, swap
     }
 
 
-def attribute(method: AttributionMethod, module: ClipModule, batch: ImageTextBatch) -> Attribution:
-    """Maps of the pairs of a batch."""
+def given(module: ClipModule, batch: ImageTextBatch) -> tuple[Any, ...]:
+    """Arguments of `attribute` for the pairs of a batch."""
     images, _ = module.inputs(batch)
     tokens = module.clip.tokenize(batch["phrase"])
-    return method.attribute(module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"])
+    return module.clip, images, tokens, batch["phrase"], batch["content_box"], batch["chest_box"]
 
 
 def fused(module: ClipModule, batches: Sequence[ImageTextBatch]) -> Iterator[tuple[str, Sequence[Attribution]]]:
     """Maps of every setting on a raster, from components that are computed once."""
     method = Matex.recommended(skip_layers=0, flow="rollout", consistency_of="relevance")
-    parts = [attribute(method, module, batch).parts | {"size": RASTER} for batch in batches]
+    parts = [method.attribute(*given(module, batch)).parts | {"size": RASTER} for batch in batches]
     for name, setting in {TODAY: PRESET, **settings()}.items():
         yield name, [Matex.fuse(found, **setting) for found in parts]
 
@@ -300,8 +301,10 @@ def measured(
     controls |= {"prior only": PriorOnly(prior_frame="chest"), "noise": RandomMap()}
     boxed = list(pairs_with_boxes(module, root, "train", 300, 50))
     (mean_box,) = mean_box_row(boxed, batches, module.clip.image_size)
-    for name, method in {**methods, **plain, **controls, "mean box": mean_box.method}.items():
-        yield name, [attribute(method, module, batch) for batch in batches]
+    everything = {**methods, **plain, **controls, "mean box": mean_box.method}
+    maps = [attribute_methods(everything, *given(module, batch)) for batch in batches]
+    for name in everything:
+        yield name, [found[name] for found in maps]
 
 
 def plan_of(
