@@ -95,7 +95,7 @@ class Check:
             return None
 
     def save(self) -> None:
-        """Write what is known until now."""
+        """Write the results of the finished stages."""
         if self.path is not None:
             self.path.write_text(json.dumps(self.result, indent=1), encoding="utf-8")
 
@@ -107,7 +107,7 @@ class Check:
         return clip.to(device, dtype)
 
     def pairs(self, clip: Clip, size: int) -> tuple[Any, ...]:
-        """Smooth images, so that maps have an order, and the arguments of `attribute`."""
+        """The arguments of `attribute`; the images are smooth, because noise gives maps without an order."""
         generator, device = torch.Generator().manual_seed(1), clip.std.device
         raster = torch.rand(size, 1, 7, 7, generator=generator)
         pixels = torch.nn.functional.interpolate(raster, clip.image_size, mode="bicubic").clamp(0, 1)

@@ -235,7 +235,7 @@ _ON_HOST = WeakTensorKeyDictionary()
 
 
 def keep_on_host(tokens: Tensor, host: Tensor) -> None:
-    """Keep the CPU tensor of which `tokens` is the copy on another device, so that `on_host` waits for no device."""
+    """Keep the CPU tensor behind `tokens` on another device, for `on_host`, which then waits for no device."""
     if not tokens.is_inference():
         _ON_HOST[tokens] = host, tokens._version
 
@@ -247,7 +247,7 @@ def on_host(tokens: Tensor) -> Tensor:
 
 
 def copied(tokens: Tensor) -> Tensor:
-    """A copy of the tokens on their device, which `on_host` knows if it knows the tokens."""
+    """A copy of the tokens on their device; `on_host` finds its CPU tensor too."""
     copy, host = tokens.clone(), on_host(tokens)
     if host is not tokens:
         keep_on_host(copy, host)
