@@ -305,7 +305,7 @@ def test_the_benchmark_gives_the_numbers_of_the_cpu(gpu: Waits, image_root: Path
     found = {}
     for device in ("cpu", "cuda"):
         out = tmp_path / device
-        run_benchmark(images(image_root), trained, str(out), ["chefer"], resamples=10, device=device, **small)
+        run_benchmark(images(image_root), trained, str(out), ["chefer"], resamples=100, device=device, **small)
         found[device] = dict(numbers(json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]))
     assert found["cuda"] == pytest.approx(found["cpu"], abs=2e-3)
 
