@@ -373,6 +373,8 @@ def pair_table(title: str, arms: dict[str, list[Measured]]) -> list[str]:
     metrics = [metric for metric in arms[NONE][0] if metric in arms[names[0]][0]]
     for metric in metrics:
         scores = {name: OverSeeds(found, metric) for name, found in arms.items()}
+        if not scores[NONE].count:
+            continue
         cells = [str(scores[NONE].count), *(shown(score) for score in scores.values())]
         cells += [shown(scores[name], scores[NONE]) for name in names]
         single = [
