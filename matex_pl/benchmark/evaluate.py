@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -157,8 +157,10 @@ def text_values(clip: Clip, store: MapStore, pairs: Sequence[PreparedBatch]) -> 
 def _read_maps(store: MapStore, batch: PreparedBatch, clip: Clip) -> Attribution:
     """Maps of the pairs, on the model's device."""
     maps = store.read(batch.keys)
-    held = {name: part.to(clip.std.device) for name, part in vars(maps).items() if isinstance(part, Tensor)}
-    return with_words(Attribution(**held), clip, clip.tokenize(batch.batch["phrase"]), batch.batch["phrase"])
+    held: dict[str, Any] = {
+        name: part.to(clip.std.device) for name, part in vars(maps).items() if isinstance(part, Tensor)
+    }
+    return with_words(replace(maps, **held), clip, clip.tokenize(batch.batch["phrase"]), batch.batch["phrase"])
 
 
 def _joined_sums(batches: Sequence[dict[str, Tensor]]) -> dict[str, Sums]:

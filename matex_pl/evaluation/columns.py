@@ -196,8 +196,8 @@ def metric_columns(keys: set[str]) -> dict[str, Column]:
                 percent=group in ("paper", "confidence"),
             )
     for name in _GROUPS["localization"]:
-        mean = {"group": "findings", "fill": FILL_NAMES["findings"]}
-        columns[name + FINDINGS] = columns[name].model_copy(update=mean)
+        over_findings = {"group": "findings", "fill": FILL_NAMES["findings"]}
+        columns[name + FINDINGS] = columns[name].model_copy(update=over_findings)
     for key, (label, description) in PROTOCOL.items():
         for suffix, mean in {"": "mean over pairs", FINDINGS: FILL_NAMES["findings"]}.items():
             columns[key + suffix] = Column(
