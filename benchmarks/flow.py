@@ -132,7 +132,7 @@ def main(
     }
 
     def test() -> tuple[dict[str, float | None], list[str]]:
-        found = score(paths, data, "test", num_test, batch_size, lambda *given: measured(*given, methods, data))
+        found = score(paths, data, "test", num_test, batch_size, lambda *one: measured(one[0], one[1], methods, data))
         lows = {name: found.gain(name, "pointing").low for name in candidates}
         return lows, found.report(sorted(found.table, key=lambda name: -found.mean(name, "pointing")))
 
