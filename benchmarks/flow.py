@@ -23,7 +23,6 @@ import torch
 import yaml
 from choices import pairs_with_boxes, train
 from jsonargparse import auto_cli
-from rich.progress import track
 from scipy import stats
 from torch import Tensor
 from words import shown
@@ -31,6 +30,7 @@ from words import shown
 from matex_pl.anatomy import named_side
 from matex_pl.attribution import AttributionMethod, CenterMap, Chefer, Matex, PriorOnly, RandomMap
 from matex_pl.attribution.several import attribute_methods
+from matex_pl.console import progress
 from matex_pl.data import ImageTextBatch, PhantomDataModule
 from matex_pl.evaluation.compared import BLURRED, mean_box_row
 from matex_pl.evaluation.intervals import Sums, draw_patients, estimate
@@ -252,7 +252,7 @@ def score(paths: Sequence[Path], root: str, split: str, num_pairs: int, batch_si
         rows: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         batches = list(pairs_with_boxes(module, root, split, num_pairs, batch_size))
         others = [with_phrases(batch, told) for batch, told in zip(batches, other_phrases_of(batches), strict=True)]
-        for batch, other in track([*zip(batches, others, strict=True)], f"{path.parts[-5]}, {split}"):
+        for batch, other in progress([*zip(batches, others, strict=True)], f"{path.parts[-5]}, {split}"):
             swapped = with_phrases(batch, swapped_phrases(batch["phrase"]))
             for name, found in maps(module, [batch, other, swapped]):
                 for column, values in values_of(batch, *found).items():

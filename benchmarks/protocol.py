@@ -18,12 +18,12 @@ from statistics import mean
 import torch
 from choices import pairs_with_boxes, spread, train
 from jsonargparse import auto_cli
-from rich.progress import track
 from torch import Tensor
 
 from matex_pl.anatomy import prune_phrase
 from matex_pl.attribution import AttributionMethod, CenterMap, Chefer, GradEclip, LeGrad, Matex, PriorOnly, RandomMap
 from matex_pl.benchmark.protocol import GroundingProtocol
+from matex_pl.console import progress, show_messages
 from matex_pl.data import ImageTextBatch, ImageTextPair, PhantomDataModule
 from matex_pl.evaluation.intervals import FindingMean, Sums
 from matex_pl.evaluation.pairs import with_phrases
@@ -85,7 +85,7 @@ def main(
 def score(module: ClipModule, batches: Sequence[ImageTextBatch], title: str) -> Values:
     """Scores of every method, phrase and width."""
     parts: dict[tuple[str, str, float, str], list[Tensor]] = {}
-    for batch in track(batches, title):
+    for batch in progress(batches, title):
         pairs, sizes = pairs_of(batch)
         for phrases, change in PHRASES.items():
             changed = with_phrases(batch, [change(phrase) for phrase in batch["phrase"]])
@@ -196,4 +196,5 @@ def signed(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
+    show_messages()
     auto_cli(main, as_positional=False)

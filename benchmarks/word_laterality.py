@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from choices import pairs_with_boxes, train
 from jsonargparse import auto_cli
-from rich.progress import track
 from torch import Tensor
 
 from matex_pl.anatomy import side_words
 from matex_pl.attribution import WordRegions
 from matex_pl.callbacks.reader import rows_of
+from matex_pl.console import progress, show_messages
 from matex_pl.data import ImageTextBatch
 from matex_pl.evaluation.intervals import Sums, draw_patients, estimate
 from matex_pl.metrics.functional import half_share, side_half
@@ -71,7 +71,7 @@ def main(
         patients = [patient for batch in batches for patient in batch["patient_id"]]
         for name, setting in SETTINGS.items():
             method = WordRegions(steps=steps, **setting)
-            values = [_values(module, method, batch) for batch in track(batches, f"{path.parts[-5]}, {name}")]
+            values = [_values(module, method, batch) for batch in progress(batches, f"{path.parts[-5]}, {name}")]
             scored[name].append({key: torch.cat([part[key] for part in values]) for key in values[0]})
     drawn = draw_patients(patients, 2000, 0)
     lines = [
@@ -136,4 +136,5 @@ def _shown(found: Any, sign: str = "") -> str:
 
 
 if __name__ == "__main__":
+    show_messages()
     auto_cli(main, as_positional=False)
