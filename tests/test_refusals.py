@@ -550,7 +550,7 @@ def test_commands_go_on_without_the_methods_that_refuse_a_tower(
     main(["check-data", *phantom_words, "--model=odd.json"])
     said = capsys.readouterr().out
     assert re.search(rf"\n  fit +no: Matex: .*{reason}.*\n  test +no: Matex: .*{reason}", said)
-    assert re.search(rf"\n  benchmark +yes, without MATEX, .*Rollout\n  Maps of .*{reason}", said)
+    assert re.search(rf"\n  benchmark +yes, without MATEX, .*Rollout, WordRegions\n  Maps of .*{reason}", said)
     assert "Saliency" not in said
     assert reason in refused(capsys, "explain", "image.png", "Nodule.", "--ckpt_path=odd.ckpt")
     main(["explain", "image.png", "Left nodule.", "--ckpt_path=odd.ckpt", "--method=all", "--out=all.png"])
