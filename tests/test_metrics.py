@@ -538,8 +538,9 @@ def test_curve_area_of_straight_lines() -> None:
     torch.testing.assert_close(gain / span, torch.full((2,), 0.5))
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 1.0, 2.5])
-def test_pointing_game_with_a_tolerance_against_a_loop(tolerance: float) -> None:
+# The maxima are 0 to 7.1 pixels from the boxes.
+@pytest.mark.parametrize(("tolerance", "count"), [(0.0, 1), (4.0, 2), (5.5, 4)])
+def test_pointing_game_with_a_tolerance_against_a_loop(tolerance: float, count: int) -> None:
     maps, masks = _maps(), box_masks(_boxes(), SIZE)
     hits = []
     for value, heat, mask in zip(pointing_game(maps, masks, tolerance), maps.numpy(), masks.numpy(), strict=True):
@@ -550,7 +551,7 @@ def test_pointing_game_with_a_tolerance_against_a_loop(tolerance: float) -> None
         peak = next(place for place in places if heat[place] == heat.max())
         hits.append(min(math.dist(peak, place) for place in places if mask[place]) <= tolerance)
         assert value == float(hits[-1])
-    assert hits.count(True) >= 2
+    assert hits.count(True) == count < len(hits)
 
 
 def test_mean_iou_of_maps_on_minus_one_to_one_against_a_loop() -> None:
