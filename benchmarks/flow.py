@@ -25,7 +25,7 @@ from choices import pairs_with_boxes, train
 from jsonargparse import auto_cli
 from scipy import stats
 from torch import Tensor
-from words import shown
+from words import PairScores, shown
 
 from matex_pl.anatomy import named_side
 from matex_pl.attribution import AttributionMethod, CenterMap, Chefer, Matex, PriorOnly, RandomMap
@@ -33,7 +33,7 @@ from matex_pl.attribution.several import attribute_methods
 from matex_pl.console import progress
 from matex_pl.data import ImageTextBatch, PhantomDataModule
 from matex_pl.evaluation.compared import BLURRED, mean_box_row
-from matex_pl.evaluation.intervals import Sums, draw_patients, estimate
+from matex_pl.evaluation.intervals import Sums, estimate
 from matex_pl.evaluation.pairs import other_phrases_of, swapped_phrases, with_phrases
 from matex_pl.evaluation.values import map_correlation
 from matex_pl.maps import Attribution
@@ -183,15 +183,8 @@ def write(out: str, lines: Sequence[str]) -> None:
     Path(out).write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
-class Scored:
-    """Mean over the models of each pair's values, by row and column, and draws of the patients."""
-
-    def __init__(self, tables: Sequence[Table], patients: Sequence[str]) -> None:
-        self.drawn = draw_patients(patients, 2000, 0)
-        self.table: Table = {
-            name: {column: torch.stack([table[name][column] for table in tables]).mean(0) for column in COLUMNS}
-            for name in tables[0]
-        }
+class Scored(PairScores):
+    """Scores of image maps, with their differences from today's preset."""
 
     def mean(self, name: str, column: str) -> float:
         """Mean of a row's values over the pairs that count."""

@@ -94,15 +94,19 @@ def main(
     print(out)
 
 
-class Scored:
+class PairScores:
     """Mean over the models of each pair's values, by row and column, and draws of the patients."""
 
     def __init__(self, tables: Sequence[Table], patients: Sequence[str]) -> None:
         self.drawn = draw_patients(patients, 2000, 0)
         self.table: Table = {
-            name: {column: torch.stack([table[name][column] for table in tables]).mean(0) for column in COLUMNS}
-            for name in tables[0]
+            name: {column: torch.stack([table[name][column] for table in tables]).mean(0) for column in values}
+            for name, values in tables[0].items()
         }
+
+
+class Scored(PairScores):
+    """Scores of text maps."""
 
     def best(self) -> str:
         """Setting with the largest drop among those with more findings and places; the setting before if none has."""

@@ -80,13 +80,7 @@ class M2ib(TwoTowerMethod):
 
     def trace(self, tower: Tower) -> Trace:
         """Run one forward, recording the tokens after the block."""
-        stream = tower.stream()
-        # Refuses a tower of unknown pooling before its forward.
-        _ = tower.pooling
-        place = block_index(self.block, len(tower.blocks))
-        with stream.capture():
-            embedding = tower.encode()
-        hidden, counted = stream.behind[place], counted_tokens(tower, stream.behind[place].shape[1])
+        stream, place, embedding, hidden, counted = run_to_bottleneck(tower, self.block)
 
         def relevance_for(direction: Tensor) -> Relevance:
             size = max(1, self.chunk_size // self.copies)
@@ -137,7 +131,24 @@ def capacity_of(alpha: Tensor, hidden: Tensor) -> Tensor:
     return -0.5 * (1 + 2 * F.logsigmoid(-alpha) - (kept * hidden) ** 2 - noise**2)
 
 
-def counted_tokens(tower: Tower, tokens: int) -> Tensor:
+def run_to_bottleneck(tower: Tower, block: int) -> tuple[Stream, int, Tensor, Tensor, Tensor]:
+    """One forward of a tower that records the tokens of a bottleneck behind a block.
+
+    Returns:
+        The stream, the index of the block, the embedding `(B, D)`, the tokens `(B, n, C)` behind the block, and the
+        mask `(B, n)` bool of the tokens in the bottleneck.
+    """
+    stream = tower.stream()
+    # Refuses a tower of unknown pooling before its forward.
+    _ = tower.pooling
+    place = block_index(block, len(tower.blocks))
+    with stream.capture():
+        embedding = tower.encode()
+    hidden = stream.behind[place]
+    return stream, place, embedding, hidden, _counted(tower, hidden.shape[1])
+
+
+def _counted(tower: Tower, tokens: int) -> Tensor:
     """Mask `(B, n)` bool of the tokens of a block that a bottleneck acts on."""
     place = torch.arange(tokens, device=tower.inputs.device)
     if isinstance(tower, ImageTower):

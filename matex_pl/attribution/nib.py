@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from matex_pl.arguments import check_positive
-from matex_pl.attribution.base import block_index
 from matex_pl.attribution.core.relevance import gradients_of
 from matex_pl.attribution.core.two_tower import Relevance, Tower, Trace, TwoTowerMethod
-from matex_pl.attribution.m2ib import counted_tokens
+from matex_pl.attribution.m2ib import run_to_bottleneck
 from matex_pl.clip.encoders import Reads
 from matex_pl.console import progress
 from matex_pl.maps import full_precision
@@ -63,13 +62,8 @@ class Nib(TwoTowerMethod):
 
     def trace(self, tower: Tower) -> Trace:
         """Run one forward, recording the tokens after the block."""
-        stream = tower.stream()
-        # Refuses a tower of unknown pooling before its forward.
-        _ = tower.pooling
-        place = block_index(self.block, len(tower.blocks))
-        with stream.capture():
-            embedding = tower.encode()
-        hidden, counted = stream.behind[place], counted_tokens(tower, stream.behind[place].shape[1])[..., None]
+        stream, place, embedding, hidden, counted = run_to_bottleneck(tower, self.block)
+        counted = counted[..., None]
         clean = full_precision(hidden)
 
         def embeddings(shares: Tensor, shift: Tensor) -> Tensor:
