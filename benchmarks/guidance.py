@@ -3,9 +3,10 @@
     python benchmarks/guidance.py --out docs/results/tables/guidance.md --nih FOLDER
 
 Takes phantom models of several seeds, trained without the tag of `phantom_shortcut.yaml` and with it; missing ones are
-trained. Continues each for half an epoch: with guidance, with guidance by wrong boxes, and without guidance. Fine-tunes
-on NIH with guidance and without, and removes the patches that maps of the models mark (ROAR+). Scores all models on
-test pairs. Every training and every measurement is a file in `--runs`: the same command continues a stopped one.
+trained. Continues each for half an epoch: with guidance, with guidance by wrong boxes, and without guidance. Trains
+others with guidance from the start. Fine-tunes on NIH with guidance and without, and removes the patches that maps of
+the models mark (ROAR+). Scores all models on test pairs. Every training and every measurement is a file in `--runs`:
+the same command continues a stopped one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,7 +38,7 @@ from matex_pl.roar.work import prepare_maps, result, work_here
 from matex_pl.training import ClipModule, load_module
 from matex_pl.training.guidance import Guidance
 
-Part = Literal["tagged", "plain", "nih", "removal"]
+Part = Literal["tagged", "whole", "plain", "nih", "removal"]
 
 
 class Arm(NamedTuple):
@@ -69,6 +70,12 @@ ARMS: dict[str, dict[str, Arm]] = {
         "anatomy": Arm(replace(_BY_BOXES, boxes=0.0, anatomy=1.0)),
         SHUFFLED: Arm(_BY_BOXES, shuffled=True),
     },
+    # Trained with the tag from the start; that without guidance is the one that the arms of `tagged` continue.
+    "whole": {
+        NONE: Arm(),
+        "boxes of 100 %": Arm(_BY_BOXES),
+        "anatomy": Arm(replace(_BY_BOXES, boxes=0.0, anatomy=1.0)),
+    },
     "nih": {NONE: Arm(), BOXES: Arm(_BY_BOXES)},
     "removal": {NONE: Arm(), BOXES: Arm(_BY_BOXES)},
 }
@@ -79,6 +86,8 @@ RESAMPLES = 1000
 STEPS = {"plain": 110, "tagged": 110, "nih": 110}
 RATES = {"plain": 1e-3, "tagged": 1e-3, "nih": 3e-4}
 CONFIGS = {"plain": "phantom.yaml", "tagged": "phantom_shortcut.yaml"}
+# Validation does not change the weights.
+_UNWATCHED = ["--trainer.limit_val_batches", "0"]
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,7 @@ class Study:
 
     def base(self, kind: str, seed: int) -> Path:
         """Checkpoint of the model before the study; trained if missing."""
-        # Validation does not change the weights.
-        return train(
-            self.runs / f"base/{kind}/seed{seed}", seed, self.data, ["--trainer.limit_val_batches", "0"], CONFIGS[kind]
-        )
+        return train(self.runs / f"base/{kind}/seed{seed}", seed, self.data, _UNWATCHED, CONFIGS[kind])
 
     def folder(self, part: str, arm: str, seed: int) -> Path:
         """Folder of a model of the study."""
@@ -104,11 +110,22 @@ class Study:
 
     def checkpoint(self, part: str, arm: str, seed: int) -> Path:
         """Checkpoint of a model of the study; trained if missing."""
+        if part == "whole":
+            return self.whole(arm, seed)
         path = self.folder(part, arm, seed) / "last.ckpt"
         if not path.exists():
             start = self.base("tagged" if part == "tagged" else "plain", seed)
             fit(start, ARMS[part][arm], self.training_data(part, ARMS[part][arm]), path, part, seed)
         return path
+
+    def whole(self, arm: str, seed: int) -> Path:
+        """Checkpoint of a training on images with the tag; trained if missing."""
+        guidance = ARMS["whole"][arm].guidance
+        if guidance is None:
+            return self.base("tagged", seed)
+        weights = {f"--model.guidance.{name}": str(getattr(guidance, name)) for name in ("boxes", "anatomy")}
+        options = [*_UNWATCHED, *(part for option in weights.items() for part in option)]
+        return train(self.folder("whole", arm, seed), seed, self.data, options, "phantom_shortcut_guided.yaml")
 
     def training_data(self, part: str, arm: Arm) -> ChestXrayDataModule:
         """Data module of the trainings of a part."""
@@ -176,9 +193,9 @@ def fit(start: Path, arm: Arm, data: ChestXrayDataModule, path: Path, part: str,
     path.with_suffix(".part").rename(path)
 
 
-def measure_tagged(study: Study, arm: str, seed: int) -> Measured:
+def measure_tagged(study: Study, arm: str, seed: int, part: Part = "tagged") -> Measured:
     """Values of a model on nodules with the tag and without it."""
-    return nodule_values(load_module(str(study.checkpoint("tagged", arm, seed))), str(study.data))
+    return nodule_values(load_module(str(study.checkpoint(part, arm, seed))), str(study.data))
 
 
 def measure_plain(study: Study, arm: str, seed: int) -> Measured:
@@ -219,6 +236,7 @@ def measure_removal(study: Study, arm: str, seed: int) -> Measured:
 
 MEASURES: dict[str, Callable[[Study, str, int], Measured]] = {
     "tagged": measure_tagged,
+    "whole": partial(measure_tagged, part="whole"),
     "plain": measure_plain,
     "nih": measure_nih,
     "removal": measure_removal,
@@ -234,7 +252,7 @@ def main(
     num_pairs: int = 300,
     num_rise: int = 100,
     processes: int = 2,
-    parts: list[Part] = ["plain", "tagged", "nih", "removal"],  # noqa: B006
+    parts: list[Part] = ["plain", "tagged", "whole", "nih", "removal"],  # noqa: B006
 ) -> None:
     """Write the tables.
 
@@ -247,20 +265,20 @@ def main(
         num_pairs: Number of phantom test pairs with boxes, drawn at random.
         num_rise: Number of these pairs that RISE explains.
         processes: Number of processes, each with one thread.
-        parts: Tables to write. `tagged` needs the models of `plain`, which are its reference.
+        parts: Tables to write. `tagged` and `whole` need the models of `plain`, which are their reference.
     """
     folder = nih and Path(nih).resolve()
     study = Study(Path(runs).resolve(), Path(data).resolve(), folder or None, num_pairs, num_rise)
     chosen = [part for part in parts if part != "nih" or folder]
     jobs = [(part, arm, seed) for part in chosen for seed in seeds for arm in ARMS[part]]
     # The other parts continue the models of `plain`.
-    kinds = dict.fromkeys("tagged" if part == "tagged" else "plain" for part in chosen)
+    kinds = dict.fromkeys("tagged" if part in ("tagged", "whole") else "plain" for part in chosen)
     bases = [(kind, seed) for kind in kinds for seed in seeds]
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=quiet) as pool:
         list(pool.map(study.base, *zip(*bases, strict=True)))
         paths = list(pool.map(study.measured, *zip(*jobs, strict=True)))
     found = {job: torch.load(path, weights_only=True) for job, path in zip(jobs, paths, strict=True)}
-    models = {part: {arm: [found[part, arm, seed] for seed in seeds] for arm in ARMS[part]} for part in chosen}
+    models: Models = {part: {arm: [found[part, arm, seed] for seed in seeds] for arm in ARMS[part]} for part in chosen}
     lines = [
         "# Guidance",
         "",
@@ -334,15 +352,14 @@ def shown(score: Any, reference: Any = None) -> str:
     return cell(estimate(score, draws(score.patients), reference), "+" if reference is not None else "")
 
 
-def tagged_table(models: dict[str, dict[str, list[Measured]]]) -> list[str]:
+def tagged_table(arms: dict[str, list[Measured]], plain: list[Measured], title: str) -> list[str]:
     """Markdown lines: nodules without the tag, and the share of the loss that each arm recovers."""
-    arms, plain = models["tagged"], models["plain"][NONE]
     calls = {"called, without the tag": "called nodule, without the tag", "called, with the tag": "with the tag"}
     calls |= {"others called": "other images called nodule", "auroc": "AUROC, without the tag"}
     maps = [f"{name}, {share}" for name in METHODS for share in ("peak on the tag", "mass outside")]
     single = ["called, without the tag", "called, with the tag"]
     seeds = ["by seed, without the tag", "by seed, with the tag"]
-    lines = ["", "## Nodules with a tag", "", *head(["trained", *calls.values(), *maps, *seeds])]
+    lines = ["", f"## {title}", "", *head(["trained", *calls.values(), *maps, *seeds])]
     for name, found in {"without the tag": plain, **{f"with the tag, {name}": arms[name] for name in arms}}.items():
         cells = [shown(OverSeeds(found, metric)) for metric in (*calls, *maps)]
         cells += [by_seed(OverSeeds([model], metric) for model in found) for metric in single]
@@ -385,9 +402,8 @@ def pair_table(title: str, arms: dict[str, list[Measured]]) -> list[str]:
     return lines
 
 
-def removal_table(models: dict[str, dict[str, list[Measured]]]) -> list[str]:
+def removal_table(arms: dict[str, list[Measured]]) -> list[str]:
     """Markdown lines: rise of the validation loss when the marked patches are removed before the training."""
-    arms = models["removal"]
     lines = ["", "## ROAR+", "", "Rise of the validation loss over the clean run: mean over the seeds (minimum to "]
     lines[-1] += "maximum). A higher rise means that the marked patches matter more."
     lines += ["", *head(["maps, share removed", *arms, f"{BOXES}, gain"])]
@@ -408,11 +424,15 @@ def row(name: str, cells: Sequence[str]) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
-TABLES: dict[Part, Callable[[dict[str, dict[str, list[Measured]]]], list[str]]] = {
-    "tagged": tagged_table,
+Models = dict[Part, dict[str, list[Measured]]]
+TABLES: dict[Part, Callable[[Models], list[str]]] = {
+    "tagged": lambda models: tagged_table(models["tagged"], models["plain"][NONE], "Nodules with a tag"),
+    "whole": lambda models: tagged_table(
+        models["whole"], models["plain"][NONE], "Nodules with a tag, guidance from the start"
+    ),
     "plain": lambda models: pair_table("Phantoms without a tag", models["plain"]),
     "nih": lambda models: pair_table("NIH, patients of validation and test", models["nih"]),
-    "removal": removal_table,
+    "removal": lambda models: removal_table(models["removal"]),
 }
 
 
