@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -166,6 +168,10 @@ class RoarPlus(Stopwatch):
         if trainer.world_size > 1:
             log.info(f"The plan is in {plan.folder}. Run it with: matex roar run --plan {plan.folder}")
             return
+        if device != "cpu":
+            # The fine-tunings need the memory. Lightning moves module and optimizer too, but after this hook.
+            pl_module.cpu()
+            _optimizers_to_device(trainer.optimizers, torch.device("cpu"))
         prepare_maps(plan)
         work_here(plan, plan.runs())
         result = write_results(plan)

@@ -124,6 +124,11 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def double_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float64, for sums over many pixels; in float32 on Apple's MPS, which has no float64."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
 def rounding(dtype: torch.dtype) -> float:
     """Relative tolerance, `max(1e-6, 4 eps)`, within which values that a model computed in `dtype` count as equal."""
     return max(1e-6, 4 * torch.finfo(dtype).eps)

@@ -43,6 +43,7 @@ def prior_maps(
     shape: PriorShape = "parabola",
     laterality: Laterality = "patient",
     content_box: Tensor | None = None,
+    checked: bool = False,
     ids: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -61,6 +62,7 @@ def prior_maps(
             prints it.
         content_box: `(B, 4)` rectangles `x0, y0, x1, y1` of the images in the frame, in [0, 1], x to the right, y down;
             they may reach outside. The whole frame by default.
+        checked: Whether the boxes are known to have a size, which a check reads from their device.
         ids: Ids of the pairs, for error messages.
         device: Device of the computation; by default the device of `content_box`.
         dtype: Type of the result, float32 by default; the arithmetic is float32 or better.
@@ -72,7 +74,8 @@ def prior_maps(
 
     _check(size, lambda_s, shape, laterality)
     if content_box is not None:
-        check_content_boxes(content_box, len(regions), ids)
+        if not checked:
+            check_content_boxes(content_box, len(regions), ids)
         device = device or content_box.device
     dtype = dtype or torch.float32
     work = torch.promote_types(dtype, torch.float32)
@@ -135,13 +138,18 @@ def frame_boxes(frame: PriorFrame, content_box: Tensor | None, chest_box: Tensor
     return chest_box.where(~chest_box.isnan().any(1, keepdim=True), image)
 
 
+def have_size(boxes: Tensor) -> Tensor:
+    """Mask `(B,)` of the boxes `(B, 4)` that are finite, with x0 < x1 and y0 < y1."""
+    return ((boxes[:, :2] < boxes[:, 2:]) & boxes.isfinite().all(1, keepdim=True)).all(1)
+
+
 def check_content_boxes(
     content_box: Tensor, count: int, ids: Sequence[str] | None = None, name: str = "content_box"
 ) -> None:
     """Raise ValueError unless the boxes are `(count, 4)`, finite, with x0 < x1 and y0 < y1; `ids` name the pairs."""
     if tuple(content_box.shape) != (count, 4):
         raise ValueError(f"{name} must be ({count}, 4), one x0, y0, x1, y1 per phrase, got {tuple(content_box.shape)}.")
-    bad = ~((content_box[:, :2] < content_box[:, 2:]) & content_box.isfinite().all(1, keepdim=True)).all(1)
+    bad = ~have_size(content_box)
     if bad.any():
         at = int(bad.nonzero()[0])
         pair = f"pair {ids[at]!r}" if ids is not None else f"phrase {at} of the batch"

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from matex_pl.anatomy.prior import check_content_boxes
+from matex_pl.anatomy.prior import check_content_boxes, have_size
 from matex_pl.arguments import argument_names
 
 # `matex target --help` names this class and must not import torch.
@@ -114,6 +114,8 @@ def check_pairs(
     chest_box: Tensor | None = None,
 ) -> None:
     """Refuse invalid pairs before any work: wrong shapes and dtypes, NaN, boxes without a size."""
+    import torch
+
     # Refuses image towers without a raster of patches, which no map fits.
     _ = clip.grid
     if isinstance(phrases, str):
@@ -130,20 +132,24 @@ def check_pairs(
             f"images must be {wanted} {clip.std.dtype} in the model's normalized frame, got {tuple(images.shape)} "
             f"{images.dtype}. Convert the images with `clip.normalize`."
         )
+    boxes = {name: box for name, box in (("content_box", content_box), ("chest_box", chest_box)) if box is not None}
+    if chest_box is not None and tuple(chest_box.shape) == (len(phrases), 4):
+        # A row of NaN stands for no lungs.
+        whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).to(chest_box, non_blocking=True)
+        boxes["chest_box"] = chest_box.where(~chest_box.isnan().all(1, keepdim=True), whole)
     finite = images.isfinite().flatten(1).all(1)
+    is_shaped = all(tuple(box.shape) == (len(phrases), 4) for box in boxes.values())
+    # One wait for the device, for all of these.
+    if is_shaped and torch.stack([finite, *(have_size(box).to(finite.device) for box in boxes.values())]).all():
+        return
     if not finite.all():
         index = int((~finite).nonzero()[0])
         raise ValueError(
             f"The image of sample {index} ({phrases[index]!r}) holds NaN or Inf and cannot be explained. Remove the "
             "sample or repair the image."
         )
-    if content_box is not None:
-        check_content_boxes(content_box, len(phrases), phrases)
-    if chest_box is not None:
-        if tuple(chest_box.shape) == (len(phrases), 4):
-            # A row of NaN stands for no lungs.
-            chest_box = chest_box.where(~chest_box.isnan().all(1, keepdim=True), chest_box.new_tensor([0, 0, 1, 1]))
-        check_content_boxes(chest_box, len(phrases), phrases, "chest_box")
+    for name, box in boxes.items():
+        check_content_boxes(box, len(phrases), phrases, name)
 
 
 def check_phrases(

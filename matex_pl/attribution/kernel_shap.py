@@ -66,6 +66,10 @@ class KernelShap(TwoTowerMethod):
 
     def trace(self, tower: Tower) -> Trace:
         """Run one forward; the coalitions need the direction and follow later."""
+        if tower.inputs.device.type == "mps":
+            raise NotImplementedError(
+                "KernelShap solves its regression in float64, which Apple's MPS lacks. Move the model to the CPU."
+            )
         embedding = tower.encode()
 
         def relevance_for(direction: Tensor) -> Relevance:
@@ -80,8 +84,9 @@ class KernelShap(TwoTowerMethod):
         return Trace(embedding, relevance_for)
 
     def _image(self, tower: ImageTower, direction: Tensor, whole: Tensor) -> Tensor:
-        groups = patch_groups(tower.clip.grid).to(direction.device)
+        groups = patch_groups(tower.clip.grid)
         present = torch.ones(1, int(groups.max()) + 1, dtype=torch.bool, device=direction.device)
+        groups = groups.to(direction.device)
         keep, weight = coalitions(present, self.samples, self.seed)
         fill = fill_images(self.fill, tower.clip, tower.inputs)
         shown = torch.cat([keep.new_zeros(1, *keep.shape[1:]), keep])[:, 0, groups]

@@ -430,6 +430,7 @@ class Matex(TwoTowerMethod):
             shape=self.prior_shape,
             laterality=self.laterality,
             content_box=frame_boxes(self.prior_frame, parts["content_box"], parts.get("chest_box")),
+            checked=True,
             ids=parts["phrases"],
             device=parts["score"].device,
         )

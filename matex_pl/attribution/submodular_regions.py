@@ -131,9 +131,11 @@ class SubmodularRegions(TwoTowerMethod):
     def trace(self, tower: Tower) -> Trace:
         """Encode the views that no phrase changes: image, fill, and each region kept alone and removed alone."""
         assert isinstance(tower, ImageTower)
-        groups = patch_groups(tower.clip.grid, self.regions).to(tower.inputs.device)
+        groups = patch_groups(tower.clip.grid, self.regions)
+        number = int(groups.max()) + 1
+        groups = groups.to(tower.inputs.device)
         views = _Views(tower, groups, fill_images(self.fill, tower.clip, tower.inputs), self.chunk_size)
-        every = torch.eye(int(groups.max()) + 1, dtype=torch.bool, device=groups.device)
+        every = torch.eye(number, dtype=torch.bool, device=groups.device)
         whole = tower.encode()
         blank = views.embeddings(every.new_zeros(len(whole), 1, len(every)))
         alone = views.of(every.expand(len(whole), -1, -1))
@@ -210,7 +212,7 @@ class _Views:
     """Embeddings of the tower's images (one for all pairs or one each) with subsets of their regions `(Gh, Gw)`."""
 
     def __init__(self, tower: ImageTower, groups: Tensor, fill: Tensor, chunk_size: int) -> None:
-        enlarged = torch.nn.functional.interpolate(groups[None, None].double(), tower.clip.image_size, mode="nearest")
+        enlarged = torch.nn.functional.interpolate(groups[None, None].float(), tower.clip.image_size, mode="nearest")
         self.pixels = enlarged[0, 0].long()
         self.tower = tower
         self.fill = fill.expand_as(tower.inputs)

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from matex_pl.benchmark.bench import BenchmarkRun, Settings
 from matex_pl.benchmark.protocol import GroundingProtocol
 from matex_pl.benchmark.results import panels, results, summary
+from matex_pl.clip.device import find_device
 from matex_pl.clip.load import load_trained
 from matex_pl.data import ChestXrayDataModule
 from matex_pl.evaluation.compared import compared_rows
@@ -70,7 +69,7 @@ def run_benchmark(
         budget: `quick` (500 masks of RISE and 300 coalitions of Kernel SHAP) or `full` (the methods' own defaults).
         steps: Maximum number of steps of the insertion and deletion curves, up to 32.
         resamples: Number of bootstrap draws over patients.
-        device: `cpu`, `cuda`, or `auto`, which uses a GPU if there is one.
+        device: `cpu`, `cuda`, `mps`, or `auto`, which uses a GPU of CUDA if there is one.
         seed: Random seed of the drawn pairs, the bootstrap, the shuffled weights and the random panels.
         protocol: Published procedure of zero-shot grounding that scores the same maps in addition, in a table of its
             own; by default the definitions of this package alone. `padchest-gr` is about eight types of findings.
@@ -90,18 +89,13 @@ def run_benchmark(
         split, num_pairs, validation_pairs, sanity_pairs, batch_size, budget, steps, resamples, seed
     )  # fmt: skip
     published = _protocol(protocol, smooth_sigma, prune_phrases)
-    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(
-            f"device must be auto, cpu or cuda, got {device!r}. cuda needs a GPU that torch can use; auto uses one if "
-            "there is one."
-        )
+    chosen = find_device(device)
     folder = Path(out)
     check_outputs(folder, OUTPUTS)
     roar = read_added_roar(folder)
     rows = compared_rows(methods.split(",") if isinstance(methods, str) else methods, budget)
     clip = load_trained(ckpt_path)
-    cuda = device != "cpu" and torch.cuda.is_available()
-    run = BenchmarkRun.open(clip.to("cuda" if cuda else "cpu"), data, folder, settings, published)
+    run = BenchmarkRun.open(clip.to(chosen), data, folder, settings, published)
     rows += run.mean_box_row()
     scored = []
     for place, row in enumerate(rows, start=1):

@@ -251,7 +251,11 @@ class Clip(nn.Module):
             self._rows, new = {}, list(dict.fromkeys(phrases))
         if new:
             self._rows.update(zip(new, self.tokenizer(new), strict=True))
-        return torch.stack([self._rows[phrase] for phrase in phrases]).to(self.logit_scale.device)
+        rows = torch.stack([self._rows[phrase] for phrase in phrases])
+        tokens = rows.to(self.logit_scale.device, non_blocking=True)
+        if tokens is not rows:
+            towers.keep_on_host(tokens, rows)
+        return tokens
 
     def tokenizer_mark(self) -> dict[str, Any]:
         """Mark of the tokenizer for checkpoints, in plain types: its name, and its tokens of a fixed sentence."""

@@ -17,6 +17,7 @@ from timm.models import beit, eva
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from matex_pl.clip.encoders import DualEncoder
 from matex_pl.clip.wrapped import TransformersImageTower, TransformersTextTower
@@ -230,6 +231,29 @@ def token_embedding(model: nn.Module) -> nn.Module:
     return tower.token_embedding
 
 
+_ON_HOST = WeakTensorKeyDictionary()
+
+
+def keep_on_host(tokens: Tensor, host: Tensor) -> None:
+    """Keep the CPU tensor behind `tokens` on another device, for `on_host`, which then waits for no device."""
+    if not tokens.is_inference():
+        _ON_HOST[tokens] = host, tokens._version
+
+
+def on_host(tokens: Tensor) -> Tensor:
+    """The same tokens on the CPU if they are known there, unless they were changed in place; else the tokens."""
+    host, version = _ON_HOST.get(tokens, (tokens, None))
+    return host if version is not None and not tokens.is_inference() and tokens._version == version else tokens
+
+
+def copied(tokens: Tensor) -> Tensor:
+    """A copy of the tokens on their device; `on_host` finds its CPU tensor too."""
+    copy, host = tokens.clone(), on_host(tokens)
+    if host is not tokens:
+        keep_on_host(copy, host)
+    return copy
+
+
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """Text embeddings `(B, D)` of `tokens` `(B, T)`, normalized or not, as the tower returns them.
 
@@ -241,16 +265,17 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
         # A compiled tower is called with the one shape it was compiled for.
         return model.encode_text(tokens)
     if isinstance(tower, HFTextEncoder):
-        filled = (tokens != tower.config.pad_token_id).any(0)
-        return model.encode_text(tokens[:, : int(filled.nonzero().max()) + 1] if filled.any() else tokens)
+        filled = (on_host(tokens) != tower.config.pad_token_id).any(0)
+        used = int((filled * torch.arange(1, len(filled) + 1, device=filled.device)).max())
+        return model.encode_text(tokens[:, : used or len(filled)])
     if isinstance(tower, TransformersTextTower):
         # SigLIP's end of text is its last position.
-        used = int(_text_position(tower, tokens).max()) + 1 if tower.is_causal else tokens.shape[1]
+        used = int(_text_position(tower, on_host(tokens)).max()) + 1 if tower.is_causal else tokens.shape[1]
         return model.encode_text(tokens[:, :used])
     mask = getattr(tower, "attn_mask", None)
     if mask is None or _text_rule(tower) not in ("argmax", "eos"):
         return model.encode_text(tokens)
-    used = int(_text_position(tower, tokens).max()) + 1
+    used = int(_text_position(tower, on_host(tokens)).max()) + 1
     shorter = {"attn_mask": mask[:used, :used]}
     if isinstance(tower, TextTransformer):
         pooled = functional_call(tower, shorter, (tokens[:, :used],))

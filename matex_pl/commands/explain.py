@@ -67,6 +67,7 @@ def explain(
     pretrained: str | None = None,
     dicom: str | None = None,
     anatomy: str | None = None,
+    device: str = "auto",
 ) -> Path:
     """Draw where the model looks in an image for a phrase or for the sentences of a report.
 
@@ -102,6 +103,7 @@ def explain(
         anatomy: Masks of lungs and heart: a CSV file of CheXmask, or `torchxrayvision` (extra `anatomy`), which
             segments the image. The folder then has the share of each map in each structure, and the spatial prior has
             the frame of the chest.
+        device: `cpu`, `cuda`, `mps`, or `auto`, which uses a GPU of CUDA if there is one.
 
     Returns:
         Path of the picture, file or folder.
@@ -132,9 +134,11 @@ def explain(
     if compare is not None:
         from matex_pl.commands.explain_compared import explain_compared
 
-        return explain_compared(str(image), phrases[0], compare, path, method, resize_mode, **models)
+        return explain_compared(str(image), phrases[0], compare, path, method, resize_mode, device=device, **models)
     if is_picture and len(phrases) == 1:
-        return explain_image(str(image), phrases[0], ckpt_path, str(path), method, resize_mode, model, pretrained)
+        return explain_image(
+            str(image), phrases[0], ckpt_path, str(path), method, resize_mode, model, pretrained, device
+        )
     if is_picture and manifest is not None:
         raise ValueError(f"A manifest gives a folder per image. Give a folder as --out, not {str(path)!r}.")
 
@@ -142,7 +146,7 @@ def explain(
     from matex_pl.commands.report_input import check_threshold_option, given_sentences, report_sentences
 
     check_threshold_option(threshold)
-    settings = {"method": method, "threshold": threshold, "resize_mode": resize_mode, **models}
+    settings = {"method": method, "threshold": threshold, "resize_mode": resize_mode, "device": device, **models}
     if is_map:
         from matex_pl.commands.explain_map import explain_map
 
@@ -167,6 +171,7 @@ def explain_image(
     resize_mode: ResizeMode | None = None,
     model: str | None = None,
     pretrained: str | None = None,
+    device: str = "auto",
 ) -> Path:
     """Draw one panel: where the model looks in an image for a phrase, and which words matter.
 
@@ -191,6 +196,7 @@ def explain_image(
 
     from matex_pl.attribution import Matex
     from matex_pl.clip import load_clip, load_trained
+    from matex_pl.clip.device import find_device
     from matex_pl.data.images import read_size
     from matex_pl.explain import compare_methods, explain_batch, pair_batch
     from matex_pl.visualization.draw import save_png
@@ -198,7 +204,8 @@ def explain_image(
     single = None if method == "all" else load_method(method or Matex.recommended())
     # Report a wrong path before loading the model.
     read_size(image)
-    clip = load_trained(trained) if trained else load_clip(str(model), pretrained)
+    place = find_device(device)
+    clip = (load_trained(trained) if trained else load_clip(str(model), pretrained)).to(place)
     batch = pair_batch(clip, image, phrase, resize_mode)
     if single is None:
         return save_png(path, compare_methods(clip, shipped_methods(), batch))

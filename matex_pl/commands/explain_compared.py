@@ -59,6 +59,7 @@ def explain_compared(
     ckpt_path: str | None = None,
     model: str | None = None,
     pretrained: str | None = None,
+    device: str = "auto",
 ) -> Path:
     """Draw the maps of a phrase and of another phrase, and their difference.
 
@@ -80,12 +81,14 @@ def explain_compared(
 
     from matex_pl.attribution import Matex
     from matex_pl.clip import load_clip, load_trained
+    from matex_pl.clip.device import find_device
     from matex_pl.explain.phrases import explain_phrases, frame_image
     from matex_pl.visualization.difference import Compared, difference_panel
     from matex_pl.visualization.draw import save_png
 
     single = load_method(method or Matex.recommended())
-    clip = load_trained(trained) if trained else load_clip(str(model), pretrained)
+    place = find_device(device)
+    clip = (load_trained(trained) if trained else load_clip(str(model), pretrained)).to(place)
     explained = explain_phrases(clip, single, frame_image(clip, image, resize_mode), [phrase, other])
     rows = zip([phrase, other], explained.heats, explained.maps.words, explained.maps.score.tolist(), strict=True)
     picture = difference_panel(

@@ -260,6 +260,7 @@ class Run:
         ckpt_path: str | None,
         model: str | None,
         pretrained: str | None,
+        device: str = "auto",
     ) -> Run:
         """Model, method and threshold from the options; see `matex_pl.commands.explain.explain`.
 
@@ -271,12 +272,15 @@ class Run:
 
         from matex_pl.attribution import Matex
         from matex_pl.clip import load_clip, load_trained
+        from matex_pl.clip.device import find_device
         from matex_pl.evaluation.store import describe_method, weight_hash
 
         single = load_method(method or Matex.recommended())
         described = describe_method(single)
+        place = find_device(device)
         clip = load_trained(trained) if trained else load_clip(str(model), pretrained)
         weights = weight_hash(clip)
+        clip = clip.to(place)
         return cls(
             clip,
             single,

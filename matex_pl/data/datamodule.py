@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,7 +24,16 @@ from torch.utils.data.distributed import DistributedSampler
 from matex_pl.arguments import check_choices
 from matex_pl.data.cache import ImageCache
 from matex_pl.data.images import GrayImage, read_image
-from matex_pl.data.pair import ImageTextBatch, ImageTextPair, Sample, UnreadablePair, collate, collate_readable
+from matex_pl.data.pair import (
+    ImageTextBatch,
+    ImageTextPair,
+    Sample,
+    UnreadablePair,
+    as_integers,
+    as_numbers,
+    collate,
+    collate_readable,
+)
 from matex_pl.data.transforms import ImageTransform, ResizeMode
 from matex_pl.data.validation import RowWarning, log_warnings, pair_warnings, set_warnings
 
@@ -33,6 +43,14 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 
 _MEAN_IMAGE_FROM = 512
 _RESIZE_MODES: dict[str, ResizeMode] = {"pad": "longest", "crop": "shortest", "squash": "squash"}
+
+
+def _rounds(trainer: Any) -> bool:
+    """Whether a running trainer casts the numbers of a batch to half precision, before any hook sees them."""
+    if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
+        return False
+    plugin = trainer.precision_plugin
+    return bool(plugin.convert_input(torch.ones(1)).dtype.itemsize < torch.float32.itemsize)
 
 
 class PairDataset(Dataset[Sample]):
@@ -175,7 +193,7 @@ class EpochLoader(DataLoader):
                     if place == last:
                         # Lightning may keep the iterator after the last batch.
                         data.list_left_out()
-                    yield batch
+                    yield as_integers(batch) if _rounds(data.trainer) else batch
                 elif isinstance(self.sampler, EpochSampler) or (is_empty and place == last):
                     raise ValueError(f"No image of a whole batch can be read. The first error: {unreadable[0].error()}")
         finally:
@@ -435,11 +453,18 @@ class ChestXrayDataModule(LightningDataModule, ABC):
             drop_last=drop_last,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            # Without a trainer, or with one on the CPU, pinned memory would only cost a copy.
+            pin_memory=isinstance(getattr(self.trainer, "accelerator", None), CUDAAccelerator),
             collate_fn=collate_readable,
             # A separate generator: iterating draws nothing from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Read boxes that were carried as integers, then call the module's own hook."""
+        if isinstance(batch, Mapping):
+            batch = as_numbers(cast(ImageTextBatch, batch))
+        return self.trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the trainer, which cannot be pickled for a spawned worker."""

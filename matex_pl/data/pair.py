@@ -127,6 +127,26 @@ def collate(samples: Sequence[Sample]) -> ImageTextBatch:
     return batch  # type: ignore[return-value]
 
 
+def as_integers(batch: ImageTextBatch) -> ImageTextBatch:
+    """The batch with the bits of its boxes as int32, which no precision of a trainer rounds; see `as_numbers`."""
+    return _viewed(batch, torch.int32)
+
+
+def as_numbers(batch: ImageTextBatch) -> ImageTextBatch:
+    """The batch with float32 boxes, also if they were carried `as_integers`."""
+    box = batch.get("content_box")
+    return _viewed(batch, torch.float32) if isinstance(box, Tensor) and box.dtype == torch.int32 else batch
+
+
+def _viewed(batch: ImageTextBatch, dtype: torch.dtype) -> ImageTextBatch:
+    views = {
+        "boxes": [box.view(dtype) for box in batch["boxes"]],
+        "content_box": batch["content_box"].view(dtype),
+        "chest_box": batch["chest_box"].view(dtype),
+    }
+    return cast(ImageTextBatch, {**batch, **views})
+
+
 def rows_of(batch: ImageTextBatch, rows: Iterable[int]) -> ImageTextBatch:
     """Some rows of a batch, in their order, with tensors on the CPU; a row may be repeated."""
     chosen = list(rows)

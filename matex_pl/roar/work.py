@@ -258,6 +258,14 @@ def _attempt(plan: Plan, images: PlanImages, run: Run) -> None:
         gc.collect()
 
 
+def gpu_shares(plan: Plan, processes: int) -> list[dict[str, str]]:
+    """Environment variable per process that shows it one of the n visible GPUs: i modulo n; empty without GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count() if plan.training.accelerator in ("auto", "gpu", "cuda") else 0
+    names = (visible.split(",") if visible else list(map(str, range(count))))[:count]
+    return [{"CUDA_VISIBLE_DEVICES": names[place % count]} if count else {} for place in range(processes)]
+
+
 def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: int) -> None:
     """Work on a shard in several processes of this machine, which end with this process; see `work_alone`.
 
@@ -268,16 +276,18 @@ def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: in
     # input closes, therefore with this process. A new session keeps Ctrl-C from the workers.
     command = [sys.executable, "-m", "matex_pl.roar", str(plan.folder), shard]
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    environments = [os.environ | chosen for chosen in gpu_shares(plan, min(processes, len(runs)))]
+
+    def start(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
 
     with Progress(plan, runs) as progress:
-        workers, codes = [start() for _ in range(min(processes, len(runs)))], []
+        workers, codes = {start(environment): environment for environment in environments}, []
         try:
             while workers:
                 time.sleep(POLL_SECONDS)
                 for worker in [worker for worker in workers if worker.poll() is not None]:
-                    workers.remove(worker)
+                    environment = workers.pop(worker)
                     codes.append(code := worker.returncode)
                     name = _process(worker.pid, str(os.getpid()))
                     run = next((run for run in progress.pending() if _holder(plan, run) == name), None)
@@ -287,7 +297,7 @@ def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: in
                             signal_name = signal.Signals(-code).name
                             reason = f"by the signal {signal_name}; the system kills processes if memory runs out"
                         note_death(plan, run, f"The process of this run ended early, {reason}.")
-                        workers.append(start())
+                        workers[start(environment)] = environment
                 progress.show()
         finally:
             for worker in workers:

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from matex_pl.arguments import check_choices
+from matex_pl.clip.device import random_state, set_random_state
 from matex_pl.clip.load import load_clip
 from matex_pl.clip.low_rank import merge_adapters
 from matex_pl.clip.model import Clip
@@ -158,8 +159,12 @@ class ClipModule(LightningModule):
         self.zero_shot = None
         self.findings: tuple[str, ...] = ()
         self._rng_state: Tensor | None = None
+        self._gpu_rng_state: Tensor | None = None
         self._scored: set[int] = set()
+        # Ids, rows with finite embeddings, and losses of the batches of one step.
         self._step_ids: list[str] = []
+        self._step_rows: list[Tensor] = []
+        self._step_losses: list[Tensor] = []
         self._model_files: dict[str, Tensor] | None = None
         self._rate = lr
         self._place: dict[str, Any] | None = None
@@ -316,9 +321,9 @@ class ClipModule(LightningModule):
             for name, value in scalars.items():
                 self.log(f"train/{name}", value, batch_size=len(batch["id"]))
         self._step_ids += batch["id"]
-        if not loss.isfinite():
-            spoilt = ~(image.isfinite().all(1) & text.isfinite().all(1))
-            self._stop(f"The loss is {loss.item()}", [batch["id"][row] for row in spoilt.nonzero()[:, 0].tolist()])
+        # Read before the step of the optimizer: each look at a value waits for the device.
+        self._step_rows.append((image.isfinite().all(1) & text.isfinite().all(1)).detach())
+        self._step_losses.append(loss.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]), sync_dist=True)
         self.log("train/logit_scale", self.clip.logit_scale.exp().mean(), batch_size=len(batch["id"]))
         if self._bias is not None:
@@ -326,14 +331,20 @@ class ClipModule(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Stop the training if the norm of the gradient is not finite."""
+        """Stop the training if a loss of the step or the norm of the gradient is not finite."""
+        values = [loss.float() for loss in self._step_losses]
         # A gradient scaler checks for overflow itself and lowers the scale.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            norm = nn.utils.get_total_norm(grads)
-            if not norm.isfinite():
-                self._stop(f"The norm of the gradient is {float(norm)}", [])
-        self._step_ids = []
+            values.append(nn.utils.get_total_norm(grads).to(self.device, torch.float32))
+        # The only wait of a step.
+        if values and not (found := torch.stack(values)).isfinite().all():
+            losses = found[: len(self._step_losses)].tolist()
+            bad = [loss for loss in losses if not math.isfinite(loss)]
+            finite = torch.cat(self._step_rows).tolist() if bad else []
+            spoilt = [name for name, is_finite in zip(self._step_ids, finite, strict=False) if not is_finite]
+            self._stop(f"The loss is {bad[0]}" if bad else f"The norm of the gradient is {float(found[-1])}", spoilt)
+        self._step_ids, self._step_rows, self._step_losses = [], [], []
 
     def _stop(self, what: str, spoilt: list[str]) -> NoReturn:
         """Stop the training before a step with values that are not finite, and save the weights if they are finite.
@@ -465,6 +476,11 @@ class ClipModule(LightningModule):
         if len(states) > 1:
             dist.all_gather_object(states, states[0])
         checkpoint["rng_state"] = torch.stack(states)
+        # Dropout of a text tower draws on the GPU.
+        on_gpu = [random_state(self.device)] * process_count()
+        if len(on_gpu) > 1:
+            dist.all_gather_object(on_gpu, on_gpu[0])
+        checkpoint["gpu_rng_state"] = None if on_gpu[0] is None else torch.stack(cast(list[Tensor], on_gpu))
         checkpoint["tokenizer"] = self.clip.tokenizer_mark()
         if self._model_files is None:
             self._model_files = model_files(self.clip)
@@ -496,6 +512,7 @@ class ClipModule(LightningModule):
                 state = plain_state(checkpoint[name])
                 checkpoint[name] = {own.get(key, key): value for key, value in state.items()}
         self._rng_state = checkpoint.get("rng_state")
+        self._gpu_rng_state = checkpoint.get("gpu_rng_state")
         if trainer is None:
             return
         self._compare_settings(checkpoint.get("hyper_parameters", {}), source)
@@ -590,10 +607,15 @@ class ClipModule(LightningModule):
         """Restore the random state of a resumed checkpoint; without one, each process gets its own seed."""
         rank = self.trainer.global_rank
         states = self._rng_state if self.trainer.ckpt_path is not None else None
-        self._rng_state = None
+        on_gpu = self._gpu_rng_state if self.trainer.ckpt_path is not None else None
+        self._rng_state = self._gpu_rng_state = None
         if states is not None and rank < len(states := states.cpu().view(-1, states.shape[-1])):
             # torch reads the state from the start of the storage, even for a view that begins later.
             torch.set_rng_state(states[rank].clone())
+            # A training that goes on with another kind of GPU draws new numbers.
+            current = random_state(self.device)
+            if on_gpu is not None and current is not None and rank < len(on_gpu) and len(on_gpu[0]) == len(current):
+                set_random_state(self.device, on_gpu[rank].cpu().clone())
         elif rank:
             # Lightning seeds all processes equally, and each would drop the same patches.
             torch.manual_seed(torch.initial_seed() + rank)

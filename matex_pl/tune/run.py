@@ -13,6 +13,7 @@ from matex_pl.attribution import AttributionMethod, Matex
 from matex_pl.attribution.core.capture import borrowed, count_blocks
 from matex_pl.attribution.core.fill import check_fill
 from matex_pl.attribution.shipped import load_method
+from matex_pl.clip.device import find_device
 from matex_pl.clip.load import load_trained
 from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextPair
@@ -48,6 +49,7 @@ def tune_matex(
     num_pairs: int = 256,
     batch_size: int = 32,
     raster: int = 56,
+    device: str = "auto",
     seed: int = 0,
 ) -> str:
     """Find lambda_s, lambda_c and tau of MATEX on validation pairs, and score the winner once on test pairs.
@@ -93,6 +95,7 @@ def tune_matex(
         num_pairs: Number of pairs of each split, only pairs with boxes if the objective needs boxes; -1 for all.
         batch_size: Number of pairs per batch.
         raster: Number of raster points on the longer side, at most one per pixel.
+        device: `cpu`, `cuda`, `mps`, or `auto`, which uses a GPU of CUDA if there is one.
         seed: Random seed of the drawn pairs, the shuffled weights and the bootstrap.
 
     Returns:
@@ -121,8 +124,9 @@ def tune_matex(
         raise ValueError(f"num_pairs must be positive, or -1 for all pairs, got {num_pairs}.")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
+    place = find_device(device)
     check_outputs(Path(out), OUTPUTS)
-    clip = load_trained(ckpt_path)
+    clip = load_trained(ckpt_path).to(place)
     if goal.fill:
         check_fill(goal.fill, clip)
     prepare_data(data, clip.image_size, "val", "test")

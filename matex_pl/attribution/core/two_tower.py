@@ -356,6 +356,8 @@ class TwoTowerMethod(AttributionMethod):
         with borrowed(clip):
             check_embeddings(clip, images, tokens)
             patches, words, content, score, embeddings = self._relevance(clip, images, tokens, phrases)
+            found = [side.values for side in (patches, words) if side is not None]
+            check_scores(score, phrases, *(values.expand(len(score), *values.shape[1:]) for values in found))
             if patches.values.ndim == 2:
                 grid = min_max(patches.values.unflatten(1, clip.grid), dtype=dtype)
                 image = min_max(upsample(grid, clip.image_size))
@@ -368,8 +370,8 @@ class TwoTowerMethod(AttributionMethod):
             if words is not None:
                 parts |= {f"text_{name}": part for name, part in words.parts.items()}
                 text = token_map(words.values, content, dtype=dtype)
-            found = tokenized(clip.tokenizer, tokens, content, phrases)
-            return Attribution(image, grid, text, content, score, parts, found)
+            worded = tokenized(clip.tokenizer, tokens, content, phrases)
+            return Attribution(image, grid, text, content, score, parts, worded)
 
     def _towers(self, clip: Clip, images: Tensor, tokens: Tensor) -> tuple[ImageTower, TextTower]:
         return (
@@ -379,15 +381,15 @@ class TwoTowerMethod(AttributionMethod):
 
     def _relevance(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Explained:
         """Relevance of the images and of the tokens, inside `borrowed`."""
-        image_tower, text_tower = self._towers(clip, images.detach().clone(), tokens.clone())
+        image_tower, text_tower = self._towers(clip, images.detach().clone(), towers.copied(tokens))
         reference = reference_mean(clip, self.references) if self.target == "margin" else None
         image, relevance_for = self.trace(image_tower)
         text, text_relevance_for = self.trace(text_tower) if self.supports_text else (text_tower.encode(), None)
         image, text = full_precision(image.detach()), full_precision(text.detach())
         score, by_image, by_text = directions(image, text, reference)
-        check_scores(score, phrases)
+        if self.perturbs_inputs:
+            # Before the many forwards.
+            check_scores(score, phrases)
         patches = relevance_for(by_image)
         words = text_relevance_for(by_text) if text_relevance_for else None
-        for side in (patches, words) if words else (patches,):
-            check_scores(score, phrases, side.values.expand(len(score), *side.values.shape[1:]))
         return Explained(patches, words, text_tower.keep, score, (image, text))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from matex_pl.maps import min_max
+from matex_pl.maps import double_precision, min_max
 from matex_pl.metrics.functional.ranking import top_ranked
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
@@ -87,7 +87,7 @@ def contrast_to_noise(maps: Tensor, masks: Tensor, counted: Tensor | None = None
         counted: `(B, H, W)` bool pixels that count, for example those of the image without its padding; all by default.
         floor: Lowest noise as a share of the map's range; 0 for the ratio as published.
     """
-    flat, inside = maps.flatten(1).double(), masks.flatten(1)
+    flat, inside = double_precision(maps.flatten(1)), masks.flatten(1)
     counted = torch.ones_like(inside) if counted is None else counted.flatten(1)
     return _contrast(flat, inside & counted, ~inside & counted, floor).float()
 
@@ -106,7 +106,7 @@ def box_contrast(maps: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     each = [row[None] for box in boxes for row in box]
     masks = masks_of(maps, each).flatten(1)
     pair = pair.to(maps.device)
-    ratios = _contrast(maps.flatten(1).double()[pair], masks, ~masks).abs()
+    ratios = _contrast(double_precision(maps.flatten(1))[pair], masks, ~masks).abs()
     total = torch.zeros(len(maps), dtype=ratios.dtype, device=maps.device).index_add(0, pair, ratios)
     return (total / pair.bincount(minlength=len(maps))).float()
 

@@ -1,0 +1,341 @@
+"""A GPU, which is only pretended: what runs on it equals the CPU, and the host waits seldom; see `pretend_device`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from families import family
+from lightning.pytorch import Callback, Trainer
+from pretend_device import Pretended, Waits, held, pretended_gpu
+
+from matex_pl import ClipModule
+from matex_pl import attribution as A
+from matex_pl.attribution import AttributionMethod
+from matex_pl.benchmark import run_benchmark
+from matex_pl.callbacks import AttributionMaps, AttributionMetrics, MapWriter, PredictionWriter, RoarPlus
+from matex_pl.clip.device import find_device
+from matex_pl.commands.explain import explain_image
+from matex_pl.data import PhantomDataModule
+from matex_pl.maps import Attribution
+from matex_pl.roar import Protocol, Training
+from matex_pl.roar.work import gpu_shares, prepare_maps
+from matex_pl.tune import tune_matex
+
+# Largest number of waits for the GPU's work per call: checks of inputs, of weights and of results, one each.
+WAITS: dict[str, tuple[AttributionMethod, int]] = {
+    "matex": (A.Matex(), 4),
+    "matex recommended": (A.Matex.recommended(), 4),
+    "matex rollout": (A.Matex(flow="rollout"), 4),
+    "matex loosened": (A.Matex(spatial_weight="loosened"), 4),
+    "chefer": (A.Chefer(), 3),
+    "grad_cam": (A.GradCam(), 3),
+    "grad_eclip": (A.GradEclip(), 3),
+    "legrad": (A.LeGrad(), 3),
+    "rollout": (A.Rollout(), 3),
+    "saliency": (A.Saliency(), 3),
+    "dense_similarity": (A.DenseSimilarity(), 3),
+    "nib": (A.Nib(steps=2), 8),
+    "word_regions": (A.WordRegions(steps=2), 12),
+    "matex relevance": (A.Matex(flow="relevance"), 4),
+    "prior_only": (A.PriorOnly(), 3),
+    "center_map": (A.CenterMap(), 3),
+    "integrated_gradients": (A.IntegratedGradients(steps=3), 8),
+    "m2ib": (A.M2ib(steps=2, copies=2), 8),
+    "rise": (A.Rise(masks=8), 12),
+    "kernel_shap": (A.KernelShap(samples=8), 24),
+    "submodular_regions": (A.SubmodularRegions(regions=3), 24),
+    "random_map": (A.RandomMap(), 6),
+}
+PHRASES = ["Left lower lobe nodule.", "Small right effusion.", "Mass of the left lung."]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Waits]:
+    with pretended_gpu() as waits:
+        yield waits
+
+
+@pytest.fixture
+def mps(gpu: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pretended, "place", torch.device("mps"))
+
+
+@cache
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels and content boxes of three pairs."""
+    pixels = torch.rand(3, 3, *family("native").image_size, generator=torch.Generator().manual_seed(0))
+    return pixels, torch.tensor([[0.0, 0.05, 1.0, 0.95]]).repeat(3, 1)
+
+
+def explained(method: AttributionMethod, clip: Any, device: str) -> list[Attribution]:
+    """Maps of pairs, and of one image and all phrases."""
+    pixels, boxes = (part.to(device) for part in inputs())
+    images, tokens = clip.normalize(pixels), clip.tokenize(PHRASES)
+    return [
+        method.attribute(clip, images, tokens, PHRASES, boxes, boxes),
+        method.attribute_phrases(clip, images[0], PHRASES, boxes[0], boxes[0]),
+    ]
+
+
+@cache
+def on_gpu() -> Any:
+    return copy.deepcopy(family("native")).to("cuda")
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_method_gives_the_maps_of_the_cpu_and_waits_seldom(gpu: Waits, name: str) -> None:
+    method, most = WAITS[name]
+    expected = explained(method, family("native"), "cpu")
+    clip = on_gpu()
+    # The first call counts blocks and encodes references.
+    explained(method, clip, "cuda")
+    with Waits().counted() as waits:
+        found = explained(method, clip, "cuda")
+    for own, other in zip(found, expected, strict=True):
+        for part in ("image", "grid", "text", "content", "score"):
+            assert isinstance(getattr(own, part), Pretended), part
+            torch.testing.assert_close(held(getattr(own, part)), getattr(other, part), rtol=1e-5, atol=1e-5)
+    assert waits.reads <= 2 * most, dict(waits)
+
+
+def test_a_wait_is_counted_and_devices_do_not_mix(gpu: Waits) -> None:
+    values = torch.arange(3.0, device="cuda")
+    with Waits().counted() as waits:
+        values.sum().item()
+        values[values > 1]
+        values.cpu()
+    assert waits.reads == 3
+    with pytest.raises(RuntimeError, match="same device"):
+        _ = values + torch.ones(3)
+
+
+@pytest.mark.parametrize("name", [name for name in WAITS if name != "kernel_shap"])
+def test_no_method_needs_float64_on_mps(mps: None, name: str) -> None:
+    maps = explained(WAITS[name][0], copy.deepcopy(family("native")).to("mps"), "mps")[0]
+    assert held(maps.image).isfinite().all()
+
+
+def test_kernel_shap_says_that_mps_lacks_float64(mps: None) -> None:
+    with pytest.raises(NotImplementedError, match="float64, which Apple's MPS lacks"):
+        explained(A.KernelShap(samples=8), copy.deepcopy(family("native")).to("mps"), "mps")
+
+
+class CountedSteps(Callback):
+    """Waits of each training step, with the boxes that it saw."""
+
+    def __init__(self) -> None:
+        self.steps: list[Waits] = []
+        self.batches: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+        self.steps.append(Waits())
+        self.context = self.steps[-1].counted()
+        self.context.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.context.__exit__(None, None, None)
+
+
+def trainer(folder: Path, accelerator: str, *callbacks: Callback, **settings: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"enable_checkpointing": False, "num_sanity_val_steps": 0, "max_steps": 3} | quiet | settings
+    return Trainer(default_root_dir=folder, accelerator=accelerator, devices=1, callbacks=list(callbacks), **settings)
+
+
+def fitted(folder: Path, accelerator: str, data: PhantomDataModule, tiny_json: str) -> tuple[dict[str, Any], Any, Any]:
+    """Scores of fit, validate and test, the counted steps, and the rows of predict."""
+    torch.manual_seed(0)
+    module, steps = ClipModule(tiny_json, lr=1e-3, warmup_steps=0), CountedSteps()
+    metrics = AttributionMetrics(sensitivity=True, per_finding=True, num_batches=1)
+    run = trainer(folder, accelerator, steps, metrics, AttributionMaps(num_pairs=1))
+    scores = {}
+    for stage in (run.fit, run.validate, run.test):
+        stage(module, datamodule=data)
+        scores |= {name: held(value).float() for name, value in run.callback_metrics.items()}
+    writers = MapWriter(root=str(folder / "maps")), PredictionWriter(str(folder / "predictions.csv"))
+    trainer(folder, accelerator, *writers).predict(module, datamodule=data, return_predictions=False)
+    return scores, steps, (folder / "predictions.csv").read_text(encoding="utf-8")
+
+
+def test_training_with_callbacks_gives_the_scores_of_the_cpu(
+    gpu: Waits, tiny_images: PhantomDataModule, tiny_json: str, tmp_path: Path
+) -> None:
+    expected, _, rows = fitted(tmp_path / "cpu", "cpu", copy.deepcopy(tiny_images), tiny_json)
+    found, counted, own_rows = fitted(tmp_path / "gpu", "gpu", copy.deepcopy(tiny_images), tiny_json)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3, equal_nan=True, msg=name)
+    assert len(own_rows.splitlines()) == len(rows.splitlines())
+    # The first steps make the buffers of the optimizer.
+    assert counted.steps[-1].reads <= 1, dict(counted.steps[-1])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_does_not_round_boxes(
+    tiny_images: PhantomDataModule, tiny_json: str, tmp_path: Path, precision: str
+) -> None:
+    seen: list[Any] = []
+
+    class Look(Callback):
+        def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+            seen.append(batch)
+
+    trainer(tmp_path, "cpu", Look(), precision=precision, limit_predict_batches=1).predict(
+        _Still(tiny_json), datamodule=tiny_images
+    )
+    batch = tiny_images.dataset("test").batch(seen[0]["id"])
+    for name in ("content_box", "chest_box"):
+        torch.testing.assert_close(seen[0][name], batch[name], rtol=0, atol=0, equal_nan=True)
+    for own, other in zip(seen[0]["boxes"], batch["boxes"], strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
+
+
+class _Still(ClipModule):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return None
+
+
+def test_a_resumed_training_restores_the_random_state_of_the_gpu(
+    gpu: Waits, tiny_images: PhantomDataModule, tiny_json: str, tmp_path: Path
+) -> None:
+    module = ClipModule(tiny_json, lr=1e-3, warmup_steps=0)
+    run = trainer(tmp_path, "gpu", max_steps=1, limit_val_batches=0)
+    run.fit(module, datamodule=tiny_images)
+    state = torch.arange(16, dtype=torch.uint8) + 7
+    torch.cuda.set_rng_state(state)
+    module.to("cuda")
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    torch.cuda.set_rng_state(torch.zeros(16, dtype=torch.uint8))
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            seen.append(torch.cuda.get_rng_state())
+
+    again = trainer(tmp_path, "gpu", Look(), max_steps=2, limit_val_batches=0)
+    again.fit(ClipModule(tiny_json, lr=1e-3, warmup_steps=0), tiny_images, ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(seen[0], state)
+
+
+@pytest.mark.parametrize(("accelerator", "is_pinned"), [("cpu", False), ("gpu", True)])
+def test_memory_is_pinned_only_for_a_trainer_on_a_gpu(
+    gpu: Waits, tiny_images: PhantomDataModule, tmp_path: Path, accelerator: str, is_pinned: bool
+) -> None:
+    tiny_images.setup("fit")
+    assert not tiny_images.train_dataloader().pin_memory
+    tiny_images.trainer = trainer(tmp_path, accelerator)
+    assert tiny_images.train_dataloader().pin_memory is is_pinned
+
+
+def test_the_cpu_is_chosen_without_a_look_at_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise AssertionError("CUDA was asked.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", refuse)
+    assert find_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or mps, got 'tpu'"):
+        find_device("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device is 'cuda', but torch finds no such GPU here"):
+        find_device("cuda")
+
+
+def test_explain_uses_the_gpu(gpu: Waits, workdir: Path) -> None:
+    with Waits().counted() as waits:
+        explain_image("image.png", "Left effusion.", "good.ckpt", "gpu.png", "chefer", device="auto")
+    assert waits
+    with Waits().counted() as waits:
+        explain_image("image.png", "Left effusion.", "good.ckpt", "cpu.png", "chefer", device="cpu")
+    assert not waits
+
+
+@pytest.mark.parametrize(
+    ("visible", "accelerator", "shares"),
+    [(None, "auto", ["0", "1", "0"]), ("5,7", "gpu", ["5", "7", "5"]), (None, "cpu", [None] * 3)],
+)
+def test_processes_of_roar_share_out_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, accelerator: str, shares: list[str | None]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    plan: Any = SimpleNamespace(training=SimpleNamespace(accelerator=accelerator))
+    assert [share.get("CUDA_VISIBLE_DEVICES") for share in gpu_shares(plan, 3)] == shares
+
+
+@pytest.fixture(scope="module")
+def trained(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint with a mean image."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    run = trainer(folder, "cpu", max_steps=1, limit_val_batches=0)
+    run.fit(ClipModule(str(Path(__file__).with_name("tiny.json")), warmup_steps=0), images(image_root))
+    run.save_checkpoint(folder / "last.ckpt")
+    return str(folder / "last.ckpt")
+
+
+def images(root: Path) -> PhantomDataModule:
+    sizes: dict[str, Any] = {"num_train": 12, "num_val": 6, "num_test": 6, "stored_size": 64, "image_size": 32}
+    return PhantomDataModule(root=str(root), **sizes, batch_size=4, num_workers=0)
+
+
+def numbers(content: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a JSON file by their place, without times."""
+    if isinstance(content, dict):
+        for name, part in content.items():
+            if "seconds" not in name:
+                yield from numbers(part, f"{place}/{name}")
+    elif isinstance(content, list):
+        for index, part in enumerate(content):
+            yield from numbers(part, f"{place}/{index}")
+    elif isinstance(content, float):
+        yield place, content
+
+
+def test_the_benchmark_gives_the_numbers_of_the_cpu(gpu: Waits, image_root: Path, trained: str, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"num_pairs": 4, "validation_pairs": 3, "sanity_pairs": 2, "batch_size": 4, "steps": 2}
+    found = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        run_benchmark(images(image_root), trained, str(out), ["chefer"], resamples=100, device=device, **small)
+        found[device] = dict(numbers(json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]))
+    assert found["cuda"] == pytest.approx(found["cpu"], abs=2e-3)
+
+
+def test_tune_gives_the_numbers_of_the_cpu(gpu: Waits, image_root: Path, trained: str, tmp_path: Path) -> None:
+    tried: dict[str, Any] = {"lambda_s": [1.5, 3.5], "lambda_c": [0.2], "tau": [0.2], "num_pairs": 4}
+    found = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        tune_matex(images(image_root), trained, str(out), objective="cnr", device=device, **tried)
+        found[device] = dict(numbers(json.loads((out / "tune.json").read_text(encoding="utf-8"))))
+    assert found["cuda"] == pytest.approx(found["cpu"], abs=2e-3)
+
+
+def test_roar_runs_on_the_gpu_and_frees_the_memory_of_the_trained_model(
+    gpu: Waits, image_root: Path, tiny_json: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, devices = ClipModule(tiny_json, lr=1e-3, warmup_steps=0), []
+
+    def prepare(plan: Any) -> None:
+        devices.append(module.device.type)
+        prepare_maps(plan)
+
+    monkeypatch.setattr("matex_pl.callbacks.roar_plus.prepare_maps", prepare)
+    protocol = Protocol(modalities=["image"], fractions=[0.5], repeats=1)
+    roar = RoarPlus(["chefer"], protocol, Training(epochs=1, batch_size=4), out=str(tmp_path / "roar"))
+    trainer(tmp_path, "gpu", roar, max_steps=1, limit_val_batches=0).fit(module, images(image_root))
+    assert devices == ["cpu"]
+    result = json.loads((tmp_path / "roar" / "results.json").read_text(encoding="utf-8"))
+    assert not result["failed"]
