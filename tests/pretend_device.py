@@ -7,6 +7,7 @@ the host would wait for the stream of a GPU. There is no autocast: torch chooses
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -288,6 +289,8 @@ class _Nothing(contextlib.ContextDecorator):
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[Waits]:
     """One GPU is there inside of the context; the waits of the host are counted."""
+    # Compiles functions of torch on import, which the replaced ones would disturb.
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
     with pytest.MonkeyPatch.context() as patch:
         _replace_cuda(patch)
         _replace_factories(patch)

@@ -146,7 +146,8 @@ class CountedSteps(Callback):
 
 
 def trainer(folder: Path, accelerator: str, *callbacks: Callback, **settings: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    # A pretended tensor cannot be sliced in inference mode.
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "inference_mode": False}
     settings = {"enable_checkpointing": False, "num_sanity_val_steps": 0, "max_steps": 3} | quiet | settings
     return Trainer(default_root_dir=folder, accelerator=accelerator, devices=1, callbacks=list(callbacks), **settings)
 
@@ -294,7 +295,8 @@ def numbers(content: Any, place: str = "") -> Iterator[tuple[str, float]]:
     """Numbers of a JSON file by their place, without times."""
     if isinstance(content, dict):
         for name, part in content.items():
-            if "seconds" not in name:
+            # A ratio is one of times.
+            if "seconds" not in name and name != "ratio":
                 yield from numbers(part, f"{place}/{name}")
     elif isinstance(content, list):
         for index, part in enumerate(content):

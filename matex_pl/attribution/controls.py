@@ -173,6 +173,7 @@ class PriorOnly(Control):
             shape=self.prior_shape,
             laterality=self.laterality,
             content_box=content_box,
+            checked=True,
             ids=phrases,
             device=images.device,
         )
