@@ -199,9 +199,8 @@ class WordRegions(TwoTowerMethod):
             points = torch.lerp(line.start, line.end, places[step].view(-1, 1, 1, 1).to(difference))
             along = difference * masks[row][:, None]
             # Fused kernels of attention have no forward-mode derivative.
-            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-                dual = forward_ad.make_dual(points.flatten(0, 1), along.flatten(0, 1))
-                change = forward_ad.unpack_dual(line.encode(dual)).tangent
+            with sdpa_kernel(SDPBackend.MATH):
+                change = forward_derivative(line.encode, points.flatten(0, 1), along.flatten(0, 1))
             change = full_precision(change).unflatten(0, (len(step), -1))
             total.index_add_(0, row, weights[step].view(-1, 1, 1) * change)
         return total.transpose(0, 1)
@@ -226,6 +225,12 @@ class WordRegions(TwoTowerMethod):
                 gradient = torch.autograd.grad(embedding, points, towards, retain_graph=row + 1 < len(directions))[0]
                 total[row] += line.sums(difference * torch.einsum("k,k...->...", weight, full_precision(gradient)))
         return total
+
+
+def forward_derivative(function: Callable[[Tensor], Tensor], point: Tensor, along: Tensor) -> Tensor:
+    """Change of a function at a point along a tangent, in one forward."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(point, along))).tangent
 
 
 class _Line(NamedTuple):
