@@ -43,6 +43,9 @@ READ = {
 }
 COPIES = {"_copy_from", "_to_copy", "copy_", "device_put"}
 INDEXED = {"_index_put_impl_", "_unsafe_index", "index", "index_put", "index_put_"}
+# Types of arguments without pretended tensors, and operators that name a device.
+_PLAIN = {Tensor, torch.nn.Parameter, bool, float, int, torch.dtype, type(None)}
+_MOVED = ("device_put", "_pin_memory", "is_pinned")
 # A function with a device among its keywords.
 FACTORIES = {
     *("arange", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand", "randint"),
@@ -174,6 +177,9 @@ class Pretending(TorchDispatchMode):
     """Factories of the pretended GPU, and copies to it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Most operators of the CPU, without a search of their arguments.
+        if not kwargs and all(type(part) in _PLAIN for part in args) and not func._schema.name.endswith(_MOVED):
+            return func(*args)
         return _run(func, args, kwargs or {})
 
 

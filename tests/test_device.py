@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,18 +18,20 @@ import torch
 from families import family
 from lightning.pytorch import Callback, Trainer
 from pretend_device import Pretended, Waits, held, pretended_gpu
+from torch.utils._pytree import tree_map
 
-from matex_pl import ClipModule
+from matex_pl import ClipModule, metrics
 from matex_pl import attribution as A
 from matex_pl.attribution import AttributionMethod
 from matex_pl.benchmark import run_benchmark
 from matex_pl.callbacks import AttributionMaps, AttributionMetrics, MapWriter, PredictionWriter, RoarPlus
 from matex_pl.clip.device import find_device
-from matex_pl.commands.explain import explain_image
+from matex_pl.commands.explain import explain
 from matex_pl.data import PhantomDataModule
-from matex_pl.maps import Attribution
+from matex_pl.maps import Attribution, Word
 from matex_pl.roar import Protocol, Training
 from matex_pl.roar.work import gpu_shares, prepare_maps
+from matex_pl.training.guidance import Guidance
 from matex_pl.tune import tune_matex
 
 # Largest number of waits for the GPU's work per call: checks of inputs, of weights and of results, one each.
@@ -59,11 +64,12 @@ PHRASES = ["Left lower lobe nodule.", "Small right effusion.", "Mass of the left
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[Waits]:
+    def from_two_backwards(*args: Any) -> torch.Tensor:
+        return torch.autograd.functional.jvp(*args)[1]
+
     with pretended_gpu() as waits, pytest.MonkeyPatch.context() as patch:
-        # Forward-mode derivatives of torch crash on tensors without storage. This one is made of two backwards.
-        patch.setattr(
-            "matex_pl.attribution.word_regions.forward_derivative", lambda *args: torch.autograd.functional.jvp(*args)[1]
-        )
+        # Forward-mode derivatives of torch crash on tensors without storage.
+        patch.setattr("matex_pl.attribution.word_regions.forward_derivative", from_two_backwards)
         yield waits
 
 
@@ -132,6 +138,41 @@ def test_kernel_shap_says_that_mps_lacks_float64(mps: None) -> None:
         explained(A.KernelShap(samples=8), copy.deepcopy(family("native")).to("mps"), "mps")
 
 
+def metric_inputs() -> dict[str, tuple[Any, ...]]:
+    """Inputs of every metric of the package, on the CPU."""
+    drawn = torch.Generator().manual_seed(0)
+    maps, others = torch.rand(2, 4, 9, 7, generator=drawn)
+    boxes = [torch.tensor([[0.1, 0.2, 0.6, 0.7], [0.5, 0.5, 1.0, 0.9]][: 1 + row % 2]) for row in range(4)]
+    scores, curve = torch.rand(2, 4, generator=drawn), torch.rand(5, 4, generator=drawn).sort(0).values
+    inside = torch.rand(4, 9, 7, generator=drawn) > 0.5
+    words = [[Word("Left", 0, 4)], [Word("right", 6, 11)]] * 2
+    phrases = ["Left effusion.", "Small right nodule."] * 2
+    word_maps = list(torch.rand(4, 1, 3, 3, generator=drawn))
+    of_boxes = ("AveragePrecision50", "BoxAccuracy", "BoxContrast", "ContrastToNoise", "EnergyPointingGame", "MeanIoU")
+    return {
+        **dict.fromkeys((*of_boxes, "PointingGame", "RelevanceRankAccuracy", "ThresholdedIoU"), (maps, boxes)),
+        **dict.fromkeys(("ConfidenceDrop", "ConfidenceIncrease", "RemovalDrop"), tuple(scores)),
+        "DeletionAUC": (curve.flip(0),),
+        "InsertionAUC": (curve,),
+        "MapMass": (maps,),
+        "OutsideMass": (maps, inside),
+        "RankCorrelation": (maps, others),
+        "SideSensitivity": (maps, others, ["left", "right"] * 2),
+        "WordLaterality": (word_maps, words, phrases),
+    }
+
+
+def test_every_metric_gives_the_value_of_the_cpu(gpu: Waits) -> None:
+    given = metric_inputs()
+    assert set(given) == set(metrics.__all__)
+    for name, values in given.items():
+        expected, found = getattr(metrics, name)(), getattr(metrics, name)().to("cuda")
+        expected.update(*values)
+        found.update(*tree_map(lambda part: part.to("cuda") if isinstance(part, torch.Tensor) else part, values))
+        torch.testing.assert_close(held(found.compute()), expected.compute(), rtol=1e-5, atol=1e-6, msg=name)
+        assert isinstance(found.compute(), Pretended), name
+
+
 class CountedSteps(Callback):
     """Waits of each training step, with the boxes that it saw."""
 
@@ -156,12 +197,15 @@ def trainer(folder: Path, accelerator: str, *callbacks: Callback, **settings: An
     return Trainer(default_root_dir=folder, accelerator=accelerator, devices=1, callbacks=list(callbacks), **settings)
 
 
-def fitted(folder: Path, accelerator: str, data: PhantomDataModule, tiny_json: str) -> tuple[dict[str, Any], Any, Any]:
+def fitted(
+    folder: Path, accelerator: str, data: PhantomDataModule, tiny_json: str, guidance: Guidance | None
+) -> tuple[dict[str, Any], Any, Any]:
     """Scores of fit, validate and test, the counted steps, and the rows of predict."""
     torch.manual_seed(0)
-    module, steps = ClipModule(tiny_json, lr=1e-3, warmup_steps=0), CountedSteps()
-    metrics = AttributionMetrics(sensitivity=True, per_finding=True, num_batches=1)
-    run = trainer(folder, accelerator, steps, metrics, AttributionMaps(num_pairs=1))
+    module, steps = ClipModule(tiny_json, lr=1e-3, warmup_steps=0, guidance=guidance), CountedSteps()
+    choices = {"": A.Matex.recommended(), "words": A.WordRegions(steps=1)}
+    scalars = AttributionMetrics(choices, sensitivity=True, per_finding=True, num_batches=1)
+    run = trainer(folder, accelerator, steps, scalars, AttributionMaps(num_pairs=1))
     scores = {}
     for stage in (run.fit, run.validate, run.test):
         stage(module, datamodule=data)
@@ -171,11 +215,14 @@ def fitted(folder: Path, accelerator: str, data: PhantomDataModule, tiny_json: s
     return scores, steps, (folder / "predictions.csv").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    "guidance", [None, Guidance(boxes=1.0, anatomy=0.5), Guidance(regions=0.5, loss="l1", second_order=False)]
+)
 def test_training_with_callbacks_gives_the_scores_of_the_cpu(
-    gpu: Waits, tiny_images: PhantomDataModule, tiny_json: str, tmp_path: Path
+    gpu: Waits, tiny_images: PhantomDataModule, tiny_json: str, tmp_path: Path, guidance: Guidance | None
 ) -> None:
-    expected, _, rows = fitted(tmp_path / "cpu", "cpu", copy.deepcopy(tiny_images), tiny_json)
-    found, counted, own_rows = fitted(tmp_path / "gpu", "gpu", copy.deepcopy(tiny_images), tiny_json)
+    expected, _, rows = fitted(tmp_path / "cpu", "cpu", copy.deepcopy(tiny_images), tiny_json, guidance)
+    found, counted, own_rows = fitted(tmp_path / "gpu", "gpu", copy.deepcopy(tiny_images), tiny_json, guidance)
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3, equal_nan=True, msg=name)
@@ -255,13 +302,21 @@ def test_the_cpu_is_chosen_without_a_look_at_cuda(monkeypatch: pytest.MonkeyPatc
         find_device("cuda")
 
 
-def test_explain_uses_the_gpu(gpu: Waits, workdir: Path) -> None:
-    with Waits().counted() as waits:
-        explain_image("image.png", "Left effusion.", "good.ckpt", "gpu.png", "chefer", device="auto")
-    assert waits
-    with Waits().counted() as waits:
-        explain_image("image.png", "Left effusion.", "good.ckpt", "cpu.png", "chefer", device="cpu")
-    assert not waits
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"phrases": ["Left effusion."], "out": "panel.png"},
+        {"phrases": ["Left effusion."], "out": "other.png", "compare": "Right effusion."},
+        {"phrases": ["Left effusion.", "Right nodule."], "out": "folder"},
+    ],
+)
+def test_explain_uses_the_gpu(gpu: Waits, workdir: Path, settings: dict[str, Any]) -> None:
+    for device in ("auto", "cpu"):
+        out = f"{device}/{settings['out']}"
+        with Waits().counted() as waits:
+            explain("image.png", ckpt_path="good.ckpt", method="chefer", device=device, **settings | {"out": out})
+        assert Path(out).exists()
+        assert bool(waits) is (device == "auto")
 
 
 @pytest.mark.parametrize(
@@ -345,3 +400,15 @@ def test_roar_runs_on_the_gpu_and_frees_the_memory_of_the_trained_model(
     assert devices == ["cpu"]
     result = json.loads((tmp_path / "roar" / "results.json").read_text(encoding="utf-8"))
     assert not result["failed"]
+
+
+def test_the_check_of_a_gpu_ends_without_errors_on_the_cpu(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks/gpu_check.py"
+    out = tmp_path / "check.json"
+    command = [sys.executable, str(script), "--device", "cpu", "--tiny", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert not result["errors"]
+    assert all(row["cpu_gpu"]["image_rho"] > 0.999 for row in result["parity"].values())
+    assert {row["method"] for row in result["throughput"]} > {"plain forward", "Matex recommended"}
+    assert [row["steps"] for row in result["fit"]] == [2] * 3

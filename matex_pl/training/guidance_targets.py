@@ -47,10 +47,11 @@ def region_boxes(phrases: Sequence[str], content_box: Tensor) -> list[Tensor]:
         content_box: `(B, 4)` rectangles of the images in the frame.
     """
     corner, side = content_box[:, :2].repeat(1, 2), (content_box[:, 2:] - content_box[:, :2]).repeat(1, 2)
-    return [
-        corner[row] + content_box.new_tensor(_named(phrase)).reshape(-1, 4) * side[row]
-        for row, phrase in enumerate(phrases)
-    ]
+    named = [_named(phrase) for phrase in phrases]
+    # One copy to the device for all phrases.
+    flat = torch.tensor([box for boxes in named for box in boxes]).reshape(-1, 4).to(content_box)
+    parts = flat.split([len(boxes) for boxes in named])
+    return [corner[row] + part * side[row] for row, part in enumerate(parts)]
 
 
 @lru_cache(maxsize=65_536)

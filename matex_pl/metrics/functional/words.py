@@ -36,5 +36,5 @@ def word_laterality(
         rows = [place for place, word in enumerate(those) if word.start in named]
         sides = [named[those[place].start] for place in rows]
         box = None if content_box is None else content_box[row : row + 1].expand(len(rows), 4)
-        values.append(half_share(maps[rows].relu(), sides, box).nanmean() if rows else maps.new_tensor(torch.nan))
+        values.append(half_share(maps[rows].relu(), sides, box).nanmean() if rows else maps.new_full((), torch.nan))
     return torch.stack(values) if values else torch.zeros(0)
