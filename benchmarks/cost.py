@@ -22,6 +22,7 @@ from matex_pl import attribution
 from matex_pl.attribution import AttributionMethod, Chefer, DenseSimilarity, Matex, WordRegions
 from matex_pl.attribution.core.target import REFERENCES
 from matex_pl.clip import Clip, load_clip
+from matex_pl.clip.device import find_device, synchronize
 from matex_pl.console import progress, show_messages
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,7 +58,7 @@ def measure_cost(
         model: Name of an open_clip model, or path of a JSON model config.
         batch_size: Number of pairs per call; several, as `[1,16]`, give a table each.
         repeats: Number of rounds after one to warm up, at least 7.
-        device: `cpu`, `cuda`, or `auto`, which uses a GPU if there is one.
+        device: `cpu`, `cuda`, `mps`, or `auto`, which uses a GPU of CUDA if there is one.
         precision: `fp32` or `bf16`, the dtype of the weights.
 
     Returns:
@@ -73,13 +74,9 @@ def measure_cost(
     sizes = [batch_size] if isinstance(batch_size, int) else batch_size
     if repeats < _FEWEST or not sizes or min(sizes) < 1:
         raise ValueError(f"repeats must be at least {_FEWEST} and batch_size at least 1, got {repeats} and {sizes}.")
-    if precision not in PRECISIONS or device not in ("auto", "cpu", "cuda"):
-        raise ValueError(
-            f"precision must be one of fp32, bf16, and device one of auto, cpu, cuda, got {precision!r} and {device!r}."
-        )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but there is no GPU that torch can use. Leave device out, or use cpu.")
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of fp32, bf16, got {precision!r}.")
+    place = find_device(device)
     clip = load_clip(model).to(place, PRECISIONS[precision])
     # The mean image does not change the time, but methods that fill with it need one.
     clip.mean_image.fill_(0.5)
@@ -114,10 +111,10 @@ def methods_present() -> dict[str, AttributionMethod]:
 
 
 def _table(clip: Clip, size: int, repeats: int) -> list[str]:
-    images, tokens, phrases = _pairs(clip, size)
+    images, tokens, phrases = explained_pairs(clip, size)
     calls: dict[str, Call] = {
         "plain forward": partial(_plain_forward, clip, images, tokens),
-        "the same, phrases without padding": partial(_short_forward, clip, images, tokens),
+        "the same, phrases without padding": partial(short_forward, clip, images, tokens),
     }
     methods = methods_present()
     calls |= {name: partial(method.attribute, clip, images, tokens, phrases) for name, method in methods.items()}
@@ -126,14 +123,14 @@ def _table(clip: Clip, size: int, repeats: int) -> list[str]:
         for name, method in methods.items()
         if method.perturbs_inputs
     }
-    times = _interleaved(calls | {f"forwards of {name}": call for name, call in own.items()}, repeats, clip, size)
+    times = interleaved(calls | {f"forwards of {name}": call for name, call in own.items()}, repeats, clip, size)
     lines = [
         f"| batch {size} | time / plain forward | time / its own forwards | pairs per second | peak memory, MiB |",
         "|---|---|---|---|---|",
     ]
     for name, call in calls.items():
-        ratio = _ratio(times[name], times["plain forward"])
-        alone = _ratio(times[name], times[f"forwards of {name}"]) if name in own else ""
+        ratio = ratio_of(times[name], times["plain forward"])
+        alone = ratio_of(times[name], times[f"forwards of {name}"]) if name in own else ""
         rate, memory = size / median(times[name]), _peak_memory(call, clip.std.device) / 2**20
         lines.append(f"| {name} | {ratio} | {alone} | {rate:.1f} | {memory:.0f} |")
     return lines
@@ -165,14 +162,14 @@ def _replay(forwards: Sequence[tuple[Call, Tensor]]) -> None:
 
 
 def _phrases_line(clip: Clip, repeats: int) -> str:
-    images, tokens, phrases = _pairs(clip, _PHRASES)
+    images, tokens, phrases = explained_pairs(clip, _PHRASES)
     method = Matex()
     calls: dict[str, Call] = {
         "many": lambda: method.attribute_phrases(clip, images[0], phrases),
         "single": lambda: method.attribute(clip, images[:1], tokens[:1], phrases[:1]),
     }
-    times = _interleaved(calls, repeats, clip, _PHRASES)
-    ratio = _ratio(times["many"], times["single"])
+    times = interleaved(calls, repeats, clip, _PHRASES)
+    ratio = ratio_of(times["many"], times["single"])
     return f"{_PHRASES} phrases on one image (`Matex().attribute_phrases`) cost {ratio} single pairs."
 
 
@@ -192,17 +189,18 @@ def _basis(embedding: Tensor) -> Tensor:
 
 def jacobians_line(clip: Clip, repeats: int = 2) -> str:
     """Time of `WordRegions` on a pair, relative to that of its two Jacobians, in a sentence."""
-    images, tokens, phrases = _pairs(clip, 1)
+    images, tokens, phrases = explained_pairs(clip, 1)
     methods = {"directions": WordRegions(steps=1), "jacobians": FullJacobians(steps=1)}
     calls: dict[str, Call] = {
         name: partial(method.attribute, clip, images, tokens, phrases) for name, method in methods.items()
     }
-    times = _interleaved(calls, repeats, clip, 1)
-    ratio = _ratio(times["directions"], times["jacobians"])
+    times = interleaved(calls, repeats, clip, 1)
+    ratio = ratio_of(times["directions"], times["jacobians"])
     return f"`WordRegions(steps=1)` on one pair costs {ratio} of the backwards for both of its Jacobians."
 
 
-def _pairs(clip: Clip, size: int) -> tuple[Tensor, Tensor, list[str]]:
+def explained_pairs(clip: Clip, size: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Images of noise, tokens, and phrases from the list of references."""
     phrases = [REFERENCES[k % len(REFERENCES)] for k in range(size)]
     generator = torch.Generator().manual_seed(0)
     return torch.randn(size, 3, *clip.image_size, generator=generator).to(clip.std), clip.tokenize(phrases), phrases
@@ -215,12 +213,12 @@ def _plain_forward(clip: Clip, images: Tensor, tokens: Tensor) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def _short_forward(clip: Clip, images: Tensor, tokens: Tensor) -> Tensor:
+def short_forward(clip: Clip, images: Tensor, tokens: Tensor) -> Tensor:
     """Both towers as this package runs them; see `towers.encode_text`."""
     return clip.similarity(images, tokens)
 
 
-def _interleaved(calls: dict[str, Call], repeats: int, clip: Clip, size: int) -> dict[str, list[float]]:
+def interleaved(calls: dict[str, Call], repeats: int, clip: Clip, size: int) -> dict[str, list[float]]:
     """Seconds of each call in each round, with the calls taking turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     turns = list(product(range(repeats + 1), calls.items()))
@@ -232,19 +230,14 @@ def _interleaved(calls: dict[str, Call], repeats: int, clip: Clip, size: int) ->
 
 
 def _seconds(call: Call, device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     call()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _ratio(times: Sequence[float], base: Sequence[float]) -> str:
+def ratio_of(times: Sequence[float], base: Sequence[float]) -> str:
     """Median, minimum and maximum of the ratios, round by round."""
     ratios = [mine / other for mine, other in zip(times, base, strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

@@ -31,6 +31,7 @@ from PIL import Image
 from matex_pl import ClipModule
 from matex_pl.attribution import CenterMap
 from matex_pl.clip import load_clip
+from matex_pl.clip.device import find_device, synchronize
 from matex_pl.data import ImageTextPair, PhantomDataModule
 from matex_pl.data.cache import ImageCache
 from matex_pl.data.datamodule import EpochSampler
@@ -190,7 +191,7 @@ def of_the_weights(folder: Path) -> Iterator[tuple[str, str]]:
 
 def of_a_real_step(number: int = 32) -> Iterator[tuple[str, str]]:
     """Wall-clock time of a training step of ViT-B/32 with random weights, on all cores or on a GPU if there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device("auto")
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     torch.set_num_threads(cores)
     clip = load_clip("ViT-B-32").to(device).train()
@@ -199,14 +200,13 @@ def of_a_real_step(number: int = 32) -> Iterator[tuple[str, str]]:
     images, tokens = torch.randn(number, 3, 224, 224, device=device), clip.tokenize(phrases).to(device)
     seconds = []
     for _ in range(4):
+        synchronize(device)
         start = time.perf_counter()
         loss = gathered_loss(clip.encode_image(images), clip.encode_text(tokens), clip.logit_scale.exp(), phrases)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        # Waits for the device.
-        loss.item()
-        next(clip.model.parameters()).sum().item()
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
     step = median(seconds[1:])

@@ -323,6 +323,23 @@ def test_resumed_run_ends_as_an_uninterrupted_one(
     assert all(torch.equal(state[name], others[name]) for name in state)
 
 
+@pytest.mark.parametrize("algorithm", [None, "norm", "value"])
+def test_gradients_are_clipped_as_by_lightning(
+    tmp_path: Path, tiny_images: PhantomDataModule, tiny_json: str, algorithm: str | None
+) -> None:
+    class OfLightning(ClipModule):
+        configure_gradient_clipping = LightningModule.configure_gradient_clipping
+
+    found = []
+    for kind in (ClipModule, OfLightning):
+        torch.manual_seed(0)
+        module = kind(tiny_json, lr=1e-3, warmup_steps=0)
+        settings = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
+        _trainer(tmp_path, max_steps=3, limit_val_batches=0, **settings).fit(module, tiny_images)
+        found.append(torch.cat([value.detach().flatten() for value in module.parameters()]))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_precisions_with_clipping(
     tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path, precision: str

@@ -106,7 +106,7 @@ class Matex(TwoTowerMethod):
 
     - `grad_blocks` `(B, K, Gh, Gw)`, signed, and `attention_layers` `(B, L, Gh, Gw)`.
     - `grad`, `flow` and `consistency` `(B, Gh, Gw)`, raw, derived from the two above.
-    - `prior` `(B, H, W)` and `prior_grid` `(B, Gh, Gw)`.
+    - `prior` `(B, H, W)`, and for `fuse_at="grid"` `prior_grid` `(B, Gh, Gw)`.
     - `text_grad_blocks` `(B, K, T)` and `text_attention_layers` `(B, L, T)`.
     - `text_grad`, `text_flow` and `text_consistency` `(B, T)`, raw, 0 off content.
     - `rollout` `(B, L, Gh, Gw)` and `text_rollout` `(B, L, T)`, if `flow` is `rollout`: over the last block, over the
@@ -422,7 +422,7 @@ class Matex(TwoTowerMethod):
         return parts[f"{prefix}relevance_layers"][:, -self.flow_depth(layers.shape[1]) :]
 
     def _prior(self, parts: dict[str, Any]) -> dict[str, Tensor]:
-        """M at the pixels, and evaluated again at the patch centers."""
+        """M at the pixels, and for `fuse_at="grid"` evaluated at the patch centers too."""
         draw = partial(
             prior_maps,
             parts["regions"],
@@ -434,7 +434,8 @@ class Matex(TwoTowerMethod):
             ids=parts["phrases"],
             device=parts["score"].device,
         )
-        return {"prior": draw(parts["size"]), "prior_grid": draw(tuple(parts["grad_blocks"].shape[-2:]))}
+        grid = {"prior_grid": draw(tuple(parts["grad_blocks"].shape[-2:]))} if self.fuse_at == "grid" else {}
+        return {"prior": draw(parts["size"]), **grid}
 
     def _fuse_image(self, parts: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Final map `(B, H, W)` of eq. (6) over raw components, and its raster `(B, Gh, Gw)`.

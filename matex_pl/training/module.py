@@ -165,6 +165,7 @@ class ClipModule(LightningModule):
         self._step_ids: list[str] = []
         self._step_rows: list[Tensor] = []
         self._step_losses: list[Tensor] = []
+        self._grad_norm: Tensor | None = None
         self._model_files: dict[str, Tensor] | None = None
         self._rate = lr
         self._place: dict[str, Any] | None = None
@@ -333,10 +334,12 @@ class ClipModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop the training if a loss of the step or the norm of the gradient is not finite."""
         values = [loss.float() for loss in self._step_losses]
+        self._grad_norm = None
         # A gradient scaler checks for overflow itself and lowers the scale.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            values.append(nn.utils.get_total_norm(grads).to(self.device, torch.float32))
+            grads = [parameter.grad for parameter in _trained(optimizer) if parameter.grad is not None]
+            self._grad_norm = nn.utils.get_total_norm(grads)
+            values.append(self._grad_norm.to(self.device, torch.float32))
         # The only wait of a step.
         if values and not (found := torch.stack(values)).isfinite().all():
             losses = found[: len(self._step_losses)].tolist()
@@ -345,6 +348,19 @@ class ClipModule(LightningModule):
             spoilt = [name for name, is_finite in zip(self._step_ids, finite, strict=False) if not is_finite]
             self._stop(f"The loss is {bad[0]}" if bad else f"The norm of the gradient is {float(found[-1])}", spoilt)
         self._step_ids, self._step_rows, self._step_losses = [], [], []
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, by the norm that is known already."""
+        norm, self._grad_norm = self._grad_norm, None
+        if norm is not None and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            nn.utils.clip_grads_with_norm_(_trained(optimizer), gradient_clip_val, norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _stop(self, what: str, spoilt: list[str]) -> NoReturn:
         """Stop the training before a step with values that are not finite, and save the weights if they are finite.
@@ -650,6 +666,11 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
         return (step + 1) / warmup
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Parameters of an optimizer."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
