@@ -41,7 +41,7 @@ from matex_pl.metrics import (
     SideSensitivity,
     WordLaterality,
 )
-from matex_pl.metrics.functional import anatomy_shares, border_mask, thorax_zone
+from matex_pl.metrics.functional import border_mask, mass_shares, thorax_zone
 from matex_pl.metrics.removal import dropped_tokens, image_score, text_score
 
 log = logging.getLogger(__name__)
@@ -259,9 +259,8 @@ class AttributionMetrics(Callback):
             zone = thorax_zone(batch["masks"], maps.image, self.thorax)
             self._metric(f"{prefix}/outside_thorax_mass", OutsideMass)
             self._add(prefix, "outside_thorax_mass", batch, rows, maps.image, zone)
-        for name, share in anatomy_shares(maps.image, batch["masks"], batch["content_box"]).items():
-            if name.startswith(("mass/", "part/")):
-                self._metric(f"{prefix}/{name}", MapMass).update(share[:, None], ids=batch["id"])
+        for name, share in mass_shares(maps.image, batch["masks"]).items():
+            self._metric(f"{prefix}/{name}", MapMass).update(share[:, None], ids=batch["id"])
         if "consistency" in maps.parts:
             # `MapMass` is the mean over patches.
             self._metric(f"{prefix}/consistency_mean", MapMass).update(maps.parts["consistency"], ids=batch["id"])

@@ -1,6 +1,13 @@
 """Attribution quality as pure functions on tensors, batched over pairs; their names state the part that is kept."""
 
-from matex_pl.metrics.functional.anatomy import anatomy_shares, area_share, mass_share, partition, thorax_zone
+from matex_pl.metrics.functional.anatomy import (
+    anatomy_shares,
+    area_share,
+    mass_share,
+    mass_shares,
+    partition,
+    thorax_zone,
+)
 from matex_pl.metrics.functional.confidence import (
     confidence_drop,
     confidence_increase,
@@ -79,6 +86,7 @@ __all__ = [
     "map_accuracy",
     "masks_of",
     "mass_share",
+    "mass_shares",
     "match_components",
     "mean_iou",
     "not_above_median",

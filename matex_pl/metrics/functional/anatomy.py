@@ -79,22 +79,37 @@ def thorax_zone(masks: Mapping[str, Tensor], maps: Tensor, usual: Tensor | None 
 def anatomy_shares(maps: Tensor, masks: Mapping[str, Tensor], content_box: Tensor | None = None) -> dict[str, Tensor]:
     """Shares of the map in each structure, `(B,)` by name; NaN for an image without the structure.
 
-    - `mass/<structure>`: `mass_share`, and `area/<structure>`: `area_share`.
-    - `mass_ratio/<structure>`: the quotient, 1 for a map that is even over the image and 0 elsewhere.
+    - `mass/<structure>` and `part/<name>`: `mass_shares`.
+    - `area/<structure>`: `area_share`.
+    - `mass_ratio/<structure>`: mass over area, 1 for a map that is even over the image and 0 elsewhere.
     - `peak/<structure>`: 1 if the maximum of the map is inside, else 0; NaN for a flat map.
-    - `part/<name>`: share of the mass in each mask of the `partition`. The shares of an image sum to 1.
 
     Args:
         maps: `(B, H, W)` maps in [0, 1].
         masks: Masks `(B, H, W)` bool by structure, False everywhere for an image without the structure.
         content_box: `(B, 4)` rectangle of the image, as in `area_share`.
     """
-    shares: dict[str, Tensor] = {}
     masks = {name: mask.to(maps.device) for name, mask in masks.items()}
+    shares = mass_shares(maps, masks)
     for name, mask in masks.items():
-        mass, area = mass_share(maps, mask), area_share(mask, content_box)
-        shares |= {f"mass/{name}": mass, f"area/{name}": area, f"mass_ratio/{name}": mass / area}
+        area = area_share(mask, content_box)
+        shares |= {f"area/{name}": area, f"mass_ratio/{name}": shares[f"mass/{name}"] / area}
         shares[f"peak/{name}"] = pointing_game(maps, mask)
+    return shares
+
+
+def mass_shares(maps: Tensor, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shares of the map's mass, `(B,)` by name; NaN for an image without the structure.
+
+    - `mass/<structure>`: `mass_share`.
+    - `part/<name>`: share of the mass in each mask of the `partition`. The shares of an image sum to 1.
+
+    Args:
+        maps: `(B, H, W)` maps in [0, 1].
+        masks: Masks `(B, H, W)` bool by structure, False everywhere for an image without the structure.
+    """
+    masks = {name: mask.to(maps.device) for name, mask in masks.items()}
+    shares = {f"mass/{name}": mass_share(maps, mask) for name, mask in masks.items()}
     for name, part in partition(masks).items():
         # A heart that the lungs cover whole has the share 0.
         counted = _has_lungs(masks) if name == REST else _has_lungs(masks) & masks[name].flatten(1).any(1)
