@@ -172,7 +172,8 @@ class Guide:
             dist.all_reduce(counts)
         pooling = followed.kept_pooling(self.clip.image_pooling(batch["image"]))
         heat = guided_map(followed.blocks, image, direction, pooling, second_order=settings.second_order)
-        total, energy = heat.sum() * 0, torch.full((), torch.nan, device=heat.device)
+        total = heat.sum() * 0
+        scalars: dict[str, Tensor] = {}
         for (name, (target, has)), count in zip(targets.items(), counts, strict=True):
             losses = LOSSES[settings.loss](heat, target).masked_fill(~has, 0)
             total = total + getattr(settings, name) * losses.sum() * process_count() / count.clamp(min=1)
@@ -180,11 +181,11 @@ class Guide:
                 inside = (share_inside(heat.detach(), target) * has).sum()
                 if process_count() > 1:
                     dist.all_reduce(inside)
-                energy = torch.where(count > 0, inside / count, energy)
+                # NaN in a step without boxes.
+                scalars["energy_in_box"] = inside / count
         guided = torch.stack([has for _, has in targets.values()]).any(0).float().mean()
         warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-        scalars = {"guidance_loss": total.detach(), "energy_in_box": energy, "guided_share": guided}
-        return settings.weight * warmup * total, scalars
+        return settings.weight * warmup * total, scalars | {"guidance_loss": total.detach(), "guided_share": guided}
 
     def _targets(self, batch: ImageTextBatch) -> dict[str, tuple[Tensor, Tensor]]:
         """Target `(B, Gh, Gw)` and presence `(B,)` bool, by the kind of the target."""
