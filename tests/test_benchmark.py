@@ -662,6 +662,7 @@ def test_published_figures_stand_with_their_data_and_settings_alone(tmp_path, ch
         line = "| GLoRIA (published only) | " + f"{MISSING} | " * 8 + "0.242 | 1.280 | 0.656 |"
         assert (line in text) == is_published
         assert ("1162 pairs of MS-CXR" in page) == is_published
+        assert (f"Measured here: {SMALL['num_pairs']} pairs, which is another set." in text) == is_published
         assert "0.367" not in text
         assert ("Published figures are left out" in page) != is_published
     scores = image_rows(results)["CenterMap"]["scores"]

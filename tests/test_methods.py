@@ -513,6 +513,7 @@ CHUNKED: list[Callable[..., AttributionMethod]] = [
     partial(M2ib, steps=3, copies=3),
     partial(Nib, steps=3),
     partial(SubmodularRegions, regions=6, pending=1),
+    partial(WordRegions, steps=2),
 ]
 RANDOM: list[Callable[..., AttributionMethod]] = [*CHUNKED[1:4], RandomMap]
 

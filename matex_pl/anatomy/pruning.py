@@ -12,8 +12,9 @@ import yaml
 def prune_phrase(phrase: str) -> str:
     """The phrase without its words of size and certainty; unchanged if it has none, or if no other word is left.
 
-    "A small right effusion, likely parapneumonic." becomes "A right effusion, parapneumonic." The words are in
-    `pruning.yaml`. Published procedures of phrase grounding leave out such words, because they name no place.
+    "A small to moderate effusion, likely parapneumonic." becomes "A effusion, parapneumonic." Words behind a negation
+    stay: without its size, "no large effusion" would deny any. The words are in `pruning.yaml`. Published procedures of
+    phrase grounding leave out such words, because they name no place.
     """
     pruned, count = _words().subn(" ", phrase)
     if not count:
@@ -26,8 +27,15 @@ def prune_phrase(phrase: str) -> str:
 
 @cache
 def _words() -> re.Pattern[str]:
-    """Pattern of all words; longer entries come first. A part of a hyphenated word is none."""
+    """Pattern of all words, alone or as a range ("small to moderate"); longer entries come first.
+
+    A part of a hyphenated word is none.
+    """
     terms = yaml.safe_load(Path(__file__).with_name("pruning.yaml").read_text(encoding="utf-8"))
+    degrees, negations = (terms.pop(group) for group in ("degree", "negation"))
     entries = sorted((term for group in terms.values() for term in group), key=len, reverse=True)
     joined = "|".join(re.escape(entry).replace(r"\ ", r"[\s-]+") for entry in entries)
-    return re.compile(rf"(?<![\w-])(?:{joined})(?![\w-])", re.IGNORECASE)
+    word = rf"(?:(?:{'|'.join(degrees)})\s+)?(?:{joined})"
+    affirmed = "".join(rf"(?<!\b{negation}\s)" for negation in negations)
+    span = rf"{word}(?:[\s-]*(?:/|\b(?:to|or|and)\b)[\s-]*{word})*"
+    return re.compile(rf"(?<![\w/-]){affirmed}{span}(?![\w/-])", re.IGNORECASE)

@@ -26,6 +26,7 @@ from matex_pl.attribution.core.two_tower import (
 from matex_pl.attribution.integrated_gradients import gauss_legendre
 from matex_pl.clip.encoders import Reads
 from matex_pl.clip.model import Clip
+from matex_pl.clip.towers import copied
 from matex_pl.console import progress
 from matex_pl.maps import Attribution, full_precision, patch_mean
 
@@ -120,7 +121,7 @@ class WordRegions(TwoTowerMethod):
 
     def _relevance(self, clip: Clip, images: Tensor, tokens: Tensor, phrases: Sequence[str]) -> Explained:
         """Sums of the interactions over the other tower, inside `borrowed`."""
-        image_tower, text_tower = self._towers(clip, images.detach().clone(), tokens.clone())
+        image_tower, text_tower = self._towers(clip, images.detach().clone(), copied(tokens))
         image, text = self._line(image_tower), self._line(text_tower)
         ends = full_precision(image.last), full_precision(text.last)
         score = (ends[0] * ends[1]).sum(-1)

@@ -227,7 +227,10 @@ def _with_grounding(table: Table, result: BenchmarkResult, figures: Mapping[str,
         if "rules" not in row
     }
     note = f"other models, {figures['pairs']} pairs of {figures['data']}, means over findings ({figures['source']})"
-    return replace(with_figures(table, published, note), remark=f"{table.remark} Published: {note}.")
+    remarks = [table.remark, f"Published: {note}.", *figures.get("remarks", ())]
+    if result.data.pairs != figures["pairs"]:
+        remarks.append(f"Measured here: {result.data.pairs} pairs, which is another set.")
+    return replace(with_figures(table, published, note), remark=" ".join(remarks))
 
 
 def _roar_column(result: BenchmarkResult, roar: RoarResult, modality: str) -> Column | None:
