@@ -75,7 +75,7 @@ class Check:
         self.result: dict[str, Any] = {
             "torch": torch.__version__,
             "matex_pl": __version__,
-            "device": torch.cuda.get_device_name(self.device) if self.is_cuda else "cpu",
+            "device": torch.cuda.get_device_name(self.device) if self.is_cuda else self.device.type,
             "tiny": tiny,
             "errors": [],
         }
@@ -223,7 +223,8 @@ class Check:
         name = json.dumps({"model_cfg": TINY}) if self.tiny else "ViT-B-32"
         module, steps = ClipModule(name, lr=1e-5, warmup_steps=1), Steps()
         quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        where = {"accelerator": "gpu" if self.is_cuda else "cpu", "devices": 1, "default_root_dir": folder}
+        where = {"accelerator": self.device.type, "devices": [self.device.index or 0] if self.is_cuda else 1}
+        where |= {"default_root_dir": folder}
         callbacks = [steps, AttributionMetrics(sensitivity=True, num_batches=1), AttributionMaps(num_pairs=1)]
         run = Trainer(
             max_steps=2 if self.tiny else 50,
@@ -282,6 +283,8 @@ def main() -> None:
     parser.add_argument("--stages", default="parity,throughput,fit,leaks")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    # Otherwise the patch convolution of a float32 model rounds to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     check = Check(options.device, options.tiny, options.out)
     for stage in options.stages.split(","):
         check.guard(stage, getattr(check, stage))

@@ -38,15 +38,20 @@ from matex_pl.training.module import decay_groups
 Row = tuple[str, str, str]
 # Steps of a round, after one that makes the buffers of the optimizer.
 _STEPS = 4
+# By whether they leave out the padded positions of phrases, as this package does.
+LOOPS = {"a loop over open_clip": False, "the same without padding": True}
 _PHANTOM_MODEL = str(CONFIG_FOLDER / "models/phantom_vit.json")
 
 
-def measure_overhead(ckpt_path: str, roar: str | None = None, rounds: int = 5, root: str = "data/phantom") -> str:
+def measure_overhead(
+    ckpt_path: str, roar: str | None = None, processes: int = 2, rounds: int = 5, root: str = "data/phantom"
+) -> str:
     """Measure on this machine; returns a Markdown table.
 
     Args:
         ckpt_path: Checkpoint of `matex fit --config phantom.yaml`.
         roar: Folder of a finished plan of ROAR+.
+        processes: Number of processes that worked on this plan at the same time.
         rounds: Number of rounds of each ratio, after one to warm up.
         root: Folder of the phantoms.
     """
@@ -58,7 +63,7 @@ def measure_overhead(ckpt_path: str, roar: str | None = None, rounds: int = 5, r
         validation_rows("ViT-B/32", ClipModule("ViT-B-32"), root, rounds, {"default callbacks": default_callbacks}),
         []
         if roar is None
-        else [("ROAR+: outside of training steps, with the maps", "whole time", outside_share(roar))],
+        else [("ROAR+: outside of training steps, with the maps", "whole time", outside_share(roar, processes))],
     ):
         lines += [f"| {what} | {base} | {ratio} |" for what, base, ratio in part]
     return "\n".join(lines)
@@ -68,7 +73,8 @@ def step_rows(rounds: int) -> Iterator[Row]:
     """Training step of `ClipModule` under Lightning, to a loop of torch over open_clip's model and loss."""
     for name, model, size in (("ViT-B/32", "ViT-B-32", 16), ("phantom model", _PHANTOM_MODEL, 64)):
         batch = random_batch(model, size)
-        sides = {"module": partial(module_step, model, batch), "loop": partial(loop_step, model, batch)}
+        sides = {"module": partial(module_step, model, batch)}
+        sides |= {name: partial(loop_step, model, batch, short=short) for name, short in LOOPS.items()}
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for turn in progress(range(rounds + 1), f"Training steps, {name}"):
             for side, measure in sides.items():
@@ -134,16 +140,17 @@ def module_step(model: str, batch: ImageTextBatch) -> float:
     return clock.seconds
 
 
-def loop_step(model: str, batch: ImageTextBatch) -> float:
-    """Seconds of `_STEPS` steps of the same model, optimizer and clipping, over all text positions as in open_clip."""
+def loop_step(model: str, batch: ImageTextBatch, *, short: bool) -> float:
+    """Seconds of `_STEPS` steps of the same model, optimizer and clipping; `short` leaves out padded text positions."""
     clip = load_clip(model).train()
     optimizer, loss_of = AdamW(decay_groups(clip.model, 0.1), lr=1e-5, fused=True), ClipLoss()
     tokens, start = clip.tokenize(batch["phrase"]), 0.0
     for step in range(_STEPS + 1):
         if step == 1:
             start = time.perf_counter()
-        found = clip.model(clip.normalize(batch["image"]), tokens)
-        loss = loss_of(*found[:2], clip.logit_scale.exp())
+        images = clip.normalize(batch["image"])
+        image, text = (clip.encode_image(images), clip.encode_text(tokens)) if short else clip.model(images, tokens)[:2]
+        loss = loss_of(image, text, clip.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(clip.model.parameters(), 1.0)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
+from matex_pl.anatomy.prior import whole_frame
 from matex_pl.clip.model import Clip
 from matex_pl.data.chest import chest_boxes
 from matex_pl.data.datamodule import PairDataset
@@ -162,7 +163,7 @@ class Reader:
             raise ValueError(f"The batch has {count} images and {len(texts)} phrases. Give one phrase per image.")
         boxes = self._optional(found, "boxes")
         content_box, patients = self._optional(found, "content_box"), self._optional(found, "patient_id")
-        whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=images.device).expand(count, 4)
+        whole = whole_frame(images.device).expand(count, 4)
         ids = self._optional(found, "id")
         stage = trainer.state.stage
         split = split or (stage.dataloader_prefix if stage else None)
@@ -221,8 +222,9 @@ class Reader:
                     break
                 with isolate_rng():
                     for index, batch in enumerate(loader):
-                        moved = trainer.strategy.batch_to_device(batch)
-                        pairs = self.read(trainer, pl_module, moved, index, place, split)
+                        # After a training the module is on the CPU.
+                        placed = trainer.strategy.batch_to_device(batch, pl_module.device)
+                        pairs = self.read(trainer, pl_module, placed, index, place, split)
                         rows = range(len(pairs["id"]))
                         kept = rows_of(pairs, rows if number < 0 else rows[: number - count])
                         kept["id"] = [f"{split}-{name.removeprefix(f'{split}-')}" for name in kept["id"]]

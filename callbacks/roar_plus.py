@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -168,10 +166,7 @@ class RoarPlus(Stopwatch):
         if trainer.world_size > 1:
             log.info(f"The plan is in {plan.folder}. Run it with: matex roar run --plan {plan.folder}")
             return
-        if device != "cpu":
-            # The fine-tunings need the memory. Lightning moves module and optimizer too, but after this hook.
-            pl_module.cpu()
-            _optimizers_to_device(trainer.optimizers, torch.device("cpu"))
+        # Lightning has moved module and optimizer to the CPU by now.
         prepare_maps(plan)
         work_here(plan, plan.runs())
         result = write_results(plan)

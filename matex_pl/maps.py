@@ -108,7 +108,7 @@ class Attribution:
         if content == "tokens":
             return self.content
         rows = [phrase.token_words for phrase in self._read_phrases()]
-        return torch.tensor(rows, device=self.content.device).view_as(self.content) >= 0
+        return moved(torch.tensor(rows), self.content.device).view_as(self.content) >= 0
 
     def _read_phrases(self) -> Sequence[PhraseWords]:
         if len(self.phrases) != len(self.text):
@@ -122,6 +122,13 @@ class Attribution:
 def full_precision(tensor: Tensor) -> Tensor:
     """The tensor in float32 or better, the precision of all map arithmetic."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def moved(values: Tensor, device: torch.device | str | None) -> Tensor:
+    """A small tensor of the CPU on a device; the host does not wait for the work of a GPU of CUDA."""
+    # On Apple's MPS, the copy would read memory that may be free by then.
+    is_cuda = device is not None and torch.device(device).type == "cuda"
+    return values if device is None else values.to(device, non_blocking=is_cuda)
 
 
 def double_precision(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -59,11 +59,6 @@ class Waits(Counter[str]):
 
     active: Waits | None = None
 
-    @property
-    def reads(self) -> int:
-        """Number of waits for the work of the GPU: all but copies to it."""
-        return sum(number for line, number in self.items() if not line.endswith("to the GPU"))
-
     @contextlib.contextmanager
     def counted(self) -> Iterator[Waits]:
         """Count the waits inside of the context."""
@@ -75,7 +70,7 @@ class Waits(Counter[str]):
 
 
 def wait(kind: str) -> None:
-    """Count one wait, if waits are counted now; copies to the GPU have a kind of their own."""
+    """Count one wait, if waits are counted now."""
     if Waits.active is not None:
         Waits.active[f"{_line()} {kind}"] += 1
 
@@ -220,12 +215,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _count_wait(name, args, kwargs)
     if name == "copy_":
         into, source = args[:2]
-        if isinstance(into, Pretended) != isinstance(source, Pretended):
+        if isinstance(into, Pretended) != isinstance(source, Pretended) and not _is_free(into, args[2:]):
             wait("to the GPU" if isinstance(into, Pretended) else "to the host")
         held(into).copy_(held(source))
         return into
     is_ours = bool(ours) if target is None else _on_gpu(target)
-    if name in COPIES and target is not None and isinstance(args[0], Pretended) != is_ours:
+    is_copy = name in COPIES and target is not None and isinstance(args[0], Pretended) != is_ours
+    if is_copy and not (is_ours and kwargs.get("non_blocking")):
         wait("to the GPU" if is_ours else "to the host")
     cpu = torch.device("cpu")
     plain_args, plain_kwargs = held(args), held(kwargs)
@@ -245,6 +241,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known.get(id(part)) if id(part) in known else Pretended(part) if is_ours else part
 
     return tree_map(wrapped, result)
+
+
+def _is_free(into: Any, others: Sequence[Any]) -> bool:
+    """Whether a copy is one to the GPU for which the host does not wait."""
+    return isinstance(into, Pretended) and any(others)
 
 
 def _refuse_mixture(name: str, args: Any, tensors: list[Tensor]) -> None:

@@ -158,6 +158,17 @@ def test_targets_are_area_shares() -> None:
         torch.testing.assert_close(share, fine.view(4, 4, 4, 4).mean((1, 3)))
 
 
+def test_half_precision_does_not_round_named_regions() -> None:
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    [expected] = region_boxes(["Left lower lobe nodule."], whole)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        [found] = region_boxes(["Left lower lobe nodule."], whole)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_regions_and_anatomy_as_targets() -> None:
     whole = torch.tensor([[0.0, 0, 1, 1], [0.25, 0.0, 0.75, 1.0], [0.0, 0, 1, 1]])
     left, padded, none = region_boxes(["Left effusion.", "Left effusion.", "Effusion."], whole)

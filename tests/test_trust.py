@@ -297,8 +297,9 @@ def test_a_loss_that_is_nan_names_the_pairs_and_keeps_the_weights(
     assert str(path) in message
     state = _finite(path)
     assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
-    # It can be gone on from, once the image is mended.
+    # It can be gone on from, once the image is mended, also with the same module.
     module.bad = ""
+    _trainer(tmp_path, limit_val_batches=0, max_steps=1).fit(module, tiny_images)
     run = _trainer(tmp_path, limit_val_batches=0, max_epochs=2)
     run.fit(ClipModule(tiny_json, warmup_steps=0, lr=1e-3), tiny_images, ckpt_path=path, weights_only=True)
     assert run.global_step > 2

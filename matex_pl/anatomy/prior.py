@@ -72,6 +72,8 @@ def prior_maps(
     """
     import torch
 
+    from matex_pl.maps import moved
+
     _check(size, lambda_s, shape, laterality)
     if content_box is not None:
         if not checked:
@@ -79,13 +81,12 @@ def prior_maps(
         device = device or content_box.device
     dtype = dtype or torch.float32
     work = torch.promote_types(dtype, torch.float32)
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device, dtype=work).expand(len(regions), 4)
-    content_box = whole if content_box is None else content_box.to(device=device, dtype=work)
+    content_box = whole_frame(device).expand(len(regions), 4) if content_box is None else content_box
     boxes, counted = _padded_boxes(regions)
     return _prior(
-        torch.tensor(boxes, device=device, dtype=work),
-        torch.tensor(counted, device=device),
-        content_box,
+        moved(torch.tensor(boxes, dtype=work), device),
+        moved(torch.tensor(counted), device),
+        content_box.to(device=device, dtype=work),
         [torch.arange(pixels, device=device, dtype=work) for pixels in size],
         lambda_s,
         shape,
@@ -134,8 +135,15 @@ def frame_boxes(frame: PriorFrame, content_box: Tensor | None, chest_box: Tensor
     """
     if frame == "image" or chest_box is None:
         return content_box
-    image = chest_box.new_tensor([0.0, 0.0, 1.0, 1.0]) if content_box is None else content_box
+    image = whole_frame(chest_box.device).to(chest_box.dtype) if content_box is None else content_box
     return chest_box.where(~chest_box.isnan().any(1, keepdim=True), image)
+
+
+def whole_frame(device: torch.device | str | None) -> Tensor:
+    """The rectangle `(4,)` 0, 0, 1, 1 of the whole frame, made on the device."""
+    import torch
+
+    return (torch.arange(4, device=device) > 1).float()
 
 
 def have_size(boxes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from matex_pl.anatomy.prior import check_content_boxes, have_size
+from matex_pl.anatomy.prior import check_content_boxes, have_size, whole_frame
 from matex_pl.arguments import argument_names
 
 # `matex target --help` names this class and must not import torch.
@@ -135,8 +135,7 @@ def check_pairs(
     boxes = {name: box for name, box in (("content_box", content_box), ("chest_box", chest_box)) if box is not None}
     if chest_box is not None and tuple(chest_box.shape) == (len(phrases), 4):
         # A row of NaN stands for no lungs.
-        whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).to(chest_box, non_blocking=True)
-        boxes["chest_box"] = chest_box.where(~chest_box.isnan().all(1, keepdim=True), whole)
+        boxes["chest_box"] = chest_box.where(~chest_box.isnan().all(1, keepdim=True), whole_frame(chest_box.device))
     finite = images.isfinite().flatten(1).all(1)
     is_shaped = all(tuple(box.shape) == (len(phrases), 4) for box in boxes.values())
     # One wait for the device, for all of these.

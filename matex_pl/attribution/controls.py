@@ -17,7 +17,7 @@ from matex_pl.attribution.base import AttributionMethod, check_pairs, check_scor
 from matex_pl.attribution.core.capture import borrowed, check_embeddings
 from matex_pl.clip.model import Clip
 from matex_pl.clip.words import tokenized
-from matex_pl.maps import Attribution, full_precision, min_max, patch_mean, token_map, upsample
+from matex_pl.maps import Attribution, full_precision, min_max, moved, patch_mean, token_map, upsample
 
 
 class Control(AttributionMethod):
@@ -114,7 +114,7 @@ class RandomMap(Control):
             key.update(image.numpy().tobytes())
             generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "big"))
             drawn.append(torch.rand(*shape, generator=generator))
-        return _blurred(torch.stack(drawn), self.blur).to(images.device)
+        return moved(_blurred(torch.stack(drawn), self.blur), images.device)
 
 
 def _blurred(noise: Tensor, sigma: float) -> Tensor:

@@ -13,7 +13,7 @@ from matex_pl.attribution.core.fill import Fill, fill_images
 from matex_pl.attribution.core.two_tower import ImageTower, Relevance, TextTower, Tower, Trace, TwoTowerMethod
 from matex_pl.clip.encoders import Reads
 from matex_pl.console import progress
-from matex_pl.maps import full_precision
+from matex_pl.maps import full_precision, moved
 
 
 class IntegratedGradients(TwoTowerMethod):
@@ -91,5 +91,6 @@ def gauss_legendre(steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes in [0, 1] and weights of a Gauss-Legendre sum, `(steps,)` each, in dtype and device of a tensor."""
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     # From numpy's interval -1 to 1 to the interval 0 to 1.
-    places, halves = (torch.from_numpy(part / 2).to(like) for part in (nodes + 1, weights))
-    return places, halves
+    halves = (torch.from_numpy(part / 2).to(like.dtype) for part in (nodes + 1, weights))
+    places, shares = (moved(part, like.device) for part in halves)
+    return places, shares

@@ -30,7 +30,7 @@ from matex_pl.attribution.core.two_tower import ImageTower, Relevance, Tower, Tr
 from matex_pl.clip.encoders import Reads
 from matex_pl.clip.model import Clip
 from matex_pl.clip.words import tokenized
-from matex_pl.maps import Attribution, min_max, patch_mean, token_map, upsample
+from matex_pl.maps import Attribution, min_max, moved, patch_mean, token_map, upsample
 
 
 def layer_weights(num_layers: int, tau: float) -> Tensor:
@@ -44,7 +44,8 @@ BlockCount = int | Literal["all"]
 
 def attention_flow(layers: Tensor, tau: float) -> Tensor:
     """A_flow of eq. (1): attention rows `(B, L, ...)` averaged over layers with `layer_weights`, `(B, ...)`."""
-    return torch.einsum("l,bl...->b...", layer_weights(layers.shape[1], tau).to(layers), layers)
+    weights = moved(layer_weights(layers.shape[1], tau).to(layers.dtype), layers.device)
+    return torch.einsum("l,bl...->b...", weights, layers)
 
 
 def consistency(layers: Tensor, kappa: float | Tensor) -> Tensor:

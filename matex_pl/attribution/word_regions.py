@@ -179,7 +179,7 @@ class WordRegions(TwoTowerMethod):
         rows = self._push(text, moving)
         is_shared = images < count
         if len(moving) * (count if is_shared else 1) > size:
-            basis = torch.eye(size).to(rows)[:, None].expand(-1, images, -1)
+            basis = torch.eye(size, device=rows.device)[:, None].to(rows.dtype).expand(-1, images, -1)
             found = torch.einsum("btd,dbn->btn", rows, self._pull(image, basis).expand(-1, count, -1))
         elif is_shared:
             found = self._pull(image, rows.flatten(0, 1)[:, None])[:, 0].unflatten(0, rows.shape[:2])
@@ -192,10 +192,11 @@ class WordRegions(TwoTowerMethod):
         difference = line.end - line.start
         last = full_precision(line.last)
         places, weights = gauss_legendre(self.steps, last)
-        masks = torch.zeros(len(moving), difference.shape[1], 1).to(difference)
+        masks = difference.new_zeros(len(moving), difference.shape[1], 1)
         masks = masks.scatter(1, moving[:, None, None], 1)
         total = last.new_zeros(len(moving), *last.shape)
-        jobs = torch.cartesian_prod(torch.arange(self.steps), torch.arange(len(moving))).to(moving.device)
+        counted = (torch.arange(number, device=moving.device) for number in (self.steps, len(moving)))
+        jobs = torch.cartesian_prod(*counted)
         for step, row in progress([part.unbind(1) for part in jobs.split(self._chunk(line))], "tokens"):
             points = torch.lerp(line.start, line.end, places[step].view(-1, 1, 1, 1).to(difference))
             along = difference * masks[row][:, None]

@@ -24,7 +24,7 @@ from matex_pl.evaluation.pairs import model_inputs
 from matex_pl.evaluation.store import MapStore
 from matex_pl.evaluation.tensors import read_head, read_tensors, write_tensors
 from matex_pl.evaluation.values import IN_BOXES, map_correlation
-from matex_pl.maps import Attribution, Content, double_precision
+from matex_pl.maps import Attribution, Content
 from matex_pl.metrics import functional as F
 from matex_pl.metrics.removal import (
     RULES,
@@ -84,7 +84,7 @@ def image_values(
         shares, scores = parts[0][0], torch.cat([scores for _, scores in parts], 1)
         result.tensors[f"curves/{name}"] = torch.cat([shares[:, None], scores], 1)
         areas = F.curve_area(scores, *F.curve_ends(scores, name.partition("/")[0]), shares)
-        result.add_sums({name: Sums(*map(double_precision, areas))})
+        result.add_sums({name: Sums(*(area.cpu().double() for area in areas))})
     return result
 
 

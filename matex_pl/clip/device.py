@@ -27,8 +27,10 @@ def find_device(name: str) -> torch.device:
 
 def synchronize(device: torch.device) -> None:
     """Wait for the work of a device; clocks need it before they start and before they stop."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def random_state(device: torch.device) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from matex_pl.clip.tokenizer import adapted_tokenizer, count_tokens, has_clip_pi
 from matex_pl.clip.towers import Pooling
 from matex_pl.clip.weights import PREFIX, key_misfit, plain_state, refuse_nan, short
 from matex_pl.clip.wrapped import adapted
+from matex_pl.maps import moved
 
 _KEPT_PHRASES = 65_536
 # A sentence that distinguishes tokenizers by case, numbers, hyphens, and words that are cut into pieces.
@@ -252,7 +253,7 @@ class Clip(nn.Module):
         if new:
             self._rows.update(zip(new, self.tokenizer(new), strict=True))
         rows = torch.stack([self._rows[phrase] for phrase in phrases])
-        tokens = rows.to(self.logit_scale.device, non_blocking=True)
+        tokens = moved(rows, self.logit_scale.device)
         if tokens is not rows:
             towers.keep_on_host(tokens, rows)
         return tokens
@@ -313,7 +314,7 @@ class Clip(nn.Module):
         words = self.tokenizer.tokenizer
         if has_clip_pieces(words):
             return (position > 0) & (position < tokens.eq(words.eos_token_id).int().argmax(1, keepdim=True))
-        special = torch.tensor(words.all_special_ids, device=tokens.device)
+        special = moved(torch.tensor(words.all_special_ids), tokens.device)
         return ~torch.isin(tokens, special)
 
     def pieces(self, tokens: Tensor) -> list[str]:

@@ -33,19 +33,37 @@ def split_words(phrase: str) -> list[Word]:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Tokens of B phrases.
+
+    Args:
+        tokens: `(B, T)` token ids, padded and cut to the context length, on any device.
+        content: `(B, T)` bool mask of the content tokens.
+    """
+
+    tokens: Tensor
+    content: Tensor
+
+    @cached_property
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """Tokens and content on the CPU, copied once for all phrases."""
+        return self.tokens.cpu(), self.content.cpu()
+
+
+@dataclass(frozen=True, eq=False)
 class TokenizedPhrase:
     """A phrase and its tokens; the words are looked up on first use.
 
     Args:
         phrase: The whole phrase.
-        tokens: `(T,)` token ids of the phrase, padded and cut to the context length, on any device.
-        content: `(T,)` bool mask of the content tokens.
+        rows: Tokens of the phrases of its batch.
+        place: Place of the phrase in the batch.
         tokenizer: The model's tokenizer, `Clip.tokenizer`.
     """
 
     phrase: str
-    tokens: Tensor
-    content: Tensor
+    rows: TokenRows
+    place: int
     tokenizer: Any
 
     def words(self, relevance: Sequence[float]) -> list[Word]:
@@ -80,7 +98,7 @@ class TokenizedPhrase:
     def token_words(self) -> list[int]:
         """Index of the word of each of the T tokens, the last of several; -1 for punctuation and special tokens."""
         owners = {place: word for place, _, word in self._words[1]}
-        return [owners.get(place, -1) for place in range(len(self.tokens))]
+        return [owners.get(place, -1) for place in range(self.rows.tokens.shape[1])]
 
     @cached_property
     def _words(self) -> tuple[list[Word], list[tuple[int, float, int]]]:
@@ -104,7 +122,7 @@ class TokenizedPhrase:
                 shares = Counter(before.keys() & after.keys())
             total = sum(shares.values())
             links += [(place, count / total, word) for place in group for word, count in shares.items()]
-        if count_tokens(self.tokenizer, self.phrase) > len(self.tokens):
+        if count_tokens(self.tokenizer, self.phrase) > self.rows.tokens.shape[1]:
             read = max((letter for linked in found for letter in linked), default=-1)
             cut = {index for _, index in letters[read + 1 :]}
             words = [replace(word, cut=index in cut) for index, word in enumerate(words)]
@@ -112,8 +130,9 @@ class TokenizedPhrase:
 
     def _pieces(self) -> tuple[list[list[int]], list[str]]:
         """Content tokens in groups that hold whole characters, and the letters of each group."""
-        places = self.content.nonzero()[:, 0].tolist()
-        texts = word_pieces(self.tokenizer, self.tokens.cpu()[places])
+        tokens, content = (part[self.place] for part in self.rows.on_host)
+        places = content.nonzero()[:, 0].tolist()
+        texts = word_pieces(self.tokenizer, tokens[places])
         groups: list[list[int]] = []
         letters: list[str] = []
         open_group: list[int] = []
@@ -131,9 +150,11 @@ class TokenizedPhrase:
 
 def tokenized(tokenizer: Any, tokens: Tensor, content: Tensor, phrases: Sequence[str]) -> list[TokenizedPhrase]:
     """The B phrases with their tokens and content `(B, T)`, without a wait for the device."""
+    if len(tokens) != len(phrases):
+        raise ValueError(f"There are {len(tokens)} rows of tokens for {len(phrases)} phrases.")
     # The tokens may be the caller's.
-    rows = zip(phrases, tokens.clone(), content, strict=True)
-    return [TokenizedPhrase(phrase, ids, mask, tokenizer) for phrase, ids, mask in rows]
+    rows = TokenRows(tokens.clone(), content)
+    return [TokenizedPhrase(phrase, rows, place, tokenizer) for place, phrase in enumerate(phrases)]
 
 
 def with_words(maps: Attribution, clip: Clip, tokens: Tensor, phrases: Sequence[str]) -> Attribution:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,10 +29,10 @@ from matex_pl.data.pair import (
     ImageTextPair,
     Sample,
     UnreadablePair,
-    as_integers,
-    as_numbers,
     collate,
     collate_readable,
+    from_bits,
+    with_bits,
 )
 from matex_pl.data.transforms import ImageTransform, ResizeMode
 from matex_pl.data.validation import RowWarning, log_warnings, pair_warnings, set_warnings
@@ -193,7 +193,7 @@ class EpochLoader(DataLoader):
                     if place == last:
                         # Lightning may keep the iterator after the last batch.
                         data.list_left_out()
-                    yield as_integers(batch) if _rounds(data.trainer) else batch
+                    yield with_bits(batch) if _rounds(data.trainer) else batch
                 elif isinstance(self.sampler, EpochSampler) or (is_empty and place == last):
                     raise ValueError(f"No image of a whole batch can be read. The first error: {unreadable[0].error()}")
         finally:
@@ -461,9 +461,8 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Read boxes that were carried as integers, then call the module's own hook."""
-        if isinstance(batch, Mapping):
-            batch = as_numbers(cast(ImageTextBatch, batch))
+        """Restore boxes that the trainer's precision rounded, then call the module's own hook."""
+        batch = from_bits(batch) if isinstance(batch, Mapping) else batch
         return self.trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -105,6 +105,7 @@ class ImageTextBatch(TypedDict):
     masks: dict[str, Tensor]
 
 
+_BITS = "box_bits"
 _PAIR_FIELDS = ("id", "patient_id", "image_id", "phrase", "finding", "image_findings", "split")
 
 
@@ -127,24 +128,21 @@ def collate(samples: Sequence[Sample]) -> ImageTextBatch:
     return batch  # type: ignore[return-value]
 
 
-def as_integers(batch: ImageTextBatch) -> ImageTextBatch:
-    """The batch with the bits of its boxes as int32, which no precision of a trainer rounds; see `as_numbers`."""
-    return _viewed(batch, torch.int32)
+def with_bits(batch: ImageTextBatch) -> ImageTextBatch:
+    """The batch with the bits of its boxes as int32 in addition, which no precision of a trainer rounds."""
+    bits = {"boxes": [box.view(torch.int32) for box in batch["boxes"]]}
+    bits |= {name: batch[name].view(torch.int32) for name in ("content_box", "chest_box")}  # type: ignore[literal-required]
+    return cast(ImageTextBatch, {**batch, _BITS: bits})
 
 
-def as_numbers(batch: ImageTextBatch) -> ImageTextBatch:
-    """The batch with float32 boxes, also if they were carried `as_integers`."""
-    box = batch.get("content_box")
-    return _viewed(batch, torch.float32) if isinstance(box, Tensor) and box.dtype == torch.int32 else batch
-
-
-def _viewed(batch: ImageTextBatch, dtype: torch.dtype) -> ImageTextBatch:
-    views = {
-        "boxes": [box.view(dtype) for box in batch["boxes"]],
-        "content_box": batch["content_box"].view(dtype),
-        "chest_box": batch["chest_box"].view(dtype),
-    }
-    return cast(ImageTextBatch, {**batch, **views})
+def from_bits(batch: Mapping[str, Any]) -> ImageTextBatch:
+    """The batch with the boxes that `with_bits` kept, if it kept some."""
+    whole = dict(batch)
+    bits = whole.pop(_BITS, None)
+    if bits is not None:
+        whole["boxes"] = [box.view(torch.float32) for box in bits["boxes"]]
+        whole |= {name: bits[name].view(torch.float32) for name in ("content_box", "chest_box")}
+    return cast(ImageTextBatch, whole)
 
 
 def rows_of(batch: ImageTextBatch, rows: Iterable[int]) -> ImageTextBatch:

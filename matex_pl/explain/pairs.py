@@ -108,12 +108,12 @@ def draw_panels(
     Below the panel of a method with interactions is a small map per word.
     """
     worded = with_words(maps, clip, tokens, batch["phrase"])
-    words = worded.words
+    words, heats, scores = worded.words, maps.image.float().cpu().numpy(), maps.score.tolist()
     panels = [
         panel(
-            heat=maps.image[row].float().cpu().numpy(),
+            heat=heats[row],
             words=words[row],
-            score=float(maps.score[row]),
+            score=scores[row],
             subtitle=subtitle,
             width=width,
             show_text=show_text,
@@ -124,10 +124,10 @@ def draw_panels(
     ]
     if maps.interactions is None:
         return panels
-    heats = [upsample(part.float(), clip.image_size).cpu().numpy() for part in worded.word_maps]
+    tiles = [upsample(part.float(), clip.image_size).cpu().numpy() for part in worded.word_maps]
     unit = panel_unit(width, stacked=stacked)
     return [
-        np.concatenate([above, _word_tiles(batch, row, heats[row], words[row], width, unit, show_text)])
+        np.concatenate([above, _word_tiles(batch, row, tiles[row], words[row], width, unit, show_text)])
         for row, above in enumerate(panels)
     ]
 

@@ -8,6 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from matex_pl.maps import moved
 from matex_pl.metrics import functional
 from matex_pl.metrics.base import BoxMetric, check_boxes
 from matex_pl.metrics.functional import THRESHOLDS, masks_of
@@ -259,7 +260,7 @@ class AveragePrecision50(BoxMetric):
         """Add B maps `(B, H, W)` in [0, 1], their boxes `(K, 4)`, and the pairs' ids and scores `(B,)` in [-1, 1]."""
         check_boxes(maps, boxes)
         found = functional.components(maps, self.threshold)
-        number = torch.tensor([len(box) for box in boxes], device=maps.device)
+        number = moved(torch.tensor([len(box) for box in boxes]), maps.device)
         self._add(torch.stack([number, found.pair.bincount(minlength=len(maps))], 1), ids)
         scores = found.peak if pair_scores is None else functional.detection_scores(found, pair_scores)
         self.scores.append(scores.detach().float())

@@ -16,6 +16,7 @@ from matex_pl.attribution.core.capture import FollowedBlock, borrowed, count_blo
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Pooling, image_blocks, original
 from matex_pl.data.pair import ImageTextBatch
+from matex_pl.maps import moved
 from matex_pl.training.distributed import process_count
 from matex_pl.training.guidance_loss import LOSSES, GuidanceLoss, share_inside
 from matex_pl.training.guidance_map import guided_map, kept_patches, margin_directions
@@ -190,13 +191,13 @@ class Guide:
     def _targets(self, batch: ImageTextBatch) -> dict[str, tuple[Tensor, Tensor]]:
         """Target `(B, Gh, Gw)` and presence `(B,)` bool, by the kind of the target."""
         settings, grid, device = self.settings, self.clip.grid, batch["image"].device
-        boxed = torch.tensor([len(boxes) > 0 for boxes in batch["boxes"]], device=device)
+        boxed = moved(torch.tensor([len(boxes) > 0 for boxes in batch["boxes"]]), device)
         found = {}
         if settings.boxes:
             found["boxes"] = box_share(batch["boxes"], grid, device), boxed
         if settings.regions:
             named = region_boxes(batch["phrase"], batch["content_box"])
-            has = torch.tensor([len(boxes) > 0 for boxes in named], device=device)
+            has = moved(torch.tensor([len(boxes) > 0 for boxes in named]), device)
             found["regions"] = box_share(named, grid, device), has & ~boxed
         if settings.anatomy:
             found["anatomy"] = anatomy_share(batch["masks"], len(boxed), grid, device)

@@ -13,7 +13,7 @@ from matex_pl.attribution.core.capture import FollowedBlock
 from matex_pl.attribution.core.relevance import softmax_term
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Pooling, original
-from matex_pl.maps import full_precision
+from matex_pl.maps import full_precision, moved
 from matex_pl.training.distributed import gather_rows
 from matex_pl.training.loss import phrase_keys
 
@@ -28,7 +28,7 @@ def margin_directions(text: Tensor, phrases: Sequence[str]) -> Tensor:
         text: `(B, D)` unit embeddings of the phrases.
         phrases: The B phrases.
     """
-    own, keys = full_precision(text.detach()), phrase_keys(phrases).to(text.device)
+    own, keys = full_precision(text.detach()), moved(phrase_keys(phrases), text.device)
     others = (keys[:, None] != gather_rows(keys)[None]).to(own)
     return own - others @ gather_rows(own) / others.sum(1, keepdim=True).clamp(min=1)
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from matex_pl.anatomy.parser import parse_phrase
 from matex_pl.data.chest import LUNGS
 from matex_pl.data.masks import LUNGS_AND_HEART
-from matex_pl.maps import patch_mean
+from matex_pl.maps import moved, patch_mean
 
 
 def box_share(boxes: Sequence[Tensor], grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -49,8 +49,8 @@ def region_boxes(phrases: Sequence[str], content_box: Tensor) -> list[Tensor]:
     corner, side = content_box[:, :2].repeat(1, 2), (content_box[:, 2:] - content_box[:, :2]).repeat(1, 2)
     named = [_named(phrase) for phrase in phrases]
     # One copy to the device for all phrases.
-    flat = torch.tensor([box for boxes in named for box in boxes]).reshape(-1, 4).to(content_box)
-    parts = flat.split([len(boxes) for boxes in named])
+    flat = torch.tensor([box for boxes in named for box in boxes], dtype=content_box.dtype).reshape(-1, 4)
+    parts = moved(flat, content_box.device).split([len(boxes) for boxes in named])
     return [corner[row] + part * side[row] for row, part in enumerate(parts)]
 
 

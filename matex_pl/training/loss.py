@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from open_clip.loss import gather_features
 from torch import Tensor
 
+from matex_pl.maps import moved
 from matex_pl.training.distributed import fingerprints, gather_rows, process_count
 
 EqualPhrases = Literal["positive", "masked"]
@@ -155,9 +156,9 @@ def gathered_loss(
         ValueError: The processes have batches of different size.
     """
     if process_count() == 1:
-        positives = same_phrase(phrases).to(image.device)
+        positives = moved(same_phrase(phrases), image.device)
         return whole_loss(image, text, logit_scale, positives, equal_phrases, logit_bias)
-    keys = phrase_keys(phrases).to(image.device)
+    keys = moved(phrase_keys(phrases), image.device)
     all_keys, rank = gather_rows(keys), dist.get_rank()
     # Without a graph, as in validation, there are no gradients to gather.
     with_grad = gather_with_grad and torch.is_grad_enabled()

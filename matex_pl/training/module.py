@@ -448,8 +448,8 @@ class ClipModule(LightningModule):
         """One row per pair: id, phrase, cosine, and the image's cosine with the prompt of each finding."""
         image, text = self(batch)
         rows = [
-            {"id": pair, "phrase": phrase, "cosine": float(cosine)}
-            for pair, phrase, cosine in zip(batch["id"], batch["phrase"], (image * text).sum(-1), strict=True)
+            {"id": pair, "phrase": phrase, "cosine": cosine}
+            for pair, phrase, cosine in zip(batch["id"], batch["phrase"], (image * text).sum(-1).tolist(), strict=True)
         ]
         if self.zero_shot is not None:
             for row, cosines in zip(rows, (image @ self._prompts.T).tolist(), strict=True):
@@ -492,8 +492,9 @@ class ClipModule(LightningModule):
         if len(states) > 1:
             dist.all_gather_object(states, states[0])
         checkpoint["rng_state"] = torch.stack(states)
-        # Dropout of a text tower draws on the GPU.
-        on_gpu = [random_state(self.device)] * process_count()
+        # Dropout of a text tower draws on the GPU, where the module is no more after a training.
+        place = self.device if self._trainer is None else self.trainer.strategy.root_device
+        on_gpu = [random_state(place)] * process_count()
         if len(on_gpu) > 1:
             dist.all_gather_object(on_gpu, on_gpu[0])
         checkpoint["gpu_rng_state"] = None if on_gpu[0] is None else torch.stack(cast(list[Tensor], on_gpu))
@@ -621,6 +622,8 @@ class ClipModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Restore the random state of a resumed checkpoint; without one, each process gets its own seed."""
+        # A training that stopped may have left some.
+        self._step_ids, self._step_rows, self._step_losses, self._grad_norm = [], [], [], None
         rank = self.trainer.global_rank
         states = self._rng_state if self.trainer.ckpt_path is not None else None
         on_gpu = self._gpu_rng_state if self.trainer.ckpt_path is not None else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from matex_pl.maps import moved
 from matex_pl.training.distributed import GatheredMetric, fingerprints, first_of_each, largest
 from matex_pl.training.loss import phrase_keys
 
@@ -118,7 +119,7 @@ class ZeroShot(GatheredMetric):
         """Add B images: cosines with the F prompts `(B, F)`, findings and id of each image."""
         labels = [[finding in present for finding in self.findings] for present in image_findings]
         self.scores.append(scores.detach().float())
-        self.labels.append(torch.tensor(labels, device=scores.device).view(scores.shape))
+        self.labels.append(moved(torch.tensor(labels), scores.device).view(scores.shape))
         self.images.append(fingerprints(image_ids).to(scores.device))
 
     def compute(self) -> dict[str, Tensor]:

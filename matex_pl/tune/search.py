@@ -16,6 +16,7 @@ from torch import Tensor
 
 from matex_pl.anatomy import parse_phrase
 from matex_pl.attribution.matex import BlockCount, Matex
+from matex_pl.clip.device import synchronize
 from matex_pl.clip.model import Clip
 from matex_pl.console import progress
 from matex_pl.data.pair import ImageTextBatch
@@ -196,9 +197,11 @@ def _components(clip: Clip, method: Matex, batches: Sequence[ImageTextBatch]) ->
     """Components of each batch, and the seconds for them."""
     for batch in progress(batches, "components"):
         images, tokens = model_inputs(clip, batch)
+        synchronize(images.device)
         start = perf_counter()
         boxes = (batch[name].to(images.device) for name in ("content_box", "chest_box"))
         parts = method.attribute(clip, images, tokens, batch["phrase"], *boxes).parts
+        synchronize(images.device)
         # The prior at every pixel is the largest part, and `fuse` computes it again.
         yield {name: part for name, part in parts.items() if name != "prior"}, perf_counter() - start
 

@@ -29,7 +29,7 @@ def row_weights(blocks: Sequence[Block], pooling: Pooling) -> list[Tensor | None
         share = _share(pooling).to(blocks[0].mean)
         return [pooling.from_map(share, size) for size in sizes]
     pool = blocks[-1].mean
-    first = torch.eye(sizes[-1]).to(pool)[:1].expand(len(pool), -1)
+    first = torch.eye(sizes[-1], device=pool.device).to(pool.dtype)[:1].expand(len(pool), -1)
     return [*(pooling.from_map(pool[:, 0], size) for size in sizes[:-1]), first]
 
 
@@ -55,7 +55,7 @@ def rollout_rows(matrices: Sequence[Tensor], pooling: Pooling) -> Tensor:
     row, below = first_row(matrices, pooling)
     rows = [row] * (len(matrices) - len(below))
     for matrix in reversed(below):
-        mixed = matrix + torch.eye(matrix.shape[-1]).to(matrix)
+        mixed = matrix + torch.eye(matrix.shape[-1], device=matrix.device).to(matrix.dtype)
         row = torch.einsum("bn,bnm->bm", row, mixed / mixed.sum(-1, keepdim=True))
         rows.append(row)
     return pooling.to_map(torch.stack(rows, 1))
@@ -110,7 +110,7 @@ def first_row(matrices: Sequence[Tensor], pooling: Pooling) -> tuple[Tensor, Seq
         return pooling.from_map(last[:, 0], tokens), matrices[:-1]
     if pooling.kind == "mean":
         return pooling.from_map(_share(pooling), tokens).to(last), matrices
-    return torch.eye(tokens).to(last)[pooling.position], matrices
+    return torch.eye(tokens, device=last.device).to(last.dtype)[pooling.position], matrices
 
 
 def softmax_term(block: GradBlock | FollowedBlock, gradient: Tensor, pooling: Pooling) -> Tensor:

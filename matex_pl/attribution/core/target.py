@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import original
-from matex_pl.maps import full_precision
+from matex_pl.maps import full_precision, moved
 
 Target = Literal["cosine", "margin"]
 
@@ -89,5 +89,5 @@ def _sample(clip: Clip) -> Tensor:
     named = original(clip.model).named_parameters()
     weights = [weight for name, weight in named if not name.startswith(_NOT_OF_TEXT)]
     spread = [full_precision(weight.flatten()[:: max(1, weight.numel() // _SAMPLED)]) for weight in weights]
-    versions = torch.tensor([weight._version for weight in weights], dtype=spread[0].dtype, device=spread[0].device)
-    return torch.cat([*spread, versions])
+    versions = torch.tensor([weight._version for weight in weights], dtype=spread[0].dtype)
+    return torch.cat([*spread, moved(versions, spread[0].device)])

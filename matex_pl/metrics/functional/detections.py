@@ -9,6 +9,7 @@ import cv2
 import torch
 from torch import Tensor
 
+from matex_pl.maps import moved
 from matex_pl.metrics.functional.localization import has_order
 from matex_pl.training.distributed import first_of_each
 
@@ -48,7 +49,7 @@ def components(maps: Tensor, threshold: float) -> Components:
     pair = top // (height + 1)
     top = top - pair * (height + 1)
     corners = torch.stack([left, top, left + across, top + down], 1)
-    boxes = corners / torch.tensor([width, height, width, height], device=maps.device)
+    boxes = corners / moved(torch.tensor([width, height, width, height]), maps.device)
     place = torch.arange(label.numel(), device=maps.device)
     first = place.new_full((len(pair) + 1,), label.numel()).scatter_reduce(0, label, place, "amin")[1:]
     peak = maps.new_zeros(len(pair) + 1).scatter_reduce(0, label, maps.flatten(), "amax", include_self=False)[1:]
@@ -72,7 +73,7 @@ def best_box_iou(components: Components, boxes: Sequence[Tensor], number: int) -
     pair = components.pair[order]
     leads = first_of_each(pair)
     result = components.peak.new_zeros(number).scatter(0, pair[leads], best[leads])
-    without = torch.tensor([not len(box) for box in boxes], dtype=torch.bool, device=result.device)
+    without = moved(torch.tensor([not len(box) for box in boxes], dtype=torch.bool), result.device)
     return result.masked_fill(without, torch.nan)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from matex_pl.maps import moved
 from matex_pl.metrics.functional.localization import box_masks
 
 OTHER_SIDE = {"right": "left", "left": "right", "": ""}
@@ -92,7 +93,7 @@ def side_half(size: tuple[int, int], sides: Sequence[str], content_box: Tensor |
     unknown = sorted(set(sides) - set(right))
     if unknown:
         raise ValueError(f"sides must be `right`, `left` or empty, got {unknown[0]!r}.")
-    named = torch.tensor([right[side] for side in sides], device=content_box.device)
+    named = moved(torch.tensor([right[side] for side in sides]), content_box.device)
     x0, y0, x1, y1 = content_box.expand(len(sides), 4).unbind(1)
     middle = (x0 + x1) / 2
     is_right = named == 1

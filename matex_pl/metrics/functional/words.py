@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from matex_pl.anatomy import side_words
-from matex_pl.maps import Word
+from matex_pl.maps import Word, moved
 from matex_pl.metrics.functional.mass import half_share
 
 
@@ -30,11 +30,22 @@ def word_laterality(
         content_box: `(B, 4)` rectangle of the image, `x0, y0, x1, y1` in [0, 1] of the frame; the whole frame by
             default.
     """
-    values = []
-    for row, (maps, those, phrase) in enumerate(zip(word_maps, words, phrases, strict=True)):
-        named = dict(side_words(phrase))
-        rows = [place for place, word in enumerate(those) if word.start in named]
-        sides = [named[those[place].start] for place in rows]
-        box = None if content_box is None else content_box[row : row + 1].expand(len(rows), 4)
-        values.append(half_share(maps[rows].relu(), sides, box).nanmean() if rows else maps.new_full((), torch.nan))
-    return torch.stack(values) if values else torch.zeros(0)
+    found = [
+        (row, maps[place], named[word.start])
+        for row, (maps, those, phrase) in enumerate(zip(word_maps, words, phrases, strict=True))
+        for named in [dict(side_words(phrase))]
+        for place, word in enumerate(those)
+        if word.start in named
+    ]
+    if not found:
+        return torch.full((len(phrases),), torch.nan)
+    owners, heats, sides = zip(*found, strict=True)
+    heat = torch.stack(heats)
+    rows = moved(torch.tensor(owners), heat.device)
+    box = None if content_box is None else content_box.to(heat.device)[rows]
+    share = half_share(heat.relu(), sides, box)
+    # Mean over the words of each phrase that count.
+    total = share.new_zeros(2, len(phrases))
+    counted = torch.stack([share.nan_to_num(0), (~share.isnan()).to(share.dtype)])
+    above, below = total.index_add(1, rows, counted)
+    return above / below
