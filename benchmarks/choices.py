@@ -9,6 +9,7 @@ are then scored on test images, with the controls and the single-pass methods.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -144,7 +145,9 @@ def train(folder: Path, seed: int, data: Path, options: Sequence[str] = (), conf
         resume = ["--ckpt_path", "last"] if any(folder.glob("runs/**/last.ckpt")) else []
         command = [sys.executable, "-m", "matex_pl.cli", "fit", "--config", config, "--seed_everything", str(seed)]
         command += ["--data.init_args.root", str(data.resolve()), *options, *resume]
-        subprocess.run(command, cwd=folder, check=True)
+        # Data modules of this folder.
+        paths = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")])
+        subprocess.run(command, cwd=folder, check=True, env=os.environ | {"PYTHONPATH": paths})
         log.touch()
     return next(folder.glob("runs/**/last.ckpt"))
 

@@ -74,7 +74,10 @@ ARMS: dict[str, dict[str, Arm]] = {
     "whole": {
         NONE: Arm(),
         "boxes of 100 %": Arm(_BY_BOXES),
+        "boxes of 10 %": Arm(_BY_BOXES, boxed=0.1),
+        "boxes of 1 %": Arm(_BY_BOXES, boxed=0.01),
         "anatomy": Arm(replace(_BY_BOXES, boxes=0.0, anatomy=1.0)),
+        SHUFFLED: Arm(_BY_BOXES, shuffled=True),
     },
     "nih": {NONE: Arm(), BOXES: Arm(_BY_BOXES)},
     "removal": {NONE: Arm(), BOXES: Arm(_BY_BOXES)},
@@ -120,11 +123,17 @@ class Study:
 
     def whole(self, arm: str, seed: int) -> Path:
         """Checkpoint of a training on images with the tag; trained if missing."""
-        guidance = ARMS["whole"][arm].guidance
+        guidance, boxed, shuffled = ARMS["whole"][arm]
         if guidance is None:
             return self.base("tagged", seed)
-        weights = {f"--model.guidance.{name}": str(getattr(guidance, name)) for name in ("boxes", "anatomy")}
-        options = [*_UNWATCHED, *(part for option in weights.items() for part in option)]
+        options = [
+            *_UNWATCHED,
+            f"--model.guidance.boxes={guidance.boxes}",
+            f"--model.guidance.anatomy={guidance.anatomy}",
+            "--data.class_path=guidance.BoxedPhantoms",
+            f"--data.init_args.boxed={boxed}",
+            f"--data.init_args.shuffled={shuffled}",
+        ]
         return train(self.folder("whole", arm, seed), seed, self.data, options, "phantom_shortcut_guided.yaml")
 
     def training_data(self, part: str, arm: Arm) -> ChestXrayDataModule:
@@ -132,7 +141,7 @@ class Study:
         if part == "nih":
             return NihDataModule(str(self.nih), num_workers=0, cache_dir=str(self.runs / "nih/cache"))
         tag: dict[str, Any] = TAG if part == "tagged" else {}
-        return BoxedPhantoms(str(self.data), arm, augment=False, num_workers=0, **tag)
+        return BoxedPhantoms(str(self.data), arm.boxed, arm.shuffled, augment=False, num_workers=0, **tag)
 
     def measured(self, part: Part, arm: str, seed: int) -> Path:
         """File with the values of a model's pairs; measured if missing."""
@@ -150,21 +159,23 @@ class BoxedPhantoms(PhantomDataModule):
 
     Args:
         root: Folder of the phantom images.
-        arm: Share of the patients with boxes, and whether the boxes are exchanged among the pairs.
+        boxed: Share of the training patients with boxes.
+        shuffled: Whether the boxes are exchanged among the training pairs.
         kwargs: Arguments of `PhantomDataModule`.
     """
 
-    def __init__(self, root: str, arm: Arm, **kwargs: Any) -> None:
+    def __init__(self, root: str, boxed: float = 1.0, shuffled: bool = False, **kwargs: Any) -> None:
         super().__init__(root, **kwargs)
-        self.arm = arm
+        self.boxed = boxed
+        self.shuffled = shuffled
 
     def list_pairs(self) -> list[ImageTextPair]:
         """One pair per image and finding."""
         pairs, random = super().list_pairs(), np.random.default_rng(0)
         patients = sorted({pair.patient_id for pair in pairs if pair.split == "train"})
-        chosen = set(random.permutation(patients)[: round(self.arm.boxed * len(patients))])
+        chosen = set(random.permutation(patients)[: round(self.boxed * len(patients))])
         rows = [row for row, pair in enumerate(pairs) if pair.patient_id in chosen and pair.boxes]
-        sources = random.permutation(rows) if self.arm.shuffled else rows
+        sources = random.permutation(rows) if self.shuffled else rows
         boxes = {row: pairs[source].boxes for row, source in zip(rows, sources, strict=True)}
         return [
             replace(pair, boxes=boxes.get(row, ())) if pair.split == "train" else pair for row, pair in enumerate(pairs)
