@@ -17,6 +17,7 @@ from torch import Tensor
 from matex_pl.benchmark.evaluate import tensors_below
 from matex_pl.evaluation.tensors import read_tensors
 
+CURVES = ("insertion/", "deletion/")
 HEADER = (
     "| Curve | Span at most 0 | Smallest positive span / mean span | Ratio of sums | Its widest interval "
     "| Mean of ratios | Its widest interval |\n|---|---:|---:|---|---:|---|---:|"
@@ -30,9 +31,13 @@ def main() -> None:
     files = sorted(parser.parse_args().folder.glob("values/*.safetensors"))
     if not files:
         raise SystemExit("The folder has no values/*.safetensors. Give the folder that `matex benchmark --out` wrote.")
-    rows = [tensors_below(read_tensors(path)[0], "image/sums") for path in files]
+    found = [tensors_below(read_tensors(path)[0], "image/sums") for path in files]
+    # Scores by a published protocol have files of their own, without curves.
+    rows = [
+        curves for row in found if (curves := {name: sums for name, sums in row.items() if name.startswith(CURVES)})
+    ]
     print(HEADER)
-    for curve in sorted(name for name in rows[0] if name.startswith(("insertion/", "deletion/"))):
+    for curve in sorted(rows[0]):
         print(line(curve, torch.stack([row[curve] for row in rows])))
 
 

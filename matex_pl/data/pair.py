@@ -130,8 +130,11 @@ def collate(samples: Sequence[Sample]) -> ImageTextBatch:
 
 def with_bits(batch: ImageTextBatch) -> ImageTextBatch:
     """The batch with the bits of its boxes as int32 in addition, which no precision of a trainer rounds."""
-    bits = {"boxes": [box.view(torch.int32) for box in batch["boxes"]]}
-    bits |= {name: batch[name].view(torch.int32) for name in ("content_box", "chest_box")}  # type: ignore[literal-required]
+    bits = {
+        "boxes": [box.view(torch.int32) for box in batch["boxes"]],
+        "content_box": batch["content_box"].view(torch.int32),
+        "chest_box": batch["chest_box"].view(torch.int32),
+    }
     return cast(ImageTextBatch, {**batch, _BITS: bits})
 
 
