@@ -80,11 +80,8 @@ def step_rows(rounds: int) -> Iterator[Row]:
             for side, measure in sides.items():
                 found = measure()
                 seconds[side] += [found] if turn else []
-        yield (
-            f"training step, {name}, batch {size}",
-            "open_clip in a loop",
-            ratio_of(seconds["module"], seconds["loop"]),
-        )
+        for base in LOOPS:
+            yield f"training step, {name}, batch {size}", base, ratio_of(seconds["module"], seconds[base])
 
 
 def random_batch(model: str, size: int) -> ImageTextBatch:
@@ -178,7 +175,7 @@ def default_callbacks() -> list[Callback]:
 def phantom_callbacks() -> dict[str, Callable[[], list[Callback]]]:
     """The callbacks of `phantom.yaml`, together and alone."""
     callbacks = read_yaml(CONFIG_FOLDER / "phantom.yaml")["trainer"]["callbacks"]
-    given = {part["class_path"].rpartition(".")[2]: part["init_args"] for part in callbacks}
+    given = {part["class_path"].rpartition(".")[2]: part.get("init_args", {}) for part in callbacks}
     methods = given["AttributionMetrics"]["methods"]
     first, *others = [{name: choice} for name, choice in methods.items()]
 

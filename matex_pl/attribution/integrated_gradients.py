@@ -91,6 +91,6 @@ def gauss_legendre(steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes in [0, 1] and weights of a Gauss-Legendre sum, `(steps,)` each, in dtype and device of a tensor."""
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     # From numpy's interval -1 to 1 to the interval 0 to 1.
-    halves = (torch.from_numpy(part / 2).to(like.dtype) for part in (nodes + 1, weights))
-    places, shares = (moved(part, like.device) for part in halves)
-    return places, shares
+    parts = (torch.from_numpy(part / 2).to(like.dtype) for part in (nodes + 1, weights))
+    places, halves = (moved(part, like.device) for part in parts)
+    return places, halves
