@@ -103,7 +103,7 @@ class AttributionMetrics(Callback):
     def __init__(
         self,
         methods: AttributionMethod | str | dict[str, MethodChoice] | None = None,
-        num_batches: int = 4,
+        num_batches: int = 2,
         fill: Fill | None = None,
         per_finding: bool = False,
         sensitivity: bool = False,
