@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from matex_pl.attribution.core.fill import drop_tokens, fill_images
+from matex_pl.clip.device import synchronize
 from matex_pl.clip.low_rank import merge_adapters
 from matex_pl.clip.record import model_files, unpacked
 from matex_pl.data.pair import ImageTextBatch
@@ -37,7 +38,8 @@ Module = TypeVar("Module", bound=ClipModule)
 class Stopwatch(Callback):
     """Callback that measures the seconds in training steps and counts their pairs.
 
-    A step lasts from the batch on its device to the updated weights.
+    A step lasts from the batch on its device to the updated weights. The last step of an epoch also waits for the work
+    that is left on a GPU.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,8 @@ class Stopwatch(Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: D102
+        if trainer.is_last_batch:
+            synchronize(pl_module.device)
         self.seconds += time.perf_counter() - self._start
         self.pairs += self.count(batch)
 
