@@ -38,7 +38,7 @@ from matex_pl.roar.work import prepare_maps, result, work_here
 from matex_pl.training import ClipModule, load_module
 from matex_pl.training.guidance import Guidance
 
-Part = Literal["tagged", "whole", "plain", "nih", "removal"]
+Part = Literal["tagged", "tagged_start", "plain", "plain_start", "nih", "removal"]
 
 
 class Arm(NamedTuple):
@@ -70,8 +70,9 @@ ARMS: dict[str, dict[str, Arm]] = {
         "anatomy": Arm(replace(_BY_BOXES, boxes=0.0, anatomy=1.0)),
         SHUFFLED: Arm(_BY_BOXES, shuffled=True),
     },
-    # Trained with the tag from the start; that without guidance is the one that the arms of `tagged` continue.
-    "whole": {
+    # Trained from the start, without the tag and with it; that without guidance is the one that other parts continue.
+    "plain_start": {NONE: Arm(), BOXES: Arm(_BY_BOXES)},
+    "tagged_start": {
         NONE: Arm(),
         "boxes of 100 %": Arm(_BY_BOXES),
         "boxes of 10 %": Arm(_BY_BOXES, boxed=0.1),
@@ -89,6 +90,7 @@ RESAMPLES = 1000
 STEPS = {"plain": 110, "tagged": 110, "nih": 110}
 RATES = {"plain": 1e-3, "tagged": 1e-3, "nih": 3e-4}
 CONFIGS = {"plain": "phantom.yaml", "tagged": "phantom_shortcut.yaml"}
+GUIDED = {"plain_start": "phantom_guided.yaml", "tagged_start": "phantom_shortcut_guided.yaml"}
 # Validation does not change the weights.
 _UNWATCHED = ["--trainer.limit_val_batches", "0"]
 
@@ -113,28 +115,29 @@ class Study:
 
     def checkpoint(self, part: str, arm: str, seed: int) -> Path:
         """Checkpoint of a model of the study; trained if missing."""
-        if part == "whole":
-            return self.whole(arm, seed)
+        if part in GUIDED:
+            return self.from_start(part, arm, seed)
         path = self.folder(part, arm, seed) / "last.ckpt"
         if not path.exists():
             start = self.base("tagged" if part == "tagged" else "plain", seed)
             fit(start, ARMS[part][arm], self.training_data(part, ARMS[part][arm]), path, part, seed)
         return path
 
-    def whole(self, arm: str, seed: int) -> Path:
-        """Checkpoint of a training on images with the tag; trained if missing."""
-        guidance, boxed, shuffled = ARMS["whole"][arm]
+    def from_start(self, part: str, arm: str, seed: int) -> Path:
+        """Checkpoint of a whole training; trained if missing."""
+        guidance, boxed, shuffled = ARMS[part][arm]
         if guidance is None:
-            return self.base("tagged", seed)
+            return self.base(part.removesuffix("_start"), seed)
         options = [
             *_UNWATCHED,
+            f"--model.guidance.weight={guidance.weight}",
             f"--model.guidance.boxes={guidance.boxes}",
             f"--model.guidance.anatomy={guidance.anatomy}",
             "--data.class_path=guidance.BoxedPhantoms",
             f"--data.init_args.boxed={boxed}",
             f"--data.init_args.shuffled={shuffled}",
         ]
-        return train(self.folder("whole", arm, seed), seed, self.data, options, "phantom_shortcut_guided.yaml")
+        return train(self.folder(part, arm, seed), seed, self.data, options, GUIDED[part])
 
     def training_data(self, part: str, arm: Arm) -> ChestXrayDataModule:
         """Data module of the trainings of a part."""
@@ -209,9 +212,9 @@ def measure_tagged(study: Study, arm: str, seed: int, part: Part = "tagged") -> 
     return nodule_values(load_module(str(study.checkpoint(part, arm, seed))), str(study.data))
 
 
-def measure_plain(study: Study, arm: str, seed: int) -> Measured:
+def measure_plain(study: Study, arm: str, seed: int, part: Part = "plain") -> Measured:
     """Values of a phantom model without the tag; of the unguided one also those of tagged images."""
-    module = load_module(str(study.checkpoint("plain", arm, seed)))
+    module = load_module(str(study.checkpoint(part, arm, seed)))
     data = PhantomDataModule(str(study.data), num_workers=0)
     values = pair_values(module, data, ["test"], study.num_pairs, study.num_rise)
     return values | (nodule_values(module, str(study.data)) if arm == NONE else {})
@@ -225,7 +228,7 @@ def measure_nih(study: Study, arm: str, seed: int) -> Measured:
 
 def measure_removal(study: Study, arm: str, seed: int) -> Measured:
     """Rise of the validation loss over the clean run of ROAR+, by method and share of removed patches."""
-    checkpoint = str(study.checkpoint("plain", arm, seed))
+    checkpoint = str(study.checkpoint("plain_start", arm, seed))
     # Another seed gives images that the models have not seen.
     data = PhantomDataModule(str(study.data), seed=1, num_train=300, num_val=4, num_test=4, num_workers=0)
     plan = make_plan(
@@ -247,8 +250,9 @@ def measure_removal(study: Study, arm: str, seed: int) -> Measured:
 
 MEASURES: dict[str, Callable[[Study, str, int], Measured]] = {
     "tagged": measure_tagged,
-    "whole": partial(measure_tagged, part="whole"),
+    "tagged_start": partial(measure_tagged, part="tagged_start"),
     "plain": measure_plain,
+    "plain_start": partial(measure_plain, part="plain_start"),
     "nih": measure_nih,
     "removal": measure_removal,
 }
@@ -263,7 +267,7 @@ def main(
     num_pairs: int = 300,
     num_rise: int = 100,
     processes: int = 2,
-    parts: list[Part] = ["plain", "tagged", "whole", "nih", "removal"],  # noqa: B006
+    parts: list[Part] = ["plain", "plain_start", "tagged", "tagged_start", "nih", "removal"],  # noqa: B006
 ) -> None:
     """Write the tables.
 
@@ -276,14 +280,14 @@ def main(
         num_pairs: Number of phantom test pairs with boxes, drawn at random.
         num_rise: Number of these pairs that RISE explains.
         processes: Number of processes, each with one thread.
-        parts: Tables to write. `tagged` and `whole` need the models of `plain`, which are their reference.
+        parts: Tables to write. `tagged` and `tagged_start` need the models of `plain`, which are their reference.
     """
     folder = nih and Path(nih).resolve()
     study = Study(Path(runs).resolve(), Path(data).resolve(), folder or None, num_pairs, num_rise)
     chosen = [part for part in parts if part != "nih" or folder]
     jobs = [(part, arm, seed) for part in chosen for seed in seeds for arm in ARMS[part]]
     # The other parts continue the models of `plain`.
-    kinds = dict.fromkeys("tagged" if part in ("tagged", "whole") else "plain" for part in chosen)
+    kinds = dict.fromkeys("tagged" if part in ("tagged", "tagged_start") else "plain" for part in chosen)
     bases = [(kind, seed) for kind in kinds for seed in seeds]
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=quiet) as pool:
         list(pool.map(study.base, *zip(*bases, strict=True)))
@@ -438,10 +442,11 @@ def row(name: str, cells: Sequence[str]) -> str:
 Models = dict[Part, dict[str, list[Measured]]]
 TABLES: dict[Part, Callable[[Models], list[str]]] = {
     "tagged": lambda models: tagged_table(models["tagged"], models["plain"][NONE], "Nodules with a tag"),
-    "whole": lambda models: tagged_table(
-        models["whole"], models["plain"][NONE], "Nodules with a tag, guidance from the start"
+    "tagged_start": lambda models: tagged_table(
+        models["tagged_start"], models["plain"][NONE], "Nodules with a tag, guidance from the start"
     ),
     "plain": lambda models: pair_table("Phantoms without a tag", models["plain"]),
+    "plain_start": lambda models: pair_table("Phantoms without a tag, guidance from the start", models["plain_start"]),
     "nih": lambda models: pair_table("NIH, patients of validation and test", models["nih"]),
     "removal": lambda models: removal_table(models["removal"]),
 }

@@ -82,9 +82,9 @@ def test_adapters_guidance_and_the_sigmoid_loss_train_as_in_one_process(found: P
     assert any(".lora_B." in name and value.abs().max() > 0 for name, value in one["weights"].items())
     _assert_close(two["weights"], one["weights"])
     assert two["scores"]["val/loss"] == pytest.approx(one["scores"]["val/loss"], abs=1e-6)
-    for name in ("guidance_loss", "energy_in_box"):
-        assert one["scores"][f"train/{name}"] > 0
-    assert two["scores"]["train/energy_in_box"] == pytest.approx(one["scores"]["train/energy_in_box"], abs=1e-6)
+    for name in ("train/guidance_loss", "train/energy_in_box", "train/guided_share"):
+        assert one["scores"][name] > 0
+        assert two["scores"][name] == pytest.approx(one["scores"][name], abs=1e-6)
 
 
 def _assert_close(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -20,7 +21,12 @@ from matex_pl.attribution import Matex
 from matex_pl.attribution.core.capture import borrowed, count_blocks, follow_attention, sample
 from matex_pl.cli import main
 from matex_pl.data import PhantomDataModule
-from matex_pl.training.guidance import Guidance, Guide
+from matex_pl.roar import Protocol, Training
+from matex_pl.roar.finetune import build_module
+from matex_pl.roar.make import make_plan
+from matex_pl.roar.work import prepare_maps, result, work_here
+from matex_pl.training.freeze import freeze_parameters
+from matex_pl.training.guidance import Followed, Guidance, Guide
 from matex_pl.training.guidance_loss import energy_loss, l1_loss, outside_loss
 from matex_pl.training.guidance_map import guided_map, kept_patches, margin_directions
 from matex_pl.training.guidance_targets import anatomy_share, box_share, region_boxes
@@ -138,6 +144,7 @@ def test_losses_on_maps_with_known_answers() -> None:
     torch.testing.assert_close(l1_loss(empty, target), target.mean(1))
     torch.testing.assert_close(outside_loss(flat, target), torch.tensor([0.5**2, 0.875**2]))
     torch.testing.assert_close(outside_loss(inside, target), torch.tensor([0, 0.5**2]))
+    torch.testing.assert_close(outside_loss(empty, target), torch.ones(2))
     for loss in (energy_loss, l1_loss, outside_loss):
         torch.testing.assert_close(loss(7 * inside, target), loss(inside, target), atol=1e-5, rtol=0)
 
@@ -204,10 +211,8 @@ def test_the_margin_is_over_other_phrases_of_the_batch() -> None:
     assert margin_directions(same, ["a", "b", "c"]).abs().max() < 1e-6
 
 
-def _fit(images, tmp_path, steps=6, **settings):
-    torch.manual_seed(0)
-    module = ClipModule(**{"name": json.dumps(TINY), "lr": 3e-3, "warmup_steps": 1} | settings)
-    run = Trainer(
+def _trainer(tmp_path, steps):
+    return Trainer(
         accelerator="cpu",
         max_steps=steps,
         logger=CSVLogger(tmp_path),
@@ -216,6 +221,14 @@ def _fit(images, tmp_path, steps=6, **settings):
         enable_model_summary=False,
         limit_val_batches=0,
         log_every_n_steps=1,
+    )
+
+
+def _fit(images, tmp_path, steps=6, **settings):
+    torch.manual_seed(0)
+    module, run = (
+        ClipModule(**{"name": json.dumps(TINY), "lr": 3e-3, "warmup_steps": 1} | settings),
+        _trainer(tmp_path, steps),
     )
     run.fit(module, images)
     return module, {name: float(value) for name, value in run.callback_metrics.items()}
@@ -286,11 +299,59 @@ def test_settings_out_of_range(settings: dict, message: str) -> None:
         Guidance(**settings)
 
 
-def test_a_compiled_model_is_refused(tiny_json: str) -> None:
-    module = ClipModule(tiny_json)
-    module.clip.model = torch.compile(module.clip.model)
-    with pytest.raises(NotImplementedError, match=r"torch\.compile hides"):
-        Guide(Guidance(), module.clip)
+def test_a_compiled_model_is_refused(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
+    def refused(module: ClipModule, fitted: object) -> None:
+        with pytest.raises(NotImplementedError, match=r"torch\.compile hides"):
+            Guide(Guidance(), module.clip) if fitted is None else _trainer(tmp_path, 1).fit(fitted, tiny_images)
+
+    modules = [ClipModule(tiny_json, guidance=Guidance()) for _ in range(3)]
+    modules[0].clip.model = torch.compile(modules[0].clip.model)
+    refused(modules[0], None)
+    modules[1].clip.model.visual.compile(backend="aot_eager")
+    refused(modules[1], None)
+    refused(modules[2], torch.compile(modules[2], backend="aot_eager"))
+
+
+@pytest.mark.parametrize(
+    ("name", "freeze"),
+    [("coca", "all-but-head"), ("coca", "all-but-projections"), ("registers_pool", "all-but-projections")],
+)
+def test_a_frozen_pool_is_refused(name: str, freeze: str) -> None:
+    """The last attention of these towers is their pool; the projection behind it is trained."""
+    clip = copy.deepcopy(family(name)).requires_grad_(True)
+    freeze_parameters(clip.model, freeze)
+    with pytest.raises(ValueError, match="of the image tower is frozen"):
+        Guide(Guidance(), clip)
+
+
+def test_pairs_without_any_target_are_refused(tiny_images: PhantomDataModule, tmp_path: Path) -> None:
+    listed = tiny_images.list_pairs()
+    tiny_images.list_pairs = lambda: [replace(pair, boxes=(), phrase="Edema.") for pair in listed]
+    with pytest.raises(ValueError, match=r"none has boxes \(guidance\.boxes\)\. Give"):
+        _fit(tiny_images, tmp_path, steps=1, guidance=Guidance())
+    with pytest.raises(ValueError, match=r"none has boxes .* and no phrase names a place \(guidance\.regions\)"):
+        _fit(tiny_images, tmp_path, steps=1, guidance=Guidance(regions=0.5))
+
+
+def test_a_target_outside_of_the_image_guides_nothing() -> None:
+    target, has = torch.tensor([[0.0, 0.0], [0.0, 0.5], [1.0, 1.0]]), torch.tensor([True, True, False])
+    assert Followed([], []).kept_targets(target, has)[1].tolist() == [False, True, False]
+
+
+def test_runs_of_roar_train_a_guided_model_without_its_guidance(tiny_images: PhantomDataModule, tmp_path: Path) -> None:
+    module, _ = _fit(tiny_images, tmp_path, steps=1, guidance=Guidance(weight=5.0))
+    origins = {"checkpoint": "here", "start_checkpoint": "here"}
+    training = Training(epochs=1, accelerator="cpu")
+    plan = make_plan(tmp_path / "roar", tiny_images, module, module, ["chefer"], Protocol(repeats=1), training, origins)
+    assert build_module(plan).hparams["guidance"] is None
+    for finetune in ("head", "lora"):
+        training = Training(epochs=1, accelerator="cpu", finetune=finetune)
+        folder = tmp_path / finetune
+        plan = make_plan(folder, tiny_images, module, module, ["chefer"], Protocol(repeats=1), training, origins)
+        clean = next(run for run in plan.runs() if not run.method)
+        prepare_maps(plan)
+        work_here(plan, [clean])
+        assert result(plan, clean)["loss"] > 0
 
 
 @pytest.mark.parametrize("config", ["phantom_guided.yaml", "phantom_shortcut_guided.yaml"])

@@ -324,7 +324,7 @@ import os, sys, time
 if any("matex_pl.roar" in word or "default_worker" in word for word in sys.orig_argv):
     from matex_pl.roar import work
     train = work.train_run
-    def train_run(plan, images, run):
+    def train_run(plan, images, run, tick):
         with open(os.environ["ROAR_LOG"], "a") as file:
             file.write(f"{os.getpid()} {run.id}\\n")
         if run.id == os.environ.get("ROAR_DIE"):

@@ -252,8 +252,10 @@ class Clip(nn.Module):
             self._rows, new = {}, list(dict.fromkeys(phrases))
         if new:
             self._rows.update(zip(new, self.tokenizer(new), strict=True))
-        rows = torch.stack([self._rows[phrase] for phrase in phrases])
-        tokens = moved(rows, self.logit_scale.device)
+        # A tensor of the inference mode has no version, which `keep_on_host` needs.
+        with torch.inference_mode(False):
+            rows = torch.stack([self._rows[phrase] for phrase in phrases])
+            tokens = moved(rows, self.logit_scale.device)
         if tokens is not rows:
             towers.keep_on_host(tokens, rows)
         return tokens

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from matex_pl.clip.device import find_device
 from matex_pl.data.cache import ImageCache
 from matex_pl.data.chexmask import ChexmaskTable
 from matex_pl.data.images import read_size
@@ -24,6 +25,7 @@ class ImageMasks:
         anatomy: CSV file of CheXmask, `torchxrayvision`, or None.
         images: The images.
         listed: Masks that a table names, which come first.
+        device: Device of a segmentation, see `find_device`.
 
     Raises:
         ImportError: torchxrayvision is not installed.
@@ -31,7 +33,13 @@ class ImageMasks:
         ValueError: The CSV file has none of the images, or a wrong row of an image.
     """
 
-    def __init__(self, anatomy: str | None, images: Sequence[Path], listed: ListedMasks | None = None) -> None:
+    def __init__(
+        self,
+        anatomy: str | None,
+        images: Sequence[Path],
+        listed: ListedMasks | None = None,
+        device: str = "auto",
+    ) -> None:
         self._sources: list[MaskSource] = [listed] if listed is not None else []
         if anatomy is None:
             return
@@ -40,7 +48,7 @@ class ImageMasks:
         if anatomy == SEGMENTER:
             segmented = SegmentedMasks(ImageCache(Path(self._folder.name)))
             missing = [str(image) for image in images if listed is None or str(image) not in listed]
-            segmented.segment(missing, "cpu", num_workers=0)
+            segmented.segment(missing, find_device(device), num_workers=0)
             self._sources.append(segmented)
             return
         table = ChexmaskTable(Path(anatomy), Path(self._folder.name))

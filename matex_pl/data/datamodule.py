@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from matex_pl.arguments import check_choices
+from matex_pl.console import progress
 from matex_pl.data.cache import ImageCache
 from matex_pl.data.images import GrayImage, read_image
 from matex_pl.data.pair import (
@@ -42,6 +43,7 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 """Splits that each stage of a trainer reads."""
 
 _MEAN_IMAGE_FROM = 512
+_READ_AT_ONCE = 16
 _RESIZE_MODES: dict[str, ResizeMode] = {"pad": "longest", "crop": "shortest", "squash": "squash"}
 
 
@@ -413,7 +415,9 @@ class ChestXrayDataModule(LightningDataModule, ABC):
         data = self.dataset(next(name for name in SPLITS if self._listed()[name]), masks=False)
         images = {pair.image_id: index for index, pair in enumerate(data.pairs)}
         chosen = sorted(images.values())[:: math.ceil(len(images) / _MEAN_IMAGE_FROM)]
-        samples = data.readable(chosen)
+        parts = [chosen[start : start + _READ_AT_ONCE] for start in range(0, len(chosen), _READ_AT_ONCE)]
+        title = f"images for the mean image, by {_READ_AT_ONCE}"
+        samples = [sample for part in progress(parts, title) for sample in data.readable(part)]
         if not samples:
             raise ValueError(
                 f"None of {len(chosen)} images for the mean training image can be read. Run `matex check-data`."

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from matex_pl.anatomy import named_side, swap_sides
 from matex_pl.attribution.core.capture import borrowed
 from matex_pl.clip.model import Clip
+from matex_pl.console import progress
 from matex_pl.data.datamodule import ChestXrayDataModule, PairDataset
 from matex_pl.data.pair import ImageTextBatch, ImageTextPair, collate_readable
 from matex_pl.maps import full_precision
@@ -74,7 +75,7 @@ def read_pairs(
     images = PairDataset(data, pairs, data.dataset(split).transform)
     loader = DataLoader(images, batch_size=batch_size, num_workers=data.num_workers, collate_fn=collate_readable)
     batches = []
-    for batch, unreadable in loader:
+    for batch, unreadable in progress(loader, f"reading pairs, by {batch_size}"):
         if unreadable:
             raise unreadable[0].error()
         batches.append(batch)

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from matex_pl.evaluation.tensors import read_tensors, write_tensors
 from matex_pl.metrics.removal import enlarge_grid
 from matex_pl.roar.drop import drop_of
 from matex_pl.roar.images import PlanImages, split_rows
-from matex_pl.roar.plan import Plan, Run
+from matex_pl.roar.plan import Plan, Run, Training
 from matex_pl.training.lora import Lora
 from matex_pl.training.module import EARLIER_SETTINGS, ClipModule
 
@@ -39,11 +39,12 @@ class Stopwatch(Callback):
     """Callback that measures the seconds in training steps and counts their pairs.
 
     A step lasts from the batch on its device to the updated weights. The last step of an epoch also waits for the work
-    that is left on a GPU.
+    that is left on a GPU. `tick` is called after each step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tick: Callable[[], None] = lambda: None) -> None:
         self.seconds, self.pairs, self._start = 0.0, 0, 0.0
+        self._tick = tick
 
     def on_train_batch_start(self, *_: Any) -> None:  # noqa: D102
         self._start = time.perf_counter()
@@ -53,6 +54,7 @@ class Stopwatch(Callback):
             synchronize(pl_module.device)
         self.seconds += time.perf_counter() - self._start
         self.pairs += self.count(batch)
+        self._tick()
 
     def count(self, batch: Any) -> int:
         """Number of pairs in a batch."""
@@ -80,8 +82,10 @@ class RoarModule(ClipModule):
         return images, tokens
 
 
-def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
+def train_run(plan: Plan, images: PlanImages, run: Run, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Fine-tune from the plan's weights and validate; the scores depend on the plan and the run alone.
+
+    `tick` is called after each step.
 
     Returns:
         `loss` of validation, the other validation scores as `metrics`, `units` dropped per pair, and times.
@@ -91,17 +95,18 @@ def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
     """
     start = time.perf_counter()
     protocol, training = plan.protocol, plan.training
-    with _isolated(training.threads):
+    with _isolated(training):
         seed = protocol.seed + run.repeat
         torch.manual_seed(seed)
         train, val = split_rows(images.pairs, protocol.train_share, seed)
         drop = drop_of(plan, images, run)
-        module, stopwatch = build_module(plan, images.findings), Stopwatch()
+        module, stopwatch = build_module(plan, images.findings), Stopwatch(tick)
         trainer = Trainer(
             # If a loss is not finite, the last weights before it are saved here.
             default_root_dir=plan.path(run),
             accelerator=training.accelerator,
-            devices=1,
+            # The GPU of the training that RoarPlus follows.
+            devices=[torch.cuda.current_device()] if uses_cuda(training) else 1,
             precision=training.precision,  # type: ignore[arg-type]
             max_epochs=training.epochs,
             check_val_every_n_epoch=training.epochs,
@@ -145,6 +150,11 @@ def train_run(plan: Plan, images: PlanImages, run: Run) -> dict[str, Any]:
     }
 
 
+def uses_cuda(training: Training) -> bool:
+    """Whether runs use a GPU of CUDA."""
+    return training.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
 def build_module(plan: Plan, findings: Sequence[str] = ()) -> RoarModule:
     """Module that a run trains, with the plan's start weights; `findings` are used if the weights have none."""
     training = plan.training
@@ -156,6 +166,8 @@ def build_module(plan: Plan, findings: Sequence[str] = ()) -> RoarModule:
         warmup_steps=training.warmup_steps,
         freeze="all-but-head" if training.finetune == "head" else "none",
         grad_checkpointing=training.grad_checkpointing,
+        # It would guide by boxes on removed patches, and only the models that were trained with it.
+        guidance=None,
     )
     module.fill = plan.protocol.fill
     module.hparams["findings"] = module.hparams["findings"] or list(findings)
@@ -191,14 +203,14 @@ def read_module(path: Path, kind: type[Module], **settings: Any) -> Module:
 
 
 @contextmanager
-def _isolated(threads: int) -> Iterator[None]:
+def _isolated(training: Training) -> Iterator[None]:
     """Context with its own random numbers and number of threads, and a silent Trainer; restored at the end."""
     threads_before, logger = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(training.threads)
     try:
-        with isolate_rng(), warnings.catch_warnings():
+        with isolate_rng(include_cuda=uses_cuda(training)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
             yield
     finally:

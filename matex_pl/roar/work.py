@@ -25,7 +25,7 @@ from tqdm import tqdm
 from matex_pl.console import duration
 from matex_pl.files import read_json, write_text
 from matex_pl.roar.drop import make_maps
-from matex_pl.roar.finetune import read_module, train_run
+from matex_pl.roar.finetune import read_module, train_run, uses_cuda
 from matex_pl.roar.images import PlanImages
 from matex_pl.roar.plan import Plan, Run
 from matex_pl.training.module import ClipModule
@@ -51,7 +51,7 @@ def prepare_maps(plan: Plan) -> None:
             part.unlink()
         images = PlanImages(plan.folder)
         clip = read_module(plan.folder / "explained.safetensors", ClipModule).eval().clip
-        if plan.training.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        if uses_cuda(plan.training):
             clip = clip.to("cuda")
         refused, broken = {}, {}
         for method in plan.methods:
@@ -64,6 +64,11 @@ def prepare_maps(plan: Plan) -> None:
                 broken[method.name] = traceback.format_exc()
         write_text(plan.folder / _BROKEN, json.dumps(broken))
         write_text(plan.folder / "refused.json", json.dumps(refused))
+        if uses_cuda(plan.training):
+            # The memory goes to the processes that train.
+            del clip
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def has_maps(plan: Plan) -> bool:
@@ -182,7 +187,9 @@ class Progress:
         for run in runs:
             (plan.path(run) / _ERROR).unlink(missing_ok=True)
         self._bar = tqdm(total=len(runs), desc="runs", unit="run", disable=None)
-        self._ended, self._start, self._next_line = 0, time.monotonic(), 0.0
+        self._ended, self._start = 0, time.monotonic()
+        # Times of the next line, if a run has ended since the last one and if not.
+        self._next_line, self._next_sign = 0.0, self._start + _LINE_SECONDS
 
     def __enter__(self) -> Progress:
         return self
@@ -199,26 +206,37 @@ class Progress:
         return [run for run in self.runs if not has_ended(self.plan, run)]
 
     def show(self) -> None:
-        """Show the number of ended runs, if it has grown."""
+        """Show the number of ended runs."""
         ended = len(self.runs) - len(self.pending())
         self._bar.update(ended - self._ended)
         now, is_more, self._ended = time.monotonic(), ended > self._ended, ended
-        if self._bar.disable and is_more and ended < len(self.runs) and now >= self._next_line:
-            rest = (now - self._start) / ended * (len(self.runs) - ended)
-            log.info("%d of %d runs have ended, about %s left.", ended, len(self.runs), duration(rest))
-            self._next_line = now + _LINE_SECONDS
+        if self._bar.disable and ended < len(self.runs) and now >= (self._next_line if is_more else self._next_sign):
+            left = f", about {duration((now - self._start) / ended * (len(self.runs) - ended))} left" if ended else ""
+            log.info("%d of %d runs have ended%s.", ended, len(self.runs), left)
+            self._next_line = self._next_sign = now + _LINE_SECONDS
+
+    def tick(self) -> None:
+        """Show the number within a run, once a minute."""
+        if self._bar.disable and time.monotonic() >= self._next_sign:
+            self.show()
 
 
 def work_here(plan: Plan, runs: Sequence[Run]) -> None:
     """Work on runs in this process, with a progress bar; see `work_alone`."""
     with Progress(plan, runs) as progress:
-        work_alone(plan, runs, progress.show)
+        work_alone(plan, runs, progress.show, progress.tick)
 
 
-def work_alone(plan: Plan, runs: Sequence[Run], show: Callable[[], None] = lambda: None, pool: str = "") -> None:
+def work_alone(
+    plan: Plan,
+    runs: Sequence[Run],
+    show: Callable[[], None] = lambda: None,
+    tick: Callable[[], None] = lambda: None,
+    pool: str = "",
+) -> None:
     """Work on the runs that no other process has, one after the other, until all have ended in any process.
 
-    `show` is called after each run. `pool` is as in `locked`.
+    `show` is called after each run, `tick` after each step. `pool` is as in `locked`.
     """
     images = PlanImages(plan.folder)
     while pending := [run for run in runs if not has_ended(plan, run)]:
@@ -226,13 +244,13 @@ def work_alone(plan: Plan, runs: Sequence[Run], show: Callable[[], None] = lambd
             with locked(plan, run, pool) as is_held:
                 # Another process may have ended the run in the meantime.
                 if is_held and not has_ended(plan, run):
-                    _attempt(plan, images, run)
+                    _attempt(plan, images, run, tick)
             show()
         if not all(has_ended(plan, run) for run in pending):
             time.sleep(POLL_SECONDS)
 
 
-def _attempt(plan: Plan, images: PlanImages, run: Run) -> None:
+def _attempt(plan: Plan, images: PlanImages, run: Run, tick: Callable[[], None]) -> None:
     """Train a run, and write its result or its error."""
     folder, on_interrupt = plan.path(run), signal.getsignal(signal.SIGINT)
     broken = broken_maps(plan).get(run.method)
@@ -240,7 +258,7 @@ def _attempt(plan: Plan, images: PlanImages, run: Run) -> None:
         write_text(folder / _ERROR, broken)
         return
     try:
-        write_text(folder / RESULT, json.dumps(train_run(plan, images, run), allow_nan=False))
+        write_text(folder / RESULT, json.dumps(train_run(plan, images, run, tick), allow_nan=False))
     except Exception:
         # One failed run must not stop the others. It is named at the end and never averaged over.
         write_text(folder / _ERROR, traceback.format_exc())
@@ -260,10 +278,13 @@ def _attempt(plan: Plan, images: PlanImages, run: Run) -> None:
 
 def gpu_shares(plan: Plan, processes: int) -> list[dict[str, str]]:
     """Environment variable per process that shows it one of the n visible GPUs: i modulo n; empty without GPUs."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count() if plan.training.accelerator in ("auto", "gpu", "cuda") else 0
-    names = (visible.split(",") if visible else list(map(str, range(count))))[:count]
-    return [{"CUDA_VISIBLE_DEVICES": names[place % count]} if count else {} for place in range(processes)]
+    if not uses_cuda(plan.training):
+        return [{}] * processes
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    names = visible.split(",") if visible else list(map(str, range(count)))
+    # One process sees one slice of a GPU (MIG) at most.
+    names = names if names[0].startswith("MIG-") else names[:count]
+    return [{"CUDA_VISIBLE_DEVICES": names[place % len(names)]} for place in range(processes)]
 
 
 def work_in_processes(plan: Plan, runs: Sequence[Run], shard: str, processes: int) -> None:

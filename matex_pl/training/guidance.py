@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from matex_pl.anatomy.parser import parse_phrase
 from matex_pl.arguments import check_choice
 from matex_pl.attribution.core.capture import FollowedBlock, borrowed, count_blocks, follow_attention, sample
 from matex_pl.clip.model import Clip
 from matex_pl.clip.towers import Pooling, image_blocks, original
+from matex_pl.data.datamodule import ChestXrayDataModule
 from matex_pl.data.pair import ImageTextBatch
 from matex_pl.maps import moved
 from matex_pl.training.distributed import process_count
@@ -23,6 +25,11 @@ from matex_pl.training.guidance_map import guided_map, kept_patches, margin_dire
 from matex_pl.training.guidance_targets import anatomy_share, box_share, region_boxes
 
 TARGETS = ("boxes", "regions", "anatomy")
+_MISSING = {"boxes": "none has boxes (guidance.boxes)", "regions": "no phrase names a place (guidance.regions)"}
+COMPILED = (
+    "guidance reads the attention of a training step, which torch.compile hides. Train without torch.compile, or leave "
+    "guidance out."
+)
 
 
 @dataclass
@@ -89,10 +96,9 @@ class Followed(NamedTuple):
         return replace(pooling, length=self.kept[0].shape[1]) if self.kept else pooling
 
     def kept_targets(self, target: Tensor, has: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets `(B, N)` at the kept patches, and the samples `(B,)` bool with a kept part of their target."""
-        if not self.kept:
-            return target, has
-        target = target.gather(1, self.kept[0].to(target.device))
+        """Targets `(B, N)` at the kept patches, and the samples `(B,)` bool with a part of their target there."""
+        if self.kept:
+            target = target.gather(1, self.kept[0].to(target.device))
         return target, has & target.any(1)
 
 
@@ -111,8 +117,8 @@ class Guide:
     def __init__(self, settings: Guidance, clip: Clip) -> None:
         self.settings, self.clip = settings, clip
         visual = original(clip.model.visual)
-        if any(type(module).__name__ == "OptimizedModule" for module in clip.modules()):
-            raise NotImplementedError("guidance reads the attention of a training step, which torch.compile hides.")
+        if any(map(_is_compiled, (clip, clip.model, *clip.model.visual.modules()))):
+            raise NotImplementedError(COMPILED)
         with borrowed(clip):
             self.depth = count_blocks(clip, *sample(clip))[0]
         if settings.blocks > self.depth:
@@ -129,14 +135,15 @@ class Guide:
                 f"guidance of {settings.blocks} blocks needs the second derivative of their attention, which "
                 "grad_checkpointing cannot compute again. Set guidance.second_order to false, or grad_checkpointing."
             )
-        # The last attention of some towers is their pool.
-        blocks += [visual] * (self.depth - len(blocks))
+        # The last attention of some towers is their pool, with names in timm and open_clip.
+        pool = getattr(getattr(visual, "trunk", visual), "attn_pool", None) or getattr(visual, "attnpool", visual)
+        blocks += [pool] * (self.depth - len(blocks))
         trained = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
         frozen = [place for place in range(self.first, self.depth) if not trained[place]]
         if frozen:
             raise ValueError(
                 f"guidance.blocks is {settings.blocks}, but block {frozen[0]} of the image tower is frozen. Train "
-                "the image tower (freeze: none or text, or lora), or leave guidance out."
+                "the image tower (freeze: none or text, or lora with adapters in it), or leave guidance out."
             )
 
     @contextmanager
@@ -151,9 +158,10 @@ class Guide:
     def __call__(
         self, batch: ImageTextBatch, followed: Followed, image: Tensor, text: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Guidance loss of a training step, a scalar, and the scalars to log.
+        """Guidance loss of a training step, a scalar, and the scalars to log, of all processes.
 
-        Every process calls this at every step. With several processes, their mean is the loss of the whole batch.
+        Every process calls this at every step. With several processes, their mean is the loss of the whole batch. It is
+        computed in float32 or better, outside of autocast.
 
         Args:
             batch: The batch in the model's frame.
@@ -162,14 +170,20 @@ class Guide:
             text: `(B, D)` unit embeddings of the phrases.
             step: Number of steps before this one.
         """
-        settings = self.settings
+        with torch.autocast(image.device.type, enabled=False):
+            return self._loss(batch, followed, image, text, step)
+
+    def _loss(
+        self, batch: ImageTextBatch, followed: Followed, image: Tensor, text: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, processes = self.settings, process_count()
         targets = {
             name: followed.kept_targets(target.flatten(1), has) for name, (target, has) in self._targets(batch).items()
         }
         counts = torch.stack([has.sum() for _, has in targets.values()]).to(image.device, torch.float32)
         # Phrases of all processes, before any process leaves this function.
         direction = margin_directions(text, batch["phrase"])
-        if process_count() > 1:
+        if processes > 1:
             dist.all_reduce(counts)
         pooling = followed.kept_pooling(self.clip.image_pooling(batch["image"]))
         heat = guided_map(followed.blocks, image, direction, pooling, second_order=settings.second_order)
@@ -177,16 +191,18 @@ class Guide:
         scalars: dict[str, Tensor] = {}
         for (name, (target, has)), count in zip(targets.items(), counts, strict=True):
             losses = LOSSES[settings.loss](heat, target).masked_fill(~has, 0)
-            total = total + getattr(settings, name) * losses.sum() * process_count() / count.clamp(min=1)
+            total = total + getattr(settings, name) * losses.sum() * processes / count.clamp(min=1)
             if name == "boxes":
-                inside = (share_inside(heat.detach(), target) * has).sum()
-                if process_count() > 1:
-                    dist.all_reduce(inside)
                 # NaN in a step without boxes.
-                scalars["energy_in_box"] = inside / count
-        guided = torch.stack([has for _, has in targets.values()]).any(0).float().mean()
+                scalars["energy_in_box"] = (share_inside(heat.detach(), target) * has).sum() * processes / count
+        guided = torch.stack([has for _, has in targets.values()]).any(0)
+        scalars |= {"guidance_loss": total.detach(), "guided_share": guided.float().mean()}
+        if processes > 1:
+            values = torch.stack([value.float() for value in scalars.values()])
+            dist.all_reduce(values)
+            scalars = dict(zip(scalars, (values / processes).unbind(), strict=True))
         warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-        return settings.weight * warmup * total, scalars | {"guidance_loss": total.detach(), "guided_share": guided}
+        return settings.weight * warmup * total, scalars
 
     def _targets(self, batch: ImageTextBatch) -> dict[str, tuple[Tensor, Tensor]]:
         """Target `(B, Gh, Gw)` and presence `(B,)` bool, by the kind of the target."""
@@ -202,6 +218,31 @@ class Guide:
         if settings.anatomy:
             found["anatomy"] = anatomy_share(batch["masks"], len(boxed), grid, device)
         return found
+
+
+def check_targets(settings: Guidance, data: ChestXrayDataModule) -> None:
+    """Raise ValueError if no training pair has a target, or `anatomy` has a weight and no training image has masks."""
+    pairs = data.pairs["train"]
+    if settings.anatomy:
+        if not any(map(data.has_masks, pairs)):
+            raise ValueError(
+                "guidance.anatomy needs masks of lungs, and no training image has masks. Set data.anatomy to a CSV "
+                "file of CheXmask or to torchxrayvision, or set guidance.anatomy to 0."
+            )
+        return
+    if settings.boxes and any(pair.boxes for pair in pairs):
+        return
+    if settings.regions and any(parse_phrase(pair.phrase).regions for pair in pairs):
+        return
+    missing = [reason for name, reason in _MISSING.items() if getattr(settings, name)]
+    raise ValueError(
+        f"guidance has no target among the {len(pairs)} training pairs: {' and '.join(missing)}. Give such pairs, set "
+        "the weight of another target (guidance.boxes, regions or anatomy), or leave guidance out."
+    )
+
+
+def _is_compiled(module: Any) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def guidance_of(value: Guidance | Mapping[str, Any] | None) -> Guidance | None:

@@ -37,8 +37,8 @@ def l1_loss(heat: Tensor, target: Tensor) -> Tensor:
 
 
 def outside_loss(heat: Tensor, target: Tensor) -> Tensor:
-    """Squared share of the map outside the target, `(B,)`, after Ross et al. (2017)."""
-    return share_inside(heat, 1 - target) ** 2
+    """Squared share of the map outside the target, `(B,)`, after Ross et al. (2017); 1 for a map of zeros."""
+    return (1 - share_inside(heat, target)) ** 2
 
 
 def _or_one(total: Tensor) -> Tensor:

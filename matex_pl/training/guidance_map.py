@@ -38,6 +38,8 @@ def guided_map(
 ) -> Tensor:
     """Image map of each pair on the graph, `(B, N)` of at least 0: A_grad of MATEX (eqs. 6 and 8) of the given blocks.
 
+    Call it outside of autocast.
+
     Args:
         blocks: Blocks of the forward that gave `image`.
         image: `(B, D)` unit embeddings of the images.
@@ -45,15 +47,14 @@ def guided_map(
         pooling: Pooling of the image tower.
         second_order: Whether the gradients are on the graph.
     """
-    with torch.autocast(image.device.type, enabled=False):
-        score = (full_precision(image) * direction).sum()
-        handles = [block.value if pooling.position is None else block.output for block in blocks]
-        gradients = torch.autograd.grad(score, handles, create_graph=second_order, retain_graph=True)
-        terms = [
-            pooling.to_map(softmax_term(block, gradient, pooling))
-            for block, gradient in zip(blocks, gradients, strict=True)
-        ]
-        return torch.stack(terms).relu().mean(0)
+    score = (full_precision(image) * direction).sum()
+    handles = [block.value if pooling.position is None else block.output for block in blocks]
+    gradients = torch.autograd.grad(score, handles, create_graph=second_order, retain_graph=True)
+    terms = [
+        pooling.to_map(softmax_term(block, gradient, pooling))
+        for block, gradient in zip(blocks, gradients, strict=True)
+    ]
+    return torch.stack(terms).relu().mean(0)
 
 
 @contextmanager

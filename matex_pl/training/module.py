@@ -40,7 +40,7 @@ from matex_pl.training.description import describe_training
 from matex_pl.training.distributed import check_strategy, fingerprints, gather_rows, process_count
 from matex_pl.training.freeze import Freeze, freeze_parameters
 from matex_pl.training.grad_checkpointing import checkpoint_gradients
-from matex_pl.training.guidance import Guidance, Guide, guidance_of
+from matex_pl.training.guidance import COMPILED, Guidance, Guide, check_targets, guidance_of
 from matex_pl.training.lora import SIDES, Lora, add_lora
 from matex_pl.training.loss import EqualPhrases, Loss, gathered_loss, phrase_keys, whole_loss
 from matex_pl.training.scores import ImageTextRecall, ZeroShot
@@ -268,13 +268,12 @@ class ClipModule(LightningModule):
         if stage == "fit":
             self._model_files = model_files(self.clip)
             settings = guidance_of(self.hparams["guidance"])
+            # Lightning's mark of a compiled module.
+            if settings is not None and getattr(self, "_compiler_ctx", None):
+                raise NotImplementedError(COMPILED)
             self.guide = Guide(settings, self.clip) if settings is not None else None
-            reads_masks = self.needs_masks and isinstance(data, ChestXrayDataModule)
-            if reads_masks and not any(map(data.has_masks, data.pairs["train"])):
-                raise ValueError(
-                    "guidance.anatomy needs masks of lungs, and no training image has masks. Set data.anatomy to a CSV "
-                    "file of CheXmask or to torchxrayvision, or set guidance.anatomy to 0."
-                )
+            if settings is not None and isinstance(data, ChestXrayDataModule):
+                check_targets(settings, data)
         for split in STAGES[stage] if hasattr(data, "pairs") and self.trainer.is_global_zero else ():
             self._report_cut_phrases(split, data.pairs[split])
 
