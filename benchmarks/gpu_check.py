@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from matex_pl import ClipModule, __version__, attribution, load_clip
 from matex_pl.attribution import AttributionMethod, Matex
@@ -222,7 +223,7 @@ class Check:
         torch.manual_seed(0)
         name = json.dumps({"model_cfg": TINY}) if self.tiny else "ViT-B-32"
         module, steps = ClipModule(name, lr=1e-5, warmup_steps=1), Steps()
-        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
         where = {"accelerator": self.device.type, "devices": [self.device.index or 0] if self.is_cuda else 1}
         where |= {"default_root_dir": folder}
         callbacks = [steps, AttributionMetrics(sensitivity=True, num_batches=1), AttributionMaps(num_pairs=1)]
@@ -231,6 +232,8 @@ class Check:
             precision=precision,  # type: ignore[arg-type]
             enable_checkpointing=False,
             callbacks=callbacks,
+            # Without a logger, AttributionMaps draws nothing.
+            logger=TensorBoardLogger(folder),
             **where,
             **quiet,
         )
@@ -242,7 +245,7 @@ class Check:
         row["scores"] = {key: round(float(value), 4) for key, value in run.callback_metrics.items()}
         if precision == "32-true":
             writers = [MapWriter(root=str(folder / "maps")), PredictionWriter(str(folder / "predictions.csv"))]
-            Trainer(callbacks=writers, **where, **quiet).predict(module, data, return_predictions=False)
+            Trainer(callbacks=writers, logger=False, **where, **quiet).predict(module, data, return_predictions=False)
             row["predicted"] = len((folder / "predictions.csv").read_text(encoding="utf-8").splitlines()) - 1
         return row
 
