@@ -141,7 +141,7 @@ class Pretended(Tensor):
         return f"Pretended({self.held})"
 
     def __format__(self, spec: str) -> str:
-        return format(self.held, spec)
+        return self._read("format", lambda held: format(held, spec))
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(_placed(index))

@@ -295,10 +295,10 @@ class BenchmarkRun:
             self.clip.similarity(images, tokens)
 
         # The first calls on a GPU choose kernels and reserve memory.
-        forward()
-        if not method.perturbs_inputs:
-            explain()
         device = images.device
+        forward()
+        if not method.perturbs_inputs or device.type == "cuda":
+            explain()
         number = 1 if method.perturbs_inputs else 3
         rounds = [(_seconds(explain, device), _seconds(forward, device)) for _ in range(number)]
         return [median(column) / len(phrases) for column in zip(*rounds, strict=True)]
