@@ -581,6 +581,15 @@ def test_what_a_run_says_without_a_terminal(made, capsys):
     assert "0 of 6 runs to do" in capsys.readouterr().err
 
 
+def test_a_long_run_says_that_it_goes_on(made, capsys, monkeypatch):
+    monkeypatch.setattr(roar_work, "_LINE_SECONDS", 0.0)
+    main(["roar", "run", "--plan", str(made)])
+    said = capsys.readouterr().err
+    assert "0 of 6 runs have ended.\n" in said
+    # Four steps of a run, and its end.
+    assert said.count("1 of 6 runs have ended, about ") > 2
+
+
 def test_status_in_the_middle(made, whole, capsys):
     main(["roar", "status", str(made)])
     assert "0 of 6 runs are done, 0 running" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def explain_report(
     # Report a wrong path before loading the model.
     read_size(image)
     source = read_source(image, kinds) if kinds else None
-    masks = ImageMasks(anatomy, [Path(image)], device=settings["device"])
+    masks = ImageMasks(anatomy, [Path(image)], device=settings.get("device", "auto"))
     run = Run.load(**settings)
 
     from matex_pl.explain.folder import phrase_sheet, write_folder
@@ -110,7 +110,7 @@ def explain_manifest(
     check_output(out / _TABLE, mark=_TABLE_HEADER, inputs=(manifest,))
     for job in jobs:
         check_explained(job.folder)
-    masks = ImageMasks(anatomy, [job.image for job in jobs], listed, settings["device"])
+    masks = ImageMasks(anatomy, [job.image for job in jobs], listed, settings.get("device", "auto"))
     run = Run.load(**settings)
 
     from matex_pl.explain.folder import write_folder

@@ -30,7 +30,7 @@ def explain_map(
     # Report a wrong path before loading the model.
     read_size(image)
     files = check_map_files(out, image, dicom)
-    masks = ImageMasks(anatomy, [Path(image)], device=settings["device"])
+    masks = ImageMasks(anatomy, [Path(image)], device=settings.get("device", "auto"))
     run = Run.load(**settings)
 
     from matex_pl.explain.phrases import explain_phrases, frame_image
