@@ -233,13 +233,13 @@ def run_and_log(words, log, failing):
     """Run with a line in `log` for each attempt; before its first end, the other process must have begun as well."""
     train = roar_work.train_run
 
-    def logged(plan, images, run):
+    def logged(plan, images, run, *rest):
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{os.getpid()} {run.id}\n")
         wait_for(lambda: len({line.split()[0] for line in log.read_text(encoding="utf-8").splitlines()}) == 2)
         if run.id == failing:
             raise RuntimeError("boom")
-        return train(plan, images, run)
+        return train(plan, images, run, *rest)
 
     roar_work.train_run = logged
     main(words)
@@ -271,10 +271,10 @@ def stop_in_first_run(words):
     """Stop this process within its first run, until somebody wakes it."""
     train = roar_work.train_run
 
-    def stopped(plan, images, run):
+    def stopped(plan, images, run, *rest):
         os.kill(os.getpid(), signal.SIGSTOP)
         roar_work.train_run = train
-        return train(plan, images, run)
+        return train(plan, images, run, *rest)
 
     roar_work.train_run = stopped
     main(words)
@@ -324,14 +324,14 @@ import os, sys, time
 if any("matex_pl.roar" in word or "default_worker" in word for word in sys.orig_argv):
     from matex_pl.roar import work
     train = work.train_run
-    def train_run(plan, images, run, tick):
+    def train_run(plan, images, run, *rest):
         with open(os.environ["ROAR_LOG"], "a") as file:
             file.write(f"{os.getpid()} {run.id}\\n")
         if run.id == os.environ.get("ROAR_DIE"):
             os._exit(7)
         if "ROAR_WAIT" in os.environ:
             time.sleep(1000)
-        return train(plan, images, run)
+        return train(plan, images, run, *rest)
     work.train_run = train_run
 '''
 
@@ -449,10 +449,10 @@ def test_without_ray(made, monkeypatch, capsys):
 def fail_in(monkeypatch, name, error):
     train = roar_work.train_run
 
-    def fail(plan, images, run):
+    def fail(plan, images, run, *rest):
         if run.id == name:
             raise error
-        return train(plan, images, run)
+        return train(plan, images, run, *rest)
 
     monkeypatch.setattr(roar_work, "train_run", fail)
 
