@@ -86,6 +86,8 @@ ARMS: dict[str, dict[str, Arm]] = {
 # Methods of ROAR+, by their names in the plan, and the shares of patches that it removes.
 REMOVED, FRACTIONS = ("MATEX", "MATEX, delta = 0", "Chefer", "RandomMap"), [0.25, 0.5]
 RESAMPLES = 1000
+# Part whose models ROAR+ explains and trains.
+REMOVED_FROM = "plain_start"
 # Number of steps and peak learning rate of the trainings.
 STEPS = {"plain": 110, "tagged": 110, "nih": 110}
 RATES = {"plain": 1e-3, "tagged": 1e-3, "nih": 3e-4}
@@ -119,7 +121,7 @@ class Study:
             return self.from_start(part, arm, seed)
         path = self.folder(part, arm, seed) / "last.ckpt"
         if not path.exists():
-            start = self.base("tagged" if part == "tagged" else "plain", seed)
+            start = self.base(base_of(part), seed)
             fit(start, ARMS[part][arm], self.training_data(part, ARMS[part][arm]), path, part, seed)
         return path
 
@@ -127,7 +129,7 @@ class Study:
         """Checkpoint of a whole training; trained if missing."""
         guidance, boxed, shuffled = ARMS[part][arm]
         if guidance is None:
-            return self.base(part.removesuffix("_start"), seed)
+            return self.base(base_of(part), seed)
         options = [
             *_UNWATCHED,
             f"--model.guidance.weight={guidance.weight}",
@@ -155,6 +157,11 @@ class Study:
             torch.save(measured, path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
         return path
+
+
+def base_of(part: str) -> str:
+    """Kind of the unguided models of a part: trained on images with the tag or without."""
+    return "tagged" if part.startswith("tagged") else "plain"
 
 
 class BoxedPhantoms(PhantomDataModule):
@@ -213,11 +220,11 @@ def measure_tagged(study: Study, arm: str, seed: int, part: Part = "tagged") -> 
 
 
 def measure_plain(study: Study, arm: str, seed: int, part: Part = "plain") -> Measured:
-    """Values of a phantom model without the tag; of the unguided one also those of tagged images."""
+    """Values of a phantom model without the tag; of the unguided one of `plain` also those of tagged images."""
     module = load_module(str(study.checkpoint(part, arm, seed)))
     data = PhantomDataModule(str(study.data), num_workers=0)
     values = pair_values(module, data, ["test"], study.num_pairs, study.num_rise)
-    return values | (nodule_values(module, str(study.data)) if arm == NONE else {})
+    return values | (nodule_values(module, str(study.data)) if (part, arm) == ("plain", NONE) else {})
 
 
 def measure_nih(study: Study, arm: str, seed: int) -> Measured:
@@ -228,7 +235,7 @@ def measure_nih(study: Study, arm: str, seed: int) -> Measured:
 
 def measure_removal(study: Study, arm: str, seed: int) -> Measured:
     """Rise of the validation loss over the clean run of ROAR+, by method and share of removed patches."""
-    checkpoint = str(study.checkpoint("plain_start", arm, seed))
+    checkpoint = str(study.checkpoint(REMOVED_FROM, arm, seed))
     # Another seed gives images that the models have not seen.
     data = PhantomDataModule(str(study.data), seed=1, num_train=300, num_val=4, num_test=4, num_workers=0)
     plan = make_plan(
@@ -286,14 +293,15 @@ def main(
     study = Study(Path(runs).resolve(), Path(data).resolve(), folder or None, num_pairs, num_rise)
     chosen = [part for part in parts if part != "nih" or folder]
     jobs = [(part, arm, seed) for part in chosen for seed in seeds for arm in ARMS[part]]
-    # The other parts continue the models of `plain`.
-    kinds = dict.fromkeys("tagged" if part in ("tagged", "tagged_start") else "plain" for part in chosen)
-    bases = [(kind, seed) for kind in kinds for seed in seeds]
+    bases = [(kind, seed) for kind in dict.fromkeys(map(base_of, chosen)) for seed in seeds]
+    # Each model once: two parts may measure the same one at the same time.
+    models = dict.fromkeys((REMOVED_FROM if part == "removal" else part, arm, seed) for part, arm, seed in jobs)
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=quiet) as pool:
         list(pool.map(study.base, *zip(*bases, strict=True)))
+        list(pool.map(study.checkpoint, *zip(*models, strict=True)))
         paths = list(pool.map(study.measured, *zip(*jobs, strict=True)))
     found = {job: torch.load(path, weights_only=True) for job, path in zip(jobs, paths, strict=True)}
-    models: Models = {part: {arm: [found[part, arm, seed] for seed in seeds] for arm in ARMS[part]} for part in chosen}
+    values: Models = {part: {arm: [found[part, arm, seed] for seed in seeds] for arm in ARMS[part]} for part in chosen}
     lines = [
         "# Guidance",
         "",
@@ -301,7 +309,7 @@ def main(
         "In brackets: 95 % intervals of a bootstrap over patients, of the mean over the models.",
     ]
     for part in chosen:
-        lines += TABLES[part](models)
+        lines += TABLES[part](values)
     Path(out).write_text("\n".join([*lines, ""]), encoding="utf-8")
     print(out)
 

@@ -444,11 +444,14 @@ def test_roar_runs_on_the_gpu_and_frees_the_memory_of_the_trained_model(
     assert devices == ["cpu"]
     # As after a training on the second GPU.
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    taken: list[Any] = []
-    monkeypatch.setattr("matex_pl.roar.finetune.Trainer", lambda **given: taken.append(given["devices"]))
-    with pytest.raises(AttributeError):
+
+    def stop(**given: Any) -> None:
+        assert given["devices"] == [1]
+        raise InterruptedError
+
+    monkeypatch.setattr("matex_pl.roar.finetune.Trainer", stop)
+    with pytest.raises(InterruptedError):
         train_run(read_plan(tmp_path / "roar"), PlanImages(tmp_path / "roar"), Run(0))
-    assert taken == [[1]]
     result = json.loads((tmp_path / "roar" / "results.json").read_text(encoding="utf-8"))
     assert not result["failed"]
 

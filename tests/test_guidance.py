@@ -226,10 +226,8 @@ def _trainer(tmp_path, steps):
 
 def _fit(images, tmp_path, steps=6, **settings):
     torch.manual_seed(0)
-    module, run = (
-        ClipModule(**{"name": json.dumps(TINY), "lr": 3e-3, "warmup_steps": 1} | settings),
-        _trainer(tmp_path, steps),
-    )
+    module = ClipModule(**{"name": json.dumps(TINY), "lr": 3e-3, "warmup_steps": 1} | settings)
+    run = _trainer(tmp_path, steps)
     run.fit(module, images)
     return module, {name: float(value) for name, value in run.callback_metrics.items()}
 
@@ -300,16 +298,12 @@ def test_settings_out_of_range(settings: dict, message: str) -> None:
 
 
 def test_a_compiled_model_is_refused(tiny_json: str, tiny_images: PhantomDataModule, tmp_path: Path) -> None:
-    def refused(module: ClipModule, fitted: object) -> None:
+    whole, tower, module = (ClipModule(tiny_json, guidance=Guidance()) for _ in range(3))
+    whole.clip.model = torch.compile(whole.clip.model)
+    tower.clip.model.visual.compile(backend="aot_eager")
+    for compiled in (whole, tower, torch.compile(module, backend="aot_eager")):
         with pytest.raises(NotImplementedError, match=r"torch\.compile hides"):
-            Guide(Guidance(), module.clip) if fitted is None else _trainer(tmp_path, 1).fit(fitted, tiny_images)
-
-    modules = [ClipModule(tiny_json, guidance=Guidance()) for _ in range(3)]
-    modules[0].clip.model = torch.compile(modules[0].clip.model)
-    refused(modules[0], None)
-    modules[1].clip.model.visual.compile(backend="aot_eager")
-    refused(modules[1], None)
-    refused(modules[2], torch.compile(modules[2], backend="aot_eager"))
+            _trainer(tmp_path, 1).fit(compiled, tiny_images)
 
 
 @pytest.mark.parametrize(
@@ -341,13 +335,10 @@ def test_a_target_outside_of_the_image_guides_nothing() -> None:
 def test_runs_of_roar_train_a_guided_model_without_its_guidance(tiny_images: PhantomDataModule, tmp_path: Path) -> None:
     module, _ = _fit(tiny_images, tmp_path, steps=1, guidance=Guidance(weight=5.0))
     origins = {"checkpoint": "here", "start_checkpoint": "here"}
-    training = Training(epochs=1, accelerator="cpu")
-    plan = make_plan(tmp_path / "roar", tiny_images, module, module, ["chefer"], Protocol(repeats=1), training, origins)
-    assert build_module(plan).hparams["guidance"] is None
     for finetune in ("head", "lora"):
-        training = Training(epochs=1, accelerator="cpu", finetune=finetune)
-        folder = tmp_path / finetune
+        training, folder = Training(epochs=1, accelerator="cpu", finetune=finetune), tmp_path / finetune
         plan = make_plan(folder, tiny_images, module, module, ["chefer"], Protocol(repeats=1), training, origins)
+        assert build_module(plan).hparams["guidance"] is None
         clean = next(run for run in plan.runs() if not run.method)
         prepare_maps(plan)
         work_here(plan, [clean])

@@ -294,8 +294,8 @@ class BenchmarkRun:
         def forward() -> None:
             self.clip.similarity(images, tokens)
 
-        # The first calls on a GPU choose kernels and reserve memory.
         device = images.device
+        # The first calls on a GPU choose kernels and reserve memory.
         forward()
         if not method.perturbs_inputs or device.type == "cuda":
             explain()

@@ -1,4 +1,4 @@
-"""Device of a command, from its option `--device`."""
+"""Device of a command or a training, by its option."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def find_device(name: str) -> torch.device:
             "one, or cpu."
         )
     return torch.device("cpu" if name == "auto" else name)
+
+
+def uses_cuda(accelerator: str) -> bool:
+    """Whether Lightning's accelerator of this name is a GPU of CUDA here."""
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def synchronize(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from scipy import stats
 
+from matex_pl.clip.device import uses_cuda
 from matex_pl.evaluation.compared import BLURRED, RANDOM
 from matex_pl.report.results import ROAR_FORMAT
 from matex_pl.roar.plan import MODALITIES, Plan, Run
@@ -30,7 +31,7 @@ def collect(plan: Plan) -> dict[str, Any]:
     failures = {run: error for run in results if (error := failure(plan, run))}
     done = [scores for scores in results.values() if scores is not None]
     seconds, training_seconds = (sum(scores[name] for scores in done) for name in ("seconds", "training_seconds"))
-    on_gpu = training.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    on_gpu = uses_cuda(training.accelerator)
     clean = [results[Run(repeat)] for repeat in range(protocol.repeats)]
 
     def score_at(method: str, modality: str, fraction: float) -> dict[str, Any]:

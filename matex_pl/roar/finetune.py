@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from matex_pl.attribution.core.fill import drop_tokens, fill_images
-from matex_pl.clip.device import synchronize
+from matex_pl.clip.device import synchronize, uses_cuda
 from matex_pl.clip.low_rank import merge_adapters
 from matex_pl.clip.record import model_files, unpacked
 from matex_pl.data.pair import ImageTextBatch
@@ -106,7 +106,7 @@ def train_run(plan: Plan, images: PlanImages, run: Run, tick: Callable[[], None]
             default_root_dir=plan.path(run),
             accelerator=training.accelerator,
             # The GPU of the training that RoarPlus follows.
-            devices=[torch.cuda.current_device()] if uses_cuda(training) else 1,
+            devices=[torch.cuda.current_device()] if uses_cuda(training.accelerator) else 1,
             precision=training.precision,  # type: ignore[arg-type]
             max_epochs=training.epochs,
             check_val_every_n_epoch=training.epochs,
@@ -148,11 +148,6 @@ def train_run(plan: Plan, images: PlanImages, run: Run, tick: Callable[[], None]
         "seconds": time.perf_counter() - start,
         "training_seconds": stopwatch.seconds,
     }
-
-
-def uses_cuda(training: Training) -> bool:
-    """Whether runs use a GPU of CUDA."""
-    return training.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def build_module(plan: Plan, findings: Sequence[str] = ()) -> RoarModule:
@@ -210,7 +205,7 @@ def _isolated(training: Training) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     torch.set_num_threads(training.threads)
     try:
-        with isolate_rng(include_cuda=uses_cuda(training)), warnings.catch_warnings():
+        with isolate_rng(include_cuda=uses_cuda(training.accelerator)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
             yield
     finally:

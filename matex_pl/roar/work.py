@@ -22,10 +22,11 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
+from matex_pl.clip.device import uses_cuda
 from matex_pl.console import duration
 from matex_pl.files import read_json, write_text
 from matex_pl.roar.drop import make_maps
-from matex_pl.roar.finetune import read_module, train_run, uses_cuda
+from matex_pl.roar.finetune import read_module, train_run
 from matex_pl.roar.images import PlanImages
 from matex_pl.roar.plan import Plan, Run
 from matex_pl.training.module import ClipModule
@@ -51,7 +52,7 @@ def prepare_maps(plan: Plan) -> None:
             part.unlink()
         images = PlanImages(plan.folder)
         clip = read_module(plan.folder / "explained.safetensors", ClipModule).eval().clip
-        if uses_cuda(plan.training):
+        if uses_cuda(plan.training.accelerator):
             clip = clip.to("cuda")
         refused, broken = {}, {}
         for method in plan.methods:
@@ -64,7 +65,7 @@ def prepare_maps(plan: Plan) -> None:
                 broken[method.name] = traceback.format_exc()
         write_text(plan.folder / _BROKEN, json.dumps(broken))
         write_text(plan.folder / "refused.json", json.dumps(refused))
-        if uses_cuda(plan.training):
+        if uses_cuda(plan.training.accelerator):
             # The memory goes to the processes that train.
             del clip
             gc.collect()
@@ -178,7 +179,7 @@ class Progress:
     """Context that shows the number of ended runs, in this process or another one.
 
     Runs that failed before are retried. On a terminal it shows a bar. Elsewhere it logs a line after the first run, and
-    then at most one per minute.
+    then at most one per minute. The line of a minute without an ended run comes within the run.
     """
 
     def __init__(self, plan: Plan, runs: Sequence[Run]) -> None:
@@ -278,7 +279,7 @@ def _attempt(plan: Plan, images: PlanImages, run: Run, tick: Callable[[], None])
 
 def gpu_shares(plan: Plan, processes: int) -> list[dict[str, str]]:
     """Environment variable per process that shows it one of the n visible GPUs: i modulo n; empty without GPUs."""
-    if not uses_cuda(plan.training):
+    if not uses_cuda(plan.training.accelerator):
         return [{}] * processes
     visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     names = visible.split(",") if visible else list(map(str, range(count)))

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matex_pl.anatomy.parser import parse_phrase
 from matex_pl.arguments import check_choice
 from matex_pl.attribution.core.capture import FollowedBlock, borrowed, count_blocks, follow_attention, sample
 from matex_pl.clip.model import Clip
@@ -22,7 +21,7 @@ from matex_pl.maps import moved
 from matex_pl.training.distributed import process_count
 from matex_pl.training.guidance_loss import LOSSES, GuidanceLoss, share_inside
 from matex_pl.training.guidance_map import guided_map, kept_patches, margin_directions
-from matex_pl.training.guidance_targets import anatomy_share, box_share, region_boxes
+from matex_pl.training.guidance_targets import anatomy_share, box_share, named_regions, region_boxes
 
 TARGETS = ("boxes", "regions", "anatomy")
 _MISSING = {"boxes": "none has boxes (guidance.boxes)", "regions": "no phrase names a place (guidance.regions)"}
@@ -232,7 +231,7 @@ def check_targets(settings: Guidance, data: ChestXrayDataModule) -> None:
         return
     if settings.boxes and any(pair.boxes for pair in pairs):
         return
-    if settings.regions and any(parse_phrase(pair.phrase).regions for pair in pairs):
+    if settings.regions and any(named_regions(pair.phrase) for pair in pairs):
         return
     missing = [reason for name, reason in _MISSING.items() if getattr(settings, name)]
     raise ValueError(

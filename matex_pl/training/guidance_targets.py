@@ -47,7 +47,7 @@ def region_boxes(phrases: Sequence[str], content_box: Tensor) -> list[Tensor]:
         content_box: `(B, 4)` rectangles of the images in the frame.
     """
     corner, side = content_box[:, :2].repeat(1, 2), (content_box[:, 2:] - content_box[:, :2]).repeat(1, 2)
-    named = [_named(phrase) for phrase in phrases]
+    named = [named_regions(phrase) for phrase in phrases]
     # One copy to the device for all phrases.
     flat = torch.tensor([box for boxes in named for box in boxes], dtype=content_box.dtype).reshape(-1, 4)
     parts = moved(flat, content_box.device).split([len(boxes) for boxes in named])
@@ -55,7 +55,8 @@ def region_boxes(phrases: Sequence[str], content_box: Tensor) -> list[Tensor]:
 
 
 @lru_cache(maxsize=65_536)
-def _named(phrase: str) -> list[tuple[float, float, float, float]]:
+def named_regions(phrase: str) -> list[tuple[float, float, float, float]]:
+    """Boxes of the regions that a phrase names, in [0, 1] of the image; none if it names no place."""
     # The patient's right, where u is 0, is on the left of the image.
     return sorted({region.box for region in parse_phrase(phrase).regions})
 
